@@ -1,0 +1,129 @@
+"""Graph functions: each takes and returns DALI nodes and runs on the device its image is on.
+
+They carry an :class:`~dali_pipelines.plan.Augmentation` out with stock DALI operators; per-sample parameters are nodes on
+the CPU. The ``if`` statements over nodes are DALI conditionals: they split the batch, and only the samples concerned are
+processed.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from nvidia.dali import fn, types
+
+from dali_pipelines.plan import Augmentation, blur_window
+
+Node = Any
+"""A node of a DALI graph (``nvidia.dali.data_node.DataNode``)."""
+
+LUMA = (0.299, 0.587, 0.114)
+"""Weights of red, green and blue in gray (ITU-R BT.601), as in Pillow and torchvision."""
+
+COLOUR_STEPS = 4
+
+
+@dataclass(frozen=True)
+class ColourStep:
+    """Parameters of one of the four colour operations; the factors of the other three are neutral."""
+
+    chroma: Node  # bool: saturation or hue, else brightness or contrast
+    brightness: Node
+    contrast: Node
+    saturation: Node
+    hue: Node  # degrees
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An Augmentation as nodes (or, before they become nodes, as arrays in the same fields)."""
+
+    window_start: Node  # y, x, pixels
+    window_shape: Node  # height, width, pixels
+    roi_start: Node  # y, x, fractions of the window; x runs from 1 to 0 where the image is flipped
+    roi_end: Node
+    jitter: Node
+    colour: tuple[ColourStep, ...]
+    gray: Node
+    blur: Node
+    sigma: Node
+    blur_window: Node  # odd side of the blur's kernel, pixels
+    solarize: Node
+
+
+def recipe_arrays(a: Augmentation) -> Recipe:
+    """The arrays, (n, ...) each, that are fed to the nodes of a recipe."""
+    x1, y1, x2, y2 = a.window.T
+    flip = a.flip.astype(np.float32)
+    zero, one = np.zeros_like(flip), np.ones_like(flip)
+    neutral = np.array([1, 1, 1, 0], np.float32)
+    steps = []
+    for position in range(COLOUR_STEPS):
+        now = a.order[:, position, None] == np.arange(COLOUR_STEPS)  # (n, 4) which operation comes now
+        brightness, contrast, saturation, hue = np.where(now, a.factors, neutral).T.copy()
+        steps.append(ColourStep(now[:, 2] | now[:, 3], brightness, contrast, saturation, hue * 360))
+    return Recipe(
+        window_start=np.stack([y1, x1], 1),
+        window_shape=np.stack([y2 - y1, x2 - x1], 1),
+        roi_start=np.stack([zero, flip], 1),
+        roi_end=np.stack([one, one - flip], 1),
+        jitter=a.jitter,
+        colour=tuple(steps),
+        gray=a.gray,
+        blur=a.sigma > 0,
+        sigma=np.maximum(a.sigma, 1e-3),  # the operator checks the sigma of the samples that it leaves out, too
+        blur_window=blur_window(a.sigma),
+        solarize=a.solarize,
+    )
+
+
+def crop_and_resize(image: Node, r: Recipe, size: int) -> Node:
+    """Cuts the window out, then rescales and flips it: the filter never sees pixels beyond the window."""
+    window = fn.slice(image, r.window_start, r.window_shape, axes=[0, 1])
+    return fn.resize(
+        window,
+        size=[size, size],
+        roi_start=r.roi_start,
+        roi_end=r.roi_end,
+        roi_relative=True,
+        interp_type=types.INTERP_LINEAR,
+        antialias=True,
+    )
+
+
+def colour_step(image: Node, step: ColourStep) -> Node:
+    """Brightness, contrast about the image's mean gray, saturation or hue (a rotation in YIQ, not in HSV)."""
+    if step.chroma:
+        image = fn.hsv(image, saturation=step.saturation, hue=step.hue)
+    else:
+        gray = fn.reductions.sum(fn.reductions.mean(image, axes=[0, 1]) * types.Constant(list(LUMA)))
+        image = fn.brightness_contrast(
+            image, brightness=step.brightness, contrast=step.contrast, contrast_center=gray.cpu()
+        )
+    return image
+
+
+def colour(image: Node, r: Recipe) -> Node:
+    """Jitter in the plan's order, each step rounded to 8 bits as in Pillow and torchvision, then grayscale."""
+    if r.jitter:
+        image = colour_step(image, r.colour[0])
+        image = colour_step(image, r.colour[1])
+        image = colour_step(image, r.colour[2])
+        image = colour_step(image, r.colour[3])
+    if r.gray:
+        image = fn.hsv(image, saturation=0.0)
+    return image
+
+
+def blur_and_solarize(image: Node, r: Recipe) -> Node:
+    """Gaussian blur with reflected borders, then inversion of values from 128 on."""
+    if r.blur:
+        image = fn.gaussian_blur(image, sigma=r.sigma, window_size=r.blur_window)
+    if r.solarize:
+        image = image ^ (fn.cast(image >= 128, dtype=types.UINT8) * types.Constant(np.uint8(255)))
+    return image
+
+
+def every_rth_pixel(image: Node, size: int, ratio: int) -> Node:
+    """``image[::ratio, ::ratio]``, the authors' downsampling: DALI slices have no stride, reshapes do."""
+    blocks = fn.reshape(image, shape=[size // ratio, ratio, size // ratio, ratio, 3], layout="")
+    return fn.reshape(blocks[:, 0, :, 0, :], shape=[size // ratio, size // ratio, 3], layout="HWC")

@@ -1,0 +1,144 @@
+"""The slow, obvious twin of the DALI pipeline: Pillow and torchvision carry the same plan out.
+
+It is the oracle of the other engines and the fallback where DALI is not installed.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+import torchvision.transforms.v2.functional as F
+from PIL import Image
+from torch import Tensor
+
+from dali_pipelines.plan import Augmentation, StepPlan, blur_window
+from mcl.config import AugmentConfig, DataConfig
+from mcl.montage import Geometry
+
+
+def read_rgb(path: str) -> Tensor:
+    """(3, H, W) uint8 of a file as stored: no EXIF rotation, alpha dropped, 16 bits scaled down to 8.
+
+    Raises:
+        OSError: the file cannot be decoded, or ends too early.
+    """
+    with Image.open(path) as image:
+        if image.mode.startswith("I;16"):  # Pillow would clip instead of scale
+            gray = (np.asarray(image).astype(np.float32) / 257).round().astype(np.uint8)
+            return torch.from_numpy(gray).expand(3, -1, -1)
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def crop_and_resize(image: Tensor, window: Sequence[int], flip: bool, size: int) -> Tensor:
+    """Pillow's crop, antialiased bilinear resize and mirror of (3, H, W) uint8, to (3, size, size)."""
+    picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+    x1, y1, x2, y2 = (int(v) for v in window)
+    picture = picture.crop((x1, y1, x2, y2)).resize((size, size), Image.Resampling.BILINEAR)
+    if flip:
+        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+def colour(image: Tensor, a: Augmentation, i: int) -> Tensor:
+    """Colour jitter in the plan's order, then grayscale, of (3, H, W) uint8."""
+    brightness, contrast, saturation, hue = (float(f) for f in a.factors[i])
+    if a.jitter[i]:
+        for operation in a.order[i]:
+            if operation == 0:
+                image = F.adjust_brightness(image, brightness)
+            elif operation == 1:
+                image = F.adjust_contrast(image, contrast)
+            elif operation == 2:
+                image = F.adjust_saturation(image, saturation)
+            else:
+                image = F.adjust_hue(image, hue)
+    if a.gray[i]:
+        image = F.rgb_to_grayscale(image, num_output_channels=3)
+    return image
+
+
+def blur_and_solarize(image: Tensor, a: Augmentation, i: int) -> Tensor:
+    """Gaussian blur with reflected borders, then solarising at 128, of (3, H, W) uint8."""
+    if a.sigma[i] > 0:
+        window = int(blur_window(a.sigma[i]))
+        image = F.gaussian_blur(image, [window, window], [float(a.sigma[i])] * 2)
+    if a.solarize[i]:
+        image = F.solarize(image, 128)
+    return image
+
+
+def make_tile(image: Tensor, a: Augmentation, i: int, geometry: Geometry, level: int, released: bool) -> Tensor:
+    """One level's tile of one view of image i: (3, tile, tile) uint8."""
+    tile = crop_and_resize(image, a.window[i], bool(a.flip[i]), geometry.canvas if released else geometry.tile(level))
+    tile = blur_and_solarize(colour(tile, a, i), a, i)
+    return tile[:, :: geometry.ratios[level], :: geometry.ratios[level]] if released else tile
+
+
+def assemble(tiles: Tensor, ratio: int) -> Tensor:
+    """Lays (canvases * ratio^2, 3, tile, tile) out row-major: (canvases, 3, S, S)."""
+    _, channels, tile, _ = tiles.shape
+    grid = tiles.view(-1, ratio, ratio, channels, tile, tile)
+    return grid.permute(0, 3, 1, 4, 2, 5).reshape(-1, channels, ratio * tile, ratio * tile)
+
+
+class TorchvisionEngine:
+    """Runs plans on a pool of threads; same interface as :class:`dali_pipelines.loader.DaliEngine`."""
+
+    def __init__(
+        self,
+        plans: Iterator[StepPlan],
+        geometry: Geometry,
+        augment: AugmentConfig,
+        data: DataConfig,
+        paths: Sequence[str],
+        threads: int,
+    ) -> None:
+        self._plans, self._geometry, self._paths = plans, geometry, paths
+        self._released = data.tile_sampling == "released"
+        self._mean = torch.tensor(augment.mean).view(3, 1, 1) * 255
+        self._std = torch.tensor(augment.std).view(3, 1, 1) * 255
+        self._dtype = getattr(torch, data.dtype)
+        self._pool = ThreadPoolExecutor(threads)
+        self._prefetch = data.prefetch
+        self._pending: deque[tuple[StepPlan, list[Future[list[list[Tensor]]]]]] = deque()
+
+    def collect(self) -> list[Tensor]:
+        """Canvases of every view of the next step: [(K, 3, S, S) channels_last, ...].
+
+        Raises:
+            OSError: an image of this step cannot be decoded.
+        """
+        while len(self._pending) < self._prefetch:
+            plan = next(self._plans)
+            self._pending.append((plan, [self._pool.submit(self._tiles, plan, i) for i in range(len(plan.index))]))
+        plan, futures = self._pending.popleft()
+        samples = [future.result() for future in futures]  # [image][view][level]
+        views = []
+        for view, sources in enumerate(plan.sources):
+            levels = []
+            for level, slots in enumerate(sources):
+                tiles = torch.stack([sample[view][level] for sample in samples])
+                levels.append(assemble(tiles[torch.from_numpy(slots)], self._geometry.ratios[level]))
+            canvases = (torch.cat(levels).float() - self._mean) / self._std
+            views.append(canvases.to(self._dtype, memory_format=torch.channels_last))
+        return views
+
+    def decodes(self, path: str) -> str | None:
+        """Why a file cannot be decoded; None if it can."""
+        try:
+            read_rgb(path)
+        except Exception as error:  # Pillow's decoders raise nearly anything
+            return f"{type(error).__name__}: {error}"
+        return None
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def _tiles(self, plan: StepPlan, i: int) -> list[list[Tensor]]:
+        image = read_rgb(self._paths[plan.index[i]])
+        return [
+            [make_tile(image, a, i, self._geometry, level, self._released) for level, a in enumerate(levels)]
+            for levels in plan.augmentations
+        ]

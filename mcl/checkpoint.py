@@ -1,0 +1,141 @@
+"""Checkpoints: everything that changes during training, written atomically, the last k kept.
+
+A file holds plain tensors, numbers, strings and containers, so that it loads with ``weights_only=True``:
+``format``, ``config`` (the resolved configuration as a dictionary), ``step`` (steps done), ``model``, ``optimizer``,
+``scaler``, ``loader``, ``rng`` and ``environment``.
+"""
+
+import os
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mcl import config
+from mcl.config import Config
+from mcl.models import MCL
+
+FORMAT = 1
+LAST = "last.pt"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be used; the message names the file and the remedy."""
+
+
+def save(folder: Path, state: dict[str, Any], keep: int) -> Path:
+    """Writes ``step_<step>.pt``, points ``last.pt`` at it and deletes all but the last `keep`.
+
+    A crash, a signal or a full disk at any moment leaves the previous checkpoint in place.
+
+    Raises:
+        CheckpointError: the folder cannot be written or the disk is full.
+    """
+    path = folder / f"step_{state['step']:08d}.pt"
+    partial = path.with_suffix(".partial")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            torch.save({"format": FORMAT, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        link = folder / f"{LAST}.partial"
+        link.unlink(missing_ok=True)
+        link.symlink_to(path.name)
+        os.replace(link, folder / LAST)
+        _sync_folder(folder)
+        for old in steps(folder)[:-keep]:
+            old.unlink()
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        partial.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"{path}: cannot save ({error}); the checkpoints before it are untouched. Free space or mend the folder's "
+            "permissions, then start the same command again"
+        ) from error
+    return path
+
+
+def steps(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(p for p in folder.glob("step_*.pt") if re.fullmatch(r"step_\d+\.pt", p.name))
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """Reads a checkpoint onto the CPU, without executing anything in it.
+
+    Raises:
+        CheckpointError: no such file, incomplete, or not one of ours.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such checkpoint") from None
+    except Exception as error:  # half a file fails in the zip reader, the unpickler or the tensor reader
+        raise CheckpointError(
+            f"{path}: incomplete or not a checkpoint of mcl ({type(error).__name__}: {str(error).splitlines()[0]}); "
+            "use an earlier one of the same folder. The authors' own checkpoints go through mcl import-openselfsup"
+        ) from error
+    if not isinstance(state, dict) or "model" not in state or state.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path}: not a checkpoint of mcl (format {FORMAT}); the authors' own go through mcl import-openselfsup"
+        )
+    return state
+
+
+def latest(folder: Path) -> dict[str, Any] | None:
+    """The newest checkpoint that can be read; broken ones are skipped with a warning. None if there is none.
+
+    Raises:
+        CheckpointError: there are checkpoints, and none can be read.
+    """
+    files = steps(folder)
+    for path in reversed(files):
+        try:
+            return load(path)
+        except CheckpointError as error:
+            warnings.warn(f"{error}; trying the one before", stacklevel=2)
+    if files:
+        raise CheckpointError(f"{folder}: none of the {len(files)} checkpoints can be read; remove them to start anew")
+    return None
+
+
+def load_model(path: str | Path) -> tuple[MCL, Config]:
+    """Builds the model that a checkpoint holds, with its weights, on the CPU.
+
+    Raises:
+        CheckpointError: see :func:`load`.
+    """
+    state = load(path)
+    cfg = config.from_dict(state["config"])
+    model = MCL(cfg.model, cfg.montage)
+    restore(model, state["model"], path)
+    return model, cfg
+
+
+def restore(model: MCL, weights: dict[str, torch.Tensor], path: str | Path) -> None:
+    """Loads weights strictly.
+
+    Raises:
+        CheckpointError: the weights are another model's; the first differing key is named.
+    """
+    own = model.state_dict()
+    missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    shapes = [k for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape]
+    if missing or unexpected or shapes:
+        first = (missing + unexpected + sorted(shapes))[0]
+        raise CheckpointError(
+            f"{path}: weights of another model: {len(missing)} keys missing, {len(unexpected)} unexpected, "
+            f"{len(shapes)} of another shape, the first: {first}; set the section model as it was trained"
+        )
+    model.load_state_dict(weights)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

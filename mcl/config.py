@@ -1,0 +1,324 @@
+"""One tree of frozen dataclasses: every key of a run, its type, its default and its meaning, each said once.
+
+A configuration is read from a YAML preset and refined by ``key=value`` words, e.g. ``optim.base_lr=0.5``. The string
+under each field is its documentation; ``mcl pretrain --help`` prints exactly these.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
+
+from mcl.montage import Geometry, nearest_legal
+
+_MODEL = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key and what would be right."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_MODEL)
+class DataConfig:
+    root: str = ""
+    """Folder of images, or list file. Required."""
+    source: Literal["auto", "folders", "flat", "list"] = "auto"
+    """What root is: a folder of class folders, a flat folder, or a text file with a path (and class) per line."""
+    val_root: str = ""
+    """Held-out images, same layout; the end-of-run evaluation uses them when given."""
+    engine: Literal["auto", "stock", "torchvision"] = "auto"
+    """What carries the augmentation plan out: stock DALI operators, or torchvision (slow, needs no DALI)."""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """Where images are decoded and augmented."""
+    threads: int = Field(default=0, ge=0)
+    """Loader threads per process; 0 takes the cores available, divided by the processes of this machine."""
+    prefetch: int = Field(default=2, ge=1)
+    """Batches prepared ahead."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """Element type of the images handed to the network."""
+    tile_sampling: Literal["direct", "released"] = "direct"
+    """direct: crop and rescale straight to the tile's size, blur scaled with it. released: augment at canvas size, then
+    take every r-th pixel, as the authors' code does."""
+    max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
+    """Stop when more than this fraction of the images cannot be decoded; below it they are replaced and listed."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_MODEL)
+class AugmentConfig:
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """Area of the crop window as a fraction of the image's, lower and upper bound."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Aspect ratio (width / height) of the crop window, lower and upper bound."""
+    flip: float = Field(default=0.5, ge=0, le=1)
+    """Probability of a horizontal flip."""
+    jitter: float = Field(default=0.8, ge=0, le=1)
+    """Probability of colour jitter."""
+    brightness: float = Field(default=0.4, ge=0)
+    """Brightness factor is drawn from 1 - x to 1 + x."""
+    contrast: float = Field(default=0.4, ge=0)
+    """Contrast factor is drawn from 1 - x to 1 + x; the pivot is the image's mean gray."""
+    saturation: float = Field(default=0.2, ge=0)
+    """Saturation factor is drawn from 1 - x to 1 + x."""
+    hue: float = Field(default=0.1, ge=0, le=0.5)
+    """Hue is shifted by -x to x turns."""
+    gray: float = Field(default=0.2, ge=0, le=1)
+    """Probability of grayscale."""
+    blur: tuple[float, float] = (1.0, 0.1)
+    """Probability of Gaussian blur, for the query and the key view."""
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    """Blur sigma in canvas pixels, lower and upper bound; a tile of ratio r gets sigma / r."""
+    solarize: tuple[float, float] = (0.0, 0.2)
+    """Probability of solarising at threshold 128, for the query and the key view."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Subtracted from the RGB channels (0..1)."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Then divides them."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name in ("crop_scale", "crop_ratio", "blur_sigma"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ValueError(f"{name}: {low}, {high} must satisfy 0 < lower <= upper")
+        for name in ("blur", "solarize"):
+            if not all(0 <= p <= 1 for p in getattr(self, name)):
+                raise ValueError(f"{name}: probabilities lie between 0 and 1")
+        return self
+
+
+@dataclass(frozen=True, kw_only=True, config=_MODEL)
+class ModelConfig:
+    backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"
+    """Backbone, named as in torchvision."""
+    width: int = Field(default=256, ge=1)
+    """Channels of the FPN, of the region head and of the embedding."""
+    head_convs: int = Field(default=4, ge=0)
+    """3x3 convolutions of the region head."""
+    hidden: int = Field(default=2048, ge=1)
+    """Hidden units of projector and predictors."""
+    compute: Literal["matched", "released"] = "matched"
+    """Populations of FPN and head: only what the loss reads, or everything the authors' code computes (3.9 times the
+    arithmetic, same loss terms, other BatchNorm statistics)."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Softmax temperature T of the contrastive loss; the loss is multiplied by 2 T."""
+    loss_weights: tuple[float, ...] = (0.5, 0.25, 0.125, 0.125)
+    """Weight of each level's loss."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_MODEL)
+class OptimConfig:
+    name: Literal["lars", "sgd", "adamw"] = "lars"
+    """Optimiser."""
+    base_lr: float = Field(default=1.0, gt=0)
+    """Learning rate per 256 images: lr = base_lr * trainer.global_batch / 256."""
+    final_lr: float = Field(default=1e-4, ge=0)
+    """Learning rate at the end of the cosine, absolute."""
+    warmup_epochs: float = Field(default=10.0225, ge=0)
+    """Length of the linear warm-up, which multiplies the cosine; in steps it is rounded (3,127 for ImageNet at 4,096)."""
+    warmup_start: float = Field(default=1e-4, ge=0, le=1)
+    """Factor at the first step of the warm-up."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Momentum of LARS and SGD."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Moment decay rates of AdamW."""
+    weight_decay: float = Field(default=1e-5, ge=0)
+    """Weight decay."""
+    trust_coefficient: float = Field(default=1e-3, gt=0)
+    """LARS trust coefficient."""
+    exclude: Literal["ndim<=1", "released"] = "ndim<=1"
+    """Parameters without weight decay and trust ratio: all vectors, or those the authors' regular expression finds
+    (it misses the BatchNorm scales of downsampling branches and MLPs)."""
+    clip_norm: float = Field(default=500.0, ge=0)
+    """Gradients are scaled down to this global L2 norm; 0 switches clipping off."""
+    ema: float = Field(default=0.99, ge=0, le=1)
+    """Momentum of the target network at the first step; it rises to 1 along a half cosine."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_MODEL)
+class TrainerConfig:
+    epochs: int = Field(default=100, ge=1)
+    """Length of the run and of all schedules."""
+    global_batch: int = Field(default=4096, ge=1)
+    """Images per step, over all processes."""
+    precision: Literal["fp32", "bf16", "fp16", "fp64"] = "bf16"
+    """Arithmetic of the networks: autocast for bf16 and fp16 (with loss scaling); the loss is computed in fp32, or in
+    fp64 there."""
+    max_loss_scale: float = Field(default=2.0**14, ge=1)
+    """Upper bound of the fp16 loss scale."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the networks live."""
+    threads: int = Field(default=0, ge=0)
+    """CPU threads of PyTorch; 0 leaves its default."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Seed of weights, order, crops, augmentations and montages."""
+    log_every: int = Field(default=10, ge=1)
+    """Steps between two records in metrics.jsonl."""
+    checkpoint_epochs: float = Field(default=4.0, gt=0)
+    """Epochs between two checkpoints."""
+    keep: int = Field(default=3, ge=1)
+    """Checkpoints kept; older ones are deleted."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto continues the run found in the run folder; never refuses to touch a folder that holds one."""
+    init_from: str = ""
+    """Checkpoint whose weights start a new run; not a resume."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_MODEL)
+class LogConfig:
+    tensorboard: bool = True
+    """Write TensorBoard events."""
+    wandb: str = ""
+    """Weights & Biases project; empty does not log there."""
+    progress: bool = True
+    """Show a progress bar on a terminal."""
+    preview: bool = True
+    """Write pictures of the first montages into the run folder."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_MODEL)
+class Config:
+    name: str = "mcl"
+    """Name of the run; its folder is output/name."""
+    output: str = "runs"
+    """Folder of all runs."""
+    data: DataConfig = DataConfig()
+    augment: AugmentConfig = AugmentConfig()
+    montage: Geometry = Geometry()
+    model: ModelConfig = ModelConfig()
+    optim: OptimConfig = OptimConfig()
+    trainer: TrainerConfig = TrainerConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        levels, weights = len(self.montage.ratios), len(self.model.loss_weights)
+        if levels != weights:
+            raise ValueError(f"model.loss_weights: {weights} weights for the {levels} levels of montage.ratios")
+        if not self.name or Path(self.name).name != self.name:
+            raise ValueError(f"name: {self.name!r} is not a plain folder name")
+        return self
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.output) / self.name
+
+    def images_per_rank(self, world_size: int) -> int:
+        """Images of a step per process.
+
+        Raises:
+            ConfigError: trainer.global_batch does not divide by the processes, or makes no legal montage.
+        """
+        batch = self.trainer.global_batch
+        if batch % world_size:
+            raise ConfigError(f"trainer.global_batch: {batch} does not divide by {world_size} processes")
+        images = batch // world_size
+        geometry = self.montage
+        if not geometry.legal(images):
+            near = ", ".join(str(n * world_size) for n in nearest_legal(geometry, images))
+            raise ConfigError(
+                f"trainer.global_batch: {batch} gives {images} images per process, which fill no whole number of "
+                f"canvases at montage.images_per_canvas={list(geometry.images_per_canvas)}; nearest legal: {near}"
+            )
+        return images
+
+
+_ADAPTER: TypeAdapter[Config] = TypeAdapter(Config)
+
+
+def fields(cls: type = Config, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any], str]]:
+    """Yields (dotted key, dataclass field, documentation) of every leaf, in the order of declaration."""
+    documented = cls.__pydantic_fields__  # type: ignore[attr-defined]
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(field.type):
+            yield from fields(field.type, f"{prefix}{field.name}.")  # type: ignore[arg-type]
+        else:
+            yield f"{prefix}{field.name}", field, " ".join((documented[field.name].description or "").split())
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain nested dictionary (tuples become lists), what ``config.yaml`` of a run holds."""
+    plain: dict[str, Any] = _ADAPTER.dump_python(config, mode="json")
+    return plain
+
+
+def from_dict(values: Mapping[str, Any]) -> Config:
+    """Builds and checks a configuration.
+
+    Raises:
+        ConfigError: unknown key (the nearest one is named), wrong type or illegal value.
+    """
+    known = [key for key, _, _ in fields()]
+    for key in _leaves(values):
+        if key not in known and not any(k.startswith(key + ".") for k in known):
+            raise ConfigError(f"{key}: no such key; {_nearest(key, known)}")
+    try:
+        return _ADAPTER.validate_python(dict(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "value_error":  # our own checks: `loc` is the section, the message starts with its key
+            raise ConfigError(f"{key}.{message}" if key else message) from None
+        raise ConfigError(f"{key}: {message} (got {first['input']!r})") from None
+
+
+def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Reads a YAML preset and applies ``key=value`` words to it; values are YAML too.
+
+    Raises:
+        ConfigError: no such file, not YAML, or see :func:`from_dict`.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the configuration ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a YAML file: {error}") from None
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected keys and values, found {type(values).__name__}")
+    for word in overrides:
+        key, separator, text = word.partition("=")
+        if not separator:
+            raise ConfigError(f"{word!r}: expected key=value")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ConfigError(f"{key}: cannot read the value {text!r}") from None
+        _set(values, key, "" if value is None else value)
+    return from_dict(values)
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    *parents, leaf = key.split(".")
+    node = values
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"{key}: {parent} is not a section")
+    node[leaf] = value
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def _nearest(key: str, known: list[str]) -> str:
+    """Says which known key was probably meant: the same last word, or similar spelling."""
+    leaf = key.rsplit(".", 1)[-1]
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    same = [k for k in known if k.rsplit(".", 1)[-1] == leaf]
+    leaves = difflib.get_close_matches(leaf, [k.rsplit(".", 1)[-1] for k in known], n=1, cutoff=0.6)
+    similar = [k for k in known if leaves and k.rsplit(".", 1)[-1] == leaves[0]]
+    candidates = same or close or similar
+    return f"did you mean {candidates[0]}?" if candidates else "see `mcl pretrain --help` for all keys"

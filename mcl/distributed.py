@@ -1,0 +1,64 @@
+"""Processes of a run, as torchrun or SLURM started them; a single process needs none of it."""
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def setup(device: str) -> None:
+    """Joins the process group when there is more than one process: NCCL on GPUs, gloo on CPUs."""
+    if "SLURM_PROCID" in os.environ and "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+        for ours, theirs in (("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_NTASKS"), ("LOCAL_RANK", "SLURM_LOCALID")):
+            os.environ[ours] = os.environ[theirs]
+        if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
+            raise RuntimeError("MASTER_ADDR and MASTER_PORT must name the first node and a free port for srun")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+
+
+def teardown() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_rank() -> int:
+    """Rank among the processes of this machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def local_world_size() -> int:
+    """Processes of this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def all_gather(x: Tensor) -> Tensor:
+    """(n, ...) of every rank, concatenated in the order of ranks, without gradient."""
+    if world_size() == 1:
+        return x.detach()
+    gathered = x.new_empty(world_size() * len(x), *x.shape[1:])
+    dist.all_gather_into_tensor(gathered, x.detach().contiguous())
+    return gathered
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set on any rank. Waits for all of them."""
+    if world_size() == 1:
+        return flag
+    value = torch.tensor(int(flag), device=device)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value.item())
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()

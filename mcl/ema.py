@@ -1,0 +1,20 @@
+"""Momentum network: target = m * target + (1 - m) * online, after every optimiser step."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def momentum(base: float, step: int, steps: int) -> float:
+    """m at a step: from `base` to 1 along a half cosine."""
+    return 1 - (1 - base) * (math.cos(math.pi * step / steps) + 1) / 2
+
+
+@torch.no_grad()
+def update(target: Iterable[Tensor], online: Iterable[Tensor], m: float) -> None:
+    """Moves target parameters towards the online ones, in place. Buffers are not averaged, as in the released code."""
+    targets, onlines = list(target), list(online)
+    torch._foreach_mul_(targets, m)
+    torch._foreach_add_(targets, onlines, alpha=1 - m)

@@ -1,0 +1,38 @@
+"""Backbones that return their feature maps; parameters are named as in torchvision."""
+
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+_RESNETS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
+    "resnet18": (BasicBlock, [2, 2, 2, 2]),
+    "resnet34": (BasicBlock, [3, 4, 6, 3]),
+    "resnet50": (Bottleneck, [3, 4, 6, 3]),
+    "resnet101": (Bottleneck, [3, 4, 23, 3]),
+}
+
+
+class Backbone(ResNet):
+    """torchvision's ResNet without pooling and classifier (stride in the 3x3 convolution).
+
+    Convolutions start from a Kaiming normal distribution over the fan-in, and no BatchNorm scale starts at zero, as in
+    the released code.
+    """
+
+    def __init__(self, name: str) -> None:
+        block, depths = _RESNETS[name]
+        super().__init__(block, depths)
+        del self.avgpool, self.fc
+        self.channels = tuple(64 * 2**i * block.expansion for i in (3, 2, 1, 0))
+        """Channels of the maps that :meth:`forward` returns."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> list[Tensor]:  # type: ignore[override]
+        """(n, 3, S, S) to C5, C4, C3, C2: (n, channels[i], S / 32 * 2^i, S / 32 * 2^i), coarsest first."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        features = []
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = stage(x)
+            features.append(x)
+        return features[::-1]

@@ -1,0 +1,185 @@
+"""Geometry of montages as pure functions: levels, canvases, tiles, boxes, slabs, legal batch sizes.
+
+A canvas is ``32 * cells`` pixels square. Level i cuts it into ``ratios[i]`` x ``ratios[i]`` tiles, so that on the feature
+map of stride ``32 / ratios[i]`` every tile is ``cells`` x ``cells``. N images fill ``N / images_per_canvas[i]`` canvases.
+Slots are numbered canvas by canvas, row-major within a canvas, level after level.
+
+Shape letters: N images, K canvases of all levels, T tiles of all levels, S canvas side.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+from torch import Tensor
+
+STRIDE = 32
+"""Stride of the coarsest feature map, C5."""
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float32]
+
+
+@pydantic_dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
+class Geometry:
+    """Shape of a montage, independent of the number of images; a section of the configuration.
+
+    Raises:
+        ValueError: the levels do not fit each other; the message starts with the key.
+    """
+
+    cells: int = 7
+    """Feature cells per tile side; a canvas is 32 * cells pixels square."""
+    ratios: tuple[int, ...] = (1, 2, 4, 8)
+    """Tiles per canvas side, one entry per level: increasing powers of two from 1 to at most 8."""
+    images_per_canvas: tuple[int, ...] = (1, 4, 16, 32)
+    """Images of the batch per canvas, one entry per level: N images make N / images_per_canvas canvases."""
+
+    def __post_init__(self) -> None:
+        ratios, per_canvas = list(self.ratios), list(self.images_per_canvas)
+        if self.cells < 1:
+            raise ValueError(f"cells: {self.cells} must be at least 1")
+        if ratios != sorted(set(ratios)) or ratios[:1] != [1] or not set(ratios) <= {1, 2, 4, 8}:
+            raise ValueError(f"ratios: {ratios} must start with 1 and increase among 1, 2, 4, 8")
+        if len(per_canvas) != len(ratios):
+            raise ValueError(f"images_per_canvas: {len(per_canvas)} entries for {len(ratios)} ratios")
+        if per_canvas[0] != 1:
+            raise ValueError("images_per_canvas: level 0 shows one image per canvas, so it must start with 1")
+        for r, k in zip(ratios, per_canvas, strict=True):
+            if k < 1 or (r * r) % k:
+                raise ValueError(f"images_per_canvas: {k} must divide the {r * r} tiles of a canvas of ratio {r}")
+            if self.canvas % k:
+                raise ValueError(f"images_per_canvas: {k} must divide the canvas side of {self.canvas} px")
+
+    @property
+    def canvas(self) -> int:
+        """Side of a canvas, pixels."""
+        return STRIDE * self.cells
+
+    @property
+    def levels(self) -> int:
+        return len(self.ratios)
+
+    def tile(self, level: int) -> int:
+        """Side of a tile, pixels."""
+        return self.canvas // self.ratios[level]
+
+    def legal(self, images: int) -> bool:
+        """Whether N images fill whole canvases at every level."""
+        return images > 0 and all(images % k == 0 for k in self.images_per_canvas)
+
+    def canvases(self, images: int) -> tuple[int, ...]:
+        """Canvases per level for N images."""
+        return tuple(images // k for k in self.images_per_canvas)
+
+    def tiles(self, images: int) -> tuple[int, ...]:
+        """Tiles per level for N images."""
+        return tuple(c * r * r for c, r in zip(self.canvases(images), self.ratios, strict=True))
+
+
+def nearest_legal(geometry: Geometry, images: int) -> tuple[int, ...]:
+    """The legal numbers of images just below and just above `images`."""
+    step = int(np.lcm.reduce(geometry.images_per_canvas))
+    below = images // step * step
+    return tuple(n for n in (below, below + step) if n > 0)
+
+
+@dataclass(frozen=True)
+class Paste:
+    """Where the rows of one level's tiles go, for every slab.
+
+    DALI keeps one batch size per iteration, so a level of N / k canvases leaves it as N slabs: slab j is rows
+    (j mod k) * S/k to (j mod k + 1) * S/k of canvas j div k. P pastes fill one slab.
+    """
+
+    slots: IntArray  # (N, P) tile slot of the level
+    source: npt.NDArray[np.int32]  # (N, P, 2) y, x of the piece in the tile, pixels
+    target: npt.NDArray[np.int32]  # (N, P, 2) y, x of the piece in the slab, pixels
+    shape: npt.NDArray[np.int32]  # (N, P, 2) height, width of the piece, pixels
+    size: tuple[int, int]  # slab height, width, pixels
+
+
+def slabs(geometry: Geometry, level: int, images: int) -> Paste:
+    """Pieces of tiles that make the slabs of one level."""
+    ratio, per_canvas = geometry.ratios[level], geometry.images_per_canvas[level]
+    tile, height = geometry.tile(level), geometry.canvas // per_canvas
+    rows: list[list[tuple[int, ...]]] = []
+    for part in range(per_canvas):
+        top, bottom = part * height, (part + 1) * height
+        pieces = []
+        for row in range(top // tile, -(-bottom // tile)):
+            y0, y1 = max(top, row * tile), min(bottom, (row + 1) * tile)
+            pieces += [(row * ratio + c, y0 - row * tile, y0 - top, y1 - y0, c * tile) for c in range(ratio)]
+        rows.append(pieces)
+    piece = np.array(rows, np.int64)  # (k, P, 5); k divides r^2, both powers of two, so every slab has as many pieces
+    part = np.arange(images) % per_canvas
+    slots = piece[part, :, 0] + (np.arange(images) // per_canvas * ratio * ratio)[:, None]
+    zero = np.zeros_like(piece[..., 0])
+    source = np.stack([piece[..., 1], zero], -1)[part].astype(np.int32)
+    target = np.stack([piece[..., 2], piece[..., 4]], -1)[part].astype(np.int32)
+    shape = np.stack([piece[..., 3], np.full_like(zero, tile)], -1)[part].astype(np.int32)
+    return Paste(slots=slots, source=source, target=target, shape=shape, size=(height, geometry.canvas))
+
+
+def boxes(geometry: Geometry, images: int) -> FloatArray:
+    """Tile boxes of all levels.
+
+    Returns:
+        (T, 5) float32: canvas row among the canvases of all levels, x1, y1, x2, y2 in canvas pixels.
+    """
+    parts, first = [], 0
+    for level, canvases in enumerate(geometry.canvases(images)):
+        parts.append(_grid(canvases, geometry.ratios[level], geometry.tile(level), first))
+        first += canvases
+    return np.concatenate(parts)
+
+
+def all_tiles(geometry: Geometry, images: int, level: int) -> FloatArray:
+    """Boxes of the tile grid of `level` on the canvases of every level: the populations of ``compute: released``.
+
+    Returns:
+        (K * ratio^2, 5) float32, as :func:`boxes`.
+    """
+    return _grid(sum(geometry.canvases(images)), geometry.ratios[level], geometry.tile(level), 0)
+
+
+def _grid(canvases: int, ratio: int, tile: int, first: int) -> FloatArray:
+    canvas, row, column = np.meshgrid(np.arange(canvases) + first, np.arange(ratio), np.arange(ratio), indexing="ij")
+    corners = [canvas, column * tile, row * tile, (column + 1) * tile, (row + 1) * tile]
+    return np.stack([c.ravel() for c in corners], 1).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class MontageBatch:
+    """One view of a step: N images, seen as T tiles on K canvases."""
+
+    images: Tensor  # (K, 3, S, S) channels_last memory, normalised; canvases of all levels, level 0 first
+    labels: Tensor  # (N,) int64 class of each source image, -1 unknown
+    index: Tensor  # (N,) int64 dataset index of each source image
+    sources: Tensor  # (T,) int64 which of the N images each tile shows, in level order, row-major
+    boxes: Tensor  # (T, 5) float32 canvas row in `images`, x1, y1, x2, y2 in canvas pixels
+    crops: Tensor  # (T, 5) float32 x1, y1, x2, y2 of the crop in the source image (0..1), flipped (1) or not (0)
+    canvases: tuple[int, ...]  # canvases per level, in `images`
+    queries: tuple[int, ...]  # how many of them, the first ones, go through the online network
+    ratios: tuple[int, ...]
+    cells: int
+    epoch: int
+    step: int
+
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "MontageBatch":
+        """Copies what the network reads to `device`, asynchronously; `dtype` converts the images."""
+        moved = {
+            name: getattr(self, name).to(device, non_blocking=True)
+            for name in ("labels", "index", "sources", "boxes", "crops")
+        }
+        images = self.images.to(device, dtype, non_blocking=True, memory_format=torch.channels_last)
+        shape = {name: getattr(self, name) for name in ("canvases", "queries", "ratios", "cells", "epoch", "step")}
+        return MontageBatch(images=images, **moved, **shape)
+
+    def tiles(self, level: int) -> slice:
+        """Rows of `sources`, `boxes` and `crops` that belong to `level`."""
+        counts = [c * r * r for c, r in zip(self.canvases, self.ratios, strict=True)]
+        return slice(sum(counts[:level]), sum(counts[: level + 1]))

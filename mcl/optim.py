@@ -1,0 +1,123 @@
+"""LARS, parameter groups, schedules. Nothing here reads a number back from the device."""
+
+import math
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+
+from mcl.config import OptimConfig
+
+_RELEASED_EXCLUSION = re.compile(r"(bn|gn)\d+\.(weight|bias)|\.bn\.(weight|bias)|bias")
+
+
+class LARS(Optimizer):
+    """Layer-wise adaptive rate scaling (arXiv 1708.03888), as in the released code.
+
+    With w a parameter and g its gradient:
+        trust = trust_coefficient * |w| / (|g| + weight_decay * |w|)
+        buffer = momentum * buffer + lr * trust * (g + weight_decay * w)
+        w = w - buffer
+    Groups with ``adapt=False`` use trust = 1. A zero weight gives trust = 0, so it never moves.
+
+    Args:
+        params: parameters, or groups of them with their own ``weight_decay`` and ``adapt``.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        trust_coefficient: float = 1e-3,
+        adapt: bool = True,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "trust_coefficient": trust_coefficient,
+            "adapt": adapt,
+        }
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Updates all parameters that have a gradient."""
+        loss = closure() if closure is not None else None
+        for group in self.param_groups:
+            weights = [p for p in group["params"] if p.grad is not None]
+            if weights:
+                self._update(weights, group)
+        return loss
+
+    def _update(self, weights: list[Tensor], group: dict[str, Any]) -> None:
+        for w in weights:
+            if "momentum_buffer" not in self.state[w]:
+                self.state[w]["momentum_buffer"] = torch.zeros_like(w)
+        buffers = [self.state[w]["momentum_buffer"] for w in weights]
+        grads, decay = [w.grad for w in weights], group["weight_decay"]
+        steps = torch._foreach_add(grads, weights, alpha=decay)
+        if group["adapt"]:
+            norms = torch.stack(torch._foreach_norm(weights))
+            scale = torch.stack(torch._foreach_norm(grads)) + decay * norms
+            trust = torch.where(scale > 0, group["trust_coefficient"] * norms / scale, 0.0)
+            torch._foreach_mul_(steps, list((trust * group["lr"]).unbind()))
+        else:
+            torch._foreach_mul_(steps, group["lr"])
+        torch._foreach_mul_(buffers, group["momentum"])
+        torch._foreach_add_(buffers, steps)
+        torch._foreach_sub_(weights, buffers)
+
+
+def excluded(name: str, parameter: Tensor, rule: str) -> bool:
+    """Whether a parameter takes neither weight decay nor trust ratio; `rule` is ``optim.exclude``."""
+    if rule == "released":
+        return _RELEASED_EXCLUSION.search(_released_name(name)) is not None
+    return parameter.ndim <= 1
+
+
+def _released_name(name: str) -> str:
+    """The authors call the norms of FPN and head convolutions `bn`."""
+    return re.sub(r"^(online\.fpn\..*|online\.head\.convs\..*)\.norm\.", r"\1.bn.", name)
+
+
+def build_optimizer(config: OptimConfig, model: nn.Module) -> Optimizer:
+    """Optimiser over the trainable parameters of `model`, in two groups: the usual, and the excluded ones."""
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    usual = [p for name, p in trainable if not excluded(name, p, config.exclude)]
+    vectors = [p for name, p in trainable if excluded(name, p, config.exclude)]
+    groups: list[dict[str, Any]] = [
+        {"params": usual, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    if config.name == "lars":
+        groups[1]["adapt"] = False
+        return LARS(groups, lr=0.0, momentum=config.momentum, trust_coefficient=config.trust_coefficient)
+    if config.name == "sgd":
+        return SGD(groups, lr=0.0, momentum=config.momentum, foreach=True)
+    return AdamW(groups, lr=0.0, betas=config.betas, foreach=True)
+
+
+def learning_rate(config: OptimConfig, global_batch: int, step: int, steps: int, steps_per_epoch: int) -> float:
+    """Learning rate of a step: a cosine over the whole run from the first step on, times a linear warm-up.
+
+    Args:
+        step: from 0.
+        steps: of the whole run.
+    """
+    peak = config.base_lr * global_batch / 256
+    lr = config.final_lr + (peak - config.final_lr) * (math.cos(math.pi * step / steps) + 1) / 2
+    warmup = round(config.warmup_epochs * steps_per_epoch)
+    if step < warmup:
+        lr *= config.warmup_start + (1 - config.warmup_start) * step / warmup
+    return lr
+
+
+def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
