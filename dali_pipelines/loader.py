@@ -10,6 +10,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from dali_pipelines.plan import VIEWS, Plan, StepPlan
 from dali_pipelines.source import Source
@@ -74,7 +75,7 @@ class DaliEngine:
         for view in range(VIEWS):
             levels = slabs[view * self._geometry.levels : (view + 1) * self._geometry.levels]
             # DALI reuses its buffers; concatenating copies out of them.
-            dense = [torch.from_dlpack(level.as_tensor()).reshape(-1, size, size, 3) for level in levels]
+            dense = [from_dlpack(level.as_tensor()).reshape(-1, size, size, 3) for level in levels]
             views.append(torch.cat(dense).permute(0, 3, 1, 2))
         if self._gpu is not None:
             torch.cuda.current_stream(self._gpu).synchronize()
@@ -85,9 +86,9 @@ class DaliEngine:
         try:
             self._dali.decode_pipeline(path).run()
         except RuntimeError as error:
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            reasons = [line for line in lines if "rror" in line and not line.startswith("Critical")]
-            return (reasons or lines or ["DALI cannot decode it"])[-1]
+            # DALI quotes the pipeline's source first, says what happened, then that the pipeline is lost.
+            text = str(error).rpartition("encountered:")[2]
+            return "DALI: " + next((line.strip(" :") for line in text.splitlines() if line.strip()), "cannot decode it")
         return None
 
     def close(self) -> None:
@@ -131,8 +132,8 @@ def default_threads(local_world_size: int = 1) -> int:
 class MontageLoader:
     """Yields (query view, key view) for ever, from any step on.
 
-    Its state is a position and the list of bad files: whatever was prefetched, a loader that is given another's state goes
-    on exactly where that one stood.
+    Its state is a position and the list of bad files: whatever was prefetched, a loader that is given another's state
+    goes on exactly where that one stood.
 
     Args:
         source: the images.
@@ -158,8 +159,8 @@ class MontageLoader:
     ) -> None:
         if len(source) < plan.global_batch:
             raise ConfigError(
-                f"data.root: {source.root} has {len(source)} images, fewer than trainer.global_batch={plan.global_batch}; "
-                "add images or lower the batch"
+                f"data.root: {source.root} has {len(source)} images, fewer than "
+                f"trainer.global_batch={plan.global_batch}; add images or lower the batch"
             )
         self.source, self.plan = source, plan
         self.engine_name, self.device, self.reason = choose_engine(data, gpu is not None)
@@ -242,11 +243,12 @@ class MontageLoader:
         if self._on_bad is not None:
             for i, reason in found.items():
                 self._on_bad(i, self.source.paths[i], reason)
-        if len(self.bad) > self._data.max_bad_fraction * len(self.source):
+        # Were all of them bad, there would be nothing to replace them with, whatever fraction is allowed.
+        if len(self.bad) > self._data.max_bad_fraction * len(self.source) or len(self.bad) == len(self.source):
             i, reason = next(iter(self.bad.items()))
             raise BadDataError(
-                f"{len(self.bad)} of the {len(self.source)} images in {self.source.root} cannot be used, more than "
-                f"data.max_bad_fraction={self._data.max_bad_fraction}; the first: {self.source.paths[i]}: {reason}"
+                f"{len(self.bad)} of the {len(self.source)} images in {self.source.root} cannot be used "
+                f"(data.max_bad_fraction={self._data.max_bad_fraction}); the first: {self.source.paths[i]}: {reason}"
             )
 
     def _batch(self, plan: StepPlan, view: int, images: Tensor) -> MontageBatch:

@@ -1,8 +1,8 @@
 """Graph functions: each takes and returns DALI nodes and runs on the device its image is on.
 
-They carry an :class:`~dali_pipelines.plan.Augmentation` out with stock DALI operators; per-sample parameters are nodes on
-the CPU. The ``if`` statements over nodes are DALI conditionals: they split the batch, and only the samples concerned are
-processed.
+They carry an :class:`~dali_pipelines.plan.Augmentation` out with stock DALI operators; per-sample parameters are nodes
+on the CPU. The ``if`` statements over nodes are DALI conditionals: they split the batch, and only the samples concerned
+are processed.
 """
 
 from dataclasses import dataclass
@@ -95,7 +95,9 @@ def colour_step(image: Node, step: ColourStep) -> Node:
     if step.chroma:
         image = fn.hsv(image, saturation=step.saturation, hue=step.hue)
     else:
-        gray = fn.reductions.sum(fn.reductions.mean(image, axes=[0, 1]) * types.Constant(list(LUMA)))
+        gray = fn.reductions.sum(
+            fn.reductions.mean(image, axes=[0, 1]) * types.Constant(list(LUMA), device=image.device)
+        )
         image = fn.brightness_contrast(
             image, brightness=step.brightness, contrast=step.contrast, contrast_center=gray.cpu()
         )

@@ -1,7 +1,7 @@
 """The DALI pipeline: file names in, normalised slabs out.
 
-One graph for both devices: with ``device_id=None`` everything runs on the CPU, otherwise the decoder is ``mixed`` and what
-follows runs on that GPU.
+One graph for both devices: with ``device_id=None`` everything runs on the CPU, otherwise the decoder is ``mixed`` and
+what follows runs on that GPU.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import numpy as np
 from nvidia.dali import Pipeline, fn, pipeline_def, types
 
 from dali_pipelines import ops
-from dali_pipelines.plan import VIEWS, Augmentation, StepPlan
+from dali_pipelines.plan import VIEWS, StepPlan
 from mcl.config import AugmentConfig, DataConfig
 from mcl.montage import Geometry, Paste, slabs
 
@@ -96,8 +96,8 @@ def feed_arrays(plan: StepPlan, paths: list[str], pastes: list[Paste]) -> list[A
 
 def inputs(geometry: Geometry) -> int:
     """Number of external inputs."""
-    blank = Augmentation(*(np.zeros((1, 4)),) * len(dataclasses.fields(Augmentation)))
-    return 1 + VIEWS * geometry.levels * (len(_leaves(ops.recipe_arrays(blank))) + 4)
+    recipe = len(dataclasses.fields(ops.Recipe)) - 1 + ops.COLOUR_STEPS * len(dataclasses.fields(ops.ColourStep))
+    return 1 + VIEWS * geometry.levels * (recipe + 4)
 
 
 def encode_path(path: str) -> np.ndarray[Any, Any]:

@@ -84,7 +84,7 @@ def order(seed: int, epoch: int, size: int) -> IntArray:
 
 
 def substitute(seed: int, epoch: int, position: int, size: int, bad: Collection[int]) -> int:
-    """The sample shown at `position` of an epoch whose own sample cannot be decoded: the first good one of its draws."""
+    """The sample shown at `position` of an epoch in place of one that cannot be decoded: the first good one drawn."""
     draws = _uniform(_words(seed, epoch, position, Purpose.SUBSTITUTE, _SUBSTITUTE_DRAWS // 4))[0]
     for candidate in (draws * size).astype(np.int64):
         if candidate not in bad:
@@ -130,7 +130,7 @@ def crop_windows(
     area = width * height * (scale[0] + u[..., 0] * (scale[1] - scale[0]))
     aspect = np.exp(np.log(ratio[0]) + u[..., 1] * (np.log(ratio[1]) - np.log(ratio[0])))
     w, h = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
-    fits = (0 < w) & (w <= width) & (0 < h) & (h <= height)
+    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
     y, x = np.floor(u[..., 2] * (height - h + 1)), np.floor(u[..., 3] * (width - w + 1))
 
     first = np.arange(len(u)), fits.argmax(1)

@@ -24,11 +24,14 @@ def read_rgb(path: str) -> Tensor:
     Raises:
         OSError: the file cannot be decoded, or ends too early.
     """
-    with Image.open(path) as image:
-        if image.mode.startswith("I;16"):  # Pillow would clip instead of scale
-            gray = (np.asarray(image).astype(np.float32) / 257).round().astype(np.uint8)
-            return torch.from_numpy(gray).expand(3, -1, -1)
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith("I;16"):  # Pillow would clip instead of scale
+                gray = (np.asarray(image).astype(np.float32) / 257).round().astype(np.uint8)
+                return torch.from_numpy(gray).expand(3, -1, -1)
+            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    except Exception as error:  # Pillow's decoders raise nearly anything
+        raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 def crop_and_resize(image: Tensor, window: Sequence[int], flip: bool, size: int) -> Tensor:
@@ -129,8 +132,8 @@ class TorchvisionEngine:
         """Why a file cannot be decoded; None if it can."""
         try:
             read_rgb(path)
-        except Exception as error:  # Pillow's decoders raise nearly anything
-            return f"{type(error).__name__}: {error}"
+        except OSError as error:
+            return str(error)
         return None
 
     def close(self) -> None:

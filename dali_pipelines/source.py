@@ -55,7 +55,7 @@ def open_source(root: str, kind: Literal["auto", "folders", "flat", "list"] = "a
         threads: headers read at a time.
 
     Raises:
-        SourceError: no such folder, nothing in it, or an unreadable list.
+        SourceError: no such folder, nothing in it, or something unreadable.
     """
     if not root:
         raise SourceError(
@@ -63,11 +63,15 @@ def open_source(root: str, kind: Literal["auto", "folders", "flat", "list"] = "a
         )
     if not os.path.exists(root):
         raise SourceError(f"data.root: {root} does not exist")
-    if kind == "auto":
-        kind = "list" if os.path.isfile(root) else "flat" if _images_in(root) else "folders"
-    if (kind == "list") != os.path.isfile(root):
-        raise SourceError(f"data.root: {root} is a {'folder' if kind == 'list' else 'file'}, but data.source is {kind}")
-    paths, names = {"folders": _class_folders, "flat": _flat_folder, "list": _list_file}[kind](root)
+    try:
+        if kind == "auto":
+            kind = "list" if os.path.isfile(root) else "flat" if _images_in(root) else "folders"
+        if (kind == "list") != os.path.isfile(root):
+            what = "folder" if kind == "list" else "file"
+            raise SourceError(f"data.root: {root} is a {what}, but data.source is {kind}")
+        paths, names = {"folders": _class_folders, "flat": _flat_folder, "list": _list_file}[kind](root)
+    except OSError as error:
+        raise SourceError(f"data.root: cannot read {error.filename} ({error.strerror})") from error
     if not paths:
         raise SourceError(f"data.root: no images in {root} (looked for {', '.join(EXTENSIONS)}; data.source={kind})")
     labels, classes = _number(names)
@@ -108,7 +112,7 @@ def _images_below(folder: str) -> list[str]:
 
 
 def _raise(error: OSError) -> None:
-    raise SourceError(f"data.root: cannot read {error.filename} ({error.strerror})") from error
+    raise error
 
 
 def _class_folders(root: str) -> tuple[list[str], list[str]]:
@@ -131,7 +135,7 @@ def _flat_folder(root: str) -> tuple[list[str], list[str]]:
 def _list_file(root: str) -> tuple[list[str], list[str]]:
     try:
         lines = Path(root).read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise SourceError(f"data.root: cannot read the list {root}: {error}") from None
     folder = os.path.dirname(os.path.abspath(root))
     paths: list[str] = []

@@ -1,3 +1,3 @@
-"""Multi-Level Contrastive Learning (arXiv 2304.02010): pre-training of detection backbones at the speed of the hardware."""
+"""Multi-Level Contrastive Learning (arXiv 2304.02010): fast pre-training of detection backbones."""
 
 __version__ = "0.1.0"

@@ -75,7 +75,7 @@ def load(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: no such checkpoint") from None
     except Exception as error:  # half a file fails in the zip reader, the unpickler or the tensor reader
         raise CheckpointError(
-            f"{path}: incomplete or not a checkpoint of mcl ({type(error).__name__}: {str(error).splitlines()[0]}); "
+            f"{path}: incomplete or not a checkpoint of mcl ({reason(error)}); "
             "use an earlier one of the same folder. The authors' own checkpoints go through mcl import-openselfsup"
         ) from error
     if not isinstance(state, dict) or "model" not in state or state.get("format") != FORMAT:
@@ -131,6 +131,12 @@ def restore(model: MCL, weights: dict[str, torch.Tensor], path: str | Path) -> N
             f"{len(shapes)} of another shape, the first: {first}; set the section model as it was trained"
         )
     model.load_state_dict(weights)
+
+
+def reason(error: Exception) -> str:
+    """Type and first sentence of an error; some have no message."""
+    message = str(error).partition("\n")[0].partition(". ")[0]
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
 def _sync_folder(folder: Path) -> None:

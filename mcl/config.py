@@ -119,7 +119,7 @@ class OptimConfig:
     final_lr: float = Field(default=1e-4, ge=0)
     """Learning rate at the end of the cosine, absolute."""
     warmup_epochs: float = Field(default=10.0225, ge=0)
-    """Length of the linear warm-up, which multiplies the cosine; in steps it is rounded (3,127 for ImageNet at 4,096)."""
+    """Length of the linear warm-up, which multiplies the cosine; rounded to steps (3,127 for ImageNet at 4,096)."""
     warmup_start: float = Field(default=1e-4, ge=0, le=1)
     """Factor at the first step of the warm-up."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
@@ -169,6 +169,18 @@ class TrainerConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=_MODEL)
+class EvaluationConfig:
+    at_end: tuple[Literal["retrieval", "knn", "linear"], ...] = ()
+    """Evaluations at the end of a run."""
+    gallery: int = Field(default=32, ge=2)
+    """Retrieval: images among which every tile looks for its own."""
+    galleries: int = Field(default=32, ge=2)
+    """Retrieval: galleries, each with fresh crops and montages."""
+    k: int = Field(default=10, ge=1)
+    """Neighbours that vote in kNN."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_MODEL)
 class LogConfig:
     tensorboard: bool = True
     """Write TensorBoard events."""
@@ -192,6 +204,7 @@ class Config:
     model: ModelConfig = ModelConfig()
     optim: OptimConfig = OptimConfig()
     trainer: TrainerConfig = TrainerConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     log: LogConfig = LogConfig()
 
     @model_validator(mode="after")
@@ -240,6 +253,24 @@ def fields(cls: type = Config, prefix: str = "") -> Iterator[tuple[str, dataclas
             yield f"{prefix}{field.name}", field, " ".join((documented[field.name].description or "").split())
 
 
+_RESUMABLE = (
+    *("output", "log.", "evaluation.", "data.threads", "data.prefetch", "data.device"),
+    *(f"trainer.{key}" for key in ("device", "threads", "log_every", "checkpoint_epochs", "keep", "resume")),
+)
+"""Keys that may change when a run is resumed: they do not touch what is computed."""
+
+
+def changed_keys(before: Config, now: Config) -> list[str]:
+    """Keys whose values differ and decide what a run computes."""
+
+    def value(config: Any, key: str) -> Any:
+        for part in key.split("."):
+            config = getattr(config, part)
+        return config
+
+    return [k for k, _, _ in fields() if not k.startswith(_RESUMABLE) and value(before, k) != value(now, k)]
+
+
 def to_dict(config: Config) -> dict[str, Any]:
     """Plain nested dictionary (tuples become lists), what ``config.yaml`` of a run holds."""
     plain: dict[str, Any] = _ADAPTER.dump_python(config, mode="json")
@@ -283,6 +314,19 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         values = {}
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected keys and values, found {type(values).__name__}")
+    return from_dict(_apply(values, overrides))
+
+
+def override(config: Config, overrides: Iterable[str]) -> Config:
+    """Applies ``key=value`` words to a configuration.
+
+    Raises:
+        ConfigError: see :func:`from_dict`.
+    """
+    return from_dict(_apply(to_dict(config), overrides))
+
+
+def _apply(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     for word in overrides:
         key, separator, text = word.partition("=")
         if not separator:
@@ -292,7 +336,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         except yaml.YAMLError:
             raise ConfigError(f"{key}: cannot read the value {text!r}") from None
         _set(values, key, "" if value is None else value)
-    return from_dict(values)
+    return values
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:

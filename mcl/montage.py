@@ -1,8 +1,8 @@
 """Geometry of montages as pure functions: levels, canvases, tiles, boxes, slabs, legal batch sizes.
 
-A canvas is ``32 * cells`` pixels square. Level i cuts it into ``ratios[i]`` x ``ratios[i]`` tiles, so that on the feature
-map of stride ``32 / ratios[i]`` every tile is ``cells`` x ``cells``. N images fill ``N / images_per_canvas[i]`` canvases.
-Slots are numbered canvas by canvas, row-major within a canvas, level after level.
+A canvas is ``32 * cells`` pixels square. Level i cuts it into ``ratios[i]`` x ``ratios[i]`` tiles, so that on the
+feature map of stride ``32 / ratios[i]`` every tile is ``cells`` x ``cells``. N images fill ``N / images_per_canvas[i]``
+canvases. Slots are numbered canvas by canvas, row-major within a canvas, level after level.
 
 Shape letters: N images, K canvases of all levels, T tiles of all levels, S canvas side.
 """
@@ -106,9 +106,9 @@ def slabs(geometry: Geometry, level: int, images: int) -> Paste:
     """Pieces of tiles that make the slabs of one level."""
     ratio, per_canvas = geometry.ratios[level], geometry.images_per_canvas[level]
     tile, height = geometry.tile(level), geometry.canvas // per_canvas
-    rows: list[list[tuple[int, ...]]] = []
-    for part in range(per_canvas):
-        top, bottom = part * height, (part + 1) * height
+    rows: list[list[tuple[int, int, int, int, int]]] = []
+    for i in range(per_canvas):
+        top, bottom = i * height, (i + 1) * height
         pieces = []
         for row in range(top // tile, -(-bottom // tile)):
             y0, y1 = max(top, row * tile), min(bottom, (row + 1) * tile)

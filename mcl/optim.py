@@ -60,7 +60,7 @@ class LARS(Optimizer):
             if "momentum_buffer" not in self.state[w]:
                 self.state[w]["momentum_buffer"] = torch.zeros_like(w)
         buffers = [self.state[w]["momentum_buffer"] for w in weights]
-        grads, decay = [w.grad for w in weights], group["weight_decay"]
+        grads, decay = [w.grad for w in weights if w.grad is not None], group["weight_decay"]
         steps = torch._foreach_add(grads, weights, alpha=decay)
         if group["adapt"]:
             norms = torch.stack(torch._foreach_norm(weights))
@@ -121,3 +121,18 @@ def learning_rate(config: OptimConfig, global_batch: int, step: int, steps: int,
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr
+
+
+class LossScaler(torch.amp.GradScaler):
+    """Loss scaling for fp16 with an upper bound of the scale, as the released code has one."""
+
+    def __init__(self, device: str, maximum: float, enabled: bool) -> None:
+        super().__init__(device, init_scale=maximum, enabled=enabled)
+        self._maximum = maximum
+
+    def update(self, new_scale: float | Tensor | None = None) -> None:
+        """Adapts the scale after a step."""
+        super().update(new_scale)
+        if self.is_enabled():
+            assert self._scale is not None  # the first step has made it
+            self._scale.clamp_(max=self._maximum)

@@ -11,7 +11,7 @@ _RESNETS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
 }
 
 
-class Backbone(ResNet):
+class Backbone(ResNet):  # type: ignore[misc]  # torchvision has no types
     """torchvision's ResNet without pooling and classifier (stride in the 3x3 convolution).
 
     Convolutions start from a Kaiming normal distribution over the fan-in, and no BatchNorm scale starts at zero, as in
@@ -28,7 +28,7 @@ class Backbone(ResNet):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
 
-    def forward(self, x: Tensor) -> list[Tensor]:  # type: ignore[override]
+    def forward(self, x: Tensor) -> list[Tensor]:
         """(n, 3, S, S) to C5, C4, C3, C2: (n, channels[i], S / 32 * 2^i, S / 32 * 2^i), coarsest first."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         features = []

@@ -44,7 +44,7 @@ class FPN(nn.Module):
             features: the backbone's maps, coarsest first: (n, channels[i], h * 2^i, w * 2^i).
             levels: indices into `depths`, increasing.
         """
-        merged = []
+        merged: list[Tensor] = []
         for depth in range(self.depths[levels[-1]] + 1):
             x = self.laterals[depth](features[depth])
             if merged:

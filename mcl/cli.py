@@ -1,0 +1,129 @@
+"""The verbs of ``mcl``: arguments in, one call, words out."""
+
+import argparse
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from mcl import __version__
+from mcl.config import fields
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: parses, runs, and turns errors of the user into one line and exit code 2."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (ValueError, RuntimeError, OSError) as error:
+        if not _is_ours(error):
+            raise
+        sys.exit(f"mcl {options.verb}: error: {error}" if sys.stderr.isatty() else f"error: {error}")
+
+
+def _is_ours(error: Exception) -> bool:
+    """Errors that we raise for users are classes of our own."""
+    return type(error).__module__.split(".")[0] in ("mcl", "dali_pipelines")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mcl", description="Pre-train detection backbones by MCL (arXiv 2304.02010).")
+    parser.add_argument("--version", action="version", version=__version__)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    pretrain = verbs.add_parser(
+        "pretrain",
+        help="pre-train from a configuration",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Pre-trains, or continues the run of that name. Writes output/name/.",
+        epilog="keys (key=value overrides the YAML file):\n\n" + _keys(),
+    )
+    pretrain.add_argument("config", type=Path, help="YAML file, e.g. configs/pretrain/mcl_r50_fpn_100e_in1k.yaml")
+    pretrain.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.root=/data/imagenet/train")
+    pretrain.set_defaults(run=_pretrain)
+
+    evaluate = verbs.add_parser("evaluate", help="score a checkpoint beside its random initialisation")
+    evaluate.add_argument("name", choices=["retrieval", "knn", "linear"])
+    evaluate.add_argument("checkpoint", type=Path, help="e.g. runs/demo/checkpoints/last.pt")
+    evaluate.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="e.g. data.root=FOLDER data.val_root=FOLDER"
+    )
+    evaluate.set_defaults(run=_evaluate)
+
+    export = verbs.add_parser("export", help="hand the weights to another library")
+    export.add_argument("checkpoint", type=Path)
+    export.add_argument("--to", required=True, choices=["torchvision"], help="the library that reads them")
+    export.add_argument("--output", type=Path, help="file to write; default: exports/ of the run folder")
+    export.set_defaults(run=_export)
+
+    importer = verbs.add_parser("import-openselfsup", help="turn the authors' released checkpoint into ours")
+    importer.add_argument("file", type=Path)
+    importer.add_argument("--output", type=Path, help="file to write; default: FILE with the ending .mcl.pt")
+    importer.set_defaults(run=_import)
+
+    preview = verbs.add_parser("preview", help="draw a step's montages, and a checkpoint's feature maps")
+    preview.add_argument("config", type=Path, help="YAML file, or a checkpoint (then with feature maps)")
+    preview.add_argument("overrides", nargs="*", metavar="key=value")
+    preview.add_argument("--step", type=int, default=0, help="step of the run to draw, from 0")
+    preview.add_argument("--output", type=Path, default=Path("preview"), help="folder to write")
+    preview.set_defaults(run=_preview)
+
+    doctor = verbs.add_parser("doctor", help="what is installed, what is used, and why")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _keys() -> str:
+    """Documentation of every key, from the configuration's own fields."""
+    lines = []
+    for key, field, documentation in fields():
+        kind = " | ".join(get_args(field.type)) if get_origin(field.type) is Literal else _type_name(field.type)
+        default = getattr(field.default, "default", field.default)  # bounded fields wrap their default
+        lines.append(f"  {key}  ({kind}, default {default!r})")
+        lines.append(textwrap.fill(documentation, 100, initial_indent=" " * 6, subsequent_indent=" " * 6))
+    return "\n".join(lines)
+
+
+def _type_name(kind: Any) -> str:
+    return kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind).replace("typing.", "")
+
+
+def _pretrain(options: argparse.Namespace) -> None:
+    from mcl import config, run
+
+    run.pretrain(config.load(options.config, options.overrides))
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from mcl import run
+
+    for text in run.evaluate(options.name, options.checkpoint, options.overrides):
+        print(text, flush=True)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from mcl.export import TARGETS
+
+    print(TARGETS[options.to](options.checkpoint, options.output))
+
+
+def _import(options: argparse.Namespace) -> None:
+    from mcl.export import openselfsup
+
+    print(openselfsup.import_file(options.file, options.output or options.file.with_suffix(".mcl.pt")))
+
+
+def _preview(options: argparse.Namespace) -> None:
+    from mcl import run
+
+    for path in run.preview(options.config, options.overrides, options.step, options.output):
+        print(path)
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from mcl import doctor
+
+    checks = doctor.checks()
+    print(doctor.report(checks))
+    sys.exit(0 if doctor.ok(checks) else 1)

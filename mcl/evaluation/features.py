@@ -1,0 +1,62 @@
+"""Backbone features of whole photographs, for kNN and the linear probe."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import torch
+import torchvision.transforms.v2.functional as F
+from torch import Tensor
+
+from dali_pipelines.loader import default_threads
+from dali_pipelines.reference import read_rgb
+from dali_pipelines.source import Source
+from mcl.config import Config
+from mcl.evaluation.statistics import fresh_statistics
+from mcl.models.backbones import Backbone
+
+_BATCH = 64
+_STATISTICS_BATCHES = 8
+
+
+def load_photo(path: str, size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor | None:
+    """(3, size, size) normalised: short side to 8/7 of `size`, then the centre; None if the file cannot be decoded."""
+    try:
+        image = read_rgb(path)
+    except Exception:  # Pillow's decoders raise nearly anything; training has listed the file already
+        return None
+    image = F.center_crop(F.resize(image, [round(size * 8 / 7)], antialias=True), [size, size])
+    photo: Tensor = F.normalize(image.float() / 255, list(mean), list(std))
+    return photo
+
+
+def photos(config: Config, source: Source) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of (n, 3, S, S) photographs and (n,) labels, in the source's order, without undecodable ones."""
+    load = partial(load_photo, size=config.montage.canvas, mean=config.augment.mean, std=config.augment.std)
+    with ThreadPoolExecutor(config.data.threads or default_threads()) as pool:
+        for start in range(0, len(source), _BATCH):
+            loaded = list(pool.map(load, source.paths[start : start + _BATCH]))
+            good = [i for i, image in enumerate(loaded) if image is not None]
+            if good:
+                labels = torch.from_numpy(source.labels[start : start + _BATCH])
+                yield torch.stack([image for image in loaded if image is not None]), labels[good]
+
+
+@torch.no_grad()
+def extract(backbone: Backbone, config: Config, source: Source, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean of C5 over space: (n, channels) float32 and (n,) labels, on the CPU. The backbone is in evaluation mode."""
+    features, labels = [], []
+    for images, label in photos(config, source):
+        features.append(backbone(images.to(device))[0].mean((2, 3)).float().cpu())
+        labels.append(label)
+    return torch.cat(features), torch.cat(labels)
+
+
+def prepare(backbone: Backbone, config: Config, source: Source, device: torch.device) -> Backbone:
+    """Moves a backbone to `device` and re-estimates its BatchNorm statistics on plain photographs of `source`."""
+    backbone.to(device, torch.float32)
+    with fresh_statistics(backbone):
+        for images, _ in itertools.islice(photos(config, source), _STATISTICS_BATCHES):
+            backbone(images.to(device))
+    return backbone

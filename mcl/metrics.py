@@ -1,0 +1,268 @@
+"""One record, many sinks: JSON lines, log, TensorBoard, Weights & Biases, progress bar."""
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mcl import distributed
+from mcl.config import Config, ConfigError, to_dict
+from mcl.models import Output
+
+log = logging.getLogger("mcl")
+
+Record = dict[str, Any]
+"""Numbers, lists with a number per level, and ``kind`` and ``step``."""
+
+
+def setup_logging(folder: Path | None) -> None:
+    """Messages of a run go to the console and to ``train.log``; `folder` is None on all ranks but the first."""
+    log.handlers.clear()
+    log.propagate = False
+    log.setLevel(logging.INFO if folder else logging.WARNING)
+    console = logging.StreamHandler(_TqdmStream())
+    console.setFormatter(logging.Formatter("%(message)s"))
+    log.addHandler(console)
+    if folder:
+        file = logging.FileHandler(folder / "train.log")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.addHandler(file)
+    logging.captureWarnings(True)
+    logging.getLogger("py.warnings").handlers = log.handlers
+
+
+class _TqdmStream:
+    """A stream that keeps messages and the progress bar apart."""
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            tqdm.write(text.rstrip("\n"), file=sys.stdout)
+
+    def flush(self) -> None:
+        sys.stdout.flush()
+
+
+class Metrics:
+    """Writes records of a run; used by rank 0 alone.
+
+    Args:
+        config: the run's configuration.
+        step: steps already done; older records in the folder are kept, newer ones (of a run that was cut) dropped.
+    """
+
+    def __init__(self, config: Config, step: int) -> None:
+        folder = config.run_folder
+        self._path = folder / "metrics.jsonl"
+        _keep_until(self._path, step)
+        self._file = open(self._path, "a")  # noqa: SIM115  # open as long as the run
+        self._tensorboard: Any = None
+        self._wandb: Any = None
+        if config.log.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        if config.log.wandb:
+            try:
+                import wandb
+            except ImportError:
+                raise ConfigError("log.wandb: the package is not installed; pip install wandb, or log.wandb=") from None
+            self._wandb = wandb.init(
+                project=config.log.wandb, name=config.name, dir=str(folder), config=to_dict(config), resume="allow"
+            )
+
+    def write(self, record: Record) -> None:
+        """Appends one record to every sink."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        numbers = _flatten(record)
+        if self._tensorboard is not None:
+            for name, value in numbers.items():
+                self._tensorboard.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+        if self._wandb is not None:
+            self._wandb.log({f"{record['kind']}/{k}": v for k, v in numbers.items()}, step=record["step"])
+
+    def close(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def read(path: Path) -> list[Record]:
+    """Records of a ``metrics.jsonl``; a last line that was cut by a crash is left out."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+def describe(record: Record) -> str:
+    """A training record in one line."""
+    cosines = " ".join(f"{p:+.2f}/{n:+.2f}" for p, n in zip(record["positive"], record["negative"], strict=True))
+    return (
+        f"step {record['step']:>6}  epoch {record['epoch']:7.2f}  loss {record['loss']:8.4f}  "
+        f"cos +/- {cosines}  lr {record['lr']:.2e}  {record['images_per_s']:7.1f} img/s  "
+        f"wait {record['data_wait']:4.0%}  eta {eta(record['eta_s'])}"
+    )
+
+
+def eta(seconds: float) -> str:
+    """Hours, minutes and seconds, as 1:02:03."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Drops records of steps after `step`: a resumed run writes them again."""
+    if path.exists():
+        kept = "".join(json.dumps(r) + "\n" for r in read(path) if r["step"] <= step)
+        partial = path.with_suffix(".partial")
+        partial.write_text(kept)
+        os.replace(partial, path)
+
+
+def _flatten(record: Record) -> dict[str, float]:
+    numbers: dict[str, float] = {}
+    for name, value in record.items():
+        if name in ("kind", "step", "name", "split"):
+            continue
+        prefix = f"{record['name']}_{record['split']}/" if record["kind"] == "eval" else ""
+        if isinstance(value, list):
+            numbers |= {f"{prefix}{name}_{i}": v for i, v in enumerate(value)}
+        else:
+            numbers[f"{prefix}{name}"] = value
+    return numbers
+
+
+class BadFiles:
+    """``bad_files.jsonl``: every file that could not be used, once, with the reason."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._known = {record["path"] for record in read(path)}
+
+    def __call__(self, index: int, path: str, reason: str) -> None:
+        """Notes a file, and says so once."""
+        if path not in self._known:
+            self._known.add(path)
+            log.warning("bad file, replaced: %s: %s", path, reason)
+            with open(self._path, "a") as file:
+                file.write(json.dumps({"index": index, "path": path, "reason": reason}) + "\n")
+
+
+class Meter:
+    """Means over the steps since the last reading, kept on the device; only reading waits for it."""
+
+    def __init__(self, levels: int, device: torch.device) -> None:
+        self._sums = torch.zeros(3, levels, device=device)  # losses, positive, negative: means of both directions
+        self._totals = torch.zeros(2, device=device)  # loss, gradient norm
+        self._count = 0
+        self._failed_step = torch.tensor(-1, device=device)
+        self._failed_levels = torch.zeros(levels, dtype=torch.bool, device=device)
+
+    def add(self, step: int, output: Output, grad_norm: Tensor) -> None:
+        """Takes a step's results in, without waiting for them."""
+        self._sums += torch.stack([output.losses.mean(0), output.positive.mean(0), output.negative.mean(0)])
+        self._totals += torch.stack([output.loss.detach(), grad_norm.to(output.loss.dtype)])
+        self._count += 1
+        failed = ~output.losses.isfinite().all(0)  # (L,)
+        first = failed.any() & (self._failed_step < 0)
+        self._failed_levels |= failed & first
+        self._failed_step = torch.where(first, step, self._failed_step)
+
+    def read(self) -> Record:
+        """Means since the last call."""
+        losses, positive, negative = (self._sums / self._count).tolist()
+        loss, grad_norm = (self._totals / self._count).tolist()
+        self._sums.zero_()
+        self._totals.zero_()
+        self._count = 0
+        return {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "loss_level": losses,
+            "positive": positive,
+            "negative": negative,
+        }
+
+    def failure(self) -> tuple[int, list[int]] | None:
+        """First step (from 0) whose loss was not finite, and at which levels; None if there was none."""
+        step = int(self._failed_step)
+        return None if step < 0 else (step, self._failed_levels.nonzero().flatten().tolist())
+
+
+class Stopwatch:
+    """Speed, share of time spent waiting for the loader, and time left.
+
+    Args:
+        steps: that this process will do.
+    """
+
+    def __init__(self, steps: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock, self._left = clock, steps
+        self._start = self._window = clock()
+        self._wait = 0.0
+        self._images = self._done = 0
+        self._settled: tuple[float, int] | None = None  # when the first step was over: it also fills the pipelines
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Times a wait for the loader."""
+        start = self._clock()
+        yield
+        self._wait += self._clock() - start
+
+    def lap(self, images: int) -> None:
+        """Counts a step."""
+        self._done += 1
+        self._images += images
+        if self._settled is None:
+            self._settled = self._clock(), self._done
+
+    def read(self) -> Record:
+        """Speed (images/s) and waiting share since the last call, seconds left by the mean pace so far."""
+        now = self._clock()
+        elapsed = now - self._window
+        settled, done = self._settled or (self._start, 0)
+        pace = (now - settled) / (self._done - done) if self._done > done else (now - self._start) / max(1, self._done)
+        record = {
+            "images_per_s": self._images / elapsed,
+            "data_wait": self._wait / elapsed,
+            "eta_s": pace * (self._left - self._done),
+        }
+        self._window, self._wait, self._images = now, 0.0, 0
+        return record
+
+
+class ProgressBar:
+    """A bar on a terminal, lines elsewhere."""
+
+    def __init__(self, config: Config, step: int, steps: int) -> None:
+        shown = config.log.progress and distributed.rank() == 0 and sys.stdout.isatty()
+        self._bar = tqdm(total=steps, initial=step, disable=not shown, file=sys.stdout, unit="step", dynamic_ncols=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()
+
+    def show(self, record: Record) -> None:
+        """Shows a training record."""
+        log.info(describe(record))
+        self._bar.update(record["step"] - self._bar.n)

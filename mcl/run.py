@@ -1,0 +1,120 @@
+"""What the verbs do: a whole run from its configuration, and what is done with its checkpoints."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from dali_pipelines.loader import MontageLoader
+from dali_pipelines.plan import Plan
+from dali_pipelines.source import open_source
+from mcl import checkpoint, config, distributed, evaluation, report
+from mcl import preview as pictures
+from mcl.config import Config
+from mcl.evaluation.features import load_photo
+from mcl.evaluation.run import describe
+from mcl.metrics import Metrics, log, read
+from mcl.models import MCL
+from mcl.montage import MontageBatch, nearest_legal
+from mcl.trainer import Trainer, resolve_device
+
+_PREVIEW_PHOTOS = 6
+
+
+def pretrain(cfg: Config) -> None:
+    """Trains, then evaluates, draws and reports into the run folder.
+
+    Raises:
+        ConfigError, SourceError, CheckpointError: wrong input.
+        NonFiniteLossError, Interrupted: see :meth:`mcl.trainer.Trainer.fit`.
+    """
+    try:
+        trainer = Trainer(cfg)
+        first = distributed.rank() == 0
+        if first and cfg.log.preview:
+            montages(cfg, trainer.step, cfg.run_folder / "preview")
+        trainer.fit()
+        if first:
+            _finish(trainer)
+        distributed.barrier()
+    finally:
+        distributed.teardown()
+
+
+def _finish(trainer: Trainer) -> None:
+    cfg, folder = trainer.config, trainer.folder
+    done = {r["name"] for r in read(folder / "metrics.jsonl") if r["kind"] == "eval" and r["step"] == trainer.step}
+    metrics = Metrics(cfg, trainer.step)
+    for name in (name for name in cfg.evaluation.at_end if name not in done):
+        for record in evaluation.evaluate(name, trainer.model, cfg, trainer.device):
+            metrics.write({**record, "step": trainer.step})
+            log.info("%s", describe(record))
+    metrics.close()
+    if cfg.log.preview:
+        features(trainer.model, cfg, folder / "preview")
+    log.info("report: %s", report.write(folder))
+    log.info("weights: %s", folder / "checkpoints" / checkpoint.LAST)
+
+
+def evaluate(name: str, path: Path, overrides: Sequence[str]) -> Iterator[str]:
+    """Scores a checkpoint; yields a line or two per split.
+
+    Raises:
+        CheckpointError, ConfigError, SourceError: wrong input.
+    """
+    model, cfg = checkpoint.load_model(path)
+    cfg = config.override(cfg, overrides)
+    for record in evaluation.evaluate(name, model, cfg, resolve_device("auto")):
+        yield describe(record)
+
+
+def preview(path: Path, overrides: Sequence[str], step: int, output: Path) -> Iterator[Path]:
+    """Draws what a configuration, or a checkpoint, makes of its images; yields the files written.
+
+    Raises:
+        CheckpointError, ConfigError, SourceError: wrong input.
+    """
+    if path.suffix == ".pt":
+        model, cfg = checkpoint.load_model(path)
+        cfg = config.override(cfg, overrides)
+        yield montages(cfg, step, output)
+        yield features(model, cfg, output)
+    else:
+        yield montages(config.load(path, overrides), step, output)
+
+
+def montages(cfg: Config, step: int, folder: Path) -> Path:
+    """Draws both views of one step as one process alone would see it; returns the picture's path."""
+    query, key = batch(cfg, step)
+    path = folder / f"montage_{step:06d}.png"
+    pictures.montages(query, key, cfg.augment, path)
+    return path
+
+
+def batch(cfg: Config, step: int) -> tuple[MontageBatch, MontageBatch]:
+    """Both views of a step of a run with the smallest legal batch, on the CPU."""
+    source = open_source(cfg.data.root, cfg.data.source)
+    plan = Plan(
+        seed=cfg.trainer.seed,
+        size=len(source),
+        images=nearest_legal(cfg.montage, 1)[0],
+        geometry=cfg.montage,
+        augment=cfg.augment,
+        tile_sampling=cfg.data.tile_sampling,
+    )
+    with MontageLoader(source, plan, cfg.data) as loader:
+        loader.load_state_dict({"position": step, "bad": {}})
+        return next(loader)
+
+
+def features(model: MCL, cfg: Config, folder: Path) -> Path:
+    """Draws feature maps of some photographs, held-out ones if there are any; returns the picture's path."""
+    source = open_source(cfg.data.val_root or cfg.data.root, cfg.data.source)
+    load = partial(load_photo, size=cfg.montage.canvas, mean=cfg.augment.mean, std=cfg.augment.std)
+    spread = source.paths[:: max(1, len(source) // _PREVIEW_PHOTOS)]
+    images = [image for image in map(load, spread[:_PREVIEW_PHOTOS]) if image is not None]
+    path = folder / "features.png"
+    parameter = next(model.parameters())
+    pictures.feature_maps(model.online, torch.stack(images).to(parameter), path, cfg.augment)
+    return path

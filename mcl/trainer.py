@@ -1,0 +1,302 @@
+"""The training loop, readable top to bottom."""
+
+import contextlib
+import signal
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dali_pipelines.loader import MontageLoader, default_threads
+from dali_pipelines.plan import Plan
+from dali_pipelines.source import open_source
+from mcl import checkpoint, distributed, ema
+from mcl.config import Config, ConfigError, changed_keys, from_dict, to_dict
+from mcl.metrics import BadFiles, Meter, Metrics, ProgressBar, Stopwatch, log, setup_logging
+from mcl.models import MCL, Output
+from mcl.montage import MontageBatch
+from mcl.optim import LossScaler, build_optimizer, learning_rate, set_learning_rate
+from mcl.signals import Interrupted, Signals
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became infinite or NaN; the message names step, level and last good checkpoint."""
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of this process for ``trainer.device``.
+
+    Raises:
+        ConfigError: cuda was asked for and is not there.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("trainer.device: cuda was asked for, but PyTorch sees no CUDA device; use trainer.device=cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", distributed.local_rank())
+
+
+class Trainer:
+    """A run: built from its configuration, continued from its folder if that holds a checkpoint.
+
+    Raises:
+        ConfigError, SourceError, CheckpointError: wrong input, before any work starts.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.device = resolve_device(config.trainer.device)
+        distributed.setup(self.device.type)
+        self.images = config.images_per_rank(distributed.world_size())
+        self.folder = config.run_folder
+        if config.trainer.threads:
+            torch.set_num_threads(config.trainer.threads)
+        self._prepare_folder()
+
+        source = open_source(config.data.root, config.data.source)
+        plan = Plan(
+            seed=config.trainer.seed,
+            size=len(source),
+            images=self.images,
+            geometry=config.montage,
+            augment=config.augment,
+            tile_sampling=config.data.tile_sampling,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+        )
+        self.loader = MontageLoader(
+            source,
+            plan,
+            config.data,
+            gpu=self.device.index,
+            threads=config.data.threads or default_threads(distributed.local_world_size()),
+            on_bad=BadFiles(self.folder / "bad_files.jsonl"),
+        )
+        self.steps_per_epoch = plan.steps_per_epoch
+        self.steps = config.trainer.epochs * self.steps_per_epoch
+        self.step = 0
+
+        torch.manual_seed(config.trainer.seed)  # the same weights on every rank
+        self.model = MCL(config.model, config.montage)
+        if config.trainer.init_from:
+            state = checkpoint.load(config.trainer.init_from)
+            checkpoint.restore(self.model, state["model"], config.trainer.init_from)
+        if distributed.world_size() > 1 and self.device.type == "cuda":
+            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+        dtype = torch.float64 if config.trainer.precision == "fp64" else torch.float32
+        self.model.to(self.device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.optimizer = build_optimizer(config.optim, self.model)
+        self.scaler = LossScaler(self.device.type, config.trainer.max_loss_scale, config.trainer.precision == "fp16")
+        self._resume()
+        self.module = self.model if distributed.world_size() == 1 else self._parallel()
+        self._meter = Meter(len(config.montage.ratios), self.device)
+
+    # ------------------------------------------------------------------------------------------------ the loop
+
+    def fit(self) -> None:
+        """Trains to the end, or until a signal.
+
+        Raises:
+            NonFiniteLossError: see there.
+            Interrupted: SIGINT or SIGTERM arrived; a checkpoint was saved.
+        """
+        first = distributed.rank() == 0
+        metrics = Metrics(self.config, self.step) if first else None
+        self._describe()
+        every = max(1, round(self.config.trainer.checkpoint_epochs * self.steps_per_epoch))
+        stopwatch = Stopwatch(self.steps - self.step)
+        try:
+            with Signals() as signals, ProgressBar(self.config, self.step, self.steps) as bar:
+                while self.step < self.steps:
+                    with stopwatch.waiting():
+                        query, key = next(self.loader)
+                    output, grad_norm = self.train_step(query, key)
+                    self._meter.add(self.step, output, grad_norm)
+                    self.step += 1
+                    stopwatch.lap(self.config.trainer.global_batch)
+                    stop = signals.received if distributed.world_size() == 1 else self._agree(signals.received)
+                    if self.step % self.config.trainer.log_every == 0 or self.step == self.steps:
+                        record = self._record(stopwatch)
+                        if metrics is not None:
+                            metrics.write(record)
+                            bar.show(record)
+                    if self.step % every == 0 or self.step == self.steps or stop:
+                        self.save()
+                    if stop:
+                        log.warning("stopped by signal %d at step %d; the same command continues", stop, self.step)
+                        raise Interrupted(128 + stop)
+        finally:
+            self.loader.close()
+            if metrics is not None:
+                metrics.close()
+
+    def train_step(self, query: MontageBatch, key: MontageBatch) -> tuple[Output, Tensor]:
+        """Forward, backward, clip, optimiser, momentum network. Waits for nothing.
+
+        Returns:
+            The model's output and the norm of the gradient before clipping, ().
+        """
+        optim, trainer = self.config.optim, self.config.trainer
+        lr = learning_rate(optim, trainer.global_batch, self.step, self.steps, self.steps_per_epoch)
+        set_learning_rate(self.optimizer, lr)
+        dtype = torch.float64 if trainer.precision == "fp64" else None
+        query, key = query.to(self.device, dtype), key.to(self.device, dtype)
+        with self.autocast():
+            output: Output = self.module(query, key)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(output.loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        grad_norm = nn.utils.clip_grad_norm_(parameters, optim.clip_norm or float("inf"))
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        m = ema.momentum(optim.ema, self.step, self.steps)
+        ema.update(self.model.target.parameters(), self.model.online.parameters(), m)
+        return output, grad_norm
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The arithmetic of ``trainer.precision``."""
+        dtype = _AUTOCAST.get(self.config.trainer.precision)
+        return torch.autocast(self.device.type, dtype) if dtype else contextlib.nullcontext()
+
+    # ------------------------------------------------------------------------------------------------ state
+
+    def save(self) -> None:
+        """Writes a checkpoint, unless the loss is no longer finite."""
+        self._check_finite()
+        if distributed.rank() == 0:
+            path = checkpoint.save(self.folder / "checkpoints", self.state_dict(), self.config.trainer.keep)
+            log.info("saved %s", path)
+        distributed.barrier()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step depends on."""
+        rng = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        return {
+            "config": to_dict(self.config),
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "loader": self.loader.state_dict(),
+            "rng": rng,
+            "environment": self._environment(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], origin: str) -> None:
+        """Takes up where :meth:`state_dict` was called; `origin` names the file in errors."""
+        checkpoint.restore(self.model, state["model"], origin)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.loader.load_state_dict(state["loader"])
+        self.step = state["step"]
+        torch.set_rng_state(state["rng"]["cpu"])
+        if "cuda" in state["rng"] and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
+        before, now = state["environment"], self._environment()
+        changed = [f"{k} was {before[k]}, is {now[k]}" for k in now if before.get(k) != now[k]]
+        if changed:
+            log.warning("resuming, but not bit for bit: %s", "; ".join(changed))
+
+    def _resume(self) -> None:
+        state = checkpoint.latest(self.folder / "checkpoints")
+        if state is None:
+            return
+        if self.config.trainer.resume == "never":
+            raise ConfigError(f"trainer.resume: never, but {self.folder} holds a run; choose another name")
+        changes = changed_keys(from_dict(state["config"]), self.config)
+        if changes:
+            raise ConfigError(
+                f"{changes[0]}: the run in {self.folder} was started with another value; keep it to resume, or choose "
+                f"another name for a new run ({len(changes)} keys differ: {', '.join(changes)})"
+            )
+        self.load_state_dict(state, str(self.folder))
+        log.info("resumed at step %d of %d", self.step, self.steps)
+
+    def _environment(self) -> dict[str, Any]:
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        return {
+            "torch": torch.__version__,
+            "device": name,
+            "threads": torch.get_num_threads(),
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "world_size": distributed.world_size(),
+            "engine": self.loader.engine_name,
+        }
+
+    # ------------------------------------------------------------------------------------------------ set-up and words
+
+    def _prepare_folder(self) -> None:
+        if distributed.rank() == 0:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                setup_logging(self.folder)
+                if not (self.folder / "config.yaml").exists():
+                    (self.folder / "config.yaml").write_text(yaml.safe_dump(to_dict(self.config), sort_keys=False))
+            except OSError as error:
+                raise ConfigError(
+                    f"output: cannot write to {self.folder} ({error.strerror}); set output=FOLDER"
+                ) from None
+        else:
+            setup_logging(None)
+        distributed.barrier()
+
+    def _parallel(self) -> nn.Module:
+        if self.device.type == "cpu":
+            log.warning("BatchNorm statistics are each process's own on CPUs; PyTorch synchronises them only on GPUs")
+        devices = [self.device.index] if self.device.type == "cuda" else None
+        # Buffers are equal on all ranks already (or deliberately local); gradients need no copy of their own.
+        return DistributedDataParallel(self.model, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    def _describe(self) -> None:
+        source, plan, config = self.loader.source, self.loader.plan, self.config
+        names = "" if not source.classes else f" in {len(source.classes)} classes"
+        log.info("%d images%s in %s, %d of them bad", len(source), names, source.root, len(self.loader.bad))
+        log.info("loader: %s on %s (%s)", self.loader.engine_name, self.loader.device, self.loader.reason)
+        log.info(
+            "%s, canvas %d px, %s, %s on %s x %d; %d images per step, %d steps per epoch, %d steps",
+            config.model.backbone,
+            plan.geometry.canvas,
+            config.model.compute,
+            config.trainer.precision,
+            self.device,
+            distributed.world_size(),
+            plan.global_batch,
+            self.steps_per_epoch,
+            self.steps,
+        )
+
+    def _record(self, stopwatch: "Stopwatch") -> dict[str, Any]:
+        self._check_finite()
+        optim, trainer = self.config.optim, self.config.trainer
+        last = self.step - 1
+        return {
+            "kind": "train",
+            "step": self.step,
+            "epoch": self.step / self.steps_per_epoch,
+            "lr": learning_rate(optim, trainer.global_batch, last, self.steps, self.steps_per_epoch),
+            "ema": ema.momentum(optim.ema, last, self.steps),
+            **stopwatch.read(),
+            **self._meter.read(),
+        }
+
+    def _check_finite(self) -> None:
+        failure = self._meter.failure()
+        if failure is None:
+            return
+        step, levels = failure
+        good = checkpoint.steps(self.folder / "checkpoints")
+        raise NonFiniteLossError(
+            f"the loss of level {', '.join(map(str, levels))} was not finite at step {step}; last good checkpoint: "
+            f"{good[-1] if good else 'none'}. Lower optim.base_lr or lengthen optim.warmup_epochs"
+        )
+
+    def _agree(self, signal_number: int) -> int:
+        """The signal that any rank received: all stop after the same step."""
+        return signal.SIGTERM if distributed.any_rank(signal_number != 0, self.device) else 0

@@ -1,0 +1,1 @@
+"""What ``build_data.py`` is made of: one module for each sub-command, and the two that read the packages."""

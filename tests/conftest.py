@@ -1,0 +1,53 @@
+"""Fixtures and builders shared by all tests."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from mcl import montage
+from mcl.montage import Geometry, MontageBatch
+
+ROOT = Path(__file__).parent.parent
+PHOTOS = ROOT / "data" / "photos"
+
+
+@pytest.fixture(scope="session")
+def photos() -> Path:
+    """The photographs of the repository: train/ and val/ of class folders."""
+    return PHOTOS
+
+
+def view(geometry: Geometry, images: int, pixels: Tensor, sources: Tensor | None = None) -> MontageBatch:
+    """A view with given canvases (K, 3, S, S); without `sources`, slot i of a level shows image i modulo N."""
+    tiles = geometry.tiles(images)
+    if sources is None:
+        sources = torch.cat([torch.arange(count) % images for count in tiles])
+    canvases = geometry.canvases(images)
+    return MontageBatch(
+        images=pixels,
+        labels=torch.full((images,), -1),
+        index=torch.arange(images),
+        sources=sources,
+        boxes=torch.from_numpy(montage.boxes(geometry, images)),
+        crops=torch.zeros(sum(tiles), 5),
+        canvases=canvases,
+        queries=canvases,
+        ratios=geometry.ratios,
+        cells=geometry.cells,
+        epoch=0,
+        step=0,
+    )
+
+
+def random_view(
+    geometry: Geometry, images: int, seed: int, dtype: torch.dtype = torch.float32, shuffle: bool = True
+) -> MontageBatch:
+    """A view of noise, its tiles shuffled."""
+    generator = torch.Generator().manual_seed(seed)
+    side = geometry.canvas
+    pixels = torch.randn(sum(geometry.canvases(images)), 3, side, side, generator=generator).to(dtype)
+    tiles = geometry.tiles(images)
+    orders = [torch.randperm(n, generator=generator) if shuffle and i else torch.arange(n) for i, n in enumerate(tiles)]
+    return view(geometry, images, pixels, torch.cat([order % images for order in orders]))

@@ -1,0 +1,45 @@
+"""Small image files of every kind, good and broken."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+def save_kinds(folder: Path, picture: Image.Image) -> dict[str, Path]:
+    """Writes `picture` as files of every kind that must be readable: name to path."""
+    deep = np.asarray(picture.convert("L")).astype(np.uint16) * 256 + np.arange(64, dtype=np.uint16)
+    alpha = picture.copy()
+    alpha.putalpha(Image.fromarray(np.tile(np.arange(0, 256, 4, dtype=np.uint8), (48, 1))))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright: show rotated by 90 degrees
+    kinds: dict[str, tuple[Image.Image, dict[str, object]]] = {
+        "rgb.jpg": (picture, {"quality": 92}),
+        "progressive.jpg": (picture, {"progressive": True}),
+        "gray.jpg": (picture.convert("L"), {}),
+        "cmyk.jpg": (picture.convert("CMYK"), {}),
+        "rotated.jpg": (picture, {"exif": exif}),
+        "one_pixel.jpg": (picture.resize((1, 1)), {}),
+        "rgb.png": (picture, {}),
+        "alpha.png": (alpha, {}),
+        "palette.png": (picture.convert("P"), {}),
+        "sixteen_bits.png": (Image.fromarray(deep), {}),
+        "still.webp": (picture, {}),
+        "plain.tif": (picture, {}),
+        "plain.bmp": (picture, {}),
+        "plain.ppm": (picture, {}),
+    }
+    for name, (image, options) in kinds.items():
+        image.save(folder / name, **options)
+    return {name: folder / name for name in kinds}
+
+
+def write_truncated(path: Path, picture: Image.Image) -> None:
+    """A JPEG whose header is whole and whose second half is missing."""
+    picture.save(path, quality=92)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+
+
+def write_animated(path: Path, picture: Image.Image) -> None:
+    picture.save(path, save_all=True, append_images=[picture.rotate(90)])

@@ -1,0 +1,226 @@
+"""Measures how far the DALI engine is from Pillow and torchvision, operation by operation, on real photographs.
+
+``python -m tests.dali_pipelines.parity`` prints the table of ``dali_pipelines/README.md``.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision.transforms.v2.functional as F
+from nvidia.dali import fn, pipeline_def
+from PIL import Image
+from torch import Tensor
+
+from dali_pipelines import ops, pipelines, plan, reference
+from dali_pipelines.plan import Augmentation
+from mcl.config import AugmentConfig
+from mcl.montage import Geometry
+
+GEOMETRY = Geometry()
+SIZES = tuple(GEOMETRY.tile(level) for level in range(GEOMETRY.levels))
+README = Path(pipelines.__file__).parent / "README.md"
+
+Oracle = Callable[[Tensor, Augmentation, int], Tensor]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Absolute difference from the oracle in 8-bit levels, at every tile size: (mean, maximum)."""
+
+    operation: str
+    oracle: str
+    errors: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation alone: the configuration that switches only it on, and what it should do."""
+
+    oracle: str
+    config: AugmentConfig
+    expected: Oracle
+
+
+def draw(config: AugmentConfig, sizes: np.ndarray, level: int) -> Augmentation:
+    """One augmentation per image, of the query view."""
+    return plan.augmentation(config, 0, 0, np.arange(len(sizes)), sizes, 0, level, 1 / GEOMETRY.ratios[level])
+
+
+def only(**on: Any) -> AugmentConfig:
+    """Configuration in which nothing happens but what is named."""
+    off: dict[str, Any] = {"flip": 0, "jitter": 0, "gray": 0, "blur": (0, 0), "solarize": (0, 0)}
+    factors = {"brightness": 0, "contrast": 0, "saturation": 0, "hue": 0}
+    return AugmentConfig(**(off | factors | on))
+
+
+def _gray(tile: Tensor, a: Augmentation, i: int) -> Tensor:
+    picture = Image.fromarray(tile.permute(1, 2, 0).contiguous().numpy()).convert("L")
+    return torch.from_numpy(np.array(picture)).expand(3, -1, -1)
+
+
+def _blur(tile: Tensor, a: Augmentation, i: int) -> Tensor:
+    sigma = float(a.sigma[i])
+    side = 2 * int(np.ceil(3 * sigma)) + 1
+    return F.gaussian_blur(tile, [side, side], [sigma, sigma])
+
+
+OPERATIONS = {
+    "brightness": Operation(
+        "torchvision",
+        only(jitter=1, brightness=0.4),
+        lambda tile, a, i: F.adjust_brightness(tile, float(a.factors[i, 0])),
+    ),
+    "contrast": Operation(
+        "torchvision", only(jitter=1, contrast=0.4), lambda tile, a, i: F.adjust_contrast(tile, float(a.factors[i, 1]))
+    ),
+    "saturation": Operation(
+        "torchvision",
+        only(jitter=1, saturation=0.2),
+        lambda tile, a, i: F.adjust_saturation(tile, float(a.factors[i, 2])),
+    ),
+    "hue": Operation(
+        "torchvision", only(jitter=1, hue=0.1), lambda tile, a, i: F.adjust_hue(tile, float(a.factors[i, 3]))
+    ),
+    "grayscale": Operation("Pillow", only(gray=1), _gray),
+    "blur": Operation("torchvision", only(blur=(1, 1)), _blur),
+    "solarise": Operation("torchvision", only(solarize=(1, 1)), lambda tile, a, i: F.solarize(tile, 128)),
+}
+
+
+def measure(paths: Sequence[str]) -> list[Row]:
+    """Rows of the table, over the given photographs."""
+    images = [reference.read_rgb(path) for path in paths]
+    sizes = np.array([image.shape[:0:-1] for image in images], np.int32)
+    return _single(images, sizes) + _composed(images, sizes)
+
+
+def run_operations(tiles: Sequence[Tensor], a: Augmentation) -> list[Tensor]:
+    """Colour, blur and solarising by DALI on the CPU: n tiles (3, H, W) uint8 of any sizes to as many."""
+
+    def graph(nodes: Any) -> ops.Node:
+        tile = fn.reshape(next(nodes), layout="HWC")
+        recipe = pipelines._take(ops.Recipe, nodes)
+        return ops.blur_and_solarize(ops.colour(tile, recipe), recipe)
+
+    return _run(graph, [_pixels(tiles), *pipelines._leaves(ops.recipe_arrays(a))], len(tiles))[0]
+
+
+def run_tiles(
+    images: Sequence[Tensor], levels: Sequence[Augmentation], geometry: Geometry, released: bool = False
+) -> list[list[Tensor]]:
+    """Whole tiles of every level by DALI on the CPU: [level][image] (3, tile, tile) uint8."""
+
+    def graph(nodes: Any) -> tuple[ops.Node, ...]:
+        image = fn.reshape(next(nodes), layout="HWC")
+        recipes = [pipelines._take(ops.Recipe, nodes) for _ in levels]
+        return tuple(
+            pipelines.make_tile(image, recipe, geometry, level, released) for level, recipe in enumerate(recipes)
+        )
+
+    feed = [_pixels(images)]
+    for a in levels:
+        feed += pipelines._leaves(ops.recipe_arrays(a))
+    return _run(graph, feed, len(images))
+
+
+def _pixels(images: Sequence[Tensor]) -> Any:
+    return [image.permute(1, 2, 0).contiguous().numpy() for image in images]
+
+
+def _run(graph: Callable[[Any], Any], feed: list[Any], n: int) -> list[list[Tensor]]:
+    @pipeline_def(batch_size=n, num_threads=2, device_id=None, prefetch_queue_depth=1, enable_conditionals=True)
+    def pipeline() -> Any:
+        return graph(iter(fn.external_source(source=lambda: feed, num_outputs=len(feed), batch=True)))
+
+    outputs = pipeline().run()
+    return [[torch.from_numpy(np.array(output.at(i))).permute(2, 0, 1) for i in range(n)] for output in outputs]
+
+
+def _error(got: Sequence[Tensor], expected: Sequence[Tensor], border: bool | None = None) -> tuple[float, float]:
+    """Mean and maximum over equally large images; `border` picks the outermost pixels, or all the others."""
+    difference = (torch.stack(list(got)).int() - torch.stack(list(expected)).int()).abs()
+    if border is not None:
+        outside = torch.ones(difference.shape[-2:], dtype=torch.bool)
+        outside[1:-1, 1:-1] = False
+        difference = difference[..., outside if border else ~outside]
+    return difference.double().mean().item(), float(difference.max())
+
+
+def _single(images: list[Tensor], sizes: np.ndarray) -> list[Row]:
+    """Every operation alone, in one DALI batch of all operations and sizes."""
+    tiles: list[Tensor] = []
+    drawn: list[Augmentation] = []
+    expected: list[Tensor] = []
+    for operation in OPERATIONS.values():
+        for level, size in enumerate(SIZES):
+            a = draw(operation.config, sizes, level)
+            drawn.append(a)
+            level_tiles = [reference.crop_and_resize(x, a.window[i], False, size) for i, x in enumerate(images)]
+            tiles += level_tiles
+            expected += [operation.expected(tile, a, i) for i, tile in enumerate(level_tiles)]
+    names = vars(drawn[0])
+    together = Augmentation(**{name: np.concatenate([getattr(a, name) for a in drawn]) for name in names})
+    got = run_operations(tiles, together)
+    n = len(images)
+    parts = iter(range(0, len(got), n))
+    rows = []
+    for name, operation in OPERATIONS.items():
+        errors = []
+        for _ in SIZES:
+            first = next(parts)
+            errors.append(_error(got[first : first + n], expected[first : first + n]))
+        rows.append(Row(name, operation.oracle, tuple(errors)))
+    return rows
+
+
+def _composed(images: list[Tensor], sizes: np.ndarray) -> list[Row]:
+    """Crop, resize and flip alone, then everything together."""
+    often: dict[str, Any] = {"blur": (0.5, 0.5), "solarize": (0.2, 0.2)}
+    pairs = []  # [configuration][level] (got, expected)
+    for config in (only(flip=0.5), AugmentConfig(hue=0, **often), AugmentConfig(**often)):
+        levels = [draw(config, sizes, level) for level in range(GEOMETRY.levels)]
+        expected = [
+            [reference.make_tile(image, a, i, GEOMETRY, level, False) for i, image in enumerate(images)]
+            for level, a in enumerate(levels)
+        ]
+        pairs.append(list(zip(run_tiles(images, levels, GEOMETRY), expected, strict=True)))
+    crop, no_hue, everything = pairs
+    return [
+        Row("crop, resize, flip: inside", "Pillow", tuple(_error(*pair, border=False) for pair in crop)),
+        Row("crop, resize, flip: outermost pixels", "Pillow", tuple(_error(*pair, border=True) for pair in crop)),
+        Row("everything but hue", "torchvision engine", tuple(_error(*pair) for pair in no_hue)),
+        Row("everything", "torchvision engine", tuple(_error(*pair) for pair in everything)),
+    ]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as Markdown, rounded up."""
+    lines = [
+        "| operation | oracle | " + " | ".join(f"{size} px" for size in SIZES) + " |",
+        "|" + "---|" * (2 + len(SIZES)),
+    ]
+    for row in rows:
+        cells = [f"{np.ceil(mean * 100) / 100:.2f} / {most:.0f}" for mean, most in row.errors]
+        lines.append(f"| {row.operation} | {row.oracle} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def stated(text: str) -> dict[str, tuple[tuple[float, float], ...]]:
+    """Operation to (mean, maximum) per size, as a Markdown text states them."""
+    found = {}
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 2 + len(SIZES) and re.fullmatch(r"[\d.]+ / \d+", cells[2]):
+            found[cells[0]] = tuple((float(mean), float(most)) for mean, most in (c.split(" / ") for c in cells[2:]))
+    return found
+
+
+if __name__ == "__main__":
+    photos = Path(__file__).parents[2] / "data" / "photos" / "val"
+    folders = sorted(folder for folder in photos.iterdir() if folder.is_dir())
+    print(table(measure([str(min(folder.glob("*.jpg"))) for folder in folders[:: max(1, len(folders) // 8)][:8]])))

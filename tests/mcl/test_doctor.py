@@ -1,0 +1,204 @@
+"""``mcl doctor`` on machines where things are absent or broken; absence and GPUs are simulated."""
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from mcl import doctor
+from mcl.doctor import Check
+
+Machine = Callable[..., dict[str, Check]]
+REQUIRED = ["torch", "torchvision", "numpy", "PIL", "pydantic", "yaml", "tqdm", "tensorboard", "matplotlib"]
+OPTIONAL = ["nvidia", "nvidia.dali", "apex", "amp_C", "mmengine", "mmcv", "mmdet", "wandb"]
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """Checks on a machine without some modules, with some whose import raises, and with stand-ins for others."""
+
+    def examine(
+        absent: tuple[str, ...] = (), broken: dict[str, Exception] | None = None, stands: dict[str, Any] | None = None
+    ) -> dict[str, Check]:
+        broken, stands = broken or {}, stands or {}
+        find, load = importlib.util.find_spec, importlib.import_module
+
+        def find_spec(name: str) -> ModuleSpec | None:
+            if name in absent:
+                return None
+            if name.partition(".")[0] in absent:
+                raise ModuleNotFoundError(name)
+            return ModuleSpec(name, None) if name in broken or name in stands else find(name)
+
+        def import_module(name: str) -> Any:
+            if name in broken:
+                raise broken[name]
+            return stands[name] if name in stands else load(name)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(importlib.util, "find_spec", find_spec)
+            patch.setattr(importlib, "import_module", import_module)
+            found = doctor.checks()
+        lines = doctor.report(found).splitlines()
+        assert max(map(len, lines)) <= 100
+        assert lines[-1] == "Ready to run." or lines[-1].startswith("Not ready to run: ")
+        assert doctor.ok(found) == (lines[-1] == "Ready to run.")
+        for check in found:
+            assert check.detail
+            assert check.why
+            assert check.remedy or check.status != "missing"
+        return {check.name: check for check in found}
+
+    return examine
+
+
+def torch_with_gpu(**cuda: Any) -> SimpleNamespace:
+    import torch
+
+    device = SimpleNamespace(name="NVIDIA H100", total_memory=80 * 2**30)
+    calls = {"is_available": lambda: True, "device_count": lambda: 2, "get_device_properties": lambda _: device}
+    return SimpleNamespace(
+        __version__=torch.__version__,
+        backends=torch.backends,
+        version=SimpleNamespace(cuda="13.0"),
+        cuda=SimpleNamespace(**(calls | cuda)),
+    )
+
+
+def test_this_machine_is_ready(machine: Machine) -> None:
+    found = machine()
+    assert doctor.ok(list(found.values()))
+    assert list(found)[:5] == ["Python", "mcl", "packages", "torch", "torchvision"]
+    assert "numpy" in found["packages"].detail
+    assert "core" in found["CPU"].detail
+    assert doctor.report().startswith("status   what")
+
+
+@pytest.mark.parametrize("name", OPTIONAL)
+def test_optional_modules_may_be_absent(name: str, machine: Machine) -> None:
+    assert all(check.status != "missing" for check in machine(absent=(name,)).values())
+
+
+@pytest.mark.parametrize("name", REQUIRED)
+def test_required_modules_may_not(name: str, machine: Machine) -> None:
+    bad = [check for check in machine(absent=(name,)).values() if check.status == "missing"]
+    assert bad
+    assert all(check.remedy.startswith("pip install") and not check.used for check in bad)
+
+
+def test_nothing_installed_at_all(machine: Machine) -> None:
+    found = machine(absent=(*REQUIRED, *OPTIONAL))
+    assert found["torch"].detail == "not installed"
+    assert found["JPEG decoder"].status == "missing"
+
+
+@pytest.mark.parametrize("error", [ImportError("no\nway"), OSError("libtorch.so"), RuntimeError(""), KeyError("x")])
+def test_everything_broken_at_import(error: Exception, machine: Machine) -> None:
+    found = machine(broken=dict.fromkeys(REQUIRED + OPTIONAL[1:], error))
+    assert found["torch"].detail.startswith(f"broken: {type(error).__name__}: ")
+    assert found["mmcv"].status == "note"
+
+
+def test_a_check_that_fails_is_a_line(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> list[Check]:
+        raise RuntimeError("driver shut down")
+
+    monkeypatch.setattr(doctor, "_cuda", fail)
+    assert machine()["CUDA"].detail == "cannot be examined: RuntimeError: driver shut down"
+
+
+def test_dali_absent_and_broken(machine: Machine) -> None:
+    absent = machine(absent=("nvidia",))
+    assert (absent["DALI"].status, absent["DALI"].used) == ("note", False)
+    assert "torchvision engine" in absent["DALI"].why
+    assert "Pillow" in absent["JPEG decoder"].detail
+    broken = machine(broken={"nvidia.dali": OSError("libdali.so: cannot open shared object file")})
+    assert (broken["DALI"].status, broken["DALI"].used) == ("missing", False)
+    assert "libdali.so" in broken["DALI"].detail
+    assert broken["DALI"].remedy == "pip install --force-reinstall nvidia-dali-cuda130"
+
+
+def test_jpeg_decoder_follows_the_device(machine: Machine) -> None:
+    dali = SimpleNamespace(__version__="2.0")
+    gpu = machine(stands={"nvidia.dali": dali, "torch": torch_with_gpu()})
+    assert "nvJPEG" in gpu["JPEG decoder"].detail
+    assert "GPU" in gpu["DALI"].why
+    cpu = machine(stands={"nvidia.dali": dali, "torch": torch_with_gpu(is_available=lambda: False)})
+    assert "libjpeg-turbo" in cpu["JPEG decoder"].detail
+
+
+def test_cuda_devices_and_their_absence(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_driver", lambda: "580.95")
+    found = machine(stands={"torch": torch_with_gpu()})
+    assert found["CUDA 1"] == Check(
+        "CUDA 1", "ok", "NVIDIA H100, 80 GiB, driver 580.95", True, "torch is built for CUDA 13.0"
+    )
+    without = torch_with_gpu(is_available=lambda: False)
+    assert machine(stands={"torch": without})["CUDA"].remedy == "nvidia-smi"
+    without.version.cuda = None
+    assert "built for CPUs" in machine(stands={"torch": without})["CUDA"].why
+    monkeypatch.setattr(doctor, "_driver", lambda: "")
+    assert machine(stands={"torch": without})["CUDA"].detail == "no device"
+
+
+@pytest.mark.parametrize(("answer", "version"), [("echo 580.95", "580.95"), ("exit 9", ""), ("true", "")])
+def test_driver_version(answer: str, version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert doctor._driver() == ""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\n{answer}\n")
+    tool.chmod(0o755)
+    assert doctor._driver() == version
+
+
+def test_versions_that_do_not_go_together(machine: Machine) -> None:
+    found = machine(stands={"torchvision": SimpleNamespace(__version__="0.20.1"), "torch": fake_torch("2.14.1+cu130")})
+    assert found["torchvision"].why == "torch 2.14.1+cu130 goes with torchvision 0.29"
+    assert found["torchvision"].remedy == 'pip install "torchvision==0.29.*"'
+    old = machine(stands={"torchvision": SimpleNamespace(__version__="0.24.0"), "torch": fake_torch("2.9.0")})
+    assert (old["torch"].status, old["torchvision"].status) == ("missing", "ok")
+
+
+def fake_torch(version: str) -> SimpleNamespace:
+    fake = torch_with_gpu()
+    fake.__version__ = version
+    return fake
+
+
+@pytest.mark.parametrize(("flags", "status"), [({"avx2"}, "note"), ({"avx2", "amx_bf16"}, "ok")])
+def test_slow_bf16_is_said(flags: set[str], status: str, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_processor", lambda: ("A CPU", flags))
+    check = machine(stands={"torch": torch_with_gpu(is_available=lambda: False)})["CPU"]
+    assert check.status == status
+    assert ("trainer.precision=fp32" in check.remedy) == (status == "note")
+
+
+def test_apex_of_pypi_is_told_from_nvidias(machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    package = tmp_path / "apex"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('pyramid is missing')")
+    assert "apex" not in sys.modules
+    other = machine()["apex"]
+    assert "apex.multi_tensor_apply" in other.why
+    assert (other.remedy, other.used) == ("pip uninstall apex", False)
+    (package / "multi_tensor_apply").mkdir()
+    assert machine()["apex"].detail == "NVIDIA apex without its CUDA kernels (amp_C)"
+    assert "with its" in machine(stands={"amp_C": None})["apex"].detail
+
+
+def test_extensions_are_looked_for(machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_PACKAGE", tmp_path)
+    assert machine()["C++ extension"].detail == "not built"
+    (tmp_path / "_C.abi3.so").touch()
+    (tmp_path / "libmcl_dali.so").touch()
+    found = machine()
+    assert found["C++ extension"].detail == "built: _C.abi3.so"
+    assert "PyTorch implementation" in found["C++ extension"].why
+    assert found["DALI plugin"].detail == "built: libmcl_dali.so"

@@ -1,0 +1,155 @@
+"""`matched` computes less than `released`, and the same."""
+
+import copy
+import dataclasses
+from contextlib import nullcontext
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mcl import config
+from mcl.models import MCL
+from mcl.montage import Geometry
+from tests.conftest import random_view
+from tests.fp64 import fast_convolutions
+
+CASES = [
+    pytest.param({}, 32, id="default-32"),
+    pytest.param({}, 96, id="default-96"),
+    pytest.param({}, 160, id="default-160"),
+    pytest.param({"ratios": (1, 2), "images_per_canvas": (1, 4)}, 12, id="two-levels-12"),
+    pytest.param({"ratios": (1, 2, 4), "images_per_canvas": (1, 4, 16)}, 16, id="three-levels-16"),
+    pytest.param({"ratios": (1, 2, 4), "images_per_canvas": (1, 4, 16)}, 48, id="three-levels-48"),
+]
+
+
+class ThinBackbone(nn.Module):
+    """Maps of the right strides from one pooled pixel and one 1x1 convolution each: a backbone that costs nothing."""
+
+    channels = (8, 7, 6, 5)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(3, c, 1, bias=False) for c in self.channels)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [conv(F.avg_pool2d(x, 32 >> i)) for i, conv in enumerate(self.convs)]
+
+
+def models(backbone: str, geometry: Geometry) -> tuple[MCL, MCL]:
+    """The same random network, computed both ways; BatchNorms have random statistics and scales."""
+    weights = [0.5, 0.25, 0.125, 0.125][: geometry.levels]
+    cfg = config.from_dict(
+        {
+            "montage": dataclasses.asdict(geometry),
+            "model": {
+                "backbone": "resnet18" if backbone == "thin" else backbone,
+                "width": 16,
+                "hidden": 32,
+                "loss_weights": weights,
+            },
+        }
+    )
+    torch.manual_seed(0)
+    with mock.patch("mcl.models.mcl.Backbone", return_value=ThinBackbone()) if backbone == "thin" else nullcontext():
+        matched = MCL(cfg.model, cfg.montage).double()
+    for module in matched.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    released = copy.deepcopy(matched)
+    released.config = dataclasses.replace(cfg.model, compute="released")
+    return matched.eval(), released.eval()
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet50"])
+@pytest.mark.parametrize(("geometry", "images"), CASES)
+def test_same_losses_and_gradients_with_every_backbone(backbone: str, geometry: dict[str, Any], images: int) -> None:
+    compare(backbone, geometry, images)
+
+
+@pytest.mark.parametrize(("geometry", "images"), CASES)
+def test_same_losses_and_gradients_in_evaluation_mode(geometry: dict[str, Any], images: int) -> None:
+    compare("thin", geometry, images)
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet50"])
+def test_same_losses_and_gradients_with_real_backbones(backbone: str) -> None:
+    compare(backbone, {"ratios": (1, 2), "images_per_canvas": (1, 4)}, 12)
+
+
+def compare(backbone: str, geometry: dict[str, Any], images: int) -> None:
+    geometry = Geometry(cells=1, **geometry)
+    query, key = (random_view(geometry, images, seed, torch.float64) for seed in (1, 2))
+    results = []
+    for model in models(backbone, geometry):
+        with fast_convolutions():
+            output = model(query, key)
+            output.loss.backward()
+        results.append((output, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+    (a, a_grads), (b, b_grads) = results
+    torch.testing.assert_close(a.losses, b.losses, rtol=1e-10, atol=0)
+    torch.testing.assert_close(a.positive, b.positive, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(a.loss, b.loss, rtol=1e-10, atol=0)
+    assert a_grads.keys() == b_grads.keys()
+    scale = max(g.abs().max() for g in b_grads.values())
+    for name, gradient in b_grads.items():
+        assert (a_grads[name] - gradient).norm() <= 1e-10 * max(gradient.norm(), 1e-3 * scale), name
+
+
+def test_matched_computes_only_what_the_loss_reads() -> None:
+    """Tiles that pass the head: 640 of 14,620 per view at the default geometry and N = 128, targets on 128."""
+    geometry = Geometry(cells=1)
+    matched, released = models("thin", geometry)
+    query, key = (random_view(geometry, 32, seed, torch.float64) for seed in (1, 2))
+    counts = []
+    for model in (matched, released):
+        seen = {"online": 0, "target": 0}
+
+        def count(module: torch.nn.Module, inputs: tuple[torch.Tensor], _: Any, seen: dict[str, int] = seen) -> None:
+            seen["online" if module is model.online.head else "target"] += len(inputs[0])  # noqa: B023
+
+        model.online.head.register_forward_hook(count)
+        model.target.head.register_forward_hook(count)
+        with torch.no_grad():
+            model(query, key)
+        counts.append(seen)
+    tiles = sum(geometry.tiles(32))
+    everything = sum(geometry.canvases(32)) * (1 + 4 + 16 + 64)
+    assert counts[0] == {"online": 2 * tiles, "target": 2 * 32}
+    assert counts[1] == {"online": 2 * everything, "target": 2 * everything}
+
+
+def test_running_statistics_update_level_by_level() -> None:
+    """In training mode each lateral, output and head norm sees each level once per view, level 0 first."""
+    geometry = Geometry(cells=1)
+    matched, _ = models("thin", geometry)
+    order: list[int] = []
+    matched.online.head.register_forward_hook(lambda module, inputs, output: order.append(len(inputs[0])))
+    matched.train()
+    with torch.no_grad():
+        matched(*(random_view(geometry, 32, seed, torch.float64) for seed in (1, 2)))
+    assert order == 2 * list(geometry.tiles(32))
+    assert matched.online.fpn.laterals[0].norm.num_batches_tracked == 2 * geometry.levels
+    assert matched.target.fpn.laterals[0].norm.num_batches_tracked == 2
+    assert matched.target.head.convs[0].norm.num_batches_tracked == 2
+
+
+def test_queries_take_the_first_canvases_of_each_level() -> None:
+    geometry = Geometry(cells=1, ratios=(1, 2), images_per_canvas=(1, 4))
+    matched, _ = models("thin", geometry)
+    query = random_view(geometry, 8, 1, torch.float64)
+    with torch.no_grad():
+        full = matched.predictions(query)
+        part = dataclasses.replace(query, queries=(3, 1))
+        few = matched.predictions(part)
+        rows = matched.sources(part)
+    assert [len(p) for p in few] == [3, 4]
+    torch.testing.assert_close(few[0], full[0][:3], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(few[1], full[1][:4], rtol=1e-12, atol=1e-12)
+    assert rows[1].tolist() == query.sources[8:12].tolist()
