@@ -16,7 +16,7 @@ from pydantic.dataclasses import dataclass
 
 from mcl.montage import Geometry, nearest_legal
 
-_MODEL = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
+_MODEL = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True, coerce_numbers_to_str=True)
 
 
 class ConfigError(ValueError):

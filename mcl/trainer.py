@@ -222,7 +222,7 @@ class Trainer:
     def _environment(self) -> dict[str, Any]:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
         return {
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
             "device": name,
             "threads": torch.get_num_threads(),
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),

@@ -13,9 +13,7 @@ from tests.dali_pipelines import images
 @pytest.fixture(scope="session")
 def pictures(photos: Path) -> list[str]:
     """Eight real photographs of eight classes, 240 px and larger."""
-    folders = sorted(folder for folder in (photos / "val").iterdir() if folder.is_dir())
-    chosen = folders[:: max(1, len(folders) // 8)][:8]
-    return [str(min(folder.glob("*.jpg"))) for folder in chosen]
+    return images.choose(photos)
 
 
 @pytest.fixture(scope="session")

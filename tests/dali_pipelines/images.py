@@ -6,6 +6,12 @@ import numpy as np
 from PIL import Image
 
 
+def choose(photos: Path) -> list[str]:
+    """The first photograph of eight of the classes in ``photos/val``."""
+    folders = sorted(folder for folder in (photos / "val").iterdir() if folder.is_dir())
+    return [str(min(folder.glob("*.jpg"))) for folder in folders[:: max(1, len(folders) // 8)][:8]]
+
+
 def save_kinds(folder: Path, picture: Image.Image) -> dict[str, Path]:
     """Writes `picture` as files of every kind that must be readable: name to path."""
     deep = np.asarray(picture.convert("L")).astype(np.uint16) * 256 + np.arange(64, dtype=np.uint16)
@@ -32,6 +38,15 @@ def save_kinds(folder: Path, picture: Image.Image) -> dict[str, Path]:
     for name, (image, options) in kinds.items():
         image.save(folder / name, **options)
     return {name: folder / name for name in kinds}
+
+
+def write_corrupt(path: Path, picture: Image.Image) -> None:
+    """A JPEG with wrong bytes in its data, which decoders skip."""
+    picture.save(path, quality=92)
+    content = bytearray(path.read_bytes())
+    for i in range(len(content) // 2, len(content) // 2 + 40, 4):
+        content[i] = 0x55
+    path.write_bytes(content)
 
 
 def write_truncated(path: Path, picture: Image.Image) -> None:

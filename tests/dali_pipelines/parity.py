@@ -4,6 +4,7 @@
 """
 
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from dali_pipelines import ops, pipelines, plan, reference
 from dali_pipelines.plan import Augmentation
 from mcl.config import AugmentConfig
 from mcl.montage import Geometry
+from tests.dali_pipelines.images import choose
 
 GEOMETRY = Geometry()
 SIZES = tuple(GEOMETRY.tile(level) for level in range(GEOMETRY.levels))
@@ -137,7 +139,9 @@ def _run(graph: Callable[[Any], Any], feed: list[Any], n: int) -> list[list[Tens
     def pipeline() -> Any:
         return graph(iter(fn.external_source(source=lambda: feed, num_outputs=len(feed), batch=True)))
 
-    outputs = pipeline().run()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The external source node")  # most graphs here leave inputs unused
+        outputs = pipeline().run()
     return [[torch.from_numpy(np.array(output.at(i))).permute(2, 0, 1) for i in range(n)] for output in outputs]
 
 
@@ -199,13 +203,18 @@ def _composed(images: list[Tensor], sizes: np.ndarray) -> list[Row]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows as Markdown, rounded up."""
+    """The rows as Markdown, rounded up by 5% and, unless an operation is exact, to at least 0.01 and 1 levels.
+
+    So another processor's rounding does not fail the test that holds the table to what is measured.
+    """
     lines = [
         "| operation | oracle | " + " | ".join(f"{size} px" for size in SIZES) + " |",
         "|" + "---|" * (2 + len(SIZES)),
     ]
     for row in rows:
-        cells = [f"{np.ceil(mean * 100) / 100:.2f} / {most:.0f}" for mean, most in row.errors]
+        exact = max(most for _, most in row.errors) == 0
+        bounds = row.errors if exact else [(max(1.05 * mean, 0.01), max(1.05 * most, 1)) for mean, most in row.errors]
+        cells = [f"{np.ceil(mean * 100) / 100:.2f} / {np.ceil(most - 0.1) + 0:.0f}" for mean, most in bounds]
         lines.append(f"| {row.operation} | {row.oracle} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -221,6 +230,4 @@ def stated(text: str) -> dict[str, tuple[tuple[float, float], ...]]:
 
 
 if __name__ == "__main__":
-    photos = Path(__file__).parents[2] / "data" / "photos" / "val"
-    folders = sorted(folder for folder in photos.iterdir() if folder.is_dir())
-    print(table(measure([str(min(folder.glob("*.jpg"))) for folder in folders[:: max(1, len(folders) // 8)][:8]])))
+    print(table(measure(choose(Path(__file__).parents[2] / "data" / "photos"))))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2.functional as F
+from PIL import Image
 
 from dali_pipelines import pipelines, reference
 from dali_pipelines import plan as planning
@@ -18,6 +19,7 @@ from mcl import montage
 from mcl.config import AugmentConfig, DataConfig
 from mcl.montage import Geometry, MontageBatch
 from tests.dali_pipelines import parity
+from tests.dali_pipelines.images import write_corrupt
 
 GEOMETRY = Geometry(cells=1)  # canvases of 32 px, tiles of 32, 16, 8 and 4 px
 IMAGES = 32
@@ -136,8 +138,8 @@ def test_both_engines_make_nearly_the_same_canvases(batches: dict[str, tuple[Mon
         difference = (stock.images - slow.images).abs()
         firsts = np.cumsum((0, *stock.canvases))
         means = [difference[a:b].mean().item() for a, b in itertools.pairwise(firsts)]
-        print("MEANS", means)
-        assert max(means) < 3  # 8-bit levels; in 4 px tiles three pixels of four lie at the border
+        # 8-bit levels; 1.37, 1.51, 1.83 and 3.07 measured: in tiles of 4 px three pixels of four lie at the border.
+        assert all(mean <= bound for mean, bound in zip(means, (1.7, 1.9, 2.3, 3.8), strict=True))
         for f in dataclasses.fields(MontageBatch):
             if f.name != "images":
                 a, b = getattr(stock, f.name), getattr(slow, f.name)
@@ -266,8 +268,11 @@ def test_the_pipeline_takes_as_many_inputs_as_it_is_fed(source: Source) -> None:
     assert len(pipelines.feed_arrays(step, list(source.paths[:IMAGES]), pastes)) == pipelines.inputs(GEOMETRY)
 
 
-def test_both_engines_decode_every_kind_of_file_to_the_same_pixels(kinds: dict[str, Path]) -> None:
-    for name, path in kinds.items():
+def test_both_engines_decode_every_kind_of_file_to_the_same_pixels(
+    kinds: dict[str, Path], tmp_path: Path, picture: Image.Image
+) -> None:
+    write_corrupt(tmp_path / "corrupt.jpg", picture)
+    for name, path in (kinds | {"corrupt.jpg": tmp_path / "corrupt.jpg"}).items():
         (output,) = pipelines.decode_pipeline(str(path)).run()
         got, expected = np.array(output.at(0)), reference.read_rgb(str(path)).permute(1, 2, 0).numpy()
         assert got.shape == expected.shape == ((1, 1, 3) if name == "one_pixel.jpg" else (48, 64, 3)), name

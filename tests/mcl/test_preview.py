@@ -67,6 +67,12 @@ def picture(views: tuple[MontageBatch, MontageBatch], tmp_path_factory: pytest.T
     return np.asarray(Image.open(path))
 
 
+@pytest.fixture(scope="module")
+def encoder() -> Encoder:
+    torch.manual_seed(0)
+    return Encoder(ModelConfig(backbone="resnet18", width=16, hidden=32), (1, 2, 4, 8))
+
+
 def covered(layout: preview.Layout) -> Picture:
     """Nonzero where links may hide what is below."""
     mask = Image.new("L", (layout.width, layout.height))
@@ -153,15 +159,16 @@ def test_a_focus_outside_the_batch_is_refused(views: tuple[MontageBatch, Montage
         preview.montages(*views, AUGMENT, tmp_path / "x.png", focus=32)
 
 
-def test_an_unwritable_file_is_named(views: tuple[MontageBatch, MontageBatch], tmp_path: Path) -> None:
+def test_an_unwritable_file_is_named(encoder: Encoder, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     path = tmp_path / "file" / "x.png"
     with pytest.raises(OSError, match=f"{path}: cannot write the picture"):
-        preview.feature_maps(tiny_encoder(), torch.zeros(1, 3, 32, 32), path, AUGMENT)
+        preview.feature_maps(encoder, torch.zeros(1, 3, 32, 32), path, AUGMENT)
 
 
-def test_pca_recovers_a_gradient() -> None:
-    generator = torch.Generator().manual_seed(0)
+@pytest.mark.parametrize("seed", range(6))
+def test_pca_recovers_a_gradient(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
     directions, _ = torch.linalg.qr(torch.randn(16, 3, generator=generator))
     x = torch.arange(8.0).view(1, 1, 8).expand(2, 8, 8)
     y = torch.arange(8.0).view(1, 8, 1).expand(2, 8, 8)
@@ -186,13 +193,8 @@ def test_pca_survives_what_training_may_produce() -> None:
     assert preview.pca_rgb(torch.randn(1, 2, 4, 4)).shape == (1, 4, 4, 3)
 
 
-def tiny_encoder() -> Encoder:
-    torch.manual_seed(0)
-    return Encoder(ModelConfig(backbone="resnet18", width=16, hidden=32), (1, 2, 4, 8))
-
-
-def test_feature_maps_show_all_levels_and_leave_the_encoder_alone(tmp_path: Path) -> None:
-    encoder = tiny_encoder().train()
+def test_feature_maps_show_all_levels_and_leave_the_encoder_alone(encoder: Encoder, tmp_path: Path) -> None:
+    encoder.train()
     encoder.backbone.layer1.eval()
     before = {k: v.clone() for k, v in encoder.state_dict().items()}
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))

@@ -1,0 +1,137 @@
+"""Configuration: every key typed and documented, errors that name the key."""
+
+from pathlib import Path
+
+import pytest
+
+from mcl import config
+from mcl.config import ConfigError
+from mcl.montage import nearest_legal
+from tests.conftest import ROOT
+
+PRESETS = sorted((ROOT / "configs" / "pretrain").glob("*.yaml"))
+
+
+def preset(name: str, *words: str) -> config.Config:
+    return config.load(ROOT / "configs" / "pretrain" / f"{name}.yaml", words)
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda p: p.stem)
+def test_presets_load_and_survive_a_round_trip(path: Path) -> None:
+    cfg = config.load(path)
+    assert config.from_dict(config.to_dict(cfg)) == cfg
+
+
+def test_every_key_is_documented() -> None:
+    undocumented = [key for key, _, documentation in config.fields() if not documentation]
+    assert not undocumented
+
+
+def test_released_preset_is_the_released_configuration() -> None:
+    """Every number of the authors' configuration file."""
+    cfg = preset("mcl_r50_fpn_100e_in1k_released")
+    montage, augment, model, optim, trainer = cfg.montage, cfg.augment, cfg.model, cfg.optim, cfg.trainer
+    assert (montage.canvas, montage.ratios, montage.canvases(128)) == (224, (1, 2, 4, 8), (128, 32, 8, 4))
+    assert montage.tiles(128) == (128, 128, 128, 256)
+    assert cfg.data.tile_sampling == "released"
+    assert (augment.crop_scale, augment.crop_ratio, augment.flip) == ((0.2, 1.0), (3 / 4, 4 / 3), 0.5)
+    assert (augment.jitter, augment.brightness, augment.contrast, augment.saturation, augment.hue) == (
+        0.8,
+        0.4,
+        0.4,
+        0.2,
+        0.1,
+    )
+    assert (augment.gray, augment.blur, augment.blur_sigma, augment.solarize) == (
+        0.2,
+        (1.0, 0.1),
+        (0.1, 2.0),
+        (0.0, 0.2),
+    )
+    assert (model.backbone, model.width, model.head_convs, model.hidden) == ("resnet50", 256, 4, 2048)
+    assert (model.compute, model.temperature, model.loss_weights) == ("released", 1.0, (0.5, 0.25, 0.125, 0.125))
+    assert (optim.name, optim.momentum, optim.weight_decay, optim.trust_coefficient) == ("lars", 0.9, 1e-5, 1e-3)
+    assert (optim.exclude, optim.clip_norm, optim.ema, optim.final_lr) == ("released", 500.0, 0.99, 1e-4)
+    assert (trainer.epochs, trainer.global_batch, trainer.seed) == (100, 4096, 0)
+    assert (trainer.precision, trainer.max_loss_scale, trainer.checkpoint_epochs) == ("fp16", 2.0**14, 4.0)
+    steps_per_epoch = 1_281_167 // trainer.global_batch
+    assert trainer.epochs * steps_per_epoch == 31_200
+    assert round(optim.warmup_epochs * steps_per_epoch) == 3_127
+    assert optim.base_lr * trainer.global_batch / 256 == 16.0
+
+
+def test_matched_preset_differs_from_the_released_one_where_it_says() -> None:
+    a, b = preset("mcl_r50_fpn_100e_in1k"), preset("mcl_r50_fpn_100e_in1k_released")
+    changed = set(config.changed_keys(a, b))
+    assert changed == {"name", "data.tile_sampling", "model.compute", "optim.exclude", "trainer.precision"}
+
+
+def test_coco_preset_has_the_iterations_of_imagenet() -> None:
+    cfg = preset("mcl_r50_fpn_coco")
+    steps_per_epoch = 118_287 // cfg.trainer.global_batch
+    assert cfg.trainer.epochs * steps_per_epoch == pytest.approx(31_200, abs=steps_per_epoch)
+    assert round(cfg.optim.warmup_epochs * steps_per_epoch) == 3_127
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("optim.lr=1", r"optim\.lr: no such key; did you mean optim\.base_lr\?"),
+        ("trainer.globalbatch=3", r"trainer\.globalbatch: no such key; did you mean trainer\.global_batch\?"),
+        ("data.thread=1", r"did you mean data\.threads\?"),
+        ("epochs=3", r"epochs: no such key; did you mean trainer\.epochs\?"),
+        ("zzz=1", r"zzz: no such key; see `mcl pretrain --help`"),
+        ("trainer.epochs=many", r"trainer\.epochs: .*integer.* \(got 'many'\)"),
+        ("trainer.epochs=0", r"trainer\.epochs: .*greater than or equal to 1"),
+        ("model.backbone=vgg", r"model\.backbone: .*resnet18.* \(got 'vgg'\)"),
+        ("augment.blur=[2, 0]", r"augment\.blur: probabilities lie between 0 and 1"),
+        ("augment.crop_scale=[1, 0.2]", r"augment\.crop_scale: .*lower <= upper"),
+        ("augment.mean=[1, 2]", r"augment\.mean"),
+        ("montage.ratios=[1, 3]", r"montage\.ratios: \[1, 3\] must start with 1 and increase among 1, 2, 4, 8"),
+        ("montage.images_per_canvas=[1, 4, 16, 24]", r"montage\.images_per_canvas: 24 must divide the 64 tiles"),
+        ("montage.images_per_canvas=[1, 4, 16]", r"montage\.images_per_canvas: 3 entries for 4 ratios"),
+        ("model.loss_weights=[1, 1]", r"model\.loss_weights: 2 weights for the 4 levels"),
+        ("name=a/b", r"name: 'a/b' is not a plain folder name"),
+        ("trainer=3", r"trainer: .*dictionary"),
+        ("trainer.epochs", r"expected key=value"),
+        ("trainer.epochs=[1", r"trainer\.epochs: cannot read the value"),
+        ("name.x=1", r"name\.x: .*"),
+    ],
+)
+def test_errors_name_the_key(word: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        preset("mcl_r50_fpn_100e_in1k", word)
+
+
+def test_values_are_typed() -> None:
+    cfg = preset("mcl_r50_fpn_100e_in1k", "optim.weight_decay=1e-6", "trainer.epochs=7", "log.wandb=", "data.root=12")
+    assert (cfg.optim.weight_decay, cfg.trainer.epochs, cfg.log.wandb, cfg.data.root) == (1e-6, 7, "", "12")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("a: [", "not a YAML file"), ("- 1", "expected keys and values, found list")]
+)
+def test_unreadable_files(tmp_path: Path, content: str, message: str) -> None:
+    file = tmp_path / "x.yaml"
+    with pytest.raises(ConfigError, match="cannot read the configuration"):
+        config.load(file)
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        config.load(file)
+
+
+def test_illegal_batches_name_the_nearest_legal_ones() -> None:
+    cfg = preset("mcl_r50_fpn_100e_in1k")
+    assert cfg.images_per_rank(32) == 128
+    with pytest.raises(ConfigError, match=r"4096 does not divide by 3 processes"):
+        cfg.images_per_rank(3)
+    odd = config.override(cfg, ["trainer.global_batch=200"])
+    with pytest.raises(ConfigError, match=r"200 gives 100 images per process.* nearest legal: 192, 256"):
+        odd.images_per_rank(2)
+    assert nearest_legal(cfg.montage, 5) == (32,)
+
+
+def test_command_line_keys_are_frozen() -> None:
+    """Adding or renaming a key is a decision: change tests/data/keys.txt with it."""
+    keys = [key for key, _, _ in config.fields()]
+    assert keys == (ROOT / "tests" / "data" / "keys.txt").read_text().split()

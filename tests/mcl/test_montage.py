@@ -1,0 +1,72 @@
+"""Geometry, by hand-computed cases."""
+
+import numpy as np
+import pytest
+import torch
+
+from mcl.models.heads import cut_tiles
+from mcl.montage import Geometry, all_tiles, boxes, slabs
+from tests.conftest import random_view
+
+DEFAULT = Geometry()
+
+
+def test_boxes_of_two_levels_by_hand() -> None:
+    geometry = Geometry(cells=1, ratios=(1, 2), images_per_canvas=(1, 4))
+    found = boxes(geometry, 4)
+    assert found.dtype == np.float32
+    assert found[:4].tolist() == [[i, 0, 0, 32, 32] for i in range(4)]
+    assert found[4:].tolist() == [[4, 0, 0, 16, 16], [4, 16, 0, 32, 16], [4, 0, 16, 16, 32], [4, 16, 16, 32, 32]]
+
+
+def test_sizes_of_the_released_geometry() -> None:
+    assert DEFAULT.canvas == 224
+    assert [DEFAULT.tile(i) for i in range(4)] == [224, 112, 56, 28]
+    assert DEFAULT.canvases(128) == (128, 32, 8, 4)
+    assert DEFAULT.tiles(128) == (128, 128, 128, 256)
+    assert sum(len(all_tiles(DEFAULT, 128, level)) for level in range(4)) == 14_620
+
+
+@pytest.mark.parametrize(
+    ("images", "legal"), [(32, True), (96, True), (160, True), (16, False), (100, False), (0, False)]
+)
+def test_legal_batches(images: int, legal: bool) -> None:
+    assert DEFAULT.legal(images) is legal
+
+
+@pytest.mark.parametrize("cells", [1, 3, 7])
+@pytest.mark.parametrize("level", range(4))
+def test_slabs_put_every_pixel_of_every_tile_where_it_belongs(cells: int, level: int) -> None:
+    """Pasting numbered tiles slab by slab gives the canvases that a reshape gives."""
+    geometry = Geometry(cells=cells)
+    images, ratio, tile = 32, geometry.ratios[level], geometry.tile(level)
+    count = geometry.tiles(images)[level]
+    tiles = np.arange(count * tile * tile).reshape(count, tile, tile)
+    paste = slabs(geometry, level, images)
+    result = np.full((images, *paste.size), -1)
+    for slab in range(images):
+        for slot, (sy, sx), (ty, tx), (h, w) in zip(
+            paste.slots[slab], paste.source[slab], paste.target[slab], paste.shape[slab], strict=True
+        ):
+            result[slab, ty : ty + h, tx : tx + w] = tiles[slot, sy : sy + h, sx : sx + w]
+    grid = tiles.reshape(-1, ratio, ratio, tile, tile).transpose(0, 1, 3, 2, 4)
+    expected = grid.reshape(-1, geometry.canvas, geometry.canvas)
+    assert (result.reshape(expected.shape) == expected).all()
+
+
+def test_cut_tiles_finds_the_boxes() -> None:
+    """Cutting a map into its grid is slicing it at the boxes, at one feature per pixel."""
+    features = torch.arange(2 * 3 * 8 * 8).view(2, 3, 8, 8)
+    cut = cut_tiles(features, 4)
+    for i, (row, column) in enumerate((r, c) for r in range(4) for c in range(4)):
+        assert torch.equal(cut[16 + i], features[1, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2])
+
+
+def test_batch_slices_levels_and_moves() -> None:
+    batch = random_view(Geometry(cells=1), 32, 0)
+    assert [batch.tiles(i) for i in range(4)] == [slice(0, 32), slice(32, 64), slice(64, 96), slice(96, 160)]
+    moved = batch.to(torch.device("cpu"), torch.float64)
+    assert moved.images.dtype == torch.float64
+    assert moved.images.is_contiguous(memory_format=torch.channels_last)
+    assert moved.boxes is batch.boxes
+    assert (moved.canvases, moved.ratios, moved.cells) == (batch.canvases, batch.ratios, batch.cells)

@@ -1,0 +1,294 @@
+"""The loop: run folder, exact resume, signals, broken checkpoints, non-finite loss; on photographs, through DALI."""
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from mcl import checkpoint, config, run
+from mcl.checkpoint import CheckpointError
+from mcl.config import Config, ConfigError
+from mcl.metrics import read
+from mcl.signals import Interrupted
+from mcl.trainer import NonFiniteLossError, Trainer
+from tests.conftest import ROOT
+
+TINY: dict[str, Any] = {
+    "name": "tiny",
+    "data": {"threads": 1},
+    "montage": {"cells": 1, "ratios": [1, 2], "images_per_canvas": [1, 4]},
+    "model": {"backbone": "resnet18", "width": 16, "head_convs": 1, "hidden": 32, "loss_weights": [0.5, 0.5]},
+    "optim": {"warmup_epochs": 1},
+    "trainer": {"global_batch": 8, "precision": "fp32", "epochs": 2, "log_every": 2, "checkpoint_epochs": 1, "keep": 2},
+    "log": {"tensorboard": False, "preview": False},
+}
+STEPS = 8  # of a TINY run on 32 photographs
+
+
+@pytest.fixture(scope="module")
+def few_photos(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """32 photographs in 4 classes."""
+    root = tmp_path_factory.mktemp("photos")
+    folders = sorted(p for p in (photos / "train").iterdir() if len(list(p.iterdir())) >= 8)[:4]
+    for folder in folders:
+        (root / folder.name).mkdir()
+        for file in sorted(folder.iterdir())[:8]:
+            (root / folder.name / file.name).symlink_to(file)
+    return root
+
+
+@pytest.fixture
+def tiny(few_photos: Path, tmp_path: Path) -> Config:
+    return config.override(config.from_dict(TINY), [f"data.root={few_photos}", f"output={tmp_path}"])
+
+
+def last_weights(cfg: Config) -> dict[str, Any]:
+    return checkpoint.load(cfg.run_folder / "checkpoints" / "last.pt")
+
+
+def equal(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return bool(a == b)
+
+
+def test_run_folder(tiny: Config, photos: Path) -> None:
+    cfg = config.override(tiny, ["log.tensorboard=true", "log.preview=true", "evaluation.at_end=[retrieval, knn]"])
+    cfg = config.override(cfg, ["evaluation.gallery=8", "evaluation.galleries=2", "evaluation.k=3"])
+    run.pretrain(cfg)
+    folder = cfg.run_folder
+    names = {p.name for p in folder.iterdir()}
+    assert names == {
+        *("config.yaml", "train.log", "metrics.jsonl", "tensorboard", "checkpoints", "preview", "report.html")
+    }
+    assert config.from_dict(yaml.safe_load((folder / "config.yaml").read_text())) == cfg
+    files = sorted(p.name for p in (folder / "checkpoints").iterdir())
+    assert files == ["last.pt", "step_00000004.pt", "step_00000008.pt"]
+    records = read(folder / "metrics.jsonl")
+    train = [r for r in records if r["kind"] == "train"]
+    assert [r["step"] for r in train] == [2, 4, 6, 8]
+    assert all(math.isfinite(r["loss"]) and r["images_per_s"] > 0 and 0 <= r["data_wait"] <= 1 for r in train)
+    assert train[-1]["eta_s"] == 0
+    assert all(len(r["positive"]) == len(r["negative"]) == 2 for r in train)
+    assert [r["name"] for r in records if r["kind"] == "eval"] == ["retrieval", "knn"]
+    assert {p.suffix for p in (folder / "preview").iterdir()} == {".png"}
+    assert list((folder / "tensorboard").iterdir())
+
+
+def test_accumulated_metrics_are_the_steps_means(tiny: Config) -> None:
+    """The record of two steps holds the mean of what the model returned."""
+    trainer = Trainer(tiny)
+    outputs = []
+    train_step = trainer.train_step
+
+    def spy(*views: Any) -> Any:
+        outputs.append(train_step(*views))
+        return outputs[-1]
+
+    trainer.train_step = spy  # type: ignore[method-assign]
+    trainer.fit()
+    first = read(tiny.run_folder / "metrics.jsonl")[0]
+    assert first["loss"] == pytest.approx(sum(o.loss.item() for o, _ in outputs[:2]) / 2, rel=1e-6)
+    assert first["grad_norm"] == pytest.approx(sum(float(g) for _, g in outputs[:2]) / 2, rel=1e-6)
+    assert first["positive"] == pytest.approx(sum(o.positive.mean(0) for o, _ in outputs[:2]).div(2).tolist(), abs=1e-6)
+
+
+def test_stopped_by_a_signal_and_resumed(tiny: Config) -> None:
+    """SIGTERM in the middle of an epoch: saved, and the resumed run ends bit for bit as one never stopped."""
+    undisturbed = config.override(tiny, ["name=undisturbed"])
+    Trainer(undisturbed).fit()
+
+    trainer = Trainer(tiny)
+    train_step = trainer.train_step
+
+    def stop_in_third(*views: Any) -> Any:
+        if trainer.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(*views)
+
+    trainer.train_step = stop_in_third  # type: ignore[method-assign]
+    with pytest.raises(Interrupted) as stop:
+        trainer.fit()
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert last_weights(tiny)["step"] == 3
+
+    resumed = Trainer(tiny)
+    assert resumed.step == 3
+    resumed.fit()
+    a, b = last_weights(tiny), last_weights(undisturbed)
+    assert all(equal(a[key], b[key]) for key in ("step", "model", "optimizer", "scaler", "loader", "rng"))
+    # The records of both runs are the same but for speed and time.
+    timeless = [
+        [
+            {k: v for k, v in r.items() if k not in ("images_per_s", "data_wait", "eta_s")}
+            for r in read(c.run_folder / "metrics.jsonl")
+        ]
+        for c in (tiny, undisturbed)
+    ]
+    assert [r["step"] for r in timeless[0]] == [2, 4, 6, 8]
+    assert timeless[0][2:] == timeless[1][2:]
+
+
+def test_killed_at_random_steps_and_resumed(tiny: Config) -> None:
+    """SIGKILL at several random moments: the weights in the end are, bit for bit, those of a run never killed."""
+    cfg = config.override(tiny, ["trainer.epochs=6", "trainer.checkpoint_epochs=0.5", "trainer.threads=1"])
+    words = [f"data.root={cfg.data.root}", f"output={cfg.output}", "trainer.epochs=6", "trainer.checkpoint_epochs=0.5"]
+    preset = Path(cfg.output) / "tiny.yaml"
+    preset.write_text(yaml.safe_dump(TINY))
+
+    def start(name: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "mcl", "pretrain", str(preset), f"name={name}", "trainer.threads=1", *words]
+        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+    chance = random.Random(0)
+    kills = 0
+    log = cfg.run_folder / "metrics.jsonl"
+    for _ in range(2):
+        process = start("tiny")
+        goal = len(read(log)) + chance.randint(1, 4)
+        while process.poll() is None and len(read(log)) < goal:
+            time.sleep(0.01)
+        time.sleep(chance.random() * 0.1)
+        kills += process.poll() is None
+        process.kill()
+        process.wait()
+    assert kills == 2
+    done = start("tiny")
+    assert done.wait(timeout=120) == 0, done.stderr.read().decode()  # type: ignore[union-attr]
+
+    undisturbed = config.override(cfg, ["name=undisturbed"])
+    Trainer(undisturbed).fit()
+    a, b = last_weights(cfg), last_weights(undisturbed)
+    assert a["step"] == b["step"] == 24
+    assert all(equal(a[key], b[key]) for key in ("model", "optimizer", "loader", "rng"))
+
+
+def test_half_a_checkpoint_is_skipped(tiny: Config) -> None:
+    Trainer(tiny).fit()
+    before, newest = checkpoint.steps(tiny.run_folder / "checkpoints")
+    newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
+    with pytest.warns(UserWarning, match=r"step_00000008\.pt: incomplete .*trying the one before"):
+        trainer = Trainer(tiny)
+    assert trainer.step == 4
+    before.write_bytes(b"")
+    with (
+        pytest.warns(UserWarning, match="incomplete"),
+        pytest.raises(CheckpointError, match="none of the 2 checkpoints"),
+    ):
+        Trainer(tiny)
+
+
+def test_checkpoint_of_another_model(tiny: Config) -> None:
+    Trainer(tiny).fit()
+    path = tiny.run_folder / "checkpoints" / "last.pt"
+    with pytest.raises(ConfigError, match=r"model\.width: the run in .* was started with another value"):
+        Trainer(config.override(tiny, ["model.width=32"]))
+    with pytest.raises(CheckpointError, match=r"weights of another model: .* set the section model"):
+        Trainer(config.override(tiny, ["name=other", "model.width=32", f"trainer.init_from={path}"]))
+    with pytest.raises(ConfigError, match=r"trainer\.resume: never, but .* holds a run"):
+        Trainer(config.override(tiny, ["trainer.resume=never"]))
+    started = Trainer(config.override(tiny, ["name=warm", f"trainer.init_from={path}"]))
+    assert started.step == 0
+    assert equal(started.model.state_dict(), last_weights(tiny)["model"])
+
+
+def test_a_failed_save_keeps_the_checkpoint_before(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that fills up while the second checkpoint is written."""
+    trainer = Trainer(tiny)
+    write = torch.save
+
+    def full_disk(state: dict[str, Any], file: Any) -> None:
+        if state["step"] == 4:
+            return write(state, file)
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(CheckpointError, match=r"cannot save .*No space left.* untouched"):
+        trainer.fit()
+    assert [p.name for p in sorted((tiny.run_folder / "checkpoints").iterdir())] == ["last.pt", "step_00000004.pt"]
+    assert last_weights(tiny)["step"] == 4
+
+
+def test_non_finite_loss_names_step_level_and_checkpoint(tiny: Config) -> None:
+    trainer = Trainer(tiny)
+    train_step = trainer.train_step
+
+    def poison(*views: Any) -> Any:
+        if trainer.step == 5:
+            with torch.no_grad():
+                trainer.model.predictors[1][0].weight.fill_(math.nan)
+        return train_step(*views)
+
+    trainer.train_step = poison  # type: ignore[method-assign]
+    with pytest.raises(NonFiniteLossError, match=r"level 1 was not finite at step 5; last good .*step_00000004\.pt"):
+        trainer.fit()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["data.root="], r"data\.root: not set"),
+        (["data.root=/no/such/folder"], r"data\.root: /no/such/folder does not exist"),
+        (["trainer.global_batch=10"], r"trainer\.global_batch: 10 .* nearest legal: 8, 12"),
+        (["trainer.global_batch=64"], r"has 32 images, fewer than trainer\.global_batch=64"),
+        (["data.engine=stock", "data.device=gpu"], r"data\.device: gpu needs a CUDA device"),
+        (["trainer.device=cuda"], r"trainer\.device: cuda was asked for"),
+        (["output=/proc/nowhere"], r"output: cannot write to /proc/nowhere"),
+        (["log.wandb=project"], r"log\.wandb: the package is not installed"),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(tiny: Config, words: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Trainer(config.override(tiny, words)).fit()
+
+
+def test_finished_run_is_not_trained_again(tiny: Config) -> None:
+    Trainer(tiny).fit()
+    before = last_weights(tiny)
+    Trainer(tiny).fit()
+    assert equal(before["model"], last_weights(tiny)["model"])
+    assert [r["step"] for r in read(tiny.run_folder / "metrics.jsonl")] == [2, 4, 6, 8]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp64"])
+def test_precisions(tiny: Config, precision: str) -> None:
+    """Each trains; the first step's loss is that of fp32, as far as the arithmetic carries."""
+    losses = {}
+    for name in ("fp32", precision):
+        trainer = Trainer(config.override(tiny, [f"name={name}", f"trainer.precision={name}"]))
+        output, _ = trainer.train_step(*next(trainer.loader))
+        trainer.loader.close()
+        losses[name] = output.loss
+        assert all(p.isfinite().all() for p in trainer.model.parameters())
+    assert losses[precision].dtype == (torch.float64 if precision == "fp64" else torch.float32)
+    assert losses[precision].item() == pytest.approx(losses["fp32"].item(), rel={"fp64": 1e-5}.get(precision, 2e-2))
+
+
+def test_bad_files_are_listed_and_replaced(tiny: Config, few_photos: Path, tmp_path: Path) -> None:
+    root = tmp_path / "poisoned"
+    root.mkdir()
+    for i, file in enumerate(sorted(few_photos.rglob("*.jpg"))):
+        (root / f"{i:02d}.jpg").write_bytes(file.read_bytes())
+    (root / "03.jpg").write_text("not an image")
+    broken = (root / "07.jpg").read_bytes()
+    (root / "07.jpg").write_bytes(broken[: len(broken) // 2])
+    Trainer(config.override(tiny, [f"data.root={root}", "data.max_bad_fraction=0.1"])).fit()
+    listed = [json.loads(line) for line in (tiny.run_folder / "bad_files.jsonl").read_text().splitlines()]
+    assert {Path(r["path"]).name for r in listed} == {"03.jpg", "07.jpg"}
+    assert all(r["reason"] for r in listed)
