@@ -30,11 +30,12 @@ $(INSTALLED): $(REQUIREMENTS) pyproject.toml setup.py
 demo: setup
 	$(BIN)/mcl pretrain configs/pretrain/mcl_r18_fpn_demo.yaml
 
+# One thread per test process: many small tensors are faster that way, and results do not depend on the machine.
 test: setup
-	$(BIN)/pytest --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses=4 --dist=loadfile --durations=15
 
 soak: setup
-	$(BIN)/pytest --durations=15 -m soak
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses=4 --durations=15 -m soak
 
 check: setup
 	$(BIN)/ruff check .

@@ -11,7 +11,7 @@ from dali_pipelines.plan import Plan
 from dali_pipelines.source import open_source
 from mcl import checkpoint, config, distributed, evaluation, report
 from mcl import preview as pictures
-from mcl.config import Config
+from mcl.config import Config, ConfigError
 from mcl.evaluation.features import load_photo
 from mcl.evaluation.run import describe
 from mcl.metrics import Metrics, log, read
@@ -47,9 +47,12 @@ def _finish(trainer: Trainer) -> None:
     done = {r["name"] for r in read(folder / "metrics.jsonl") if r["kind"] == "eval" and r["step"] == trainer.step}
     metrics = Metrics(cfg, trainer.step)
     for name in (name for name in cfg.evaluation.at_end if name not in done):
-        for record in evaluation.evaluate(name, trainer.model, cfg, trainer.device):
-            metrics.write({**record, "step": trainer.step})
-            log.info("%s", describe(record))
+        try:
+            for record in evaluation.evaluate(name, trainer.model, cfg, trainer.device):
+                metrics.write({**record, "step": trainer.step})
+                log.info("%s", describe(record))
+        except ConfigError as error:  # these images cannot serve this evaluation; the weights are none the worse
+            log.warning("no %s: %s", name, error)
     metrics.close()
     if cfg.log.preview:
         features(trainer.model, cfg, folder / "preview")

@@ -2,11 +2,10 @@
 
 import json
 import math
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from mcl.config import Config, ConfigError
 from mcl.metrics import read
 from mcl.signals import Interrupted
 from mcl.trainer import NonFiniteLossError, Trainer
-from tests.conftest import ROOT
 
 TINY: dict[str, Any] = {
     "name": "tiny",
@@ -144,37 +142,42 @@ def test_stopped_by_a_signal_and_resumed(tiny: Config) -> None:
     assert timeless[0][2:] == timeless[1][2:]
 
 
-def test_killed_at_random_steps_and_resumed(tiny: Config) -> None:
+def pretrain(words: list[str]) -> None:
+    """A run in a process of its own."""
+    cfg = config.override(config.from_dict(TINY), words)
+    torch.set_num_threads(1)
+    run.pretrain(cfg)
+
+
+def test_killed_at_random_steps_and_resumed(tiny: Config, few_photos: Path, tmp_path: Path) -> None:
     """SIGKILL at several random moments: the weights in the end are, bit for bit, those of a run never killed."""
-    cfg = config.override(tiny, ["trainer.epochs=6", "trainer.checkpoint_epochs=0.5", "trainer.threads=1"])
-    words = [f"data.root={cfg.data.root}", f"output={cfg.output}", "trainer.epochs=6", "trainer.checkpoint_epochs=0.5"]
-    preset = Path(cfg.output) / "tiny.yaml"
-    preset.write_text(yaml.safe_dump(TINY))
-
-    def start(name: str) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "mcl", "pretrain", str(preset), f"name={name}", "trainer.threads=1", *words]
-        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-
+    words = [f"data.root={few_photos}", f"output={tmp_path}", "trainer.epochs=5", "trainer.checkpoint_epochs=0.5"]
+    words += ["trainer.log_every=1", "trainer.threads=1"]
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["mcl.run", "nvidia.dali", "dali_pipelines.pipelines"])
     chance = random.Random(0)
-    kills = 0
-    log = cfg.run_folder / "metrics.jsonl"
-    for _ in range(2):
-        process = start("tiny")
-        goal = len(read(log)) + chance.randint(1, 4)
-        while process.poll() is None and len(read(log)) < goal:
-            time.sleep(0.01)
+    log = tiny.run_folder / "metrics.jsonl"
+    for kill in range(3):
+        process = processes.Process(target=pretrain, args=(words,))
+        process.start()
+        goal = len(read(log)) + chance.randint(1, 5)
+        while process.is_alive() and len(read(log)) < goal:
+            time.sleep(0.005)
         time.sleep(chance.random() * 0.1)
-        kills += process.poll() is None
+        assert process.is_alive(), f"the run ended before kill {kill}"
         process.kill()
-        process.wait()
-    assert kills == 2
-    done = start("tiny")
-    assert done.wait(timeout=120) == 0, done.stderr.read().decode()  # type: ignore[union-attr]
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    process = processes.Process(target=pretrain, args=(words,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
 
-    undisturbed = config.override(cfg, ["name=undisturbed"])
-    Trainer(undisturbed).fit()
-    a, b = last_weights(cfg), last_weights(undisturbed)
-    assert a["step"] == b["step"] == 24
+    undisturbed = processes.Process(target=pretrain, args=([*words, "name=undisturbed"],))
+    undisturbed.start()
+    undisturbed.join()
+    a, b = last_weights(tiny), last_weights(config.override(tiny, ["name=undisturbed"]))
+    assert a["step"] == b["step"] == 20
     assert all(equal(a[key], b[key]) for key in ("model", "optimizer", "loader", "rng"))
 
 

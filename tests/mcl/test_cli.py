@@ -1,0 +1,58 @@
+"""The command line as a user meets it."""
+
+from pathlib import Path
+
+import pytest
+
+from mcl import cli, config
+from tests.conftest import ROOT
+
+DEMO = str(ROOT / "configs" / "pretrain" / "mcl_r18_fpn_demo.yaml")
+
+
+def test_help_documents_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["pretrain", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for key, _, documentation in config.fields():
+        assert f"{key} (" in text
+        assert documentation in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pretrain", "nowhere.yaml"], r"error: nowhere\.yaml: cannot read the configuration"),
+        (["pretrain", DEMO, "data.rot=x"], r"error: data\.rot: no such key; did you mean data\.root\?"),
+        (["evaluate", "knn", "nowhere.pt"], r"error: nowhere\.pt: no such checkpoint"),
+        (["export", "nowhere.pt", "--to", "torchvision"], r"error: .*nowhere\.pt"),
+        (["import-openselfsup", "nowhere.pth"], r"error: .*nowhere\.pth"),
+        (["preview", DEMO, "data.root=/no/where"], r"error: data\.root: /no/where does not exist"),
+    ],
+)
+def test_errors_are_one_line(arguments: list[str], message: str) -> None:
+    with pytest.raises(SystemExit, match=message) as stop:
+        cli.main(arguments)
+    assert "\n" not in str(stop.value.code)
+
+
+def test_preview(tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["preview", DEMO, f"data.root={photos / 'train'}", "--step", "9", "--output", str(tmp_path)])
+    (picture,) = tmp_path.iterdir()
+    assert capsys.readouterr().out.split() == [str(picture)]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["doctor"])
+    text = capsys.readouterr().out
+    assert "DALI" in text
+    assert "torch" in text
+
+
+def test_no_triton_and_no_network_in_our_code() -> None:
+    for path in [*ROOT.glob("mcl/**/*.py"), *ROOT.glob("dali_pipelines/**/*.py")]:
+        text = path.read_text()
+        assert "import triton" not in text
+        assert "urllib" not in text
