@@ -237,6 +237,12 @@ class Config:
                 f"trainer.global_batch: {batch} gives {images} images per process, which fill no whole number of "
                 f"canvases at montage.images_per_canvas={list(geometry.images_per_canvas)}; nearest legal: {near}"
             )
+        values = min(geometry.canvases(images)) * geometry.cells**2
+        if values < 2:
+            raise ConfigError(
+                f"trainer.global_batch: {images} images per process with montage.cells=1 leave BatchNorm one value per "
+                "channel; double the batch or use montage.cells=2"
+            )
         return images
 
 

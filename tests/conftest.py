@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from mcl import montage
 from mcl.montage import Geometry, MontageBatch
@@ -17,6 +18,25 @@ PHOTOS = ROOT / "data" / "photos"
 def photos() -> Path:
     """The photographs of the repository: train/ and val/ of class folders."""
     return PHOTOS
+
+
+class ThinBackbone(nn.Module):
+    """Maps of the right strides from one pooled pixel and one 1x1 convolution each: a backbone that costs nothing."""
+
+    channels = (8, 7, 6, 5)
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(3, c, 1, bias=False) for c in self.channels)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [conv(F.avg_pool2d(x, 32 >> i)) for i, conv in enumerate(self.convs)]
+
+
+@pytest.fixture
+def thin_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models are made with :class:`ThinBackbone`, whatever their configuration names."""
+    monkeypatch.setattr("mcl.models.mcl.Backbone", ThinBackbone)
 
 
 def view(geometry: Geometry, images: int, pixels: Tensor, sources: Tensor | None = None) -> MontageBatch:

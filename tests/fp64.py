@@ -10,43 +10,48 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def _taps(padded: Tensor, kernel: int, stride: int, height: int, width: int) -> Iterator[tuple[int, int, Tensor]]:
-    """(n, h, w, C) views of the padded input, one per kernel element."""
-    for i in range(kernel):
-        for j in range(kernel):
-            yield i, j, padded[:, i : i + stride * height : stride, j : j + stride * width : stride]
+def _patches(padded: Tensor, kernel: int, stride: int, height: int, width: int) -> Tensor:
+    """(n * h * w, k * k * C) of a padded (n, H, W, C) input."""
+    n, _, _, channels = padded.shape
+    image, row, column, channel = padded.stride()
+    shape = (n, height, width, kernel, kernel, channels)
+    strides = (image, stride * row, stride * column, row, column, channel)
+    return padded.as_strided(shape, strides).reshape(n * height * width, -1)
 
 
 class Conv64(torch.autograd.Function):
-    """Convolution as one matrix product per kernel element, channels last."""
+    """Convolution as one matrix product, channels last."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
-        padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, padding, padding, padding, padding))
-        kernel = weight.shape[2]
+        padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, padding, padding, padding, padding)).contiguous()
+        outputs, _, kernel, _ = weight.shape
         height, width = ((s + 2 * padding - kernel) // stride + 1 for s in x.shape[2:])
         ctx.save_for_backward(padded, weight)
         ctx.shape = (stride, padding, height, width)
-        taps = weight.permute(2, 3, 1, 0).contiguous()  # (k, k, C, O)
-        y = sum(view @ taps[i, j] for i, j, view in _taps(padded, kernel, stride, height, width))
-        return y.permute(0, 3, 1, 2)
+        matrix = weight.permute(0, 2, 3, 1).reshape(outputs, -1)  # (O, k * k * C)
+        y = _patches(padded, kernel, stride, height, width) @ matrix.t()
+        return y.view(len(x), height, width, outputs).permute(0, 3, 1, 2)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         padded, weight = ctx.saved_tensors
         stride, padding, height, width = ctx.shape
-        rows = grad.permute(0, 2, 3, 1).reshape(-1, grad.shape[1])  # (n * h * w, O)
-        taps = weight.permute(2, 3, 0, 1).contiguous()  # (k, k, O, C)
-        d_padded = torch.zeros_like(padded) if ctx.needs_input_grad[0] else None
-        d_taps = torch.empty_like(taps)
-        for i, j, view in _taps(padded, weight.shape[2], stride, height, width):
-            d_taps[i, j] = rows.t() @ view.reshape(len(rows), -1)
-            if d_padded is not None:
-                d_view = d_padded[:, i : i + stride * height : stride, j : j + stride * width : stride]
-                d_view += (rows @ taps[i, j]).view_as(view)
+        outputs, channels, kernel, _ = weight.shape
+        rows = grad.permute(0, 2, 3, 1).reshape(-1, outputs)  # (n * h * w, O)
+        d_matrix = rows.t() @ _patches(padded, kernel, stride, height, width)
+        d_weight = d_matrix.view(outputs, kernel, kernel, channels).permute(0, 3, 1, 2)
+        if not ctx.needs_input_grad[0]:
+            return None, d_weight, None, None
+        matrix = weight.permute(0, 2, 3, 1).reshape(outputs, -1)
+        d_patches = (rows @ matrix).view(len(padded), height, width, kernel, kernel, channels)
+        d_padded = torch.zeros_like(padded)
+        for i in range(kernel):
+            for j in range(kernel):
+                view = d_padded[:, i : i + stride * height : stride, j : j + stride * width : stride]
+                view += d_patches[:, :, :, i, j]
         end_h, end_w = padded.shape[1] - padding, padded.shape[2] - padding
-        d_x = None if d_padded is None else d_padded[:, padding:end_h, padding:end_w].permute(0, 3, 1, 2)
-        return d_x, d_taps.permute(2, 3, 0, 1), None, None
+        return d_padded[:, padding:end_h, padding:end_w].permute(0, 3, 1, 2), d_weight, None, None
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ image among the gallery's momentum targets of the other view. Chance is 1 / gall
 """
 
 import contextlib
+import copy
 import dataclasses
 import itertools
 from collections.abc import Sequence
@@ -12,17 +13,38 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 from dali_pipelines.loader import MontageLoader
 from dali_pipelines.plan import Plan
 from dali_pipelines.source import Source
 from mcl.config import Config, ConfigError
 from mcl.evaluation.statistics import fresh_statistics
-from mcl.models import MCL
+from mcl.models import MCL, Encoder
 from mcl.montage import MontageBatch
 
 _FRESH = 1 << 62  # added to the seed: crops and montages that training never drew
 _STATISTICS_BATCHES = 8
+
+
+class LevelwiseEncoder(nn.Module):
+    """An encoder whose FPN and head have BatchNorm statistics of their own for every level.
+
+    In training each level is normalised by its own batch; one running mean over the levels would fit none of them.
+    """
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.fpns = nn.ModuleList(copy.deepcopy(encoder.fpn) for _ in encoder.ratios)
+        self.heads = nn.ModuleList(copy.deepcopy(encoder.head) for _ in encoder.ratios)
+
+    def forward(self, images: Tensor, canvases: Sequence[int], compute: str) -> list[Tensor]:
+        """As :meth:`Encoder.forward`, with the populations of ``compute: matched``."""
+        features = self.encoder.backbone(images)
+        bounds = list(itertools.accumulate(canvases, initial=0))
+        levels = range(len(canvases))
+        return [self.encoder.embed(features, bounds, i, self.fpns[i], self.heads[i]) for i in levels]  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -34,7 +56,7 @@ class Scores:
 
 
 @torch.no_grad()
-def top1(model: MCL, query: MontageBatch, key: MontageBatch) -> torch.Tensor:
+def top1(model: MCL, query: MontageBatch, key: MontageBatch) -> Tensor:
     """Share of the tiles, per level, whose nearest target is their own image's; both directions. (L,)."""
     banks = [F.normalize(model.targets(view).float(), dim=1) for view in (key, query)]
     hits = []
@@ -53,6 +75,8 @@ def top1(model: MCL, query: MontageBatch, key: MontageBatch) -> torch.Tensor:
 
 def retrieval(models: Sequence[MCL], config: Config, source: Source, device: torch.device) -> list[Scores]:
     """Scores models on the same montages of `source`; their BatchNorm statistics are re-estimated on others first.
+
+    The models are changed: pass copies.
 
     Raises:
         ConfigError: too few images for a gallery, or a gallery that makes no legal montage.
@@ -75,6 +99,7 @@ def retrieval(models: Sequence[MCL], config: Config, source: Source, device: tor
         batches = (tuple(view.to(device, torch.float32) for view in pair) for pair in loader)
         with contextlib.ExitStack() as stack:
             for model in models:
+                model.online = LevelwiseEncoder(model.online)  # type: ignore[assignment]
                 model.to(device, torch.float32)
                 stack.enter_context(fresh_statistics(model))
             for query, key in itertools.islice(batches, _STATISTICS_BATCHES):

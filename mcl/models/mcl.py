@@ -54,10 +54,12 @@ class Encoder(nn.Module):
                 i: self.head(cut_tiles(maps[i], self.ratios[i])) for i in reversed(levels)
             }  # finest map first
             return [everything[i][bounds[i] * r**2 : bounds[i + 1] * r**2] for i, r in enumerate(self.ratios)]
-        embeddings = []
-        for i in levels:
-            (level_map,) = self.fpn([f[bounds[i] : bounds[i + 1]] for f in features], [i])
-            embeddings.append(self.head(cut_tiles(level_map, self.ratios[i])))
+        return [self.embed(features, bounds, i, self.fpn, self.head) for i in levels]
+
+    def embed(self, features: list[Tensor], bounds: Sequence[int], level: int, fpn: FPN, head: RegionHead) -> Tensor:
+        """Embeddings of one level's tiles, through FPN and head on its own canvases: rows bounds[level] to the next."""
+        (level_map,) = fpn([f[bounds[level] : bounds[level + 1]] for f in features], [level])
+        embeddings: Tensor = head(cut_tiles(level_map, self.ratios[level]))
         return embeddings
 
 

@@ -129,6 +129,9 @@ def test_illegal_batches_name_the_nearest_legal_ones() -> None:
     with pytest.raises(ConfigError, match=r"200 gives 100 images per process.* nearest legal: 192, 256"):
         odd.images_per_rank(2)
     assert nearest_legal(cfg.montage, 5) == (32,)
+    single = config.override(cfg, ["trainer.global_batch=32", "montage.cells=1"])
+    with pytest.raises(ConfigError, match=r"one value per channel; double the batch"):
+        single.images_per_rank(1)
 
 
 def test_command_line_keys_are_frozen() -> None:

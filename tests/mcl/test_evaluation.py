@@ -1,5 +1,6 @@
 """Evaluation: scores that are known beforehand."""
 
+import copy
 import dataclasses
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def test_retrieval_of_random_networks_is_reproducible(small: Config) -> None:
     torch.manual_seed(0)
     model = MCL(small.model, small.montage)
     source = open_source(small.data.root)
-    first, same = retrieval([model, model], small, source, torch.device("cpu"))
+    first, same = retrieval([copy.deepcopy(model), model], small, source, torch.device("cpu"))
     assert first == same
     assert all(0 <= value <= 0.5 for value in first.levels)
     assert len(first.errors) == 2

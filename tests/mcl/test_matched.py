@@ -8,13 +8,12 @@ from unittest import mock
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from mcl import config
 from mcl.models import MCL
 from mcl.montage import Geometry
-from tests.conftest import random_view
+from tests.conftest import ThinBackbone, random_view
 from tests.fp64 import fast_convolutions
 
 CASES = [
@@ -25,19 +24,6 @@ CASES = [
     pytest.param({"ratios": (1, 2, 4), "images_per_canvas": (1, 4, 16)}, 16, id="three-levels-16"),
     pytest.param({"ratios": (1, 2, 4), "images_per_canvas": (1, 4, 16)}, 48, id="three-levels-48"),
 ]
-
-
-class ThinBackbone(nn.Module):
-    """Maps of the right strides from one pooled pixel and one 1x1 convolution each: a backbone that costs nothing."""
-
-    channels = (8, 7, 6, 5)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.convs = nn.ModuleList(nn.Conv2d(3, c, 1, bias=False) for c in self.channels)
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        return [conv(F.avg_pool2d(x, 32 >> i)) for i, conv in enumerate(self.convs)]
 
 
 def models(backbone: str, geometry: Geometry) -> tuple[MCL, MCL]:
@@ -55,7 +41,7 @@ def models(backbone: str, geometry: Geometry) -> tuple[MCL, MCL]:
         }
     )
     torch.manual_seed(0)
-    with mock.patch("mcl.models.mcl.Backbone", return_value=ThinBackbone()) if backbone == "thin" else nullcontext():
+    with mock.patch("mcl.models.mcl.Backbone", ThinBackbone) if backbone == "thin" else nullcontext():
         matched = MCL(cfg.model, cfg.montage).double()
     for module in matched.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -127,7 +113,7 @@ def test_matched_computes_only_what_the_loss_reads() -> None:
 
 def test_running_statistics_update_level_by_level() -> None:
     """In training mode each lateral, output and head norm sees each level once per view, level 0 first."""
-    geometry = Geometry(cells=1)
+    geometry = Geometry(cells=2)
     matched, _ = models("thin", geometry)
     order: list[int] = []
     matched.online.head.register_forward_hook(lambda module, inputs, output: order.append(len(inputs[0])))
