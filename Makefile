@@ -32,7 +32,7 @@ demo: setup
 
 # One thread per test process: many small tensors are faster that way, and results do not depend on the machine.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses=4 --dist=loadfile --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses=4 --dist=worksteal --durations=15
 
 soak: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses=4 --durations=15 -m soak

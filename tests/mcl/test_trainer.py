@@ -158,15 +158,17 @@ def pretrain(words: list[str]) -> None:
 
 
 @pytest.mark.real_backbone
-def test_killed_at_random_steps_and_resumed(tiny: Config, few_photos: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", [2, pytest.param(8, marks=pytest.mark.soak)])
+def test_killed_at_random_steps_and_resumed(tiny: Config, few_photos: Path, tmp_path: Path, kills: int) -> None:
     """SIGKILL at several random moments: the weights in the end are, bit for bit, those of a run never killed."""
-    words = [f"data.root={few_photos}", f"output={tmp_path}", "trainer.epochs=4", "trainer.checkpoint_epochs=0.75"]
-    words += ["trainer.log_every=1", "trainer.threads=1"]
+    epochs = 1 + kills
+    words = [f"data.root={few_photos}", f"output={tmp_path}", f"trainer.epochs={epochs}"]
+    words += ["trainer.checkpoint_epochs=0.75", "trainer.log_every=1", "trainer.threads=1"]
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["mcl.trainer", "dali_pipelines.pipelines"])
     chance = random.Random(0)
     log = tiny.run_folder / "metrics.jsonl"
-    for kill in range(3):
+    for kill in range(kills):
         process = processes.Process(target=pretrain, args=(words,))
         process.start()
         goal = len(read(log)) + chance.randint(1, 4)
@@ -186,7 +188,7 @@ def test_killed_at_random_steps_and_resumed(tiny: Config, few_photos: Path, tmp_
     undisturbed.start()
     undisturbed.join()
     a, b = last_weights(tiny), last_weights(config.override(tiny, ["name=undisturbed"]))
-    assert a["step"] == b["step"] == 16
+    assert a["step"] == b["step"] == 4 * epochs
     assert all(equal(a[key], b[key]) for key in ("model", "optimizer", "loader", "rng"))
 
 
