@@ -15,6 +15,8 @@ def setup(device: str) -> None:
         if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
             raise RuntimeError("MASTER_ADDR and MASTER_PORT must name the first node and a free port for srun")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if device == "cuda":
+            torch.cuda.set_device(local_rank())
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
 
 

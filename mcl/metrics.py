@@ -1,22 +1,16 @@
 """One record, many sinks: JSON lines, log, TensorBoard, Weights & Biases, progress bar."""
 
-import contextlib
 import json
 import logging
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from mcl import distributed
 from mcl.config import Config, ConfigError, to_dict
-from mcl.models import Output
 
 log = logging.getLogger("mcl")
 
@@ -163,90 +157,6 @@ class BadFiles:
             log.warning("bad file, replaced: %s: %s", path, reason)
             with open(self._path, "a") as file:
                 file.write(json.dumps({"index": index, "path": path, "reason": reason}) + "\n")
-
-
-class Meter:
-    """Means over the steps since the last reading, kept on the device; only reading waits for it."""
-
-    def __init__(self, levels: int, device: torch.device) -> None:
-        self._sums = torch.zeros(3, levels, device=device)  # losses, positive, negative: means of both directions
-        self._totals = torch.zeros(2, device=device)  # loss, gradient norm
-        self._count = 0
-        self._failed_step = torch.tensor(-1, device=device)
-        self._failed_levels = torch.zeros(levels, dtype=torch.bool, device=device)
-
-    def add(self, step: int, output: Output, grad_norm: Tensor) -> None:
-        """Takes a step's results in, without waiting for them."""
-        self._sums += torch.stack([output.losses.mean(0), output.positive.mean(0), output.negative.mean(0)])
-        self._totals += torch.stack([output.loss.detach(), grad_norm.to(output.loss.dtype)])
-        self._count += 1
-        failed = ~output.losses.isfinite().all(0)  # (L,)
-        first = failed.any() & (self._failed_step < 0)
-        self._failed_levels |= failed & first
-        self._failed_step = torch.where(first, step, self._failed_step)
-
-    def read(self) -> Record:
-        """Means since the last call."""
-        losses, positive, negative = (self._sums / self._count).tolist()
-        loss, grad_norm = (self._totals / self._count).tolist()
-        self._sums.zero_()
-        self._totals.zero_()
-        self._count = 0
-        return {
-            "loss": loss,
-            "grad_norm": grad_norm,
-            "loss_level": losses,
-            "positive": positive,
-            "negative": negative,
-        }
-
-    def failure(self) -> tuple[int, list[int]] | None:
-        """First step (from 0) whose loss was not finite, and at which levels; None if there was none."""
-        step = int(self._failed_step)
-        return None if step < 0 else (step, self._failed_levels.nonzero().flatten().tolist())
-
-
-class Stopwatch:
-    """Speed, share of time spent waiting for the loader, and time left.
-
-    Args:
-        steps: that this process will do.
-    """
-
-    def __init__(self, steps: int, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock, self._left = clock, steps
-        self._start = self._window = clock()
-        self._wait = 0.0
-        self._images = self._done = 0
-        self._settled: tuple[float, int] | None = None  # when the first step was over: it also fills the pipelines
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Times a wait for the loader."""
-        start = self._clock()
-        yield
-        self._wait += self._clock() - start
-
-    def lap(self, images: int) -> None:
-        """Counts a step."""
-        self._done += 1
-        self._images += images
-        if self._settled is None:
-            self._settled = self._clock(), self._done
-
-    def read(self) -> Record:
-        """Speed (images/s) and waiting share since the last call, seconds left by the mean pace so far."""
-        now = self._clock()
-        elapsed = now - self._window
-        settled, done = self._settled or (self._start, 0)
-        pace = (now - settled) / (self._done - done) if self._done > done else (now - self._start) / max(1, self._done)
-        record = {
-            "images_per_s": self._images / elapsed,
-            "data_wait": self._wait / elapsed,
-            "eta_s": pace * (self._left - self._done),
-        }
-        self._window, self._wait, self._images = now, 0.0, 0
-        return record
 
 
 class ProgressBar:

@@ -1,6 +1,6 @@
 """What the verbs do: a whole run from its configuration, and what is done with its checkpoints."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -32,14 +32,13 @@ def pretrain(cfg: Config) -> None:
     try:
         trainer = Trainer(cfg)
         first = distributed.rank() == 0
-        if first and cfg.log.preview:
-            montages(cfg, trainer.step, cfg.run_folder / "preview")
-        trainer.fit()
         if first:
-            _finish(trainer)
-        distributed.barrier()
+            _draw(cfg, lambda folder: montages(cfg, trainer.step, folder))
+        trainer.fit()
     finally:
-        distributed.teardown()
+        distributed.teardown()  # what follows is the first process's alone
+    if first:
+        _finish(trainer)
 
 
 def _finish(trainer: Trainer) -> None:
@@ -54,10 +53,18 @@ def _finish(trainer: Trainer) -> None:
         except ConfigError as error:  # these images cannot serve this evaluation; the weights are none the worse
             log.warning("no %s: %s", name, error)
     metrics.close()
-    if cfg.log.preview:
-        features(trainer.model, cfg, folder / "preview")
+    _draw(cfg, lambda pictures_folder: features(trainer.model, cfg, pictures_folder))
     log.info("report: %s", report.write(folder))
     log.info("weights: %s", folder / "checkpoints" / checkpoint.LAST)
+
+
+def _draw(cfg: Config, picture: Callable[[Path], Path]) -> None:
+    """Draws into the run folder, if pictures are wanted; a run never ends for want of one."""
+    try:
+        if cfg.log.preview:
+            picture(cfg.run_folder / "preview")
+    except OSError as error:
+        log.warning("no picture: %s", error)
 
 
 def evaluate(name: str, path: Path, overrides: Sequence[str]) -> Iterator[str]:

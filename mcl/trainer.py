@@ -14,7 +14,8 @@ from dali_pipelines.plan import Plan
 from dali_pipelines.source import open_source
 from mcl import checkpoint, distributed, ema
 from mcl.config import Config, ConfigError, changed_keys, from_dict, to_dict
-from mcl.metrics import BadFiles, Meter, Metrics, ProgressBar, Stopwatch, log, setup_logging
+from mcl.meters import Meter, Stopwatch
+from mcl.metrics import BadFiles, Metrics, ProgressBar, log, setup_logging
 from mcl.models import MCL, Output
 from mcl.montage import MontageBatch
 from mcl.optim import LossScaler, build_optimizer, learning_rate, set_learning_rate

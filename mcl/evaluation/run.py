@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,9 +11,8 @@ from mcl.config import Config, ConfigError
 from mcl.evaluation import classify
 from mcl.evaluation.features import extract, prepare
 from mcl.evaluation.retrieval import retrieval
+from mcl.metrics import Record
 from mcl.models import MCL
-
-Record = dict[str, Any]
 
 
 def evaluate(name: str, model: MCL, config: Config, device: torch.device) -> Iterator[Record]:

@@ -151,10 +151,8 @@ def test_stopped_by_a_signal_and_resumed(tiny: Config) -> None:
 
 
 def pretrain(words: list[str]) -> None:
-    """A run in a process of its own."""
-    cfg = config.override(config.from_dict(TINY), words)
-    torch.set_num_threads(1)
-    Trainer(cfg).fit()
+    """What each process does."""
+    Trainer(config.override(config.from_dict(TINY), words)).fit()
 
 
 @pytest.mark.real_backbone
@@ -163,7 +161,7 @@ def test_killed_at_random_steps_and_resumed(tiny: Config, few_photos: Path, tmp_
     """SIGKILL at several random moments: the weights in the end are, bit for bit, those of a run never killed."""
     epochs = 1 + kills
     words = [f"data.root={few_photos}", f"output={tmp_path}", f"trainer.epochs={epochs}"]
-    words += ["trainer.checkpoint_epochs=0.75", "trainer.log_every=1", "trainer.threads=1"]
+    words += ["trainer.checkpoint_epochs=1", "trainer.log_every=1", "trainer.threads=1"]
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["mcl.trainer", "dali_pipelines.pipelines"])
     chance = random.Random(0)
@@ -184,9 +182,7 @@ def test_killed_at_random_steps_and_resumed(tiny: Config, few_photos: Path, tmp_
     process.join()
     assert process.exitcode == 0
 
-    undisturbed = processes.Process(target=pretrain, args=([*words, "name=undisturbed"],))
-    undisturbed.start()
-    undisturbed.join()
+    pretrain([*words, "name=undisturbed"])
     a, b = last_weights(tiny), last_weights(config.override(tiny, ["name=undisturbed"]))
     assert a["step"] == b["step"] == 4 * epochs
     assert all(equal(a[key], b[key]) for key in ("model", "optimizer", "loader", "rng"))

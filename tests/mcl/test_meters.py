@@ -1,0 +1,61 @@
+"""Speed, waiting and time left by a clock that we turn; means and failures of known outputs."""
+
+import math
+
+import pytest
+import torch
+
+from mcl.meters import Meter, Stopwatch
+from mcl.metrics import eta
+from mcl.models import Output
+
+
+def test_stopwatch() -> None:
+    """Four steps of ten images: the first takes 10 s (it fills the pipelines), the others 2 s, 0.5 of them waiting."""
+    now = 0.0
+    stopwatch = Stopwatch(steps=10, clock=lambda: now)
+    for seconds in (10.0, 2.0):
+        with stopwatch.waiting():
+            now += 0.5
+        now += seconds - 0.5
+        stopwatch.lap(10)
+    record = stopwatch.read()
+    assert record["images_per_s"] == pytest.approx(20 / 12)
+    assert record["data_wait"] == pytest.approx(1 / 12)
+    assert record["eta_s"] == pytest.approx(8 * 2.0)  # the first step is not taken for the pace
+    for _ in range(2):
+        now += 2.0
+        stopwatch.lap(10)
+    assert stopwatch.read() == {"images_per_s": pytest.approx(5), "data_wait": 0, "eta_s": pytest.approx(6 * 2.0)}
+
+
+def output(losses: list[list[float]]) -> Output:
+    values = torch.tensor(losses, dtype=torch.float32)
+    return Output(values.sum(), values, values / 10, -values / 10)
+
+
+def test_meter_means_over_steps_and_directions() -> None:
+    meter = Meter(2, torch.device("cpu"))
+    meter.add(0, output([[1, 2], [3, 4]]), torch.tensor(5.0))
+    meter.add(1, output([[2, 2], [2, 2]]), torch.tensor(7.0))
+    record = meter.read()
+    assert (record["loss"], record["grad_norm"]) == (9, 6)
+    assert record["loss_level"] == [2, 2.5]
+    assert record["positive"] == pytest.approx([0.2, 0.25])
+    assert record["negative"] == pytest.approx([-0.2, -0.25])
+    meter.add(2, output([[0, 0], [0, 0]]), torch.tensor(1.0))
+    assert meter.read()["loss"] == 0
+    assert meter.failure() is None
+
+
+def test_meter_remembers_the_first_failure() -> None:
+    meter = Meter(3, torch.device("cpu"))
+    meter.add(6, output([[1, 1, 1], [1, 1, 1]]), torch.tensor(1.0))
+    meter.add(7, output([[1, math.nan, 1], [1, 1, math.inf]]), torch.tensor(1.0))
+    meter.add(8, output([[math.nan] * 3] * 2), torch.tensor(1.0))
+    assert meter.failure() == (7, [1, 2])
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00:00"), (59.6, "0:01:00"), (3723, "1:02:03")])
+def test_time_left_in_words(seconds: float, text: str) -> None:
+    assert eta(seconds) == text
