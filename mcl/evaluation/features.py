@@ -1,5 +1,6 @@
 """Backbone features of whole photographs, for kNN and the linear probe."""
 
+import copy
 import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -54,8 +55,8 @@ def extract(backbone: Backbone, config: Config, source: Source, device: torch.de
 
 
 def prepare(backbone: Backbone, config: Config, source: Source, device: torch.device) -> Backbone:
-    """Moves a backbone to `device` and re-estimates its BatchNorm statistics on plain photographs of `source`."""
-    backbone.to(device, torch.float32)
+    """A copy on `device`, its BatchNorm statistics re-estimated on plain photographs of `source`."""
+    backbone = copy.deepcopy(backbone).to(device, torch.float32)
     with fresh_statistics(backbone):
         for images, _ in itertools.islice(photos(config, source), _STATISTICS_BATCHES):
             backbone(images.to(device))

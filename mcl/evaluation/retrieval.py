@@ -76,8 +76,6 @@ def top1(model: MCL, query: MontageBatch, key: MontageBatch) -> Tensor:
 def retrieval(models: Sequence[MCL], config: Config, source: Source, device: torch.device) -> list[Scores]:
     """Scores models on the same montages of `source`; their BatchNorm statistics are re-estimated on others first.
 
-    The models are changed: pass copies.
-
     Raises:
         ConfigError: too few images for a gallery, or a gallery that makes no legal montage.
     """
@@ -94,6 +92,7 @@ def retrieval(models: Sequence[MCL], config: Config, source: Source, device: tor
         augment=config.augment,
         tile_sampling=config.data.tile_sampling,
     )
+    models = [copy.deepcopy(model) for model in models]
     data = dataclasses.replace(config.data, max_bad_fraction=1.0)  # training has listed and judged the bad files
     with MontageLoader(source, plan, data, gpu=device.index) as loader:
         batches = (tuple(view.to(device, torch.float32) for view in pair) for pair in loader)

@@ -1,6 +1,5 @@
 """The evaluations as a user meets them: trained beside random, on photographs trained on and on held-out ones."""
 
-import copy
 from collections.abc import Callable, Iterator
 
 import torch
@@ -16,14 +15,14 @@ from mcl.models import MCL
 
 
 def evaluate(name: str, model: MCL, config: Config, device: torch.device) -> Iterator[Record]:
-    """Yields one record per split: ``train`` (data.root), and ``val`` where data.val_root is set.
+    """Scores copies of a model; yields one record per split: ``train`` (data.root), and ``val`` where data.val_root is set.
 
     Raises:
         ConfigError: an evaluation that these images cannot serve.
     """
     torch.manual_seed(config.trainer.seed)
     random = MCL(config.model, config.montage)  # the network that training started from
-    for record in EVALUATIONS[name](copy.deepcopy(model), random, config, device):
+    for record in EVALUATIONS[name](model, random, config, device):
         yield {"kind": "eval", "name": name, **record}
 
 

@@ -1,6 +1,5 @@
 """Evaluation: scores that are known beforehand."""
 
-import copy
 import dataclasses
 from pathlib import Path
 
@@ -59,10 +58,22 @@ def test_retrieval_of_random_networks_is_reproducible(small: Config) -> None:
     torch.manual_seed(0)
     model = MCL(small.model, small.montage)
     source = open_source(small.data.root)
-    first, same = retrieval([copy.deepcopy(model), model], small, source, torch.device("cpu"))
+    first, same = retrieval([model, model], small, source, torch.device("cpu"))
     assert first == same
     assert all(0 <= value <= 0.5 for value in first.levels)
     assert len(first.errors) == 2
+
+
+@pytest.mark.usefixtures("thin_backbone")
+def test_retrieval_of_both_splits_leaves_the_model_alone(small: Config) -> None:
+    torch.manual_seed(small.trainer.seed)
+    model = MCL(small.model, small.montage)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    records = list(evaluate("retrieval", model, small, torch.device("cpu")))
+    assert [record["split"] for record in records] == ["train", "val"]
+    assert all(record["levels"] == record["random"] for record in records)  # untrained, it is the random network
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert model.training
 
 
 @pytest.mark.parametrize(("gallery", "message"), [(10, "fill no whole number"), (400, "has only 246 images")])
