@@ -47,11 +47,13 @@ def _finish(trainer: Trainer) -> None:
     metrics = Metrics(cfg, trainer.step)
     for name in (name for name in cfg.evaluation.at_end if name not in done):
         try:
-            for record in evaluation.evaluate(name, trainer.model, cfg, trainer.device):
-                metrics.write({**record, "step": trainer.step})
-                log.info("%s", describe(record))
+            records = list(evaluation.evaluate(name, trainer.model, cfg, trainer.device))  # all of its splits or none
         except ConfigError as error:  # these images cannot serve this evaluation; the weights are none the worse
             log.warning("no %s: %s", name, error)
+            continue
+        for record in records:
+            metrics.write({**record, "step": trainer.step})
+            log.info("%s", describe(record))
     metrics.close()
     _draw(cfg, lambda pictures_folder: features(trainer.model, cfg, pictures_folder))
     log.info("report: %s", report.write(folder))

@@ -15,7 +15,7 @@ from mcl.models import MCL
 
 
 def evaluate(name: str, model: MCL, config: Config, device: torch.device) -> Iterator[Record]:
-    """Scores copies of a model; yields one record per split: ``train`` (data.root), and ``val`` where data.val_root is set.
+    """Scores copies of a model; yields a record for ``train`` (data.root), and for ``val`` where data.val_root is set.
 
     Raises:
         ConfigError: an evaluation that these images cannot serve.
