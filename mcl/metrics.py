@@ -172,7 +172,11 @@ class ProgressBar:
     def __exit__(self, *exception: object) -> None:
         self._bar.close()
 
+    def advance(self) -> None:
+        """Counts a step."""
+        self._bar.update()
+
     def show(self, record: Record) -> None:
         """Shows a training record."""
         log.info(describe(record))
-        self._bar.update(record["step"] - self._bar.n)
+        self._bar.set_postfix_str(f"loss {record['loss']:.4f}, {record['images_per_s']:.1f} img/s")

@@ -119,6 +119,7 @@ class Trainer:
                     self._meter.add(self.step, output, grad_norm)
                     self.step += 1
                     stopwatch.lap(self.config.trainer.global_batch)
+                    bar.advance()
                     stop = signals.received if distributed.world_size() == 1 else self._agree(signals.received)
                     if self.step % self.config.trainer.log_every == 0 or self.step == self.steps:
                         record = self._record(stopwatch)
