@@ -8,7 +8,7 @@ REQUIREMENTS := $(wildcard requirements/*.txt)
 .PHONY: help demo test soak check format data setup clean
 
 help:
-	@echo "make demo    pre-train on the photographs of this repository (5 minutes on two cores)"
+	@echo "make demo    pre-train on the photographs of this repository (6 minutes on two cores)"
 	@echo "make test    run the tests (2.5 minutes on two cores)"
 	@echo "make soak    run the long tests"
 	@echo "make check   ruff and mypy"
