@@ -48,6 +48,7 @@ class DaliEngine:
         from dali_pipelines import pipelines  # DALI takes a second to import and may be missing
 
         self._plans, self._paths, self._geometry, self._gpu, self._dali = plans, paths, geometry, gpu, pipelines
+        self._copied = None if gpu is None else torch.cuda.Event()
         self._pastes = [montage.slabs(geometry, level, images) for level in range(geometry.levels)]
         self._pipeline = pipelines.montage_pipeline(
             self._feed,
@@ -69,6 +70,8 @@ class DaliEngine:
         Raises:
             RuntimeError: an image of the steps in flight cannot be decoded; the pipeline cannot be used any more.
         """
+        if self._copied is not None:
+            self._copied.synchronize()  # waits for the copies out of the buffers that DALI is about to reuse
         slabs = self._pipeline.run()
         size = self._geometry.canvas
         views = []
@@ -77,8 +80,8 @@ class DaliEngine:
             # DALI reuses its buffers; concatenating copies out of them.
             dense = [from_dlpack(level.as_tensor()).reshape(-1, size, size, 3) for level in levels]
             views.append(torch.cat(dense).permute(0, 3, 1, 2))
-        if self._gpu is not None:
-            torch.cuda.current_stream(self._gpu).synchronize()
+        if self._copied is not None:
+            self._copied.record(torch.cuda.current_stream(self._gpu))
         return views
 
     def decodes(self, path: str) -> str | None:

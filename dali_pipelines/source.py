@@ -5,6 +5,7 @@ the image's size and most broken files are found before training. Broken files s
 substitutes in their places, so that the order of the others does not depend on them.
 """
 
+import hashlib
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -44,8 +45,16 @@ class Source:
     def __len__(self) -> int:
         return len(self.paths)
 
+    def digest(self) -> str:
+        """Hash of the file names below the root, in order: two sources with the same one number the same images."""
+        folder = os.path.dirname(self.root) if os.path.isfile(self.root) else self.root
+        names = "\n".join(os.path.relpath(path, folder) for path in self.paths)
+        return hashlib.sha256(names.encode()).hexdigest()
 
-def open_source(root: str, kind: Literal["auto", "folders", "flat", "list"] = "auto", threads: int = 8) -> Source:
+
+def open_source(
+    root: str, kind: Literal["auto", "folders", "flat", "list"] = "auto", threads: int = 8, key: str = "data.root"
+) -> Source:
     """Finds the images of `root` and reads their headers.
 
     Args:
@@ -53,27 +62,33 @@ def open_source(root: str, kind: Literal["auto", "folders", "flat", "list"] = "a
             list's folder, then optionally white space and a class, an integer or a name).
         kind: which of the three; auto: a file is a list, a folder with images directly in it is flat.
         threads: headers read at a time.
+        key: of the configuration, for errors.
 
     Raises:
         SourceError: no such folder, nothing in it, or something unreadable.
     """
+    try:
+        return _open(root, kind, threads)
+    except SourceError as error:
+        raise SourceError(f"{key}: {error}") from error.__cause__
+
+
+def _open(root: str, kind: str, threads: int) -> Source:
     if not root:
-        raise SourceError(
-            "data.root: not set; name a folder of images or a list file, e.g. data.root=/data/imagenet/train"
-        )
+        raise SourceError("not set; name a folder of images or a list file")
     if not os.path.exists(root):
-        raise SourceError(f"data.root: {root} does not exist")
+        raise SourceError(f"{root} does not exist")
     try:
         if kind == "auto":
             kind = "list" if os.path.isfile(root) else "flat" if _images_in(root) else "folders"
         if (kind == "list") != os.path.isfile(root):
             what = "folder" if kind == "list" else "file"
-            raise SourceError(f"data.root: {root} is a {what}, but data.source is {kind}")
+            raise SourceError(f"{root} is a {what}, but data.source is {kind}")
         paths, names = {"folders": _class_folders, "flat": _flat_folder, "list": _list_file}[kind](root)
     except OSError as error:
-        raise SourceError(f"data.root: cannot read {error.filename} ({error.strerror})") from error
+        raise SourceError(f"cannot read {error.filename} ({error.strerror})") from error
     if not paths:
-        raise SourceError(f"data.root: no images in {root} (looked for {', '.join(EXTENSIONS)}; data.source={kind})")
+        raise SourceError(f"no images in {root} (looked for {', '.join(EXTENSIONS)}; data.source={kind})")
     labels, classes = _number(names)
     with ThreadPoolExecutor(threads) as pool:
         headers = list(pool.map(read_header, paths, chunksize=256))
@@ -136,7 +151,7 @@ def _list_file(root: str) -> tuple[list[str], list[str]]:
     try:
         lines = Path(root).read_text().splitlines()
     except UnicodeDecodeError as error:
-        raise SourceError(f"data.root: cannot read the list {root}: {error}") from None
+        raise SourceError(f"cannot read the list {root}: {error}") from None
     folder = os.path.dirname(os.path.abspath(root))
     paths: list[str] = []
     names: list[str] = []

@@ -13,13 +13,19 @@ from mcl.config import fields
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: parses, runs, and turns errors of the user into one line and exit code 2."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, words = parser.parse_known_args(arguments)  # key=value may stand behind options, too
+    if words and not ("overrides" in options and all("=" in word and not word.startswith("-") for word in words)):
+        parser.error(f"unrecognized arguments: {' '.join(words)}")
+    if words:
+        options.overrides += words
     try:
         options.run(options)
     except (ValueError, RuntimeError, OSError) as error:
         if not _is_ours(error):
             raise
-        sys.exit(f"mcl {options.verb}: error: {error}" if sys.stderr.isatty() else f"error: {error}")
+        print(f"mcl {options.verb}: error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def _is_ours(error: Exception) -> bool:

@@ -261,6 +261,7 @@ def fields(cls: type = Config, prefix: str = "") -> Iterator[tuple[str, dataclas
 
 _RESUMABLE = (
     *("output", "log.", "evaluation.", "data.threads", "data.prefetch", "data.device"),
+    *("data.val_root", "data.max_bad_fraction"),
     *(f"trainer.{key}" for key in ("device", "threads", "log_every", "checkpoint_epochs", "keep", "resume")),
 )
 """Keys that may change when a run is resumed: they do not touch what is computed."""

@@ -6,14 +6,32 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mcl.config import ConfigError
+
+_SLURM = {
+    "RANK": "SLURM_PROCID",
+    "WORLD_SIZE": "SLURM_NTASKS",
+    "LOCAL_RANK": "SLURM_LOCALID",
+    "LOCAL_WORLD_SIZE": "SLURM_NTASKS_PER_NODE",
+}
+
+
+def adopt_slurm() -> None:
+    """Gives the processes that srun started the variables that torchrun would have set.
+
+    Raises:
+        ConfigError: srun does not say where the first process listens.
+    """
+    if "RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) == 1:
+        return
+    os.environ.update({ours: os.environ[theirs] for ours, theirs in _SLURM.items() if theirs in os.environ})
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise ConfigError(f"{name}: not set; under srun it must name the first node, or a free port on it")
+
 
 def setup(device: str) -> None:
     """Joins the process group when there is more than one process: NCCL on GPUs, gloo on CPUs."""
-    if "SLURM_PROCID" in os.environ and "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
-        for ours, theirs in (("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_NTASKS"), ("LOCAL_RANK", "SLURM_LOCALID")):
-            os.environ[ours] = os.environ[theirs]
-        if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
-            raise RuntimeError("MASTER_ADDR and MASTER_PORT must name the first node and a free port for srun")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         if device == "cuda":
             torch.cuda.set_device(local_rank())

@@ -43,7 +43,8 @@ def contrast(
 
 def total_loss(losses: Tensor, weights: Sequence[float], temperature: float) -> Tensor:
     """Sum over directions and levels of weight * 2 T * cross-entropy; `losses` is (V, L)."""
-    return (losses * losses.new_tensor(weights)).sum() * (2 * temperature)
+    weighted = [weight * level for weight, level in zip(weights, losses.sum(0).unbind(), strict=True)]
+    return torch.stack(weighted).sum() * (2 * temperature)
 
 
 def _upcast(x: Tensor) -> Tensor:

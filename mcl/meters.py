@@ -12,9 +12,16 @@ from mcl.models import Output
 
 
 class Meter:
-    """Means over the steps since the last reading, kept on the device; only reading waits for it."""
+    """Means over the steps since the last reading, kept on the device; only reading waits for it.
 
-    def __init__(self, levels: int, device: torch.device) -> None:
+    Args:
+        levels: of the montage.
+        device: where outputs are.
+        scaled: the loss is scaled, and steps with an infinite gradient are left out: they are no failure.
+    """
+
+    def __init__(self, levels: int, device: torch.device, scaled: bool = False) -> None:
+        self._scaled = scaled
         self._sums = torch.zeros(3, levels, device=device)  # losses, positive, negative: means of both directions
         self._totals = torch.zeros(2, device=device)  # loss, gradient norm
         self._count = 0
@@ -24,10 +31,13 @@ class Meter:
     def add(self, step: int, output: Output, grad_norm: Tensor) -> None:
         """Takes a step's results in, without waiting for them."""
         self._sums += torch.stack([output.losses.mean(0), output.positive.mean(0), output.negative.mean(0)])
-        self._totals += torch.stack([output.loss.detach(), grad_norm.to(output.loss.dtype)])
+        norm = grad_norm.nan_to_num(0, 0, 0) if self._scaled else grad_norm
+        self._totals += torch.stack([output.loss.detach(), norm.to(output.loss.dtype)])
         self._count += 1
         failed = ~output.losses.isfinite().all(0)  # (L,)
-        first = failed.any() & (self._failed_step < 0)
+        # Clipping turns an infinite gradient into NaN weights.
+        overflow = torch.zeros_like(failed[0]) if self._scaled else ~grad_norm.isfinite()
+        first = (failed.any() | overflow) & (self._failed_step < 0)
         self._failed_levels |= failed & first
         self._failed_step = torch.where(first, step, self._failed_step)
 
@@ -47,7 +57,7 @@ class Meter:
         }
 
     def failure(self) -> tuple[int, list[int]] | None:
-        """First step (from 0) whose loss was not finite, and at which levels; None if there was none."""
+        """First step (from 0) that was not finite, and the levels whose loss was not: none if only the gradient was."""
         step = int(self._failed_step)
         return None if step < 0 else (step, self._failed_levels.nonzero().flatten().tolist())
 

@@ -4,6 +4,8 @@ import json
 import logging
 import os
 import sys
+import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -70,7 +72,12 @@ class Metrics:
             except ImportError:
                 raise ConfigError("log.wandb: the package is not installed; pip install wandb, or log.wandb=") from None
             self._wandb = wandb.init(
-                project=config.log.wandb, name=config.name, dir=str(folder), config=to_dict(config), resume="allow"
+                project=config.log.wandb,
+                id=_run_id(folder / "wandb_id"),
+                name=config.name,
+                dir=str(folder),
+                config=to_dict(config),
+                resume="allow",
             )
 
     def write(self, record: Record) -> None:
@@ -94,6 +101,13 @@ class Metrics:
             self._wandb.finish()
 
 
+def _run_id(path: Path) -> str:
+    """The id under which Weights & Biases continues a run, kept in the run folder."""
+    if not path.exists():
+        path.write_text(uuid.uuid4().hex)
+    return path.read_text()
+
+
 def read(path: Path) -> list[Record]:
     """Records of a ``metrics.jsonl``; a last line that was cut by a crash is left out."""
     records = []
@@ -107,12 +121,16 @@ def read(path: Path) -> list[Record]:
 
 def describe(record: Record) -> str:
     """A training record in one line."""
-    cosines = " ".join(f"{p:+.2f}/{n:+.2f}" for p, n in zip(record["positive"], record["negative"], strict=True))
     return (
         f"step {record['step']:>6}  epoch {record['epoch']:7.2f}  loss {record['loss']:8.4f}  "
-        f"cos +/- {cosines}  lr {record['lr']:.2e}  {record['images_per_s']:7.1f} img/s  "
+        f"cos +/- {_cosines(record)}  lr {record['lr']:.2e}  {record['images_per_s']:7.1f} img/s  "
         f"wait {record['data_wait']:4.0%}  eta {eta(record['eta_s'])}"
     )
+
+
+def _cosines(record: Record) -> str:
+    """Positive and negative cosine per level."""
+    return " ".join(f"{p:+.2f}/{n:+.2f}" for p, n in zip(record["positive"], record["negative"], strict=True))
 
 
 def eta(seconds: float) -> str:
@@ -144,15 +162,20 @@ def _flatten(record: Record) -> dict[str, float]:
 
 
 class BadFiles:
-    """``bad_files.jsonl``: every file that could not be used, once, with the reason."""
+    """``bad_files.jsonl``: every file that could not be used, once, with the reason.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    Args:
+        path: of the list.
+        elsewhere: files that another process lists: what the headers revealed is the same for all.
+    """
+
+    def __init__(self, path: Path, elsewhere: Mapping[int, str]) -> None:
+        self._path, self._elsewhere = path, elsewhere
         self._known = {record["path"] for record in read(path)}
 
     def __call__(self, index: int, path: str, reason: str) -> None:
         """Notes a file, and says so once."""
-        if path not in self._known:
+        if path not in self._known and index not in self._elsewhere:
             self._known.add(path)
             log.warning("bad file, replaced: %s: %s", path, reason)
             with open(self._path, "a") as file:
@@ -179,4 +202,7 @@ class ProgressBar:
     def show(self, record: Record) -> None:
         """Shows a training record."""
         log.info(describe(record))
-        self._bar.set_postfix_str(f"loss {record['loss']:.4f}, {record['images_per_s']:.1f} img/s")
+        self._bar.set_postfix_str(
+            f"loss {record['loss']:.4f}, cos {_cosines(record)}, "
+            f"{record['images_per_s']:.1f} img/s, wait {record['data_wait']:.0%}"
+        )

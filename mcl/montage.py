@@ -137,15 +137,6 @@ def boxes(geometry: Geometry, images: int) -> FloatArray:
     return np.concatenate(parts)
 
 
-def all_tiles(geometry: Geometry, images: int, level: int) -> FloatArray:
-    """Boxes of the tile grid of `level` on the canvases of every level: the populations of ``compute: released``.
-
-    Returns:
-        (K * ratio^2, 5) float32, as :func:`boxes`.
-    """
-    return _grid(sum(geometry.canvases(images)), geometry.ratios[level], geometry.tile(level), 0)
-
-
 def _grid(canvases: int, ratio: int, tile: int, first: int) -> FloatArray:
     canvas, row, column = np.meshgrid(np.arange(canvases) + first, np.arange(ratio), np.arange(ratio), indexing="ij")
     corners = [canvas, column * tile, row * tile, (column + 1) * tile, (row + 1) * tile]

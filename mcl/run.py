@@ -1,14 +1,15 @@
 """What the verbs do: a whole run from its configuration, and what is done with its checkpoints."""
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from dali_pipelines.loader import MontageLoader
+from dali_pipelines.loader import BadDataError, MontageLoader
 from dali_pipelines.plan import Plan
-from dali_pipelines.source import open_source
+from dali_pipelines.source import Source, SourceError, open_source
 from mcl import checkpoint, config, distributed, evaluation, report
 from mcl import preview as pictures
 from mcl.config import Config, ConfigError
@@ -33,7 +34,7 @@ def pretrain(cfg: Config) -> None:
         trainer = Trainer(cfg)
         first = distributed.rank() == 0
         if first:
-            _draw(cfg, lambda folder: montages(cfg, trainer.step, folder))
+            _draw(cfg, lambda folder: montages(cfg, trainer.step, folder, trainer.loader.source))
         trainer.fit()
     finally:
         distributed.teardown()  # what follows is the first process's alone
@@ -48,7 +49,7 @@ def _finish(trainer: Trainer) -> None:
     for name in (name for name in cfg.evaluation.at_end if name not in done):
         try:
             records = list(evaluation.evaluate(name, trainer.model, cfg, trainer.device))  # all of its splits or none
-        except ConfigError as error:  # these images cannot serve this evaluation; the weights are none the worse
+        except (ConfigError, SourceError, BadDataError) as error:  # the images changed; the weights are none the worse
             log.warning("no %s: %s", name, error)
             continue
         for record in records:
@@ -65,8 +66,8 @@ def _draw(cfg: Config, picture: Callable[[Path], Path]) -> None:
     try:
         if cfg.log.preview:
             picture(cfg.run_folder / "preview")
-    except OSError as error:
-        log.warning("no picture: %s", error)
+    except Exception as error:  # a picture meets the disk, the images and DALI; none of them may cost a run
+        log.warning("no picture: %s: %s", type(error).__name__, error)
 
 
 def evaluate(name: str, path: Path, overrides: Sequence[str]) -> Iterator[str]:
@@ -77,7 +78,7 @@ def evaluate(name: str, path: Path, overrides: Sequence[str]) -> Iterator[str]:
     """
     model, cfg = checkpoint.load_model(path)
     cfg = config.override(cfg, overrides)
-    for record in evaluation.evaluate(name, model, cfg, resolve_device("auto")):
+    for record in evaluation.evaluate(name, model, cfg, resolve_device(cfg.trainer.device)):
         yield describe(record)
 
 
@@ -90,32 +91,37 @@ def preview(path: Path, overrides: Sequence[str], step: int, output: Path) -> It
     if path.suffix == ".pt":
         model, cfg = checkpoint.load_model(path)
         cfg = config.override(cfg, overrides)
-        yield montages(cfg, step, output)
+        yield montages(cfg, step, output, open_source(cfg.data.root, cfg.data.source))
         yield features(model, cfg, output)
     else:
-        yield montages(config.load(path, overrides), step, output)
+        cfg = config.load(path, overrides)
+        yield montages(cfg, step, output, open_source(cfg.data.root, cfg.data.source))
 
 
-def montages(cfg: Config, step: int, folder: Path) -> Path:
-    """Draws both views of one step as one process alone would see it; returns the picture's path."""
-    query, key = batch(cfg, step)
+def montages(cfg: Config, step: int, folder: Path, source: Source) -> Path:
+    """Draws both views of the first images of a step; returns the picture's path."""
+    query, key = batch(cfg, step, source)
     path = folder / f"montage_{step:06d}.png"
     pictures.montages(query, key, cfg.augment, path)
     return path
 
 
-def batch(cfg: Config, step: int) -> tuple[MontageBatch, MontageBatch]:
-    """Both views of a step of a run with the smallest legal batch, on the CPU."""
-    source = open_source(cfg.data.root, cfg.data.source)
+def batch(cfg: Config, step: int, source: Source) -> tuple[MontageBatch, MontageBatch]:
+    """Both views of the first images of a step, as many as make the smallest montage, on the CPU.
+
+    Images, crops and colours are those of the run; their neighbours in the montages are not, where the batch is larger.
+    """
+    images = nearest_legal(cfg.montage, 1)[0]
     plan = Plan(
         seed=cfg.trainer.seed,
         size=len(source),
-        images=nearest_legal(cfg.montage, 1)[0],
+        images=images,
         geometry=cfg.montage,
         augment=cfg.augment,
         tile_sampling=cfg.data.tile_sampling,
+        world_size=max(1, cfg.trainer.global_batch // images),
     )
-    with MontageLoader(source, plan, cfg.data) as loader:
+    with MontageLoader(source, plan, dataclasses.replace(cfg.data, device="cpu")) as loader:
         loader.load_state_dict({"position": step, "bad": {}})
         return next(loader)
 

@@ -14,6 +14,7 @@ from dali_pipelines.plan import Plan
 from dali_pipelines.source import open_source
 from mcl import checkpoint, distributed, ema
 from mcl.config import Config, ConfigError, changed_keys, from_dict, to_dict
+from mcl.evaluation import check_evaluations
 from mcl.meters import Meter, Stopwatch
 from mcl.metrics import BadFiles, Metrics, ProgressBar, log, setup_logging
 from mcl.models import MCL, Output
@@ -25,7 +26,7 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss became infinite or NaN; the message names step, level and last good checkpoint."""
+    """Loss or gradient became infinite or NaN; the message names step, level and last good checkpoint."""
 
 
 def resolve_device(name: str) -> torch.device:
@@ -50,15 +51,19 @@ class Trainer:
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        distributed.adopt_slurm()
         self.device = resolve_device(config.trainer.device)
         distributed.setup(self.device.type)
         self.images = config.images_per_rank(distributed.world_size())
         self.folder = config.run_folder
+        if config.trainer.resume == "never" and checkpoint.steps(self.folder / "checkpoints"):
+            raise ConfigError(f"trainer.resume: never, but {self.folder} holds a run; choose another name")
         if config.trainer.threads:
             torch.set_num_threads(config.trainer.threads)
         self._prepare_folder()
 
         source = open_source(config.data.root, config.data.source)
+        check_evaluations(config, source)
         plan = Plan(
             seed=config.trainer.seed,
             size=len(source),
@@ -75,7 +80,7 @@ class Trainer:
             config.data,
             gpu=self.device.index,
             threads=config.data.threads or default_threads(distributed.local_world_size()),
-            on_bad=BadFiles(self.folder / "bad_files.jsonl"),
+            on_bad=BadFiles(self.folder / "bad_files.jsonl", {} if distributed.rank() == 0 else source.bad),
         )
         self.steps_per_epoch = plan.steps_per_epoch
         self.steps = config.trainer.epochs * self.steps_per_epoch
@@ -93,8 +98,10 @@ class Trainer:
         self.optimizer = build_optimizer(config.optim, self.model)
         self.scaler = LossScaler(self.device.type, config.trainer.max_loss_scale, config.trainer.precision == "fp16")
         self._resume()
+        if distributed.rank() == 0:
+            (self.folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
         self.module = self.model if distributed.world_size() == 1 else self._parallel()
-        self._meter = Meter(len(config.montage.ratios), self.device)
+        self._meter = Meter(len(config.montage.ratios), self.device, scaled=config.trainer.precision == "fp16")
 
     # ------------------------------------------------------------------------------------------------ the loop
 
@@ -120,8 +127,9 @@ class Trainer:
                     self.step += 1
                     stopwatch.lap(self.config.trainer.global_batch)
                     bar.advance()
-                    stop = signals.received if distributed.world_size() == 1 else self._agree(signals.received)
-                    if self.step % self.config.trainer.log_every == 0 or self.step == self.steps:
+                    logging = self.step % self.config.trainer.log_every == 0 or self.step == self.steps
+                    stop = self._agree(signals.received, logging)
+                    if logging:
                         record = self._record(stopwatch)
                         if metrics is not None:
                             metrics.write(record)
@@ -187,6 +195,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "loader": self.loader.state_dict(),
+            "files": self.loader.source.digest(),
             "rng": rng,
             "environment": self._environment(),
         }
@@ -210,13 +219,16 @@ class Trainer:
         state = checkpoint.latest(self.folder / "checkpoints")
         if state is None:
             return
-        if self.config.trainer.resume == "never":
-            raise ConfigError(f"trainer.resume: never, but {self.folder} holds a run; choose another name")
         changes = changed_keys(from_dict(state["config"]), self.config)
         if changes:
             raise ConfigError(
                 f"{changes[0]}: the run in {self.folder} was started with another value; keep it to resume, or choose "
                 f"another name for a new run ({len(changes)} keys differ: {', '.join(changes)})"
+            )
+        if state["files"] != self.loader.source.digest():
+            raise ConfigError(
+                f"data.root: the files in {self.config.data.root} are not those that the run in {self.folder} was "
+                "started with; put them back (broken ones may stay), or choose another name for a new run"
             )
         self.load_state_dict(state, str(self.folder))
         log.info("resumed at step %d of %d", self.step, self.steps)
@@ -229,7 +241,7 @@ class Trainer:
             "threads": torch.get_num_threads(),
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
             "world_size": distributed.world_size(),
-            "engine": self.loader.engine_name,
+            "engine": f"{self.loader.engine_name} on {self.loader.device}",
         }
 
     # ------------------------------------------------------------------------------------------------ set-up and words
@@ -239,8 +251,6 @@ class Trainer:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 setup_logging(self.folder)
-                if not (self.folder / "config.yaml").exists():
-                    (self.folder / "config.yaml").write_text(yaml.safe_dump(to_dict(self.config), sort_keys=False))
             except OSError as error:
                 raise ConfigError(
                     f"output: cannot write to {self.folder} ({error.strerror}); set output=FOLDER"
@@ -293,12 +303,15 @@ class Trainer:
         if failure is None:
             return
         step, levels = failure
+        what = f"loss of level {', '.join(map(str, levels))}" if levels else "gradient"
         good = checkpoint.steps(self.folder / "checkpoints")
         raise NonFiniteLossError(
-            f"the loss of level {', '.join(map(str, levels))} was not finite at step {step}; last good checkpoint: "
-            f"{good[-1] if good else 'none'}. Lower optim.base_lr or lengthen optim.warmup_epochs"
+            f"the {what} was not finite at step {step}; "
+            f"last good checkpoint: {good[-1] if good else 'none'}. Lower optim.base_lr or lengthen optim.warmup_epochs"
         )
 
-    def _agree(self, signal_number: int) -> int:
-        """The signal that any rank received: all stop after the same step."""
-        return signal.SIGTERM if distributed.any_rank(signal_number != 0, self.device) else 0
+    def _agree(self, received: int, logging: bool) -> int:
+        """The signal to stop for; several processes ask each other when they wait anyway, to stop at the same step."""
+        if distributed.world_size() == 1:
+            return received
+        return signal.SIGTERM if logging and distributed.any_rank(received != 0, self.device) else 0

@@ -21,7 +21,7 @@ from dali_pipelines.source import Source
 from mcl.config import Config, ConfigError
 from mcl.evaluation.statistics import fresh_statistics
 from mcl.models import MCL, Encoder
-from mcl.montage import MontageBatch
+from mcl.montage import MontageBatch, nearest_legal
 
 _FRESH = 1 << 62  # added to the seed: crops and montages that training never drew
 _STATISTICS_BATCHES = 8
@@ -73,21 +73,29 @@ def top1(model: MCL, query: MontageBatch, key: MontageBatch) -> Tensor:
     return torch.stack(hits).mean(0)
 
 
+def check_gallery(config: Config, source: Source) -> None:
+    """Raises ConfigError for too few images, or a gallery that makes no legal montage."""
+    gallery = config.evaluation.gallery
+    if not config.montage.legal(gallery):
+        near = ", ".join(map(str, nearest_legal(config.montage, gallery)))
+        raise ConfigError(
+            f"evaluation.gallery: {gallery} images fill no whole number of canvases; nearest legal: {near}"
+        )
+    if len(source) < gallery:
+        raise ConfigError(f"evaluation.gallery: {source.root} has only {len(source)} images, fewer than {gallery}")
+
+
 def retrieval(models: Sequence[MCL], config: Config, source: Source, device: torch.device) -> list[Scores]:
     """Scores models on the same montages of `source`; their BatchNorm statistics are re-estimated on others first.
 
     Raises:
         ConfigError: too few images for a gallery, or a gallery that makes no legal montage.
     """
-    gallery = config.evaluation.gallery
-    if not config.montage.legal(gallery):
-        raise ConfigError(f"evaluation.gallery: {gallery} images fill no whole number of canvases")
-    if len(source) < gallery:
-        raise ConfigError(f"evaluation.gallery: {source.root} has only {len(source)} images, fewer than {gallery}")
+    check_gallery(config, source)
     plan = Plan(
         seed=(config.trainer.seed + _FRESH) % 2**63,
         size=len(source),
-        images=gallery,
+        images=config.evaluation.gallery,
         geometry=config.montage,
         augment=config.augment,
         tile_sampling=config.data.tile_sampling,

@@ -1,7 +1,10 @@
 """The evaluations as a user meets them: trained beside random, on photographs trained on and on held-out ones."""
 
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -9,7 +12,7 @@ from dali_pipelines.source import Source, open_source
 from mcl.config import Config, ConfigError
 from mcl.evaluation import classify
 from mcl.evaluation.features import extract, prepare
-from mcl.evaluation.retrieval import retrieval
+from mcl.evaluation.retrieval import check_gallery, retrieval
 from mcl.metrics import Record
 from mcl.models import MCL
 
@@ -21,7 +24,7 @@ def evaluate(name: str, model: MCL, config: Config, device: torch.device) -> Ite
         ConfigError: an evaluation that these images cannot serve.
     """
     torch.manual_seed(config.trainer.seed)
-    random = MCL(config.model, config.montage)  # the network that training started from
+    random = MCL(config.model, config.montage)  # the same network, untrained
     for record in EVALUATIONS[name](model, random, config, device):
         yield {"kind": "eval", "name": name, **record}
 
@@ -44,8 +47,27 @@ def describe(record: Record) -> str:
     )
 
 
+def check_evaluations(config: Config, source: Source) -> None:
+    """Refuses before a run what its ``evaluation.at_end`` would refuse behind it.
+
+    Args:
+        source: the images of data.root.
+
+    Raises:
+        ConfigError, SourceError: an evaluation that these images cannot serve.
+    """
+    sources = {"train": source}
+    if config.evaluation.at_end and config.data.val_root:
+        sources["val"] = _held_out(config)
+    for name in config.evaluation.at_end:
+        if name == "retrieval":
+            check_gallery(config, source)
+        else:
+            _check_classes(name, config, sources)
+
+
 def _retrieval(model: MCL, random: MCL, config: Config, device: torch.device) -> Iterator[Record]:
-    for split, source in _sources(config):
+    for split, source in _sources(config).items():
         if split == "val" and len(source) < config.evaluation.gallery:
             continue
         trained, untrained = retrieval((model, random), config, source, device)
@@ -60,48 +82,70 @@ def _retrieval(model: MCL, random: MCL, config: Config, device: torch.device) ->
         }
 
 
-def _classifier(
-    predict: Callable[[Tensor, Tensor, Tensor, int, int, bool], Tensor],
-) -> Callable[[MCL, MCL, Config, torch.device], Iterator[Record]]:
-    def run(model: MCL, random: MCL, config: Config, device: torch.device) -> Iterator[Record]:
-        sources = dict(_sources(config))
-        classes = len(sources["train"].classes)
-        if classes < 2:
-            raise ConfigError(f"data.root: {config.data.root} has no classes to tell apart; use class folders")
-        accuracies = []
-        for network in (model, random):
-            backbone = prepare(network.online.backbone, config, sources["train"], device)
-            features = {split: extract(backbone, config, source, device) for split, source in sources.items()}
-            train, labels = features["train"]
-            test, truth = features.get("val", features["train"])
-            guess = predict(train, labels, test, classes, config.evaluation.k, "val" not in features)
-            accuracies.append((guess == truth).float().mean().item())
-        yield {
-            "split": "val" if "val" in sources else "train",
-            "accuracy": accuracies[0],
-            "random": accuracies[1],
-            "chance": (truth.bincount().max() / len(truth)).item(),
-            "classes": classes,
-            "k": config.evaluation.k,
-        }
-
-    return run
-
-
-def _knn(train: Tensor, labels: Tensor, test: Tensor, classes: int, k: int, same: bool) -> Tensor:
-    return classify.knn(train, labels, test, k, classes, same)
+def _classes(name: str, model: MCL, random: MCL, config: Config, device: torch.device) -> Iterator[Record]:
+    sources = _sources(config)
+    _check_classes(name, config, sources)
+    train_source, val_source = sources["train"], sources.get("val")
+    classes, k = len(train_source.classes), config.evaluation.k
+    accuracies = []
+    for network in (model, random):
+        backbone = prepare(network.online.backbone, config, train_source, device)
+        train, labels = _known(*extract(backbone, config, train_source, device))
+        test, truth = train, labels
+        if val_source is not None:
+            test, truth = _known(*extract(backbone, config, _renumber(val_source, train_source), device))
+        if name == "knn":
+            guess = classify.knn(train, labels, test, k, classes, same=val_source is None)
+        else:
+            guess = classify.linear(train, labels, test, classes)
+        accuracies.append((guess == truth).float().mean().item())
+    yield {
+        "split": "train" if val_source is None else "val",
+        "accuracy": accuracies[0],
+        "random": accuracies[1],
+        "chance": (truth.bincount().max() / len(truth)).item(),
+        "classes": classes,
+        "k": k,
+    }
 
 
-def _linear(train: Tensor, labels: Tensor, test: Tensor, classes: int, k: int, same: bool) -> Tensor:
-    if same:
+def _check_classes(name: str, config: Config, sources: Mapping[str, Source]) -> None:
+    """kNN and linear probe need classes, the same in both splits."""
+    train, val = sources["train"], sources.get("val")
+    if len(train.classes) < 2:
+        raise ConfigError(f"data.root: {config.data.root} has no classes for {name} to tell apart; use class folders")
+    if val is None and name == "linear":
         raise ConfigError("data.val_root: the linear probe needs held-out images; set it to a folder of class folders")
-    return classify.linear(train, labels, test, classes)
+    if val is not None and (not val.classes or not set(val.classes) <= set(train.classes)):
+        strange = sorted(set(val.classes) - set(train.classes))
+        what = f"has classes that data.root lacks, e.g. {strange[0]}" if strange else "has no classes"
+        raise ConfigError(f"data.val_root: {config.data.val_root} {what}; lay both out as the same class folders")
 
 
-def _sources(config: Config) -> Iterator[tuple[str, Source]]:
-    yield "train", open_source(config.data.root, config.data.source)
+def _renumber(val: Source, train: Source) -> Source:
+    """`val` with the class numbers of `train`: each source numbers the classes that it has."""
+    numbers = np.array([train.classes.index(name) for name in val.classes] + [-1])  # -1, the last, stays unknown
+    return dataclasses.replace(val, labels=numbers[val.labels])
+
+
+def _known(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Without photographs of unknown class."""
+    return features[labels >= 0], labels[labels >= 0]
+
+
+def _sources(config: Config) -> dict[str, Source]:
+    sources = {"train": open_source(config.data.root, config.data.source)}
     if config.data.val_root:
-        yield "val", open_source(config.data.val_root, config.data.source)
+        sources["val"] = _held_out(config)
+    return sources
 
 
-EVALUATIONS = {"retrieval": _retrieval, "knn": _classifier(_knn), "linear": _classifier(_linear)}
+def _held_out(config: Config) -> Source:
+    return open_source(config.data.val_root, config.data.source, key="data.val_root")
+
+
+EVALUATIONS: dict[str, Callable[[MCL, MCL, Config, torch.device], Iterator[Record]]] = {
+    "retrieval": _retrieval,
+    "knn": partial(_classes, "knn"),
+    "linear": partial(_classes, "linear"),
+}

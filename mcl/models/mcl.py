@@ -76,7 +76,7 @@ class Output:
 class MCL(nn.Module):
     """The model of a training step.
 
-    The target encoder starts as a copy of the online one and is updated by :class:`mcl.ema.Ema` alone; it stays in
+    The target encoder starts as a copy of the online one and is updated by :func:`mcl.ema.update` alone; it stays in
     training mode, so its BatchNorms use the statistics of its own batches.
 
     Args:

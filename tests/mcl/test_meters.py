@@ -56,6 +56,14 @@ def test_meter_remembers_the_first_failure() -> None:
     assert meter.failure() == (7, [1, 2])
 
 
+def test_an_infinite_gradient_fails_unless_the_loss_is_scaled() -> None:
+    for scaled, failure in ((False, (4, [])), (True, None)):
+        meter = Meter(1, torch.device("cpu"), scaled)
+        meter.add(4, output([[1], [1]]), torch.tensor(math.inf))
+        assert meter.failure() == failure
+    assert meter.read()["grad_norm"] == 0
+
+
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00:00"), (59.6, "0:01:00"), (3723, "1:02:03")])
 def test_time_left_in_words(seconds: float, text: str) -> None:
     assert eta(seconds) == text

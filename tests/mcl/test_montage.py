@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mcl.models.heads import cut_tiles
-from mcl.montage import Geometry, all_tiles, boxes, slabs
+from mcl.montage import Geometry, boxes, slabs
 from tests.conftest import random_view
 
 DEFAULT = Geometry()
@@ -24,7 +24,6 @@ def test_sizes_of_the_released_geometry() -> None:
     assert [DEFAULT.tile(i) for i in range(4)] == [224, 112, 56, 28]
     assert DEFAULT.canvases(128) == (128, 32, 8, 4)
     assert DEFAULT.tiles(128) == (128, 128, 128, 256)
-    assert sum(len(all_tiles(DEFAULT, 128, level)) for level in range(4)) == 14_620
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -250,9 +251,47 @@ def test_non_finite_loss_names_step_level_and_checkpoint(tiny: Config) -> None:
         trainer.fit()
 
 
+def test_infinite_gradient_is_a_failure_too(tiny: Config) -> None:
+    """The loss is finite, but clipping by an infinite norm makes NaN weights: they must not be saved."""
+    trainer = Trainer(tiny)
+
+    def overflow(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        if trainer.step == 3:
+            output.loss.register_hook(lambda gradient: gradient * math.inf)
+
+    trainer.model.register_forward_hook(overflow)
+    with pytest.raises(NonFiniteLossError, match=r"the gradient was not finite at step 3; last good checkpoint: none"):
+        trainer.fit()
+    assert not checkpoint.steps(tiny.run_folder / "checkpoints")
+
+
+def test_other_files_are_not_resumed(tiny: Config, few_photos: Path, tmp_path: Path) -> None:
+    """A photograph less renumbers the others."""
+    root = tmp_path / "copy"
+    shutil.copytree(few_photos, root)
+    cfg = config.override(tiny, [f"data.root={root}"])
+    Trainer(cfg).fit()
+    next(root.rglob("*.jpg")).unlink()
+    with pytest.raises(ConfigError, match=r"data\.root: the files in .* are not those that the run"):
+        Trainer(cfg)
+
+
+def test_remedies_for_bad_files_may_be_applied_on_resume(tiny: Config) -> None:
+    Trainer(tiny).fit()
+    cfg = config.override(tiny, ["data.max_bad_fraction=0.5", "trainer.log_every=1"])
+    assert Trainer(cfg).step == STEPS
+    assert yaml.safe_load((tiny.run_folder / "config.yaml").read_text())["data"]["max_bad_fraction"] == 0.5
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["evaluation.at_end=[knn]", "data.val_root=/no/where"], r"data\.val_root: /no/where does not exist"),
+        (["evaluation.at_end=[linear]"], r"data\.val_root: the linear probe needs held-out images"),
+        (
+            ["evaluation.at_end=[retrieval]", "evaluation.gallery=10"],
+            r"evaluation\.gallery: 10 .* nearest legal: 8, 12",
+        ),
         (["data.root="], r"data\.root: not set"),
         (["data.root=/no/such/folder"], r"data\.root: /no/such/folder does not exist"),
         (["trainer.global_batch=10"], r"trainer\.global_batch: 10 .* nearest legal: 8, 12"),
