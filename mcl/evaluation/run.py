@@ -113,7 +113,10 @@ def _check_classes(name: str, config: Config, sources: Mapping[str, Source]) -> 
     """kNN and linear probe need classes, the same in both splits."""
     train, val = sources["train"], sources.get("val")
     if len(train.classes) < 2:
-        raise ConfigError(f"data.root: {config.data.root} has no classes for {name} to tell apart; use class folders")
+        raise ConfigError(
+            f"data.root: {config.data.root} has no classes for {name} to tell apart; use class folders, or "
+            f"leave {name} out of evaluation.at_end"
+        )
     if val is None and name == "linear":
         raise ConfigError("data.val_root: the linear probe needs held-out images; set it to a folder of class folders")
     if val is not None and (not val.classes or not set(val.classes) <= set(train.classes)):
