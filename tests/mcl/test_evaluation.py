@@ -56,6 +56,7 @@ def test_top1_of_an_oracle() -> None:
     assert top1(Oracle(8), *views).tolist() == [1.0, pytest.approx(1 / 8)]  # type: ignore[arg-type]
 
 
+@pytest.mark.usefixtures("thin_backbone")
 def test_retrieval_of_random_networks_is_reproducible(small: Config) -> None:
     torch.manual_seed(0)
     model = MCL(small.model, small.montage)

@@ -8,8 +8,10 @@ import random
 import shutil
 import signal
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from mcl.config import Config, ConfigError
 from mcl.metrics import read
 from mcl.signals import Interrupted
 from mcl.trainer import NonFiniteLossError, Trainer
+from tests.conftest import ThinBackbone
 
 TINY: dict[str, Any] = {
     "name": "tiny",
@@ -114,8 +117,10 @@ def test_accumulated_metrics_are_the_steps_means(tiny: Config) -> None:
     assert first["positive"] == pytest.approx(sum(o.positive.mean(0) for o, _ in outputs[:2]).div(2).tolist(), abs=1e-6)
 
 
+@pytest.mark.real_backbone
 def test_stopped_by_a_signal_and_resumed(tiny: Config) -> None:
     """SIGTERM in the middle of an epoch: saved, and the resumed run ends bit for bit as one never stopped."""
+    tiny = config.override(tiny, ["trainer.checkpoint_epochs=2"])
     undisturbed = config.override(tiny, ["name=undisturbed"])
     Trainer(undisturbed).fit()
 
@@ -151,16 +156,23 @@ def test_stopped_by_a_signal_and_resumed(tiny: Config) -> None:
     assert timeless[0][2:] == timeless[1][2:]
 
 
-def pretrain(words: list[str]) -> None:
+def pretrain(words: list[str], real: bool) -> None:
     """What each process does."""
-    Trainer(config.override(config.from_dict(TINY), words)).fit()
+    with nullcontext() if real else mock.patch("mcl.models.mcl.Backbone", ThinBackbone):
+        Trainer(config.override(config.from_dict(TINY), words)).fit()
 
 
-@pytest.mark.real_backbone
-@pytest.mark.parametrize("kills", [2, pytest.param(8, marks=pytest.mark.soak)])
-def test_killed_at_random_steps_and_resumed(tiny: Config, few_photos: Path, tmp_path: Path, kills: int) -> None:
+@pytest.mark.parametrize(
+    ("kills", "epochs", "real"),
+    [
+        (3, 20, False),
+        pytest.param(8, 9, True, marks=[pytest.mark.soak, pytest.mark.real_backbone]),
+    ],
+)
+def test_killed_at_random_steps_and_resumed(
+    tiny: Config, few_photos: Path, tmp_path: Path, kills: int, epochs: int, real: bool
+) -> None:
     """SIGKILL at several random moments: the weights in the end are, bit for bit, those of a run never killed."""
-    epochs = 1 + kills
     words = [f"data.root={few_photos}", f"output={tmp_path}", f"trainer.epochs={epochs}"]
     words += ["trainer.checkpoint_epochs=1", "trainer.log_every=1", "trainer.threads=1"]
     processes = multiprocessing.get_context("forkserver")
@@ -168,7 +180,7 @@ def test_killed_at_random_steps_and_resumed(tiny: Config, few_photos: Path, tmp_
     chance = random.Random(0)
     log = tiny.run_folder / "metrics.jsonl"
     for kill in range(kills):
-        process = processes.Process(target=pretrain, args=(words,))
+        process = processes.Process(target=pretrain, args=(words, real))
         process.start()
         goal = len(read(log)) + chance.randint(1, 4)
         while process.is_alive() and len(read(log)) < goal:
@@ -178,12 +190,12 @@ def test_killed_at_random_steps_and_resumed(tiny: Config, few_photos: Path, tmp_
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL
-    process = processes.Process(target=pretrain, args=(words,))
+    process = processes.Process(target=pretrain, args=(words, real))
     process.start()
     process.join()
     assert process.exitcode == 0
 
-    pretrain([*words, "name=undisturbed"])
+    pretrain([*words, "name=undisturbed"], real)
     a, b = last_weights(tiny), last_weights(config.override(tiny, ["name=undisturbed"]))
     assert a["step"] == b["step"] == 4 * epochs
     assert all(equal(a[key], b[key]) for key in ("model", "optimizer", "loader", "rng"))
