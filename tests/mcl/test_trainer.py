@@ -165,7 +165,7 @@ def pretrain(words: list[str], real: bool) -> None:
 @pytest.mark.parametrize(
     ("kills", "epochs", "real"),
     [
-        (3, 20, False),
+        (2, 12, False),
         pytest.param(8, 9, True, marks=[pytest.mark.soak, pytest.mark.real_backbone]),
     ],
 )
