@@ -1,22 +1,138 @@
-"""Build script: stops with the remedy where a half-working package would come out."""
+"""Build script: compiles kernels/ into mcl/_C, and stops with the remedy where a half-working package would come out.
+
+Environment:
+    MCL_BUILD_EXTENSION=0   installs without compiling; mcl.ops then runs on PyTorch alone, slowly.
+    MCL_BUILD_CUDA=0|1      without or with CUDA; default: with, if a CUDA toolkit is found and torch is built for CUDA.
+    TORCH_CUDA_ARCH_LIST    default 8.0;9.0;10.0, as far as the toolkit knows them, and PTX for the newest.
+    MAX_JOBS                parallel compilations; default: as cores and memory allow.
+"""
 
 import importlib
+import os
+import shutil
+import subprocess
 import sys
+from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 FIRST = "pip install -r requirements/torch.txt"
+ARCHITECTURES = ("8.0", "9.0", "10.0")
+GIB_PER_JOB = 3
+"""Memory of one compilation with torch's headers."""
 
-missing = []
-for name in ("torch", "torchvision", "nvidia.dali"):
-    try:
-        importlib.import_module(name)
-    except (ImportError, OSError):
-        missing.append(name)
-if missing and not {"egg_info", "sdist"} & set(sys.argv):
-    sys.exit(
-        f"mcl needs {' and '.join(missing)} before it is installed, so that pip chooses no other build. Run:\n"
-        f"    {FIRST}\n    pip install --no-build-isolation -e ."
+SOURCES = Path("kernels/csrc")
+
+
+def check_packages() -> bool:
+    """Whether torch and DALI are there; stops if an installation needs them."""
+    missing = []
+    for name in ("torch", "torchvision", "nvidia.dali"):
+        try:
+            importlib.import_module(name)
+        except (ImportError, OSError):
+            missing.append(name)
+    if missing and not {"egg_info", "sdist"} & set(sys.argv):
+        sys.exit(
+            f"mcl needs {' and '.join(missing)} before it is installed, so that pip chooses no other build. Run:\n"
+            f"    {FIRST}\n    pip install --no-build-isolation -e ."
+        )
+    return not missing
+
+
+def flag(name: str) -> bool | None:
+    """An environment variable that is 0, 1 or not set."""
+    value = os.environ.get(name)
+    if value not in (None, "", "0", "1"):
+        sys.exit(f"{name}={value}: must be 0 or 1")
+    return None if not value else value == "1"
+
+
+def with_cuda() -> bool:
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    wish = flag("MCL_BUILD_CUDA")
+    found = CUDA_HOME is not None and shutil.which("nvcc", path=f"{CUDA_HOME}/bin") is not None
+    if wish and not found:
+        sys.exit("MCL_BUILD_CUDA=1: no CUDA toolkit; set CUDA_HOME to one, or MCL_BUILD_CUDA=0")
+    if wish and torch.version.cuda is None:
+        sys.exit(f"MCL_BUILD_CUDA=1: torch {torch.__version__} is built without CUDA; {FIRST}, or MCL_BUILD_CUDA=0")
+    if wish is None and not (found and torch.version.cuda):
+        print("mcl: no CUDA toolkit, or a torch without CUDA: the extension is built for CPUs only")
+    return found and torch.version.cuda is not None and wish is not False
+
+
+def architectures() -> str:
+    """Those of ARCHITECTURES that the toolkit can compile for, PTX for the newest."""
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    listing = subprocess.run([f"{CUDA_HOME}/bin/nvcc", "--list-gpu-arch"], capture_output=True, text=True, check=True)
+    known = {line.removeprefix("compute_") for line in listing.stdout.split()}
+    chosen = [a for a in ARCHITECTURES if a.replace(".", "") in known]
+    if not chosen:
+        sys.exit(f"{CUDA_HOME} compiles for none of {ARCHITECTURES}; set TORCH_CUDA_ARCH_LIST")
+    return ";".join(chosen) + "+PTX"
+
+
+def jobs() -> int:
+    pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(1, min(len(os.sched_getaffinity(0)), pages // (GIB_PER_JOB << 30)))
+
+
+def runtime() -> str:
+    """The CUDA runtime to link with: the one that torch brings and loads, or the toolkit's."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    packages = Path(torch.__file__).parents[1]
+    places = [*packages.glob("nvidia/*/lib"), Path(CUDA_HOME, "lib64"), Path(CUDA_HOME, "lib")]
+    found = [library for place in places for library in sorted(place.glob("libcudart.so*"))]
+    if not found:
+        sys.exit(
+            f"mcl: no libcudart.so in {', '.join(map(str, places))}; install the CUDA runtime, or MCL_BUILD_CUDA=0"
+        )
+    return str(found[0])
+
+
+def extension() -> Extension:
+    import torch
+    from torch.utils.cpp_extension import CppExtension
+
+    compiler = os.environ.get("CXX", "g++").split()[-1]
+    if shutil.which(compiler) is None:
+        sys.exit(
+            f"mcl: no C++ compiler ({compiler}) to build the extension with. Install one (apt install g++), name it "
+            "with CXX, or set MCL_BUILD_EXTENSION=0 to run on PyTorch alone, slowly."
+        )
+    cuda = with_cuda()
+    os.environ.setdefault("MAX_JOBS", str(jobs()))
+    sources = [*SOURCES.glob("*.cpp"), *SOURCES.glob("cpu/*.cpp")]
+    include = [str(SOURCES.resolve())]
+    # The libtorch symbols that 2.10 promises to keep; so one build serves later versions, too.
+    flags = ["-std=c++20", "-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    compile_args: dict[str, list[str]] = {"cxx": [*flags, "-fvisibility=hidden", "-g0"]}
+    link_args = []
+    if cuda:
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures())
+        sources += SOURCES.glob("cuda/*.cu")
+        # Headers that a minimal toolkit lacks come with torch; the toolkit's own go first.
+        include += [str(p) for p in Path(torch.__file__).parents[1].glob("nvidia/cu*/include")]
+        link_args += [runtime(), "-ltorch_cuda"]
+        compile_args["nvcc"] = [*flags, "-DUSE_CUDA", "-Xcompiler", "-fvisibility=hidden"]
+    return CppExtension(
+        "mcl._C",
+        sorted(map(str, sources)),
+        include_dirs=include,
+        extra_compile_args=compile_args,
+        extra_link_args=link_args,
+        py_limited_api=True,
     )
 
-setup()
+
+if check_packages() and flag("MCL_BUILD_EXTENSION") is not False:
+    from torch.utils.cpp_extension import BuildExtension
+
+    setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExtension.with_options(no_python_abi_suffix=True)})
+else:
+    setup()

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from mcl import ops
+
 
 def momentum(base: float, step: int, steps: int) -> float:
     """m at a step: from `base` to 1 along a half cosine."""
@@ -15,6 +17,4 @@ def momentum(base: float, step: int, steps: int) -> float:
 @torch.no_grad()
 def update(target: Iterable[Tensor], online: Iterable[Tensor], m: float) -> None:
     """Moves target parameters towards the online ones, in place. Buffers are not averaged, as in the released code."""
-    targets, onlines = list(target), list(online)
-    torch._foreach_mul_(targets, m)
-    torch._foreach_add_(targets, onlines, alpha=1 - m)
+    ops.ema_(list(target), list(online), m)

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mcl.ops import cross_entropy
+
 
 def info_nce(predictions: Tensor, rows: Tensor, bank: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """Cross-entropy of picking one's own target among all, by cosine.
@@ -20,7 +22,7 @@ def info_nce(predictions: Tensor, rows: Tensor, bank: Tensor, temperature: float
         Cross-entropy, mean cosine with one's own target, mean cosine with the others; each ().
     """
     cosines = F.normalize(predictions, dim=1) @ bank.t()  # (R, B)
-    loss = F.cross_entropy(cosines / temperature, rows)
+    loss = cross_entropy(cosines / temperature, rows)
     positives = cosines.gather(1, rows[:, None]).mean()
     others = (cosines.sum() - positives * len(cosines)) / (cosines.numel() - len(cosines))
     return loss, positives, others

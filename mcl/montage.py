@@ -7,6 +7,7 @@ canvases. Slots are numbered canvas by canvas, row-major within a canvas, level 
 Shape letters: N images, K canvases of all levels, T tiles of all levels, S canvas side.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -137,6 +138,20 @@ def boxes(geometry: Geometry, images: int) -> FloatArray:
     return np.concatenate(parts)
 
 
+def all_tiles(ratio: int, side: int, canvases: int, device: torch.device) -> Tensor:
+    """The grid of tiles of every canvas, whatever its level: (canvases * ratio^2, 5) as :func:`boxes`.
+
+    Args:
+        ratio: tiles per canvas side.
+        side: of a canvas, pixels.
+    """
+    # Made on the device: a copy from the host would wait for it.
+    steps = torch.arange(canvases * ratio * ratio, device=device)
+    x, y = steps % ratio, steps // ratio % ratio
+    corners = torch.stack([x, y, x + 1, y + 1], 1) * (side // ratio)
+    return torch.cat([(steps // ratio**2)[:, None], corners], 1).float()
+
+
 def _grid(canvases: int, ratio: int, tile: int, first: int) -> FloatArray:
     canvas, row, column = np.meshgrid(np.arange(canvases) + first, np.arange(ratio), np.arange(ratio), indexing="ij")
     corners = [canvas, column * tile, row * tile, (column + 1) * tile, (row + 1) * tile]
@@ -169,6 +184,19 @@ class MontageBatch:
         images = self.images.to(device, dtype, non_blocking=True, memory_format=torch.channels_last)
         shape = {name: getattr(self, name) for name in ("canvases", "queries", "ratios", "cells", "epoch", "step")}
         return MontageBatch(images=images, **moved, **shape)
+
+    def regions(self, canvases: Sequence[int]) -> list[Tensor]:
+        """Boxes of the tiles of the first canvases[i] canvases of level i, for as many levels as given.
+
+        Returns:
+            Per level (R, 5): row among the level's canvases, x1, y1, x2, y2 in canvas pixels.
+        """
+        found, first = [], 0
+        for level, number in enumerate(canvases):
+            boxes = self.boxes[self.tiles(level)][: number * self.ratios[level] ** 2]
+            found.append(torch.cat([boxes[:, :1] - first, boxes[:, 1:]], 1))
+            first += self.canvases[level]
+        return found
 
     def tiles(self, level: int) -> slice:
         """Rows of `sources`, `boxes` and `crops` that belong to `level`."""

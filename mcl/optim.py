@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
+from mcl import ops
 from mcl.config import OptimConfig
 
 _RELEASED_EXCLUSION = re.compile(r"(bn|gn)\d+\.(weight|bias)|\.bn\.(weight|bias)|bias")
@@ -59,19 +60,21 @@ class LARS(Optimizer):
         for w in weights:
             if "momentum_buffer" not in self.state[w]:
                 self.state[w]["momentum_buffer"] = torch.zeros_like(w)
-        buffers = [self.state[w]["momentum_buffer"] for w in weights]
-        grads, decay = [w.grad for w in weights if w.grad is not None], group["weight_decay"]
-        steps = torch._foreach_add(grads, weights, alpha=decay)
-        if group["adapt"]:
-            norms = torch.stack(torch._foreach_norm(weights))
-            scale = torch.stack(torch._foreach_norm(grads)) + decay * norms
-            trust = torch.where(scale > 0, group["trust_coefficient"] * norms / scale, 0.0)
-            torch._foreach_mul_(steps, list((trust * group["lr"]).unbind()))
-        else:
-            torch._foreach_mul_(steps, group["lr"])
-        torch._foreach_mul_(buffers, group["momentum"])
-        torch._foreach_add_(buffers, steps)
-        torch._foreach_sub_(weights, buffers)
+        ops.lars_(
+            weights,
+            [_in_order_of(w, w.grad) for w in weights if w.grad is not None],
+            [self.state[w]["momentum_buffer"] for w in weights],
+            lr=group["lr"],
+            momentum=group["momentum"],
+            weight_decay=group["weight_decay"],
+            trust_coefficient=group["trust_coefficient"],
+            adapt=group["adapt"],
+        )
+
+
+def _in_order_of(weight: Tensor, grad: Tensor) -> Tensor:
+    """The gradient, its elements in memory in the order of the weight's; autograd nearly always makes it so."""
+    return grad if grad.stride() == weight.stride() else torch.empty_like(weight).copy_(grad)
 
 
 def excluded(name: str, parameter: Tensor, rule: str) -> bool:

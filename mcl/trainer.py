@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dali_pipelines.loader import MontageLoader, default_threads
 from dali_pipelines.plan import Plan
 from dali_pipelines.source import open_source
-from mcl import checkpoint, distributed, ema
+from mcl import checkpoint, distributed, ema, ops
 from mcl.config import Config, ConfigError, changed_keys, from_dict, to_dict
 from mcl.evaluation import check_evaluations
 from mcl.meters import Meter, Stopwatch
@@ -161,7 +161,7 @@ class Trainer:
         self.scaler.scale(output.loss).backward()
         self.scaler.unscale_(self.optimizer)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        grad_norm = nn.utils.clip_grad_norm_(parameters, optim.clip_norm or float("inf"))
+        grad_norm = ops.clip_grad_norm_(parameters, optim.clip_norm or float("inf"))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         m = ema.momentum(optim.ema, self.step, self.steps)

@@ -39,12 +39,12 @@ class LevelwiseEncoder(nn.Module):
         self.fpns = nn.ModuleList(copy.deepcopy(encoder.fpn) for _ in encoder.ratios)
         self.heads = nn.ModuleList(copy.deepcopy(encoder.head) for _ in encoder.ratios)
 
-    def forward(self, images: Tensor, canvases: Sequence[int], compute: str) -> list[Tensor]:
+    def forward(
+        self, images: Tensor, canvases: Sequence[int], boxes: Sequence[Tensor], cells: int, compute: str
+    ) -> list[Tensor]:
         """As :meth:`Encoder.forward`, with the populations of ``compute: matched``."""
         features = self.encoder.backbone(images)
-        bounds = list(itertools.accumulate(canvases, initial=0))
-        levels = range(len(canvases))
-        return [self.encoder.embed(features, bounds, i, self.fpns[i], self.heads[i]) for i in levels]  # type: ignore[arg-type]
+        return self.encoder.matched(features, canvases, boxes, cells, list(self.fpns), list(self.heads))
 
 
 @dataclass(frozen=True)

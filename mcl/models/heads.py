@@ -5,21 +5,6 @@ from torch import Tensor, nn
 from mcl.models.fpn import ConvNorm
 
 
-def cut_tiles(features: Tensor, ratio: int) -> Tensor:
-    """Cuts maps into their grid of tiles.
-
-    Args:
-        features: (n, C, ratio * cells, ratio * cells).
-
-    Returns:
-        (n * ratio^2, C, cells, cells), row-major within a map.
-    """
-    n, channels, height, width = features.shape
-    cells = height // ratio
-    grid = features.view(n, channels, ratio, cells, ratio, width // ratio)
-    return grid.permute(0, 2, 4, 1, 3, 5).reshape(n * ratio * ratio, channels, cells, width // ratio)
-
-
 class RegionHead(nn.Module):
     """Convolutions with zero padding at the tile's borders, average pool, projector; shared by all levels.
 

@@ -13,8 +13,9 @@ from mcl.config import ModelConfig
 from mcl.loss import contrast, total_loss
 from mcl.models.backbones import Backbone
 from mcl.models.fpn import FPN
-from mcl.models.heads import RegionHead, cut_tiles, predictor
-from mcl.montage import Geometry, MontageBatch
+from mcl.models.heads import RegionHead, predictor
+from mcl.montage import STRIDE, Geometry, MontageBatch, all_tiles
+from mcl.ops import region_pool
 
 
 class Encoder(nn.Module):
@@ -33,34 +34,58 @@ class Encoder(nn.Module):
         self.fpn = FPN(self.backbone.channels, config.width, depths)
         self.head = RegionHead(config.width, config.head_convs, config.hidden)
 
-    def forward(self, images: Tensor, canvases: Sequence[int], compute: str) -> list[Tensor]:
+    def forward(
+        self, images: Tensor, canvases: Sequence[int], boxes: Sequence[Tensor], cells: int, compute: str
+    ) -> list[Tensor]:
         """Embeddings of the tiles of every level.
 
         Args:
             images: (K, 3, S, S), canvases of all levels, level 0 first.
             canvases: canvases per level.
+            boxes: per level (R, 5) its tiles: row among the level's canvases, x1, y1, x2, y2 in canvas pixels.
+            cells: feature cells per tile side.
             compute: matched, where FPN and head see only each level's own canvases, or released, where they see every
                 canvas at every level. The embeddings differ only by BatchNorm's statistics.
 
         Returns:
-            Per level, (canvases[level] * ratio^2, width).
+            Per level, (R, width).
         """
         features = self.backbone(images)
-        bounds = list(itertools.accumulate(canvases, initial=0))
         levels = range(len(canvases))
-        if compute == "released":
-            maps = self.fpn(features, levels)
-            everything = {
-                i: self.head(cut_tiles(maps[i], self.ratios[i])) for i in reversed(levels)
-            }  # finest map first
-            return [everything[i][bounds[i] * r**2 : bounds[i + 1] * r**2] for i, r in enumerate(self.ratios)]
-        return [self.embed(features, bounds, i, self.fpn, self.head) for i in levels]
+        if compute == "matched":
+            return self.matched(
+                features, canvases, boxes, cells, [self.fpn for _ in levels], [self.head for _ in levels]
+            )
+        maps = self.fpn(features, levels)
+        everything = [all_tiles(r, STRIDE * cells, len(images), images.device) for r in self.ratios]
+        tiles = self.pool(maps, everything, cells)
+        embeddings = {i: self.head(tiles[i]) for i in reversed(levels)}  # finest map first
+        bounds = list(itertools.accumulate(canvases, initial=0))
+        return [embeddings[i][bounds[i] * r**2 : bounds[i + 1] * r**2] for i, r in enumerate(self.ratios)]
 
-    def embed(self, features: list[Tensor], bounds: Sequence[int], level: int, fpn: FPN, head: RegionHead) -> Tensor:
-        """Embeddings of one level's tiles, through FPN and head on its own canvases: rows bounds[level] to the next."""
-        (level_map,) = fpn([f[bounds[level] : bounds[level + 1]] for f in features], [level])
-        embeddings: Tensor = head(cut_tiles(level_map, self.ratios[level]))
-        return embeddings
+    def matched(
+        self,
+        features: Sequence[Tensor],
+        canvases: Sequence[int],
+        boxes: Sequence[Tensor],
+        cells: int,
+        fpns: Sequence[nn.Module],
+        heads: Sequence[nn.Module],
+    ) -> list[Tensor]:
+        """Embeddings from the backbone's maps of all canvases: each level its own, through its FPN and head.
+
+        Levels follow each other, level 0 first, since this is the order in which running statistics are updated.
+        """
+        bounds = list(itertools.accumulate(canvases, initial=0))
+        maps = [fpn([f[bounds[i] : bounds[i + 1]] for f in features], [i])[0] for i, fpn in enumerate(fpns)]
+        return [head(tiles) for head, tiles in zip(heads, self.pool(maps, boxes, cells), strict=True)]
+
+    def pool(self, maps: Sequence[Tensor], boxes: Sequence[Tensor], cells: int) -> list[Tensor]:
+        """Tiles of every level, per level (R, width, cells, cells), in one launch."""
+        counts = [len(b) for b in boxes]
+        index = torch.cat([b.new_full((len(b),), i, dtype=torch.int64) for i, b in enumerate(boxes)])
+        strides = [STRIDE / r for r in self.ratios[: len(maps)]]
+        return list(region_pool(maps, strides, torch.cat(list(boxes)), index, cells).split(counts))
 
 
 @dataclass(frozen=True)
@@ -106,9 +131,10 @@ class MCL(nn.Module):
     def targets(self, view: MontageBatch) -> Tensor:
         """Momentum embeddings of all ranks' full images: (B, width), rank after rank."""
         if self.config.compute == "released":
-            embeddings = self.target(view.images, view.canvases, "released")[0]
+            embeddings = self.target(view.images, view.canvases, view.regions(view.canvases), view.cells, "released")[0]
         else:
-            embeddings = self.target(view.images[: view.canvases[0]], view.canvases[:1], "matched")[0]
+            full = view.canvases[:1]  # level 0
+            embeddings = self.target(view.images[: full[0]], full, view.regions(full), view.cells, "matched")[0]
         return distributed.all_gather(embeddings)
 
     def predictions(self, view: MontageBatch) -> list[Tensor]:
@@ -116,7 +142,8 @@ class MCL(nn.Module):
         images = view.images
         if view.queries != view.canvases:
             images = torch.cat([c[:q] for c, q in zip(images.split(view.canvases), view.queries, strict=True)])
-        embeddings = self.online(images, view.queries, self.config.compute)
+        boxes = view.regions(view.queries)
+        embeddings = self.online(images, view.queries, boxes, view.cells, self.config.compute)
         return [predict(z) for predict, z in zip(self.predictors, embeddings, strict=True)]
 
     def sources(self, view: MontageBatch) -> list[Tensor]:

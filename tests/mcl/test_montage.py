@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mcl.models.heads import cut_tiles
-from mcl.montage import Geometry, boxes, slabs
+from mcl.montage import Geometry, all_tiles, boxes, slabs
 from tests.conftest import random_view
 
 DEFAULT = Geometry()
@@ -53,12 +52,21 @@ def test_slabs_put_every_pixel_of_every_tile_where_it_belongs(cells: int, level:
     assert (result.reshape(expected.shape) == expected).all()
 
 
-def test_cut_tiles_finds_the_boxes() -> None:
-    """Cutting a map into its grid is slicing it at the boxes, at one feature per pixel."""
-    features = torch.arange(2 * 3 * 8 * 8).view(2, 3, 8, 8)
-    cut = cut_tiles(features, 4)
-    for i, (row, column) in enumerate((r, c) for r in range(4) for c in range(4)):
-        assert torch.equal(cut[16 + i], features[1, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2])
+def test_regions_are_rows_of_their_own_level() -> None:
+    batch = random_view(Geometry(cells=1), 64, 0)
+    regions = batch.regions((64, 16, 3, 1))
+    assert [len(r) for r in regions] == [64, 64, 48, 64]
+    assert torch.equal(regions[1][:, 0], torch.arange(16.0).repeat_interleave(4))
+    assert regions[2][17].tolist() == [1, 8, 0, 16, 8]
+    assert torch.equal(regions[3][:, 1:], batch.boxes[batch.tiles(3)][:64, 1:])
+    assert [len(r) for r in batch.regions((64,))] == [64]
+
+
+def test_all_tiles_are_the_boxes_of_each_level() -> None:
+    geometry = Geometry(cells=2)
+    for level, tiles in enumerate(random_view(geometry, 32, 0).regions(geometry.canvases(32))):
+        ratio, canvases = geometry.ratios[level], geometry.canvases(32)[level]
+        assert torch.equal(all_tiles(ratio, geometry.canvas, canvases, torch.device("cpu")), tiles)
 
 
 def test_batch_slices_levels_and_moves() -> None:

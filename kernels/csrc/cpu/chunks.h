@@ -1,0 +1,45 @@
+// Work on lists of tensors, cut into chunks that do not depend on the number of threads.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "tensor_lists.h"
+
+namespace mcl::cpu {
+
+constexpr int64_t kChunk = 1 << 15;
+
+struct Chunk {
+  size_t tensor;
+  int64_t offset, length;
+};
+
+// Of the tensors `first` to `last`, in their order.
+inline std::vector<Chunk> chunks_of(const TensorList& list, size_t first, size_t last) {
+  std::vector<Chunk> chunks;
+  for (size_t t = first; t < last; ++t)
+    for (int64_t offset = 0; offset < list[t].numel(); offset += kChunk)
+      chunks.push_back({t, offset, std::min(kChunk, list[t].numel() - offset)});
+  return chunks;
+}
+
+// Calls f(number of the chunk, chunk) for all, on all threads.
+template <typename F>
+void for_each_chunk(const std::vector<Chunk>& chunks, const F& f) {
+  torch::stable::parallel_for(0, static_cast<int64_t>(chunks.size()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) f(i, chunks[i]);
+  });
+}
+
+template <typename T>
+const T* read(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+
+template <typename T>
+T* write(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+}  // namespace mcl::cpu

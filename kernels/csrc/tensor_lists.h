@@ -1,0 +1,29 @@
+// Lists of tensors that are updated element by element, as they lie in memory.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <initializer_list>
+#include <vector>
+
+namespace mcl {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using TensorList = std::vector<Tensor>;
+
+// Raises unless the lists are equally long, all tensors share one device and one dtype (float32 or float64), none has
+// gaps, and the t-th of each list has the same sizes and the same order of elements in memory.
+void check_lists(const char* name, std::initializer_list<const TensorList*> lists);
+
+// Calls f with a value of the dtype's C++ type.
+template <typename F>
+void dispatch_float(const TensorList& list, F&& f) {
+  if (list[0].scalar_type() == ScalarType::Double) return f(double{});
+  f(float{});
+}
+
+}  // namespace mcl

@@ -1,0 +1,77 @@
+"""NVIDIA apex, where it is installed: norms, momentum network, clipping and cross-entropy of CUDA tensors.
+
+apex comes from its sources or from NVIDIA's containers, never from PyPI, whose project of that name is another. Its
+multi-tensor kernels take contiguous CUDA tensors and a flag: not zero makes kernels return at once, and checks for
+overflow set it. So every call brings a fresh flag.
+"""
+
+import importlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_DEVICES = ("cuda",)
+
+
+def _find(module: str, name: str) -> Any:
+    try:
+        return getattr(importlib.import_module(module), name)
+    except Exception:  # absent, PyPI's other project, or built for another torch: all mean that it is not used
+        return None
+
+
+_applier = _find("apex.multi_tensor_apply", "multi_tensor_applier")
+_l2norm = _find("amp_C", "multi_tensor_l2norm")
+_axpby = _find("amp_C", "multi_tensor_axpby")
+_clip: Any = _find("apex.contrib.clip_grad", "clip_grad_norm_") if _l2norm else None
+_cross_entropy = _find("apex.contrib.xentropy", "SoftmaxCrossEntropyLoss")
+
+
+def supplies(task: str) -> bool:
+    """Whether apex has what the task "norms", "ema_", "clip" or "cross_entropy" needs."""
+    parts = {
+        "norms": (_applier, _l2norm),
+        "ema_": (_applier, _axpby),
+        "clip": (_clip,),
+        "cross_entropy": (_cross_entropy,),
+    }
+    return None not in parts[task]
+
+
+def serves(task: str, tensors: Sequence[Tensor]) -> bool:
+    """Whether apex does this task on these tensors: fp32, on CUDA."""
+    return supplies(task) and all(t.device.type in _DEVICES and t.dtype == torch.float32 for t in tensors)
+
+
+def norms(tensors: Sequence[Tensor]) -> Tensor:
+    """(T,) norms of the tensors."""
+    each: Tensor = _applier(_l2norm, _flag(tensors), [_flat(tensors)], True)[1]
+    return each
+
+
+def ema_(targets: Sequence[Tensor], onlines: Sequence[Tensor], momentum: float) -> None:
+    x, y = _flat(targets), _flat(onlines)
+    _applier(_axpby, _flag(targets), [x, y, x], momentum, 1 - momentum, -1)
+
+
+def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    norm: Tensor = _clip(parameters, max_norm)
+    return norm
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over rows. Label 0 is a class like any other: apex would leave out what equals `padding_idx`."""
+    smoothing, padding_idx, half_to_float = 0.0, -1, False
+    rows: Tensor = _cross_entropy.apply(logits, labels, smoothing, padding_idx, half_to_float)
+    return rows.mean()
+
+
+def _flag(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.zeros(1, dtype=torch.int32, device=tensors[0].device)
+
+
+def _flat(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors' elements as they lie in memory; norms and sums do not mind the order."""
+    return [t if t.is_contiguous() else t.detach().as_strided((t.numel(),), (1,)) for t in tensors]

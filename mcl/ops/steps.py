@@ -1,0 +1,105 @@
+"""What a training step does to all parameters at once, and its cross-entropy. Nothing is read back from the device.
+
+apex does what it can where it is installed; then the extension, in the fewest passes over memory; then PyTorch.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mcl.ops import apex
+from mcl.ops.library import compiled, library
+
+
+def norms(tensors: Sequence[Tensor]) -> Tensor:
+    """L2 norms of fp32 or fp64 tensors without gaps in memory: (T,), in their dtype, on their device."""
+    if apex.serves("norms", tensors):
+        return apex.norms(tensors)
+    result: Tensor = torch.ops.mcl.norms(list(tensors))
+    return result
+
+
+def lars_(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    *,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    trust_coefficient: float,
+    adapt: bool = True,
+) -> None:
+    """One step of LARS (see :class:`mcl.optim.LARS`), in place, on fp32 or fp64 tensors without gaps in memory.
+
+    Args:
+        weights: the parameters.
+        grads: their gradients, with elements in the same order in memory.
+        momenta: their momentum buffers, likewise.
+        adapt: by the trust ratio, which is 1 otherwise.
+    """
+    both = [*weights, *grads]
+    given = apex.norms(both).view(2, -1) if adapt and apex.serves("norms", both) else None
+    torch.ops.mcl.lars_(
+        list(weights), list(grads), list(momenta), given, lr, momentum, weight_decay, trust_coefficient, adapt
+    )
+
+
+def ema_(targets: Sequence[Tensor], onlines: Sequence[Tensor], momentum: float) -> None:
+    """target = momentum * target + (1 - momentum) * online, in place; tensors as for :func:`lars_`."""
+    if apex.serves("ema_", [*targets, *onlines]):
+        apex.ema_(targets, onlines, momentum)
+    else:
+        torch.ops.mcl.ema_(list(targets), list(onlines), momentum)
+
+
+def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """Scales gradients in place so that their common norm is at most `max_norm`; returns it as it was, ()."""
+    parameters = [p for p in parameters if p.grad is not None]
+    if parameters and apex.serves("clip", [p.grad for p in parameters if p.grad is not None]):
+        return apex.clip_grad_norm_(parameters, max_norm)
+    return nn.utils.clip_grad_norm_(parameters, max_norm)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of (R, B) logits against (R,) int64 labels: ()."""
+    if apex.serves("cross_entropy", [logits]):
+        return apex.cross_entropy(logits, labels)
+    return F.cross_entropy(logits, labels)
+
+
+def backends(device: str) -> dict[str, tuple[str, str]]:
+    """Who does what on "cpu" or "cuda": per operator the library's name, and why."""
+    from mcl.ops.library import missing
+
+    chosen = {}
+    for task in ("region_pool", "norms", "lars_", "ema_", "clip", "cross_entropy"):
+        if task not in ("region_pool", "lars_") and device == "cuda" and apex.supplies(task):
+            chosen[task] = ("apex", "it is installed")
+        elif task in ("clip", "cross_entropy"):
+            chosen[task] = ("PyTorch", "apex is not installed" if device == "cuda" else "apex serves CUDA only")
+        elif compiled(task, device):
+            chosen[task] = ("mcl", "the extension is built")
+        else:
+            chosen[task] = ("PyTorch", missing or f"the extension is built without {device.upper()}")
+    return chosen
+
+
+@torch.library.register_fake("mcl::norms", lib=library)
+def _fake_norms(tensors: list[Tensor]) -> Tensor:
+    return tensors[0].new_empty(len(tensors))
+
+
+@torch.library.register_fake("mcl::lars_", lib=library)
+def _fake_lars(
+    weights: list[Tensor], grads: list[Tensor], momenta: list[Tensor], given: Tensor | None, lr: float,
+    momentum: float, weight_decay: float, trust_coefficient: float, adapt: bool,
+) -> None:  # fmt: skip
+    return None
+
+
+@torch.library.register_fake("mcl::ema_", lib=library)
+def _fake_ema(targets: list[Tensor], onlines: list[Tensor], momentum: float) -> None:
+    return None

@@ -1,0 +1,78 @@
+"""A stand-in for NVIDIA apex in plain PyTorch: the calls that mcl makes, with apex's contracts, each recorded.
+
+It is no apex: it shows which arguments mcl passes, and that results are equal where apex keeps to its documentation.
+"""
+
+import sys
+import types
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK = 2048 * 32
+
+
+@dataclass
+class StandIn:
+    calls: list[tuple[str, tuple[Any, ...]]] = field(default_factory=list)
+
+    def applier(self, op: Any, noop: Tensor, lists: list[list[Tensor]], *args: Any) -> Any:
+        return op(CHUNK, noop, lists, *args)
+
+    def _check(self, chunk: int, noop: Tensor, lists: list[list[Tensor]]) -> bool:
+        assert chunk == CHUNK
+        assert (noop.dtype, noop.shape) == (torch.int32, (1,))
+        assert len({len(tensors) for tensors in lists}) == 1
+        assert all(t.is_contiguous() and t.dtype == torch.float32 for tensors in lists for t in tensors)
+        return bool(noop == 0)
+
+    def multi_tensor_l2norm(self, chunk: int, noop: Tensor, lists: Any, per_tensor: bool) -> tuple[Tensor, Tensor]:
+        self.calls.append(("l2norm", (len(lists), len(lists[0]), per_tensor)))
+        assert self._check(chunk, noop, lists)
+        each = torch.stack([t.norm() for t in lists[0]])
+        return each.norm(), each if per_tensor else torch.empty(0)
+
+    def multi_tensor_axpby(self, chunk: int, noop: Tensor, lists: Any, a: float, b: float, arg_to_check: int) -> None:
+        self.calls.append(("axpby", (len(lists), a, b, arg_to_check)))
+        if self._check(chunk, noop, lists):
+            for x, y, out in zip(*lists, strict=True):
+                out.copy_(a * x + b * y)
+                if not out.isfinite().all():
+                    noop.fill_(1)
+
+    def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2.0) -> Tensor:
+        self.calls.append(("clip", (max_norm, norm_type)))
+        return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
+
+    def cross_entropy(
+        self, logits: Tensor, labels: Tensor, smoothing: float = 0.0, padding_idx: int = 0, half_to_float: bool = False
+    ) -> Tensor:
+        self.calls.append(("xentropy", (smoothing, padding_idx, half_to_float)))
+        losses = F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
+        return losses.masked_fill(labels == padding_idx, 0.0)
+
+
+def install(monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    """Puts the stand-in where Python looks for apex."""
+    stand_in = StandIn()
+    modules: dict[str, dict[str, Any]] = {
+        "amp_C": {
+            "multi_tensor_l2norm": stand_in.multi_tensor_l2norm,
+            "multi_tensor_axpby": stand_in.multi_tensor_axpby,
+        },
+        "apex": {},
+        "apex.multi_tensor_apply": {"multi_tensor_applier": stand_in.applier},
+        "apex.contrib": {},
+        "apex.contrib.clip_grad": {"clip_grad_norm_": stand_in.clip_grad_norm_},
+        "apex.contrib.xentropy": {"SoftmaxCrossEntropyLoss": types.SimpleNamespace(apply=stand_in.cross_entropy)},
+    }
+    for name, contents in modules.items():
+        module = types.ModuleType(name)
+        module.__path__ = []
+        vars(module).update(contents)
+        monkeypatch.setitem(sys.modules, name, module)
+    return stand_in

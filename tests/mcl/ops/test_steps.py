@@ -1,0 +1,277 @@
+"""Norms, LARS, momentum network, clipping, cross-entropy: formulas written out, three backends, and no host reads."""
+
+import importlib
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mcl import config, ema, ops
+from mcl.ops import apex, fallback, steps
+from mcl.ops.library import compiled
+from mcl.optim import build_optimizer
+from tests.mcl.ops import standin_apex
+
+SHAPES = [(1,), (3, 5), (), (64, 3, 7, 7), (32, 16, 3, 3), (0,), (70_001,), (2, 3, 1, 1)]
+STEP = {"lr": 0.7, "momentum": 0.9, "weight_decay": 0.01, "trust_coefficient": 1e-3}
+
+
+def lists(dtype: torch.dtype, number: int = 3) -> list[list[Tensor]]:
+    """Lists of tensors of many shapes, convolutions channels_last."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = [[torch.randn(s, generator=generator, dtype=dtype) for s in SHAPES] for _ in range(number)]
+    return [[t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t for t in each] for each in drawn]
+
+
+def lars_by_hand(w: Tensor, g: Tensor, buffer: Tensor, adapt: bool) -> tuple[Tensor, Tensor]:
+    trust = 1.0
+    if adapt:
+        norms = [math.sqrt(math.fsum((t.double() ** 2).flatten().tolist())) for t in (w, g)]
+        scale = norms[1] + STEP["weight_decay"] * norms[0]
+        trust = STEP["trust_coefficient"] * norms[0] / scale if scale > 0 else 0.0
+    buffer = STEP["momentum"] * buffer + STEP["lr"] * trust * (g + STEP["weight_decay"] * w)
+    return w - buffer, buffer
+
+
+@pytest.fixture(params=["compiled", "fallback"])
+def torch_ops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both implementations of norms, lars_ and ema_ behind the same face."""
+    assert all(compiled(name, "cpu") for name in ("norms", "lars_", "ema_")), "the extension is not built"
+    if request.param == "fallback":
+        monkeypatch.setattr(steps, "torch", _Namespace(fallback))
+
+
+class _Namespace:
+    """`torch`, whose operators of mcl are plain functions."""
+
+    def __init__(self, functions: Any) -> None:
+        self.ops = type("ops", (), {"mcl": functions})
+
+
+@pytest.mark.parametrize("adapt", [True, False])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 2e-6)])
+def test_lars_by_hand(torch_ops: None, dtype: torch.dtype, tolerance: float, adapt: bool) -> None:
+    weights, grads, momenta = lists(dtype)
+    weights[0].zero_()
+    weights[1].zero_()
+    grads[1].zero_()
+    before = [[t.clone() for t in each] for each in (weights, grads, momenta)]
+    ops.lars_(weights, grads, momenta, **STEP, adapt=adapt)
+    for t, (w, g, b) in enumerate(zip(*before, strict=True)):
+        expected, buffer = lars_by_hand(w, g, b, adapt)
+        torch.testing.assert_close(weights[t], expected, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(momenta[t], buffer, rtol=tolerance, atol=tolerance)
+        assert torch.equal(grads[t], g)
+
+
+def test_norms_and_momentum_network(torch_ops: None) -> None:
+    targets, onlines = lists(torch.float64, 2)
+    expected = [0.9 * t + 0.1 * o for t, o in zip(targets, onlines, strict=True)]
+    torch.testing.assert_close(ops.norms(targets), torch.stack([t.norm() for t in targets]), rtol=1e-14, atol=0)
+    ops.ema_(targets, onlines, 0.9)
+    for t, e in zip(targets, expected, strict=True):
+        torch.testing.assert_close(t, e, rtol=1e-14, atol=1e-16)
+
+
+def test_results_do_not_depend_on_threads() -> None:
+    results = []
+    before = torch.get_num_threads()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        weights, grads, momenta = lists(torch.float32)
+        ops.lars_(weights, grads, momenta, **STEP)
+        results.append(weights + momenta)
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("norms", lambda: (lists(torch.float32)[0],)),
+        ("lars_", lambda: (*lists(torch.float32), None, 0.1, 0.9, 1e-4, 1e-3, True)),
+        ("lars_", lambda: (*lists(torch.float32), torch.rand(2, len(SHAPES)), 0.1, 0.9, 1e-4, 1e-3, True)),
+        ("ema_", lambda: (*lists(torch.float32, 2), 0.9)),
+    ],
+)
+def test_opcheck(name: str, arguments: Callable[[], tuple[Any, ...]]) -> None:
+    torch.library.opcheck(getattr(torch.ops.mcl, name).default, arguments())
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    weights, grads, momenta = lists(torch.float32)
+    for wrong, message in (
+        ((weights, grads[:-1], momenta), "length"),
+        ((weights, [g.double() for g in grads], momenta), "one dtype"),
+        ((weights, [g.half() for g in grads], momenta), "float32 or float64"),
+        ((weights, [g.contiguous() for g in grads], momenta), "order of their elements"),
+        (([w.expand(2, *w.shape) for w in weights],) * 3, "gaps"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            ops.lars_(*wrong, **STEP)
+
+
+# ------------------------------------------------------------------------------------------------------- host reads
+
+
+class NoHostReads(TorchDispatchMode):
+    """Fails where a number would travel to the host, a size depend on values, or a tensor be copied to it."""
+
+    READS = frozenset(
+        {
+            "_local_scalar_dense", "nonzero", "nonzero_numpy", "masked_select", "unique_consecutive", "_unique",
+            "_unique2", "unique_dim", "is_nonzero", "equal", "item",
+        }
+    )  # fmt: skip
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        assert name not in self.READS, name
+        if name.startswith(("index", "_index")):
+            indices = args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) else []
+            assert not any(isinstance(i, Tensor) and i.dtype == torch.bool for i in indices), f"{name} by booleans"
+        result = func(*args, **(kwargs or {}))
+        if name in ("_to_copy", "copy_"):
+            source = args[1] if name == "copy_" else args[0]
+            assert not (source.is_cuda and result.device.type == "cpu"), f"{name} to the host"
+        return result
+
+
+def update(model: nn.Module, target: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """What follows the backward pass in a step."""
+    ops.clip_grad_norm_(model.parameters(), 500.0)
+    optimizer.step()
+    ema.update(target.parameters(), model.parameters(), 0.99)
+
+
+def network(layout: torch.memory_format = torch.channels_last) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer]:
+    model, target = (nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 4)) for _ in "ot")
+    if layout == torch.channels_last:
+        model.to(memory_format=layout)  # type: ignore[call-overload]
+        target.to(memory_format=layout)  # type: ignore[call-overload]
+    optimizer = build_optimizer(config.from_dict({}).optim, model)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1
+    return model, target, optimizer
+
+
+def test_a_step_reads_nothing_back() -> None:
+    model, target, optimizer = network()
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    with NoHostReads():
+        update(model, target, optimizer)
+        update(model, target, optimizer)
+    with NoHostReads(), pytest.raises(AssertionError, match="_local_scalar_dense"):
+        model[0].weight.norm().item()  # type: ignore[union-attr,operator]
+    with NoHostReads(), pytest.raises(AssertionError, match="booleans"):
+        torch.ones(3)[torch.tensor([True, False, True])]
+
+
+def test_a_step_on_cuda_copies_nothing_to_the_host() -> None:
+    """Fake CUDA tensors have no values to read, and their copies are seen."""
+    with FakeTensorMode():
+        with torch.device("cuda"):
+            model, target, optimizer = network(torch.contiguous_format)
+        for p in model.parameters():
+            p.grad = torch.empty_like(p)
+        with NoHostReads():
+            update(model, target, optimizer)
+            update(model, target, optimizer)
+        assert {p.device.type for p in model.parameters()} == {"cuda"}
+        with NoHostReads(), pytest.raises(AssertionError, match="to the host"):
+            next(model.parameters()).cpu()
+        with pytest.raises(Exception, match="_local_scalar_dense"):
+            next(model.parameters()).norm().item()
+
+
+def test_fake_cuda_regions_copy_nothing_to_the_host() -> None:
+    """Forward and backward as the operators are called; the autograd engine itself needs a driver."""
+    with FakeTensorMode(), NoHostReads():
+        f = torch.empty(2, 8, 4, 4, device="cuda", dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+        boxes, index = torch.empty(3, 5, device="cuda"), torch.empty(3, device="cuda", dtype=torch.int64)
+        pooled = ops.region_pool([f], [8.0], boxes, index, 2)
+        assert (pooled.device.type, pooled.dtype, pooled.stride(1)) == ("cuda", torch.bfloat16, 1)
+        (grad,) = torch.ops.mcl.region_pool_backward(pooled, list(f.shape), [8.0], boxes, index, 0, True)
+        assert (grad.device.type, grad.shape, grad.stride()) == ("cuda", f.shape, f.stride())
+
+
+# ------------------------------------------------------------------------------------------------------- apex
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[standin_apex.StandIn]:
+    """A stand-in for apex, which then serves CPU tensors."""
+    installed = standin_apex.install(monkeypatch)
+    importlib.reload(apex)
+    monkeypatch.setattr(apex, "_DEVICES", ("cpu",))
+    yield installed
+    monkeypatch.undo()
+    importlib.reload(apex)
+
+
+def test_apex_is_called_by_its_contract_with_equal_results(stand_in: standin_apex.StandIn) -> None:
+    weights, grads, momenta = lists(torch.float32)
+    expected = [[t.clone() for t in each] for each in (weights, grads, momenta)]
+    ops.lars_(weights, grads, momenta, **STEP)
+    assert stand_in.calls == [("l2norm", (1, 2 * len(SHAPES), True))]
+    fallback.lars_(*expected, None, *STEP.values(), True)
+    for ours, theirs in zip((weights, momenta), expected[::2], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+    stand_in.calls.clear()
+    targets, before = weights, [w.clone() for w in weights]
+    before[0].fill_(math.inf)  # overflow must not stop the update, neither this one nor the next
+    targets[0].fill_(math.inf)
+    for _ in range(2):
+        ops.ema_(targets, grads, 0.75)
+        fallback.ema_(before, grads, 0.75)
+    assert stand_in.calls == [("axpby", (3, 0.75, 0.25, -1))] * 2
+    for ours, theirs in zip(targets, before, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+    stand_in.calls.clear()
+    parameter = nn.Parameter(torch.ones(4))
+    parameter.grad = torch.full((4,), 3.0)
+    assert ops.clip_grad_norm_([parameter], 1.5).item() == 6
+    assert parameter.grad.tolist() == pytest.approx([0.75] * 4, rel=1e-4)
+    assert stand_in.calls == [("clip", (1.5, 2.0))]
+
+    stand_in.calls.clear()
+    logits, labels = torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 0, 0])  # label 0 counts like any other
+    torch.testing.assert_close(ops.cross_entropy(logits, labels), F.cross_entropy(logits, labels))
+    assert stand_in.calls == [("xentropy", (0.0, -1, False))]
+
+
+def test_apex_gets_nothing_but_fp32(stand_in: standin_apex.StandIn) -> None:
+    weights, grads, momenta = lists(torch.float64)
+    ops.lars_(weights, grads, momenta, **STEP)
+    ops.ema_(weights, grads, 0.9)
+    ops.cross_entropy(torch.randn(2, 3, dtype=torch.float64), torch.zeros(2, dtype=torch.int64))
+    assert stand_in.calls == []
+
+
+def test_backends_are_told(stand_in: standin_apex.StandIn) -> None:
+    told = {task: library for task, (library, _) in ops.backends("cuda").items()}
+    assert told["norms"] == told["ema_"] == told["clip"] == told["cross_entropy"] == "apex"
+    assert told["lars_"] != "apex"
+    assert ops.backends("cpu")["clip"] == ("PyTorch", "apex serves CUDA only")
+
+
+def test_without_apex_everything_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("amp_C", "apex", "apex.multi_tensor_apply"):
+        monkeypatch.setitem(__import__("sys").modules, name, None)
+    importlib.reload(apex)
+    assert not any(apex.supplies(task) for task in ("norms", "ema_", "clip", "cross_entropy"))
+    model, target, optimizer = network()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    update(model, target, optimizer)
+    monkeypatch.undo()
+    importlib.reload(apex)
