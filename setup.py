@@ -9,9 +9,11 @@ Environment:
 
 import importlib
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -46,6 +48,16 @@ def flag(name: str) -> bool | None:
     if value not in (None, "", "0", "1"):
         sys.exit(f"{name}={value}: must be 0 or 1")
     return None if not value else value == "1"
+
+
+def check_compiler() -> None:
+    flag("MCL_BUILD_CUDA")  # a wrong value is said before anything takes time
+    compiler = os.environ.get("CXX", "g++").split()[-1]
+    if shutil.which(compiler) is None:
+        sys.exit(
+            f"mcl: no C++ compiler ({compiler}) to build the extension with. Install one (apt install g++), name it "
+            "with CXX, or set MCL_BUILD_EXTENSION=0 to run on PyTorch alone, slowly."
+        )
 
 
 def with_cuda() -> bool:
@@ -99,12 +111,6 @@ def extension() -> Extension:
     import torch
     from torch.utils.cpp_extension import CppExtension
 
-    compiler = os.environ.get("CXX", "g++").split()[-1]
-    if shutil.which(compiler) is None:
-        sys.exit(
-            f"mcl: no C++ compiler ({compiler}) to build the extension with. Install one (apt install g++), name it "
-            "with CXX, or set MCL_BUILD_EXTENSION=0 to run on PyTorch alone, slowly."
-        )
     cuda = with_cuda()
     os.environ.setdefault("MAX_JOBS", str(jobs()))
     sources = [*SOURCES.glob("*.cpp"), *SOURCES.glob("cpu/*.cpp")]
@@ -119,7 +125,7 @@ def extension() -> Extension:
         # Headers that a minimal toolkit lacks come with torch; the toolkit's own go first.
         include += [str(p) for p in Path(torch.__file__).parents[1].glob("nvidia/cu*/include")]
         link_args += [runtime(), "-ltorch_cuda"]
-        compile_args["nvcc"] = [*flags, "-DUSE_CUDA", "-Xcompiler", "-fvisibility=hidden"]
+        compile_args["nvcc"] = [*flags, "-DUSE_CUDA", "-Xcompiler", "-fvisibility=hidden", "-Xptxas", "-v"]
     return CppExtension(
         "mcl._C",
         sorted(map(str, sources)),
@@ -130,9 +136,32 @@ def extension() -> Extension:
     )
 
 
-if check_packages() and flag("MCL_BUILD_EXTENSION") is not False:
+wanted = flag("MCL_BUILD_EXTENSION") is not False
+if wanted:
+    check_compiler()
+if check_packages() and wanted:
     from torch.utils.cpp_extension import BuildExtension
 
-    setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExtension.with_options(no_python_abi_suffix=True)})
+    class Build(BuildExtension):
+        """Keeps what ptxas says of every kernel beside the library: registers, spills, shared memory."""
+
+        def build_extensions(self) -> None:
+            log = tempfile.TemporaryFile("w+")  # noqa: SIM115
+            stdout, stderr = os.dup(1), os.dup(2)
+            try:
+                os.dup2(log.fileno(), 1)  # compilers write to the file descriptors, not to sys.stdout
+                os.dup2(log.fileno(), 2)
+                super().build_extensions()
+            finally:
+                os.dup2(stdout, 1)
+                os.dup2(stderr, 2)
+                log.seek(0)
+                text = log.read()
+                print(text)
+            report = re.findall(r"^(?:ptxas info .*|.*bytes stack frame.*)$", text, re.MULTILINE)
+            if report:
+                Path("mcl/_C.ptxas.txt").write_text("\n".join(report) + "\n")
+
+    setup(ext_modules=[extension()], cmdclass={"build_ext": Build.with_options(no_python_abi_suffix=True)})
 else:
     setup()

@@ -26,6 +26,7 @@ _WIDTH = 100
 _ABSENT = "not installed"
 _MARKS = {"ok": "ok", "note": "-", "missing": "MISSING"}
 _DALI = "pip install nvidia-dali-cuda130"
+_BUILD = "pip install --no-build-isolation -e ."
 _PYTHON = (3, 11)
 _TORCH = (2, 10)
 
@@ -205,29 +206,51 @@ def _dali() -> list[Check]:
 
 
 def _extensions() -> list[Check]:
-    found = []
-    for name, pattern, instead in (
-        ("C++ extension", "_C*.so", "the PyTorch implementation is used"),
-        ("DALI plugin", "libmcl_dali.so", "stock DALI operators are used"),
-    ):
-        libraries = ", ".join(sorted(path.name for path in _PACKAGE.glob(pattern)))
-        detail = f"built: {libraries}" if libraries else "not built"
-        found.append(Check(name, "note", detail, False, f"this release does without; {instead}"))
+    """The compiled operators, and who does what in a step."""
+    ops, reason = _probe("mcl.ops")
+    if ops is None:
+        return [Check("C++ extension", "missing", reason, False, "the operators cannot be imported", _BUILD)]
+    device = _device()
+    if ops.missing:
+        found = [Check("C++ extension", "note", "not built", False, ops.missing, _BUILD)]
+    else:
+        built = " and ".join(d.upper() for d in ("cpu", "cuda") if ops.compiled("region_pool", d))
+        found = [Check("C++ extension", "ok", f"built for {built}", True, "region pooling and optimiser steps")]
+    tasks: dict[tuple[str, str], list[str]] = {}
+    for task, backend in ops.backends(device).items():
+        tasks.setdefault(backend, []).append(task)
+    for (library, why), names in tasks.items():
+        detail = f"{library} on {device.upper()}: {', '.join(names)}"
+        found.append(Check("operators", "note" if library == "PyTorch" else "ok", detail, True, why))
+    plugin = _PACKAGE / "libmcl_dali.so"
+    detail = f"built: {plugin.name}" if plugin.exists() else "not built"
+    found.append(
+        Check("DALI plugin", "note", detail, False, "this release does without; stock DALI operators are used")
+    )
     return found
 
 
+def _device() -> str:
+    torch, _ = _probe("torch")
+    return "cuda" if torch is not None and torch.cuda.is_available() else "cpu"
+
+
 def _apex() -> list[Check]:
-    """Never imported: PyPI's project of the name has requirements of its own and fails without them."""
+    """Not imported by its bare name: PyPI's project of the name has requirements of its own and fails without them."""
     spec = _find("apex")
-    without = "PyTorch's own multi-tensor operators are used"
+    without = "the extension or PyTorch does its work"
     if spec is None:
         return [Check("apex", "note", _ABSENT, False, without)]
     folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
     if not any((folder / "multi_tensor_apply").is_dir() for folder in folders):
         why = f"it has no apex.multi_tensor_apply; {without}"
         return [Check("apex", "note", "another project of this name, from PyPI", False, why, "pip uninstall apex")]
-    kernels = "with" if _find("amp_C") is not None else "without"
-    return [Check("apex", "note", f"NVIDIA apex {kernels} its CUDA kernels (amp_C)", False, without)]
+    if _find("amp_C") is None:
+        return [Check("apex", "note", "NVIDIA apex without its CUDA kernels (amp_C)", False, without)]
+    detail = "NVIDIA apex with its CUDA kernels (amp_C)"
+    if _device() == "cpu":
+        return [Check("apex", "note", detail, False, f"it serves CUDA devices only; {without}")]
+    return [Check("apex", "ok", detail, True, "see operators")]
 
 
 def _mmdetection() -> list[Check]:

@@ -49,9 +49,9 @@ bool channels_last(const std::vector<Tensor>& features) {
 Tensor empty_maps(const Tensor& like, int64_t rows, int64_t channels, int64_t height, int64_t width,
                   bool channels_last) {
   const std::vector<int64_t> size{rows, channels, height, width};
-  return torch::stable::empty(size, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
-                              channels_last ? torch::headeronly::MemoryFormat::ChannelsLast
-                                            : torch::headeronly::MemoryFormat::Contiguous);
+  return torch::stable::empty(
+      size, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
+      channels_last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous);
 }
 
 std::vector<Tensor> empty_gradients(const Tensor& grad, const std::vector<int64_t>& sizes,

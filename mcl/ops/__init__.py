@@ -1,8 +1,18 @@
 """The Python face of kernels/: operators of the compiled extension, with PyTorch behind them where it is absent."""
 
 from mcl.ops import fallback  # noqa: F401  registers what the extension lacks
-from mcl.ops.library import missing
+from mcl.ops.library import compiled, missing
 from mcl.ops.region_pool import region_pool
 from mcl.ops.steps import backends, clip_grad_norm_, cross_entropy, ema_, lars_, norms
 
-__all__ = ["backends", "clip_grad_norm_", "cross_entropy", "ema_", "lars_", "missing", "norms", "region_pool"]
+__all__ = [
+    "backends",
+    "clip_grad_norm_",
+    "compiled",
+    "cross_entropy",
+    "ema_",
+    "lars_",
+    "missing",
+    "norms",
+    "region_pool",
+]

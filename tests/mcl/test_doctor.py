@@ -36,10 +36,10 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
                 raise ModuleNotFoundError(name)
             return ModuleSpec(name, None) if name in broken or name in stands else find(name)
 
-        def import_module(name: str) -> Any:
+        def import_module(name: str, package: str | None = None) -> Any:
             if name in broken:
                 raise broken[name]
-            return stands[name] if name in stands else load(name)
+            return stands[name] if name in stands else load(name, package)
 
         with monkeypatch.context() as patch:
             patch.setattr(importlib.util, "find_spec", find_spec)
@@ -190,15 +190,32 @@ def test_apex_of_pypi_is_told_from_nvidias(machine: Machine, tmp_path: Path, mon
     assert (other.remedy, other.used) == ("pip uninstall apex", False)
     (package / "multi_tensor_apply").mkdir()
     assert machine()["apex"].detail == "NVIDIA apex without its CUDA kernels (amp_C)"
-    assert "with its" in machine(stands={"amp_C": None})["apex"].detail
+    on_cpu = machine(stands={"amp_C": None})["apex"]
+    assert "with its" in on_cpu.detail
+    assert (on_cpu.used, "CUDA devices only" in on_cpu.why) == (False, True)
+    on_gpu = machine(stands={"amp_C": None, "torch": torch_with_gpu()})["apex"]
+    assert (on_gpu.status, on_gpu.used) == ("ok", True)
 
 
-def test_extensions_are_looked_for(machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_PACKAGE", tmp_path)
-    assert machine()["C++ extension"].detail == "not built"
-    (tmp_path / "_C.abi3.so").touch()
-    (tmp_path / "libmcl_dali.so").touch()
+def test_the_extension_and_who_does_what(machine: Machine) -> None:
     found = machine()
-    assert found["C++ extension"].detail == "built: _C.abi3.so"
-    assert "PyTorch implementation" in found["C++ extension"].why
-    assert found["DALI plugin"].detail == "built: libmcl_dali.so"
+    assert (found["C++ extension"].status, found["C++ extension"].used) == ("ok", True)
+    assert "CPU" in found["C++ extension"].detail
+    pytorch = {"region_pool": ("PyTorch", "the extension was not built")}
+    without = SimpleNamespace(missing="the extension was not built", backends=lambda device: pytorch)
+    found = machine(stands={"mcl.ops": without})
+    assert (found["C++ extension"].status, found["C++ extension"].used) == ("note", False)
+    assert "pip install" in found["C++ extension"].remedy
+    assert (found["operators"].detail, found["operators"].why) == (
+        "PyTorch on CPU: region_pool",
+        pytorch["region_pool"][1],
+    )
+    broken = machine(broken={"mcl.ops": ImportError("no torch")})["C++ extension"]
+    assert (broken.status, broken.detail) == ("missing", "broken: ImportError: no torch")
+
+
+def test_the_plugin_is_looked_for(machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_PACKAGE", tmp_path)
+    assert machine()["DALI plugin"].detail == "not built"
+    (tmp_path / "libmcl_dali.so").touch()
+    assert machine()["DALI plugin"].detail == "built: libmcl_dali.so"

@@ -1,6 +1,5 @@
-#include "cpu/ema_kernel.h"
-
 #include "cpu/chunks.h"
+#include "cpu/ema_kernel.h"
 #include "tensor_lists.h"
 
 namespace mcl {
@@ -22,6 +21,8 @@ void ema_(TensorList targets, TensorList onlines, double momentum) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(mcl, CPU, library) { library.impl("ema_", TORCH_BOX(&ema_)); }
+STABLE_TORCH_LIBRARY_IMPL(mcl, CPU, library) {
+  library.impl("ema_", TORCH_BOX(&ema_));
+}
 
 }  // namespace mcl

@@ -1,9 +1,8 @@
-#include "cpu/lars_kernel.h"
-
 #include <cmath>
 #include <optional>
 
 #include "cpu/chunks.h"
+#include "cpu/lars_kernel.h"
 #include "tensor_lists.h"
 
 namespace mcl {

@@ -44,8 +44,8 @@ std::vector<Tensor> region_pool_backward(Tensor grad, std::vector<int64_t> sizes
     // A thread owns channels, so that all have the same to do and none waits for another.
     torch::stable::parallel_for(0, grad.size(1), 16, [&](int64_t first, int64_t last) {
       cpu::region_pool_backward<T, A>(static_cast<const T*>(grad.const_data_ptr()), pooled_strides(grad), maps, b,
-                                      boxes_by, static_cast<int>(grad.size(2)), static_cast<int>(sampling_ratio),
-                                      first, last);
+                                      boxes_by, static_cast<int>(grad.size(2)), static_cast<int>(sampling_ratio), first,
+                                      last);
     });
   });
   return grads;

@@ -209,8 +209,8 @@ struct Sum {
 };
 
 template <typename T, typename A>
-void unpool_dense(const Sum<A>& sum, const Taps<A>& y, const Taps<A>& x, const T* grad,
-                  const PooledStrides& from, int bins, int channels) {
+void unpool_dense(const Sum<A>& sum, const Taps<A>& y, const Taps<A>& x, const T* grad, const PooledStrides& from,
+                  int bins, int channels) {
   for (int py = 0; py < bins; ++py) {
     for (int px = 0; px < bins; ++px) {
       const T* g = grad + py * from.y + px * from.x;

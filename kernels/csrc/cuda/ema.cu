@@ -1,5 +1,4 @@
 #include "cuda/ema.cuh"
-
 #include "cuda/launch.h"
 #include "cuda/tables.h"
 
@@ -15,7 +14,7 @@ void ema_(TensorList targets, TensorList onlines, double momentum) {
     cuda::for_each_table<T, 2>({&targets, &onlines}, [&](const auto& table, int chunks, int64_t) {
       if (chunks == 0) return;
       cuda::ema_update<T><<<chunks, cuda::kTableThreads, 0, stream.get()>>>(table, static_cast<T>(momentum),
-                                                                           static_cast<T>(1 - momentum));
+                                                                            static_cast<T>(1 - momentum));
     });
   });
   cuda::check_launch("ema_");
@@ -23,6 +22,8 @@ void ema_(TensorList targets, TensorList onlines, double momentum) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(mcl, CUDA, library) { library.impl("ema_", TORCH_BOX(&ema_)); }
+STABLE_TORCH_LIBRARY_IMPL(mcl, CUDA, library) {
+  library.impl("ema_", TORCH_BOX(&ema_));
+}
 
 }  // namespace mcl

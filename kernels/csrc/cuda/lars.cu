@@ -1,7 +1,6 @@
-#include "cuda/lars.cuh"
-
 #include <optional>
 
+#include "cuda/lars.cuh"
 #include "cuda/launch.h"
 #include "cuda/tables.h"
 

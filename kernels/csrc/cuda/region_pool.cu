@@ -1,11 +1,10 @@
-#include "region_pool.h"
-
 #include <algorithm>
 #include <bit>
 #include <cstdint>
 
 #include "cuda/launch.h"
 #include "cuda/region_pool.cuh"
+#include "region_pool.h"
 
 namespace mcl {
 namespace {

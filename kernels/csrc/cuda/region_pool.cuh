@@ -156,7 +156,8 @@ __device__ __forceinline__ Stretch samples_near(const Axis<A>& axis, int bins, i
   // The border repeats outwards by one cell. Small boxes are searched whole: rounding could misplace their samples.
   if (extent < A(2)) return {0, samples - 1};
   const A low = cell == 0 ? A(-1) : A(cell - 1), high = cell == size - 1 ? A(size) : A(cell + 1);
-  const A first = (low - axis.start) / extent * samples - A(1.5), last = (high - axis.start) / extent * samples + A(0.5);
+  const A first = (low - axis.start) / extent * samples - A(1.5),
+          last = (high - axis.start) / extent * samples + A(0.5);
   if (!(first < A(samples)) || !(last >= A(0))) return {0, -1};
   return {first > A(0) ? static_cast<int>(first) : 0, last < A(samples - 1) ? static_cast<int>(last) : samples - 1};
 }
@@ -248,8 +249,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   if (!active) return;
   Pack<T, VEC> pack;
   for (int v = 0; v < VEC; ++v) pack.value[v] = static_cast<T>(sum[v]);
-  store<VEC, DENSE>(map.data + row * map.row_stride + channel * map.channel_stride + y * map.y_stride + x * map.x_stride,
-                    pack, map.channel_stride);
+  store<VEC, DENSE>(
+      map.data + row * map.row_stride + channel * map.channel_stride + y * map.y_stride + x * map.x_stride, pack,
+      map.channel_stride);
 }
 
 }  // namespace mcl::cuda

@@ -1,0 +1,304 @@
+// Runs CUDA kernels on the CPU, for tests: one real thread per CUDA thread, so that AddressSanitizer sees every access
+// out of bounds, and ThreadSanitizer every access that no barrier orders. Include this, then files of plain kernels.
+//
+// Honoured:
+//   - One block after the other, its threads all at once. Threads may return before a barrier that others wait at.
+//   - __shared__ variables are static: like shared memory they keep what the block before left there.
+//   - __syncthreads and __syncwarp order memory. Shuffles, ballots and atomicAdd do not, as in CUDA: ThreadSanitizer
+//     reports who takes them for a barrier.
+//   - Lanes that returned or never were give shuffles the caller's own value (undefined in CUDA) and ballots no bit.
+//
+// Not honoured:
+//   - Blocks never run at the same time: races between blocks stay unseen, and waiting for another block hangs.
+//   - Warp functions take the whole warp: a mask that leaves out a thread still running is refused.
+//   - Threads that wait at different barriers, in different branches, meet as if it were one and the same.
+//   - Reading shared memory that was never written gives zeros. There is no dynamic shared memory.
+//   - No streams: a launch returns when it is done. Only one thread of the host may launch.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <thread>
+#include <type_traits>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __shared__ static
+
+struct uint3 {
+  unsigned x, y, z;
+};
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+inline constinit thread_local uint3 threadIdx{}, blockIdx{};
+inline constinit dim3 blockDim, gridDim;
+inline constexpr int warpSize = 32;
+
+using std::max;
+using std::min;
+
+#ifdef __SANITIZE_THREAD__
+extern "C" void AnnotateIgnoreSyncBegin(const char* file, int line);
+extern "C" void AnnotateIgnoreSyncEnd(const char* file, int line);
+#endif
+
+namespace emulation {
+
+[[noreturn]] inline void fail(const char* message) {
+  std::fprintf(stderr, "emulation: %s\n", message);
+  std::abort();
+}
+
+// As long as this lives, ThreadSanitizer does not take what its thread does for synchronisation.
+struct Unordered {
+#ifdef __SANITIZE_THREAD__
+  Unordered() { AnnotateIgnoreSyncBegin(__FILE__, __LINE__); }
+  ~Unordered() { AnnotateIgnoreSyncEnd(__FILE__, __LINE__); }
+#else
+  Unordered() {}
+#endif
+  Unordered(const Unordered&) = delete;
+};
+
+// A barrier of `threads` that some may leave; when all have left it is as new. All fields are atomic, so that it may be
+// used Unordered.
+class Barrier {
+ public:
+  explicit Barrier(int threads) : threads_(threads), expected_(threads), pending_(threads) {}
+
+  // Returns the sum of what all threads brought.
+  uint64_t wait(uint64_t brought = 0) {
+    const unsigned phase = phase_.load();
+    brought_ += brought;
+    if (!arrive()) {
+      const Unordered hidden;  // the standard library keeps one list of waiting threads for several barriers
+      phase_.wait(phase);
+    }
+    phase_.load();  // this is what orders
+    return total_;
+  }
+
+  void leave() {
+    --expected_;
+    arrive();
+  }
+
+ private:
+  bool arrive() {
+    if (--pending_ != 0) return false;
+    // The last to come: all others wait for the next phase or have left.
+    if (expected_ == 0) expected_ = threads_;
+    pending_ = expected_.load();
+    total_ = brought_.exchange(0);
+    ++phase_;
+    phase_.notify_all();
+    return true;
+  }
+
+  const int threads_;
+  std::atomic<int> expected_, pending_;
+  std::atomic<unsigned> phase_{0};
+  std::atomic<uint64_t> brought_{0}, total_{0};
+};
+
+struct Warp {
+  explicit Warp(int threads) : barrier(threads) {}
+  Barrier barrier;
+  std::atomic<uint64_t> slots[2][32] = {};  // used in turn: a shuffle need not wait until all have read the last one's
+};
+
+// Where the calling thread belongs.
+struct Place {
+  Barrier* block;
+  Warp* warp;
+  unsigned lane;
+  unsigned turn;
+};
+inline constinit thread_local Place here{};
+
+struct Lanes {
+  unsigned present, voting;  // a bit each
+};
+
+// Meets the other lanes of the warp.
+inline Lanes meet(unsigned mask, bool vote) {
+  const uint64_t sum = here.warp->barrier.wait((uint64_t(vote) << 32 | 1u) << here.lane);
+  const Lanes lanes{static_cast<unsigned>(sum), static_cast<unsigned>(sum >> 32)};
+  if (lanes.present & ~mask) fail("the mask of a warp function leaves out a running thread");
+  return lanes;
+}
+
+// The x of lane `source`; the caller's own where that one is not there.
+template <typename T>
+T exchange(unsigned mask, T x, unsigned source) {
+  static_assert(std::is_arithmetic_v<T>);
+  const Unordered unordered;
+  std::atomic<uint64_t>* slots = here.warp->slots[here.turn ^= 1];
+  uint64_t bits = 0;
+  std::memcpy(&bits, &x, sizeof(T));
+  slots[here.lane] = bits;
+  if (!(meet(mask, false).present >> source & 1u)) return x;
+  bits = slots[source];
+  std::memcpy(&x, &bits, sizeof(T));
+  return x;
+}
+
+// First and last lane of the caller's group.
+inline unsigned first_lane(int width) {
+  if (width < 1 || width > 32 || (width & (width - 1))) fail("the width of a shuffle must be a power of 2 up to 32");
+  return here.lane & ~(width - 1u);
+}
+inline unsigned last_lane(int width) {
+  return first_lane(width) + width - 1;
+}
+
+// A callable that somebody else keeps.
+class Body {
+ public:
+  template <typename F>
+  explicit Body(const F& f) : f_(&f), call_([](const void* f, unsigned t) { (*static_cast<const F*>(f))(t); }) {}
+  void operator()(unsigned t) const { call_(f_, t); }
+
+ private:
+  const void* f_;
+  void (*call_)(const void*, unsigned);
+};
+
+// Threads that outlive a launch, since they take longer to start than a small kernel takes to run.
+class Team {
+ public:
+  ~Team() { wake(0, nullptr); }
+
+  // Calls body(0) .. body(number - 1), each in a thread of its own, and waits for all.
+  void run(unsigned number, const Body& body) {
+    while (threads_.size() < number) threads_.emplace_back(&Team::work, this, threads_.size(), turn_.load());
+    wake(number, &body);
+    while (const unsigned busy = busy_) busy_.wait(busy);
+  }
+
+ private:
+  void wake(unsigned number, const Body* body) {
+    number_ = number;
+    body_ = body;
+    busy_ = static_cast<unsigned>(threads_.size());
+    ++turn_;
+    turn_.notify_all();
+  }
+
+  void work(unsigned t, unsigned turn) {
+    while (true) {
+      turn_.wait(turn++);
+      if (body_ == nullptr) return;
+      if (t < number_) (*body_)(t);
+      if (--busy_ == 0) busy_.notify_one();
+    }
+  }
+
+  unsigned number_ = 0;
+  const Body* body_ = nullptr;  // none: the threads end
+  std::atomic<unsigned> turn_{0}, busy_{0};
+  std::deque<std::jthread> threads_;  // last, to be joined first
+};
+inline Team team;
+
+// Calls `body` as every thread of the grid.
+inline void run(dim3 grid, dim3 block, const Body& body) {
+  const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z, threads = uint64_t(block.x) * block.y * block.z;
+  if (threads == 0 || threads > 1024 || block.z > 64) fail("a block must have 1 to 1024 threads, up to 64 along z");
+  if (blocks == 0 || grid.x > INT32_MAX || grid.y > 65535 || grid.z > 65535) fail("CUDA has no such grid");
+  gridDim = grid;
+  blockDim = block;
+  const int number = static_cast<int>(threads);
+  Barrier inside(number), between(number);
+  std::deque<Warp> warps;
+  for (int t = 0; t < number; t += 32) warps.emplace_back(min(32, number - t));
+  const auto walk = [&](unsigned t) {
+    threadIdx = {t % block.x, t / block.x % block.y, t / block.x / block.y};
+    for (uint64_t b = 0; b < blocks; ++b) {
+      blockIdx = {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
+                  static_cast<unsigned>(b / grid.x / grid.y)};
+      here = {&inside, &warps[t / 32], t % 32, 0};
+      body(t);
+      here.warp->barrier.leave();
+      inside.leave();
+      between.wait();
+    }
+  };
+  team.run(number, Body(walk));
+}
+
+// kernel<<<grid, block>>>(arguments...), and waits for it.
+template <typename... Parameters>
+void launch(dim3 grid, dim3 block, void (*kernel)(Parameters...), std::type_identity_t<Parameters>... arguments) {
+  run(grid, block, Body([&](unsigned) { kernel(arguments...); }));
+}
+
+}  // namespace emulation
+
+inline void __syncthreads() {
+  emulation::here.block->wait();
+}
+inline int __syncthreads_count(int x) {
+  return static_cast<int>(emulation::here.block->wait(x != 0));
+}
+inline int __syncthreads_or(int x) {
+  return __syncthreads_count(x) != 0;
+}
+
+inline void __syncwarp(unsigned mask = 0xffffffffu) {
+  emulation::meet(mask, false);
+}
+
+inline unsigned __ballot_sync(unsigned mask, int x) {
+  const emulation::Unordered unordered;
+  return emulation::meet(mask, x != 0).voting;
+}
+
+template <typename T>
+T __shfl_sync(unsigned mask, T x, int source, int width = 32) {
+  return emulation::exchange(mask, x, emulation::first_lane(width) + (source & (width - 1)));
+}
+
+template <typename T>
+T __shfl_up_sync(unsigned mask, T x, unsigned delta, int width = 32) {
+  const unsigned lane = emulation::here.lane;
+  return emulation::exchange(mask, x, delta <= lane - emulation::first_lane(width) ? lane - delta : lane);
+}
+
+template <typename T>
+T __shfl_down_sync(unsigned mask, T x, unsigned delta, int width = 32) {
+  const unsigned lane = emulation::here.lane;
+  return emulation::exchange(mask, x, delta <= emulation::last_lane(width) - lane ? lane + delta : lane);
+}
+
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T x, int lane_mask, int width = 32) {
+  const unsigned lane = emulation::here.lane, source = lane ^ static_cast<unsigned>(lane_mask);
+  return emulation::exchange(mask, x, source <= emulation::last_lane(width) ? source : lane);
+}
+
+inline int __popc(unsigned x) {
+  return std::popcount(x);
+}
+inline int __ffs(int x) {
+  return x == 0 ? 0 : std::countr_zero(static_cast<unsigned>(x)) + 1;
+}
+
+template <typename T>
+T atomicAdd(T* address, std::type_identity_t<T> x) {
+  return std::atomic_ref<T>(*address).fetch_add(x, std::memory_order_relaxed);
+}

@@ -1,0 +1,107 @@
+"""What only a GPU can show: launches, streams, alignment, and equality with the CPU there."""
+
+import hashlib
+
+import pytest
+import torch
+from torch import Tensor
+
+from mcl import ops
+from mcl.ops.library import compiled
+from tests.mcl.ops.test_region_pool import LAYOUTS, STRIDES, maps, random_boxes
+from tests.mcl.ops.test_steps import STEP, lists
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+@pytest.fixture(autouse=True)
+def _built_for_cuda() -> None:
+    for name in ("region_pool", "region_pool_backward", "norms", "lars_", "ema_"):
+        assert compiled(name, "cuda"), f"{name}: build with MCL_BUILD_CUDA=1"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("channels", [3, 4, 64])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.float16, 4e-3), (torch.bfloat16, 3e-2)],
+)
+@pytest.mark.parametrize("ratio", [0, 2])
+def test_regions_equal_the_cpus(
+    layout: torch.memory_format, channels: int, dtype: torch.dtype, tolerance: float, ratio: int
+) -> None:
+    boxes, index = random_boxes(300, [3, 2, 1], 128, seed=ratio)
+    boxes[:2, 1:] = torch.tensor([[0.0, 0.0, 64.0, 64.0], [float("nan")] * 4])
+    results = []
+    for device in ("cpu", "cuda"):
+        features = [f.detach().to(device).requires_grad_() for f in maps(dtype, layout, channels)]
+        pooled = ops.region_pool(features, STRIDES, boxes.to(device), index.to(device), 2, ratio)
+        grad = torch.arange(pooled.numel(), device=device).view(pooled.shape).sin().to(dtype)
+        results.append([pooled, *torch.autograd.grad(pooled, features, grad)])
+    for cpu, cuda in zip(*results, strict=True):
+        torch.testing.assert_close(cuda.cpu(), cpu, rtol=tolerance, atol=20 * tolerance)
+        assert cuda.stride() == cpu.stride()
+
+
+def test_hundred_backwards_give_one_hash() -> None:
+    features = [f.detach().cuda().requires_grad_() for f in maps(torch.bfloat16, torch.channels_last, 64)]
+    boxes, index = (t.cuda() for t in random_boxes(500, [3, 2, 1], 128, seed=9))
+    pooled = ops.region_pool(features, STRIDES, boxes, index, 7)
+    grad = torch.randn_like(pooled)
+    hashes = set()
+    for _ in range(100):
+        grads = torch.autograd.grad(pooled, features, grad, retain_graph=True)
+        raw = b"".join(g.contiguous().view(torch.int16).cpu().numpy().tobytes() for g in grads)
+        hashes.add(hashlib.sha256(raw).hexdigest())
+    assert len(hashes) == 1
+
+
+def test_another_stream_is_followed() -> None:
+    """Work queued on a side stream is seen by the operator that follows on it."""
+    side = torch.cuda.Stream()
+    boxes, index = (t.cuda() for t in random_boxes(50, [1], 64, seed=1))
+    with torch.cuda.stream(side):
+        f = torch.zeros(1, 64, 64, 64, device="cuda")
+        torch.cuda._sleep(50_000_000)
+        f.fill_(1.0)
+        pooled = ops.region_pool([f], [1.0], boxes, index, 7)
+    side.synchronize()
+    assert torch.equal(pooled, ops.region_pool([f], [1.0], boxes, index, 7))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float64, 1e-13)])
+def test_steps_equal_the_cpus(dtype: torch.dtype, tolerance: float) -> None:
+    """More tensors than one launch takes; some not aligned to words of 16 bytes."""
+
+    def many(device: str) -> list[list[Tensor]]:
+        drawn = [each * 40 for each in lists(dtype)]
+        moved = [[t.clone().to(device) for t in each] for each in drawn]
+        for each in moved:
+            storage = torch.zeros(1001, dtype=dtype, device=device)
+            storage[1:] = torch.linspace(-1, 1, 1000, dtype=dtype, device=device)
+            each.append(storage[1:])
+        return moved
+
+    results = []
+    for device in ("cpu", "cuda"):
+        weights, grads, momenta = many(device)
+        norms = ops.norms(weights + grads)
+        ops.lars_(weights, grads, momenta, **STEP)
+        ops.ema_(grads, weights, 0.9)
+        results.append([norms, *weights, *momenta, *grads])
+    for cpu, cuda in zip(*results, strict=True):
+        torch.testing.assert_close(cuda.cpu(), cpu, rtol=tolerance, atol=tolerance)
+
+
+def test_nothing_waits_for_the_host() -> None:
+    features = [f.detach().cuda().requires_grad_() for f in maps(torch.bfloat16, torch.channels_last, 64)]
+    boxes, index = (t.cuda() for t in random_boxes(50, [3, 2, 1], 128, seed=2))
+    weights, grads, momenta = ([t.cuda() for t in each] for each in lists(torch.float32))
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ops.region_pool(features, STRIDES, boxes, index, 7).sum().backward()
+        ops.lars_(weights, grads, momenta, **STEP)
+        ops.ema_(weights, grads, 0.9)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)

@@ -1,0 +1,69 @@
+"""The emulation of CUDA does as CUDA, and sanitizers find what is wrong in a kernel that it runs."""
+
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import pytest
+
+from tests.kernels import emulation
+from tests.kernels.emulation import KERNELS, SANITIZERS
+
+SELFTEST = KERNELS / "emulation" / "selftest.cpp"
+
+
+def selftest(out: Path, sanitizer: str, *flags: str) -> CompletedProcess[str]:
+    # It takes longer to compile than to run, hence -O0.
+    return emulation.run(emulation.build(SELFTEST, out, "-O0", *SANITIZERS[sanitizer], *flags))
+
+
+@pytest.mark.parametrize("sanitizer", SANITIZERS)
+def test_kernels_agree_with_plain_loops(sanitizer: str, tmp_path: Path) -> None:
+    result = selftest(tmp_path / "right", sanitizer)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("fault", "sanitizer", "report", "kernel"),
+    [
+        ("FAULT_MISSING_BARRIER", "thread", "data race", "sum_shared"),
+        ("FAULT_SHUFFLE_AS_BARRIER", "thread", "data race", "swap_neighbours"),
+        ("FAULT_PLAIN_ADD", "thread", "data race", "histogram"),
+        ("FAULT_OUT_OF_BOUNDS", "address", "heap-buffer-overflow", "histogram"),
+    ],
+)
+def test_planted_faults_are_found(fault: str, sanitizer: str, report: str, kernel: str, tmp_path: Path) -> None:
+    result = selftest(tmp_path / "faulty", sanitizer, f"-D{fault}")
+    assert result.returncode != 0
+    (summary,) = (line for line in result.stderr.splitlines() if line.startswith("SUMMARY:"))
+    assert report in summary
+    assert kernel in summary
+
+
+def test_uncovered_lines_are_named(tmp_path: Path) -> None:
+    (tmp_path / "kernel.cuh").write_text("""\
+template <typename T>
+__global__ void kernel(T* x, bool other) {
+  if (sizeof(T) == 4) {
+    x[threadIdx.x] += 1;
+  } else {
+    x[threadIdx.x] += 2;
+  }
+  if (other)
+    x[threadIdx.x] += 3;
+}
+""")
+    source = tmp_path / "program.cpp"
+    source.write_text("""\
+#include "emulation/cuda_emulation.h"
+#include "kernel.cuh"
+int main() {
+  float x[3] = {};
+  double y[3] = {};
+  emulation::launch(1, 3, kernel<float>, x, false);
+  emulation::launch(1, 3, kernel<double>, y, false);
+  return x[2] != 1 || y[2] != 2;
+}
+""")
+    missed = ["kernel.cuh:9: x[threadIdx.x] += 3;"]
+    assert emulation.uncovered_lines(source, tmp_path / "kernel.cuh", tmp_path / "work") == missed

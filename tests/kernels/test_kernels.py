@@ -1,0 +1,134 @@
+"""The CUDA kernels on the CPU: equal to its own, clean under sanitizers, every line executed; and the library."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mcl.ops.library import compiled
+from tests.conftest import ROOT
+from tests.kernels import emulation
+
+EMULATION = ROOT / "kernels" / "emulation"
+CUDA = ROOT / "kernels" / "csrc" / "cuda"
+PROGRAMS = ["region_pool", "steps"]
+
+
+@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_kernels_agree_with_the_cpu_and_sanitizers_find_nothing(program: str, sanitizer: str, tmp_path: Path) -> None:
+    flags = [*emulation.SANITIZERS[sanitizer], "-O0" if sanitizer == "address" else "-O1"]  # what compiles sooner
+    binary = emulation.build(EMULATION / f"{program}.cpp", tmp_path / program, *flags)
+    result = emulation.run(binary)
+    assert (result.returncode, result.stdout.strip(), result.stderr) == (0, "ok", "")
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_line_of_the_kernels_is_executed(program: str, tmp_path: Path) -> None:
+    assert emulation.uncovered_lines(EMULATION / f"{program}.cpp", CUDA, tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "right", "wrong", "sanitizer", "report"),
+    [
+        ("lars.cuh", "  __syncthreads();\n", "", "thread", "data race"),
+        ("tensor_table.cuh", ": table.size[low];", ": table.size[low] + 1;", "address", "heap-buffer-overflow"),
+        ("lars.cuh", "distance > 0; distance /= 2", "distance > 1; distance /= 2", None, "norm: element 0 is"),
+    ],
+    ids=["missing barrier", "out of bounds", "wrong sum"],
+)
+def test_faults_planted_in_the_kernels_are_found(
+    file: str, right: str, wrong: str, sanitizer: str | None, report: str, tmp_path: Path
+) -> None:
+    """The same program with one line of a kernel changed."""
+    sources = shutil.copytree(ROOT / "kernels", tmp_path / "kernels")
+    faulty = sources / "csrc" / "cuda" / file
+    text = faulty.read_text()
+    assert text.count(right) == 1
+    faulty.write_text(text.replace(right, wrong))
+    flags = emulation.SANITIZERS[sanitizer] if sanitizer else []
+    program = sources / "emulation" / "steps.cpp"
+    result = emulation.run(emulation.build(program, tmp_path / "faulty", f"-iquote{sources / 'csrc'}", *flags))
+    assert result.returncode != 0
+    assert report in result.stdout + result.stderr
+
+
+def library() -> Path:
+    (found,) = (ROOT / "mcl").glob("_C*.so")
+    return found
+
+
+def test_no_kernel_spills_registers() -> None:
+    if not compiled("region_pool", "cuda"):
+        pytest.skip("the extension was built without CUDA")
+    from benchmarks.kernels import parse_ptxas
+
+    kernels = parse_ptxas((ROOT / "mcl" / "_C.ptxas.txt").read_text())
+    names = " ".join(k.name for k in kernels)
+    for name in ("region_pool_forward", "region_pool_backward", "boxes_by_canvas", "lars_update", "ema_update"):
+        assert name in names
+    assert {"sm_80", "sm_90"} <= {k.architecture for k in kernels}
+    assert [k for k in kernels if k.spill_stores or k.spill_loads or k.stack] == []
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="nm comes with a compiler")
+def test_only_the_stable_interface_of_torch_is_used() -> None:
+    symbols = subprocess.run(["nm", "-DC", library()], capture_output=True, text=True, check=True).stdout
+    undefined = re.findall(r"^ +U (.*)$", symbols, re.MULTILINE)
+    assert any(s.startswith("aoti_torch_") for s in undefined)
+    assert [s for s in undefined if re.search(r"\b(at|c10|torch::jit)::", s)] == []
+
+
+def setup(**environment: str) -> subprocess.CompletedProcess[str]:
+    """Looks at what setup.py would build, without building."""
+    command = [sys.executable, "setup.py", "--quiet", "--name"]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_build_fails_loudly_or_is_told_not_to_try(tmp_path: Path) -> None:
+    no_compiler = setup(PATH=str(tmp_path))
+    assert no_compiler.returncode != 0
+    assert "MCL_BUILD_EXTENSION=0" in no_compiler.stderr
+    told = setup(PATH=str(tmp_path), MCL_BUILD_EXTENSION="0")
+    assert (told.returncode, told.stdout.split()[-1]) == (0, "mcl")
+    no_toolkit = setup(PATH="/usr/bin:/bin", CUDA_HOME=str(tmp_path), MCL_BUILD_CUDA="1")
+    assert no_toolkit.returncode != 0
+    assert "set CUDA_HOME" in no_toolkit.stderr
+    typo = setup(PATH="/usr/bin:/bin", MCL_BUILD_CUDA="yes")
+    assert "MCL_BUILD_CUDA=yes: must be 0 or 1" in typo.stderr
+
+
+WITHOUT_EXTENSION = """
+import pathlib, sys, warnings
+import torch
+find = pathlib.Path.glob
+pathlib.Path.glob = lambda self, pattern: iter(()) if pattern == "_C*.so" else find(self, pattern)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    from mcl import config, ops
+    from mcl.optim import LARS
+    assert ops.missing and not ops.compiled("region_pool", "cpu")
+    features = [torch.rand(1, 2, 4, 4, requires_grad=True)]
+    boxes = torch.tensor([[0, 0, 0, 16, 16.], [0, 16, 0, 32, 16.]])
+    for _ in range(2):
+        pooled = ops.region_pool(features, [8.0], boxes, torch.zeros(2, dtype=torch.int64), 2)
+        pooled.sum().backward()
+    assert torch.equal(pooled[1], features[0][0, :, :2, 2:])
+    weight = torch.nn.Parameter(torch.ones(3))
+    weight.grad = torch.ones(3)
+    LARS([weight], lr=1.0).step()
+    assert bool((weight < 1).all())
+slow = [str(w.message) for w in caught if "mcl.ops" in str(w.message)]
+assert len(slow) == 1 and "pip install" in slow[0], slow
+told = ops.backends("cpu")
+assert told["region_pool"][0] == told["lars_"][0] == "PyTorch", told
+"""
+
+
+def test_without_the_extension_pytorch_does_everything_with_one_warning() -> None:
+    command = [sys.executable, "-c", WITHOUT_EXTENSION]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
