@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import ptxas
 from mcl.ops.library import compiled
 from tests.conftest import ROOT
 from tests.kernels import emulation
@@ -64,9 +65,7 @@ def library() -> Path:
 def test_no_kernel_spills_registers() -> None:
     if not compiled("region_pool", "cuda"):
         pytest.skip("the extension was built without CUDA")
-    from benchmarks.kernels import parse_ptxas
-
-    kernels = parse_ptxas((ROOT / "mcl" / "_C.ptxas.txt").read_text())
+    kernels = ptxas.parse(ptxas.REPORT.read_text())
     names = " ".join(k.name for k in kernels)
     for name in ("region_pool_forward", "region_pool_backward", "boxes_by_canvas", "lars_update", "ema_update"):
         assert name in names
