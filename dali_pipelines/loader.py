@@ -1,11 +1,13 @@
 """The loader: steps of a plan, carried out by an engine, as pairs of :class:`~mcl.montage.MontageBatch`."""
 
+import functools
 import importlib.util
 import itertools
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol, Self
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -15,15 +17,25 @@ from torch.utils.dlpack import from_dlpack
 from dali_pipelines.plan import VIEWS, Plan, StepPlan
 from dali_pipelines.source import Source
 from mcl import montage
-from mcl.config import AugmentConfig, ConfigError, DataConfig
+from mcl.config import ConfigError, DataConfig
 from mcl.montage import Geometry, MontageBatch
+
+if TYPE_CHECKING:
+    from dali_pipelines import pipelines
+
+
+READERS = 32
+"""Threads that read shards and object stores, of which a read may take long."""
+
+READ_AHEAD = 2
+"""Steps that they are ahead of DALI."""
 
 
 class Engine(Protocol):
     """Draws plans from the iterator that it is made with, some steps ahead, and carries them out in that order."""
 
     def collect(self) -> list[Tensor]: ...
-    def decodes(self, path: str) -> str | None: ...
+    def decodes(self, i: int) -> str | None: ...
     def close(self) -> None: ...
 
 
@@ -32,99 +44,161 @@ class BadDataError(RuntimeError):
 
 
 class DaliEngine:
-    """Runs plans in a DALI pipeline on the CPU (``gpu=None``) or on a GPU."""
+    """Runs plans in a DALI pipeline.
+
+    Args:
+        plans: what to do, step by step.
+        source: the images.
+        name: fused or stock.
+        graph: what decides the operators.
+        images: per step, N.
+        threads: of DALI, and of ours that read where DALI cannot.
+        gpu: the CUDA device that gets the canvases; None leaves them on the CPU.
+    """
 
     def __init__(
         self,
         plans: Iterator[StepPlan],
-        geometry: Geometry,
-        augment: AugmentConfig,
-        data: DataConfig,
-        paths: Sequence[str],
-        threads: int,
+        source: Source,
+        name: str,
+        graph: "pipelines.Graph",
         images: int,
+        threads: int,
         gpu: int | None,
     ) -> None:
         from dali_pipelines import pipelines  # DALI takes a second to import and may be missing
 
-        self._plans, self._paths, self._geometry, self._gpu, self._dali = plans, paths, geometry, gpu, pipelines
-        self._copied = None if gpu is None else torch.cuda.Event()
-        self._pastes = [montage.slabs(geometry, level, images) for level in range(geometry.levels)]
-        self._pipeline = pipelines.montage_pipeline(
-            self._feed,
-            geometry,
-            augment,
-            data,
-            gpu is not None,
-            pipelines.inputs(geometry),
+        self._plans, self._source, self._gpu, self._dali = plans, source, gpu, pipelines
+        self._fused = name == "fused"
+        if self._fused:
+            pipelines.load_plugin()
+        self._feed = pipelines.fused_feed if self._fused else pipelines.stock_feed
+        self._readers = None if source.paths is not None else ThreadPoolExecutor(max(threads, READERS))
+        self._reading: deque[tuple[StepPlan, list[Future[bytes]]]] = deque()
+        self._sides: deque[int] = deque()  # of the canvases in flight, pixels
+        self._lent: deque[tuple[list[Tensor], torch.cuda.Event]] = deque()
+        define = pipelines.fused_pipeline if self._fused else pipelines.stock_pipeline
+        self._pipeline = define(
+            self._next,
+            graph,
             batch_size=images,
             num_threads=threads,
             device_id=gpu,
-            prefetch_queue_depth=data.prefetch,
+            prefetch_queue_depth=graph.data.prefetch,
+            exec_dynamic=True,
         )
         self._pipeline.build()
 
     def collect(self) -> list[Tensor]:
-        """Canvases of every view of the next step: [(K, 3, S, S) channels_last, ...].
+        """Canvases of every view of the next step: [(K, 3, S, S) channels_last, ...], in memory that nobody reuses.
 
         Raises:
-            RuntimeError: an image of the steps in flight cannot be decoded; the pipeline cannot be used any more.
+            RuntimeError, OSError: an image of the steps in flight cannot be read or decoded; the pipeline cannot be
+                used any more.
         """
-        if self._copied is not None:
-            self._copied.synchronize()  # waits for the copies out of the buffers that DALI is about to reuse
-        slabs = self._pipeline.run()
-        size = self._geometry.canvas
-        views = []
-        for view in range(VIEWS):
-            levels = slabs[view * self._geometry.levels : (view + 1) * self._geometry.levels]
-            # DALI reuses its buffers; concatenating copies out of them.
-            dense = [from_dlpack(level.as_tensor()).reshape(-1, size, size, 3) for level in levels]
-            views.append(torch.cat(dense).permute(0, 3, 1, 2))
-        if self._copied is not None:
-            self._copied.record(torch.cuda.current_stream(self._gpu))
-        return views
+        outputs = [from_dlpack(output.as_tensor()) for output in self._pipeline.run()]
+        side = self._sides.popleft()
+        canvases = [output.view(-1, side, side, 3) for output in outputs]
+        if self._fused:
+            views = canvases
+        else:
+            levels = len(canvases) // VIEWS
+            views = [torch.cat(canvases[view * levels : (view + 1) * levels]) for view in range(VIEWS)]
+        if self._gpu is not None:
+            self._lend(outputs)
+        return [view.permute(0, 3, 1, 2) for view in views]
 
-    def decodes(self, path: str) -> str | None:
-        """Why a file cannot be decoded; None if it can."""
+    def _lend(self, outputs: list[Tensor]) -> None:
+        """Keeps DALI's memory until the GPU has done with it: whoever drops a tensor does not wait for that."""
+        if self._lent:  # all that reads the last step's has been queued by now
+            self._lent[-1][1].record(torch.cuda.current_stream(self._gpu))
+        while self._lent and self._lent[0][1].query():
+            self._lent.popleft()
+        self._lent.append((outputs, torch.cuda.Event()))
+
+    def decodes(self, i: int) -> str | None:
+        """Why image i of the source cannot be decoded; None if it can."""
         try:
-            self._dali.decode_pipeline(path).run()
+            self._dali.decode_pipeline(self._source.read(i)).run()
+        except OSError as error:
+            return str(error)
         except RuntimeError as error:
             # DALI quotes the pipeline's source first, says what happened, then that the pipeline is lost.
             text = str(error).rpartition("encountered:")[2]
             return "DALI: " + next((line.strip(" :") for line in text.splitlines() if line.strip()), "cannot decode it")
         return None
 
+    def _next(self, _: int) -> list[Any]:
+        """What is fed to the pipeline for the next step."""
+        if self._readers is None:
+            plan = next(self._plans)
+            assert self._source.paths is not None
+            images = [self._dali.encode_path(self._source.paths[i]) for i in plan.index]
+        else:
+            while len(self._reading) <= READ_AHEAD:
+                plan = next(self._plans)
+                futures = [self._readers.submit(self._source.read, int(i)) for i in plan.index]
+                self._reading.append((plan, futures))
+            plan, futures = self._reading.popleft()
+            images = [np.frombuffer(future.result(), np.uint8) for future in futures]
+        self._sides.append(plan.geometry.canvas)
+        return self._feed(plan, images)
+
     def close(self) -> None:
         self._pipeline = None
-
-    def _feed(self, _: int) -> list[Any]:
-        plan = next(self._plans)
-        return self._dali.feed_arrays(plan, [self._paths[i] for i in plan.index], self._pastes)
+        if self._readers is not None:
+            self._readers.shutdown(cancel_futures=True)
 
 
 def choose_engine(data: DataConfig, cuda: bool) -> tuple[str, str, str]:
-    """Resolves ``data.engine`` and ``data.device``.
+    """Resolves ``data.engine`` and ``data.device``: the first that is there, GPU before CPU, fused before stock.
 
     Returns:
-        engine (stock or torchvision), device (cpu or gpu), and the reason in words.
+        engine (fused, stock or torchvision), device (cpu or gpu), and the reason in words.
 
     Raises:
         ConfigError: what was asked for is not there.
     """
-    dali = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
-    if data.engine == "stock" and not dali:
-        raise ConfigError(
-            "data.engine: stock needs NVIDIA DALI; pip install nvidia-dali-cuda130, or data.engine=torchvision"
-        )
-    if data.device == "gpu" and not (cuda and dali and data.engine != "torchvision"):
-        raise ConfigError("data.device: gpu needs a CUDA device and data.engine=stock; use data.device=cpu")
-    if data.engine == "torchvision":
-        return "torchvision", "cpu", "asked for"
-    if not dali:
-        return "torchvision", "cpu", "NVIDIA DALI is not installed; pip install nvidia-dali-cuda130 for speed"
-    device = "gpu" if cuda and data.device != "cpu" else "cpu"
-    reason = "DALI is installed" + ("" if cuda else ", no CUDA device") if data.device == "auto" else "asked for"
-    return "stock", device, reason
+    engines = ("fused", "stock", "torchvision") if data.engine == "auto" else (data.engine,)
+    devices = ("gpu", "cpu") if data.device == "auto" else (data.device,)
+    missing: list[str] = []
+    for device in devices:
+        for engine in engines:
+            obstacle = _obstacle(engine, device, cuda)
+            if obstacle is None:
+                return engine, device, "; ".join(dict.fromkeys(missing)) or "the first choice"
+            missing.append(obstacle)
+    if "cpu" not in devices and not cuda:
+        raise ConfigError("data.device: gpu needs a CUDA device; use data.device=cpu")
+    key = "data.device: gpu" if _obstacle(engines[-1], "cpu", cuda) is None else f"data.engine: {data.engine}"
+    raise ConfigError(f"{key} cannot be had: {'; '.join(dict.fromkeys(missing))}")
+
+
+def _obstacle(engine: str, device: str, cuda: bool) -> str | None:
+    """What keeps an engine from running on a device, and the remedy."""
+    if device == "gpu" and not cuda:
+        return "no CUDA device"
+    if engine == "torchvision":
+        return None if device == "cpu" else "the torchvision engine runs on CPUs only"
+    if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
+        return "NVIDIA DALI is not installed; pip install nvidia-dali-cuda130"
+    if engine == "stock":
+        return None
+    from dali_pipelines import pipelines
+
+    if not pipelines.PLUGIN.exists():
+        return "mcl's DALI plugin is not built; pip install --no-build-isolation -e . builds it"
+    try:
+        devices = pipelines.load_plugin()
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        return f"mcl's DALI plugin cannot be loaded ({reason}); pip install --no-build-isolation -e . builds it anew"
+    return None if device in devices else "mcl's DALI plugin was built without CUDA; MCL_BUILD_CUDA=1 builds it with"
+
+
+@functools.lru_cache(maxsize=4)
+def _boxes(geometry: Geometry, images: int) -> Tensor:
+    return torch.from_numpy(montage.boxes(geometry, images))
 
 
 def default_threads(local_world_size: int = 1) -> int:
@@ -167,10 +241,8 @@ class MontageLoader:
             )
         self.source, self.plan = source, plan
         self.engine_name, self.device, self.reason = choose_engine(data, gpu is not None)
-        self._data, self._on_bad = data, on_bad
-        self._gpu = gpu if self.device == "gpu" else None
+        self._data, self._on_bad, self._gpu = data, on_bad, gpu
         self._threads = threads or data.threads or default_threads()
-        self._boxes = torch.from_numpy(montage.boxes(plan.geometry, plan.images))
         self._engine: Engine | None = None
         self._ahead: deque[StepPlan] = deque()  # drawn by the engine, not yet collected
         self.position = 0
@@ -202,6 +274,15 @@ class MontageLoader:
         self.position = state["position"]
         self._add_bad({int(i): reason for i, reason in state["bad"].items() if int(i) not in self.bad})
 
+    def share(self, bad: dict[int, str]) -> None:
+        """Takes over what other processes found to be bad, and have reported.
+
+        Raises:
+            BadDataError: all together they are too many.
+        """
+        self.bad.update(bad)
+        self._check_bad()
+
     def close(self) -> None:
         """Stops the threads; the next step starts them again."""
         if self._engine is not None:
@@ -222,19 +303,30 @@ class MontageLoader:
             yield plan
 
     def _make_engine(self) -> Engine:
-        geometry, augment, paths = self.plan.geometry, self.plan.augment, self.source.paths
-        if self.engine_name == "stock":
-            images = self.plan.images
-            return DaliEngine(self._plans(), geometry, augment, self._data, paths, self._threads, images, self._gpu)
-        from dali_pipelines.reference import TorchvisionEngine
+        plan, source = self.plan, self.source
+        if self.engine_name == "torchvision":
+            from dali_pipelines.reference import TorchvisionEngine
 
-        return TorchvisionEngine(self._plans(), geometry, augment, self._data, paths, self._threads)
+            return TorchvisionEngine(self._plans(), plan.augment, self._data, source, self._threads)
+        from dali_pipelines.pipelines import Graph
+
+        width, height = source.sizes.max(0).tolist()
+        graph = Graph(
+            plan.geometry,
+            plan.augment,
+            self._data,
+            files=source.paths is not None,
+            device="gpu" if self.device == "gpu" else "cpu",
+            upload=self._gpu is not None and self.device == "cpu",
+            largest=(width, height),
+        )
+        return DaliEngine(self._plans(), source, self.engine_name, graph, plan.images, self._threads, self._gpu)
 
     def _find_bad(self, error: Exception) -> None:
         """Decodes the files of the steps in flight one by one, notes the broken ones and restarts the engine."""
         assert self._engine is not None
         suspects = np.unique(np.concatenate([plan.index for plan in self._ahead]))
-        reasons = {int(i): self._engine.decodes(self.source.paths[i]) for i in suspects}
+        reasons = {int(i): self._engine.decodes(int(i)) for i in suspects}
         found = {i: reason for i, reason in reasons.items() if reason is not None}
         self.close()
         if not found:
@@ -245,17 +337,20 @@ class MontageLoader:
         self.bad.update(found)
         if self._on_bad is not None:
             for i, reason in found.items():
-                self._on_bad(i, self.source.paths[i], reason)
+                self._on_bad(i, self.source.names[i], reason)
+        self._check_bad()
+
+    def _check_bad(self) -> None:
         # Were all of them bad, there would be nothing to replace them with, whatever fraction is allowed.
         if len(self.bad) > self._data.max_bad_fraction * len(self.source) or len(self.bad) == len(self.source):
-            i, reason = next(iter(self.bad.items()))
+            i, reason = min(self.bad.items())
             raise BadDataError(
                 f"{len(self.bad)} of the {len(self.source)} images in {self.source.root} cannot be used "
-                f"(data.max_bad_fraction={self._data.max_bad_fraction}); the first: {self.source.paths[i]}: {reason}"
+                f"(data.max_bad_fraction={self._data.max_bad_fraction}); the first: {self.source.names[i]}: {reason}"
             )
 
     def _batch(self, plan: StepPlan, view: int, images: Tensor) -> MontageBatch:
-        geometry = self.plan.geometry
+        geometry = plan.geometry
         canvases = geometry.canvases(self.plan.images)
         crops = []
         for a, slots in zip(plan.augmentations[view], plan.sources[view], strict=True):
@@ -266,7 +361,7 @@ class MontageLoader:
             labels=torch.from_numpy(self.source.labels[plan.index]),
             index=torch.from_numpy(plan.index),
             sources=torch.from_numpy(np.concatenate(plan.sources[view])),
-            boxes=self._boxes,
+            boxes=_boxes(geometry, self.plan.images),
             crops=torch.from_numpy(np.concatenate(crops).astype(np.float32)),
             canvases=canvases,
             queries=canvases,

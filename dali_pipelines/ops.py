@@ -76,12 +76,12 @@ def recipe_arrays(a: Augmentation) -> Recipe:
     )
 
 
-def crop_and_resize(image: Node, r: Recipe, size: int) -> Node:
-    """Cuts the window out, then rescales and flips it: the filter never sees pixels beyond the window."""
+def crop_and_resize(image: Node, r: Recipe, size: Node) -> Node:
+    """Cuts the window out, then rescales it to `size` (height, width) and flips it; nothing beyond it is seen."""
     window = fn.slice(image, r.window_start, r.window_shape, axes=[0, 1])
     return fn.resize(
         window,
-        size=[size, size],
+        size=fn.cast(size, dtype=types.FLOAT),
         roi_start=r.roi_start,
         roi_end=r.roi_end,
         roi_relative=True,
@@ -125,7 +125,8 @@ def blur_and_solarize(image: Node, r: Recipe) -> Node:
     return image
 
 
-def every_rth_pixel(image: Node, size: int, ratio: int) -> Node:
+def every_rth_pixel(image: Node, size: Node, ratio: int) -> Node:
     """``image[::ratio, ::ratio]``, the authors' downsampling: DALI slices have no stride, reshapes do."""
-    blocks = fn.reshape(image, shape=[size // ratio, ratio, size // ratio, ratio, 3], layout="")
-    return fn.reshape(blocks[:, 0, :, 0, :], shape=[size // ratio, size // ratio, 3], layout="HWC")
+    side = size[0] // ratio
+    blocks = fn.reshape(image, shape=fn.stack(side, ratio, side, ratio, 3), layout="")
+    return fn.reshape(blocks[:, 0, :, 0, :], shape=fn.stack(side, side, 3), layout="HWC")

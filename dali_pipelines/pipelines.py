@@ -1,106 +1,195 @@
-"""The DALI pipeline: file names in, normalised slabs out.
+"""The DALI pipelines: encoded images in, normalised canvases out.
 
-One graph for both devices: with ``device_id=None`` everything runs on the CPU, otherwise the decoder is ``mixed`` and
-what follows runs on that GPU.
+``fused_pipeline`` makes all tiles of an image in one operator of our own (``kernels/dali``), ``stock_pipeline`` in
+DALI's. Both decode every image once. One graph for both devices: on the CPU everything runs there; on a GPU the decoder
+is ``mixed`` and what follows runs on that GPU. What is fed to a graph, the ``*_feed`` functions compute from a plan.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
-from nvidia.dali import Pipeline, fn, pipeline_def, types
+import numpy.typing as npt
+from nvidia.dali import Pipeline, fn, pipeline_def, plugin_manager, types
+from nvidia.dali import ops as dali_ops
 
+import mcl
 from dali_pipelines import ops
-from dali_pipelines.plan import VIEWS, StepPlan
+from dali_pipelines.plan import VIEWS, Augmentation, StepPlan
 from mcl.config import AugmentConfig, DataConfig
 from mcl.montage import Geometry, Paste, slabs
 
+PLUGIN = Path(mcl.__file__).parent / "libmcl_dali.so"
+"""The fused operator, as setup.py builds it."""
+
 _DTYPES = {"float32": types.FLOAT, "float16": types.FLOAT16}
+
+Feed = Callable[[int], list[Any]]
+"""What ``external_source`` calls for each batch, with its number: the arrays of a plan."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Graph:
+    """What decides the operators of a pipeline."""
+
+    geometry: Geometry
+    augment: AugmentConfig
+    data: DataConfig
+    files: bool
+    """Images are fed as paths, which DALI's threads read, and not as bytes."""
+    device: Literal["cpu", "gpu"] = "cpu"
+    """Where images are decoded and augmented."""
+    upload: bool = False
+    """Canvases made on the CPU are copied to the pipeline's GPU."""
+    largest: tuple[int, int] = (0, 0)
+    """Width, height that no image exceeds, pixels: memory for decoding is set aside at once. 0: unknown."""
+
+    @property
+    def released(self) -> bool:
+        return self.data.tile_sampling == "released"
+
+    def normalisation(self) -> dict[str, Any]:
+        """Arguments of the operators that normalise."""
+        mean, std = ([255 * value for value in values] for values in (self.augment.mean, self.augment.std))
+        return {"dtype": _DTYPES[self.data.dtype], "mean": mean, "std": std}
+
+
+@functools.cache
+def load_plugin() -> frozenset[str]:
+    """Makes ``fn.mcl.montage`` known to DALI; returns the devices that it was built for: cpu, perhaps gpu.
+
+    Raises:
+        RuntimeError: the library is not there, or was built for another DALI.
+    """
+    plugin_manager.load_library(str(PLUGIN))
+    registered = {"cpu": dali_ops.cpu_ops(), "gpu": dali_ops.gpu_ops()}  # type: ignore[attr-defined]
+    return frozenset(device for device, names in registered.items() if "mcl__Montage" in names)
+
+
+@pipeline_def
+def fused_pipeline(feed: Feed, graph: Graph) -> tuple[ops.Node, ...]:
+    """The canvases of every view: (N, K * S / N, S, 3), which is (K, S, S, 3) in memory."""
+    images, recipes, slots, cells = fn.external_source(source=feed, num_outputs=4, batch=True)
+    views = fn.mcl.montage(  # type: ignore[attr-defined]  # the plugin's
+        decode(images, graph),
+        recipes,
+        slots,
+        cells=cells,
+        views=VIEWS,
+        ratios=list(graph.geometry.ratios),
+        images_per_canvas=list(graph.geometry.images_per_canvas),
+        released=graph.released,
+        **graph.normalisation(),
+    )
+    return tuple(view.gpu() for view in views) if graph.upload else tuple(views)
+
+
+def fused_feed(plan: StepPlan, images: list[npt.NDArray[np.uint8]]) -> list[Any]:
+    """Images, recipes (N, VIEWS * levels, 17), slots (N, tiles of one image) and cells (N,), for the fused pipeline."""
+    n = len(images)
+    recipes, slots = [], []
+    for augmentations, sources in zip(plan.augmentations, plan.sources, strict=True):
+        for a, shown in zip(augmentations, sources, strict=True):
+            recipes.append(recipe_rows(a))
+            # Every image is shown equally often, so the slots sorted by image are a row per image.
+            slots.append(np.argsort(shown, kind="stable").reshape(n, -1))
+    return [
+        images,
+        np.stack(recipes, 1),
+        np.concatenate(slots, 1).astype(np.int32),
+        np.full(n, plan.geometry.cells, np.int32),
+    ]
+
+
+def recipe_rows(a: Augmentation) -> npt.NDArray[np.float32]:
+    """(n, 17) numbers of as many recipes, in the order of kernels/dali/recipe.h."""
+    columns = [a.window, a.flip, a.jitter, a.order, a.factors, a.gray, a.sigma, a.solarize]
+    return np.column_stack(columns).astype(np.float32)
 
 
 @pipeline_def(enable_conditionals=True)
-def montage_pipeline(
-    feed: Callable[[int], list[np.ndarray[Any, Any]]],
-    geometry: Geometry,
-    augment: AugmentConfig,
-    data: DataConfig,
-    gpu: bool,
-    outputs: int,
-) -> tuple[ops.Node, ...]:
+def stock_pipeline(feed: Feed, graph: Graph) -> tuple[ops.Node, ...]:
     """Slabs of every view and level: VIEWS * levels outputs of (S / images_per_canvas, S, 3)."""
-    nodes = iter(fn.external_source(source=feed, num_outputs=outputs, batch=True))
-    images = decode(next(nodes), gpu)
+    nodes = iter(fn.external_source(source=feed, num_outputs=stock_inputs(graph.geometry), batch=True))
+    images = decode(next(nodes), graph)
     result = []
     for _ in range(VIEWS):
-        for level in range(geometry.levels):
-            recipe = _take(ops.Recipe, nodes)
-            tile = make_tile(images, recipe, geometry, level, data.tile_sampling == "released")
+        for ratio in graph.geometry.ratios:
+            tile = make_tile(images, _take(ops.Recipe, nodes), next(nodes), ratio, graph.released)
             slab = fn.multi_paste(
                 tile,
                 in_ids=next(nodes),
                 in_anchors=next(nodes),
                 shapes=next(nodes),
                 out_anchors=next(nodes),
-                output_size=list(slabs(geometry, level, geometry.images_per_canvas[level]).size),
+                output_size=next(nodes),
             )
-            result.append(
-                fn.crop_mirror_normalize(
-                    slab,
-                    dtype=_DTYPES[data.dtype],
-                    output_layout="HWC",
-                    mean=[255 * m for m in augment.mean],
-                    std=[255 * s for s in augment.std],
-                )
-            )
+            normalised = fn.crop_mirror_normalize(slab, output_layout="HWC", **graph.normalisation())
+            result.append(normalised.gpu() if graph.upload else normalised)
     return tuple(result)
 
 
-def decode(path: ops.Node, gpu: bool) -> ops.Node:
+def stock_feed(plan: StepPlan, images: list[npt.NDArray[np.uint8]]) -> list[Any]:
+    """One array (or list of N arrays) per external input, in the order in which the stock pipeline takes them."""
+    n, geometry = len(images), plan.geometry
+    feed: list[Any] = [images]
+    for augmentations, sources in zip(plan.augmentations, plan.sources, strict=True):
+        for level, (a, slots) in enumerate(zip(augmentations, sources, strict=True)):
+            made = geometry.canvas if plan.released else geometry.tile(level)
+            paste = _pastes(geometry, level, n)
+            feed += [*_leaves(ops.recipe_arrays(a)), np.full((n, 2), made, np.int32)]
+            feed += [slots[paste.slots].astype(np.int32), paste.source, paste.shape, paste.target]
+            feed.append(np.tile(np.array(paste.size, np.int32), (n, 1)))
+    return feed
+
+
+_pastes: Callable[[Geometry, int, int], Paste] = functools.lru_cache(maxsize=16)(slabs)
+
+
+def stock_inputs(geometry: Geometry) -> int:
+    """Number of external inputs of the stock pipeline."""
+    recipe = len(dataclasses.fields(ops.Recipe)) - 1 + ops.COLOUR_STEPS * len(dataclasses.fields(ops.ColourStep))
+    return 1 + VIEWS * geometry.levels * (recipe + 6)
+
+
+def decode(image: ops.Node, graph: Graph) -> ops.Node:
     """RGB pixels as stored: EXIF rotation is ignored, since the plan's sizes are the header's."""
     return fn.decoders.image(
-        fn.io.file.read(path), device="mixed" if gpu else "cpu", output_type=types.RGB, adjust_orientation=False
+        fn.io.file.read(image) if graph.files else image,
+        device="mixed" if graph.device == "gpu" else "cpu",
+        output_type=types.RGB,
+        adjust_orientation=False,
+        # Only read by a GPU: chroma as on the CPU, the share of the decoding engine, memory once instead of creeping.
+        jpeg_fancy_upsampling=True,
+        hw_decoder_load=graph.data.hardware_decoder,
+        preallocate_width_hint=graph.largest[0],
+        preallocate_height_hint=graph.largest[1],
     )
 
 
-def make_tile(image: ops.Node, recipe: ops.Recipe, geometry: Geometry, level: int, released: bool) -> ops.Node:
-    """One level's tile of one view, 8 bits per channel."""
-    size = geometry.canvas if released else geometry.tile(level)
+def make_tile(image: ops.Node, recipe: ops.Recipe, size: ops.Node, ratio: int, released: bool) -> ops.Node:
+    """One level's tile of one view, 8 bits per channel; `size` (height, width) is that of the canvas if `released`."""
     tile = ops.crop_and_resize(image, recipe, size)
     tile = ops.colour(tile, recipe)
     tile = ops.blur_and_solarize(tile, recipe)
-    if released and level > 0:
-        tile = ops.every_rth_pixel(tile, size, geometry.ratios[level])
-    return tile
+    return ops.every_rth_pixel(tile, size, ratio) if released and ratio > 1 else tile
 
 
-def decode_pipeline(path: str) -> Pipeline:
-    """Decodes one file on the CPU: tells whether it is the one that broke a batch."""
+def decode_pipeline(encoded: bytes) -> Pipeline:
+    """Decodes one image on the CPU: tells whether it is the one that broke a batch."""
 
     @pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
     def pipeline() -> ops.Node:
-        return decode(fn.external_source(source=lambda: [encode_path(path)], batch=True), gpu=False)
+        image = fn.external_source(source=lambda: [np.frombuffer(encoded, np.uint8)], batch=True)
+        return decode(image, Graph(Geometry(), AugmentConfig(), DataConfig(), files=False))
 
     return pipeline()
 
 
-def feed_arrays(plan: StepPlan, paths: list[str], pastes: list[Paste]) -> list[Any]:
-    """One array (or list of N arrays) per external input, in the order in which the pipeline takes them."""
-    feed: list[Any] = [[encode_path(path) for path in paths]]
-    for augmentations, sources in zip(plan.augmentations, plan.sources, strict=True):
-        for a, slots, paste in zip(augmentations, sources, pastes, strict=True):
-            feed += _leaves(ops.recipe_arrays(a))
-            feed += [slots[paste.slots].astype(np.int32), paste.source, paste.shape, paste.target]
-    return feed
-
-
-def inputs(geometry: Geometry) -> int:
-    """Number of external inputs."""
-    recipe = len(dataclasses.fields(ops.Recipe)) - 1 + ops.COLOUR_STEPS * len(dataclasses.fields(ops.ColourStep))
-    return 1 + VIEWS * geometry.levels * (recipe + 4)
-
-
-def encode_path(path: str) -> np.ndarray[Any, Any]:
+def encode_path(path: str) -> npt.NDArray[np.uint8]:
     return np.frombuffer(path.encode(), np.uint8)
 
 
@@ -113,7 +202,7 @@ def _leaves(value: Any) -> list[Any]:
     return [value]
 
 
-def _take(cls: type[ops.Recipe], nodes: Any) -> ops.Recipe:
+def _take(cls: type[ops.Recipe], nodes: Iterator[ops.Node]) -> ops.Recipe:
     """A Recipe of the next nodes: the inverse of :func:`_leaves`."""
 
     def colour() -> tuple[ops.ColourStep, ...]:

@@ -75,6 +75,9 @@ def _shuffle(words: npt.NDArray[np.uint32]) -> IntArray:
     return np.argsort(words[:, 0].astype(np.uint64) << np.uint64(32) | words[:, 1], kind="stable")
 
 
+_geometry_at = functools.lru_cache(maxsize=4)(Geometry.at)
+
+
 @functools.lru_cache(maxsize=2)
 def order(seed: int, epoch: int, size: int) -> IntArray:
     """The order in which an epoch visits `size` samples: a permutation."""
@@ -190,6 +193,8 @@ class StepPlan:
 
     epoch: int
     step: int  # since the start of the run
+    geometry: Geometry  # of this epoch
+    released: bool  # tiles are made at canvas size, then every r-th pixel is taken
     index: IntArray  # (N,) dataset indices
     augmentations: tuple[tuple[Augmentation, ...], ...]  # [view][level]
     sources: tuple[tuple[IntArray, ...], ...]  # [view][level] (slots,): which of the N images each tile slot shows
@@ -202,7 +207,7 @@ class Plan:
     seed: int
     size: int  # samples of the dataset
     images: int  # per rank and step
-    geometry: Geometry
+    geometry: Geometry  # with the canvas schedule
     augment: AugmentConfig
     tile_sampling: Literal["direct", "released"] = "direct"
     rank: int = 0
@@ -241,6 +246,8 @@ class Plan:
         return StepPlan(
             epoch=epoch,
             step=step,
+            geometry=_geometry_at(self.geometry, epoch),
+            released=self.tile_sampling == "released",
             index=index,
             augmentations=tuple(
                 tuple(

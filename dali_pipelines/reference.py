@@ -3,6 +3,7 @@
 It is the oracle of the other engines and the fallback where DALI is not installed.
 """
 
+import io
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,18 +15,19 @@ from PIL import Image
 from torch import Tensor
 
 from dali_pipelines.plan import Augmentation, StepPlan, blur_window
+from dali_pipelines.source import Source
 from mcl.config import AugmentConfig, DataConfig
 from mcl.montage import Geometry
 
 
-def read_rgb(path: str) -> Tensor:
-    """(3, H, W) uint8 of a file as stored: no EXIF rotation, alpha dropped, 16 bits scaled down to 8.
+def decode(encoded: bytes) -> Tensor:
+    """(3, H, W) uint8 of an image as stored: no EXIF rotation, alpha dropped, 16 bits scaled down to 8.
 
     Raises:
-        OSError: the file cannot be decoded, or ends too early.
+        OSError: the image cannot be decoded, or ends too early.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(encoded)) as image:
             if image.mode.startswith("I;16"):  # Pillow would clip instead of scale
                 gray = (np.asarray(image).astype(np.float32) / 257).round().astype(np.uint8)
                 return torch.from_numpy(gray).expand(3, -1, -1)
@@ -92,14 +94,12 @@ class TorchvisionEngine:
     def __init__(
         self,
         plans: Iterator[StepPlan],
-        geometry: Geometry,
         augment: AugmentConfig,
         data: DataConfig,
-        paths: Sequence[str],
+        source: Source,
         threads: int,
     ) -> None:
-        self._plans, self._geometry, self._paths = plans, geometry, paths
-        self._released = data.tile_sampling == "released"
+        self._plans, self._source = plans, source
         self._mean = torch.tensor(augment.mean).view(3, 1, 1) * 255
         self._std = torch.tensor(augment.std).view(3, 1, 1) * 255
         self._dtype = getattr(torch, data.dtype)
@@ -123,15 +123,15 @@ class TorchvisionEngine:
             levels = []
             for level, slots in enumerate(sources):
                 tiles = torch.stack([sample[view][level] for sample in samples])
-                levels.append(assemble(tiles[torch.from_numpy(slots)], self._geometry.ratios[level]))
+                levels.append(assemble(tiles[torch.from_numpy(slots)], plan.geometry.ratios[level]))
             canvases = (torch.cat(levels).float() - self._mean) / self._std
             views.append(canvases.to(self._dtype, memory_format=torch.channels_last))
         return views
 
-    def decodes(self, path: str) -> str | None:
-        """Why a file cannot be decoded; None if it can."""
+    def decodes(self, i: int) -> str | None:
+        """Why image i of the source cannot be decoded; None if it can."""
         try:
-            read_rgb(path)
+            decode(self._source.read(i))
         except OSError as error:
             return str(error)
         return None
@@ -140,8 +140,8 @@ class TorchvisionEngine:
         self._pool.shutdown(cancel_futures=True)
 
     def _tiles(self, plan: StepPlan, i: int) -> list[list[Tensor]]:
-        image = read_rgb(self._paths[plan.index[i]])
+        image = decode(self._source.read(int(plan.index[i])))
         return [
-            [make_tile(image, a, i, self._geometry, level, self._released) for level, a in enumerate(levels)]
+            [make_tile(image, a, i, plan.geometry, level, plan.released) for level, a in enumerate(levels)]
             for levels in plan.augmentations
         ]

@@ -75,6 +75,11 @@ def _parser() -> argparse.ArgumentParser:
     preview.add_argument("--output", type=Path, default=Path("preview"), help="folder to write")
     preview.set_defaults(run=_preview)
 
+    index = verbs.add_parser("index", help="read the sizes of all images once, so that runs start at once")
+    index.add_argument("config", type=Path, help="YAML file")
+    index.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.root=FOLDER data.index=FOLDER")
+    index.set_defaults(run=_index)
+
     doctor = verbs.add_parser("doctor", help="what is installed, what is used, and why")
     doctor.set_defaults(run=_doctor)
     return parser
@@ -125,6 +130,13 @@ def _preview(options: argparse.Namespace) -> None:
 
     for path in run.preview(options.config, options.overrides, options.step, options.output):
         print(path)
+
+
+def _index(options: argparse.Namespace) -> None:
+    from mcl import config, images
+
+    for line in images.make_index(config.load(options.config, options.overrides).data):
+        print(line, flush=True)
 
 
 def _doctor(options: argparse.Namespace) -> None:

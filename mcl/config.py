@@ -26,19 +26,31 @@ class ConfigError(ValueError):
 @dataclass(frozen=True, kw_only=True, config=_MODEL)
 class DataConfig:
     root: str = ""
-    """Folder of images, or list file. Required."""
-    source: Literal["auto", "folders", "flat", "list"] = "auto"
-    """What root is: a folder of class folders, a flat folder, or a text file with a path (and class) per line."""
+    """Folder of images, list file, or shards (a folder of them, one, or a pattern such as train-{0000..0146}.tar); on a
+    disk, or a URL that fsspec reads, such as s3://bucket/train. Required."""
+    source: Literal["auto", "folders", "flat", "list", "coco", "webdataset", "tfrecord"] = "auto"
+    """What root is: a folder of class folders, a flat folder, a text file with a path (and class) per line, a folder
+    with COCO annotations, tar shards as WebDataset makes them, or TFRecord shards of tf.train.Example."""
+    annotations: str = ""
+    """COCO annotation file that names the images of root; boxes and categories in it are not used."""
+    allow_outside: bool = False
+    """Whether a list or annotation file may name files outside its root's folder, by absolute paths or through .. ."""
+    index: str = ""
+    """Folder of the indices of image sizes, which save reading all headers at every start; empty: mcl/index in
+    $XDG_CACHE_HOME or ~/.cache."""
     val_root: str = ""
-    """Held-out images, same layout; the end-of-run evaluation uses them when given."""
-    engine: Literal["auto", "stock", "torchvision"] = "auto"
-    """What carries the augmentation plan out: stock DALI operators, or torchvision (slow, needs no DALI)."""
+    """Held-out images, same layout (for COCO: a folder); the end-of-run evaluation uses them when given."""
+    engine: Literal["auto", "fused", "stock", "torchvision"] = "auto"
+    """What carries the augmentation plan out: mcl's own DALI operator, stock DALI operators, or torchvision (slow,
+    needs no DALI). auto takes the first that is there."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """Where images are decoded and augmented."""
     threads: int = Field(default=0, ge=0)
     """Loader threads per process; 0 takes the cores available, divided by the processes of this machine."""
     prefetch: int = Field(default=2, ge=1)
     """Batches prepared ahead."""
+    hardware_decoder: float = Field(default=0.65, ge=0, le=1)
+    """Share of the JPEGs that a GPU's decoding engine takes, where it has one; its other cores take the rest."""
     dtype: Literal["float32", "float16"] = "float32"
     """Element type of the images handed to the network."""
     tile_sampling: Literal["direct", "released"] = "direct"
@@ -237,7 +249,7 @@ class Config:
                 f"trainer.global_batch: {batch} gives {images} images per process, which fill no whole number of "
                 f"canvases at montage.images_per_canvas={list(geometry.images_per_canvas)}; nearest legal: {near}"
             )
-        values = min(geometry.canvases(images)) * geometry.cells**2
+        values = min(geometry.canvases(images)) * geometry.fewest_cells**2
         if values < 2:
             raise ConfigError(
                 f"trainer.global_batch: {images} images per process with montage.cells=1 leave BatchNorm one value per "
@@ -260,8 +272,8 @@ def fields(cls: type = Config, prefix: str = "") -> Iterator[tuple[str, dataclas
 
 
 _RESUMABLE = (
-    *("output", "log.", "evaluation.", "data.threads", "data.prefetch", "data.device"),
-    *("data.val_root", "data.max_bad_fraction"),
+    *("output", "log.", "evaluation.", "data.threads", "data.prefetch", "data.device", "data.hardware_decoder"),
+    *("data.val_root", "data.max_bad_fraction", "data.index", "data.allow_outside"),
     *(f"trainer.{key}" for key in ("device", "threads", "log_every", "checkpoint_epochs", "keep", "resume")),
 )
 """Keys that may change when a run is resumed: they do not touch what is computed."""

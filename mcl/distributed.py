@@ -1,12 +1,19 @@
 """Processes of a run, as torchrun or SLURM started them; a single process needs none of it."""
 
 import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from mcl.config import ConfigError
+
+T = TypeVar("T")
+
+_PATIENCE = timedelta(days=1)
 
 _SLURM = {
     "RANK": "SLURM_PROCID",
@@ -68,6 +75,40 @@ def all_gather(x: Tensor) -> Tensor:
     gathered = x.new_empty(world_size() * len(x), *x.shape[1:])
     dist.all_gather_into_tensor(gathered, x.detach().contiguous())
     return gathered
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """A picklable value of every rank, in the order of ranks. Waits for all of them."""
+    values = [value] * world_size()
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def in_turn(work: Callable[[], T]) -> T:
+    """Calls `work` on the first process of every machine and then, when all of these are done, on the others.
+
+    It is for work whose result a file keeps for whoever comes later. A ValueError on any process is raised on all.
+    """
+    if world_size() == 1:
+        return work()
+    # The first ones may need longer than the steps of a run may take.
+    group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_PATIENCE))
+    results: list[T] = []
+    for first in (True, False):
+        error: ValueError | None = None
+        if (local_rank() == 0) == first:
+            try:
+                results.append(work())
+            except ValueError as raised:
+                error = raised
+        errors: list[ValueError | None] = [None] * world_size()
+        dist.all_gather_object(errors, error, group)
+        for other in errors:
+            if other is not None:
+                raise error or other
+    dist.destroy_process_group(group)
+    return results[0]
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:

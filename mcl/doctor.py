@@ -58,6 +58,7 @@ def checks() -> list[Check]:
         "CPU": _cpu,
         "DALI": _dali,
         "extensions": _extensions,
+        "loader": _loader,
         "apex": _apex,
         "MMDetection": _mmdetection,
         "logging": _logging,
@@ -222,12 +223,19 @@ def _extensions() -> list[Check]:
     for (library, why), names in tasks.items():
         detail = f"{library} on {device.upper()}: {', '.join(names)}"
         found.append(Check("operators", "note" if library == "PyTorch" else "ok", detail, True, why))
-    plugin = _PACKAGE / "libmcl_dali.so"
-    detail = f"built: {plugin.name}" if plugin.exists() else "not built"
-    found.append(
-        Check("DALI plugin", "note", detail, False, "this release does without; stock DALI operators are used")
-    )
     return found
+
+
+def _loader() -> list[Check]:
+    """Which engine loads images, and why not a faster one."""
+    loader, reason = _probe("dali_pipelines.loader")
+    if loader is None:
+        return [Check("loader", "missing", reason, False, "the loader cannot be imported", _BUILD)]
+    engine, device, why = loader.choose_engine(loader.DataConfig(), _device() == "cuda")
+    fastest = engine == "fused" and device == _device().replace("cuda", "gpu")
+    why = "the fastest there is" if fastest else why
+    status: Literal["ok", "note"] = "ok" if fastest else "note"
+    return [Check("loader", status, f"{engine} engine on {device.upper()}", True, why, "" if fastest else _BUILD)]
 
 
 def _device() -> str:

@@ -7,6 +7,7 @@ canvases. Slots are numbered canvas by canvas, row-major within a canvas, level 
 Shape letters: N images, K canvases of all levels, T tiles of all levels, S canvas side.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,6 +39,8 @@ class Geometry:
     """Tiles per canvas side, one entry per level: increasing powers of two from 1 to at most 8."""
     images_per_canvas: tuple[int, ...] = (1, 4, 16, 32)
     """Images of the batch per canvas, one entry per level: N images make N / images_per_canvas canvases."""
+    schedule: tuple[tuple[int, int], ...] = ()
+    """Canvas schedule: pairs of an epoch, counted from 0, and the cells from then on; `cells` holds before."""
 
     def __post_init__(self) -> None:
         ratios, per_canvas = list(self.ratios), list(self.images_per_canvas)
@@ -54,6 +57,24 @@ class Geometry:
                 raise ValueError(f"images_per_canvas: {k} must divide the {r * r} tiles of a canvas of ratio {r}")
             if self.canvas % k:
                 raise ValueError(f"images_per_canvas: {k} must divide the canvas side of {self.canvas} px")
+        epochs = [epoch for epoch, _ in self.schedule]
+        if epochs != sorted(set(epochs)) or any(epoch < 1 for epoch in epochs):
+            raise ValueError(f"schedule: epochs {epochs} must increase from 1 on; montage.cells holds before")
+        for epoch, cells in self.schedule:
+            try:
+                dataclasses.replace(self, cells=cells, schedule=())
+            except ValueError as error:
+                raise ValueError(f"schedule: from epoch {epoch} on: {error}") from None
+
+    def at(self, epoch: int) -> "Geometry":
+        """The geometry of an epoch, without schedule."""
+        cells = [cells for first, cells in self.schedule if first <= epoch]
+        return dataclasses.replace(self, cells=cells[-1] if cells else self.cells, schedule=())
+
+    @property
+    def fewest_cells(self) -> int:
+        """Of all epochs."""
+        return min([self.cells, *(cells for _, cells in self.schedule)])
 
     @property
     def canvas(self) -> int:

@@ -9,12 +9,13 @@ import torch
 
 from dali_pipelines.loader import BadDataError, MontageLoader
 from dali_pipelines.plan import Plan
-from dali_pipelines.source import Source, SourceError, open_source
+from dali_pipelines.source import Source, SourceError
 from mcl import checkpoint, config, distributed, evaluation, report
 from mcl import preview as pictures
 from mcl.config import Config, ConfigError
 from mcl.evaluation.features import load_photo
 from mcl.evaluation.run import describe
+from mcl.images import open_images
 from mcl.metrics import Metrics, log, read
 from mcl.models import MCL
 from mcl.montage import MontageBatch, nearest_legal
@@ -91,11 +92,11 @@ def preview(path: Path, overrides: Sequence[str], step: int, output: Path) -> It
     if path.suffix == ".pt":
         model, cfg = checkpoint.load_model(path)
         cfg = config.override(cfg, overrides)
-        yield montages(cfg, step, output, open_source(cfg.data.root, cfg.data.source))
+        yield montages(cfg, step, output, open_images(cfg.data))
         yield features(model, cfg, output)
     else:
         cfg = config.load(path, overrides)
-        yield montages(cfg, step, output, open_source(cfg.data.root, cfg.data.source))
+        yield montages(cfg, step, output, open_images(cfg.data))
 
 
 def montages(cfg: Config, step: int, folder: Path, source: Source) -> Path:
@@ -128,9 +129,9 @@ def batch(cfg: Config, step: int, source: Source) -> tuple[MontageBatch, Montage
 
 def features(model: MCL, cfg: Config, folder: Path) -> Path:
     """Draws feature maps of some photographs, held-out ones if there are any; returns the picture's path."""
-    source = open_source(cfg.data.val_root or cfg.data.root, cfg.data.source)
-    load = partial(load_photo, size=cfg.montage.canvas, mean=cfg.augment.mean, std=cfg.augment.std)
-    spread = source.paths[:: max(1, len(source) // _PREVIEW_PHOTOS)]
+    source = open_images(cfg.data, held_out=bool(cfg.data.val_root))
+    load = partial(load_photo, source, size=cfg.montage.canvas, mean=cfg.augment.mean, std=cfg.augment.std)
+    spread = range(0, len(source), max(1, len(source) // _PREVIEW_PHOTOS))
     images = [image for image in map(load, spread[:_PREVIEW_PHOTOS]) if image is not None]
     path = folder / "features.png"
     parameter = next(model.parameters())

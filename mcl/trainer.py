@@ -11,10 +11,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dali_pipelines.loader import MontageLoader, default_threads
 from dali_pipelines.plan import Plan
-from dali_pipelines.source import open_source
 from mcl import checkpoint, distributed, ema, ops
 from mcl.config import Config, ConfigError, changed_keys, from_dict, to_dict
 from mcl.evaluation import check_evaluations
+from mcl.images import open_shared
 from mcl.meters import Meter, Stopwatch
 from mcl.metrics import BadFiles, Metrics, ProgressBar, log, setup_logging
 from mcl.models import MCL, Output
@@ -62,8 +62,8 @@ class Trainer:
             torch.set_num_threads(config.trainer.threads)
         self._prepare_folder()
 
-        source = open_source(config.data.root, config.data.source)
-        check_evaluations(config, source)
+        source = open_shared(config.data)
+        distributed.in_turn(lambda: check_evaluations(config, source))
         plan = Plan(
             seed=config.trainer.seed,
             size=len(source),
@@ -178,6 +178,8 @@ class Trainer:
     def save(self) -> None:
         """Writes a checkpoint, unless the loss is no longer finite."""
         self._check_finite()
+        for bad in distributed.gather_objects(self.loader.bad):
+            self.loader.share(bad)
         if distributed.rank() == 0:
             path = checkpoint.save(self.folder / "checkpoints", self.state_dict(), self.config.trainer.keep)
             log.info("saved %s", path)

@@ -1,5 +1,6 @@
 """Fixtures and builders shared by all tests."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,12 @@ from mcl.montage import Geometry, MontageBatch
 
 ROOT = Path(__file__).parent.parent
 PHOTOS = ROOT / "data" / "photos"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _caches(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Indices of image sizes stay out of the user's cache."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")

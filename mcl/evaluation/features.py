@@ -11,7 +11,7 @@ import torchvision.transforms.v2.functional as F
 from torch import Tensor
 
 from dali_pipelines.loader import default_threads
-from dali_pipelines.reference import read_rgb
+from dali_pipelines.reference import decode
 from dali_pipelines.source import Source
 from mcl.config import Config
 from mcl.evaluation.statistics import fresh_statistics
@@ -21,11 +21,11 @@ _BATCH = 64
 _STATISTICS_BATCHES = 8
 
 
-def load_photo(path: str, size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor | None:
-    """(3, size, size) normalised: short side to 8/7 of `size`, then the centre; None if the file cannot be decoded."""
+def load_photo(source: Source, i: int, size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor | None:
+    """(3, size, size) normalised: short side to 8/7 of `size`, then the centre; None if image i cannot be decoded."""
     try:
-        image = read_rgb(path)
-    except Exception:  # Pillow's decoders raise nearly anything; training has listed the file already
+        image = decode(source.read(i))
+    except OSError:  # training has listed it already
         return None
     image = F.center_crop(F.resize(image, [round(size * 8 / 7)], antialias=True), [size, size])
     photo: Tensor = F.normalize(image.float() / 255, list(mean), list(std))
@@ -34,10 +34,10 @@ def load_photo(path: str, size: int, mean: Sequence[float], std: Sequence[float]
 
 def photos(config: Config, source: Source) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of (n, 3, S, S) photographs and (n,) labels, in the source's order, without undecodable ones."""
-    load = partial(load_photo, size=config.montage.canvas, mean=config.augment.mean, std=config.augment.std)
+    load = partial(load_photo, source, size=config.montage.canvas, mean=config.augment.mean, std=config.augment.std)
     with ThreadPoolExecutor(config.data.threads or default_threads()) as pool:
         for start in range(0, len(source), _BATCH):
-            loaded = list(pool.map(load, source.paths[start : start + _BATCH]))
+            loaded = list(pool.map(load, range(start, min(start + _BATCH, len(source)))))
             good = [i for i, image in enumerate(loaded) if image is not None]
             if good:
                 labels = torch.from_numpy(source.labels[start : start + _BATCH])

@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dali_pipelines.source import Source, open_source
+from dali_pipelines.source import Source
 from mcl.config import Config, ConfigError
 from mcl.evaluation import classify
 from mcl.evaluation.features import extract, prepare
 from mcl.evaluation.retrieval import check_gallery, retrieval
+from mcl.images import open_images
 from mcl.metrics import Record
 from mcl.models import MCL
 
@@ -58,7 +59,7 @@ def check_evaluations(config: Config, source: Source) -> None:
     """
     sources = {"train": source}
     if config.evaluation.at_end and config.data.val_root:
-        sources["val"] = _held_out(config)
+        sources["val"] = open_images(config.data, held_out=True)
     for name in config.evaluation.at_end:
         if name == "retrieval":
             check_gallery(config, source)
@@ -137,14 +138,10 @@ def _known(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sources(config: Config) -> dict[str, Source]:
-    sources = {"train": open_source(config.data.root, config.data.source)}
+    sources = {"train": open_images(config.data)}
     if config.data.val_root:
-        sources["val"] = _held_out(config)
+        sources["val"] = open_images(config.data, held_out=True)
     return sources
-
-
-def _held_out(config: Config) -> Source:
-    return open_source(config.data.val_root, config.data.source, key="data.val_root")
 
 
 EVALUATIONS: dict[str, Callable[[MCL, MCL, Config, torch.device], Iterator[Record]]] = {

@@ -1,19 +1,30 @@
 """Where images come from, and what their headers reveal."""
 
+import json
 import os
 import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from dali_pipelines import source
-from dali_pipelines.source import SourceError, open_source, read_header
+from dali_pipelines.source import Source, SourceError, open_source
 from tests.dali_pipelines.images import write_animated, write_truncated
 
 Write = Callable[[Path, int], list[Path]]
+
+
+def header(path: Path) -> tuple[int, int] | str:
+    with open(path, "rb") as file:
+        return source.read_header(file)
+
+
+def bytes_are_those_of_the_files(s: Source) -> bool:
+    return all(s.read(i) == Path(name).read_bytes() for i, name in enumerate(s.names))
 
 
 def test_folder_of_class_folders(tmp_path: Path, folder_of: Write) -> None:
@@ -22,7 +33,8 @@ def test_folder_of_class_folders(tmp_path: Path, folder_of: Write) -> None:
     folder_of(tmp_path / ".thumbnails", 1)
     (tmp_path / "empty").mkdir()
     s = open_source(str(tmp_path))
-    assert s.paths == tuple(map(str, [*cats, *dogs]))
+    assert s.paths == s.names == tuple(map(str, [*cats, *dogs]))
+    assert bytes_are_those_of_the_files(s)
     assert s.classes == ("cat", "dog")
     assert s.labels.tolist() == [0, 0, 1]
     assert s.sizes.tolist() == [[64, 48]] * 3
@@ -80,7 +92,9 @@ def test_list_file_with_absolute_paths_and_spaces(tmp_path: Path, folder_of: Wri
     listing.write_text(f"{path}\n{path} 5\ntwo words/000.jpg 5\ntwo words/000.jpg\ttwo words\n")
     with pytest.raises(SourceError, match="does not exist"):
         open_source(str(tmp_path / "lists.txt"))
-    s = open_source(str(listing))
+    with pytest.raises(SourceError, match=rf"list\.txt, line 1: {path} may lie outside .* data\.allow_outside=true"):
+        open_source(str(listing))
+    s = open_source(str(listing), allow_outside=True)
     assert s.paths == (str(path),) * 4
     assert s.classes == ("5", "two words")
     assert s.labels.tolist() == [-1, 0, 0, 1]
@@ -92,6 +106,163 @@ def test_a_file_that_a_list_names_in_vain_is_bad(tmp_path: Path, folder_of: Writ
     s = open_source(str(tmp_path / "list"))
     assert s.bad == {1: "no such file"}
     assert s.sizes.tolist() == [[64, 48], [0, 0]]
+    with pytest.raises(OSError, match=r"No such file.*gone\.jpg"):
+        s.read(1)
+
+
+def test_a_list_may_not_lead_out_of_its_folder(tmp_path: Path, folder_of: Write) -> None:
+    (outside,) = folder_of(tmp_path / "secret", 1)
+    (inside,) = folder_of(tmp_path / "data", 1)
+    listing = tmp_path / "data" / "list.txt"
+    for line in ("../secret/000.jpg", "in/../../secret/000.jpg", str(outside)):
+        listing.write_text(f"000.jpg\n\n{line} 3\n")
+        with pytest.raises(SourceError, match=rf"data\.root: .*list\.txt, line 3: {line} may lie outside"):
+            open_source(str(listing))
+        s = open_source(str(listing), allow_outside=True)
+        assert [Path(path).resolve() for path in s.paths or ()] == [inside, outside]
+        assert not s.bad
+
+
+def test_a_list_beside_the_working_directory(tmp_path: Path, folder_of: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    (path,) = folder_of(tmp_path, 1)
+    (tmp_path / "list.txt").write_text("./000.jpg")
+    digest = open_source(str(tmp_path / "list.txt")).digest()
+    monkeypatch.chdir(tmp_path)
+    s = open_source("list.txt")
+    assert s.paths == (str(path),)
+    assert s.digest() == digest
+
+
+def test_integers_that_are_no_class_numbers_are_names(tmp_path: Path, folder_of: Write) -> None:
+    for name in ("20240101", "20231231"):
+        folder_of(tmp_path / name, 1)
+    s = open_source(str(tmp_path))
+    assert s.classes == ("20231231", "20240101")
+    assert s.labels.tolist() == [0, 1]
+
+
+def test_file_names_of_any_bytes(tmp_path: Path, folder_of: Write) -> None:
+    (path,) = folder_of(tmp_path, 1)
+    os.rename(path, os.fsencode(tmp_path) + b"/caf\xe9.jpg")
+    for _ in range(2):
+        s = open_source(str(tmp_path))
+        assert os.fsencode(s.names[0]).endswith(b"/caf\xe9.jpg")
+        assert s.sizes.tolist() == [[64, 48]]
+        assert len(s.digest()) == len(s.fingerprint()) == 64
+
+
+def test_hidden_folders_are_skipped_at_any_depth(tmp_path: Path, folder_of: Write) -> None:
+    folder_of(tmp_path / "cat", 1)
+    folder_of(tmp_path / "cat" / ".cache", 1)
+    assert len(open_source(str(tmp_path))) == 1
+
+
+def test_links(tmp_path: Path, folder_of: Write) -> None:
+    """They are followed, but not in circles."""
+    folder_of(tmp_path / "elsewhere", 2)
+    root = tmp_path / "root"
+    (root / "cat").mkdir(parents=True)
+    (root / "dog").symlink_to(tmp_path / "elsewhere")
+    (root / "cat" / "a.jpg").symlink_to(tmp_path / "elsewhere" / "000.jpg")
+    (root / "cat" / "b.jpg").symlink_to(tmp_path / "nowhere")
+    (root / "cat" / "c.jpg").symlink_to(root / "cat" / "c.jpg")
+    s = open_source(str(root))
+    assert [name.removeprefix(f"{root}/") for name in s.names] == [
+        "cat/a.jpg",
+        "cat/b.jpg",
+        "cat/c.jpg",
+        "dog/000.jpg",
+        "dog/001.jpg",
+    ]
+    assert s.bad == {1: "no such file", 2: "cannot read it: Too many levels of symbolic links"}
+    (root / "cat" / "again").symlink_to(root)
+    with pytest.raises(SourceError, match=r"data\.root: .*cat/again is a link to a folder that it lies in"):
+        open_source(str(root))
+
+
+def annotate(path: Path, *images: Any, **more: Any) -> str:
+    """A COCO annotation file; returns its path."""
+    annotations = [{"id": 7, "image_id": 3, "bbox": [0, 0, 9, 9], "segmentation": [[0, 0, 1, 1, 2, 2]]}]
+    path.write_text(json.dumps({"info": {}, "images": images, "annotations": annotations, **more}))
+    return str(path)
+
+
+def test_coco(tmp_path: Path, folder_of: Write) -> None:
+    """In the order of the ids; images without annotations stay, files without an entry do not count."""
+    paths = folder_of(tmp_path / "train2017", 4)
+    images = [{"id": id, "file_name": f"{i:03}.jpg", "width": 1} for i, id in enumerate([30, 3, 20])]
+    annotations = annotate(tmp_path / "instances.json", *images, {"id": 31, "file_name": "000.jpg"})
+    for kind in ("auto", "coco"):
+        s = open_source(str(tmp_path / "train2017"), kind, annotations=annotations)  # type: ignore[arg-type]
+        assert s.paths == tuple(str(paths[i]) for i in (1, 2, 0, 0))
+        assert s.kind == "coco"
+    assert s.labels.tolist() == [-1] * 4
+    assert s.classes == ()
+    assert s.sizes.tolist() == [[64, 48]] * 4
+    assert bytes_are_those_of_the_files(s)
+
+
+def test_coco_images_that_are_broken_or_not_there(tmp_path: Path, folder_of: Write) -> None:
+    folder_of(tmp_path / "images", 1)
+    (tmp_path / "images" / "text.jpg").write_text("hello")
+    names = ["000.jpg", "gone.jpg", "text.jpg"]
+    annotations = annotate(tmp_path / "a.json", *({"id": i, "file_name": name} for i, name in enumerate(names)))
+    s = open_source(str(tmp_path / "images"), annotations=annotations)
+    assert s.bad == {1: "no such file", 2: "not an image, or its header is broken"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"cannot read .*a\.json \(No such file"),
+        ("{", r"a\.json is not a JSON file: "),
+        ("[1]", r'a\.json has no list "images"'),
+        ('{"annotations": []}', r'a\.json has no list "images"'),
+        ('{"images": [{"id": 1}]}', r'a\.json: an image lacks "id" or "file_name"'),
+        ('{"images": [{"id": 1, "file_name": 2}]}', r"or they are of other types"),
+        ('{"images": [{"id": 1, "file_name": "../x.jpg"}]}', r"a\.json, image 1: \.\./x\.jpg may lie outside"),
+        ('{"images": [{"id": 1, "file_name": "/x.jpg"}]}', r"a\.json, image 1: /x\.jpg may lie outside"),
+        ('{"images": []}', r"no images in "),
+    ],
+)
+def test_annotations_that_cannot_be_used(tmp_path: Path, content: str | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / "a.json").write_text(content)
+    with pytest.raises(SourceError, match=rf"data\.root: .*{message}"):
+        open_source(str(tmp_path), "coco", annotations=str(tmp_path / "a.json"))
+
+
+def test_annotations_and_coco_belong_together(tmp_path: Path, folder_of: Write) -> None:
+    folder_of(tmp_path, 1)
+    with pytest.raises(SourceError, match=r"data\.annotations is not set"):
+        open_source(str(tmp_path), "coco")
+    with pytest.raises(SourceError, match=r"data\.annotations is set, but data\.source is flat"):
+        open_source(str(tmp_path), "flat", annotations="a.json")
+
+
+def test_fingerprints_tell_what_digests_do_not(tmp_path: Path, folder_of: Write, picture: Image.Image) -> None:
+    """A digest sees only names; a fingerprint sees classes, sizes and broken files, too."""
+    folder_of(tmp_path / "a", 2)
+    before = open_source(str(tmp_path))
+    flat = open_source(str(tmp_path), "flat")
+    (tmp_path / "a" / "000.jpg").write_text("hello")
+    broken = open_source(str(tmp_path))
+    picture.resize((48, 64)).save(tmp_path / "a" / "000.jpg")
+    turned = open_source(str(tmp_path))
+    sources = (before, flat, broken, turned)
+    assert len({s.digest() for s in sources}) == 1
+    assert len({s.fingerprint() for s in sources}) == 4
+    os.rename(tmp_path / "a" / "001.jpg", tmp_path / "a" / "002.jpg")
+    assert open_source(str(tmp_path)).digest() != turned.digest()
+
+
+def test_a_moved_folder_has_the_same_digest(tmp_path: Path, folder_of: Write) -> None:
+    folder_of(tmp_path / "here" / "cat", 2)
+    before = open_source(str(tmp_path / "here") + "/")
+    os.rename(tmp_path / "here", tmp_path / "there")
+    after = open_source(str(tmp_path / "there"))
+    assert before.digest() == after.digest()
+    assert before.fingerprint() == after.fingerprint()
 
 
 @pytest.mark.parametrize(
@@ -104,6 +275,7 @@ def test_a_file_that_a_list_names_in_vain_is_bad(tmp_path: Path, folder_of: Writ
         (lambda folder: str(folder / "file.jpg"), "flat", r"is a file, but data\.source is flat"),
         (lambda folder: str(folder), "list", r"is a folder, but data\.source is list"),
         (lambda folder: str(folder / "binary"), "auto", r"cannot read the list .*binary"),
+        (lambda folder: str(folder / "file.jpg"), "coco", r"is a file, but data\.source is coco"),
         (lambda folder: str(folder / "blank"), "auto", r"no images in .*blank"),
     ],
 )
@@ -140,7 +312,7 @@ def test_a_folder_that_cannot_be_read_is_named(
 def test_headers_of_readable_files(kinds: dict[str, Path]) -> None:
     for name, path in kinds.items():
         # Sizes are those of the stored pixels: the rotation that EXIF asks for is not applied.
-        assert read_header(str(path)) == ((1, 1) if name == "one_pixel.jpg" else (64, 48)), name
+        assert header(path) == ((1, 1) if name == "one_pixel.jpg" else (64, 48)), name
 
 
 def test_headers_of_unusable_files(tmp_path: Path, picture: Image.Image) -> None:
@@ -152,37 +324,33 @@ def test_headers_of_unusable_files(tmp_path: Path, picture: Image.Image) -> None
     write_animated(tmp_path / "animated.png", picture)
     picture.save(tmp_path / "cut.jpg")
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:40])
-    (tmp_path / "folder.jpg").mkdir()
     for name, reason in [
-        ("text.jpg", "not an image: UnidentifiedImageError"),
-        ("empty.jpg", "not an image: UnidentifiedImageError"),
+        ("text.jpg", "not an image, or its header is broken"),
+        ("empty.jpg", "not an image, or its header is broken"),
         ("still.gif", "format GIF is not supported; convert it to JPEG or PNG"),
         ("animated.gif", "format GIF is not supported; convert it to JPEG or PNG"),
         ("animated.webp", "WEBP with 2 frames; keep one of them"),
         ("animated.png", "PNG with 2 frames; keep one of them"),
         ("cut.jpg", "not an image: "),
-        ("folder.jpg", "not an image: IsADirectoryError"),
-        ("gone.jpg", "no such file"),
     ]:
-        header = read_header(str(tmp_path / name))
-        assert isinstance(header, str), name
-        assert header.startswith(reason), name
+        found = header(tmp_path / name)
+        assert isinstance(found, str), name
+        assert found.startswith(reason), name
 
 
 def test_a_truncated_file_passes_its_header(tmp_path: Path, picture: Image.Image) -> None:
     write_truncated(tmp_path / "truncated.jpg", picture)
-    assert read_header(str(tmp_path / "truncated.jpg")) == (64, 48)
+    assert header(tmp_path / "truncated.jpg") == (64, 48)
 
 
 @pytest.mark.parametrize(("width", "height"), [(20_000, 20_000), (2**31 - 1, 2**31 - 1)])
 def test_an_absurdly_large_image_is_refused_unread(tmp_path: Path, width: int, height: int) -> None:
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    chunk = b"IHDR" + header
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     forged = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
     data = b"IDAT" + zlib.compress(b"")
     forged += struct.pack(">I", len(data) - 4) + data + struct.pack(">I", zlib.crc32(data))
     (tmp_path / "bomb.png").write_bytes(forged)
-    reason = read_header(str(tmp_path / "bomb.png"))
+    reason = header(tmp_path / "bomb.png")
     assert isinstance(reason, str)
     assert f"{source.MAX_PIXELS} are refused" in reason or "DecompressionBombError" in reason
 

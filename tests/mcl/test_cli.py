@@ -1,6 +1,7 @@
 """The command line as a user meets it."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,8 @@ def test_help_documents_every_key(capsys: pytest.CaptureFixture[str]) -> None:
         (["export", "nowhere.pt", "--to", "torchvision"], r"error: .*nowhere\.pt"),
         (["import-openselfsup", "nowhere.pth"], r"error: .*nowhere\.pth"),
         (["preview", DEMO, "data.root=/no/where"], r"error: data\.root: /no/where does not exist"),
+        (["index", DEMO, "data.root=/no/where"], r"error: data\.root: /no/where does not exist"),
+        (["index", DEMO, "data.val_root=/no/where"], r"error: data\.val_root: /no/where does not exist"),
     ],
 )
 def test_errors_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -43,6 +46,25 @@ def test_preview(tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str
     (picture,) = tmp_path.iterdir()
     assert capsys.readouterr().out.split() == [str(picture)]
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_index(tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Says how many images, classes and bad files there are, and where the index lies; then has nothing to read."""
+    shutil.copytree(photos / "val", tmp_path / "val")
+    broken = min((tmp_path / "val" / "bird").iterdir())
+    broken.write_text("hello")
+    arguments = ["index", DEMO, f"data.root={tmp_path / 'val'}", f"data.val_root={photos / 'val'}"]
+    arguments += [f"data.index={tmp_path / 'index'}"]
+    cli.main(arguments)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{tmp_path / 'val'}: 66 images in 26 classes, 1 of them bad (folders)"
+    assert lines[1] == f"  {broken}: not an image, or its header is broken"
+    assert re.fullmatch(r"  66 headers read in [0-9.]+ s, \d+ per second", lines[2])
+    assert lines[4] == f"{photos / 'val'}: 66 images in 26 classes, 0 of them bad (folders)"
+    indices = sorted(line.removeprefix("  index: ") for line in (lines[3], lines[-1]))
+    assert indices == sorted(map(str, (tmp_path / "index").iterdir()))
+    cli.main(arguments)
+    assert capsys.readouterr().out.count("  0 headers read in ") == 2
 
 
 def test_unknown_option() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from dali_pipelines import pipelines
 from mcl import doctor
 from mcl.doctor import Check
 
@@ -214,8 +215,21 @@ def test_the_extension_and_who_does_what(machine: Machine) -> None:
     assert (broken.status, broken.detail) == ("missing", "broken: ImportError: no torch")
 
 
-def test_the_plugin_is_looked_for(machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_PACKAGE", tmp_path)
-    assert machine()["DALI plugin"].detail == "not built"
-    (tmp_path / "libmcl_dali.so").touch()
-    assert machine()["DALI plugin"].detail == "built: libmcl_dali.so"
+def test_the_engine_that_loads_images_and_why_not_a_faster_one(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fused = machine()["loader"]
+    assert (fused.status, fused.detail, fused.why, fused.remedy) == (
+        "ok",
+        "fused engine on CPU",
+        "the fastest there is",
+        "",
+    )
+    monkeypatch.setattr(pipelines, "PLUGIN", tmp_path / "libmcl_dali.so")
+    stock = machine()["loader"]
+    assert (stock.status, stock.detail) == ("note", "stock engine on CPU")
+    assert "plugin is not built" in stock.why
+    assert stock.remedy == "pip install --no-build-isolation -e ."
+    slow = machine(absent=("nvidia",))["loader"]
+    assert (slow.status, slow.detail) == ("note", "torchvision engine on CPU")
+    assert "DALI is not installed" in slow.why

@@ -1,0 +1,96 @@
+"""Layouts of plain files: which files are images, in which order, and of which class.
+
+Each function returns paths relative to the base of its files, and the name of each one's class ("" if unknown).
+"""
+
+import json
+import posixpath
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+from dali_pipelines.source.files import Files, SourceError, is_remote
+from dali_pipelines.source.headers import EXTENSIONS
+
+Listing = tuple[list[str], list[str]]
+
+
+def is_image(name: str) -> bool:
+    return name.lower().endswith(EXTENSIONS)
+
+
+def class_folders(files: Files, threads: int) -> Listing:
+    """A folder of class folders, each searched to any depth."""
+    names: list[str] = []
+    classes: list[str] = []
+    folders = files.entries(files.base)[1]
+    with ThreadPoolExecutor(threads) as pool:
+        for folder, found in zip(folders, pool.map(lambda f: list(_images_below(files, f)), folders), strict=True):
+            names += found
+            classes += [folder] * len(found)
+    return names, classes
+
+
+def flat_folder(files: Files, threads: int) -> Listing:
+    """A folder of images, searched to any depth."""
+    names = list(_images_below(files, ""))
+    return names, [""] * len(names)
+
+
+def _images_below(files: Files, folder: str) -> Iterator[str]:
+    prefix = f"{folder}/" if folder else ""
+    names, folders = files.entries(f"{files.base}/{folder}" if folder else files.base)
+    yield from (prefix + name for name in names if is_image(name))
+    for name in folders:
+        yield from _images_below(files, prefix + name)
+
+
+def list_file(files: Files, path: str, allow_outside: bool) -> Listing:
+    """A text file of lines: a path, then optionally a space or tab and a class."""
+    try:
+        lines = files.read(path).decode().splitlines()
+    except UnicodeDecodeError as error:
+        raise SourceError(f"cannot read the list {path}: {error}") from None
+    names: list[str] = []
+    classes: list[str] = []
+    for number, line in enumerate(lines, 1):
+        if not (line := line.strip()):
+            continue
+        name, label = (line, "") if is_image(line) else _split_class(line)
+        names.append(_inside(name, allow_outside, f"{path}, line {number}"))
+        classes.append(label)
+    return names, classes
+
+
+def _split_class(line: str) -> tuple[str, str]:
+    name, separator, label = line.rpartition("\t") if "\t" in line else line.rpartition(" ")
+    return (name.strip(), label) if separator else (line, "")
+
+
+def coco(annotations: Files, path: str, allow_outside: bool) -> Listing:
+    """The images that a COCO annotation file names, in the order of their ids."""
+    try:
+        # Annotations are dropped as soon as they are parsed: there are many times more of them than images.
+        content = json.loads(
+            annotations.read(path), object_hook=lambda o: o if {"file_name", "images"} & {*o} else None
+        )
+    except ValueError as error:
+        raise SourceError(f"{path} is not a JSON file: {error}") from None
+    if not isinstance(content, dict) or not isinstance(content.get("images"), list):
+        raise SourceError(f'{path} has no list "images"; name a COCO annotation file')
+    try:
+        images = sorted((image["id"], image["file_name"]) for image in content["images"])
+        names = [_inside(name, allow_outside, f"{path}, image {number}") for number, name in images]
+    except (KeyError, TypeError, AttributeError):
+        raise SourceError(f'{path}: an image lacks "id" or "file_name", or they are of other types') from None
+    return names, [""] * len(names)
+
+
+def _inside(name: str, allow_outside: bool, where: str) -> str:
+    """The path, normalised, if it may be used."""
+    outside = name.startswith("/") or is_remote(name) or ".." in name.split("/")
+    if outside and not allow_outside:
+        raise SourceError(
+            f"{where}: {name} may lie outside the folder of data.root; name files relative to it, without .., or set "
+            "data.allow_outside=true if you trust this file"
+        )
+    return name if is_remote(name) else posixpath.normpath(name)

@@ -1,0 +1,307 @@
+"""Shards: files that hold many images. Each is read once from one end to the other, for where its images lie.
+
+Nothing is ever extracted, so the names in a shard are labels and no paths.
+"""
+
+import posixpath
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import BinaryIO
+
+from dali_pipelines.source.files import Files, SourceError, window
+from dali_pipelines.source.headers import EXTENSIONS, Header, read_header
+from dali_pipelines.source.index import Image
+
+NAMES = {
+    "webdataset": re.compile(r"\.tar$|\.tgz$|\.tar\.\w+$", re.IGNORECASE),
+    "tfrecord": re.compile(r"\.tfrec(ord)?s?(\.gz)?$|-\d{5}-of-\d{5}(\.gz)?$", re.IGNORECASE),
+}
+"""File names taken for shards of each kind; compressed ones are then refused, with a reason."""
+
+_COMPRESSED_NAME = re.compile(r"\.(tgz|gz|zst|xz|bz2|lz4|zip)$", re.IGNORECASE)
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ": "xz", b"BZh": "bzip2"}
+_MAGIC = re.compile(r"[*?\[{]")
+_MAX_SHARDS = 1_000_000
+_HEADER = 1 << 14  # bytes of an image fetched at a time for its header
+_DAMAGED = "the shard is cut short or damaged here: what follows cannot be read"
+
+_Span = tuple[int, int]  # first byte, and the one behind the last
+
+
+def is_pattern(path: str) -> bool:
+    """Whether a path stands for many: a glob, or braces as WebDataset writes them."""
+    return _MAGIC.search(path) is not None
+
+
+def pattern_base(pattern: str) -> str:
+    """The folder in front of a pattern's first component that is one."""
+    magic = _MAGIC.search(pattern)
+    assert magic is not None
+    return pattern[: magic.start()].rpartition("/")[0]
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """``{0000..0146}`` and ``{a,b}`` written out, in that order.
+
+    Raises:
+        SourceError: other braces, or more than a million paths.
+    """
+    paths = [""]
+    for i, part in enumerate(re.split(r"\{([^{}]*)\}", pattern)):
+        values = _alternatives(part, pattern) if i % 2 else [part]
+        if len(paths) * len(values) > _MAX_SHARDS:
+            raise SourceError(f"{pattern} stands for more than {_MAX_SHARDS} shards")
+        paths = [path + value for path in paths for value in values]
+    return paths
+
+
+def _alternatives(body: str, pattern: str) -> list[str]:
+    numbers = re.fullmatch(r"(\d{1,9})\.\.(\d{1,9})", body)
+    if numbers is None and "," not in body:
+        raise SourceError(
+            f"{pattern}: {{{body}}} is neither a range such as {{0000..0146}} nor a choice such as {{a,b}}"
+        )
+    if numbers is None:
+        return body.split(",")
+    first, last = map(int, numbers.groups())
+    if abs(last - first) >= _MAX_SHARDS:
+        raise SourceError(f"{pattern} stands for more than {_MAX_SHARDS} shards")
+    step = 1 if first <= last else -1
+    return [f"{i:0{len(numbers[1])}}" for i in range(first, last + step, step)]
+
+
+def find_shards(files: Files, root: str, kind: str) -> list[str]:
+    """Shards of a folder, a file or a pattern, relative to the base: sorted, or in the order of the braces.
+
+    Raises:
+        SourceError: a shard that is not there or is compressed.
+    """
+    found = files.kind(root)
+    if found == "folder":
+        paths = [f"{files.base}/{name}" for name in files.entries(root)[0] if NAMES[kind].search(name)]
+    elif found == "file":
+        paths = [root]
+    else:
+        paths = [path for part in expand_braces(root) for path in (files.glob(part) if is_pattern(part) else [part])]
+    for path in paths:
+        if _COMPRESSED_NAME.search(path):
+            raise _compressed(path)
+    return [path[len(files.base) + 1 :] for path in paths]
+
+
+def _compressed(path: str) -> SourceError:
+    return SourceError(
+        f"{path} is compressed, so that no image in it can be read without all that lies before; decompress the shards "
+        "(images in them are compressed already)"
+    )
+
+
+def scan_shard(files: Files, kind: str, path: str, size: int) -> list[Image]:
+    """The images of a shard of `size` bytes, in its order.
+
+    Raises:
+        SourceError: not a shard of this kind, compressed, or unreadable.
+    """
+    try:
+        with files.open(path, size, files.block) as file:
+            start = file.read(8)
+            if any(start.startswith(magic) for magic in _COMPRESSED):
+                raise _compressed(path)
+            file.seek(0)
+            return list((_tar_images if kind == "webdataset" else _tfrecord_images)(file, path, size))
+    except OSError as error:
+        raise SourceError(f"cannot read {path} ({error.strerror or error})") from error
+
+
+def _header(file: BinaryIO, offset: int, length: int) -> Header:
+    def read(start: int, end: int) -> bytes:
+        file.seek(start)
+        return file.read(end - start)
+
+    return read_header(window(read, offset, length, _HEADER)) if length else "empty"
+
+
+# -------------------------------------------------------------------------------------------------- WebDataset
+
+
+@dataclass
+class _Sample:
+    """Members with the same name up to the first dot of the last component of their path."""
+
+    images: list[Image] = field(default_factory=list)
+    label: int = -1
+    problem: str = ""
+
+    def image(self) -> Image:
+        problem = self.problem
+        if len(self.images) > 1:
+            problem = f"{len(self.images)} images in one sample; keep one of them"
+        image = self.images[0]._replace(label=self.label)
+        return image._replace(header=problem) if problem else image
+
+
+def _tar_images(file: BinaryIO, path: str, size: int) -> Iterator[Image]:
+    samples: dict[str, _Sample] = {}
+    end = 0
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            while (member := tar.next()) is not None and tar.offset > end:  # a forged size would lead back
+                tar.members.clear()  # type: ignore[attr-defined]  # they would be kept
+                end = tar.offset
+                _add_member(samples, member, file, size)
+                if member.offset_data + member.size > size:
+                    break
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
+        if not end:
+            raise SourceError(f"{path} is not a tar file ({error})") from None
+    if not end:
+        raise SourceError(f"{path} is a tar file with nothing in it; make it anew or remove it")
+    yield from (sample.image() for sample in samples.values() if sample.images)
+    file.seek(end)
+    if end < size and file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+        yield Image(f"byte {end}", end, 0, -1, _DAMAGED)
+
+
+def _add_member(samples: dict[str, _Sample], member: tarfile.TarInfo, file: BinaryIO, size: int) -> None:
+    folder, name = posixpath.split(member.name)
+    stem, _, extension = name.partition(".")
+    extension = f".{extension.lower()}"
+    if not stem or extension not in (*EXTENSIONS, ".cls"):
+        return
+    sample = samples.setdefault(posixpath.join(folder, stem), _Sample())
+    if member.offset_data + member.size > size:
+        sample.problem = "the shard is cut short: it ends within this sample"
+    elif not member.isreg() or member.sparse:
+        sample.problem = "a link or sparse file in the tar; store the file itself"
+    elif extension == ".cls":
+        file.seek(member.offset_data)
+        text = file.read(min(member.size, 64)).strip()
+        if re.fullmatch(rb"-1|\d{1,18}", text):
+            sample.label = int(text)
+        else:
+            sample.problem = f"its class {text.decode(errors='replace')!r} is not an integer"
+    if extension != ".cls":
+        header = sample.problem or _header(file, member.offset_data, member.size)
+        sample.images.append(Image(member.name, member.offset_data, member.size, -1, header))
+
+
+# ---------------------------------------------------------------------------------------------------- TFRecord
+
+
+def _tfrecord_images(file: BinaryIO, path: str, size: int) -> Iterator[Image]:
+    """A record is its length (8 bytes), a checksum of that (4), the data, and a checksum of them (4)."""
+    start, number = 0, 0
+    while start < size:
+        file.seek(start)
+        frame = file.read(12)
+        end = start + 16 + int.from_bytes(frame[:8], "little")
+        if len(frame) == 12 and _masked_crc32c(frame[:8]) != int.from_bytes(frame[8:], "little"):
+            if not number:
+                raise SourceError(f"{path} is not a TFRecord file")
+            yield Image(str(number), start, 0, -1, _DAMAGED)
+            return
+        if len(frame) < 12 or end > size:
+            yield Image(str(number), start, 0, -1, "the shard is cut short: it ends within this record")
+            return
+        yield _example_image(file, str(number), (start + 12, end - 4))
+        start, number = end, number + 1
+    if not number:
+        raise SourceError(f"{path} is empty; make it anew or remove it")
+
+
+def _example_image(file: BinaryIO, name: str, record: _Span) -> Image:
+    """The image of a tf.train.Example: {1: Features {1: entries {1: name, 2: Feature {1: bytes, 3: integers}}}}."""
+    images: list[_Span] = []
+    label = -1
+    try:
+        for entry in _spans(file, record, 1, 1):
+            key = b"".join(_bytes(file, span) for span in _spans(file, entry, 1))
+            if key == b"image/encoded":
+                images = list(_spans(file, entry, 2, 1, 1))
+            elif key == b"image/class/label":
+                for integers in _spans(file, entry, 2, 3):
+                    label = next(_integers(file, integers), -1)
+    except ValueError:
+        return Image(name, record[0], 0, -1, "not a tf.train.Example")
+    if len(images) != 1:
+        return Image(name, record[0], 0, label, f"{len(images)} values of image/encoded in the record, where 1 belongs")
+    ((start, end),) = images
+    header = _header(file, start, end - start) if label >= -1 else f"its class {label} is negative"
+    return Image(name, start, end - start, max(label, -1), header)
+
+
+def _fields(file: BinaryIO, message: _Span) -> Iterator[tuple[int, int | _Span]]:
+    """Field numbers and values of a protobuf message: integers, or where bytes lie; fixed-size fields are left out."""
+    position, end = message
+    while position < end:
+        tag, position = _varint(file, position)
+        number, wire_type = tag >> 3, tag & 7
+        if wire_type == 0:
+            value, position = _varint(file, position)
+            yield number, value
+        elif wire_type == 2:
+            length, position = _varint(file, position)
+            yield number, (position, position + length)
+            position += length
+        elif wire_type in (1, 5):
+            position += 8 if wire_type == 1 else 4
+        else:
+            raise ValueError(f"wire type {wire_type}")
+        if position > end:
+            raise ValueError("a field that ends behind its message")
+
+
+def _spans(file: BinaryIO, message: _Span, number: int, *path: int) -> Iterator[_Span]:
+    """Where the fields lie to which a path of field numbers leads."""
+    for found, value in _fields(file, message):
+        if found == number and isinstance(value, tuple):
+            yield from _spans(file, value, *path) if path else (value,)
+
+
+def _integers(file: BinaryIO, message: _Span) -> Iterator[int]:
+    """An Int64List, packed or not."""
+    for number, value in _fields(file, message):
+        if number == 1:
+            position, end = value if isinstance(value, tuple) else (0, 0)
+            values = [] if isinstance(value, tuple) else [value]
+            while position < end:
+                integer, position = _varint(file, position)
+                values.append(integer)
+            yield from (v - (1 << 64) if v >> 63 else v for v in values)
+
+
+def _varint(file: BinaryIO, position: int) -> tuple[int, int]:
+    """The number that starts there, and where it ends."""
+    file.seek(position)
+    value = 0
+    for i, byte in enumerate(file.read(10)):
+        value |= (byte & 0x7F) << 7 * i
+        if byte < 0x80:
+            return value & (1 << 64) - 1, position + i + 1
+    raise ValueError("a number of more than 64 bits")
+
+
+def _bytes(file: BinaryIO, span: _Span) -> bytes:
+    file.seek(span[0])
+    return file.read(min(span[1] - span[0], 64))  # no name that matters is longer
+
+
+def _crc32c_table() -> tuple[int, ...]:
+    table = list(range(256))
+    for _ in range(8):
+        table = [value >> 1 ^ (0x82F63B78 if value & 1 else 0) for value in table]
+    return tuple(table)
+
+
+_CRC32C = _crc32c_table()
+
+
+def _masked_crc32c(data: bytes) -> int:
+    """Castagnoli's checksum, rotated and shifted as TFRecord stores it."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc = crc >> 8 ^ _CRC32C[(crc ^ byte) & 0xFF]
+    crc ^= 0xFFFFFFFF
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF

@@ -1,0 +1,269 @@
+"""A source: n images, where they lie, and how to open one."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from dali_pipelines.source import layouts, shards
+from dali_pipelines.source.files import MISSING, Files, SourceError, is_remote, open_files
+from dali_pipelines.source.headers import EXTENSIONS, read_header
+from dali_pipelines.source.index import Image, Index, Int64s, Progress
+
+Kind = Literal["auto", "folders", "flat", "list", "coco", "webdataset", "tfrecord"]
+SHARDS = ("webdataset", "tfrecord")
+
+_CHUNK = 64  # files that a thread reads at a time
+_HEADER = 1 << 14  # bytes of a file fetched at a time for its header
+_MOST_CLASSES = 100_000  # beyond, integers are names (dates, perhaps) and no class numbers
+
+
+class Reader(Protocol):
+    def __call__(self, i: int) -> bytes: ...
+
+
+@dataclass(frozen=True)
+class Source:
+    """n images: what they are called, their classes and sizes, and their bytes."""
+
+    root: str
+    kind: str  # never auto
+    names: tuple[str, ...]  # (n) path of the file, or of the shard and the member's name behind it
+    labels: npt.NDArray[np.int64]  # (n,) class, -1 unknown
+    sizes: npt.NDArray[np.int32]  # (n, 2) width, height, pixels as stored; 0, 0 for a bad image
+    base: str  # folder that digest() leaves out of the names
+    reader: Reader = field(repr=False)
+    classes: tuple[str, ...] = ()
+    bad: dict[int, str] = field(default_factory=dict)  # what the headers revealed: index -> reason
+    paths: tuple[str, ...] | None = None  # local files, which others can open; None where only `read` can
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def read(self, i: int) -> bytes:
+        """The encoded image; thread-safe.
+
+        Raises:
+            OSError: it cannot be read (any more); the message says why.
+        """
+        return self.reader(i)
+
+    def digest(self) -> str:
+        """Hash of the names below the root, in order: two sources with the same one number the same images."""
+        prefix = self.base.rstrip("/") + "/"
+        names = "\n".join(name.removeprefix(prefix) for name in self.names)
+        return hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest()
+
+    def fingerprint(self) -> str:
+        """Hash of everything that plans depend on: names, classes, sizes, and which images are bad."""
+        whole = hashlib.sha256(self.digest().encode())
+        for array in (self.labels, self.sizes, np.array(sorted(self.bad), np.int64)):
+            whole.update(array.tobytes())
+        return whole.hexdigest()
+
+
+@dataclass(frozen=True)
+class _WholeFiles:
+    files: Files
+    paths: tuple[str, ...]
+
+    def __call__(self, i: int) -> bytes:
+        return self.files.read(self.paths[i])
+
+
+@dataclass(frozen=True)
+class _Shards:
+    files: Files
+    paths: list[str]
+    ends: Int64s  # (shards,) number of images in this shard and those before
+    extents: Int64s  # (n, 2) offset, length
+
+    def __call__(self, i: int) -> bytes:
+        path = self.paths[int(np.searchsorted(self.ends, i, "right"))]
+        offset, length = self.extents[i].tolist()
+        data = self.files.read(path, offset, offset + length)
+        if len(data) < length or not length:
+            raise OSError(f"{path} is cut short or damaged: {len(data)} of {length} bytes at {offset}")
+        return data
+
+
+def open_source(
+    root: str,
+    kind: Kind = "auto",
+    *,
+    threads: int = 8,
+    key: str = "data.root",
+    annotations: str = "",
+    index: str = "",
+    allow_outside: bool = False,
+    progress: Progress | None = None,
+) -> Source:
+    """Finds the images of `root` and their sizes, from the index as far as the files have not changed.
+
+    Args:
+        root: a folder, a list file, shards (a folder of them, one, or a pattern); or a URL that fsspec reads.
+        kind: what root is. auto: a file is a list, or a shard by its name; a folder with images directly in it is flat;
+            one with nothing but shards in it holds shards; any other has class folders; with `annotations` it is coco.
+        threads: files read at a time, at least; object stores are asked for more.
+        key: of the configuration, for errors.
+        annotations: COCO annotation file that names the images of the folder.
+        index: folder in which indices are kept; empty: the user's cache.
+        allow_outside: whether lists and annotations may name files outside the folder.
+        progress: is told how many files have been read.
+
+    Raises:
+        SourceError: no such folder, nothing in it, or something unreadable.
+    """
+    try:
+        try:
+            return _open(root, kind, threads, annotations, index, allow_outside, progress)
+        except OSError as error:
+            raise SourceError(f"cannot read {error.filename or root} ({error.strerror or error})") from error
+    except SourceError as error:
+        raise SourceError(f"{key}: {error}") from error.__cause__
+
+
+def _open(
+    root: str, kind: str, threads: int, annotations: str, index: str, allow_outside: bool, progress: Progress | None
+) -> Source:
+    if not root:
+        raise SourceError("not set; name a folder of images, a list file or shards")
+    found = open_files(root, root).kind(root)
+    if not found and not shards.is_pattern(root):
+        raise SourceError(f"{root} does not exist")
+    path = root.rstrip("/") or root if found == "folder" else root if is_remote(root) else os.path.abspath(root)
+    base = path if found == "folder" else path.rpartition("/")[0] if found else shards.pattern_base(path)
+    files = open_files(path, base)
+    kind = _resolve(kind, root, found, files, annotations)
+    place = Index(index, root, kind, annotations)
+    if kind in SHARDS:
+        return _open_shards(root, path, kind, files, place, threads, progress)
+
+    threads = max(threads, files.threads)
+    if kind == "coco":
+        names, classes = layouts.coco(open_files(annotations, annotations), annotations, allow_outside)
+    elif kind == "list":
+        names, classes = layouts.list_file(files, path, allow_outside)
+    else:
+        names, classes = {"folders": layouts.class_folders, "flat": layouts.flat_folder}[kind](files, threads)
+    if not names:
+        raise SourceError(f"no images in {root} (looked for {', '.join(EXTENSIONS)}; data.source={kind})")
+
+    def where(name: str) -> str:
+        return name if name.startswith("/") or is_remote(name) else f"{base}/{name}"
+
+    def scan(name: str, size: int) -> list[Image]:
+        with files.open(where(name), size, _HEADER) as file:
+            return [Image("", 0, size, -1, read_header(file))]
+
+    paths = tuple(map(where, names))
+    stamps = _stamps(files, paths, threads)
+    table = place.update(names, stamps, scan, threads=threads, chunk=_CHUNK, progress=progress)
+    labels, numbered = _number(classes)
+    return Source(
+        root=root,
+        kind=kind,
+        names=paths,
+        labels=labels,
+        sizes=table.sizes,
+        base=base,
+        reader=_WholeFiles(files, paths),
+        classes=numbered,
+        bad=table.bad,
+        paths=paths if files.local else None,
+    )
+
+
+def _open_shards(
+    root: str, path: str, kind: str, files: Files, place: Index, threads: int, progress: Progress | None
+) -> Source:
+    found = shards.find_shards(files, path, kind)
+    paths = [f"{files.base}/{name}" for name in found]
+    stamps = _stamps(files, paths, threads)
+    missing = [paths[i] for i in np.flatnonzero((stamps == MISSING).all(1))]
+    if missing:
+        raise SourceError(f"{missing[0]} does not exist ({len(missing)} of {len(paths)} shards of {root})")
+
+    def scan(name: str, size: int) -> list[Image]:
+        return shards.scan_shard(files, kind, f"{files.base}/{name}", size)
+
+    table = place.update(found, stamps, scan, threads=threads, chunk=1, progress=progress)
+    if not table.names:
+        raise SourceError(f"no images in the {len(paths)} shards of {root} (data.source={kind})")
+    shard = np.repeat(np.arange(len(paths)), table.counts).tolist()
+    labels, classes = _number_integers(table.labels)
+    return Source(
+        root=root,
+        kind=kind,
+        names=tuple(f"{paths[i]}/{name}" for i, name in zip(shard, table.names, strict=True)),
+        labels=labels,
+        sizes=table.sizes,
+        base=files.base,
+        reader=_Shards(files, paths, np.cumsum(table.counts), table.extents),
+        classes=classes,
+        bad=table.bad,
+    )
+
+
+def _resolve(kind: str, root: str, found: str, files: Files, annotations: str) -> str:
+    """The kind of a source, where it can be one."""
+    if kind == "auto":
+        kind = _recognise(root, found, files, annotations)
+    wanted = {"list": "file", "folders": "folder", "flat": "folder", "coco": "folder"}.get(kind, found)
+    if found != wanted:
+        raise SourceError(f"{root} is a {found or 'pattern'}, but data.source is {kind}")
+    if kind == "coco" and not annotations:
+        raise SourceError("data.annotations is not set; name the COCO annotation file of these images")
+    if kind != "coco" and annotations:
+        raise SourceError(f"data.annotations is set, but data.source is {kind}; only coco reads it")
+    return kind
+
+
+def _recognise(root: str, found: str, files: Files, annotations: str) -> str:
+    if annotations:
+        return "coco"
+    if found == "folder":
+        names, folders = files.entries(files.base)
+        if any(map(layouts.is_image, names)):
+            return "flat"
+        kinds = [kind for kind in SHARDS if any(map(shards.NAMES[kind].search, names))]
+        if folders or not kinds:
+            return "folders"
+        if len(kinds) > 1:
+            raise SourceError(f"{root} holds shards of several kinds; set data.source to one of {', '.join(kinds)}")
+        return kinds[0]
+    for kind in SHARDS:
+        if shards.NAMES[kind].search(root):
+            return kind
+    if not found:
+        raise SourceError(f"{root} does not say what its shards are; set data.source to one of {', '.join(SHARDS)}")
+    return "list"
+
+
+def _stamps(files: Files, paths: Sequence[str], threads: int) -> Int64s:
+    """(f, 2)"""
+    chunks = [paths[i : i + _CHUNK] for i in range(0, len(paths), _CHUNK)]
+    with ThreadPoolExecutor(threads) as pool:
+        stamps = pool.map(lambda chunk: np.array(list(map(files.stamp, chunk)), np.int64), chunks)
+        return np.concatenate([np.zeros((0, 2), np.int64), *stamps])
+
+
+def _number(names: Sequence[str]) -> tuple[Int64s, tuple[str, ...]]:
+    """Class numbers: the integers themselves where all names are integers, else the rank of the name; "" is unknown."""
+    known = sorted(set(names) - {""})
+    if known and all(name.isdecimal() and len(name) < 19 for name in known):
+        return _number_integers(np.array([int(name) if name else -1 for name in names], np.int64))
+    number = {name: i for i, name in enumerate(known)} | {"": -1}
+    return np.array([number[name] for name in names], np.int64), tuple(known)
+
+
+def _number_integers(labels: Int64s) -> tuple[Int64s, tuple[str, ...]]:
+    if (most := labels.max(initial=-1)) < _MOST_CLASSES:
+        return labels, tuple(map(str, range(most + 1)))
+    known = np.unique(labels[labels >= 0])
+    return np.where(labels < 0, -1, np.searchsorted(known, labels)), tuple(map(str, known.tolist()))
