@@ -7,6 +7,7 @@ Environment:
     MAX_JOBS                parallel compilations; default: as cores and memory allow.
 """
 
+import functools
 import importlib
 import os
 import re
@@ -24,6 +25,7 @@ GIB_PER_JOB = 3
 """Memory of one compilation with torch's headers."""
 
 SOURCES = Path("kernels/csrc")
+PLUGIN = Path("kernels/dali")
 
 
 def check_packages() -> bool:
@@ -60,6 +62,7 @@ def check_compiler() -> None:
         )
 
 
+@functools.cache
 def with_cuda() -> bool:
     import torch
     from torch.utils.cpp_extension import CUDA_HOME
@@ -139,6 +142,39 @@ def extension() -> Extension:
 wanted = flag("MCL_BUILD_EXTENSION") is not False
 if wanted:
     check_compiler()
+
+
+def plugin() -> Extension:
+    """The DALI operators, against the headers in DALI's wheel."""
+    import torch
+    from nvidia.dali import sysconfig
+
+    # DALI's headers name CUDA's, whatever is compiled; they come with torch and requirements/torch.txt.
+    flags = ["-std=c++20", "-O3", *sysconfig.get_compile_flags()]
+    for folder in Path(torch.__file__).parents[1].glob("nvidia/cu*/include"):
+        flags += ["-isystem", str(folder)]
+    # What is switched off complains of DALI's headers.
+    warnings = "-Wno-free-nonheap-object"
+    compile_args = {"cxx": [*flags, "-g0", "-fno-trapping-math", "-fno-math-errno", warnings]}
+    sources = [*PLUGIN.glob("cpu/*.cc")]
+    link_args = sysconfig.get_link_flags()
+    if with_cuda():
+        sources += PLUGIN.glob("cuda/*.cu")
+        link_args += [runtime()]
+        # DALI's headers need the conversions that torch switches off. No fused multiply-add: so every number is the one
+        # that the emulation proves.
+        half = [f"-U__CUDA_NO_HALF_{what}__" for what in ("OPERATORS", "CONVERSIONS")]
+        compile_args["nvcc"] = [*flags, *half, "-fmad=false", "-Xcompiler", warnings, "-Xptxas", "-v"]
+    return Extension(
+        "mcl.libmcl_dali",
+        sorted(map(str, sources)),
+        include_dirs=[str(PLUGIN.parent.resolve()), str(SOURCES.resolve())],
+        extra_compile_args=compile_args,
+        extra_link_args=link_args,
+        language="c++",
+    )
+
+
 if check_packages() and wanted:
     from torch.utils.cpp_extension import BuildExtension
 
@@ -162,6 +198,6 @@ if check_packages() and wanted:
             if report:
                 Path("mcl/_C.ptxas.txt").write_text("\n".join(report) + "\n")
 
-    setup(ext_modules=[extension()], cmdclass={"build_ext": Build.with_options(no_python_abi_suffix=True)})
+    setup(ext_modules=[extension(), plugin()], cmdclass={"build_ext": Build.with_options(no_python_abi_suffix=True)})
 else:
     setup()

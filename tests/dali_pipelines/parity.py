@@ -1,6 +1,6 @@
-"""Measures how far the DALI engine is from Pillow and torchvision, operation by operation, on real photographs.
+"""Measures how far the DALI engines are from Pillow and torchvision, operation by operation, on real photographs.
 
-``python -m tests.dali_pipelines.parity`` prints the table of ``dali_pipelines/README.md``.
+``python -m tests.dali_pipelines.parity`` prints the tables of ``dali_pipelines/README.md``.
 """
 
 import re
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import torchvision.transforms.v2.functional as F
-from nvidia.dali import fn, pipeline_def
+from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
 from torch import Tensor
 
@@ -94,16 +94,29 @@ OPERATIONS = {
 }
 
 
-def measure(paths: Sequence[str]) -> list[Row]:
+@dataclass(frozen=True)
+class Engine:
+    """What an engine makes, on the CPU."""
+
+    operations: Callable[[Sequence[Tensor], Augmentation], list[Tensor]]
+    """Colour, blur and solarising of n square tiles (3, H, H) uint8 of any sizes, to as many."""
+    tiles: Callable[..., list[list[Tensor]]]
+    """Whole tiles of every level: images, augmentation per level, geometry, released -> [level][image] uint8."""
+
+
+def measure(paths: Sequence[str], engine: Engine) -> list[Row]:
     """Rows of the table, over the given photographs."""
-    images = [reference.read_rgb(path) for path in paths]
+    images = [read(path) for path in paths]
     sizes = np.array([image.shape[:0:-1] for image in images], np.int32)
-    return _single(images, sizes) + _composed(images, sizes)
+    return _single(images, sizes, engine) + _composed(images, sizes, engine)
 
 
-def run_operations(tiles: Sequence[Tensor], a: Augmentation) -> list[Tensor]:
-    """Colour, blur and solarising by DALI on the CPU: n tiles (3, H, W) uint8 of any sizes to as many."""
+def read(path: str | Path) -> Tensor:
+    """(3, H, W) uint8 of a file."""
+    return reference.decode(Path(path).read_bytes())
 
+
+def stock_operations(tiles: Sequence[Tensor], a: Augmentation) -> list[Tensor]:
     def graph(nodes: Any) -> ops.Node:
         tile = fn.reshape(next(nodes), layout="HWC")
         recipe = pipelines._take(ops.Recipe, nodes)
@@ -112,22 +125,66 @@ def run_operations(tiles: Sequence[Tensor], a: Augmentation) -> list[Tensor]:
     return _run(graph, [_pixels(tiles), *pipelines._leaves(ops.recipe_arrays(a))], len(tiles))[0]
 
 
-def run_tiles(
+def stock_tiles(
     images: Sequence[Tensor], levels: Sequence[Augmentation], geometry: Geometry, released: bool = False
 ) -> list[list[Tensor]]:
-    """Whole tiles of every level by DALI on the CPU: [level][image] (3, tile, tile) uint8."""
+    n, sizes = len(images), []
+    for level in range(len(levels)):
+        size = geometry.canvas if released else geometry.tile(level)
+        sizes.append(np.full((n, 2), size, np.int32))
 
     def graph(nodes: Any) -> tuple[ops.Node, ...]:
         image = fn.reshape(next(nodes), layout="HWC")
-        recipes = [pipelines._take(ops.Recipe, nodes) for _ in levels]
+        recipes = [(pipelines._take(ops.Recipe, nodes), next(nodes)) for _ in levels]
         return tuple(
-            pipelines.make_tile(image, recipe, geometry, level, released) for level, recipe in enumerate(recipes)
+            pipelines.make_tile(image, recipe, size, geometry.ratios[level], released)
+            for level, (recipe, size) in enumerate(recipes)
         )
 
     feed = [_pixels(images)]
-    for a in levels:
-        feed += pipelines._leaves(ops.recipe_arrays(a))
-    return _run(graph, feed, len(images))
+    for a, size in zip(levels, sizes, strict=True):
+        feed += [*pipelines._leaves(ops.recipe_arrays(a)), size]
+    return _run(graph, feed, n)
+
+
+def fused_operations(tiles: Sequence[Tensor], a: Augmentation) -> list[Tensor]:
+    made: dict[int, Tensor] = {}
+    for size in {tile.shape[-1] for tile in tiles}:
+        rows = [i for i, tile in enumerate(tiles) if tile.shape[-1] == size]
+        mine = {name: value[rows] for name, value in vars(a).items()}
+        mine |= {"window": np.array([[0, 0, size, size]] * len(rows), np.int32), "flip": np.zeros(len(rows), bool)}
+        ratio = 1 if size % 32 == 0 else next(r for r in (2, 4, 8) if size * r % 32 == 0)
+        whole = Geometry(cells=size * ratio // 32, ratios=(1,), images_per_canvas=(1,))
+        result = _fused_level([tiles[i] for i in rows], Augmentation(**mine), whole, ratio, False)
+        made |= dict(zip(rows, result, strict=True))
+    return [made[i] for i in range(len(tiles))]
+
+
+def fused_tiles(
+    images: Sequence[Tensor], levels: Sequence[Augmentation], geometry: Geometry, released: bool = False
+) -> list[list[Tensor]]:
+    return [_fused_level(images, a, geometry, geometry.ratios[level], released) for level, a in enumerate(levels)]
+
+
+def _fused_level(
+    images: Sequence[Tensor], a: Augmentation, geometry: Geometry, ratio: int, released: bool
+) -> list[Tensor]:
+    """The tiles of one level; every image gets a canvas of its own, full of the same tile."""
+    pipelines.load_plugin()
+    n, size = len(images), geometry.canvas // ratio
+    slots = np.arange(n * ratio * ratio, dtype=np.int32).reshape(n, -1)
+    feed = [_pixels(images), pipelines.recipe_rows(a), slots, np.full(n, geometry.cells, np.int32)]
+
+    def graph(nodes: Any) -> ops.Node:
+        image, recipes, slot, cells = nodes
+        arguments = {"views": 1, "ratios": [ratio], "images_per_canvas": [1], "released": released}
+        unchanged = {"dtype": types.UINT8, "mean": [0, 0, 0], "std": [1, 1, 1]}
+        return fn.mcl.montage(image, recipes, slot, cells=cells, **arguments, **unchanged)
+
+    return [canvas[:, :size, :size] for canvas in _run(graph, feed, n)[0]]
+
+
+ENGINES = {"fused": Engine(fused_operations, fused_tiles), "stock": Engine(stock_operations, stock_tiles)}
 
 
 def _pixels(images: Sequence[Tensor]) -> Any:
@@ -155,8 +212,8 @@ def _error(got: Sequence[Tensor], expected: Sequence[Tensor], border: bool | Non
     return difference.double().mean().item(), float(difference.max())
 
 
-def _single(images: list[Tensor], sizes: np.ndarray) -> list[Row]:
-    """Every operation alone, in one DALI batch of all operations and sizes."""
+def _single(images: list[Tensor], sizes: np.ndarray, engine: Engine) -> list[Row]:
+    """Every operation alone, in one batch of all operations and sizes."""
     tiles: list[Tensor] = []
     drawn: list[Augmentation] = []
     expected: list[Tensor] = []
@@ -169,7 +226,7 @@ def _single(images: list[Tensor], sizes: np.ndarray) -> list[Row]:
             expected += [operation.expected(tile, a, i) for i, tile in enumerate(level_tiles)]
     names = vars(drawn[0])
     together = Augmentation(**{name: np.concatenate([getattr(a, name) for a in drawn]) for name in names})
-    got = run_operations(tiles, together)
+    got = engine.operations(tiles, together)
     n = len(images)
     parts = iter(range(0, len(got), n))
     rows = []
@@ -182,7 +239,7 @@ def _single(images: list[Tensor], sizes: np.ndarray) -> list[Row]:
     return rows
 
 
-def _composed(images: list[Tensor], sizes: np.ndarray) -> list[Row]:
+def _composed(images: list[Tensor], sizes: np.ndarray, engine: Engine) -> list[Row]:
     """Crop, resize and flip alone, then everything together."""
     often: dict[str, Any] = {"blur": (0.5, 0.5), "solarize": (0.2, 0.2)}
     pairs = []  # [configuration][level] (got, expected)
@@ -192,7 +249,7 @@ def _composed(images: list[Tensor], sizes: np.ndarray) -> list[Row]:
             [reference.make_tile(image, a, i, GEOMETRY, level, False) for i, image in enumerate(images)]
             for level, a in enumerate(levels)
         ]
-        pairs.append(list(zip(run_tiles(images, levels, GEOMETRY), expected, strict=True)))
+        pairs.append(list(zip(engine.tiles(images, levels, GEOMETRY), expected, strict=True)))
     crop, no_hue, everything = pairs
     return [
         Row("crop, resize, flip: inside", "Pillow", tuple(_error(*pair, border=False) for pair in crop)),
@@ -202,13 +259,13 @@ def _composed(images: list[Tensor], sizes: np.ndarray) -> list[Row]:
     ]
 
 
-def table(rows: Sequence[Row]) -> str:
-    """The rows as Markdown, rounded up by 5% and, unless an operation is exact, to at least 0.01 and 1 levels.
+def table(engine: str, rows: Sequence[Row]) -> str:
+    """The rows of an engine as Markdown, rounded up by 5% and, unless exact, to at least 0.01 and 1 levels.
 
     So another processor's rounding does not fail the test that holds the table to what is measured.
     """
     lines = [
-        "| operation | oracle | " + " | ".join(f"{size} px" for size in SIZES) + " |",
+        f"| {engine} | oracle | " + " | ".join(f"{size} px" for size in SIZES) + " |",
         "|" + "---|" * (2 + len(SIZES)),
     ]
     for row in rows:
@@ -219,15 +276,20 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def stated(text: str) -> dict[str, tuple[tuple[float, float], ...]]:
-    """Operation to (mean, maximum) per size, as a Markdown text states them."""
+def stated(text: str, engine: str) -> dict[str, tuple[tuple[float, float], ...]]:
+    """Operation to (mean, maximum) per size, as a Markdown text states them for an engine."""
     found = {}
+    inside = False
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if len(cells) == 2 + len(SIZES) and re.fullmatch(r"[\d.]+ / \d+", cells[2]):
+        if cells[1:2] == ["oracle"]:
+            inside = cells[0] == engine
+        elif inside and len(cells) == 2 + len(SIZES) and re.fullmatch(r"[\d.]+ / \d+", cells[2]):
             found[cells[0]] = tuple((float(mean), float(most)) for mean, most in (c.split(" / ") for c in cells[2:]))
     return found
 
 
 if __name__ == "__main__":
-    print(table(measure(choose(Path(__file__).parents[2] / "data" / "photos"))))
+    pictures = choose(Path(__file__).parents[2] / "data" / "photos")
+    for name, engine in ENGINES.items():
+        print(table(name, measure(pictures, engine)), end="\n\n")

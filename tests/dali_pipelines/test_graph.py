@@ -13,22 +13,28 @@ from mcl import config
 from mcl.config import Config
 
 PRESETS = sorted((Path(__file__).parents[2] / "configs" / "pretrain").glob("*.yaml"))
-REGISTERED = {"cpu": ops.cpu_ops(), "gpu": ops.gpu_ops(), "mixed": ops.mixed_ops()}
 DECODER = "decoders__Image"
 
 
-def define(preset: Config, gpu: bool) -> Any:
+def define(preset: Config, engine: str, device: str, gpu: int | None = None, files: bool = True) -> Any:
     """The pipeline of a preset, defined but not built: building for a GPU fails where there is none."""
-    pipeline = pipelines.montage_pipeline(
-        lambda step: [],
+    pipelines.load_plugin()
+    graph = pipelines.Graph(
         preset.montage,
         preset.augment,
         preset.data,
-        gpu,
-        pipelines.inputs(preset.montage),
+        files=files,
+        device=device,  # type: ignore[arg-type]
+        upload=gpu is not None and device == "cpu",
+        largest=(4000, 3000),
+    )
+    pipeline = getattr(pipelines, f"{engine}_pipeline")(
+        lambda step: [],
+        graph,
         batch_size=int(np.lcm.reduce(preset.montage.images_per_canvas)),
         num_threads=1,
-        device_id=0 if gpu else None,
+        device_id=gpu,
+        exec_dynamic=True,
     )
     pipeline._build_graph()
     return pipeline
@@ -56,8 +62,13 @@ def preset(request: pytest.FixtureRequest) -> Config:
 
 
 @pytest.fixture(scope="module")
-def gpu(preset: Config) -> Any:
-    return define(preset, gpu=True)
+def stock(preset: Config) -> Any:
+    return define(preset, "stock", "gpu", gpu=0)
+
+
+@pytest.fixture(scope="module", params=["stock", "fused"])
+def gpu(request: pytest.FixtureRequest, preset: Config, stock: Any) -> Any:
+    return stock if request.param == "stock" else define(preset, "fused", "gpu", gpu=0)
 
 
 def test_there_are_presets() -> None:
@@ -65,25 +76,34 @@ def test_there_are_presets() -> None:
 
 
 def test_every_operator_exists_on_the_device_it_is_defined_for(gpu: Any) -> None:
+    if any(name == "mcl__Montage" for name, _, _ in operators(gpu)) and "gpu" not in pipelines.load_plugin():
+        pytest.skip("the plugin was built without CUDA")
+    registered = {"cpu": ops.cpu_ops(), "gpu": ops.gpu_ops(), "mixed": ops.mixed_ops()}
     for name, device, _ in operators(gpu):
-        assert name in REGISTERED[device], f"{name} has no {device} kernel"
+        assert name in registered[device], f"{name} has no {device} kernel"
 
 
 def test_pixels_never_leave_the_gpu(gpu: Any) -> None:
     assert [device for name, device, _ in operators(gpu) if name == DECODER] == ["mixed"]
-    found = list(after_the_decoder(gpu))
-    assert {device for _, device, _ in found} == {"gpu"}
-    names = {name for name, _, _ in found}
-    assert {
-        "Slice",
-        "Resize",
-        "Hsv",
-        "BrightnessContrast",
-        "GaussianBlur",
-        "MultiPaste",
-        "CropMirrorNormalize",
-    } <= names
+    assert {device for _, device, _ in after_the_decoder(gpu)} == {"gpu"}
     assert {output.device for output in gpu._graph_outputs} == {"gpu"}
+
+
+def test_stock_consists_of_what_it_is_meant_to(stock: Any) -> None:
+    names = [name for name, _, _ in operators(stock)]
+    pixels = {name for name, _, _ in after_the_decoder(stock)}
+    assert {"Slice", "Resize", "Hsv", "BrightnessContrast", "GaussianBlur", "MultiPaste"} <= pixels
+    assert names.count(DECODER) == 1  # a decoded image is shared by all views
+    assert names.count("Resize") == names.count("MultiPaste") == names.count("CropMirrorNormalize") == 2 * 4
+
+
+def test_fused_is_one_operator(preset: Config) -> None:
+    found = [(name, device) for name, device, _ in operators(define(preset, "fused", "gpu", gpu=0))]
+    assert [f for f in found if f[0] not in ("ExternalSource", "_ExternalSource")] == [
+        ("io__file__Read", "cpu"),
+        (DECODER, "mixed"),
+        ("mcl__Montage", "gpu"),
+    ]
 
 
 def test_inputs_lie_where_the_operators_expect_them(gpu: Any) -> None:
@@ -97,25 +117,42 @@ def test_inputs_lie_where_the_operators_expect_them(gpu: Any) -> None:
             assert edge.device == actual, f"input {i} of {name}"
 
 
-def test_the_executor_may_copy_from_the_gpu_to_the_cpu(gpu: Any) -> None:
+def test_the_executor_may_copy_from_the_gpu_to_the_cpu(stock: Any) -> None:
     """The mean gray, a result of the GPU, goes to the CPU as an argument: only the dynamic executor does that."""
-    assert gpu.exec_dynamic
-    pivots = [edge for name, _, node in operators(gpu) if name == "BrightnessContrast" for edge in node.inputs[1:]]
+    assert stock.exec_dynamic
+    pivots = [edge for name, _, node in operators(stock) if name == "BrightnessContrast" for edge in node.inputs[1:]]
     back = [edge for edge in pivots if edge.source._op.device == "gpu"]
     assert back
     assert {edge.device for edge in back} == {"cpu"}
 
 
-def test_a_decoded_image_is_shared_by_all_views(gpu: Any) -> None:
-    names = [name for name, _, _ in operators(gpu)]
-    assert names.count(DECODER) == 1
-    assert names.count("Resize") == names.count("MultiPaste") == 2 * 4
+def test_the_decoder_sets_memory_aside_and_shares_the_work(preset: Config) -> None:
+    """What keeps allocations from creeping while ever larger images come, and the decoding engine's share."""
+    chosen = config.override(preset, ["data.hardware_decoder=0.12"])
+    (node,) = (node for name, _, node in operators(define(chosen, "fused", "gpu", gpu=0)) if name == DECODER)
+    expected = {"preallocate_width_hint": 4000, "preallocate_height_hint": 3000, "hw_decoder_load": 0.12}
+    assert expected.items() <= node._op._init_args.items()
 
 
-def test_the_cpu_pipeline_consists_of_the_same_operators() -> None:
+@pytest.mark.parametrize("engine", ["stock", "fused"])
+def test_the_cpu_pipeline_consists_of_the_same_operators(engine: str) -> None:
     preset = config.from_dict(
         {"montage": {"cells": 1, "ratios": [1, 2], "images_per_canvas": [1, 4]}, "model": {"loss_weights": [1, 1]}}
     )
-    cpu, gpu = define(preset, gpu=False), define(preset, gpu=True)
+    cpu, gpu = define(preset, engine, "cpu"), define(preset, engine, "gpu", gpu=0)
     assert {device for _, device, _ in operators(cpu)} == {"cpu"}
     assert [name for name, _, _ in operators(cpu)] == [name for name, _, _ in operators(gpu)]
+
+
+@pytest.mark.parametrize("engine", ["stock", "fused"])
+def test_canvases_made_on_the_cpu_are_uploaded_where_the_network_is_on_a_gpu(engine: str) -> None:
+    preset = config.from_dict({})
+    pipeline = define(preset, engine, "cpu", gpu=0)
+    assert {output.device for output in pipeline._graph_outputs} == {"gpu"}
+    assert [device for name, device, _ in operators(pipeline) if name == DECODER] == ["cpu"]
+
+
+def test_bytes_are_decoded_without_reading_files() -> None:
+    names = [name for name, _, _ in operators(define(config.from_dict({}), "fused", "cpu", files=False))]
+    assert DECODER in names
+    assert not any("file" in name for name in names)

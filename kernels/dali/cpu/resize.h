@@ -1,0 +1,268 @@
+// A window of an image, rescaled: Pillow's antialiased bilinear filter, its support clamped to the window.
+//
+// Where a window is many times larger than its tile, a copy of the image is read that is 2, 4, ... times smaller: all
+// tiles share them. Cells of a copy that the window's border cuts are averaged anew from the pixels inside, so that
+// nothing beyond the window is seen there either.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "cpu/vectorize.h"
+#include "dali/cpu/rows.h"
+#include "dali/recipe.h"
+
+namespace mcl::montage::cpu {
+
+struct Image {
+  const uint8_t* data;  // height x width x RGB
+  int height, width;
+
+  const uint8_t* at(int y, int x) const { return data + (static_cast<size_t>(y) * width + x) * 3; }
+};
+
+// One axis of a window, [first, last) pixels, as cells of 2^halvings pixels; the outermost may be smaller.
+struct Cells {
+  int first, last, halvings;
+
+  int begin() const {
+    return (first + (1 << halvings) - 1) >> halvings;
+  }  // whole cells, counted from the image's first
+  int end() const { return last >> halvings; }
+  int head() const { return (begin() << halvings) - first; }  // pixels of the cell before them, 0: there is none
+  int tail() const { return last - (end() << halvings); }
+  int number() const { return end() - begin() + (head() > 0) + (tail() > 0); }
+};
+
+// Weights of an axis: output i is the sum of weight[i * taps + k] times cell start[i] + k.
+struct Filter {
+  int taps = 0;
+  std::vector<int> start;
+  std::vector<uint16_t> weight;
+
+  const uint16_t* of(int i) const { return weight.data() + static_cast<size_t>(i) * taps; }
+
+  void build(const Cells& cells, int out) {
+    const int in = cells.last - cells.first, number = cells.number();
+    const double scale = static_cast<double>(in) / out, reach = std::max(scale, 1.0);
+    edges_.resize(number + 1);
+    for (int c = 0; c <= number; ++c)
+      edges_[c] = std::clamp(((cells.begin() - (cells.head() > 0) + c) << cells.halvings) - cells.first, 0, in);
+    start.resize(out);
+    taps = 0;
+    int low = 0;  // first cell that the output reaches, and below one past the last: both only ever grow
+    for (int pass = 0; pass < 2; ++pass) {
+      if (pass == 1) weight.assign(static_cast<size_t>(out) * taps, 0);
+      low = 0;
+      for (int i = 0; i < out; ++i) {
+        const double centre = (i + 0.5) * scale;
+        while (low < number - 1 && middle(low) <= centre - reach) ++low;
+        int high = low;
+        while (high < number && middle(high) < centre + reach) ++high;
+        if (pass == 0) {
+          taps = std::max(taps, high - low);
+          continue;
+        }
+        start[i] = std::min(low, number - taps);  // no tap lies beyond the last cell
+        uint16_t* w = weight.data() + static_cast<size_t>(i) * taps + (low - start[i]);
+        double sum = 0;
+        for (int c = low; c < high; ++c) sum += share(c, centre, reach);
+        for (int c = low; c < high; ++c) w[c - low] = to_weight(share(c, centre, reach) / sum);
+      }
+    }
+  }
+
+ private:
+  std::vector<int> edges_;  // of the cells, pixels from the window's first
+
+  double middle(int c) const { return 0.5 * (edges_[c] + edges_[c + 1]); }
+  double share(int c, double centre, double reach) const {
+    return (edges_[c + 1] - edges_[c]) * std::max(0.0, 1 - std::abs(middle(c) - centre) / reach);
+  }
+};
+
+// An image and its smaller copies, made when they are first asked for.
+class Copies {
+ public:
+  void reset(const Image& image) { sizes_.assign(1, image); }
+
+  Image original() const { return sizes_[0]; }
+
+  // 2^halvings times smaller, rounded down: pixels are means of whole cells.
+  Image smaller(int halvings) {
+    while (static_cast<int>(sizes_.size()) <= halvings) {
+      const Image from = sizes_.back();
+      const int height = from.height / 2, width = from.width / 2;
+      const size_t level = sizes_.size() - 1;
+      if (memory_.size() <= level) memory_.emplace_back();
+      memory_[level].resize(static_cast<size_t>(height) * width * 3);
+      means_.resize(static_cast<size_t>(6) * width);
+      for (int y = 0; y < height; ++y)
+        halve(from.at(2 * y, 0), from.at(2 * y + 1, 0), width, means_.data(),
+              memory_[level].data() + static_cast<size_t>(y) * width * 3);
+      sizes_.push_back({memory_[level].data(), height, width});
+    }
+    return sizes_[halvings];
+  }
+
+ private:
+  std::vector<Image> sizes_;
+  std::vector<std::vector<uint8_t>> memory_;
+  std::vector<uint8_t> means_;  // of a row
+
+  // Two rows to `width` pixels of one. All neighbours are averaged, since that is a vector's work; every other is kept.
+  MCL_VECTORIZE static void halve(const uint8_t* __restrict__ a, const uint8_t* __restrict__ b, int width,
+                                  uint8_t* __restrict__ means, uint8_t* __restrict__ to) {
+    for (int i = 0; i < 6 * width - 3; ++i)
+      means[i] = static_cast<uint8_t>((a[i] + a[i + 3] + b[i] + b[i + 3] + 2) >> 2);
+    for (int x = 0; x < width - 1; ++x) std::memcpy(to + 3 * x, means + 6 * x, 4);  // one too many, overwritten next
+    std::memcpy(to + 3 * (width - 1), means + 6 * (width - 1), 3);
+  }
+};
+
+// How often an image may be halved for a tile of `size` pixels: its window stays 4 times the tile on both sides. On
+// photographs that is at most 2 levels from the whole image's result; 3 times would be 4.
+inline int halvings(const Recipe& r, int size) {
+  const int shorter = std::min(r.x2 - r.x1, r.y2 - r.y1);
+  int n = 0;
+  while ((shorter >> (n + 1)) >= 4 * size) ++n;
+  return n;
+}
+
+// to[i * to_stride + j] = from[j * from_stride + i] for i < width, j < height.
+class Transposer {
+ public:
+  MCL_VECTORIZE static void run(const uint8_t* from, size_t from_stride, int width, int height, uint8_t* to,
+                                size_t to_stride) {
+    for (int y = 0; y + kSide <= height; y += kSide)
+      for (int x = 0; x + kSide <= width; x += kSide)
+        square(from + y * from_stride + x, from_stride, to + x * to_stride + y, to_stride);
+    const int whole_x = width / kSide * kSide, whole_y = height / kSide * kSide;
+    for (int y = 0; y < height; ++y)
+      for (int x = y < whole_y ? whole_x : 0; x < width; ++x) to[x * to_stride + y] = from[y * from_stride + x];
+  }
+
+ private:
+  static constexpr int kSide = 8;
+  using Longs = uint64_t __attribute__((vector_size(16)));
+  using Bytes = uint8_t __attribute__((vector_size(16)));
+  using Words = uint16_t __attribute__((vector_size(16)));
+  using Pairs = uint32_t __attribute__((vector_size(16)));
+
+  // 8 x 8 bytes, two rows in a vector.
+  [[gnu::always_inline]] static inline void square(const uint8_t* from, size_t from_stride, uint8_t* to,
+                                                   size_t to_stride) {
+    const auto two = [&](int row) {
+      uint64_t a, b;
+      std::memcpy(&a, from + row * from_stride, kSide);
+      std::memcpy(&b, from + (row + 1) * from_stride, kSide);
+      const Bytes both = (Bytes)Longs{a, b};
+      return (Words)__builtin_shufflevector(both, both, 0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
+    };
+    const auto low = [](Words a, Words b) { return (Pairs)__builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11); };
+    const auto high = [](Words a, Words b) { return (Pairs)__builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15); };
+    const Words r01 = two(0), r23 = two(2), r45 = two(4), r67 = two(6);
+    const Pairs a = low(r01, r23), b = low(r45, r67), c = high(r01, r23), d = high(r45, r67);
+    const Longs columns[4] = {
+        (Longs)__builtin_shufflevector(a, b, 0, 4, 1, 5), (Longs)__builtin_shufflevector(a, b, 2, 6, 3, 7),
+        (Longs)__builtin_shufflevector(c, d, 0, 4, 1, 5), (Longs)__builtin_shufflevector(c, d, 2, 6, 3, 7)};
+    for (int i = 0; i < kSide; ++i) {
+      const uint64_t column = columns[i / 2][i % 2];
+      std::memcpy(to + i * to_stride, &column, kSide);
+    }
+  }
+};
+
+// Rescales down the columns, which run along memory, turns the result, and does the same again.
+class Resizer {
+ public:
+  // The window of a recipe as three planes of size x size, flipped if it says so.
+  void run(Copies& copies, const Recipe& r, int size, uint8_t* planes) {
+    const int n = halvings(r, size);
+    const Cells columns{r.x1, r.x2, n}, rows{r.y1, r.y2, n};
+    filter_.build(rows, size);
+    gather(copies, columns, rows);
+    const int bytes = 3 * columns.number();
+    const size_t area = static_cast<size_t>(size) * size;
+    lowered_.resize(static_cast<size_t>(size) * bytes);
+    turned_.resize(lowered_.size());
+    sums_.resize(std::max(bytes, size));
+    for (int y = 0; y < size; ++y) lower(y, bytes, lowered_.data() + static_cast<size_t>(y) * bytes);
+    Transposer::run(lowered_.data(), bytes, bytes, size, turned_.data(), size);
+    filter_.build(columns, size);
+    rows_.resize(columns.number());
+    lowered_.resize(area);
+    for (int c = 0; c < 3; ++c) {
+      for (int x = 0; x < columns.number(); ++x) rows_[x] = turned_.data() + static_cast<size_t>(3 * x + c) * size;
+      for (int x = 0; x < size; ++x)
+        lower(x, size, lowered_.data() + static_cast<size_t>(r.flip ? size - 1 - x : x) * size);
+      Transposer::run(lowered_.data(), size, size, size, planes + c * area, size);
+    }
+  }
+
+ private:
+  Filter filter_;
+  std::vector<const uint8_t*> rows_;       // what filter_ weighs
+  std::vector<uint8_t> cut_;               // rows with cells that the window's border cuts
+  std::vector<uint8_t> lowered_, turned_;  // what the first of the two passes gives
+  std::vector<uint16_t> sums_;
+
+  // Finds the rows of the window in the copy. Cells that the window's border cuts are averaged into rows of their own.
+  void gather(Copies& copies, const Cells& columns, const Cells& rows) {
+    const Image image = copies.original(), copy = copies.smaller(rows.halvings);
+    const int width = columns.number(), height = rows.number();
+    rows_.resize(height);
+    const bool sides = columns.head() > 0 || columns.tail() > 0;
+    cut_.resize(static_cast<size_t>(3) * width * (sides ? height : 2));
+    uint8_t* memory = cut_.data();
+    for (int i = 0; i < height; ++i) {
+      const int y = rows.begin() - (rows.head() > 0) + i;
+      const bool cut = y < rows.begin() || y >= rows.end();
+      if (!cut && !sides) {
+        rows_[i] = copy.at(y, columns.begin());
+        continue;
+      }
+      rows_[i] = memory;
+      for (int j = 0; j < width; ++j, memory += 3) {
+        const int x = columns.begin() - (columns.head() > 0) + j;
+        if (!cut && x == columns.begin()) {
+          const int whole = columns.end() - columns.begin();
+          std::copy_n(copy.at(y, x), 3 * whole, memory);
+          j += whole - 1;
+          memory += 3 * (whole - 1);
+        } else {
+          average(image, columns, rows, x, y, memory);
+        }
+      }
+    }
+  }
+
+  // Cell (x, y) of the image as far as it lies inside the window.
+  static void average(const Image& image, const Cells& columns, const Cells& rows, int x, int y, uint8_t* to) {
+    const int n = rows.halvings;
+    const int left = std::max(columns.first, x << n), right = std::min(columns.last, (x + 1) << n);
+    const int top = std::max(rows.first, y << n), bottom = std::min(rows.last, (y + 1) << n);
+    int sum[3] = {};
+    for (int row = top; row < bottom; ++row)
+      for (int column = left; column < right; ++column)
+        for (int c = 0; c < 3; ++c) sum[c] += image.at(row, column)[c];
+    const int number = (bottom - top) * (right - left);
+    for (int c = 0; c < 3; ++c) to[c] = static_cast<uint8_t>((sum[c] + number / 2) / number);
+  }
+
+  // Output i of filter_.
+  void lower(int i, int width, uint8_t* to) {
+    weigh(rows_.data() + filter_.start[i], width, filter_.of(i), filter_.taps, sums_.data(), to);
+  }
+
+  MCL_VECTORIZE static void weigh(const uint8_t* const* rows, int width, const uint16_t* weights, int taps,
+                                  uint16_t* __restrict__ sums, uint8_t* __restrict__ to) {
+    add_rows([&](int k) { return rows[k]; }, width, weights, taps, kRound + lost(taps), sums);
+    for (int x = 0; x < width; ++x) to[x] = to_level(sums[x]);
+  }
+};
+
+}  // namespace mcl::montage::cpu
