@@ -13,27 +13,37 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 Result = dict[str, Any]
+T = TypeVar("T")
+
+
+def turns(names: Sequence[T], repeat: int, warmup: int = 1) -> Iterator[tuple[T, bool]]:
+    """Whose turn it is, and whether it counts: `repeat` rounds after `warmup` ones.
+
+    The order rotates, so that none always comes first.
+    """
+    for turn in range(-warmup, repeat):
+        first = turn % len(names)
+        for name in [*names[first:], *names[:first]]:
+            yield name, turn >= 0
 
 
 def interleave(functions: dict[str, Callable[[], object]], repeat: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Seconds of every call: `repeat` rounds after `warmup` ones; the order rotates, so that none always comes first."""
-    names = list(functions)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(-warmup, repeat):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            synchronize()
-            start = time.perf_counter()
-            functions[name]()
-            synchronize()
-            if turn >= 0:
-                seconds[name].append(time.perf_counter() - start)
+    """Seconds of every call, in the order of :func:`turns`."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for name, counts in turns(list(functions), repeat, warmup):
+        synchronize()
+        start = time.perf_counter()
+        functions[name]()
+        synchronize()
+        if counts:
+            seconds[name].append(time.perf_counter() - start)
     return seconds
 
 
@@ -68,7 +78,9 @@ def environment() -> dict[str, Any]:
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "gpu": gpu,
-        "versions": {name: _version(name) for name in ("torch", "torchvision", "nvidia-dali-cuda130", "pillow")},
+        "versions": {
+            name: _version(name) for name in ("torch", "torchvision", "nvidia-dali-cuda130", "pillow", "lightly")
+        },
         "commit": commit.stdout.strip() or "unknown",
         "date": datetime.date.today().isoformat(),
     }

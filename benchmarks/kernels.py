@@ -56,7 +56,7 @@ def ours(maps: list[Tensor], boxes: Tensor, index: Tensor) -> Tensor:
 
 
 def theirs(maps: list[Tensor], boxes: Tensor, index: Tensor) -> Tensor:
-    """torchvision, map by map; boxes are in the order of the maps. It has no bf16: that is converted, there and back."""
+    """torchvision, map by map; boxes are in the order of the maps. bf16, which it lacks, is converted to and from."""
     pooled = []
     for level, (f, stride) in enumerate(zip(maps, STRIDES, strict=True)):
         wide = f.float() if f.dtype == torch.bfloat16 else f
@@ -163,7 +163,7 @@ PASSES = {
     "loop": (15, 7),
     # g + wd w: 3; norms 2; * trust: 2; buffer * m: 2; + step: 3; w - buffer: 3. Then k * m: 2; + q: 3.
     "foreach": (15, 5),
-    # Norms 2; reads w, g, buffer, writes w, buffer: 5. Then reads k, q, writes k. The CPU finds two of them in its cache.
+    # Norms 2; reads w, g, buffer, writes w, buffer: 5. Then reads k, q, writes k. The CPU has two of them in its cache.
     "mcl": (7, 3),
 }
 """Reads and writes of all parameters, per step: of LARS, of the momentum network."""
@@ -238,8 +238,10 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _rows(results: Sequence[Result]) -> list[tuple[object, ...]]:
-    return [(r["name"], r["seconds"] * 1e3, f"{r['spread']:.0%}", f"{r['ratio']:.1f}x") for r in results]
+def table(results: Sequence[Result]) -> str:
+    """What was measured, as Markdown."""
+    rows = [(r["name"], r["seconds"] * 1e3, f"{r['spread']:.0%}", f"{r['ratio']:.1f}x") for r in results]
+    return markdown(["what", "ms", "spread", "x mcl"], rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -254,10 +256,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results += multiscale(fewer, options.channels, options.repeat)
     results += steps(options.repeat)
     print(
-        f"Measured on {_device().upper()}, {torch.get_num_threads()} threads, {options.images} images; forward + backward."
+        f"Measured on {_device().upper()}, {torch.get_num_threads()} threads, {options.images} images; "
+        "forward + backward."
     )
     print("torchvision has no bf16 kernel on CPUs: its time includes converting to fp32 and back.\n")
-    print(markdown(["what", "ms", "spread", "x mcl"], _rows(results)))
+    print(table(results))
     counts = [(name, lars, average, lars + average) for name, (lars, average) in PASSES.items()]
     print("\nReads and writes of all parameters, counted:\n")
     print(markdown(["way", "LARS", "momentum network", "both"], counts))

@@ -1,0 +1,42 @@
+"""Puts measured tables into the README files: ``python -m benchmarks.readme``.
+
+A table stands between ``<!-- benchmarks/results/NAME.json -->`` and ``<!-- end -->``.
+"""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from benchmarks import kernels, loader
+from benchmarks.common import Result
+
+ROOT = Path(__file__).parents[1]
+FILES = ("README.md", "kernels/README.md", "dali_pipelines/README.md")
+TABLES: dict[str, Callable[[Sequence[Result]], str]] = {"kernels": kernels.table, "loader": loader.table}
+
+_SECTION = re.compile(r"(<!-- benchmarks/results/(\w+)\.json -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def render(text: str) -> str:
+    """A README with its tables made anew from the results."""
+
+    def section(match: re.Match[str]) -> str:
+        start, name, end = match.groups()
+        report = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+        return f"{start}\n{TABLES[name](report['results'])}\n\n{machine(report)}\n\n{end}"
+
+    return _SECTION.sub(section, text)
+
+
+def machine(report: dict[str, dict[str, str]]) -> str:
+    """Where and when results were measured."""
+    where, config = report["environment"], report["config"]
+    device = where["gpu"] or f"{where['cpu']}, {where['cores']} cores, {where['capability']}"
+    return f"{device}; torch {where['versions']['torch']}; {where['date']}; medians of {config['repeat']} rounds."  # type: ignore[index]
+
+
+if __name__ == "__main__":
+    for name in FILES:
+        path = ROOT / name
+        path.write_text(render(path.read_text()))
