@@ -1,0 +1,95 @@
+#include "dali/cuda/montage.cuh"
+
+#include "dali/core/cuda_error.h"
+#include "dali/core/float16.h"
+#include "dali/kernels/dynamic_scratchpad.h"
+#include "dali/montage.h"
+
+namespace mcl::montage {
+namespace {
+
+class MontageGpu : public Montage<dali::GPUBackend> {
+ public:
+  explicit MontageGpu(const dali::OpSpec& spec) : Montage(spec) {}
+
+ protected:
+  void RunImpl(dali::Workspace& ws) override {
+    switch (dtype_) {
+      case DALI_FLOAT:
+        return run<float>(ws);
+      case DALI_FLOAT16:
+        return run<dali::float16>(ws);
+      case DALI_UINT8:
+        return run<uint8_t>(ws);
+      default:
+        DALI_FAIL("montage: dtype must be FLOAT, FLOAT16 or UINT8");
+    }
+  }
+
+ private:
+  std::vector<cuda::Job> jobs_;
+  int64_t words_ = 0;  // of scratch memory that the jobs need
+
+  // One upload, one launch. Memory is DALI's, from its pools, given back when the stream has come so far.
+  template <typename T>
+  void run(dali::Workspace& ws) {
+    const std::vector<T*> places = list_jobs<T>(ws);
+    dali::kernels::DynamicScratchpad memory(ws.stream());
+    const auto [jobs, corners, values] = memory.ToContiguousGPU(ws.stream(), jobs_, places, this->template values<T>());
+    auto* scratch = memory.AllocateGPU<uint32_t>(words_, 16);
+    cuda::make_tiles<T><<<static_cast<unsigned>(jobs_.size()), cuda::kThreads, 0, ws.stream()>>>(jobs, corners, values,
+                                                                                                 side_, scratch);
+    CUDA_CALL(cudaGetLastError());
+  }
+
+  // Fills `jobs_`, level by level, so that big tiles start first and small ones fill the gaps at the end; returns where
+  // tiles go, first pixels.
+  template <typename T>
+  std::vector<T*> list_jobs(dali::Workspace& ws) {
+    const auto& images = ws.Input<dali::GPUBackend>(0);
+    const auto &recipes = ws.Input<dali::CPUBackend>(1), &slots = ws.Input<dali::CPUBackend>(2);
+    std::vector<T*> canvases, places;
+    for (int view = 0; view < views_; ++view) {
+      auto& output = ws.Output<dali::GPUBackend>(view);
+      DALI_ENFORCE(output.IsContiguous(), "montage: the output is not one piece of memory");
+      output.SetLayout("HWC");
+      canvases.push_back(output.template mutable_tensor<T>(0));
+    }
+    jobs_.clear();
+    words_ = 0;
+    const int levels = static_cast<int>(levels_.size());
+    for (int l = 0; l < levels; ++l) {
+      const Level& level = levels_[l];
+      for (int view = 0; view < views_; ++view) {
+        for (int i = 0; i < images_; ++i) {
+          const int* slot = slots.template tensor<int>(i) + view * slots_ + level.first_slot;
+          add_job(images, recipes.template tensor<float>(i) + (view * levels + l) * kFields, i, level);
+          jobs_.back().first_place = static_cast<int>(places.size());
+          for (int s = 0; s < level.slots; ++s) places.push_back(canvases[view] + 3 * corner_of(level, slot[s]));
+        }
+      }
+    }
+    return places;
+  }
+
+  void add_job(const dali::TensorList<dali::GPUBackend>& images, const float* fields, int i, const Level& level) {
+    const auto shape = images.shape()[i];
+    const Recipe recipe = read_recipe(fields, static_cast<int>(shape[0]), static_cast<int>(shape[1]));
+    cuda::Job job{};
+    job.stride = 3 * shape[1];
+    job.window = images.tensor<uint8_t>(i) + recipe.y1 * job.stride + 3 * static_cast<int64_t>(recipe.x1);
+    job.recipe = recipe;
+    job.radius = blur_radius(recipe.sigma);
+    job.step = released_ ? level.ratio : 1;
+    job.side = tile_of(level) * job.step;
+    job.places = level.slots;
+    job.scratch = words_;
+    words_ += cuda::scratch_of(job).words;
+    jobs_.push_back(job);
+  }
+};
+
+}  // namespace
+}  // namespace mcl::montage
+
+DALI_REGISTER_OPERATOR(mcl__Montage, ::mcl::montage::MontageGpu, dali::GPU);
