@@ -8,11 +8,7 @@
 #include <cmath>
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define MCL_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define MCL_HOST_DEVICE inline
-#endif
+#include "host_device.h"
 
 namespace mcl {
 

@@ -1,6 +1,7 @@
 // Weighted sums in 16 bits, the same on CPU and CUDA: values in units of 1/256 level, weights of 1/65536.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "dali/arithmetic.h"
@@ -22,6 +23,11 @@ MCL_HOST_DEVICE uint16_t weighed(uint16_t x, uint16_t weight) {
 
 MCL_HOST_DEVICE uint16_t weighed(uint8_t level, uint16_t weight) {
   return weighed(static_cast<uint16_t>(level << 8), weight);
+}
+
+// A Gaussian, not yet divided by the sum of all.
+MCL_HOST_DEVICE double bell(int k, float sigma) {
+  return std::exp(-0.5 * k * k / (static_cast<double>(sigma) * sigma));
 }
 
 // What the terms of a sum lose by the cutting off, in the mean.

@@ -1,7 +1,6 @@
 """What only a GPU can show of the fused operator: launches, streams, memory, and equality with the CPU there."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 GEOMETRY = Geometry()
 IMAGES = 32
-NO_COLOUR = replace(AugmentConfig(), brightness=0, contrast=0, saturation=0, hue=0)
 
 Canvases = npt.NDArray[np.float32]
 
@@ -96,18 +94,12 @@ def differences(files: list[Path], *arguments: Any) -> list[Canvases]:
     return [np.stack(level) for level in zip(*views, strict=True)]
 
 
-def test_tiles_equal_the_cpus(files: list[Path]) -> None:
-    """The CPU makes small tiles from smaller copies of the image, hence the bound of the last level."""
-    levels = differences(files, NO_COLOUR)
-    assert [level.max() <= most for level, most in zip(levels, (1, 1, 1, 4), strict=True)] == [True] * 4
-
-
 @pytest.mark.parametrize("released", [False, True])
-def test_tiles_with_every_operation_are_near_the_cpus(files: list[Path], released: bool) -> None:
-    """The jitter makes the one level larger by which rescaled tiles differ."""
+def test_tiles_equal_the_cpus(files: list[Path], released: bool) -> None:
+    """Only the Gaussian's weights may round differently, as the GPU's exp need not be the CPU's in its last bit."""
     levels = differences(files, AugmentConfig(), types.UINT8, released)
-    assert max(level.max() for level in levels) <= 16
-    assert max(np.mean(level > 1) for level in levels) < 0.05
+    assert max(level.max() for level in levels) <= 1
+    assert max(np.mean(level > 0) for level in levels) < 1e-3
 
 
 @pytest.mark.parametrize("dtype", [types.FLOAT, types.FLOAT16])

@@ -31,7 +31,7 @@ def test_every_line_of_the_kernel_is_executed(tmp_path: Path) -> None:
     ("right", "wrong", "sanitizer", "report"),
     [
         ("    __syncthreads();\n    for_each_pixel(rows, side", "    for_each_pixel(rows, side", "thread", "data race"),
-        ("job.window + y * job.stride", "job.window + (y + 1) * job.stride", "address", "heap-buffer-overflow"),
+        ("job.copy.at(rows.base() + y,", "job.copy.at(rows.base() + y + 1,", "address", "heap-buffer-overflow"),
         ("total += sums[w]", "total = sums[w]", None, "operations 7: element"),
     ],
     ids=["missing barrier", "out of bounds", "wrong sum"],

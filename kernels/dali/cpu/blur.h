@@ -17,10 +17,9 @@ class Blur {
   void set_sigma(float sigma) {
     radius_ = blur_radius(sigma);
     kernel_.resize(2 * radius_ + 1);
-    const auto bell = [&](int k) { return std::exp(-0.5 * k * k / (static_cast<double>(sigma) * sigma)); };
     double total = 0;
-    for (int k = -radius_; k <= radius_; ++k) total += bell(k);
-    for (int k = -radius_; k <= radius_; ++k) kernel_[k + radius_] = to_weight(bell(k) / total);
+    for (int k = -radius_; k <= radius_; ++k) total += bell(k, sigma);
+    for (int k = -radius_; k <= radius_; ++k) kernel_[k + radius_] = to_weight(bell(k, sigma) / total);
   }
 
   void run(const uint8_t* from, int size, uint8_t* to) {

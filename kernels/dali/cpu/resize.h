@@ -1,19 +1,14 @@
 // A window of an image, rescaled: Pillow's antialiased bilinear filter, its support clamped to the window.
-//
-// Where a window is many times larger than its tile, a copy of the image is read that is 2, 4, ... times smaller: all
-// tiles share them. Cells of a copy that the window's border cuts are averaged anew from the pixels inside, so that
-// nothing beyond the window is seen there either.
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
 
 #include "cpu/vectorize.h"
+#include "dali/cells.h"
 #include "dali/cpu/rows.h"
-#include "dali/recipe.h"
 
 namespace mcl::montage::cpu {
 
@@ -24,64 +19,31 @@ struct Image {
   const uint8_t* at(int y, int x) const { return data + (static_cast<size_t>(y) * width + x) * 3; }
 };
 
-// One axis of a window, [first, last) pixels, as cells of 2^halvings pixels; the outermost may be smaller.
-struct Cells {
-  int first, last, halvings;
-
-  int begin() const {
-    return (first + (1 << halvings) - 1) >> halvings;
-  }  // whole cells, counted from the image's first
-  int end() const { return last >> halvings; }
-  int head() const { return (begin() << halvings) - first; }  // pixels of the cell before them, 0: there is none
-  int tail() const { return last - (end() << halvings); }
-  int number() const { return end() - begin() + (head() > 0) + (tail() > 0); }
-};
-
-// Weights of an axis: output i is the sum of weight[i * taps + k] times cell start[i] + k.
+// Weights of an axis: output i is the sum of of(i)[k] times cell start[i] + k, k < count[i].
 struct Filter {
-  int taps = 0;
-  std::vector<int> start;
-  std::vector<uint16_t> weight;
+  std::vector<int> start, count;
 
-  const uint16_t* of(int i) const { return weight.data() + static_cast<size_t>(i) * taps; }
+  const uint16_t* of(int i) const { return weights_.data() + static_cast<size_t>(i) * most_; }
 
   void build(const Cells& cells, int out) {
-    const int in = cells.last - cells.first, number = cells.number();
-    const double scale = static_cast<double>(in) / out, reach = std::max(scale, 1.0);
-    edges_.resize(number + 1);
-    for (int c = 0; c <= number; ++c)
-      edges_[c] = std::clamp(((cells.begin() - (cells.head() > 0) + c) << cells.halvings) - cells.first, 0, in);
+    most_ = most_cells(cells.last - cells.first, out, cells.halvings);
     start.resize(out);
-    taps = 0;
-    int low = 0;  // first cell that the output reaches, and below one past the last: both only ever grow
-    for (int pass = 0; pass < 2; ++pass) {
-      if (pass == 1) weight.assign(static_cast<size_t>(out) * taps, 0);
-      low = 0;
-      for (int i = 0; i < out; ++i) {
-        const double centre = (i + 0.5) * scale;
-        while (low < number - 1 && middle(low) <= centre - reach) ++low;
-        int high = low;
-        while (high < number && middle(high) < centre + reach) ++high;
-        if (pass == 0) {
-          taps = std::max(taps, high - low);
-          continue;
-        }
-        start[i] = std::min(low, number - taps);  // no tap lies beyond the last cell
-        uint16_t* w = weight.data() + static_cast<size_t>(i) * taps + (low - start[i]);
-        double sum = 0;
-        for (int c = low; c < high; ++c) sum += share(c, centre, reach);
-        for (int c = low; c < high; ++c) w[c - low] = to_weight(share(c, centre, reach) / sum);
-      }
+    count.resize(out);
+    weights_.resize(static_cast<size_t>(out) * most_);
+    for (int i = 0; i < out; ++i) {
+      const Span span = span_of(cells, i, out);
+      start[i] = span.low;
+      count[i] = span.high - span.low;
+      double sum = 0;
+      for (int c = span.low; c < span.high; ++c) sum += span.share(cells, c);
+      uint16_t* weight = weights_.data() + static_cast<size_t>(i) * most_;
+      for (int c = span.low; c < span.high; ++c) *weight++ = to_weight(span.share(cells, c) / sum);
     }
   }
 
  private:
-  std::vector<int> edges_;  // of the cells, pixels from the window's first
-
-  double middle(int c) const { return 0.5 * (edges_[c] + edges_[c + 1]); }
-  double share(int c, double centre, double reach) const {
-    return (edges_[c + 1] - edges_[c]) * std::max(0.0, 1 - std::abs(middle(c) - centre) / reach);
-  }
+  int most_ = 0;  // cells of an output
+  std::vector<uint16_t> weights_;
 };
 
 // An image and its smaller copies, made when they are first asked for.
@@ -116,21 +78,11 @@ class Copies {
   // Two rows to `width` pixels of one. All neighbours are averaged, since that is a vector's work; every other is kept.
   MCL_VECTORIZE static void halve(const uint8_t* __restrict__ a, const uint8_t* __restrict__ b, int width,
                                   uint8_t* __restrict__ means, uint8_t* __restrict__ to) {
-    for (int i = 0; i < 6 * width - 3; ++i)
-      means[i] = static_cast<uint8_t>((a[i] + a[i + 3] + b[i] + b[i + 3] + 2) >> 2);
+    for (int i = 0; i < 6 * width - 3; ++i) means[i] = mean_of(a[i], a[i + 3], b[i], b[i + 3]);
     for (int x = 0; x < width - 1; ++x) std::memcpy(to + 3 * x, means + 6 * x, 4);  // one too many, overwritten next
     std::memcpy(to + 3 * (width - 1), means + 6 * (width - 1), 3);
   }
 };
-
-// How often an image may be halved for a tile of `size` pixels: its window stays 4 times the tile on both sides. On
-// photographs that is at most 2 levels from the whole image's result; 3 times would be 4.
-inline int halvings(const Recipe& r, int size) {
-  const int shorter = std::min(r.x2 - r.x1, r.y2 - r.y1);
-  int n = 0;
-  while ((shorter >> (n + 1)) >= 4 * size) ++n;
-  return n;
-}
 
 // to[i * to_stride + j] = from[j * from_stride + i] for i < width, j < height.
 class Transposer {
@@ -210,52 +162,46 @@ class Resizer {
   std::vector<uint8_t> lowered_, turned_;  // what the first of the two passes gives
   std::vector<uint16_t> sums_;
 
-  // Finds the rows of the window in the copy. Cells that the window's border cuts are averaged into rows of their own.
+  // Finds the rows of the window in the copy. Rows with cells that the window's border cuts are made anew.
   void gather(Copies& copies, const Cells& columns, const Cells& rows) {
     const Image image = copies.original(), copy = copies.smaller(rows.halvings);
     const int width = columns.number(), height = rows.number();
+    const int first = columns.whole(0) ? 0 : 1, last = columns.whole(width - 1) ? width : width - 1;
+    const bool sides = first > 0 || last < width;
     rows_.resize(height);
-    const bool sides = columns.head() > 0 || columns.tail() > 0;
     cut_.resize(static_cast<size_t>(3) * width * (sides ? height : 2));
     uint8_t* memory = cut_.data();
-    for (int i = 0; i < height; ++i) {
-      const int y = rows.begin() - (rows.head() > 0) + i;
-      const bool cut = y < rows.begin() || y >= rows.end();
-      if (!cut && !sides) {
-        rows_[i] = copy.at(y, columns.begin());
+    for (int y = 0; y < height; ++y) {
+      if (rows.whole(y) && !sides) {
+        rows_[y] = copy.at(rows.base() + y, columns.base());
         continue;
       }
-      rows_[i] = memory;
-      for (int j = 0; j < width; ++j, memory += 3) {
-        const int x = columns.begin() - (columns.head() > 0) + j;
-        if (!cut && x == columns.begin()) {
-          const int whole = columns.end() - columns.begin();
-          std::copy_n(copy.at(y, x), 3 * whole, memory);
-          j += whole - 1;
-          memory += 3 * (whole - 1);
+      rows_[y] = memory;
+      for (int x = 0; x < width; ++x) {
+        if (rows.whole(y) && x == first && first < last) {
+          std::copy_n(copy.at(rows.base() + y, columns.base() + first), 3 * (last - first), memory + 3 * first);
+          x = last - 1;
         } else {
-          average(image, columns, rows, x, y, memory);
+          average(image, columns, rows, x, y, memory + 3 * x);
         }
       }
+      memory += 3 * width;
     }
   }
 
-  // Cell (x, y) of the image as far as it lies inside the window.
+  // Of a cell's pixels inside the window.
   static void average(const Image& image, const Cells& columns, const Cells& rows, int x, int y, uint8_t* to) {
-    const int n = rows.halvings;
-    const int left = std::max(columns.first, x << n), right = std::min(columns.last, (x + 1) << n);
-    const int top = std::max(rows.first, y << n), bottom = std::min(rows.last, (y + 1) << n);
-    int sum[3] = {};
-    for (int row = top; row < bottom; ++row)
-      for (int column = left; column < right; ++column)
+    const int number = rows.size(y) * columns.size(x);
+    int sum[3] = {number / 2, number / 2, number / 2};
+    for (int row = rows.begin(y); row < rows.end(y); ++row)
+      for (int column = columns.begin(x); column < columns.end(x); ++column)
         for (int c = 0; c < 3; ++c) sum[c] += image.at(row, column)[c];
-    const int number = (bottom - top) * (right - left);
-    for (int c = 0; c < 3; ++c) to[c] = static_cast<uint8_t>((sum[c] + number / 2) / number);
+    for (int c = 0; c < 3; ++c) to[c] = static_cast<uint8_t>(sum[c] / number);
   }
 
   // Output i of filter_.
   void lower(int i, int width, uint8_t* to) {
-    weigh(rows_.data() + filter_.start[i], width, filter_.of(i), filter_.taps, sums_.data(), to);
+    weigh(rows_.data() + filter_.start[i], width, filter_.of(i), filter_.count[i], sums_.data(), to);
   }
 
   MCL_VECTORIZE static void weigh(const uint8_t* const* rows, int width, const uint16_t* weights, int taps,

@@ -8,6 +8,8 @@
 namespace mcl::montage {
 namespace {
 
+constexpr unsigned kHalvingBlocks = 32;  // for each image
+
 class MontageGpu : public Montage<dali::GPUBackend> {
  public:
   explicit MontageGpu(const dali::OpSpec& spec) : Montage(spec) {}
@@ -28,18 +30,50 @@ class MontageGpu : public Montage<dali::GPUBackend> {
 
  private:
   std::vector<cuda::Job> jobs_;
-  int64_t words_ = 0;  // of scratch memory that the jobs need
+  int64_t words_ = 0;                // of scratch memory that the jobs need
+  std::vector<int> smallest_;        // how often each image is halved
+  std::vector<cuda::Image> copies_;  // the last one made of each
 
-  // One upload, one launch. Memory is DALI's, from its pools, given back when the stream has come so far.
+  // A launch for all tiles, after one for each time that images are halved. Memory is DALI's, from its pools, given
+  // back when the stream has come so far.
   template <typename T>
   void run(dali::Workspace& ws) {
     const std::vector<T*> places = list_jobs<T>(ws);
     dali::kernels::DynamicScratchpad memory(ws.stream());
+    halve_images(ws, memory);
     const auto [jobs, corners, values] = memory.ToContiguousGPU(ws.stream(), jobs_, places, this->template values<T>());
     auto* scratch = memory.AllocateGPU<uint32_t>(words_, 16);
     cuda::make_tiles<T><<<static_cast<unsigned>(jobs_.size()), cuda::kThreads, 0, ws.stream()>>>(jobs, corners, values,
                                                                                                  side_, scratch);
     CUDA_CALL(cudaGetLastError());
+  }
+
+  // Makes the copies that jobs ask for, and tells them where they are.
+  void halve_images(dali::Workspace& ws, dali::kernels::DynamicScratchpad& memory) {
+    const auto& images = ws.Input<dali::GPUBackend>(0);
+    copies_.resize(images_);
+    for (int i = 0; i < images_; ++i) copies_[i] = image_of(images, i);
+    for (int n = 0;; ++n) {
+      for (cuda::Job& job : jobs_)
+        if (job.halvings == n) job.copy = copies_[job.source];
+      std::vector<cuda::Halving> halvings;
+      for (int i = 0; i < images_; ++i) {
+        if (smallest_[i] <= n) continue;
+        cuda::Image& copy = copies_[i];
+        const int height = copy.height / 2, width = copy.width / 2;
+        halvings.push_back({copy, memory.AllocateGPU<uint8_t>(static_cast<size_t>(3) * height * width)});
+        copy = {halvings.back().to, height, width};
+      }
+      if (halvings.empty()) return;
+      const dim3 grid(kHalvingBlocks, static_cast<unsigned>(halvings.size()));
+      cuda::halve<<<grid, cuda::kThreads, 0, ws.stream()>>>(memory.ToGPU(ws.stream(), halvings));
+      CUDA_CALL(cudaGetLastError());
+    }
+  }
+
+  static cuda::Image image_of(const dali::TensorList<dali::GPUBackend>& images, int i) {
+    const auto shape = images.shape()[i];
+    return {images.tensor<uint8_t>(i), static_cast<int>(shape[0]), static_cast<int>(shape[1])};
   }
 
   // Fills `jobs_`, level by level, so that big tiles start first and small ones fill the gaps at the end; returns where
@@ -57,6 +91,7 @@ class MontageGpu : public Montage<dali::GPUBackend> {
     }
     jobs_.clear();
     words_ = 0;
+    smallest_.assign(images_, 0);
     const int levels = static_cast<int>(levels_.size());
     for (int l = 0; l < levels; ++l) {
       const Level& level = levels_[l];
@@ -73,18 +108,18 @@ class MontageGpu : public Montage<dali::GPUBackend> {
   }
 
   void add_job(const dali::TensorList<dali::GPUBackend>& images, const float* fields, int i, const Level& level) {
-    const auto shape = images.shape()[i];
-    const Recipe recipe = read_recipe(fields, static_cast<int>(shape[0]), static_cast<int>(shape[1]));
     cuda::Job job{};
-    job.stride = 3 * shape[1];
-    job.window = images.tensor<uint8_t>(i) + recipe.y1 * job.stride + 3 * static_cast<int64_t>(recipe.x1);
-    job.recipe = recipe;
-    job.radius = blur_radius(recipe.sigma);
+    job.source = i;
+    job.image = image_of(images, i);
+    job.recipe = read_recipe(fields, job.image.height, job.image.width);
+    job.radius = blur_radius(job.recipe.sigma);
     job.step = released_ ? level.ratio : 1;
     job.side = tile_of(level) * job.step;
+    job.halvings = halvings(job.recipe, job.side);
     job.places = level.slots;
     job.scratch = words_;
     words_ += cuda::scratch_of(job).words;
+    smallest_[i] = std::max(smallest_[i], job.halvings);
     jobs_.push_back(job);
   }
 };

@@ -9,7 +9,7 @@
 #include <cmath>
 
 #include "dali/arithmetic.h"
-#include "dali/recipe.h"
+#include "dali/cells.h"
 
 namespace mcl::montage::cuda {
 
@@ -18,10 +18,19 @@ constexpr int kBlocks = 2;     // of one multiprocessor at least
 constexpr int kStrip = 16;     // rows that are filtered one way, then the other
 constexpr int kOperations = 4;
 
+// An image, RGB.
+struct Image {
+  const uint8_t* data;
+  int height, width;
+
+  MCL_HOST_DEVICE const uint8_t* at(int y, int x) const { return data + (static_cast<int64_t>(y) * width + x) * 3; }
+};
+
 // A tile to make.
 struct Job {
-  const uint8_t* window;  // first pixel, RGB
-  int64_t stride;         // bytes from one row of the image to the next
+  int source;         // its image's place in the batch
+  Image image, copy;  // the copy is 2^halvings times smaller, rounded down
+  int halvings;
   Recipe recipe;
   int radius;  // of the blur, pixels; 0: none
   int side;    // pixels of the tile as it is made
@@ -29,8 +38,8 @@ struct Job {
   int first_place, places;
   int64_t scratch;  // its first word of the scratch memory
 
-  MCL_HOST_DEVICE int width() const { return recipe.x2 - recipe.x1; }
-  MCL_HOST_DEVICE int height() const { return recipe.y2 - recipe.y1; }
+  MCL_HOST_DEVICE Cells columns() const { return {recipe.x1, recipe.x2, halvings}; }
+  MCL_HOST_DEVICE Cells rows() const { return {recipe.y1, recipe.y2, halvings}; }
 };
 
 // The scratch memory of a job: where its parts begin, in words, and its size, a multiple of 16 bytes.
@@ -38,71 +47,77 @@ struct Scratch {
   int64_t between, tile, blurred, gauss, x, y, words;
 };
 
-// Words of a filter from `in` to `out` pixels.
-MCL_HOST_DEVICE int64_t filter_words(int in, int out) {
-  const int reach = in > out ? (in + out - 1) / out : 1;
-  return static_cast<int64_t>(2 * reach + 3) * out;
+// Words of a filter from these cells to `out` pixels.
+MCL_HOST_DEVICE int64_t filter_words(const Cells& cells, int out) {
+  return static_cast<int64_t>(most_cells(cells.last - cells.first, out, cells.halvings) + 2) * out;
 }
 
 MCL_HOST_DEVICE Scratch scratch_of(const Job& job) {
   const int64_t side = job.side, area = side * side;
-  const int64_t rescaled = job.height() > side ? job.width() : 0, blurred = job.radius > 0 ? 4 * side : 0;
+  const int64_t rescaled = job.columns().number(), blurred = job.radius > 0 ? 2 * side : 0;
   Scratch s{};
-  s.tile = kStrip * (rescaled > blurred ? rescaled : blurred);
+  s.tile = kStrip * larger(rescaled, blurred);
   s.blurred = s.tile + area;
   s.gauss = s.blurred + (job.radius > 0 ? area : 0);
   s.x = s.gauss + (job.radius > 0 ? 2 * job.radius + 1 : 0);
-  s.y = s.x + filter_words(job.width(), job.side);
-  s.words = (s.y + filter_words(job.height(), job.side) + 3) / 4 * 4;
+  s.y = s.x + filter_words(job.columns(), job.side);
+  s.words = (s.y + filter_words(job.rows(), job.side) + 3) / 4 * 4;
   return s;
 }
 
-// A filter to `out` pixels: output i takes inputs first(i) .. first(i) + count(i) - 1, the k-th of them times
-// weight(i, k). Neighbouring threads read neighbouring weights.
+// A filter to `out` pixels: output i takes cells first(i) .. first(i) + count(i) - 1, the k-th of them times weight(i,
+// k). Neighbouring threads read neighbouring weights.
 struct Filter {
-  int* words;
+  uint32_t* words;
   int out;
 
-  __device__ __forceinline__ int& first(int i) const { return words[i]; }
-  __device__ __forceinline__ int& count(int i) const { return words[out + i]; }
-  __device__ __forceinline__ int& weight(int i, int k) const { return words[(k + 2) * out + i]; }
+  __device__ __forceinline__ uint32_t& first(int i) const { return words[i]; }
+  __device__ __forceinline__ uint32_t& count(int i) const { return words[out + i]; }
+  __device__ __forceinline__ uint32_t& weight(int i, int k) const { return words[(k + 2) * out + i]; }
 
-  __device__ __forceinline__ void build(int i, int in) const {
-    const Taps taps = taps_of(i, in, out);
+  __device__ __forceinline__ void build(int i, const Cells& cells) const {
+    const Span span = span_of(cells, i, out);
     double sum = 0;
-    for (int x = taps.first; x < taps.last; ++x) sum += taps.weight(x);
-    for (int x = taps.first; x < taps.last; ++x) weight(i, x - taps.first) = fixed_point(taps.weight(x) / sum);
-    first(i) = taps.first;
-    count(i) = taps.last - taps.first;
+    for (int c = span.low; c < span.high; ++c) sum += span.share(cells, c);
+    for (int c = span.low; c < span.high; ++c) weight(i, c - span.low) = to_weight(span.share(cells, c) / sum);
+    first(i) = span.low;
+    count(i) = span.high - span.low;
   }
 };
 
 struct Levels {
-  int r, g, b;
+  uint8_t r, g, b;
 };
 
 __device__ __forceinline__ Levels unpack(uint32_t pixel) {
-  return {static_cast<int>(pixel & 255), static_cast<int>(pixel >> 8 & 255), static_cast<int>(pixel >> 16 & 255)};
+  return {static_cast<uint8_t>(pixel), static_cast<uint8_t>(pixel >> 8), static_cast<uint8_t>(pixel >> 16)};
 }
 
-__device__ __forceinline__ uint32_t pack(int r, int g, int b) {
-  return static_cast<uint32_t>(r) | static_cast<uint32_t>(g) << 8 | static_cast<uint32_t>(b) << 16;
+__device__ __forceinline__ uint32_t pack(uint32_t r, uint32_t g, uint32_t b) {
+  return r | g << 8 | b << 16;
 }
 
-// Output i of a filter over pixels that load(x) returns. Weights of thousands of pixels may be rounded to more than 1.
+// Sums of weighed channels, in units of 1/256 level.
+struct alignas(8) Sums {
+  uint16_t r, g, b;
+
+  template <typename Pixel>
+  __device__ __forceinline__ void add(const Pixel& pixel, uint16_t weight) {
+    r += weighed(pixel.r, weight);
+    g += weighed(pixel.g, weight);
+    b += weighed(pixel.b, weight);
+  }
+  __device__ __forceinline__ uint32_t levels() const { return pack(to_level(r), to_level(g), to_level(b)); }
+};
+
+// Output i of a filter over pixels that load(x) returns.
 template <typename Load>
 __device__ __forceinline__ uint32_t filtered(const Filter& filter, int i, const Load& load) {
-  constexpr int half = 1 << (kFilterBits - 1);
-  Levels sum{half, half, half};
   const int first = filter.first(i), count = filter.count(i);
-  for (int k = 0; k < count; ++k) {
-    const int weight = filter.weight(i, k);
-    const Levels pixel = load(first + k);
-    sum.r += weight * pixel.r;
-    sum.g += weight * pixel.g;
-    sum.b += weight * pixel.b;
-  }
-  return pack(min(sum.r >> kFilterBits, 255), min(sum.g >> kFilterBits, 255), min(sum.b >> kFilterBits, 255));
+  const uint16_t start = kRound + lost(count);
+  Sums sum{start, start, start};
+  for (int k = 0; k < count; ++k) sum.add(load(first + k), static_cast<uint16_t>(filter.weight(i, k)));
+  return sum.levels();
 }
 
 // Calls f(y, x) for all pixels, each from one thread of the block; neighbouring threads take neighbours of a row.
@@ -136,33 +151,40 @@ __device__ __forceinline__ void in_two_passes(int side, int columns, Value* betw
   }
 }
 
-// Calls put(y, x, pixel) for all pixels of the window rescaled and flipped, rounded to levels between the two passes.
-// Down the columns first where that shrinks, since neighbouring threads read neighbours; otherwise along the rows, as
-// Pillow.
+// A cell of the window: a pixel of the copy, or the mean of what its border leaves of it.
+__device__ __forceinline__ Levels cell(const Job& job, const Cells& columns, const Cells& rows, int y, int x) {
+  if (columns.whole(x) && rows.whole(y)) {
+    const uint8_t* pixel = job.copy.at(rows.base() + y, columns.base() + x);
+    return {pixel[0], pixel[1], pixel[2]};
+  }
+  const int number = rows.size(y) * columns.size(x);
+  int r = number / 2, g = r, b = r;
+  for (int row = rows.begin(y); row < rows.end(y); ++row) {
+    for (int column = columns.begin(x); column < columns.end(x); ++column) {
+      const uint8_t* pixel = job.image.at(row, column);
+      r += pixel[0];
+      g += pixel[1];
+      b += pixel[2];
+    }
+  }
+  return {static_cast<uint8_t>(r / number), static_cast<uint8_t>(g / number), static_cast<uint8_t>(b / number)};
+}
+
+// Calls put(y, x, pixel) for all pixels of the window rescaled and flipped: down the columns first, like the CPU, since
+// pixels are rounded in between.
 template <typename Put>
 __device__ __forceinline__ void rescale(const Job& job, const Filter& along, const Filter& down, uint32_t* between,
                                         const Put& put) {
   const int side = job.side;
-  const auto read = [&](int y, int x) {
-    const uint8_t* pixel = job.window + y * job.stride + 3 * static_cast<int64_t>(x);
-    return Levels{pixel[0], pixel[1], pixel[2]};
+  const Cells columns = job.columns(), rows = job.rows();
+  const auto lower = [&](int y, int x) {
+    return filtered(down, y, [&](int row) { return cell(job, columns, rows, row, x); });
   };
-  const auto across = [&](int x, const auto& load) {
-    return filtered(along, job.recipe.flip ? side - 1 - x : x, load);
+  const auto narrow = [&](int y, int x, const uint32_t* row) {
+    const int output = job.recipe.flip ? side - 1 - x : x;
+    put(y, x, filtered(along, output, [&](int column) { return unpack(row[column]); }));
   };
-  if (job.height() > side) {
-    const auto lower = [&](int y, int x) { return filtered(down, y, [&](int row) { return read(row, x); }); };
-    const auto narrow = [&](int y, int x, const uint32_t* row) {
-      put(y, x, across(x, [&](int column) { return unpack(row[column]); }));
-    };
-    in_two_passes(side, job.width(), between, lower, narrow);
-  } else {
-    // Few rows enter a pixel, so that filtering them anew for each costs less than meeting.
-    for_each_pixel(side, side, [&](int y, int x) {
-      put(y, x,
-          filtered(down, y, [&](int row) { return unpack(across(x, [&](int column) { return read(row, column); })); }));
-    });
-  }
+  in_two_passes(side, columns.number(), between, lower, narrow);
 }
 
 // Operations from .. to - 1 of the jitter, none of which is contrast; gray after the last.
@@ -226,42 +248,32 @@ __device__ __forceinline__ void rescale_and_colour(const Job& job, const Filter&
   }
 }
 
-struct alignas(16) Sums {
-  float r, g, b;
-};
-
 // sum over k of weights[k] * load(i + k - radius), mirrored at the ends of `side` pixels, on top of `start`.
 template <typename Load>
-__device__ __forceinline__ Sums blurred(const float* weights, int radius, int i, int side, float start,
+__device__ __forceinline__ Sums blurred(const uint32_t* weights, int radius, int i, int side, uint16_t start,
                                         const Load& load) {
   Sums sum{start, start, start};
-  for (int k = 0; k <= 2 * radius; ++k) {
-    const auto pixel = load(reflect(i + k - radius, side));
-    sum.r += weights[k] * static_cast<float>(pixel.r);
-    sum.g += weights[k] * static_cast<float>(pixel.g);
-    sum.b += weights[k] * static_cast<float>(pixel.b);
-  }
+  for (int k = 0; k <= 2 * radius; ++k) sum.add(load(reflect(i + k - radius, side)), static_cast<uint16_t>(weights[k]));
   return sum;
 }
 
-// A Gaussian of `radius` pixels to either side, the sum of all 1.
-__device__ __forceinline__ void build_gauss(float* weights, int radius, float sigma) {
-  const auto bell = [=](int k) { return std::exp(-0.5f * (k / sigma) * (k / sigma)); };
+__device__ __forceinline__ void build_gauss(uint32_t* weights, int radius, float sigma) {
   for (int i = threadIdx.x; i <= 2 * radius; i += blockDim.x) {
-    float total = 0;
-    for (int k = -radius; k <= radius; ++k) total += bell(k);
-    weights[i] = bell(i - radius) / total;
+    double total = 0;
+    for (int k = -radius; k <= radius; ++k) total += bell(k, sigma);
+    weights[i] = to_weight(bell(i - radius, sigma) / total);
   }
 }
 
-__device__ __forceinline__ void blur(const uint32_t* tile, int side, const float* weights, int radius, Sums* between,
+__device__ __forceinline__ void blur(const uint32_t* tile, int side, const uint32_t* weights, int radius, Sums* between,
                                      uint32_t* to) {
+  const uint16_t start = lost(2 * radius + 1);
   const auto down = [&](int y, int x) {
-    return blurred(weights, radius, y, side, 0, [&](int row) { return unpack(tile[row * side + x]); });
+    return blurred(weights, radius, y, side, start, [&](int row) { return unpack(tile[row * side + x]); });
   };
   const auto along = [&](int y, int x, const Sums* row) {
-    const Sums sum = blurred(weights, radius, x, side, 0.5f, [&](int column) { return row[column]; });
-    to[y * side + x] = pack(static_cast<int>(sum.r), static_cast<int>(sum.g), static_cast<int>(sum.b));
+    const auto load = [&](int column) { return row[column]; };
+    to[y * side + x] = blurred(weights, radius, x, side, kRound + start, load).levels();
   };
   in_two_passes(side, side, between, down, along);
 }
@@ -280,6 +292,25 @@ __device__ __forceinline__ void place(const uint32_t* tile, const Job& job, cons
   });
 }
 
+// An image and the memory for its copy of half the size, rounded down.
+struct Halving {
+  Image from;
+  uint8_t* to;
+};
+
+// Makes copy halvings[blockIdx.y], of which every block takes some pixels. Grid: any x, halvings.
+__global__ void halve(const Halving* halvings) {
+  const Halving job = halvings[blockIdx.y];
+  const int64_t width = job.from.width / 2, values = 3 * width * (job.from.height / 2);
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < values; i += stride) {
+    const int64_t pixel = i / 3;
+    const uint8_t* a = job.from.at(static_cast<int>(pixel / width) * 2, static_cast<int>(pixel % width) * 2) + i % 3;
+    const uint8_t* b = a + 3 * static_cast<int64_t>(job.from.width);
+    job.to[i] = mean_of(a[0], a[3], b[0], b[3]);
+  }
+}
+
 // Makes tile jobs[blockIdx.x] and puts it where it belongs. Grid: jobs. Block: up to kThreads, whole warps.
 // `places`: first pixel of each tile slot. `values`: what is written for each of the 256 levels, per channel; the host
 // computes them, so that they have the CPU's bits whatever T is.
@@ -294,14 +325,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 
   uint32_t* memory = scratch + job.scratch;
   const Scratch s = scratch_of(job);
-  const Filter along{reinterpret_cast<int*>(memory + s.x), job.side},
-      down{reinterpret_cast<int*>(memory + s.y), job.side};
-  float* gauss = reinterpret_cast<float*>(memory + s.gauss);
+  const Filter along{memory + s.x, job.side}, down{memory + s.y, job.side};
+  uint32_t* gauss = memory + s.gauss;
   for (int i = threadIdx.x; i < 2 * job.side; i += blockDim.x) {
     if (i < job.side) {
-      along.build(i, job.width());
+      along.build(i, job.columns());
     } else {
-      down.build(i - job.side, job.height());
+      down.build(i - job.side, job.rows());
     }
   }
   if (job.radius > 0) build_gauss(gauss, job.radius, job.recipe.sigma);
