@@ -10,7 +10,7 @@ from benchmarks.common import markdown
 
 REPORT = Path(mcl.__file__).parent / "_C.ptxas.txt"
 THREADS = 256
-"""Of a block; those of the DALI plugin have twice as many, with the same occupancy."""
+"""Of a block; those of make_tiles have 384, with the same occupancy."""
 
 _SHARED = {"sm_80": 164, "sm_90": 228, "sm_100": 228}
 """KiB of shared memory of a multiprocessor; all have 65,536 registers, 64 warps, 32 blocks."""

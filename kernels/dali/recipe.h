@@ -1,7 +1,6 @@
 // What happens to one tile: one row of dali_pipelines.plan.Augmentation, as the operator receives it.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 
 namespace mcl::montage {
@@ -40,11 +39,6 @@ inline Recipe read_recipe(const float* f, int height, int width) {
   r.sigma = f[15] >= 0.25f ? clamp(f[15], 0, 64) : 0;
   r.solarize = f[16] > 0;
   return r;
-}
-
-// Reach of a Gaussian's kernel: three sigma to either side.
-inline int blur_radius(float sigma) {
-  return static_cast<int>(std::ceil(3 * sigma));
 }
 
 }  // namespace mcl::montage

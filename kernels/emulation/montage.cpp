@@ -118,11 +118,13 @@ Levels by_loops(const Wish& wish) {
 }
 
 // With the copies that it asks for, in memories of exactly their size.
-cuda::Job job_of(const Wish& wish, std::vector<std::vector<uint8_t>>& memory) {
+cuda::Job job_of(const Wish& wish, std::vector<std::vector<uint8_t>>& memory, std::vector<uint16_t>& weights) {
   cuda::Job job{};
   job.image = job.copy = {wish.picture->pixels.data(), wish.picture->height, wish.picture->width};
   job.recipe = wish.recipe();
   job.radius = blur_radius(job.recipe.sigma);
+  job.first_weight = static_cast<int64_t>(weights.size());
+  if (job.radius > 0) append_gauss(job.recipe.sigma, weights);
   job.side = wish.side;
   job.step = wish.step;
   job.places = wish.slots;
@@ -153,17 +155,18 @@ void compare(const std::string& name, const std::vector<Wish>& wishes, int loops
   std::vector<cuda::Job> jobs;
   std::vector<T*> places;
   std::vector<std::vector<uint8_t>> copies;
+  std::vector<uint16_t> weights;
   int64_t words = 0;
   for (size_t w = 0; w < wishes.size(); ++w) {
-    jobs.push_back(job_of(wishes[w], copies));
+    jobs.push_back(job_of(wishes[w], copies, weights));
     jobs[w].first_place = static_cast<int>(places.size());
     jobs[w].scratch = words;
     words += cuda::scratch_of(jobs[w]).words;
     for (int slot = 0; slot < wishes[w].slots; ++slot) places.push_back(corner(w, slot));
   }
   std::vector<uint32_t> scratch(words, 0xa5a5a5a5u);
-  emulation::launch(jobs.size(), kBlock, cuda::make_tiles<T>, jobs.data(), places.data(), values.data(), side,
-                    scratch.data());
+  emulation::launch(jobs.size(), kBlock, cuda::make_tiles<T>, jobs.data(), places.data(), values.data(), weights.data(),
+                    side, scratch.data());
   for (size_t w = 0; w < wishes.size(); ++w) {
     const std::string what = name + " " + std::to_string(w);
     const Levels expected = by_cpu(wishes[w]);
@@ -244,6 +247,25 @@ void operations(const Picture& p) {
   compare<uint8_t>("operations", wishes);
 }
 
+// White stays white, and sums of very many terms, whose small losses add up, nearly so: none overflows into black.
+void white(check::Random& draw) {
+  Picture p(700, 3, draw);
+  std::fill(p.pixels.begin(), p.pixels.end(), 255);
+  for (const bool many : {false, true}) {
+    std::vector<Wish> wishes;
+    for (const float sigma : {0.f, 0.3f, 1.f, 2.f, many ? 64.f : 8.f})
+      for (const int side : {1, 3, 12})
+        wishes.push_back({&p, with(plain(0, 0, 3, many ? 700 : 20), {{kSigma, sigma}}), side, 1, 1});
+    compare<uint8_t>("white", wishes);
+    for (const Wish& wish : wishes) {
+      Levels levels = by_cpu(wish);
+      for (int& level : levels)
+        if (many && level >= 252) level = 255;
+      check::close("white", levels, Levels(levels.size(), 255), 0);
+    }
+  }
+}
+
 // Windows of one pixel, column or row, and such that shrink one way and grow the other.
 void windows(const Picture& p) {
   const auto width = static_cast<float>(p.width), height = static_cast<float>(p.height);
@@ -265,6 +287,7 @@ int main() {
 #else
   windows(small);
   windows(tall);
+  white(draw);
   const int number = 30;
 #endif
   for (const Picture* p : {&small, &tall, &wide, &dot}) {

@@ -1,14 +1,13 @@
 // Gaussian blur of a plane of 8 bits, mirrored about its outermost pixels, as torchvision does it.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 #include <vector>
 
 #include "cpu/vectorize.h"
 #include "dali/arithmetic.h"
 #include "dali/cpu/rows.h"
-#include "dali/recipe.h"
+#include "dali/gauss.h"
 
 namespace mcl::montage::cpu {
 
@@ -16,10 +15,8 @@ class Blur {
  public:
   void set_sigma(float sigma) {
     radius_ = blur_radius(sigma);
-    kernel_.resize(2 * radius_ + 1);
-    double total = 0;
-    for (int k = -radius_; k <= radius_; ++k) total += bell(k, sigma);
-    for (int k = -radius_; k <= radius_; ++k) kernel_[k + radius_] = to_weight(bell(k, sigma) / total);
+    kernel_.clear();
+    append_gauss(sigma, kernel_);
   }
 
   void run(const uint8_t* from, int size, uint8_t* to) {

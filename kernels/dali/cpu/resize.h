@@ -36,8 +36,9 @@ struct Filter {
       count[i] = span.high - span.low;
       double sum = 0;
       for (int c = span.low; c < span.high; ++c) sum += span.share(cells, c);
+      Weights weights(sum);
       uint16_t* weight = weights_.data() + static_cast<size_t>(i) * most_;
-      for (int c = span.low; c < span.high; ++c) *weight++ = to_weight(span.share(cells, c) / sum);
+      for (int c = span.low; c < span.high; ++c) *weight++ = weights.next(span.share(cells, c));
     }
   }
 

@@ -2,6 +2,7 @@
 
 #include "dali/core/cuda_error.h"
 #include "dali/core/float16.h"
+#include "dali/gauss.h"
 #include "dali/kernels/dynamic_scratchpad.h"
 #include "dali/montage.h"
 
@@ -31,6 +32,7 @@ class MontageGpu : public Montage<dali::GPUBackend> {
  private:
   std::vector<cuda::Job> jobs_;
   int64_t words_ = 0;                // of scratch memory that the jobs need
+  std::vector<uint16_t> weights_;    // of all blurs
   std::vector<int> smallest_;        // how often each image is halved
   std::vector<cuda::Image> copies_;  // the last one made of each
 
@@ -41,10 +43,11 @@ class MontageGpu : public Montage<dali::GPUBackend> {
     const std::vector<T*> places = list_jobs<T>(ws);
     dali::kernels::DynamicScratchpad memory(ws.stream());
     halve_images(ws, memory);
-    const auto [jobs, corners, values] = memory.ToContiguousGPU(ws.stream(), jobs_, places, this->template values<T>());
+    const auto [jobs, corners, values, weights] =
+        memory.ToContiguousGPU(ws.stream(), jobs_, places, this->template values<T>(), weights_);
     auto* scratch = memory.AllocateGPU<uint32_t>(words_, 16);
-    cuda::make_tiles<T><<<static_cast<unsigned>(jobs_.size()), cuda::kThreads, 0, ws.stream()>>>(jobs, corners, values,
-                                                                                                 side_, scratch);
+    cuda::make_tiles<T><<<static_cast<unsigned>(jobs_.size()), cuda::kThreads, 0, ws.stream()>>>(
+        jobs, corners, values, weights, side_, scratch);
     CUDA_CALL(cudaGetLastError());
   }
 
@@ -90,6 +93,7 @@ class MontageGpu : public Montage<dali::GPUBackend> {
       canvases.push_back(output.template mutable_tensor<T>(0));
     }
     jobs_.clear();
+    weights_.assign(1, 0);  // an upload must not be empty
     words_ = 0;
     smallest_.assign(images_, 0);
     const int levels = static_cast<int>(levels_.size());
@@ -113,6 +117,8 @@ class MontageGpu : public Montage<dali::GPUBackend> {
     job.image = image_of(images, i);
     job.recipe = read_recipe(fields, job.image.height, job.image.width);
     job.radius = blur_radius(job.recipe.sigma);
+    job.first_weight = static_cast<int64_t>(weights_.size());
+    if (job.radius > 0) append_gauss(job.recipe.sigma, weights_);
     job.step = released_ ? level.ratio : 1;
     job.side = tile_of(level) * job.step;
     job.halvings = halvings(job.recipe, job.side);

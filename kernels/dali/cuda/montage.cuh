@@ -13,7 +13,7 @@
 
 namespace mcl::montage::cuda {
 
-constexpr int kThreads = 512;  // of a block at most; fewer will do, in whole warps
+constexpr int kThreads = 384;  // of a block at most; fewer will do, in whole warps
 constexpr int kBlocks = 2;     // of one multiprocessor at least
 constexpr int kStrip = 16;     // rows that are filtered one way, then the other
 constexpr int kOperations = 4;
@@ -32,9 +32,10 @@ struct Job {
   Image image, copy;  // the copy is 2^halvings times smaller, rounded down
   int halvings;
   Recipe recipe;
-  int radius;  // of the blur, pixels; 0: none
-  int side;    // pixels of the tile as it is made
-  int step;    // every step-th of them is shown, per axis
+  int radius;            // of the blur, pixels; 0: none
+  int64_t first_weight;  // of the blur, in the table of all of them
+  int side;              // pixels of the tile as it is made
+  int step;              // every step-th of them is shown, per axis
   int first_place, places;
   int64_t scratch;  // its first word of the scratch memory
 
@@ -44,7 +45,7 @@ struct Job {
 
 // The scratch memory of a job: where its parts begin, in words, and its size, a multiple of 16 bytes.
 struct Scratch {
-  int64_t between, tile, blurred, gauss, x, y, words;
+  int64_t between, tile, blurred, x, y, words;
 };
 
 // Words of a filter from these cells to `out` pixels.
@@ -58,8 +59,7 @@ MCL_HOST_DEVICE Scratch scratch_of(const Job& job) {
   Scratch s{};
   s.tile = kStrip * larger(rescaled, blurred);
   s.blurred = s.tile + area;
-  s.gauss = s.blurred + (job.radius > 0 ? area : 0);
-  s.x = s.gauss + (job.radius > 0 ? 2 * job.radius + 1 : 0);
+  s.x = s.blurred + (job.radius > 0 ? area : 0);
   s.y = s.x + filter_words(job.columns(), job.side);
   s.words = (s.y + filter_words(job.rows(), job.side) + 3) / 4 * 4;
   return s;
@@ -79,7 +79,8 @@ struct Filter {
     const Span span = span_of(cells, i, out);
     double sum = 0;
     for (int c = span.low; c < span.high; ++c) sum += span.share(cells, c);
-    for (int c = span.low; c < span.high; ++c) weight(i, c - span.low) = to_weight(span.share(cells, c) / sum);
+    Weights weights(sum);
+    for (int c = span.low; c < span.high; ++c) weight(i, c - span.low) = weights.next(span.share(cells, c));
     first(i) = span.low;
     count(i) = span.high - span.low;
   }
@@ -250,22 +251,14 @@ __device__ __forceinline__ void rescale_and_colour(const Job& job, const Filter&
 
 // sum over k of weights[k] * load(i + k - radius), mirrored at the ends of `side` pixels, on top of `start`.
 template <typename Load>
-__device__ __forceinline__ Sums blurred(const uint32_t* weights, int radius, int i, int side, uint16_t start,
+__device__ __forceinline__ Sums blurred(const uint16_t* weights, int radius, int i, int side, uint16_t start,
                                         const Load& load) {
   Sums sum{start, start, start};
   for (int k = 0; k <= 2 * radius; ++k) sum.add(load(reflect(i + k - radius, side)), static_cast<uint16_t>(weights[k]));
   return sum;
 }
 
-__device__ __forceinline__ void build_gauss(uint32_t* weights, int radius, float sigma) {
-  for (int i = threadIdx.x; i <= 2 * radius; i += blockDim.x) {
-    double total = 0;
-    for (int k = -radius; k <= radius; ++k) total += bell(k, sigma);
-    weights[i] = to_weight(bell(i - radius, sigma) / total);
-  }
-}
-
-__device__ __forceinline__ void blur(const uint32_t* tile, int side, const uint32_t* weights, int radius, Sums* between,
+__device__ __forceinline__ void blur(const uint32_t* tile, int side, const uint16_t* weights, int radius, Sums* between,
                                      uint32_t* to) {
   const uint16_t start = lost(2 * radius + 1);
   const auto down = [&](int y, int x) {
@@ -312,11 +305,12 @@ __global__ void halve(const Halving* halvings) {
 }
 
 // Makes tile jobs[blockIdx.x] and puts it where it belongs. Grid: jobs. Block: up to kThreads, whole warps.
-// `places`: first pixel of each tile slot. `values`: what is written for each of the 256 levels, per channel; the host
-// computes them, so that they have the CPU's bits whatever T is.
+// `places`: first pixel of each tile slot. `weights`: of all blurs. `values`: what is written for each of the 256
+// levels, per channel; the host computes them, so that they have the CPU's bits whatever T is.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kBlocks)
-    make_tiles(const Job* jobs, T* const* places, const T* values, int canvas, uint32_t* scratch) {
+    make_tiles(const Job* jobs, T* const* places, const T* values, const uint16_t* weights, int canvas,
+               uint32_t* scratch) {
   __shared__ Job job;
   __shared__ T table[3 * 256];
   if (threadIdx.x == 0) job = jobs[blockIdx.x];
@@ -326,7 +320,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   uint32_t* memory = scratch + job.scratch;
   const Scratch s = scratch_of(job);
   const Filter along{memory + s.x, job.side}, down{memory + s.y, job.side};
-  uint32_t* gauss = memory + s.gauss;
   for (int i = threadIdx.x; i < 2 * job.side; i += blockDim.x) {
     if (i < job.side) {
       along.build(i, job.columns());
@@ -334,14 +327,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       down.build(i - job.side, job.rows());
     }
   }
-  if (job.radius > 0) build_gauss(gauss, job.radius, job.recipe.sigma);
   __syncthreads();
 
   uint32_t* tile = memory + s.tile;
   rescale_and_colour(job, along, down, memory + s.between, tile);
   __syncthreads();
   if (job.radius > 0) {
-    blur(tile, job.side, gauss, job.radius, reinterpret_cast<Sums*>(memory + s.between), memory + s.blurred);
+    blur(tile, job.side, weights + job.first_weight, job.radius, reinterpret_cast<Sums*>(memory + s.between),
+         memory + s.blurred);
     tile = memory + s.blurred;
   }
   place(tile, job, table, places, canvas);

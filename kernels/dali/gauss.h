@@ -1,0 +1,26 @@
+// The weights of a Gaussian blur. The host makes them for both devices, whose exp() need not agree to the last bit.
+#pragma once
+
+#include <cmath>
+#include <vector>
+
+#include "dali/fixed_point.h"
+
+namespace mcl::montage {
+
+// Pixels that a blur reaches to either side: three sigma.
+inline int blur_radius(float sigma) {
+  return static_cast<int>(std::ceil(3 * sigma));
+}
+
+// Appends the 2 * blur_radius(sigma) + 1 weights of a sigma above 0.
+inline void append_gauss(float sigma, std::vector<uint16_t>& to) {
+  const int radius = blur_radius(sigma);
+  const auto bell = [=](int k) { return std::exp(-0.5 * k * k / (static_cast<double>(sigma) * sigma)); };
+  double total = 0;
+  for (int k = -radius; k <= radius; ++k) total += bell(k);
+  Weights weights(total);
+  for (int k = -radius; k <= radius; ++k) to.push_back(weights.next(bell(k)));
+}
+
+}  // namespace mcl::montage
