@@ -170,8 +170,9 @@ def choose_engine(data: DataConfig, cuda: bool) -> tuple[str, str, str]:
             missing.append(obstacle)
     if "cpu" not in devices and not cuda:
         raise ConfigError("data.device: gpu needs a CUDA device; use data.device=cpu")
-    key = "data.device: gpu" if _obstacle(engines[-1], "cpu", cuda) is None else f"data.engine: {data.engine}"
-    raise ConfigError(f"{key} cannot be had: {'; '.join(dict.fromkeys(missing))}")
+    cpu_can = _obstacle(engines[-1], "cpu", cuda) is None
+    key = "data.device: gpu cannot be had, but cpu can" if cpu_can else f"data.engine: {data.engine} cannot be had"
+    raise ConfigError(f"{key}: {'; '.join(dict.fromkeys(missing))}")
 
 
 def _obstacle(engine: str, device: str, cuda: bool) -> str | None:
@@ -310,7 +311,8 @@ class MontageLoader:
             return TorchvisionEngine(self._plans(), plan.augment, self._data, source, self._threads)
         from dali_pipelines.pipelines import Graph
 
-        width, height = source.sizes.max(0).tolist()
+        # Not the largest: memory is set aside for a whole batch of them.
+        width, height = np.percentile(source.sizes, 99, 0).astype(int).tolist()
         graph = Graph(
             plan.geometry,
             plan.augment,
@@ -318,7 +320,7 @@ class MontageLoader:
             files=source.paths is not None,
             device="gpu" if self.device == "gpu" else "cpu",
             upload=self._gpu is not None and self.device == "cpu",
-            largest=(width, height),
+            usual=(width, height),
         )
         return DaliEngine(self._plans(), source, self.engine_name, graph, plan.images, self._threads, self._gpu)
 
@@ -364,7 +366,7 @@ class MontageLoader:
             boxes=_boxes(geometry, self.plan.images),
             crops=torch.from_numpy(np.concatenate(crops).astype(np.float32)),
             canvases=canvases,
-            queries=canvases,
+            queries=geometry.query_canvases(self.plan.images),
             ratios=geometry.ratios,
             cells=geometry.cells,
             epoch=plan.epoch,

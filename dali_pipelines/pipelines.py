@@ -44,8 +44,8 @@ class Graph:
     """Where images are decoded and augmented."""
     upload: bool = False
     """Canvases made on the CPU are copied to the pipeline's GPU."""
-    largest: tuple[int, int] = (0, 0)
-    """Width, height that no image exceeds, pixels: memory for decoding is set aside at once. 0: unknown."""
+    usual: tuple[int, int] = (0, 0)
+    """Width, height that hardly any image exceeds, pixels: a GPU sets memory for decoding them aside at once."""
 
     @property
     def released(self) -> bool:
@@ -165,8 +165,8 @@ def decode(image: ops.Node, graph: Graph) -> ops.Node:
         # Only read by a GPU: chroma as on the CPU, the share of the decoding engine, memory once instead of creeping.
         jpeg_fancy_upsampling=True,
         hw_decoder_load=graph.data.hardware_decoder,
-        preallocate_width_hint=graph.largest[0],
-        preallocate_height_hint=graph.largest[1],
+        preallocate_width_hint=graph.usual[0],
+        preallocate_height_hint=graph.usual[1],
     )
 
 

@@ -1,6 +1,7 @@
 """The verbs of ``mcl``: arguments in, one call, words out."""
 
 import argparse
+import json
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -80,6 +81,14 @@ def _parser() -> argparse.ArgumentParser:
     index.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.root=FOLDER data.index=FOLDER")
     index.set_defaults(run=_index)
 
+    budget = verbs.add_parser("budget", help="what a configuration costs: FLOPs, memory, hours")
+    budget.add_argument("config", type=Path, help="YAML file")
+    budget.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. montage.queries=[4,1,1,1]")
+    budget.add_argument("--gpus", type=int, help="processes; default: as many as make 128 images each")
+    budget.add_argument("--json", action="store_true", help="print JSON, and nothing else")
+    budget.add_argument("--plot", type=Path, metavar="FILE.png", help="picture to write")
+    budget.set_defaults(run=_budget)
+
     doctor = verbs.add_parser("doctor", help="what is installed, what is used, and why")
     doctor.set_defaults(run=_doctor)
     return parser
@@ -137,6 +146,18 @@ def _index(options: argparse.Namespace) -> None:
 
     for line in images.make_index(config.load(options.config, options.overrides).data):
         print(line, flush=True)
+
+
+def _budget(options: argparse.Namespace) -> None:
+    from mcl import budget, config
+    from mcl.budget import show
+
+    if options.plot:
+        show.check_picture(options.plot)
+    result = budget.budget(config.load(options.config, options.overrides), options.gpus)
+    print(json.dumps(result, indent=1) if options.json else show.tables(result))
+    if options.plot:
+        show.plot(result, options.plot)
 
 
 def _doctor(options: argparse.Namespace) -> None:

@@ -236,7 +236,8 @@ class Config:
         """Images of a step per process.
 
         Raises:
-            ConfigError: trainer.global_batch does not divide by the processes, or makes no legal montage.
+            ConfigError: trainer.global_batch does not divide by the processes, or makes no legal montage;
+                montage.queries do not divide its canvases.
         """
         batch = self.trainer.global_batch
         if batch % world_size:
@@ -249,13 +250,26 @@ class Config:
                 f"trainer.global_batch: {batch} gives {images} images per process, which fill no whole number of "
                 f"canvases at montage.images_per_canvas={list(geometry.images_per_canvas)}; nearest legal: {near}"
             )
-        values = min(geometry.canvases(images)) * geometry.fewest_cells**2
+        self._check_queries(images)
+        values = min(geometry.query_canvases(images)) * geometry.fewest_cells**2
         if values < 2:
+            key = "montage.cells" if geometry.cells == 1 else "montage.schedule"
             raise ConfigError(
-                f"trainer.global_batch: {images} images per process with montage.cells=1 leave BatchNorm one value per "
-                "channel; double the batch or use montage.cells=2"
+                f"trainer.global_batch: {images} images per process and 1 cell ({key}) leave BatchNorm one value per "
+                "channel; double the batch or use 2 cells"
             )
         return images
+
+    def _check_queries(self, images: int) -> None:
+        for level, every in enumerate(self.montage.queries):
+            canvases = self.montage.canvases(images)[level]
+            if canvases % every:
+                divisors = [n for n in range(1, canvases + 1) if canvases % n == 0]
+                near = [n for n in divisors if n < every][-1:] + [n for n in divisors if n > every][:1]
+                raise ConfigError(
+                    f"montage.queries: one in {every} of the {canvases} canvases of level {level} ({images} images per "
+                    f"process) is no whole number; nearest legal: {', '.join(map(str, near))}"
+                )
 
 
 _ADAPTER: TypeAdapter[Config] = TypeAdapter(Config)

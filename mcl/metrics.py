@@ -171,15 +171,22 @@ class BadFiles:
 
     def __init__(self, path: Path, elsewhere: Mapping[int, str]) -> None:
         self._path, self._elsewhere = path, elsewhere
-        self._known = {record["path"] for record in read(path)}
+        self._known: set[str] = set()
+        self._size = 0  # of the list when it was last read or written here, bytes
 
     def __call__(self, index: int, path: str, reason: str) -> None:
         """Notes a file, and says so once."""
-        if path not in self._known and index not in self._elsewhere:
+        if index in self._elsewhere:
+            return
+        size = self._path.stat().st_size if self._path.exists() else 0
+        if size != self._size:  # an earlier run or another process has written to it
+            self._known, self._size = {record["path"] for record in read(self._path)}, size
+        if path not in self._known:
             self._known.add(path)
             log.warning("bad file, replaced: %s: %s", path, reason)
             with open(self._path, "a") as file:
                 file.write(json.dumps({"index": index, "path": path, "reason": reason}) + "\n")
+                self._size = file.tell()
 
 
 class ProgressBar:

@@ -41,11 +41,12 @@ class Geometry:
     """Images of the batch per canvas, one entry per level: N images make N / images_per_canvas canvases."""
     schedule: tuple[tuple[int, int], ...] = ()
     """Canvas schedule: pairs of an epoch, counted from 0, and the cells from then on; `cells` holds before."""
+    queries: tuple[int, ...] = ()
+    """Online queries, one entry per level: one canvas in so many goes through the online network, the first ones of the
+    batch (whose order is random as it is); targets are always all images. Empty: every canvas."""
 
     def __post_init__(self) -> None:
         ratios, per_canvas = list(self.ratios), list(self.images_per_canvas)
-        if self.cells < 1:
-            raise ValueError(f"cells: {self.cells} must be at least 1")
         if ratios != sorted(set(ratios)) or ratios[:1] != [1] or not set(ratios) <= {1, 2, 4, 8}:
             raise ValueError(f"ratios: {ratios} must start with 1 and increase among 1, 2, 4, 8")
         if len(per_canvas) != len(ratios):
@@ -55,21 +56,34 @@ class Geometry:
         for r, k in zip(ratios, per_canvas, strict=True):
             if k < 1 or (r * r) % k:
                 raise ValueError(f"images_per_canvas: {k} must divide the {r * r} tiles of a canvas of ratio {r}")
-            if self.canvas % k:
-                raise ValueError(f"images_per_canvas: {k} must divide the canvas side of {self.canvas} px")
+        self._check_cells(self.cells, "")
         epochs = [epoch for epoch, _ in self.schedule]
         if epochs != sorted(set(epochs)) or any(epoch < 1 for epoch in epochs):
             raise ValueError(f"schedule: epochs {epochs} must increase from 1 on; montage.cells holds before")
         for epoch, cells in self.schedule:
-            try:
-                dataclasses.replace(self, cells=cells, schedule=())
-            except ValueError as error:
-                raise ValueError(f"schedule: from epoch {epoch} on: {error}") from None
+            self._check_cells(cells, f"schedule: from epoch {epoch} on: ")
+        if self.queries and len(self.queries) != len(ratios):
+            raise ValueError(f"queries: {len(self.queries)} entries for {len(ratios)} ratios")
+        if any(every < 1 for every in self.queries):
+            raise ValueError(f"queries: {list(self.queries)} must be at least 1; 4 is one canvas in 4")
+
+    def _check_cells(self, cells: int, where: str) -> None:
+        if cells < 1:
+            raise ValueError(f"{where}cells: {cells} must be at least 1")
+        for k in self.images_per_canvas:
+            if STRIDE * cells % k:
+                raise ValueError(f"{where}images_per_canvas: {k} must divide the canvas side of {STRIDE * cells} px")
 
     def at(self, epoch: int) -> "Geometry":
         """The geometry of an epoch, without schedule."""
         cells = [cells for first, cells in self.schedule if first <= epoch]
         return dataclasses.replace(self, cells=cells[-1] if cells else self.cells, schedule=())
+
+    @property
+    def final(self) -> "Geometry":
+        """What the schedule ends with, every canvas a query: the geometry of evaluations."""
+        cells = self.schedule[-1][1] if self.schedule else self.cells
+        return dataclasses.replace(self, cells=cells, schedule=(), queries=())
 
     @property
     def fewest_cells(self) -> int:
@@ -96,6 +110,11 @@ class Geometry:
     def canvases(self, images: int) -> tuple[int, ...]:
         """Canvases per level for N images."""
         return tuple(images // k for k in self.images_per_canvas)
+
+    def query_canvases(self, images: int) -> tuple[int, ...]:
+        """Canvases per level that go through the online network, for N images."""
+        canvases = self.canvases(images)
+        return tuple(c // every for c, every in zip(canvases, self.queries or (1,) * self.levels, strict=True))
 
     def tiles(self, images: int) -> tuple[int, ...]:
         """Tiles per level for N images."""

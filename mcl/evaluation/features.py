@@ -34,7 +34,9 @@ def load_photo(source: Source, i: int, size: int, mean: Sequence[float], std: Se
 
 def photos(config: Config, source: Source) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of (n, 3, S, S) photographs and (n,) labels, in the source's order, without undecodable ones."""
-    load = partial(load_photo, source, size=config.montage.canvas, mean=config.augment.mean, std=config.augment.std)
+    load = partial(
+        load_photo, source, size=config.montage.final.canvas, mean=config.augment.mean, std=config.augment.std
+    )
     with ThreadPoolExecutor(config.data.threads or default_threads()) as pool:
         for start in range(0, len(source), _BATCH):
             loaded = list(pool.map(load, range(start, min(start + _BATCH, len(source)))))

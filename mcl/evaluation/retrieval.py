@@ -96,7 +96,7 @@ def retrieval(models: Sequence[MCL], config: Config, source: Source, device: tor
         seed=(config.trainer.seed + _FRESH) % 2**63,
         size=len(source),
         images=config.evaluation.gallery,
-        geometry=config.montage,
+        geometry=config.montage.final,
         augment=config.augment,
         tile_sampling=config.data.tile_sampling,
     )

@@ -58,3 +58,12 @@ def write_truncated(path: Path, picture: Image.Image) -> None:
 
 def write_animated(path: Path, picture: Image.Image) -> None:
     picture.save(path, save_all=True, append_images=[picture.rotate(90)])
+
+
+def write_huge(path: Path, picture: Image.Image) -> None:
+    """A JPEG whose header claims 65000 x 65000 pixels."""
+    picture.save(path)
+    content = bytearray(path.read_bytes())
+    frame = content.index(b"\xff\xc0") + 5  # marker, length, precision; then height and width
+    content[frame : frame + 4] = (65_000).to_bytes(2, "big") * 2
+    path.write_bytes(content)

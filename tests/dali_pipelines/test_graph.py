@@ -26,7 +26,7 @@ def define(preset: Config, engine: str, device: str, gpu: int | None = None, fil
         files=files,
         device=device,  # type: ignore[arg-type]
         upload=gpu is not None and device == "cpu",
-        largest=(4000, 3000),
+        usual=(4000, 3000),
     )
     pipeline = getattr(pipelines, f"{engine}_pipeline")(
         lambda step: [],

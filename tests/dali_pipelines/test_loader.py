@@ -1,9 +1,14 @@
-"""The loader: exact resume, replaced files, and the choice of the engine."""
+"""The loader: replaced files, memory that is handed over, and the choice of the engine."""
 
-import dataclasses
+import gc
 import importlib.util
+import itertools
+import os
+import re
 import shutil
+import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,159 +17,143 @@ import pytest
 import torch
 from PIL import Image
 
-from dali_pipelines.loader import BadDataError, MontageLoader, choose_engine, default_threads
+from dali_pipelines import pipelines
+from dali_pipelines.loader import BadDataError, DaliEngine, MontageLoader, choose_engine, default_threads
 from dali_pipelines.plan import Plan
 from dali_pipelines.source import Source, open_source
 from mcl.config import AugmentConfig, ConfigError, DataConfig
-from mcl.montage import Geometry, MontageBatch
-from tests.dali_pipelines.images import write_animated, write_truncated
+from mcl.montage import Geometry
+from tests.dali_pipelines.images import write_animated, write_huge, write_truncated
+from tests.dali_pipelines.loading import ENGINES, GEOMETRY, Pair, all_equal, make_loader, make_source, take
 
-GEOMETRY = Geometry(cells=1, ratios=(1, 2), images_per_canvas=(1, 4))
 IMAGES = 8
-ENGINES = ("stock", "torchvision")
+DALI = ("fused", "stock")
 
 Write = Callable[[Path, int], list[Path]]
 Found = list[tuple[int, str, str]]
 
 
-def make(source: Source, engine: str = "torchvision", on_bad: Any = None, **data: Any) -> MontageLoader:
-    plan = Plan(seed=5, size=len(source), images=IMAGES, geometry=GEOMETRY, augment=AugmentConfig())
-    config = DataConfig(engine=engine, **data)  # type: ignore[arg-type]
-    return MontageLoader(source, plan, config, threads=2, on_bad=on_bad)
-
-
-def take(loader: MontageLoader, steps: int) -> list[MontageBatch]:
-    """Both views of the next steps, in order."""
-    return [view for _ in range(steps) for view in next(loader)]
-
-
-def equal(a: MontageBatch, b: MontageBatch) -> bool:
-    pairs = [(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(MontageBatch)]
-    return all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in pairs)
-
-
 @pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory, folder_of: Write) -> Source:
+def encoded(tmp_path_factory: pytest.TempPathFactory, folder_of: Write) -> list[bytes]:
     """20 images: two steps of 8 per epoch."""
-    root = tmp_path_factory.mktemp("good")
-    folder_of(root, 20)
-    return open_source(str(root))
+    return [path.read_bytes() for path in folder_of(tmp_path_factory.mktemp("images"), 20)]
 
 
 @pytest.fixture(scope="module")
-def poisoned(good: Source, tmp_path_factory: pytest.TempPathFactory) -> Source:
-    """The same 20 files, but for a text file and an animation, found by their headers, and two truncated files."""
+def good(encoded: list[bytes], tmp_path_factory: pytest.TempPathFactory) -> Source:
+    return make_source("folders", tmp_path_factory.mktemp("good") / "root", encoded)
+
+
+@pytest.fixture(scope="module")
+def poison(tmp_path_factory: pytest.TempPathFactory, picture: Image.Image) -> dict[int, bytes]:
+    """Broken images, and where they take the place of good ones; of those cut off, only decoding tells."""
+    path = tmp_path_factory.mktemp("poison") / "image"
+    found = {2: b"hello", 8: b""}
+    for i, write, end in [(5, write_truncated, "jpg"), (11, write_truncated, "jpg"), (14, write_huge, "jpg")]:
+        write(path.with_suffix(f".{end}"), picture.rotate(i))
+        found[i] = path.with_suffix(f".{end}").read_bytes()
+    write_animated(path.with_suffix(".gif"), picture)
+    return found | {17: path.with_suffix(".gif").read_bytes()}
+
+
+@dataclass(frozen=True)
+class Run:
+    """Four steps, two epochs, of images of which some are broken."""
+
+    engine: str
+    source: Source
+    broken: list[int]
+    batches: list[Pair]
+    found: Found
+    state: dict[str, Any]
+
+
+@pytest.fixture(
+    scope="module",
+    params=[*((engine, "folders") for engine in ENGINES), ("fused", "webdataset"), ("torchvision", "tfrecord")],
+    ids=" ".join,
+)
+def run(
+    request: pytest.FixtureRequest,
+    encoded: list[bytes],
+    poison: dict[int, bytes],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Run:
+    """The last shard also ends in the middle of its last image."""
+    engine, kind = request.param
     root = tmp_path_factory.mktemp("poisoned") / "root"
-    shutil.copytree(good.root, root)
-    with Image.open(good.paths[0]) as image:
-        (root / "002.jpg").write_text("hello")
-        write_truncated(root / "005.jpg", image)
-        write_truncated(root / "011.jpg", image)
-        (root / "017.jpg").unlink()
-        write_animated(root / "017.gif", image)
-    return open_source(str(root))
+    source = make_source(kind, root, [poison.get(i, image) for i, image in enumerate(encoded)])
+    broken = sorted(poison)
+    if kind != "folders":
+        cut_short(sorted(root.iterdir())[-1], encoded[-1])
+        source = open_source(str(root))
+        broken.append(len(encoded) - 1)
+    found: Found = []
+    with make_loader(source, engine, on_bad=lambda *args: found.append(args), max_bad_fraction=0.4) as loader:
+        return Run(engine, source, broken, take(loader, 4), found, loader.state_dict())
+
+
+def cut_short(shard: Path, last: bytes) -> None:
+    """Lets a shard end in the middle of its last image."""
+    content = shard.read_bytes()
+    shard.write_bytes(content[: content.rindex(last) + len(last) // 2])
 
 
 @pytest.fixture(scope="module")
-def poisoned_run(poisoned: Source) -> dict[str, tuple[list[MontageBatch], Found, dict[str, Any]]]:
-    """Four steps (two epochs) of the poisoned folder by each engine, the files reported, and the state at the end."""
-    runs = {}
+def whole(good: Source) -> Callable[[str], list[Pair]]:
+    """The same steps of images that are all fine."""
+    runs: dict[str, list[Pair]] = {}
+
+    def load(engine: str) -> list[Pair]:
+        if engine not in runs:
+            with make_loader(good, engine) as loader:
+                runs[engine] = take(loader, 4)
+        return runs[engine]
+
+    return load
+
+
+def test_a_loader_goes_on_after_it_was_closed(good: Source, whole: Callable[[str], list[Pair]]) -> None:
     for engine in ENGINES:
-        found: Found = []
-        with make(poisoned, engine, lambda *args: found.append(args), max_bad_fraction=0.25) as loader:  # noqa: B023
-            runs[engine] = take(loader, 4), found, loader.state_dict()
-    return runs
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-def test_resuming_at_any_step_is_exact_whatever_was_prefetched(good: Source, engine: str) -> None:
-    with make(good, engine, prefetch=2) as loader:
-        states, batches = [], []
-        for _ in range(5):
-            states.append(loader.state_dict())
-            batches.append(next(loader))
-    assert [batch.step for batch, _ in batches] == [0, 1, 2, 3, 4]
-    assert [batch.epoch for batch, _ in batches] == [0, 0, 1, 1, 2]
-    for step, prefetch in [(1, 3), (4, 1)]:
-        with make(good, engine, prefetch=prefetch) as loader:
-            if step == 1:
-                next(loader)  # what another position has left behind does not matter
-            loader.load_state_dict(states[step])
-            assert loader.state_dict() == states[step] == {"position": step, "bad": {}}
-            resumed = next(loader)
-            assert all(equal(a, b) for a, b in zip(resumed, batches[step], strict=True))
-
-
-def test_a_loader_goes_on_after_it_was_closed(good: Source) -> None:
-    with make(good) as loader:
-        whole = take(loader, 2)
-    with make(good) as loader:
-        first = take(loader, 1)
-        loader.close()
-        assert all(equal(a, b) for a, b in zip(first + take(loader, 1), whole, strict=True))
+        with make_loader(good, engine) as loader:
+            first = take(loader, 1)
+            loader.close()
+            assert all_equal(first + take(loader, 1), whole(engine)[:2])
 
 
 def test_iterating_yields_pairs_for_ever(good: Source) -> None:
-    with make(good) as loader:
+    with make_loader(good, "fused") as loader:
         assert iter(loader) is loader
-        assert [query.step for _, (query, _) in zip(range(3), loader, strict=False)] == [0, 1, 2]
+        assert [query.step for _, (query, _) in zip(range(5), loader, strict=False)] == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_two_ranks_load_the_images_of_the_same_global_step(good: Source, engine: str) -> None:
-    """The canvases of level 0 show the images in the order of the epoch, so they can be compared across world sizes."""
-    level0 = Geometry(cells=1, ratios=(1,), images_per_canvas=(1,))
-
-    def load(rank: int, world_size: int) -> list[MontageBatch]:
-        plan = Plan(
-            seed=5,
-            size=20,
-            images=8 // world_size,
-            geometry=level0,
-            augment=AugmentConfig(),
-            rank=rank,
-            world_size=world_size,
-        )
-        with MontageLoader(good, plan, DataConfig(engine=engine), threads=1) as loader:  # type: ignore[arg-type]
-            next(loader)
-            return list(next(loader))
-
-    whole, parts = load(0, 1), [load(rank, 2) for rank in range(2)]
-    for view in range(2):
-        assert torch.equal(whole[view].images, torch.cat([part[view].images for part in parts]))
-        assert torch.equal(whole[view].index, torch.cat([part[view].index for part in parts]))
-        assert torch.equal(whole[view].crops, torch.cat([part[view].crops for part in parts]))
+# ------------------------------------------------------------------------------------------------------- bad files
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_bad_files_are_each_reported_once_with_path_and_reason(
-    poisoned: Source, poisoned_run: dict[str, tuple[list[MontageBatch], Found, dict[str, Any]]], engine: str
-) -> None:
-    _, found, state = poisoned_run[engine]
-    assert sorted(i for i, _, _ in found) == sorted(state["bad"]) == [2, 5, 11, 17]
-    assert all(path == poisoned.paths[i] and state["bad"][i] == reason for i, path, reason in found)
-    reasons = state["bad"]
+def test_bad_files_are_each_reported_once_with_name_and_reason(run: Run) -> None:
+    reasons = run.state["bad"]
+    assert sorted(i for i, _, _ in run.found) == sorted(reasons) == run.broken
+    assert all(name == run.source.names[i] and reasons[i] == reason for i, name, reason in run.found)
     assert reasons[2].startswith("not an image")
     assert reasons[17].startswith("format GIF is not supported")
+    assert "65000 x 65000" in reasons[14] or "DecompressionBomb" in reasons[14]
+    assert reasons[8]
     for i in (5, 11):
-        assert ("Failed to decode" if engine == "stock" else "truncated") in reasons[i]
-    assert state["position"] == 4
+        assert ("truncated" if run.engine == "torchvision" else "Failed to decode") in reasons[i]
+    if 19 in reasons:
+        assert "the shard is cut short" in reasons[19]
+    assert run.state["position"] == 4
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_bad_files_are_replaced_and_the_others_are_what_they_were(
-    good: Source, poisoned_run: dict[str, tuple[list[MontageBatch], Found, dict[str, Any]]], engine: str
-) -> None:
+def test_bad_files_are_replaced_and_the_others_are_what_they_were(run: Run, whole: Callable[[str], list[Pair]]) -> None:
     """Held against a run of the same plan whose files are all fine."""
-    batches, _, state = poisoned_run[engine]
-    with make(good, engine) as loader:
-        whole = take(loader, 4)
     replaced = 0
-    for a, b in zip(batches, whole, strict=True):
+    pairs = zip(itertools.chain(*run.batches), itertools.chain(*whole(run.engine)), strict=True)
+    for a, b in pairs:
         assert torch.equal(a.sources, b.sources)
-        was_bad = torch.from_numpy(np.isin(b.index.numpy(), list(state["bad"])))
+        was_bad = torch.from_numpy(np.isin(b.index.numpy(), run.broken))
         assert torch.equal(a.index[~was_bad], b.index[~was_bad])
-        assert not set(a.index.tolist()) & set(state["bad"])
+        assert not set(a.index.tolist()) & set(run.broken)
         for row, (k, x1, y1, x2, y2) in enumerate(a.boxes.int().tolist()):
             tiles = [batch.images[k, :, y1:y2, x1:x2] for batch in (a, b)]
             if was_bad[a.sources[row]]:
@@ -176,58 +165,72 @@ def test_bad_files_are_replaced_and_the_others_are_what_they_were(
     assert replaced > 0
 
 
-def test_both_engines_choose_the_same_substitutes(
-    poisoned_run: dict[str, tuple[list[MontageBatch], Found, dict[str, Any]]],
-) -> None:
-    for a, b in zip(*(poisoned_run[engine][0] for engine in ENGINES), strict=True):
-        assert torch.equal(a.index, b.index)
-        assert torch.equal(a.crops, b.crops)
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-def test_bad_files_found_before_are_part_of_the_state(
-    poisoned: Source, poisoned_run: dict[str, tuple[list[MontageBatch], Found, dict[str, Any]]], engine: str
-) -> None:
-    batches, _, state = poisoned_run[engine]
+def test_bad_files_found_before_are_part_of_the_state(run: Run) -> None:
     found: Found = []
-    with make(poisoned, engine, lambda *args: found.append(args), max_bad_fraction=0.25) as loader:
-        loader.load_state_dict({"position": 2, "bad": {str(i): reason for i, reason in state["bad"].items()}})
-        assert all(equal(a, b) for a, b in zip(take(loader, 1), batches[4:6], strict=True))
-    assert sorted(i for i, _, _ in found) == [2, 5, 11, 17]
+    report: Any = lambda *args: found.append(args)  # noqa: E731
+    with make_loader(run.source, run.engine, on_bad=report, max_bad_fraction=0.4, prefetch=1) as loader:
+        loader.load_state_dict({"position": 2, "bad": {str(i): reason for i, reason in run.state["bad"].items()}})
+        assert all_equal(take(loader, 2), run.batches[2:])
+    assert sorted(i for i, _, _ in found) == run.broken
 
 
-def test_too_many_bad_files_stop_the_run_and_the_first_is_named(poisoned: Source) -> None:
+def test_too_many_bad_files_stop_the_run_and_the_first_is_named(run: Run) -> None:
+    name = run.source.names[2]
+    known = len(run.source.bad)
     with pytest.raises(
-        BadDataError, match=r"2 of the 20 images .*data\.max_bad_fraction=0\.05.*002\.jpg: not an image"
+        BadDataError, match=rf"{known} of the 20 images .*data\.max_bad_fraction=0\.05.*{name}: not an image"
     ):
-        make(poisoned, max_bad_fraction=0.05)
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-def test_files_that_only_decoding_reveals_count_too(poisoned: Source, engine: str) -> None:
+        make_loader(run.source, run.engine, max_bad_fraction=0.05)
     with (
-        make(poisoned, engine, max_bad_fraction=0.1) as loader,
-        pytest.raises(BadDataError, match=r"[34] of the 20 images .*002\.jpg"),
+        make_loader(run.source, run.engine, max_bad_fraction=known / 20) as loader,
+        pytest.raises(BadDataError, match=rf"({known + 1}|{known + 2}) of the 20 images .*{name}"),
     ):
         take(loader, 4)
+
+
+def test_every_engine_chooses_the_same_substitutes(run: Run, encoded: list[bytes]) -> None:
+    """Which they are depends on the bad files alone, not on who found them, or when."""
+    plan = Plan(seed=5, size=len(encoded), images=IMAGES, geometry=GEOMETRY, augment=AugmentConfig())
+    for step, pair in enumerate(run.batches):
+        for batch in pair:
+            assert batch.index.tolist() == plan.samples(step, run.broken).tolist()
+
+
+def test_what_other_processes_found_counts_and_is_replaced(good: Source) -> None:
+    found: Found = []
+    with make_loader(good, "fused", on_bad=lambda *args: found.append(args), max_bad_fraction=0.1) as loader:
+        next(loader)
+        loader.share({3: "cut off", 4: "cut off"})
+        assert loader.state_dict() == {"position": 1, "bad": {3: "cut off", 4: "cut off"}}
+        loader.share({3: "cut off"})
+        with pytest.raises(BadDataError, match=r"3 of the 20 images .*003\.jpg: cut off"):
+            loader.share({9: "cut off"})
+    assert found == []
 
 
 def test_a_folder_without_one_good_file_stops_whatever_fraction_is_allowed(tmp_path: Path) -> None:
     for i in range(IMAGES):
         (tmp_path / f"{i}.jpg").write_text("hello")
     with pytest.raises(BadDataError, match=r"8 of the 8 images .*0\.jpg"):
-        make(open_source(str(tmp_path)), max_bad_fraction=1.0)
+        make_loader(open_source(str(tmp_path)), "torchvision", max_bad_fraction=1.0)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_file_that_vanished_is_replaced(tmp_path: Path, folder_of: Write, engine: str) -> None:
-    paths = folder_of(tmp_path, IMAGES)
-    source = open_source(str(tmp_path))
-    paths[3].unlink()
-    with make(source, engine, max_bad_fraction=0.2) as loader:
+@pytest.mark.parametrize("kind", ["folders", "webdataset"])
+def test_what_vanished_since_the_start_is_replaced(
+    tmp_path: Path, encoded: list[bytes], engine: str, kind: str
+) -> None:
+    source = make_source(kind, tmp_path / "root", encoded[:IMAGES])
+    if source.paths is None:
+        cut_short(tmp_path / "root" / "1.tar", encoded[IMAGES - 1])
+    else:
+        Path(source.paths[-1]).unlink()
+    with make_loader(source, engine, max_bad_fraction=0.2) as loader:
         (query, _) = next(loader)
-    assert 3 not in query.index.tolist()
-    assert list(loader.bad) == [3]
+    assert IMAGES - 1 not in query.index.tolist()
+    ((i, reason),) = loader.bad.items()
+    assert i == IMAGES - 1
+    assert ("No such file" if source.paths else "1.tar is cut short or damaged") in reason
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -240,8 +243,7 @@ def test_every_kind_of_readable_file_goes_through(
     folder_of(tmp_path, 16 - len(kinds))
     source = open_source(str(tmp_path))
     assert source.bad == {}
-    plan = Plan(seed=5, size=16, images=16, geometry=GEOMETRY, augment=AugmentConfig())
-    with MontageLoader(source, plan, DataConfig(engine=engine), threads=2) as loader:  # type: ignore[arg-type]
+    with make_loader(source, engine, images=16) as loader:
         for batch in next(loader):
             assert sorted(batch.index.tolist()) == list(range(16))
             assert batch.images.isfinite().all()
@@ -255,9 +257,46 @@ def test_an_error_that_no_file_explains_is_passed_on(good: Source, monkeypatch: 
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(reference, "make_tile", fail)
-    with make(good) as loader, pytest.raises(RuntimeError, match="out of memory"):
-        next(loader)
-    assert loader.bad == {}
+    monkeypatch.setattr(pipelines, "recipe_rows", fail)
+    for engine in ("torchvision", "fused"):
+        with make_loader(good, engine) as loader, pytest.raises(RuntimeError, match="out of memory"):
+            next(loader)
+        assert loader.bad == {}
+
+
+# ---------------------------------------------------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_batches_that_are_kept_stay_what_they_were(good: Source, engine: str) -> None:
+    """Their memory is the engine's own, handed over without a copy; what comes later must not be written there."""
+    with make_loader(good, engine) as loader:
+        kept = take(loader, 3)
+        copies = [[batch.images.clone() for batch in pair] for pair in kept]
+        take(loader, 12)
+        for pair, clones in zip(kept, copies, strict=True):
+            assert all(torch.equal(batch.images, clone) for batch, clone in zip(pair, clones, strict=True))
+    addresses = {batch.images.data_ptr() for pair in kept for batch in pair}
+    assert len(addresses) == 6
+
+
+@pytest.mark.parametrize("engine", DALI)
+def test_a_batch_that_is_kept_does_not_keep_the_pipeline(good: Source, engine: str) -> None:
+    """After `close`, neither its objects nor its threads are left, and the batch can still be read."""
+    loader = make_loader(good, engine, threads=4)
+    kept = next(loader)
+    copy = kept[0].images.clone()
+    assert isinstance(loader._engine, DaliEngine)
+    alive = weakref.ref(loader._engine), weakref.ref(loader._engine._pipeline)
+    threads = len(os.listdir("/proc/self/task"))
+    loader.close()
+    gc.collect()
+    assert [reference() for reference in alive] == [None, None]
+    assert len(os.listdir("/proc/self/task")) <= threads - 4
+    assert torch.equal(kept[0].images, copy)
+
+
+# ---------------------------------------------------------------------------------------------------------- choice
 
 
 def test_fewer_images_than_a_batch(good: Source) -> None:
@@ -266,47 +305,137 @@ def test_fewer_images_than_a_batch(good: Source) -> None:
         MontageLoader(good, plan, DataConfig())
 
 
+INSTALLED = ("everything", "plugin without CUDA", "no plugin", "broken plugin", "no DALI")
+
+
 @pytest.fixture
-def no_dali(monkeypatch: pytest.MonkeyPatch) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *rest: None if name.startswith("nvidia") else find(name, *rest)
-    )
+def installed(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """One of INSTALLED, as far as `choose_engine` can tell."""
+    state: str = request.param
+    plugin = tmp_path / "libmcl_dali.so"
+    monkeypatch.setattr(pipelines, "PLUGIN", plugin)
+    if state in ("everything", "plugin without CUDA", "broken plugin"):
+        plugin.write_text("not a library")
+    if state == "broken plugin":
+        monkeypatch.setattr(pipelines, "load_plugin", pipelines.load_plugin.__wrapped__)
+    else:
+        devices = frozenset({"cpu", "gpu"} if state == "everything" else {"cpu"})
+        monkeypatch.setattr(pipelines, "load_plugin", lambda: devices)
+    if state == "no DALI":
+        find = importlib.util.find_spec
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda name, *rest: None if name.startswith("nvidia") else find(name, *rest)
+        )
+    return state
+
+
+def possible(installed: str, cuda: bool) -> list[tuple[str, str]]:
+    """Engines and devices that can be had, the best ones first."""
+    gpu = {"everything": ["fused", "stock"], "no DALI": []}.get(installed, ["stock"])
+    cpu = {"everything": ["fused", "stock"], "plugin without CUDA": ["fused", "stock"], "no DALI": []}
+    on_cpu = [*cpu.get(installed, ["stock"]), "torchvision"]
+    return [(engine, "gpu") for engine in gpu if cuda] + [(engine, "cpu") for engine in on_cpu]
+
+
+@pytest.mark.parametrize("installed", INSTALLED, indirect=True)
+@pytest.mark.parametrize("cuda", [False, True], ids=["no CUDA", "CUDA"])
+@pytest.mark.parametrize("device", ["auto", "cpu", "gpu"])
+@pytest.mark.parametrize("engine", ["auto", *ENGINES])
+def test_the_first_choice_that_can_be_had_is_taken(installed: str, cuda: bool, engine: str, device: str) -> None:
+    asked = DataConfig(engine=engine, device=device)  # type: ignore[arg-type]
+    fitting = [(e, d) for e, d in possible(installed, cuda) if engine in ("auto", e) and device in ("auto", d)]
+    if fitting:
+        *choice, reason = choose_engine(asked, cuda)
+        assert tuple(choice) == fitting[0]
+        assert reason
+    else:
+        with pytest.raises(ConfigError, match=r"^data\.(engine|device): \w+ (needs|cannot be had)"):
+            choose_engine(asked, cuda)
 
 
 @pytest.mark.parametrize(
-    ("asked", "cuda", "expected"),
+    ("installed", "asked", "cuda", "reason"),
     [
-        ({}, False, ("stock", "cpu", "DALI is installed, no CUDA device")),
-        ({}, True, ("stock", "gpu", "DALI is installed")),
-        ({"device": "cpu"}, True, ("stock", "cpu", "asked for")),
-        ({"device": "gpu"}, True, ("stock", "gpu", "asked for")),
-        ({"engine": "torchvision"}, True, ("torchvision", "cpu", "asked for")),
+        ("everything", {}, True, "the first choice"),
+        ("everything", {}, False, "no CUDA device"),
+        ("everything", {"device": "cpu"}, False, "the first choice"),
+        ("everything", {"engine": "torchvision"}, True, "the torchvision engine runs on CPUs only"),
+        ("plugin without CUDA", {}, True, "mcl's DALI plugin was built without CUDA; MCL_BUILD_CUDA=1 builds it with"),
+        ("no plugin", {}, False, "no CUDA device; mcl's DALI plugin is not built; pip install --no-build-isolation"),
+        ("broken plugin", {"device": "cpu"}, True, r"mcl's DALI plugin cannot be loaded \(.*too short\); pip install"),
+        ("no DALI", {}, False, "no CUDA device; NVIDIA DALI is not installed; pip install nvidia-dali-cuda130"),
+        ("no DALI", {"device": "cpu"}, True, "NVIDIA DALI is not installed; pip install nvidia-dali-cuda130"),
     ],
+    indirect=["installed"],
 )
-def test_the_engine_and_the_reason_for_it(asked: dict[str, str], cuda: bool, expected: tuple[str, str, str]) -> None:
-    assert choose_engine(DataConfig(**asked), cuda) == expected  # type: ignore[arg-type]
+def test_the_reason_says_what_is_missing_and_how_to_get_it(
+    installed: str, asked: dict[str, str], cuda: bool, reason: str
+) -> None:
+    _, _, said = choose_engine(DataConfig(**asked), cuda)  # type: ignore[arg-type]
+    assert re.match(reason, said)
+    assert said.count(";") == len(set(said.split("; "))) - 1  # nothing twice
 
 
-@pytest.mark.usefixtures("no_dali")
-def test_without_dali_the_torchvision_engine_steps_in_and_says_why(good: Source) -> None:
-    for cuda in (False, True):
-        engine, device, reason = choose_engine(DataConfig(), cuda)
-        assert (engine, device) == ("torchvision", "cpu")
-        assert "DALI is not installed; pip install" in reason
-    with make(good, "auto") as loader:
-        assert loader.engine_name == "torchvision"
+@pytest.mark.parametrize(
+    ("installed", "asked", "cuda", "message"),
+    [
+        ("everything", {"device": "gpu"}, False, r"data\.device: gpu needs a CUDA device; use data\.device=cpu"),
+        (
+            "everything",
+            {"device": "gpu", "engine": "torchvision"},
+            True,
+            r"data\.device: gpu cannot be had, but cpu can: the torchvision engine runs on CPUs only",
+        ),
+        (
+            "plugin without CUDA",
+            {"device": "gpu", "engine": "fused"},
+            True,
+            r"data\.device: gpu cannot be had, but cpu can: .* without CUDA; MCL_BUILD_CUDA=1 builds it with",
+        ),
+        (
+            "no plugin",
+            {"engine": "fused"},
+            False,
+            r"data\.engine: fused .* not built; pip install --no-build-isolation",
+        ),
+        (
+            "no plugin",
+            {"engine": "fused", "device": "gpu"},
+            True,
+            r"data\.engine: fused .* not built; pip install --no-build-isolation",
+        ),
+        (
+            "broken plugin",
+            {"engine": "fused"},
+            False,
+            r"data\.engine: fused .*libmcl_dali\.so.*; pip install --no-build-isolation -e \. builds it anew",
+        ),
+        ("no DALI", {"engine": "fused"}, False, r"data\.engine: fused .* pip install nvidia-dali-cuda130"),
+        ("no DALI", {"engine": "stock"}, True, r"data\.engine: stock .* pip install nvidia-dali-cuda130"),
+        ("no DALI", {"device": "gpu"}, True, r"data\.device: gpu .* pip install nvidia-dali-cuda130"),
+    ],
+    indirect=["installed"],
+)
+def test_what_cannot_be_had_is_refused_with_the_remedy(
+    installed: str, asked: dict[str, str], cuda: bool, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        choose_engine(DataConfig(**asked), cuda)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("installed", "engine"), [("no plugin", "stock"), ("no DALI", "torchvision")], indirect=["installed"]
+)
+def test_the_engine_that_steps_in_loads(installed: str, engine: str, good: Source) -> None:
+    with make_loader(good, "auto") as loader:
+        assert loader.engine_name == engine
+        assert loader.reason
         assert next(loader)[0].step == 0
-    with pytest.raises(ConfigError, match=r"data\.engine: stock needs NVIDIA DALI; pip install"):
-        make(good, "stock")
-    with pytest.raises(ConfigError, match=r"data\.device: gpu needs"):
-        choose_engine(DataConfig(device="gpu"), True)
 
 
-@pytest.mark.parametrize("asked", [{"device": "gpu"}, {"device": "gpu", "engine": "torchvision"}])
-def test_loading_on_a_gpu_that_is_not_there(good: Source, asked: dict[str, str]) -> None:
-    with pytest.raises(ConfigError, match=r"data\.device: gpu needs a CUDA device .*use data\.device=cpu"):
-        make(good, **({"engine": "auto"} | asked))
+def test_a_loader_refuses_a_gpu_that_is_not_there(good: Source) -> None:
+    with pytest.raises(ConfigError, match=r"data\.device: gpu needs a CUDA device; use data\.device=cpu"):
+        make_loader(good, "auto", device="gpu")
 
 
 def test_threads_are_shared_among_the_processes_of_a_machine() -> None:

@@ -64,14 +64,34 @@ def test_order_is_a_permutation_of_its_own_for_every_epoch_and_seed() -> None:
     assert np.array_equal(orders[0], planning.order(0, 0, 1000))
 
 
-def test_an_epoch_shows_every_sample_once_over_the_ranks_but_for_the_incomplete_last_step() -> None:
-    ranks = [make(images=16, rank=rank, world_size=2, size=101) for rank in range(2)]
-    assert ranks[0].steps_per_epoch == 3
+def test_an_epoch_mixes_the_whole_set() -> None:
+    """Neighbours in an epoch are no neighbours among the files, and every part of it draws on every part of the set."""
+    size, parts = 10_000, 10
+    for epoch in range(2):
+        order = planning.order(7, epoch, size)
+        steps = np.abs(np.diff(order))
+        assert (steps == 1).sum() < 15  # chance: 2
+        assert abs(steps.mean() / (size / 3) - 1) < 0.03  # of two numbers drawn evenly; its deviation is 0.7%
+        counts = np.histogram2d(np.arange(size) * parts // size, order * parts // size, parts)[0]
+        assert abs(counts - size / parts**2).max() < 50  # 5 deviations
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("size", [192, 199])
+def test_an_epoch_shows_every_sample_once_over_the_ranks_but_for_the_incomplete_last_step(
+    world_size: int, size: int
+) -> None:
+    """Steps of 64; what is left over is another part of the set in every epoch."""
+    ranks = [make(images=64 // world_size, rank=rank, world_size=world_size, size=size) for rank in range(world_size)]
+    assert {plan.steps_per_epoch for plan in ranks} == {3}
+    dropped = []
     for epoch in range(2):
         steps = range(epoch * 3, epoch * 3 + 3)
-        seen = np.concatenate([plan.samples(step, ()) for step in steps for plan in ranks])
-        assert len(set(seen.tolist())) == len(seen) == 96
-        assert set(seen.tolist()) == set(planning.order(7, epoch, 101)[:96].tolist())
+        seen = [int(i) for step in steps for plan in ranks for i in plan.samples(step, ())]
+        assert len(set(seen)) == len(seen) == 192
+        assert seen == planning.order(7, epoch, size)[:192].tolist()
+        dropped.append(set(range(size)) - set(seen))
+    assert dropped[0] != dropped[1] or size == 192
 
 
 @pytest.mark.parametrize("bad", [(), (3, 50, 99)])
@@ -213,6 +233,22 @@ def test_slots_show_every_image_equally_often_and_are_shuffled_but_for_level_0()
                 assert (slots == another).mean() < 0.3
     for level in (1, 2, 3):
         assert (first.sources[0][level] == first.sources[1][level]).mean() < 0.3
+
+
+def test_a_scheduled_epoch_is_that_of_a_plan_that_has_its_cells_all_along() -> None:
+    """Nothing but the size of the canvas changes: neither samples nor crops, slots or colours."""
+    scheduled = make(geometry=dataclasses.replace(SMALL, schedule=((1, 3), (2, 2))))
+    per_epoch = scheduled.steps_per_epoch
+    for epoch, cells in enumerate((1, 3, 2, 2)):
+        plain = make(geometry=dataclasses.replace(SMALL, cells=cells))
+        for step in (epoch * per_epoch, (epoch + 1) * per_epoch - 1):
+            a, b = scheduled.step(step, SIZES), plain.step(step, SIZES)
+            assert a.geometry == b.geometry == plain.geometry
+            assert (a.epoch, a.step) == (b.epoch, b.step) == (epoch, step)
+            assert np.array_equal(a.index, b.index)
+            for view in range(VIEWS):
+                assert all(map(np.array_equal, a.sources[view], b.sources[view]))
+                assert all(map(same, a.augmentations[view], b.augmentations[view]))
 
 
 def test_substitutes_are_deterministic_and_never_bad() -> None:

@@ -90,6 +90,11 @@ def test_coco_preset_has_the_iterations_of_imagenet() -> None:
         ("montage.ratios=[1, 3]", r"montage\.ratios: \[1, 3\] must start with 1 and increase among 1, 2, 4, 8"),
         ("montage.images_per_canvas=[1, 4, 16, 24]", r"montage\.images_per_canvas: 24 must divide the 64 tiles"),
         ("montage.images_per_canvas=[1, 4, 16]", r"montage\.images_per_canvas: 3 entries for 4 ratios"),
+        ("montage.schedule=[[0, 5]]", r"montage\.schedule: epochs \[0\] must increase from 1 on"),
+        ("montage.schedule=[[8, 5], [4, 7]]", r"montage\.schedule: epochs \[8, 4\] must increase"),
+        ("montage.schedule=[[4, 0]]", r"montage\.schedule: from epoch 4 on: cells: 0 must be at least 1$"),
+        ("montage.schedule=[4, 5]", r"montage\.schedule"),
+        ("montage.schedule=[[4, 5.5]]", r"montage\.schedule.*integer"),
         ("model.loss_weights=[1, 1]", r"model\.loss_weights: 2 weights for the 4 levels"),
         ("name=a/b", r"name: 'a/b' is not a plain folder name"),
         ("trainer=3", r"trainer: .*dictionary"),
@@ -101,6 +106,13 @@ def test_coco_preset_has_the_iterations_of_imagenet() -> None:
 def test_errors_name_the_key(word: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         preset("mcl_r50_fpn_100e_in1k", word)
+
+
+def test_a_canvas_schedule_is_written_as_pairs() -> None:
+    cfg = preset("mcl_r50_fpn_100e_in1k", "montage.cells=3", "montage.schedule=[[50,5],[80,7]]")
+    assert cfg.montage.schedule == ((50, 5), (80, 7))
+    assert [cfg.montage.at(epoch).canvas for epoch in (49, 50, 99)] == [96, 160, 224]
+    assert config.from_dict(config.to_dict(cfg)) == cfg
 
 
 def test_values_are_typed() -> None:
@@ -132,6 +144,38 @@ def test_illegal_batches_name_the_nearest_legal_ones() -> None:
     single = config.override(cfg, ["trainer.global_batch=32", "montage.cells=1"])
     with pytest.raises(ConfigError, match=r"one value per channel; double the batch"):
         single.images_per_rank(1)
+    later = config.override(cfg, ["trainer.global_batch=32", "montage.schedule=[[5, 1]]"])
+    with pytest.raises(ConfigError, match=r"montage\.schedule.* one value per channel; double the batch"):
+        later.images_per_rank(1)
+
+
+@pytest.mark.parametrize(
+    ("queries", "message"),
+    [
+        ("[3,1,1,1]", r"one in 3 of the 128 canvases of level 0 \(128 images per process\).* nearest legal: 2, 4$"),
+        ("[4,1,16,1]", r"one in 16 of the 8 canvases of level 2 .* nearest legal: 8$"),
+    ],
+)
+def test_queries_that_make_no_whole_canvases_name_the_nearest(queries: str, message: str) -> None:
+    cfg = preset("mcl_r50_fpn_100e_in1k", f"montage.queries={queries}")
+    with pytest.raises(ConfigError, match=r"montage\.queries: " + message):
+        cfg.images_per_rank(32)
+
+
+def test_one_query_of_one_cell_is_too_little_for_batchnorm() -> None:
+    cfg = preset("mcl_r50_fpn_100e_in1k", "trainer.global_batch=64", "montage.cells=1")
+    assert cfg.images_per_rank(1) == 64
+    with pytest.raises(ConfigError, match="BatchNorm one value per channel"):
+        config.override(cfg, ["montage.queries=[1,1,4,1]"]).images_per_rank(1)
+
+
+@pytest.mark.parametrize("name", ["budget", "budget_2x"])
+def test_budget_presets_differ_from_the_usual_one_in_the_montage_alone(name: str) -> None:
+    cfg = preset(f"mcl_r50_fpn_100e_{name}")
+    changed = set(config.changed_keys(cfg, preset("mcl_r50_fpn_100e_in1k")))
+    assert changed == {"name", "montage.cells", "montage.schedule", "montage.queries"}
+    assert cfg.montage.final.canvas == 224
+    assert cfg.montage.at(cfg.trainer.epochs - 10).canvas == 224
 
 
 def test_command_line_keys_are_frozen() -> None:

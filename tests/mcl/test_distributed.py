@@ -1,77 +1,100 @@
-"""Two processes under torchrun, over gloo."""
+"""Two processes over gloo."""
 
 import json
 import math
+import multiprocessing
 import os
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import pytest
 import yaml
 
-from mcl import checkpoint
-from mcl.metrics import read
-from tests.conftest import ROOT
-from tests.mcl.test_trainer import TINY
-
-OPEN = """
-import json, sys, time
+from dali_pipelines.loader import BadDataError
+from dali_pipelines.plan import order
 from dali_pipelines.source import SourceError, headers
-from mcl import distributed
+from mcl import checkpoint, config, distributed
 from mcl.config import ConfigError, DataConfig
 from mcl.images import open_shared
-
-distributed.setup("cpu")
-rank = distributed.rank()
-opened, reads = headers.Image.open, []
-
-def count(file):
-    reads.append(1)
-    time.sleep(0.02 if rank == 0 else 0)
-    return opened(file)
-
-headers.Image.open = count
-said = []
-for root in json.loads(sys.argv[1])[rank]:
-    try:
-        said.append([len(open_shared(DataConfig(root=root, index=sys.argv[2]))), len(reads)])
-    except (ConfigError, SourceError) as error:
-        said.append([type(error).__name__, str(error)])
-    reads.clear()
-distributed.teardown()
-print(json.dumps(said))
-"""
+from mcl.metrics import read
+from mcl.trainer import Trainer
+from tests.conftest import ROOT, ThinBackbone
+from tests.mcl.test_trainer import TINY
 
 
-def two_ranks(roots: list[list[str]], index: Path) -> list[Any]:
-    """What two processes of one machine say of the sources that they open one after the other, together."""
+def two_ranks(work: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What `work` returns in each of two processes of one machine."""
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["mcl.trainer", "dali_pipelines.pipelines"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", OPEN, json.dumps(roots), str(index)],
-            cwd=ROOT,
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [process.communicate(timeout=60) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    return [json.loads(out.splitlines()[-1]) for out, _ in outputs]
+    with ProcessPoolExecutor(2, processes) as pool:
+        futures = [pool.submit(_join, rank, port, work, arguments) for rank in range(2)]
+        return [future.result(timeout=60) for future in futures]
+
+
+def _join(rank: int, port: int, work: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    os.environ |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
+    distributed.setup("cpu")
+    try:
+        return work(*arguments)
+    finally:
+        distributed.teardown()
+
+
+def open_all(roots: list[list[str]], index: str) -> list[Any]:
+    """Opens a rank's sources, one after the other: their sizes and how many headers were read, or the error."""
+    opened, reads = headers.Image.open, []
+
+    def count(file: Any) -> Any:
+        reads.append(1)
+        time.sleep(0.02 if distributed.rank() == 0 else 0)
+        return opened(file)
+
+    said: list[Any] = []
+    with mock.patch.object(headers.Image, "open", count):
+        for root in roots[distributed.rank()]:
+            try:
+                said.append([len(open_shared(DataConfig(root=root, index=index))), len(reads)])
+            except (ConfigError, SourceError) as error:
+                said.append([type(error).__name__, str(error)])
+            reads.clear()
+    return said
+
+
+def train_all(preset: dict[str, Any], runs: list[list[str]]) -> list[Any]:
+    """Bad files known at the start and at the end of each run, and the error that it ends with."""
+    said = []
+    with (
+        mock.patch("mcl.models.mcl.Backbone", ThinBackbone),
+        mock.patch.object(distributed, "setup"),  # once is enough
+    ):
+        for words in runs:
+            trainer = Trainer(config.override(config.from_dict(preset), words))
+            known, error = sorted(trainer.loader.bad), ""
+            try:
+                trainer.fit()
+            except BadDataError as raised:
+                error = str(raised)
+            said.append([known, sorted(trainer.loader.bad), error])
+    return said
 
 
 def test_ranks_open_the_same_images(photos: Path, tmp_path: Path) -> None:
     """The first reads the headers, the second the index; both refuse what differs, and what only one cannot open."""
     train, val, nowhere = str(photos / "train"), str(photos / "val"), str(tmp_path / "nowhere")
-    first, second = two_ranks([[val, val, nowhere, val], [val, train, val, nowhere]], tmp_path / "index")
+    roots = [[val, val, nowhere, val], [val, train, val, nowhere]]
+    first, second = two_ranks(open_all, roots, str(tmp_path / "index"))
     assert (first[0], second[0]) == ([66, 66], [66, 0])
     for said, root in ((first, val), (second, train)):
         kind, message = said[1]
@@ -79,6 +102,45 @@ def test_ranks_open_the_same_images(photos: Path, tmp_path: Path) -> None:
         assert message.startswith(f"data.root: rank 1 and rank 0 see other images in {root} (")
     missing = ["SourceError", f"data.root: {nowhere} does not exist"]
     assert first[2:] == second[2:] == [missing, missing]
+
+
+def test_what_one_rank_finds_broken_all_of_them_know(photos: Path, tmp_path: Path) -> None:
+    """It is in the checkpoint of the first, listed once, and counts for the limit of every one."""
+    size, per_rank = 32, 8
+    shown_by = [np.empty(size, int) for _ in range(2)]  # [epoch][image]: the rank
+    for epoch, ranks in enumerate(shown_by):
+        ranks[order(0, epoch, size)] = np.arange(size) // per_rank % 2
+    only_second = int(np.flatnonzero((shown_by[0] == 1) & (shown_by[1] == 1))[0])
+    only_first = int(np.flatnonzero((shown_by[0] == 0) & (shown_by[1] == 0))[0])
+    both = int(np.flatnonzero((shown_by[0] == 1) & (shown_by[1] == 0))[0])
+
+    def break_(name: str, *broken: int) -> str:
+        (tmp_path / name).mkdir()
+        for i, photo in enumerate(sorted((photos / "val").rglob("*.jpg"))[:size]):
+            content = photo.read_bytes()
+            (tmp_path / name / f"{i:03}.jpg").write_bytes(content[: len(content) // 2] if i in broken else content)
+        return f"data.root={tmp_path / name}"
+
+    preset = TINY | {
+        "montage": {"cells": 1, "images_per_canvas": [1, 2, 2, 2]},  # all levels: no map is left without a gradient
+        "model": TINY["model"] | {"loss_weights": [0.25] * 4},
+        "trainer": TINY["trainer"] | {"global_batch": 2 * per_rank, "checkpoint_epochs": 2},
+    }
+    words = [f"output={tmp_path}", f"data.index={tmp_path / 'index'}"]
+    tolerant = [*words, break_("a", only_second, both), "data.max_bad_fraction=0.1"]
+    strict = [*words, break_("b", only_second, only_first), "data.max_bad_fraction=0.05", "name=strict"]
+    first, second = two_ranks(train_all, preset, [tolerant, tolerant, strict])
+
+    found = sorted([only_second, both])
+    assert first[:2] == second[:2] == [[[], found, ""], [found, found, ""]]
+    folder = tmp_path / "tiny"
+    assert sorted(checkpoint.load(folder / "checkpoints" / "last.pt")["loader"]["bad"]) == found
+    listed = [json.loads(line) for line in (folder / "bad_files.jsonl").read_text().splitlines()]
+    assert sorted(record["index"] for record in listed) == found
+
+    for known, _, error in (first[2], second[2]):
+        assert known == []
+        assert error.startswith(f"2 of the 32 images in {tmp_path / 'b'} cannot be used (data.max_bad_fraction=0.05)")
 
 
 @pytest.mark.soak

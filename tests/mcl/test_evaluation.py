@@ -68,6 +68,17 @@ def test_retrieval_of_random_networks_is_reproducible(small: Config) -> None:
 
 
 @pytest.mark.usefixtures("thin_backbone")
+def test_retrieval_shows_every_tile_at_the_size_that_the_schedule_ends_with(small: Config) -> None:
+    torch.manual_seed(0)
+    model = MCL(small.model, small.montage)
+    source = open_source(small.data.root)
+    scheduled = config.override(small, ["montage.queries=[4,1]", "montage.schedule=[[3,2]]"])
+    last = config.override(small, ["montage.cells=2"])
+    (found,), (expected,) = (retrieval([model], cfg, source, torch.device("cpu")) for cfg in (scheduled, last))
+    assert found == expected
+
+
+@pytest.mark.usefixtures("thin_backbone")
 def test_retrieval_of_both_splits_leaves_the_model_alone(small: Config) -> None:
     torch.manual_seed(small.trainer.seed)
     model = MCL(small.model, small.montage)

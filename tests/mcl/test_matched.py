@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from mcl import config
+from mcl.loss import contrast, total_loss
 from mcl.models import MCL
 from mcl.montage import Geometry
 from tests.conftest import ThinBackbone, random_view
@@ -124,6 +125,36 @@ def test_running_statistics_update_level_by_level() -> None:
     assert matched.online.fpn.laterals[0].norm.num_batches_tracked == 2 * geometry.levels
     assert matched.target.fpn.laterals[0].norm.num_batches_tracked == 2
     assert matched.target.head.convs[0].norm.num_batches_tracked == 2
+
+
+@pytest.mark.parametrize("compute", ["matched", "released"])
+def test_gradients_of_fewer_queries_are_those_without_the_other_terms(compute: str) -> None:
+    """One canvas of level 0 in four, all tiles of level 1, every image a target."""
+    geometry = Geometry(cells=1, ratios=(1, 2), images_per_canvas=(1, 4), queries=(4, 1))
+    views = [random_view(geometry, 16, seed, torch.float64) for seed in (1, 2)]
+    matched, released = models("thin", geometry)
+    model = {"matched": matched, "released": released}[compute]
+    few = geometry.query_canvases(16)
+    assert few == (4, 4)
+    output = model(*(dataclasses.replace(view, queries=few) for view in views))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    found = torch.autograd.grad(output.loss, parameters, allow_unused=True)  # maps finer than those of two levels
+
+    banks = [model.targets(view) for view in reversed(views)]
+    losses = []
+    for view, bank in zip(views, banks, strict=True):
+        (full, tiles), (own, others) = matched.predictions(view), matched.sources(view)
+        losses.append(contrast([full[:4], tiles], [own[:4], others], bank, model.config.temperature)[0])
+    loss = total_loss(torch.stack(losses), model.config.loss_weights, model.config.temperature)
+    expected = torch.autograd.grad(loss, [p for p in matched.parameters() if p.requires_grad], allow_unused=True)
+    torch.testing.assert_close(output.loss, loss, rtol=1e-10, atol=0)
+    scale = max(g.abs().max() for g in expected if g is not None)
+    assert sum(g is None for g in expected) == 2
+    for gradient, other in zip(found, expected, strict=True):
+        if other is None:
+            assert gradient is None
+            continue
+        assert (gradient - other).norm() <= 1e-10 * max(other.norm(), 1e-3 * scale)
 
 
 def test_queries_take_the_first_canvases_of_each_level() -> None:

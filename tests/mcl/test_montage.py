@@ -32,6 +32,49 @@ def test_legal_batches(images: int, legal: bool) -> None:
     assert DEFAULT.legal(images) is legal
 
 
+def test_a_schedule_says_how_many_cells_an_epoch_has() -> None:
+    geometry = Geometry(cells=3, schedule=((2, 5), (4, 1)))
+    assert [geometry.at(epoch).cells for epoch in range(6)] == [3, 3, 5, 5, 1, 1]
+    assert [geometry.at(epoch).canvas for epoch in (1, 2, 4)] == [96, 160, 32]
+    assert geometry.at(0) == Geometry(cells=3)
+    assert geometry.at(2) == Geometry(cells=5)
+    assert geometry.fewest_cells == 1
+    assert Geometry(cells=3, schedule=((2, 5),)).fewest_cells == DEFAULT.fewest_cells - 4 == 3
+    assert DEFAULT.at(1000) == DEFAULT
+
+
+def test_queries_are_one_canvas_in_so_many() -> None:
+    geometry = Geometry(queries=(4, 1, 2, 1))
+    assert geometry.query_canvases(128) == (32, 32, 4, 4)
+    assert DEFAULT.query_canvases(128) == DEFAULT.canvases(128)
+    assert Geometry(cells=3, schedule=((2, 5), (4, 6)), queries=(4, 1, 1, 1)).final == Geometry(cells=6)
+
+
+@pytest.mark.parametrize(
+    ("queries", "message"),
+    [((4, 1), "queries: 2 entries for 4 ratios"), ((4, 1, 1, 0), r"queries: \[4, 1, 1, 0\] must be at least 1")],
+)
+def test_illegal_queries(queries: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Geometry(queries=queries)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        (((0, 5),), r"schedule: epochs \[0\] must increase from 1 on; montage\.cells holds before"),
+        (((3, 5), (3, 7)), r"schedule: epochs \[3, 3\] must increase"),
+        (((5, 5), (3, 7)), r"schedule: epochs \[5, 3\] must increase"),
+        (((3, 0),), r"schedule: from epoch 3 on: cells: 0 must be at least 1"),
+        (((3, 3),), r"schedule: from epoch 3 on: images_per_canvas: 64 must divide the canvas side of 96 px"),
+        (((3,),), "schedule"),
+    ],
+)
+def test_illegal_schedules(schedule: tuple[tuple[int, int], ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Geometry(cells=2, images_per_canvas=(1, 4, 16, 64), schedule=schedule)
+
+
 @pytest.mark.parametrize("cells", [1, 3, 7])
 @pytest.mark.parametrize("level", range(4))
 def test_slabs_put_every_pixel_of_every_tile_where_it_belongs(cells: int, level: int) -> None:

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from mcl import checkpoint, config, run
 from mcl.checkpoint import CheckpointError
@@ -24,6 +26,8 @@ from mcl.metrics import read
 from mcl.signals import Interrupted
 from mcl.trainer import NonFiniteLossError, Trainer
 from tests.conftest import ThinBackbone
+from tests.dali_pipelines.images import write_animated, write_huge, write_truncated
+from tests.dali_pipelines.shards import write_tar
 
 TINY: dict[str, Any] = {
     "name": "tiny",
@@ -154,6 +158,34 @@ def test_stopped_by_a_signal_and_resumed(tiny: Config) -> None:
     ]
     assert [r["step"] for r in timeless[0]] == [2, 4, 6, 8]
     assert timeless[0][2:] == timeless[1][2:]
+
+
+@pytest.mark.parametrize("stop", [3, 4, 5])
+def test_stopped_next_to_a_change_of_the_canvas_and_resumed(tiny: Config, stop: int) -> None:
+    """Before it, on it, and after it: the second epoch has canvases of another size."""
+    tiny = config.override(tiny, ["montage.schedule=[[1, 2]]", "trainer.checkpoint_epochs=2"])
+    undisturbed = Trainer(config.override(tiny, ["name=undisturbed"]))
+    sides: list[int] = []
+    undisturbed.model.register_forward_pre_hook(lambda _, views: sides.append(views[0].images.shape[-1]))
+    undisturbed.fit()
+    assert sides == [32] * 4 + [64] * 4
+
+    trainer = Trainer(tiny)
+    train_step = trainer.train_step
+
+    def interrupt(*views: Any) -> Any:
+        if trainer.step == stop - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(*views)
+
+    trainer.train_step = interrupt  # type: ignore[method-assign]
+    with pytest.raises(Interrupted):
+        trainer.fit()
+    resumed = Trainer(tiny)
+    assert resumed.step == stop
+    resumed.fit()
+    a, b = last_weights(tiny), last_weights(undisturbed.config)
+    assert all(equal(a[key], b[key]) for key in ("step", "model", "optimizer", "loader", "rng"))
 
 
 def pretrain(words: list[str], real: bool) -> None:
@@ -343,14 +375,47 @@ def test_precisions(tiny: Config, precision: str) -> None:
 
 
 def test_bad_files_are_listed_and_replaced(tiny: Config, few_photos: Path, tmp_path: Path) -> None:
+    """One in twenty cannot be used, each for another reason; what is merely unusual can."""
     root = tmp_path / "poisoned"
     root.mkdir()
-    for i, file in enumerate(sorted(few_photos.rglob("*.jpg"))):
-        (root / f"{i:02d}.jpg").write_bytes(file.read_bytes())
-    (root / "03.jpg").write_text("not an image")
-    broken = (root / "07.jpg").read_bytes()
-    (root / "07.jpg").write_bytes(broken[: len(broken) // 2])
-    Trainer(config.override(tiny, [f"data.root={root}", "data.max_bad_fraction=0.1"])).fit()
+    photos = sorted(few_photos.rglob("*.jpg"))
+    for i in range(112):
+        shutil.copy(photos[i % len(photos)], root / f"{i:03}.jpg")
+    with Image.open(photos[0]) as photo:
+        picture = photo.convert("RGB").resize((64, 48))
+    write_truncated(root / "007.jpg", picture)
+    (root / "020.jpg").write_bytes(b"")
+    (root / "033.jpg").write_text("not an image")
+    write_huge(root / "049.jpg", picture)
+    write_animated(root / "050.webp", picture)
+    broken = {"007.jpg", "020.jpg", "033.jpg", "049.jpg", "050.webp"}
+    if os.geteuid() != 0:
+        (root / "081.jpg").chmod(0)
+        broken.add("081.jpg")
+    picture.convert("CMYK").save(root / "090.jpg")
+    Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257).save(root / "099.png")
+
+    cfg = config.override(tiny, [f"data.root={root}", "data.max_bad_fraction=0.06", "trainer.epochs=1"])
+    Trainer(cfg).fit()
     listed = [json.loads(line) for line in (tiny.run_folder / "bad_files.jsonl").read_text().splitlines()]
-    assert {Path(r["path"]).name for r in listed} == {"03.jpg", "07.jpg"}
+    assert sorted(Path(r["path"]).name for r in listed) == sorted(broken)
     assert all(r["reason"] for r in listed)
+    assert last_weights(tiny)["step"] == 14
+    assert len(last_weights(tiny)["loader"]["bad"]) == len(broken)
+    assert Trainer(cfg).loader.bad.keys() == last_weights(tiny)["loader"]["bad"].keys()
+
+
+def test_a_shard_cut_short_trains_through(tiny: Config, few_photos: Path, tmp_path: Path) -> None:
+    """The images before the cut are used; the one that is cut is listed."""
+    photos = [file.read_bytes() for file in sorted(few_photos.rglob("*.jpg"))]
+    shard = tmp_path / "shards" / "0.tar"
+    shard.parent.mkdir()
+    write_tar(shard, ((f"{i:03}.jpg", photo) for i, photo in enumerate(photos)))
+    content = shard.read_bytes()
+    shard.write_bytes(content[: content.index(photos[25]) + 1000])
+    cfg = config.override(tiny, [f"data.root={shard.parent}", "data.max_bad_fraction=0.05", "trainer.epochs=1"])
+    Trainer(cfg).fit()
+    (line,) = (tiny.run_folder / "bad_files.jsonl").read_text().splitlines()
+    assert json.loads(line)["path"].endswith("0.tar/025.jpg")
+    assert "cut short" in json.loads(line)["reason"]
+    assert last_weights(tiny)["step"] == 26 // 8

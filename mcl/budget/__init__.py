@@ -1,0 +1,153 @@
+"""What a configuration costs: ``mcl budget CONFIG``. Needs no images, no GPU and no DALI.
+
+:func:`budget` returns what ``--json`` prints. FLOPs and bytes are counted (see :mod:`mcl.budget.count` for what is and
+what is not), times are estimates unless they say that they were measured (see :mod:`mcl.budget.hardware`).
+
+| key | what |
+|---|---|
+| name, backbone, compute, precision, epochs | of the configuration |
+| gpus, images_per_gpu | processes, and images of a step on each |
+| gflop_per_image | of a training step, both views, mean over the epochs |
+| supervised | ``model`` and ``gflop_per_image`` of a supervised step of that backbone at 224 px, with its classifier |
+| ratio_to_supervised | the one over the other |
+| parts | by part: ``forward``, ``backward`` (GFLOP per image, mean over the epochs), ``parameters`` (number), ``saved_bytes`` |
+| stages | of the canvas schedule: ``first_epoch``, ``epochs``, ``cells``, ``canvas`` (px), ``gflop_per_image``, ``ratio_to_supervised``, ``parts`` (GFLOP per image), ``saved_bytes`` |
+| memory | bytes per GPU, largest stage: ``parameters``, ``gradients``, ``optimizer``, ``momentum_network``, ``batch`` (canvases of both views), ``activations`` (what autograd saves), ``total`` |
+| time | for these epochs of ImageNet, a list: ``kind`` (estimate or measured), ``hardware``, ``gpus``, ``images_per_s``, ``hours``, ``gpu_hours``, ``tflop_per_s_per_gpu``, ``source``; ``loader_images_per_s_per_gpu`` (in the fastest stage), ``gate_share`` (what that takes of DALI's gate, H100 only), ``cpu_cores_per_gpu`` (for loading on CPUs, null unless benchmarked) |
+| loader | ``views`` (pixels made per image, in views of 224 px, largest stage), ``gate`` (``images_per_s``, ``source``), ``cpu`` (see :func:`~mcl.budget.hardware.loading_on_cpu`) |
+"""  # noqa: E501  # a table
+
+from dataclasses import dataclass
+from typing import Any
+
+from mcl.budget import count, hardware
+from mcl.budget.count import PARTS, Count
+from mcl.config import Config, ConfigError
+from mcl.montage import Geometry
+
+_RELEASED_IMAGES = 128  # per GPU
+_GIGA = 1e9
+_BATCH_BYTES = {"float32": 4, "float16": 2}
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """Epochs of one geometry."""
+
+    first: int
+    epochs: int
+    geometry: Geometry
+    count: Count
+    images: int  # per process
+
+    @property
+    def flops(self) -> float:
+        """Per image."""
+        return self.count.flops / self.images
+
+    @property
+    def saved(self) -> int:
+        """Bytes, all parts."""
+        return sum(self.count.saved.values())
+
+
+def budget(config: Config, gpus: int | None = None) -> dict[str, Any]:
+    """Counts the steps of a configuration; takes seconds per stage of its canvas schedule.
+
+    Args:
+        gpus: processes; None takes as many as give each of them 128 images.
+
+    Raises:
+        ConfigError: the global batch does not divide among them.
+        CheckpointError: the run folder has checkpoints, and none can be read.
+    """
+    if gpus is not None and gpus < 1:
+        raise ConfigError(f"--gpus: {gpus} must be at least 1")
+    gpus = gpus or max(1, config.trainer.global_batch // _RELEASED_IMAGES)
+    stages = _stages(config, gpus)
+    supervised = count.supervised(config.model.backbone)
+    mean = sum(s.epochs * s.flops for s in stages) / config.trainer.epochs
+    found = hardware.measurement(config, {s.geometry.cells: s.flops for s in stages})
+    work = [hardware.Stage(s.epochs, s.flops, _views(config, s.geometry)) for s in stages]
+    return {
+        "name": config.name,
+        "backbone": config.model.backbone,
+        "compute": config.model.compute,
+        "precision": config.trainer.precision,
+        "epochs": config.trainer.epochs,
+        "gpus": gpus,
+        "images_per_gpu": stages[0].images,
+        "gflop_per_image": mean / _GIGA,
+        "supervised": {"model": config.model.backbone, "gflop_per_image": supervised / _GIGA},
+        "ratio_to_supervised": mean / supervised,
+        "parts": _parts(stages),
+        "stages": [_describe(s, supervised) for s in stages],
+        "memory": _memory(config, stages),
+        "time": hardware.times(work, count.supervised("resnet50"), found),
+        "loader": {
+            "views": max(s.views for s in work),
+            "gate": {"images_per_s": hardware.GATE, "source": hardware.GATE_SOURCE},
+            "cpu": hardware.loading_on_cpu(),
+        },
+    }
+
+
+def _stages(config: Config, gpus: int) -> list[_Stage]:
+    images, epochs, montage = config.images_per_rank(gpus), config.trainer.epochs, config.montage
+    firsts = [0, *(epoch for epoch, _ in montage.schedule if epoch < epochs)]
+    stages = []
+    for first, end in zip(firsts, [*firsts[1:], epochs], strict=True):
+        geometry = montage.at(first)
+        counted = count.step(config.model, geometry, images, gpus, config.trainer.precision)
+        stages.append(_Stage(first, end - first, geometry, counted, images))
+    return stages
+
+
+def _parts(stages: list[_Stage]) -> dict[str, dict[str, float]]:
+    largest = max(stages, key=lambda s: s.saved).count
+    images = sum(s.epochs * s.images for s in stages)  # a step of every epoch
+    return {
+        part: {
+            "forward": sum(s.epochs * s.count.forward[part] for s in stages) / images / _GIGA,
+            "backward": sum(s.epochs * s.count.backward[part] for s in stages) / images / _GIGA,
+            "parameters": largest.parameters[part],
+            "saved_bytes": largest.saved[part],
+        }
+        for part in PARTS
+    }
+
+
+def _describe(stage: _Stage, supervised: float) -> dict[str, Any]:
+    counted = stage.count
+    return {
+        "first_epoch": stage.first,
+        "epochs": stage.epochs,
+        "cells": stage.geometry.cells,
+        "canvas": stage.geometry.canvas,
+        "gflop_per_image": stage.flops / _GIGA,
+        "ratio_to_supervised": stage.flops / supervised,
+        "parts": {p: (counted.forward[p] + counted.backward[p]) / stage.images / _GIGA for p in PARTS},
+        "saved_bytes": stage.saved,
+    }
+
+
+def _memory(config: Config, stages: list[_Stage]) -> dict[str, int]:
+    largest = max(stages, key=lambda s: s.saved)
+    state = count.state(config.model, config.montage, config.optim, config.trainer.precision)
+    canvases = sum(largest.geometry.canvases(largest.images))
+    memory = {
+        "parameters": state.parameters,
+        "gradients": state.gradients,
+        "optimizer": state.optimizer,
+        "momentum_network": state.momentum_network,
+        "batch": 2 * canvases * 3 * largest.geometry.canvas**2 * _BATCH_BYTES[config.data.dtype],
+        "activations": largest.saved,
+    }
+    return {**memory, "total": sum(memory.values())}
+
+
+def _views(config: Config, geometry: Geometry) -> float:
+    """Pixels that the loader makes per image, in views of 224 px."""
+    released = config.data.tile_sampling == "released"
+    levels = sum(1.0 if released else 1 / r**2 for r in geometry.ratios)
+    return 2 * levels * (geometry.canvas / 224) ** 2

@@ -1,0 +1,163 @@
+"""What a budget means in time: published throughputs, measurements of the run itself, and what the loader has to bring.
+
+Estimates assume that MCL reaches the FLOP/s that the cited supervised ResNet-50 training reached on that hardware, and
+that nodes of 8 GPUs work side by side without loss. Only measurements say what is true.
+"""
+
+import functools
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mcl import checkpoint
+from mcl.config import Config, changed_keys, from_dict
+from mcl.metrics import read
+
+IMAGENET = 1_281_167
+"""Training images of ImageNet-1k."""
+
+GATE = 19_000
+"""Images per second that DALI's own test asks of one H100: decode, random crop and resize to one view of 224 px."""
+
+GATE_SOURCE = "NVIDIA/DALI qa/TL1_decoder_perf/test.sh: H100 on x86, 70 CPU threads, hardware decoder share 0.12"
+
+NODE = 8
+"""GPUs of the machines that were measured."""
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """Supervised ResNet-50 training at 224 px, images per second."""
+
+    hardware: str
+    one: float  # on one GPU
+    node: float  # on NODE of them
+    source: str
+
+    def images_per_s(self, gpus: int) -> float:
+        """On one GPU, or on whole nodes."""
+        return self.one if gpus == 1 else self.node * gpus / NODE
+
+
+_EXAMPLES = "NVIDIA DeepLearningExamples, PyTorch ResNet-50 v1.5, AMP, 1 and 8 GPUs"
+_MLPERF = 28.7 / 13.466  # minutes of NVIDIA's closed submissions: 8 A100 in round 2.0, 8 H100 in round 3.0
+YARDSTICKS = (
+    Yardstick("A100", 2_470, 16_621, f"{_EXAMPLES}: DGX A100 80 GB"),
+    Yardstick(
+        *("H100", 2_470 * _MLPERF, 16_621 * _MLPERF),
+        "derived, rough: A100 times 28.7 min / 13.466 min (MLPerf Training, ResNet-50 on 8 GPUs, rounds 2.0 and 3.0)",
+    ),
+    Yardstick("V100", 1_200, 8_322, f"{_EXAMPLES}: DGX-1 16 GB"),
+)
+GPUS = (1, NODE, 4 * NODE)
+
+_DECIDES_SPEED = ("model.", "montage.", "optim.name", "trainer.precision", "trainer.global_batch")
+_BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "results" / "loader.json"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Epochs with one geometry, as the loader and the clock see them."""
+
+    epochs: int
+    flops: float  # per image
+    views: float  # pixels made per image, in views of 224 x 224
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What the run of a configuration has reached."""
+
+    flops_per_s: float  # all processes together; median over the records
+    device: str
+    processes: int
+    source: str
+
+
+def measurement(config: Config, flops: Mapping[int, float]) -> Measurement | None:
+    """What the run folder of a configuration holds, if its run computed the same; None if it holds nothing.
+
+    Args:
+        flops: per image, by cells.
+
+    Raises:
+        CheckpointError: the folder has checkpoints, and none can be read.
+    """
+    folder = config.run_folder
+    records = [r for r in read(folder / "metrics.jsonl") if r["kind"] == "train" and "images_per_s" in r]
+    state = checkpoint.latest(folder / "checkpoints") if records else None
+    if state is None:
+        return None
+    if any(key.startswith(_DECIDES_SPEED) for key in changed_keys(from_dict(state["config"]), config)):
+        return None
+    rates = [r["images_per_s"] * flops[config.montage.at(math.ceil(r["epoch"]) - 1).cells] for r in records]
+    environment = state["environment"]
+    device, processes = environment["device"], environment["world_size"]
+    return Measurement(statistics.median(rates), device, processes, str(folder / "metrics.jsonl"))
+
+
+@functools.cache
+def loading_on_cpu(path: Path = _BENCHMARK) -> dict[str, Any] | None:
+    """Images per second that the fused engine loads per core, as benchmarked here; None where it was not.
+
+    Returns:
+        images_per_s_per_core, threads, cpu, source.
+    """
+    if not path.exists():
+        return None
+    report = json.loads(path.read_text())
+    fused = [r for r in report["results"] if r.get("contender") == "fused"]
+    if not fused:
+        return None
+    most = max(fused, key=lambda r: int(r["threads"]))
+    return {
+        "images_per_s_per_core": most["images_per_s"] / most["threads"],
+        "threads": most["threads"],
+        "cpu": report["environment"]["cpu"],
+        "source": f"{path.parent.parent.name}/{path.parent.name}/{path.name}",
+    }
+
+
+def times(stages: Sequence[Stage], supervised: float, found: Measurement | None) -> list[dict[str, Any]]:
+    """Speed and duration of all stages on ImageNet, measured (first) and estimated, by hardware and number of GPUs.
+
+    Args:
+        stages: of the configuration.
+        supervised: FLOPs per image of a supervised ResNet-50 step at 224 px.
+        found: takes the place of the estimate for its device and number of processes.
+    """
+    rows = []
+    if found:
+        rows.append(_row("measured", found.device, found.processes, found.flops_per_s, found.source, stages))
+    for yardstick in YARDSTICKS:
+        for gpus in GPUS:
+            if not (found and yardstick.hardware in found.device and gpus == found.processes):
+                rate = yardstick.images_per_s(gpus) * supervised
+                rows.append(_row("estimate", yardstick.hardware, gpus, rate, yardstick.source, stages))
+    return rows
+
+
+def _row(
+    kind: str, hardware: str, gpus: int, flops_per_s: float, source: str, stages: Sequence[Stage]
+) -> dict[str, Any]:
+    seconds = sum(IMAGENET * stage.epochs * stage.flops for stage in stages) / flops_per_s
+    needed = [flops_per_s / stage.flops / gpus for stage in stages]  # images per second and GPU
+    share = max(rate * max(1, stage.views) / GATE for rate, stage in zip(needed, stages, strict=True))
+    cpu = loading_on_cpu()
+    return {
+        "kind": kind,
+        "hardware": hardware,
+        "gpus": gpus,
+        "images_per_s": IMAGENET * sum(stage.epochs for stage in stages) / seconds,
+        "hours": seconds / 3600,
+        "gpu_hours": seconds / 3600 * gpus,
+        "tflop_per_s_per_gpu": flops_per_s / gpus / 1e12,
+        "loader_images_per_s_per_gpu": max(needed),
+        "gate_share": share if "H100" in hardware else None,
+        "cpu_cores_per_gpu": max(needed) / cpu["images_per_s_per_core"] if cpu else None,
+        "source": source,
+    }

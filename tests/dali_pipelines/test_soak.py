@@ -1,0 +1,72 @@
+"""A long run of the loader: every image of every epoch, and no memory that creeps."""
+
+import ctypes
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.dali_pipelines.loading import make_loader, make_source
+
+IMAGES = 200_000
+SIZE = 1003  # files: 15 steps of 64 an epoch, and 43 left over
+BATCH = 64
+BOUNDS = {"resident bytes": 50_000, "allocated bytes": 5_000, "Python objects": 5}
+"""Growth per 1,000 images that is still none. The allocator's heaps make steps of a MiB or more now and then, which
+tilts the line of resident memory by 15,000 to either side; what is in use within the heaps can be told far better."""
+
+Write = Callable[[Path, int], list[Path]]
+
+
+class MallocInfo(ctypes.Structure):
+    """struct mallinfo2 of glibc."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "rest", "top")
+    ]
+
+
+def memory() -> tuple[int, int, int]:
+    """What BOUNDS limits, of this process now."""
+    libc = ctypes.CDLL(None)
+    libc.mallinfo2.restype = MallocInfo
+    info = libc.mallinfo2()
+    libc.malloc_trim(0)  # pages that the allocator keeps for later are not in use
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+    return resident, info.uordblks + info.hblkhd, sys.getallocatedblocks()
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", ["folders", "tfrecord"])
+def test_200_000_images(tmp_path: Path, folder_of: Write, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Small images and canvases: what is held is the machinery, not the pixels."""
+    source = make_source(kind, tmp_path / "root", [path.read_bytes() for path in folder_of(tmp_path / "images", SIZE)])
+    per_epoch = SIZE // BATCH
+    epochs = -(-IMAGES // (per_epoch * BATCH))
+    samples = np.zeros((epochs, len(BOUNDS)))  # made now, so that measuring allocates nothing
+    start = time.perf_counter()
+    with make_loader(source, "fused", images=BATCH) as loader:
+        for epoch in range(epochs):
+            seen = np.zeros(SIZE, int)
+            for step in range(epoch * per_epoch, (epoch + 1) * per_epoch):
+                query, key = next(loader)
+                assert (query.step, query.epoch) == (step, epoch)
+                assert key.index.equal(query.index)
+                seen[query.index.numpy()] += 1
+            assert seen.max() == 1
+            assert seen.sum() == per_epoch * BATCH
+            samples[epoch] = memory()
+        assert loader.bad == {}
+    seconds = time.perf_counter() - start
+
+    second_half = samples[epochs // 2 :]
+    thousands = np.arange(len(second_half)) * per_epoch * BATCH / 1000
+    slopes = dict(zip(BOUNDS, np.polyfit(thousands, second_half, 1)[0].round().tolist(), strict=True))
+    with capsys.disabled():
+        print(f"\n{kind}: {epochs * per_epoch * BATCH} images in {seconds:.0f} s; per 1,000 images: {slopes}")
+    assert all(slopes[name] < bound for name, bound in BOUNDS.items())
