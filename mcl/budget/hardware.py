@@ -82,7 +82,7 @@ def measurement(config: Config, flops: Mapping[int, float]) -> Measurement | Non
     """What the run folder of a configuration holds, if its run computed the same; None if it holds nothing.
 
     Args:
-        flops: per image, by cells.
+        flops: per image, by cells; records of other cells are left out.
 
     Raises:
         CheckpointError: the folder has checkpoints, and none can be read.
@@ -94,7 +94,10 @@ def measurement(config: Config, flops: Mapping[int, float]) -> Measurement | Non
         return None
     if any(key.startswith(_DECIDES_SPEED) for key in changed_keys(from_dict(state["config"]), config)):
         return None
-    rates = [r["images_per_s"] * flops[config.montage.at(math.ceil(r["epoch"]) - 1).cells] for r in records]
+    cells = [config.montage.at(math.ceil(r["epoch"]) - 1).cells for r in records]
+    rates = [r["images_per_s"] * flops[c] for r, c in zip(records, cells, strict=True) if c in flops]
+    if not rates:
+        return None
     environment = state["environment"]
     device, processes = environment["device"], environment["world_size"]
     return Measurement(statistics.median(rates), device, processes, str(folder / "metrics.jsonl"))

@@ -21,7 +21,7 @@ def tables(budget: dict[str, Any]) -> str:
     supervised = f"supervised {b['supervised']['model']} at 224 px"
     head = (
         f"{b['name']}: {b['backbone']}, {b['compute']}, {b['precision']}, {b['epochs']} epochs, "
-        f"{b['images_per_gpu']} images on each of {b['gpus']} GPUs\n"
+        f"{b['images_per_gpu']} images per GPU and step, {b['gpus']} GPU{'s' if b['gpus'] > 1 else ''}\n"
         f"{b['gflop_per_image']:.1f} GFLOP per image, {b['ratio_to_supervised']:.2f} times a step of "
         f"{supervised} ({b['supervised']['gflop_per_image']:.1f})"
     )
@@ -80,7 +80,9 @@ def _times(b: dict[str, Any]) -> str:
     ]
     if cpu:
         rate = f"{cpu['images_per_s_per_core']:.0f} images/s per core"
-        notes.append(f"  CPU cores, to load without a GPU: {rate}, measured on {cpu['cpu']} ({cpu['source']})")
+        notes.append(
+            f"  CPU cores, to load without a GPU: {rate} at 224 px, measured on {cpu['cpu']} ({cpu['source']})."
+        )
     return "\n".join([_table(header, rows), *notes])
 
 

@@ -218,6 +218,10 @@ def test_measurements_take_the_place_of_estimates(tmp_path: Path) -> None:
     assert [r["gpus"] for r in rows if r["hardware"] == "A100"] == [1, 32]
     assert hardware.measurement(config.override(cfg, ["trainer.epochs=9"]), flops) == found
     assert hardware.measurement(config.override(cfg, ["model.width=32"]), flops) is None
+    first = hardware.measurement(cfg, {2: 1.0})  # of a shorter run, whose schedule ends before
+    assert first is not None
+    assert first.flops_per_s == pytest.approx(200.5)
+    assert hardware.measurement(cfg, {7: 1.0}) is None
 
 
 @pytest.fixture
