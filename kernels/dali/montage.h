@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "dali/core/error_handling.h"
+#include "dali/core/float16.h"
 #include "dali/pipeline/operator/common.h"
 #include "dali/pipeline/operator/operator.h"
 #include "dali/recipe.h"
@@ -84,6 +85,21 @@ class Montage : public dali::Operator<Backend> {
     int64_t canvas = slot / tiles;
     for (const Level* before = levels_.data(); before != &level; ++before) canvas += images_ / before->per_canvas;
     return (canvas * side_ + row * tile_of(level)) * side_ + column * tile_of(level);
+  }
+
+  // Calls run(T()), T the type of the output.
+  template <typename Run>
+  void for_type(const Run& run) const {
+    switch (dtype_) {
+      case DALI_FLOAT:
+        return run(float());
+      case DALI_FLOAT16:
+        return run(dali::float16());
+      case DALI_UINT8:
+        return run(uint8_t());
+      default:
+        DALI_FAIL("montage: dtype must be FLOAT, FLOAT16 or UINT8");
+    }
   }
 
   // What is written for each of the 256 levels, per channel.

@@ -1,6 +1,5 @@
 #include "dali/montage.h"
 
-#include "dali/core/float16.h"
 #include "dali/cpu/tile.h"
 #include "dali/pipeline/util/thread_pool.h"
 
@@ -16,16 +15,7 @@ class MontageCpu : public Montage<dali::CPUBackend> {
 
  protected:
   void RunImpl(dali::Workspace& ws) override {
-    switch (dtype_) {
-      case DALI_FLOAT:
-        return run<float>(ws);
-      case DALI_FLOAT16:
-        return run<dali::float16>(ws);
-      case DALI_UINT8:
-        return run<uint8_t>(ws);
-      default:
-        DALI_FAIL("montage: dtype must be FLOAT, FLOAT16 or UINT8");
-    }
+    for_type([&](auto zero) { run<decltype(zero)>(ws); });
   }
 
  private:

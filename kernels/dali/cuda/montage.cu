@@ -1,7 +1,6 @@
 #include "dali/cuda/montage.cuh"
 
 #include "dali/core/cuda_error.h"
-#include "dali/core/float16.h"
 #include "dali/gauss.h"
 #include "dali/kernels/dynamic_scratchpad.h"
 #include "dali/montage.h"
@@ -17,16 +16,7 @@ class MontageGpu : public Montage<dali::GPUBackend> {
 
  protected:
   void RunImpl(dali::Workspace& ws) override {
-    switch (dtype_) {
-      case DALI_FLOAT:
-        return run<float>(ws);
-      case DALI_FLOAT16:
-        return run<dali::float16>(ws);
-      case DALI_UINT8:
-        return run<uint8_t>(ws);
-      default:
-        DALI_FAIL("montage: dtype must be FLOAT, FLOAT16 or UINT8");
-    }
+    for_type([&](auto zero) { run<decltype(zero)>(ws); });
   }
 
  private:
