@@ -11,7 +11,7 @@ CPP := $(shell find kernels -name '*.h' -o -name '*.cpp' -o -name '*.cc' -o -nam
 
 help:
 	@echo "make demo    pre-train on the photographs of this repository (6 minutes on two cores)"
-	@echo "make test    run the tests (2.5 minutes on two cores)"
+	@echo "make test    run the tests (4.5 minutes on two cores)"
 	@echo "make soak    run the long tests"
 	@echo "make check   ruff, mypy and clang-format"
 	@echo "make format  let ruff and clang-format format the code"
