@@ -14,6 +14,9 @@ from mcl.config import OptimConfig
 
 _RELEASED_EXCLUSION = re.compile(r"(bn|gn)\d+\.(weight|bias)|\.bn\.(weight|bias)|bias")
 
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""What ``trainer.precision`` computes in, where that is not the type of the weights."""
+
 
 class LARS(Optimizer):
     """Layer-wise adaptive rate scaling (arXiv 1708.03888), as in the released code.

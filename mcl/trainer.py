@@ -19,10 +19,8 @@ from mcl.meters import Meter, Stopwatch
 from mcl.metrics import BadFiles, Metrics, ProgressBar, log, setup_logging
 from mcl.models import MCL, Output
 from mcl.montage import MontageBatch
-from mcl.optim import LossScaler, build_optimizer, learning_rate, set_learning_rate
+from mcl.optim import AUTOCAST, LossScaler, build_optimizer, learning_rate, set_learning_rate
 from mcl.signals import Interrupted, Signals
-
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class NonFiniteLossError(RuntimeError):
@@ -170,7 +168,7 @@ class Trainer:
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The arithmetic of ``trainer.precision``."""
-        dtype = _AUTOCAST.get(self.config.trainer.precision)
+        dtype = AUTOCAST.get(self.config.trainer.precision)
         return torch.autocast(self.device.type, dtype) if dtype else contextlib.nullcontext()
 
     # ------------------------------------------------------------------------------------------------ state

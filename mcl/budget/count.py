@@ -30,12 +30,10 @@ from torch.utils.flop_counter import flop_registry
 from mcl.config import ModelConfig, OptimConfig
 from mcl.models import MCL
 from mcl.montage import Geometry, MontageBatch
-from mcl.optim import build_optimizer
+from mcl.optim import AUTOCAST, build_optimizer
 
 PARTS = ("backbone", "FPN", "head", "projector", "predictors", "loss", "momentum network")
 """What a step consists of. `head` are its convolutions; everything of the momentum network is in the last."""
-
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -216,7 +214,7 @@ def _fake(model: nn.Module, dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:
 
 
 def _run(meter: _Meter, precision: str, loss: Callable[[], Tensor]) -> None:
-    dtype = _AUTOCAST.get(precision)
+    dtype = AUTOCAST.get(precision)
     with meter, meter.saving():
         with torch.autocast("cpu", dtype) if dtype else contextlib.nullcontext():
             value = loss()
