@@ -6,6 +6,7 @@ under each field is its documentation; ``mcl pretrain --help`` prints exactly th
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -160,6 +161,15 @@ class TrainerConfig:
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = "bf16"
     """Arithmetic of the networks: autocast for bf16 and fp16 (with loss scaling); the loss is computed in fp32, or in
     fp64 there."""
+    accumulate: int = Field(default=1, ge=1)
+    """Micro-batches per step and process: memory of one of them, gradients of all, each against the targets of all."""
+    recompute: bool = False
+    """Activation checkpointing: the insides of backbone blocks are not kept for backward, but computed again."""
+    compile: bool = False
+    """Backbones and heads through torch.compile, which on CUDA generates Triton kernels; new shapes compile anew."""
+    cuda_graph: bool = False
+    """Forward and backward as one recorded CUDA graph, for one process; recorded anew when montage.schedule changes
+    the canvas."""
     max_loss_scale: float = Field(default=2.0**14, ge=1)
     """Upper bound of the fp16 loss scale."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -224,6 +234,8 @@ class Config:
         levels, weights = len(self.montage.ratios), len(self.model.loss_weights)
         if levels != weights:
             raise ValueError(f"model.loss_weights: {weights} weights for the {levels} levels of montage.ratios")
+        if self.trainer.compile and self.trainer.recompute:
+            raise ValueError("trainer.recompute: torch.compile cannot recompute; set it or trainer.compile to false")
         if not self.name or Path(self.name).name != self.name:
             raise ValueError(f"name: {self.name!r} is not a plain folder name")
         return self
@@ -251,14 +263,27 @@ class Config:
                 f"canvases at montage.images_per_canvas={list(geometry.images_per_canvas)}; nearest legal: {near}"
             )
         self._check_queries(images)
-        values = min(geometry.query_canvases(images)) * geometry.fewest_cells**2
+        self._check_accumulate(images)
+        values = min(geometry.query_canvases(images)) // self.trainer.accumulate * geometry.fewest_cells**2
         if values < 2:
             key = "montage.cells" if geometry.cells == 1 else "montage.schedule"
             raise ConfigError(
-                f"trainer.global_batch: {images} images per process and 1 cell ({key}) leave BatchNorm one value per "
-                "channel; double the batch or use 2 cells"
+                f"trainer.global_batch: {images // self.trainer.accumulate} images per process and micro-batch and 1 "
+                f"cell ({key}) leave BatchNorm one value per channel; double the batch or use 2 cells"
             )
         return images
+
+    def _check_accumulate(self, images: int) -> None:
+        """Whether the canvases of every level, online queries and others, divide by the micro-batches."""
+        online, canvases = self.montage.query_canvases(images), self.montage.canvases(images)
+        largest = math.gcd(*online, *canvases)
+        if largest % self.trainer.accumulate:
+            legal = [n for n in range(1, largest + 1) if largest % n == 0]
+            raise ConfigError(
+                f"trainer.accumulate: {images} images per process make {list(canvases)} canvases, of which "
+                f"{list(online)} are online queries; these divide by {', '.join(map(str, legal))}, not by "
+                f"{self.trainer.accumulate}"
+            )
 
     def _check_queries(self, images: int) -> None:
         for level, every in enumerate(self.montage.queries):
@@ -289,6 +314,7 @@ _RESUMABLE = (
     *("output", "log.", "evaluation.", "data.threads", "data.prefetch", "data.device", "data.hardware_decoder"),
     *("data.val_root", "data.max_bad_fraction", "data.index", "data.allow_outside"),
     *(f"trainer.{key}" for key in ("device", "threads", "log_every", "checkpoint_epochs", "keep", "resume")),
+    *(f"trainer.{key}" for key in ("recompute", "compile", "cuda_graph")),
 )
 """Keys that may change when a run is resumed: they do not touch what is computed."""
 

@@ -1,6 +1,7 @@
 """Processes of a run, as torchrun or SLURM started them; a single process needs none of it."""
 
 import os
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -40,6 +41,8 @@ def adopt_slurm() -> None:
 def setup(device: str) -> None:
     """Joins the process group when there is more than one process: NCCL on GPUs, gloo on CPUs."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # PyTorch 2.13 has new names for two things that it also has under these, as do the versions before.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is|`torch.distributed.all_gather_into", FutureWarning)
         if device == "cuda":
             torch.cuda.set_device(local_rank())
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
@@ -68,13 +71,25 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def all_gather(x: Tensor) -> Tensor:
-    """(n, ...) of every rank, concatenated in the order of ranks, without gradient."""
-    if world_size() == 1:
-        return x.detach()
-    gathered = x.new_empty(world_size() * len(x), *x.shape[1:])
-    dist.all_gather_into_tensor(gathered, x.detach().contiguous())
-    return gathered
+class Gather:
+    """(n, ...) of every rank, on its way to all of them; without gradient.
+
+    Args:
+        x: of this rank; not to be written to before :meth:`wait`.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self._own = self._all = x.detach().contiguous()
+        self._work: dist.Work | None = None
+        if world_size() > 1:
+            self._all = x.new_empty(world_size() * len(x), *x.shape[1:])
+            self._work = dist.all_gather_into_tensor(self._all, self._own, async_op=True)
+
+    def wait(self) -> Tensor:
+        """Concatenated in the order of ranks; on a GPU its stream waits, and the host does not."""
+        if self._work is not None:
+            self._work.wait()
+        return self._all
 
 
 def gather_objects(value: Any) -> list[Any]:

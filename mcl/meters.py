@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mcl.metrics import Record
 from mcl.models import Output
+from mcl.timers import Timer
 
 
 class Meter:
@@ -63,14 +64,15 @@ class Meter:
 
 
 class Stopwatch:
-    """Speed, share of time spent waiting for the loader, and time left.
+    """Speed, time left, and the shares of time spent waiting for the loader and in the phases of the steps.
 
     Args:
         steps: that this process will do.
+        phases: times them.
     """
 
-    def __init__(self, steps: int, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock, self._left = clock, steps
+    def __init__(self, steps: int, phases: Timer, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock, self._left, self._phases = clock, steps, phases
         self._start = self._window = clock()
         self._wait = 0.0
         self._images = self._done = 0
@@ -91,7 +93,12 @@ class Stopwatch:
             self._settled = self._clock(), self._done
 
     def read(self) -> Record:
-        """Speed (images/s) and waiting share since the last call, seconds left by the mean pace so far."""
+        """Speed (images/s) and shares since the last call, seconds left by the mean pace so far. Waits for the device.
+
+        What is missing from 1 is the trainer's own work, and on a GPU the time in which it had nothing to do; there,
+        waiting for the loader may coincide with the phases.
+        """
+        phases = self._phases.read()
         now = self._clock()
         elapsed = now - self._window
         settled, done = self._settled or (self._start, 0)
@@ -99,6 +106,7 @@ class Stopwatch:
         record = {
             "images_per_s": self._images / elapsed,
             "data_wait": self._wait / elapsed,
+            **{name: seconds / elapsed for name, seconds in phases.items()},
             "eta_s": pace * (self._left - self._done),
         }
         self._window, self._wait, self._images = now, 0.0, 0

@@ -10,6 +10,7 @@ Shape letters: N images, K canvases of all levels, T tiles of all levels, S canv
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -216,14 +217,46 @@ class MontageBatch:
     step: int
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "MontageBatch":
-        """Copies what the network reads to `device`, asynchronously; `dtype` converts the images."""
-        moved = {
-            name: getattr(self, name).to(device, non_blocking=True)
+        """Copies to `device`, asynchronously; `dtype` converts the images."""
+        moved: dict[str, Any] = {
+            name: _staged(getattr(self, name), device).to(device, non_blocking=True)
             for name in ("labels", "index", "sources", "boxes", "crops")
         }
-        images = self.images.to(device, dtype, non_blocking=True, memory_format=torch.channels_last)
-        shape = {name: getattr(self, name) for name in ("canvases", "queries", "ratios", "cells", "epoch", "step")}
-        return MontageBatch(images=images, **moved, **shape)
+        images = _staged(self.images, device)
+        images = images.to(device, dtype, non_blocking=True, memory_format=torch.channels_last)
+        return dataclasses.replace(self, images=images, **moved)
+
+    def part(self, i: int, parts: int) -> "MontageBatch":
+        """One of so many equal parts of the canvases of every level, for gradient accumulation.
+
+        Canvases that are online queries and those that are not are divided each for itself. `labels`, `index` and what
+        `sources` counts stay those of all N images.
+        """
+        if parts == 1:
+            return self
+        images, sources, boxes, crops = [], [], [], []
+        row = first_canvas = first_tile = 0  # of the piece in the part; of the level in the whole
+        for canvases, queries, ratio in zip(self.canvases, self.queries, self.ratios, strict=True):
+            for start, count in ((0, queries // parts), (queries, (canvases - queries) // parts)):
+                start += i * count
+                canvas, tile = first_canvas + start, first_tile + start * ratio**2
+                tiles = slice(tile, tile + count * ratio**2)
+                images.append(self.images[canvas : canvas + count])
+                sources.append(self.sources[tiles])
+                boxes.append(torch.cat([self.boxes[tiles, :1] + (row - canvas), self.boxes[tiles, 1:]], 1))
+                crops.append(self.crops[tiles])
+                row += count
+            first_canvas += canvases
+            first_tile += canvases * ratio**2
+        return dataclasses.replace(
+            self,
+            images=torch.cat(images),
+            sources=torch.cat(sources),
+            boxes=torch.cat(boxes),
+            crops=torch.cat(crops),
+            canvases=tuple(n // parts for n in self.canvases),
+            queries=tuple(n // parts for n in self.queries),
+        )
 
     def regions(self, canvases: Sequence[int]) -> list[Tensor]:
         """Boxes of the tiles of the first canvases[i] canvases of level i, for as many levels as given.
@@ -242,3 +275,31 @@ class MontageBatch:
         """Rows of `sources`, `boxes` and `crops` that belong to `level`."""
         counts = [c * r * r for c, r in zip(self.canvases, self.ratios, strict=True)]
         return slice(sum(counts[:level]), sum(counts[: level + 1]))
+
+
+def in_order(geometry: Geometry, images: int, pixels: Tensor) -> MontageBatch:
+    """A view of N images that come from nowhere: on every level their tiles follow each other in order.
+
+    Args:
+        pixels: (K, 3, S, S), the canvases.
+    """
+    tiles = geometry.tiles(images)
+    return MontageBatch(
+        images=pixels,
+        labels=torch.full((images,), -1),
+        index=torch.arange(images),
+        sources=torch.cat([torch.arange(count) % images for count in tiles]),
+        boxes=torch.from_numpy(boxes(geometry, images)),
+        crops=torch.zeros(sum(tiles), 5),
+        canvases=geometry.canvases(images),
+        queries=geometry.query_canvases(images),
+        ratios=geometry.ratios,
+        cells=geometry.cells,
+        epoch=0,
+        step=0,
+    )
+
+
+def _staged(x: Tensor, device: torch.device) -> Tensor:
+    """What an asynchronous copy can start from: one from pageable memory would wait for all that the GPU has to do."""
+    return x.pin_memory() if device.type == "cuda" and x.device.type == "cpu" else x

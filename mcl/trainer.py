@@ -1,13 +1,11 @@
 """The training loop, readable top to bottom."""
 
-import contextlib
 import signal
 from typing import Any
 
 import torch
 import yaml
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from dali_pipelines.loader import MontageLoader, default_threads
 from dali_pipelines.plan import Plan
@@ -18,9 +16,11 @@ from mcl.images import open_shared
 from mcl.meters import Meter, Stopwatch
 from mcl.metrics import BadFiles, Metrics, ProgressBar, log, setup_logging
 from mcl.models import MCL, Output
+from mcl.models.sync_bn import synchronize
 from mcl.montage import MontageBatch
-from mcl.optim import AUTOCAST, LossScaler, build_optimizer, learning_rate, set_learning_rate
+from mcl.optim import learning_rate
 from mcl.signals import Interrupted, Signals
+from mcl.step import TrainingStep
 
 
 class NonFiniteLossError(RuntimeError):
@@ -89,16 +89,11 @@ class Trainer:
         if config.trainer.init_from:
             state = checkpoint.load(config.trainer.init_from)
             checkpoint.restore(self.model, state["model"], config.trainer.init_from)
-        if distributed.world_size() > 1 and self.device.type == "cuda":
-            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
-        dtype = torch.float64 if config.trainer.precision == "fp64" else torch.float32
-        self.model.to(self.device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.optimizer = build_optimizer(config.optim, self.model)
-        self.scaler = LossScaler(self.device.type, config.trainer.max_loss_scale, config.trainer.precision == "fp16")
+        self.model = synchronize(self.model, self.device.type)
+        self._update = TrainingStep(config, self.model, self.device)
         self._resume()
         if distributed.rank() == 0:
             (self.folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
-        self.module = self.model if distributed.world_size() == 1 else self._parallel()
         self._meter = Meter(len(config.montage.ratios), self.device, scaled=config.trainer.precision == "fp16")
 
     # ------------------------------------------------------------------------------------------------ the loop
@@ -114,7 +109,7 @@ class Trainer:
         metrics = Metrics(self.config, self.step) if first else None
         self._describe()
         every = max(1, round(self.config.trainer.checkpoint_epochs * self.steps_per_epoch))
-        stopwatch = Stopwatch(self.steps - self.step)
+        stopwatch = Stopwatch(self.steps - self.step, self._update.timer)
         try:
             with Signals() as signals, ProgressBar(self.config, self.step, self.steps) as bar:
                 while self.step < self.steps:
@@ -143,33 +138,10 @@ class Trainer:
                 metrics.close()
 
     def train_step(self, query: MontageBatch, key: MontageBatch) -> tuple[Output, Tensor]:
-        """Forward, backward, clip, optimiser, momentum network. Waits for nothing.
-
-        Returns:
-            The model's output and the norm of the gradient before clipping, ().
-        """
+        """The next step (:class:`~mcl.step.TrainingStep`), at its place in the schedules."""
         optim, trainer = self.config.optim, self.config.trainer
         lr = learning_rate(optim, trainer.global_batch, self.step, self.steps, self.steps_per_epoch)
-        set_learning_rate(self.optimizer, lr)
-        dtype = torch.float64 if trainer.precision == "fp64" else None
-        query, key = query.to(self.device, dtype), key.to(self.device, dtype)
-        with self.autocast():
-            output: Output = self.module(query, key)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(output.loss).backward()
-        self.scaler.unscale_(self.optimizer)
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        grad_norm = ops.clip_grad_norm_(parameters, optim.clip_norm or float("inf"))
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        m = ema.momentum(optim.ema, self.step, self.steps)
-        ema.update(self.model.target.parameters(), self.model.online.parameters(), m)
-        return output, grad_norm
-
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """The arithmetic of ``trainer.precision``."""
-        dtype = AUTOCAST.get(self.config.trainer.precision)
-        return torch.autocast(self.device.type, dtype) if dtype else contextlib.nullcontext()
+        return self._update(query, key, lr, ema.momentum(optim.ema, self.step, self.steps))
 
     # ------------------------------------------------------------------------------------------------ state
 
@@ -192,8 +164,8 @@ class Trainer:
             "config": to_dict(self.config),
             "step": self.step,
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            "optimizer": self._update.optimizer.state_dict(),
+            "scaler": self._update.scaler.state_dict(),
             "loader": self.loader.state_dict(),
             "files": self.loader.source.digest(),
             "rng": rng,
@@ -203,15 +175,15 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any], origin: str) -> None:
         """Takes up where :meth:`state_dict` was called; `origin` names the file in errors."""
         checkpoint.restore(self.model, state["model"], origin)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        self._update.optimizer.load_state_dict(state["optimizer"])
+        self._update.scaler.load_state_dict(state["scaler"])
         self.loader.load_state_dict(state["loader"])
         self.step = state["step"]
         torch.set_rng_state(state["rng"]["cpu"])
         if "cuda" in state["rng"] and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
         before, now = state["environment"], self._environment()
-        changed = [f"{k} was {before[k]}, is {now[k]}" for k in now if before.get(k) != now[k]]
+        changed = [f"{k} was {before.get(k)}, is {now[k]}" for k in now if before.get(k) != now[k]]
         if changed:
             log.warning("resuming, but not bit for bit: %s", "; ".join(changed))
 
@@ -243,6 +215,7 @@ class Trainer:
             "world_size": distributed.world_size(),
             "engine": f"{self.loader.engine_name} on {self.loader.device}",
             "operators": self._operators(),
+            "compiled": self.config.trainer.compile,
         }
 
     def _operators(self) -> str:
@@ -266,13 +239,6 @@ class Trainer:
         else:
             setup_logging(None)
         distributed.barrier()
-
-    def _parallel(self) -> nn.Module:
-        if self.device.type == "cpu":
-            log.warning("BatchNorm statistics are each process's own on CPUs; PyTorch synchronises them only on GPUs")
-        devices = [self.device.index] if self.device.type == "cuda" else None
-        # Buffers are equal on all ranks already (or deliberately local); gradients need no copy of their own.
-        return DistributedDataParallel(self.model, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def _describe(self) -> None:
         source, plan, config = self.loader.source, self.loader.plan, self.config

@@ -38,7 +38,7 @@ class _Stage:
     epochs: int
     geometry: Geometry
     count: Count
-    images: int  # per process
+    images: int  # per process and micro-batch
 
     @property
     def flops(self) -> float:
@@ -76,7 +76,7 @@ def budget(config: Config, gpus: int | None = None) -> dict[str, Any]:
         "precision": config.trainer.precision,
         "epochs": config.trainer.epochs,
         "gpus": gpus,
-        "images_per_gpu": stages[0].images,
+        "images_per_gpu": config.images_per_rank(gpus),
         "gflop_per_image": mean / _GIGA,
         "supervised": {"model": config.model.backbone, "gflop_per_image": supervised / _GIGA},
         "ratio_to_supervised": mean / supervised,
@@ -93,13 +93,17 @@ def budget(config: Config, gpus: int | None = None) -> dict[str, Any]:
 
 
 def _stages(config: Config, gpus: int) -> list[_Stage]:
-    images, epochs, montage = config.images_per_rank(gpus), config.trainer.epochs, config.montage
+    trainer, montage = config.trainer, config.montage
+    images, epochs = config.images_per_rank(gpus), trainer.epochs
     firsts = [0, *(epoch for epoch, _ in montage.schedule if epoch < epochs)]
     stages = []
     for first, end in zip(firsts, [*firsts[1:], epochs], strict=True):
         geometry = montage.at(first)
-        counted = count.step(config.model, geometry, images, gpus, config.trainer.precision)
-        stages.append(_Stage(first, end - first, geometry, counted, images))
+        counted = count.step(
+            *(config.model, geometry, images // trainer.accumulate, gpus * trainer.accumulate),
+            *(trainer.precision, trainer.recompute),
+        )
+        stages.append(_Stage(first, end - first, geometry, counted, images // trainer.accumulate))
     return stages
 
 
@@ -134,7 +138,7 @@ def _describe(stage: _Stage, supervised: float) -> dict[str, Any]:
 def _memory(config: Config, stages: list[_Stage]) -> dict[str, int]:
     largest = max(stages, key=lambda s: s.saved)
     state = count.state(config.model, config.montage, config.optim, config.trainer.precision)
-    canvases = sum(largest.geometry.canvases(largest.images))
+    canvases = sum(largest.geometry.canvases(largest.images * config.trainer.accumulate))
     memory = {
         "parameters": state.parameters,
         "gradients": state.gradients,

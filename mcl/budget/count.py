@@ -14,7 +14,7 @@ takes seconds. What is counted is what runs, forward and backward, both views:
 import contextlib
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +23,12 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
-from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from mcl import montage
 from mcl.config import ModelConfig, OptimConfig
+from mcl.distributed import Gather
 from mcl.models import MCL
 from mcl.montage import Geometry, MontageBatch
 from mcl.optim import AUTOCAST, build_optimizer
@@ -110,38 +111,42 @@ class _Meter(TorchDispatchMode):
 
 
 class _Gathered(MCL):
-    """MCL as one of several processes: its bank of targets is as large as that of all."""
+    """MCL as one of several processes: its banks of targets are as large as those of all."""
 
     processes = 1
 
-    def targets(self, view: MontageBatch) -> Tensor:
-        return super().targets(view).repeat(self.processes, 1)
+    def banks(self, parts: Sequence[tuple[MontageBatch, MontageBatch]]) -> list[Gather]:
+        return [Gather(bank.wait().repeat(self.processes, 1)) for bank in super().banks(parts)]
 
 
 @functools.cache
-def step(model: ModelConfig, geometry: Geometry, images: int, processes: int, precision: str) -> Count:
+def step(
+    model: ModelConfig, geometry: Geometry, images: int, processes: int, precision: str, recompute: bool = False
+) -> Count:
     """Counts a step of MCL.
 
     Args:
         model: section of the configuration.
         geometry: of the epoch in question.
-        images: per process, N.
-        processes: whose targets are compared with.
-        precision: ``trainer.precision``.
+        images: per process, N; of a micro-batch, where gradients are accumulated.
+        processes: whose targets are compared with; times micro-batches.
+        precision, recompute: of section ``trainer``.
     """
+    dtype = torch.float64 if precision == "fp64" else torch.float32
     with torch.device("meta"):
         mcl = _Gathered(model, geometry)
     mcl.processes = processes
-    parts = _modules(mcl)
-    owner = {id(p): part for part, modules in parts.items() for module in modules for p in module.parameters()}
-    dtype = torch.float64 if precision == "fp64" else torch.float32
-    with _fake(mcl, dtype) as state:
+    mcl.online.backbone.recompute = recompute
+    with FakeTensorMode():
+        _make_fake(mcl, dtype)
+        parts = _modules(mcl)
+        owner = {id(p): part for part, modules in parts.items() for module in modules for p in module.parameters()}
         views = [_view(geometry, images, dtype) for _ in range(2)]
-        meter = _Meter([*state.values(), *(view.images for view in views)])
+        meter = _Meter([*mcl.parameters(), *mcl.buffers(), *(view.images for view in views)])
         for part, modules in parts.items():
             for module in modules:
                 meter.watch(part, module)
-        _run(meter, precision, lambda: functional_call(mcl, state, tuple(views)).loss)
+        _run(meter, precision, lambda: mcl(*views).loss)
     parameters = Counter[str]()
     for p in mcl.parameters():
         parameters[owner[id(p)]] += p.numel()
@@ -149,15 +154,20 @@ def step(model: ModelConfig, geometry: Geometry, images: int, processes: int, pr
 
 
 @functools.cache
-def supervised(backbone: str) -> int:
-    """FLOPs per image of a supervised training step of torchvision's model, classifier included, at 224 px."""
+def supervised(backbone: str, side: int = 224) -> int:
+    """FLOPs per image of a supervised training step of torchvision's model, classifier included.
+
+    Args:
+        side: of the images, pixels.
+    """
     images = 8
     with torch.device("meta"):
         model = torchvision.models.get_model(backbone)
-    with _fake(model, torch.float32) as state:
-        pixels, labels = torch.empty(images, 3, 224, 224), torch.empty(images, dtype=torch.int64)
+    with FakeTensorMode():
+        _make_fake(model, torch.float32)
+        pixels, labels = torch.empty(images, 3, side, side), torch.empty(images, dtype=torch.int64)
         meter = _Meter([])
-        _run(meter, "fp32", lambda: F.cross_entropy(functional_call(model, state, (pixels,)), labels))
+        _run(meter, "fp32", lambda: F.cross_entropy(model(pixels), labels))
     return (meter.forward.total() + meter.backward.total()) // images
 
 
@@ -203,14 +213,13 @@ def _modules(mcl: MCL) -> dict[str, list[nn.Module]]:
     }
 
 
-@contextlib.contextmanager
-def _fake(model: nn.Module, dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:
-    """Fake tensors in place of the model's, by name; within it, all tensors that are made are fake."""
-    with FakeTensorMode():
-        yield {
-            name: torch.empty(t.shape, dtype=dtype if t.is_floating_point() else t.dtype, requires_grad=t.requires_grad)
-            for name, t in [*model.named_parameters(), *model.named_buffers()]
-        }
+def _make_fake(model: nn.Module, dtype: torch.dtype) -> None:
+    """Gives a model tensors of the mode that is active, in place of its own."""
+    for module in model.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            module.register_parameter(name, nn.Parameter(torch.empty(p.shape, dtype=dtype), p.requires_grad))
+        for name, b in list(module.named_buffers(recurse=False)):
+            module.register_buffer(name, torch.empty(b.shape, dtype=dtype if b.is_floating_point() else b.dtype))
 
 
 def _run(meter: _Meter, precision: str, loss: Callable[[], Tensor]) -> None:
@@ -222,18 +231,5 @@ def _run(meter: _Meter, precision: str, loss: Callable[[], Tensor]) -> None:
 
 
 def _view(geometry: Geometry, images: int, dtype: torch.dtype) -> MontageBatch:
-    canvases, tiles = geometry.canvases(images), sum(geometry.tiles(images))
-    return MontageBatch(
-        images=torch.empty(sum(canvases), 3, geometry.canvas, geometry.canvas, dtype=dtype),
-        labels=torch.empty(images, dtype=torch.int64),
-        index=torch.empty(images, dtype=torch.int64),
-        sources=torch.empty(tiles, dtype=torch.int64),
-        boxes=torch.empty(tiles, 5),
-        crops=torch.empty(tiles, 5),
-        canvases=canvases,
-        queries=geometry.query_canvases(images),
-        ratios=geometry.ratios,
-        cells=geometry.cells,
-        epoch=0,
-        step=0,
-    )
+    side = geometry.canvas
+    return montage.in_order(geometry, images, torch.empty(sum(geometry.canvases(images)), 3, side, side, dtype=dtype))

@@ -1,6 +1,11 @@
 """Backbones that return their feature maps; parameters are named as in torchvision."""
 
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 _RESNETS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
@@ -28,11 +33,45 @@ class Backbone(ResNet):  # type: ignore[misc]  # torchvision has no types
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
 
+        self.recompute = False
+        """Whether backward computes the insides of blocks again, from their inputs, instead of keeping them."""
+
     def forward(self, x: Tensor) -> list[Tensor]:
         """(n, 3, S, S) to C5, C4, C3, C2: (n, channels[i], S / 32 * 2^i, S / 32 * 2^i), coarsest first."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self._run(self.stem, x)
         features = []
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = stage(x)
+            for block in stage:
+                x = self._run(block, x)
             features.append(x)
         return features[::-1]
+
+    def stem(self, x: Tensor) -> Tensor:
+        """(n, 3, S, S) to (n, 64, S / 4, S / 4)."""
+        y: Tensor = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        return y
+
+    def _run(self, block: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        if not (self.recompute and torch.is_grad_enabled()):
+            return block(x)
+        y: Tensor = checkpoint(
+            block,
+            x,
+            use_reentrant=False,
+            preserve_rng_state=False,  # nothing here is random
+            context_fn=lambda: (contextlib.nullcontext(), self._frozen_statistics()),
+        )
+        return y
+
+    @contextlib.contextmanager
+    def _frozen_statistics(self) -> Iterator[None]:
+        """Running statistics, which have seen the batch the first time, stay as they are."""
+        norms = [m for m in self.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+        for norm in norms:
+            norm.momentum, norm.num_batches_tracked = 0.0, None
+        try:
+            yield
+        finally:
+            for norm, (momentum, batches) in zip(norms, before, strict=True):
+                norm.momentum, norm.num_batches_tracked = momentum, batches

@@ -3,13 +3,14 @@
 import copy
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
 
 from mcl import distributed
 from mcl.config import ModelConfig
+from mcl.distributed import Gather
 from mcl.loss import contrast, total_loss
 from mcl.models.backbones import Backbone
 from mcl.models.fpn import FPN
@@ -97,6 +98,17 @@ class Output:
     positive: Tensor  # (V, L) mean cosine between a tile and its own image's target
     negative: Tensor  # (V, L) mean cosine between a tile and the other targets
 
+    def detach(self) -> "Output":
+        return replace(self, loss=self.loss.detach())
+
+    @classmethod
+    def mean(cls, outputs: Sequence["Output"]) -> "Output":
+        """Of equal parts of a step."""
+        if len(outputs) == 1:
+            return outputs[0]
+        values = [torch.stack([getattr(o, f.name) for o in outputs]).mean(0) for f in fields(cls)]
+        return cls(*values)
+
 
 class MCL(nn.Module):
     """The model of a training step.
@@ -116,26 +128,54 @@ class MCL(nn.Module):
         self.target = copy.deepcopy(self.online).requires_grad_(False)
         self.predictors = nn.ModuleList(predictor(config.width, config.hidden) for _ in geometry.ratios)
 
-    def forward(self, query: MontageBatch, key: MontageBatch) -> Output:
-        """One step: every tile against the full images of the other view, over all ranks."""
-        targets = [self.targets(view) for view in (query, key)]  # no gradient, so first: the gather starts early
+    def compile_parts(self) -> None:
+        """Backbones and heads through ``torch.compile``, in place, when they are first called."""
+        for encoder in (self.online, self.target):
+            encoder.backbone.compile()
+            encoder.head.compile()
+
+    def forward(self, query: MontageBatch, key: MontageBatch, banks: Sequence[Gather] | None = None) -> Output:
+        """One step: every tile against the full images of the other view, over all ranks.
+
+        Args:
+            query, key: both views.
+            banks: targets of the query and of the key view, where these are only a part of the step's. Otherwise the
+                views' own are computed, and gathered while the online network works.
+        """
+        of_query, of_key = banks or self.banks([(query, key)])
+        predictions = [self.predictions(view) for view in (query, key)]
         directions = [
-            contrast(self.predictions(view), self.sources(view), bank, self.config.temperature)
-            for view, bank in zip((query, key), (targets[1], targets[0]), strict=True)
+            contrast(predicted, self.sources(view), bank.wait(), self.config.temperature)
+            for predicted, view, bank in zip(predictions, (query, key), (of_key, of_query), strict=True)
         ]
         losses, positive, negative = (torch.stack(values) for values in zip(*directions, strict=True))  # (V, L) each
         loss = total_loss(losses, self.config.loss_weights, self.config.temperature)
         return Output(loss, losses.detach(), positive.detach(), negative.detach())
 
     @torch.no_grad()
+    def banks(self, parts: Sequence[tuple[MontageBatch, MontageBatch]]) -> list[Gather]:
+        """Momentum embeddings of the full images of all ranks, on their way: per view (B, width), rank after rank.
+
+        Args:
+            parts: both views of a step, or of all its parts (:meth:`~mcl.montage.MontageBatch.part`).
+        """
+        banks = []
+        for views in zip(*parts, strict=True):
+            embeddings = torch.cat([self.targets(view) for view in views])
+            shown = torch.cat([view.sources[view.tiles(0)] for view in views])  # the image of each row
+            banks.append(Gather(torch.empty_like(embeddings).index_copy_(0, shown, embeddings)))
+        return banks
+
+    @torch.no_grad()
     def targets(self, view: MontageBatch) -> Tensor:
-        """Momentum embeddings of all ranks' full images: (B, width), rank after rank."""
-        if self.config.compute == "released":
-            embeddings = self.target(view.images, view.canvases, view.regions(view.canvases), view.cells, "released")[0]
-        else:
-            full = view.canvases[:1]  # level 0
-            embeddings = self.target(view.images[: full[0]], full, view.regions(full), view.cells, "matched")[0]
-        return distributed.all_gather(embeddings)
+        """Momentum embeddings of the canvases of level 0, (canvases, width)."""
+        images, canvases = view.images, view.canvases
+        if self.config.compute == "matched":
+            images, canvases = images[: canvases[0]], canvases[:1]
+        embeddings: list[Tensor] = self.target(
+            images, canvases, view.regions(canvases), view.cells, self.config.compute
+        )
+        return embeddings[0]
 
     def predictions(self, view: MontageBatch) -> list[Tensor]:
         """Online predictions of the tiles of every level: per level (R, width)."""

@@ -2,14 +2,9 @@
 
 import json
 import math
-import multiprocessing
-import os
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,29 +22,8 @@ from mcl.images import open_shared
 from mcl.metrics import read
 from mcl.trainer import Trainer
 from tests.conftest import ROOT, ThinBackbone
+from tests.mcl.ranks import in_ranks
 from tests.mcl.test_trainer import TINY
-
-
-def two_ranks(work: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What `work` returns in each of two processes of one machine."""
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["mcl.trainer", "dali_pipelines.pipelines"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with ProcessPoolExecutor(2, processes) as pool:
-        futures = [pool.submit(_join, rank, port, work, arguments) for rank in range(2)]
-        return [future.result(timeout=60) for future in futures]
-
-
-def _join(rank: int, port: int, work: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    os.environ |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
-    distributed.setup("cpu")
-    try:
-        return work(*arguments)
-    finally:
-        distributed.teardown()
 
 
 def open_all(roots: list[list[str]], index: str) -> list[Any]:
@@ -94,7 +68,7 @@ def test_ranks_open_the_same_images(photos: Path, tmp_path: Path) -> None:
     """The first reads the headers, the second the index; both refuse what differs, and what only one cannot open."""
     train, val, nowhere = str(photos / "train"), str(photos / "val"), str(tmp_path / "nowhere")
     roots = [[val, val, nowhere, val], [val, train, val, nowhere]]
-    first, second = two_ranks(open_all, roots, str(tmp_path / "index"))
+    first, second = in_ranks(2, open_all, roots, str(tmp_path / "index"))
     assert (first[0], second[0]) == ([66, 66], [66, 0])
     for said, root in ((first, val), (second, train)):
         kind, message = said[1]
@@ -129,7 +103,7 @@ def test_what_one_rank_finds_broken_all_of_them_know(photos: Path, tmp_path: Pat
     words = [f"output={tmp_path}", f"data.index={tmp_path / 'index'}"]
     tolerant = [*words, break_("a", only_second, both), "data.max_bad_fraction=0.1"]
     strict = [*words, break_("b", only_second, only_first), "data.max_bad_fraction=0.05", "name=strict"]
-    first, second = two_ranks(train_all, preset, [tolerant, tolerant, strict])
+    first, second = in_ranks(2, train_all, preset, [tolerant, tolerant, strict])
 
     found = sorted([only_second, both])
     assert first[:2] == second[:2] == [[[], found, ""], [found, found, ""]]

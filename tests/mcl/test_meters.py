@@ -8,12 +8,13 @@ import torch
 from mcl.meters import Meter, Stopwatch
 from mcl.metrics import eta
 from mcl.models import Output
+from mcl.timers import HostClock, Timer
 
 
 def test_stopwatch() -> None:
     """Four steps of ten images: the first takes 10 s (it fills the pipelines), the others 2 s, 0.5 of them waiting."""
     now = 0.0
-    stopwatch = Stopwatch(steps=10, clock=lambda: now)
+    stopwatch = Stopwatch(steps=10, phases=Timer(HostClock(lambda: now)), clock=lambda: now)
     for seconds in (10.0, 2.0):
         with stopwatch.waiting():
             now += 0.5
