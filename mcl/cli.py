@@ -11,6 +11,9 @@ from typing import Any, Literal, get_args, get_origin
 from mcl import __version__
 from mcl.config import fields
 
+TARGETS = ["mmdet", "mmdet-retinanet", "mmpretrain", "detectron2", "torchvision", "torchvision-detection", "timm"]
+"""Those of :data:`mcl.export.TARGETS`, which takes seconds to import."""
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: parses, runs, and turns errors of the user into one line and exit code 2."""
@@ -59,8 +62,14 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(run=_evaluate)
 
     export = verbs.add_parser("export", help="hand the weights to another library")
-    export.add_argument("checkpoint", type=Path)
-    export.add_argument("--to", required=True, choices=["torchvision"], help="the library that reads them")
+    export.add_argument("checkpoint", type=Path, help="e.g. runs/demo/checkpoints/last.pt")
+    export.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.root=FOLDER, for --network target")
+    export.add_argument("--to", required=True, choices=TARGETS, help="the library that reads them")
+    export.add_argument("--parts", type=_words, default=[], help="e.g. backbone,fpn,head; default: all that it takes")
+    export.add_argument(
+        "--network", choices=["online", "target"], default="online", help="target: the momentum network"
+    )
+    export.add_argument("--verify", action="store_true", help="load them into the library's model, compare features")
     export.add_argument("--output", type=Path, help="file to write; default: exports/ of the run folder")
     export.set_defaults(run=_export)
 
@@ -94,6 +103,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _words(text: str) -> list[str]:
+    return text.split(",")
+
+
 def _keys() -> str:
     """Documentation of every key, from the configuration's own fields."""
     lines = []
@@ -123,9 +136,18 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from mcl.export import TARGETS
+    from mcl.export import export
 
-    print(TARGETS[options.to](options.checkpoint, options.output))
+    report = export(
+        options.checkpoint,
+        options.to,
+        parts=options.parts,
+        network=options.network,
+        check=options.verify,
+        output=options.output,
+        overrides=options.overrides,
+    )
+    print(report)
 
 
 def _import(options: argparse.Namespace) -> None:

@@ -1,12 +1,6 @@
-"""Weights to and from other libraries: ``TARGETS`` holds what ``mcl export --to`` offers."""
+"""Weights to and from other libraries."""
 
-from collections.abc import Callable
-from pathlib import Path
+from mcl.export.report import Report
+from mcl.export.run import TARGETS, export
 
-from mcl.export import torchvision
-from mcl.export.common import Report
-
-TARGETS: dict[str, Callable[[Path, Path | None], Report]] = {"torchvision": torchvision.export_file}
-"""Name of a library to the function that writes a checkpoint for it: (checkpoint, output or None) to a report."""
-
-__all__ = ["TARGETS", "Report"]
+__all__ = ["TARGETS", "Report", "export"]

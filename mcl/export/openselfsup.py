@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mcl.checkpoint import FORMAT, CheckpointError, reason
 from mcl.config import Config, DataConfig, ModelConfig, OptimConfig, TrainerConfig, to_dict
-from mcl.export.common import write
+from mcl.export.files import write
 from mcl.models import MCL
 from mcl.montage import Geometry
 
@@ -147,7 +147,8 @@ def import_file(source: Path, output: Path) -> ImportReport:
                 "the released architecture can be imported"
             )
     placed = {name: weights[name].to(tensor.dtype) for name, tensor in own.items()}
-    write({"format": FORMAT, "config": to_dict(config), "step": 0, "model": placed}, output, source)
+    content = {"format": FORMAT, "config": to_dict(config), "step": 0, "model": placed}
+    write(output, source, lambda file: torch.save(content, file))
 
     repeated = {name for name in unknown if _repeats(name, state)}
     taken = {name for name in state if our_name(name) in own}

@@ -1,62 +1,100 @@
-"""The online backbone as a state dict of torchvision's ResNets."""
+"""torchvision: its ResNets, and its Faster and Mask R-CNN ``resnet50_fpn_v2``."""
 
-from pathlib import Path
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 from torchvision import models
 
-from mcl import checkpoint
-from mcl.checkpoint import CheckpointError
-from mcl.export.common import Report, default_path, write
-from mcl.models import MCL
+from mcl.config import ConfigError, ModelConfig
+from mcl.export.files import save_plain, save_safetensors
+from mcl.export.target import Target, Twin, TwinPart
 
-_CLASSIFIER = ("fc.weight", "fc.bias")
-_TOLERANCE = 1e-6
-
-
-def export(model: MCL) -> dict[str, Tensor]:
-    """State dict for ``torchvision.models.<model.backbone>``; only ``fc.weight`` and ``fc.bias`` are missing."""
-    return {name: tensor.detach().contiguous().clone() for name, tensor in model.online.backbone.state_dict().items()}
+_SAVES = {".pth": save_plain, ".safetensors": save_safetensors}
+_INSTALL = "pip install torchvision"
 
 
-def export_file(checkpoint_file: Path, output: Path | None = None) -> Report:
-    """Writes the online backbone of a checkpoint for torchvision, once it is proved to compute the same there.
+def resnet_name(name: str) -> str | None:
+    """Canonical name to that of a ResNet on its own."""
+    return name.removeprefix("backbone.body.") if name.startswith("backbone.body.") else None
 
-    Args:
-        checkpoint_file: checkpoint of mcl.
-        output: file to write; by default ``<run folder>/exports/torchvision.pth``, or ``<stem>.torchvision.pth`` next
-            to a checkpoint that lies in no run folder.
 
-    Raises:
-        CheckpointError: the checkpoint cannot be read, its features differ there, or `output` cannot be written.
-    """
-    model, config = checkpoint.load_model(checkpoint_file)
-    weights = export(model)
-    theirs: nn.Module = getattr(models, config.model.backbone)()
-    missing, unexpected = theirs.load_state_dict(weights, strict=False)
-    if set(missing) != set(_CLASSIFIER) or unexpected:
-        raise CheckpointError(
-            f"{checkpoint_file}: does not fit torchvision's {config.model.backbone}: missing {missing}, unexpected "
-            f"{unexpected}; install the torchvision that pairs with your torch (mcl doctor shows it)"
+def _build_resnet(config: ModelConfig, channels: Sequence[int]) -> nn.Module:
+    model: nn.Module = getattr(models, config.backbone)()
+    return model
+
+
+def _resnet_forward(model: nn.Module, images: Sequence[Tensor]) -> list[Tensor]:
+    (x,) = images
+    maps = []
+    for name, module in model.named_children():
+        if name == "avgpool":
+            break
+        x = module(x)
+        if name.startswith("layer"):
+            maps.append(x)
+    return maps
+
+
+RESNET = Target(
+    name="torchvision",
+    rename=resnet_name,
+    parts=("backbone",),
+    saves=_SAVES,
+    twin=Twin("torchvision", _INSTALL, _build_resnet, {"backbone": TwinPart(r"(?!fc\.)", _resnet_forward)}),
+)
+
+
+def _check_detection(config: ModelConfig, parts: Sequence[str]) -> None:
+    wanted = {"backbone": "resnet50"}
+    if "fpn" in parts or "head" in parts:
+        wanted["width"] = "256"
+    if "head" in parts:
+        wanted["head_convs"] = "4"
+    other = [f"model.{key}={value}" for key, value in wanted.items() if str(getattr(config, key)) != value]
+    if other:
+        raise ConfigError(
+            f"--to torchvision-detection: torchvision's detectors are for runs with {' '.join(other)}; this one has "
+            f"model.backbone={config.backbone} model.width={config.width} model.head_convs={config.head_convs}. Its "
+            "backbone goes --to torchvision, all of it --to mmdet or detectron2"
         )
-    difference = _difference(model, theirs)
-    if not difference <= _TOLERANCE:  # NaN too
-        raise CheckpointError(
-            f"{checkpoint_file}: features differ by {difference:g} in torchvision; NaN means that the weights are not "
-            "finite: export an earlier checkpoint of the run"
-        )
-    path = output or default_path(checkpoint_file, "torchvision.pth")
-    write(weights, path, checkpoint_file)
-    parts = {"fpn": model.online.fpn, "head": model.online.head, "predictors": model.predictors, "target": model.target}
-    unmapped = {part: len(module.state_dict()) for part, module in parts.items()}
-    return Report(path, len(weights), unmapped, tuple(missing), difference)
 
 
-@torch.no_grad()
-def _difference(model: MCL, theirs: nn.Module) -> float:
-    """Largest absolute difference between our C5 and torchvision's on a random image, in evaluation mode."""
-    image = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    trunk = nn.Sequential(*list(theirs.eval().children())[:-2])  # without average pool and classifier
-    c5 = model.online.backbone.eval()(image)[0]
-    return float((trunk(image) - c5).abs().max())
+def _build_detector(config: ModelConfig, channels: Sequence[int]) -> nn.Module:
+    model: nn.Module = models.detection.fasterrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None)
+    return model
+
+
+def _fpn_forward(model: nn.Module, maps: Sequence[Tensor]) -> list[Tensor]:
+    pyramid = model.backbone.fpn(dict(enumerate(maps)))  # type: ignore[operator, union-attr]
+    return list(pyramid.values())[: len(maps)]  # what follows is P6
+
+
+def _head_forward(model: nn.Module, maps: Sequence[Tensor]) -> list[Tensor]:
+    (x,) = maps
+    for module in model.roi_heads.box_head:  # type: ignore[union-attr]
+        if isinstance(module, nn.Flatten):
+            break
+        x = module(x)
+    return [x]
+
+
+DETECTION = Target(
+    name="torchvision-detection",
+    rename=lambda name: name,
+    parts=("backbone", "fpn", "head"),
+    saves=_SAVES,
+    twin=Twin(
+        "torchvision",
+        _INSTALL,
+        _build_detector,
+        {
+            "backbone": TwinPart(
+                r"backbone\.body\.",
+                lambda model, images: list(model.backbone.body(*images).values()),  # type: ignore[operator, union-attr]
+            ),
+            "fpn": TwinPart(r"backbone\.fpn\.", _fpn_forward),
+            "head": TwinPart(r"roi_heads\.box_head\.\d\.[01]\.", _head_forward),
+        },
+    ),
+    check=_check_detection,
+)

@@ -1,0 +1,38 @@
+"""The canonical form of our weights: an encoder under the names of torchvision's detectors.
+
+``backbone.body.*`` is the backbone, ``backbone.fpn.inner_blocks.<map>`` and ``backbone.fpn.layer_blocks.<map>`` are the
+laterals and outputs of the FPN (map 0 is C2 and P2), ``roi_heads.box_head.<i>`` the convolutions of the region head;
+``.0`` is a convolution, ``.1`` its BatchNorm. Each target renames from these.
+"""
+
+from mcl.models import Encoder
+
+PARTS = ("backbone", "fpn", "head")
+_PREFIXES = {"backbone.body.": "backbone", "backbone.fpn.": "fpn", "roi_heads.box_head.": "head"}
+_KINDS = {"laterals": "inner_blocks", "outputs": "layer_blocks"}
+_MODULES = {"conv": "0", "norm": "1"}
+
+
+def canonical_names(encoder: Encoder) -> dict[str, str]:
+    """Our names of an encoder's tensors to the canonical ones; the projector has none."""
+    names = {}
+    for name in encoder.state_dict():
+        match name.split("."):
+            case ["backbone", *rest]:
+                names[name] = ".".join(["backbone.body", *rest])
+            case ["fpn", kind, index, module, leaf]:
+                depth = encoder.fpn.depths[int(index)] if kind == "outputs" else int(index)
+                names[name] = f"backbone.fpn.{_KINDS[kind]}.{pyramid_map(depth)}.{_MODULES[module]}.{leaf}"
+            case ["head", "convs", index, module, leaf]:
+                names[name] = f"roi_heads.box_head.{index}.{_MODULES[module]}.{leaf}"
+    return names
+
+
+def pyramid_map(depth: int) -> int:
+    """Number of a map of the FPN, finest first (0 is P2), from its strides below the coarsest (0 is P5)."""
+    return 3 - depth
+
+
+def part_of(name: str) -> str:
+    """Part of the model that a canonical name belongs to."""
+    return next(part for prefix, part in _PREFIXES.items() if name.startswith(prefix))

@@ -1,0 +1,79 @@
+"""Files of exports: where they go, how they are written, what is in them."""
+
+import json
+import os
+import pickle
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from mcl.checkpoint import CheckpointError
+
+Weights = Mapping[str, Tensor]
+Metadata = Mapping[str, Any]
+Save = Callable[[Weights, Metadata, BinaryIO], None]
+
+
+def default_path(checkpoint: Path, name: str) -> Path:
+    """``<run folder>/exports/<name>`` for a run's checkpoint, ``<stem>.<name>`` next to any other."""
+    folder = checkpoint.absolute().parent
+    if folder.name == "checkpoints":
+        return folder.parent / "exports" / name
+    return folder / f"{checkpoint.stem}.{name}"
+
+
+def write(path: Path, source: Path, save: Callable[[BinaryIO], None]) -> None:
+    """Writes a file; whatever happens, `path` holds the old one or the whole new one.
+
+    Args:
+        source: file that the content came from, which must not be overwritten.
+        save: writes the content into an open file.
+
+    Raises:
+        CheckpointError: `path` is the source or cannot be written.
+    """
+    if path.resolve() == source.resolve():
+        raise CheckpointError(f"{path}: is the file to read from; name another output")
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            save(file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        if partial.is_file():
+            partial.unlink()
+        raise CheckpointError(
+            f"{path}: cannot write ({error}); name a file in a folder with space and permission"
+        ) from error
+
+
+def save_plain(weights: Weights, metadata: Metadata, file: BinaryIO) -> None:
+    """A state dict; the metadata are where PyTorch keeps a state dict's own: ``state._metadata[""]["mcl"]``."""
+    state = OrderedDict(weights)
+    state._metadata = {"": {"mcl": dict(metadata)}}  # type: ignore[attr-defined]
+    torch.save(state, file)
+
+
+def save_openmmlab(weights: Weights, metadata: Metadata, file: BinaryIO) -> None:
+    """A checkpoint of MMEngine: ``state_dict``, and the metadata under ``meta.mcl``."""
+    torch.save({"meta": {"mcl": dict(metadata)}, "state_dict": dict(weights)}, file)
+
+
+def save_detectron2(weights: Weights, metadata: Metadata, file: BinaryIO) -> None:
+    """A pickle of arrays whose names detectron2 takes for endings of its own; the metadata under ``mcl``."""
+    arrays = {name: tensor.numpy() for name, tensor in weights.items()}
+    content = {"model": arrays, "__author__": "mcl", "matching_heuristics": True, "mcl": dict(metadata)}
+    pickle.dump(content, file, protocol=4)
+
+
+def save_safetensors(weights: Weights, metadata: Metadata, file: BinaryIO) -> None:
+    """Tensors; the metadata as JSON under ``mcl`` in the header."""
+    file.write(safetensors.torch.save(dict(weights), {"format": "pt", "mcl": json.dumps(metadata)}))

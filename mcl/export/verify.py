@@ -1,0 +1,82 @@
+"""Proof of an export: the target's own model loads it, lacks nothing of it, and computes the same features."""
+
+import re
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+
+import torch
+from torch import Tensor, nn
+
+from mcl.checkpoint import CheckpointError
+from mcl.config import ConfigError, ModelConfig
+from mcl.export.canonical import pyramid_map
+from mcl.export.report import Verified
+from mcl.export.target import Target
+from mcl.models import Encoder
+
+_TOLERANCE = 1e-5
+
+
+@torch.no_grad()
+def verify(
+    target: Target, weights: Mapping[str, Tensor], parts: Sequence[str], encoder: Encoder, config: ModelConfig
+) -> Verified:
+    """Loads weights into the target's own model and compares its features with the encoder's.
+
+    Args:
+        weights: what is exported, under the target's names.
+        parts: of the model, that the weights are of.
+        encoder: that they come from; in evaluation mode afterwards.
+
+    Raises:
+        ConfigError: the target's library is not installed, or is on no package index.
+        CheckpointError: a tensor is missing, unexpected or of another shape there, or features differ.
+    """
+    twin = target.twin
+    if twin is None:
+        raise ConfigError(f"--verify: {target.name} is on no package index, so it cannot be tried; export without")
+    try:
+        theirs = twin.build(config, encoder.backbone.channels[::-1]).eval()
+    except ImportError as error:
+        raise ConfigError(f"--verify: needs {twin.package} ({error}); install it: {twin.install}") from None
+    fresh = _load(theirs, weights, [twin.parts[part].names for part in parts], target.name)
+    inputs, ours = _features(encoder.eval(), target.maps)
+    difference = 0.0
+    for part in parts:
+        got = twin.parts[part].forward(theirs, inputs[part])
+        for mine, other in zip(ours[part], got, strict=True):
+            difference = max(difference, float((other - mine).abs().max() / mine.abs().max()))
+            if not difference <= _TOLERANCE:  # NaN too
+                raise CheckpointError(
+                    f"--verify: features of the {part} differ by {difference:g} in {target.name} "
+                    f"{version(twin.package)}; install the version that mcl is tested with: {twin.install}"
+                )
+    return Verified(f"{twin.package} {version(twin.package)}", difference, tuple(fresh))
+
+
+def _load(theirs: nn.Module, weights: Mapping[str, Tensor], names: Sequence[str], target: str) -> list[str]:
+    """Loads what must fit; returns the names of the model's other tensors."""
+    own = theirs.state_dict()
+    claimed = {name for name in own if any(re.match(pattern, name) for pattern in names)}
+    wrong = sorted(claimed ^ weights.keys()) + [n for n in claimed & weights.keys() if own[n].shape != weights[n].shape]
+    if wrong:
+        raise CheckpointError(
+            f"--verify: {len(wrong)} tensors are missing, unexpected or of another shape in {target}, the first: "
+            f"{wrong[0]}; a version of its library that mcl is not tested with names them otherwise"
+        )
+    theirs.load_state_dict({**own, **weights}, strict=True)
+    return [name for name in own if name not in claimed]
+
+
+def _features(encoder: Encoder, maps: Sequence[int]) -> tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]]:
+    """Inputs and outputs of every part for one random image; `maps` are those of the FPN that are wanted."""
+    image = torch.randn(1, 3, 96, 64, generator=torch.Generator().manual_seed(0))
+    coarsest_first = encoder.backbone(image)
+    depths = encoder.fpn.depths
+    pyramid = dict(zip(map(pyramid_map, depths), encoder.fpn(coarsest_first, range(len(depths))), strict=True))
+    p5 = head = pyramid[pyramid_map(0)]
+    for conv in encoder.head.convs:
+        head = conv(head).relu()
+    backbone = coarsest_first[::-1]
+    inputs = {"backbone": [image], "fpn": backbone, "head": [p5]}
+    return inputs, {"backbone": backbone, "fpn": [pyramid[m] for m in maps if m in pyramid], "head": [head]}

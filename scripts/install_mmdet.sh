@@ -1,0 +1,78 @@
+#!/usr/bin/env bash
+# Install MMDetection and mmpretrain beside the torch that PYTHON has, which stays as it is.
+#
+# usage: bash scripts/install_mmdet.sh PYTHON
+#
+# mmcv 2.1.0, the last version that MMDetection 3.3.0 takes, has no wheel for a current torch, and asks for C++17 where
+# torch's headers need C++20. So it is built from its source on PyPI, by a compiler that is told C++20: up to 8 minutes
+# on two cores. The wheel is kept in $XDG_CACHE_HOME/mcl/mmcv (~/.cache) for the next environment with that torch.
+#
+# environment: CXX (g++), MAX_JOBS (as cores and memory allow), FORCE_CUDA=1 to compile mmcv's CUDA operators where no
+# GPU is seen (where one is, they are compiled anyway), TORCH_CUDA_ARCH_LIST for which GPUs.
+set -euo pipefail
+
+MMCV=2.1.0
+GIB_PER_JOB=2  # a compilation with torch's headers
+
+fail() {
+  printf 'install_mmdet.sh: %s\n' "$@" >&2
+  exit 1
+}
+
+[ $# -eq 1 ] || fail "usage: install_mmdet.sh PYTHON"
+python=$1
+here=$(cd "$(dirname "$0")" && pwd)
+pip() { "$python" -m pip --disable-pip-version-check "$@"; }
+
+# What a compiled mmcv depends on, e.g. torch2.14.1+cu130-cp311-cpu, or ...-cuda9.0 for a GPU of that capability.
+key=$("$python" - <<'END'
+import os, sys, torch
+
+device = "cpu"
+if torch.cuda.is_available() or os.environ.get("FORCE_CUDA") == "1":
+    seen = torch.cuda.is_available() and "{}.{}".format(*torch.cuda.get_device_capability())
+    device = "cuda" + (os.environ.get("TORCH_CUDA_ARCH_LIST") or seen or "").replace(";", "_").replace(" ", "_")
+print(f"torch{torch.__version__}-cp{sys.version_info.major}{sys.version_info.minor}-{device}")
+END
+) || fail "$python has no torch; run make setup first"
+cache=${XDG_CACHE_HOME:-$HOME/.cache}/mcl/mmcv/$key
+
+# A compiler of C++20 by the name of $1, for which others take $2; with the arguments $3 beside.
+compiler() {
+  printf '#!/usr/bin/env bash\nexec %s "${@/#-std=c++17/-std=c++20}" %s\n' "$2" "$3" >"$work/$1"
+  chmod +x "$work/$1"
+}
+
+jobs() {
+  local cores memory
+  cores=$(nproc)
+  memory=$(awk -v each=$GIB_PER_JOB '/MemAvailable/ { print int($2 / 1048576 / each) }' /proc/meminfo)
+  echo $((memory < 1 ? 1 : memory < cores ? memory : cores))
+}
+
+build() {
+  local log=$cache/build.log
+  command -v ${CXX:-g++} >/dev/null || fail "no C++ compiler (${CXX:-g++}); install one: apt install g++"
+  mkdir -p "$cache"
+  work=$(mktemp -d "$cache/.building.XXXXXX")
+  trap 'rm -rf "$work"' EXIT
+  compiler cxx "${CXX:-g++}" -g0  # what Python was built with may have -g, which more than doubles the time
+  compiler nvcc "${CUDA_HOME:+$CUDA_HOME/bin/}nvcc" ""
+  echo "building mmcv $MMCV for $key: up to 8 minutes on two cores; what the compiler says is in $log"
+  # pip's own cache would offer a wheel that was built for another torch.
+  if ! CXX=$work/cxx PYTORCH_NVCC=$work/nvcc MMCV_WITH_OPS=1 MAX_JOBS=${MAX_JOBS:-$(jobs)} \
+    pip wheel --verbose --no-cache-dir --no-deps --no-build-isolation --no-binary mmcv -w "$work" "mmcv==$MMCV" \
+    >"$log" 2>&1; then
+    grep -E -m 5 '(error:|Error:|ERROR|Killed|No space left)' "$log" >&2 || tail -n 5 "$log" >&2
+    fail "mmcv $MMCV could not be built for $key. Above are the first errors, all is in $log." \
+      "'Killed': too little memory, set MAX_JOBS=1. 'could not find': PyPI cannot be reached." \
+      "An error in torch's headers: g++ 11 or later is needed, or CXX that names another."
+  fi
+  mv "$work"/mmcv-*.whl "$cache"
+}
+
+ls "$cache"/mmcv-$MMCV-*.whl >/dev/null 2>&1 || build
+pip install --quiet --no-deps -r "$here/../requirements/mmdet.txt"
+pip install --quiet --no-deps --force-reinstall "$cache"/mmcv-$MMCV-*.whl
+"$python" -W ignore "$here/check_mmdet.py" || fail "MMDetection was installed, but does not work: see above." \
+  "If mmcv._ext cannot be loaded, remove $cache and try again."
