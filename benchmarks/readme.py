@@ -8,12 +8,18 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import kernels, loader
+from benchmarks import end_to_end, kernels, loader, step
 from benchmarks.common import Result
 
 ROOT = Path(__file__).parents[1]
 FILES = ("README.md", "kernels/README.md", "dali_pipelines/README.md")
-TABLES: dict[str, Callable[[Sequence[Result]], str]] = {"kernels": kernels.table, "loader": loader.table}
+TABLES: dict[str, Callable[[Sequence[Result]], str]] = {
+    "kernels": kernels.table,
+    "loader": loader.table,
+    "step_r18": step.table,
+    "step_r50": step.table,
+    "end_to_end": end_to_end.table,
+}
 
 _SECTION = re.compile(r"(<!-- benchmarks/results/(\w+)\.json -->\n).*?(<!-- end -->)", re.DOTALL)
 

@@ -1,0 +1,139 @@
+"""The comparison of training steps: who takes part, what is computed from times, and a quick run of the real thing."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks import step
+from benchmarks.steps.contenders import CONTENDERS, Pretraining, Setting, Stage
+from mcl import config
+from mcl.budget import count
+from mcl.config import Config, ConfigError
+
+SETTING = Setting("resnet18", cells=2, images=32, precision="fp32", device="cpu")
+
+
+@pytest.fixture
+def counted_anew(thin_backbone: None) -> Iterator[None]:
+    """What was counted with another backbone is forgotten, before and after."""
+    count.step.cache_clear()
+    yield
+    count.step.cache_clear()
+
+
+def preset(name: str) -> Config:
+    contender = CONTENDERS[name](SETTING)
+    assert isinstance(contender, Pretraining)
+    return contender.config
+
+
+def test_contenders_are_the_presets_in_the_common_setting() -> None:
+    presets = {name: preset(name) for name in CONTENDERS if not name.startswith("supervised")}
+    for name, cfg in presets.items():
+        assert (cfg.model.backbone, cfg.trainer.global_batch) == ("resnet18", 32)
+        assert cfg.trainer.precision == ("bf16" if name == "bf16" else "fp32")
+        assert cfg.trainer.recompute == (name == "recompute")
+        assert cfg.model.compute == ("released" if name == "released" else "matched")
+        assert (cfg.model.width, cfg.model.head_convs, cfg.model.hidden) == (256, 4, 2048)
+        assert cfg.optim.name == "lars"
+    assert {name for name, cfg in presets.items() if cfg.montage.cells != 2} == {"budget", "budget_2x"}
+    assert presets["budget"].montage.schedule == ((30, 4), (60, 5), (82, 7))
+
+
+@pytest.mark.usefixtures("counted_anew")
+def test_stages_of_a_schedule_have_its_epochs_and_what_was_counted() -> None:
+    one_level = ["montage.ratios=[1]", "montage.images_per_canvas=[1]", "montage.queries=[4]", "model.loss_weights=[1]"]
+    cfg = config.override(preset("budget_2x"), one_level)
+    stages = Pretraining(cfg).stages()
+    assert [(stage.epochs, stage.side) for stage in stages] == [(21, 160), (79, 224)]
+    counted = count.step(cfg.model, cfg.montage.at(50), 32, 1, "fp32")
+    assert stages[1].gflop_per_image == pytest.approx(counted.flops / 32 / 1e9)
+    assert stages[1].saved_bytes == sum(counted.saved.values())
+
+
+def test_supervised_is_counted_at_its_own_size() -> None:
+    (whole,), (small,) = (CONTENDERS[name](SETTING).stages() for name in ("supervised", "supervised_canvas"))
+    assert (whole.side, small.side) == (224, 64)
+    assert whole.gflop_per_image == pytest.approx(3 * 3.628 - 0.236, rel=0.01)  # R18: 1.814 GMAC; no gradient to pixels
+    assert small.gflop_per_image == pytest.approx(whole.gflop_per_image * (64 / 224) ** 2, rel=0.01)
+
+
+class Counting:
+    """Notes the sizes of its steps."""
+
+    def __init__(self, sides: list[int]) -> None:
+        self.sides = sides
+
+    def stages(self) -> list[Stage]:
+        return []
+
+    def start(self) -> Callable[[int], object]:
+        return self.sides.append
+
+
+def test_every_stage_has_its_turn_in_every_round() -> None:
+    sides: list[int] = []
+    stages = {"a": [Stage(1, 1, 1.0, None), Stage(2, 2, 1.0, None)], "b": [Stage(1, 3, 1.0, None)]}
+    measured = step.measure({name: Counting(sides) for name in stages}, stages, repeat=2)
+    assert [[len(rounds) for rounds in each] for each in measured.values()] == [[2, 2], [2]]
+    assert sorted(sides) == [1] * 3 + [2] * 3 + [3] * 3  # a round to warm up
+
+
+def test_results_by_hand() -> None:
+    stages = {
+        "supervised": [Stage(1, 224, 10.0, None)],
+        "released": [Stage(100, 224, 160.0, 4000)],
+        "matched": [Stage(100, 224, 40.0, 2000)],
+        "budget": [Stage(75, 96, 4.0, 500), Stage(25, 224, 20.0, 900)],
+    }
+    measured = {
+        "supervised": [[2.0, 1.0, 3.0]],
+        "released": [[30.0, 32.0, 40.0]],
+        "matched": [[8.0, 8.0, 9.0]],
+        "budget": [[1.0, 2.0, 1.0], [5.0, 6.0, 5.0]],
+    }
+    results = {r["contender"]: r for r in step.evaluate(stages, measured, {"matched": 7}, images=32)}
+    matched, budget = results["matched"], results["budget"]
+    assert (matched["seconds"], matched["images_per_s"], matched["gflop_per_s"]) == (8, 4, 160)
+    assert (matched["ratio_to_supervised"], matched["counted_ratio"]) == (4, 4)
+    assert (matched["faster_than_released"], matched["saved_of_released"]) == (4, 0.5)
+    assert (matched["saved_bytes"], matched["peak_bytes"]) == (2000, 7)
+    assert "stages" not in matched
+    assert "saved_bytes" not in results["supervised"]
+
+    # Rounds: (75 * 1 + 25 * 5) / 100 = 2, (150 + 150) / 100 = 3, 2.
+    assert (budget["seconds"], budget["ratio_to_supervised"], budget["n"]) == (2, 1, 3)
+    assert (budget["gflop_per_image"], budget["counted_ratio"], budget["saved_bytes"]) == (8, 0.8, 900)
+    assert [(s["side"], s["seconds"], s["ratio_to_supervised"]) for s in budget["stages"]] == [
+        (96, 1, 0.5),
+        (224, 5, 2.5),
+    ]
+    assert [s["counted_ratio"] for s in budget["stages"]] == [0.4, 2]
+    table = step.table(list(results.values()))
+    assert "| matched | 4 | 12% | 160 | 4.00x | 4.00x | 4.00x | 0.00 | 0.50x | 0.00 |" in table
+    assert "| budget, 96 px | 75 | 1 | 0.50x | 0.40x |" in table
+
+    alone = step.evaluate({"matched": stages["matched"]}, measured, {}, 32)  # nothing to compare with
+    assert not {"ratio_to_supervised", "counted_ratio", "faster_than_released"} & alone[0].keys()
+
+
+def test_an_illegal_batch_is_named_before_anything_is_measured() -> None:
+    with pytest.raises(ConfigError, match=r"trainer\.global_batch: 48 .*; nearest legal: 32, 64"):
+        step.main(["--images", "48", "--contenders", "matched"])
+
+
+@pytest.mark.usefixtures("counted_anew")
+def test_a_run_reports_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, plot = tmp_path / "step.json", tmp_path / "step.png"
+    arguments = ["--backbone", "resnet18", "--cells", "2", "--repeat", "1", "--device", "cpu"]
+    contenders = ["supervised_canvas", "matched"]
+    step.main([*arguments, "--contenders", *contenders, "--json", str(file), "--plot", str(plot)])
+    results = {r["contender"]: r for r in json.loads(file.read_text())["results"]}
+    assert list(results) == contenders
+    for r in results.values():
+        assert r["images_per_s"] == pytest.approx(32 / r["seconds"])
+        assert r["gflop_per_s"] == pytest.approx(r["images_per_s"] * r["gflop_per_image"])
+    assert "| supervised, canvas size |" in capsys.readouterr().out
+    assert plot.read_bytes().startswith(b"\x89PNG")
