@@ -59,7 +59,7 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
-# On an idle machine, after make data: 20 minutes on two cores for operators and loader, and much longer for the steps.
+# On an idle machine, after make data: an hour on two cores, half of it for the steps of ResNet-50.
 # The tables of the README files follow the results.
 bench: setup
 	$(BIN)/pip install --disable-pip-version-check -r benchmarks/requirements.txt

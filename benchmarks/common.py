@@ -99,7 +99,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 def finish(options: argparse.Namespace, results: Sequence[Result]) -> None:
     """Writes the JSON file and applies the gate that were asked for; exits with status 1 if it fails."""
     if options.json:
-        config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
+        config = {k: _portable(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
         report = {"environment": environment(), "config": config, "results": list(results)}
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     if options.gate:
@@ -128,6 +128,12 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     for row in rows:
         lines.append("| " + " | ".join(f"{c:.3g}" if isinstance(c, float) else str(c) for c in row) + " |")
     return "\n".join(lines)
+
+
+def _portable(path: Path) -> str:
+    """A path as it is in any checkout."""
+    root = Path(__file__).parents[1]
+    return str(path.relative_to(root) if path.is_relative_to(root) else path)
 
 
 def _read(path: str) -> str:
