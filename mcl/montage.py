@@ -238,6 +238,8 @@ class MontageBatch:
         row = first_canvas = first_tile = 0  # of the piece in the part; of the level in the whole
         for canvases, queries, ratio in zip(self.canvases, self.queries, self.ratios, strict=True):
             for start, count in ((0, queries // parts), (queries, (canvases - queries) // parts)):
+                if not count:  # an empty piece among them would make torch.cat forget channels_last
+                    continue
                 start += i * count
                 canvas, tile = first_canvas + start, first_tile + start * ratio**2
                 tiles = slice(tile, tile + count * ratio**2)

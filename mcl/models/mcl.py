@@ -4,6 +4,7 @@ import copy
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,8 +78,8 @@ class Encoder(nn.Module):
 
         Levels follow each other, level 0 first, since this is the order in which running statistics are updated.
         """
-        bounds = list(itertools.accumulate(canvases, initial=0))
-        maps = [fpn([f[bounds[i] : bounds[i + 1]] for f in features], [i])[0] for i, fpn in enumerate(fpns)]
+        levels = zip(*(Levels.apply(f, tuple(canvases)) for f in features), strict=True)
+        maps = [fpn(level, [i])[0] for i, (fpn, level) in enumerate(zip(fpns, levels, strict=True))]
         return [head(tiles) for head, tiles in zip(heads, self.pool(maps, boxes, cells), strict=True)]
 
     def pool(self, maps: Sequence[Tensor], boxes: Sequence[Tensor], cells: int) -> list[Tensor]:
@@ -87,6 +88,29 @@ class Encoder(nn.Module):
         index = torch.cat([b.new_full((len(b),), i, dtype=torch.int64) for i, b in enumerate(boxes)])
         strides = [STRIDE / r for r in self.ratios[: len(maps)]]
         return list(region_pool(maps, strides, torch.cat(list(boxes)), index, cells).split(counts))
+
+
+class Levels(torch.autograd.Function):
+    """Cuts a map (K, C, H, W) into the canvases of each level.
+
+    The gradient of slices would be a sum of whole maps, one per level, mostly zeros and not channels_last.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, canvases: tuple[int, ...]) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        pieces: tuple[Tensor, ...] = x.split(canvases)
+        ctx.like = [(p.shape, p.dtype, p.device) for p in pieces]
+        return pieces
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None]:
+        pieces = [_zeros(*like) if grad is None else grad for grad, like in zip(grads, ctx.like, strict=True)]
+        return torch.cat(pieces), None
+
+
+def _zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last).zero_()
 
 
 @dataclass(frozen=True)

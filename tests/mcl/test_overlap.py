@@ -1,0 +1,79 @@
+"""Loading and computing go on at the same time: steps take as long as the slower of the two, not as both together."""
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from dali_pipelines.source import open_source
+from mcl.meters import Stopwatch
+from mcl.metrics import Record
+from mcl.timers import HostClock, Timer
+from tests.dali_pipelines.loading import make_loader
+
+IMAGES = 4  # per step
+STEPS = 6  # per window
+WINDOWS = 5
+
+
+class SlowDisk:
+    """Reads one image at a time, however many threads ask, and takes a known time for it."""
+
+    def __init__(self, read: Callable[[int], bytes], seconds: float) -> None:
+        self._read, self._seconds = read, seconds
+        self._turn = threading.Lock()
+
+    def __call__(self, i: int) -> bytes:
+        with self._turn:
+            time.sleep(self._seconds)
+        return self._read(i)
+
+
+@pytest.fixture(scope="module")
+def thumbnails(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Photographs that take next to no time to decode."""
+    folder = tmp_path_factory.mktemp("thumbnails")
+    for file in sorted((photos / "val").rglob("*.jpg"))[:16]:
+        with Image.open(file) as photo:
+            photo.convert("RGB").resize((64, 48)).save(folder / file.name)
+    return folder
+
+
+@pytest.mark.parametrize(("load", "step"), [(0.16, 0.1), (0.1, 0.16)], ids=["slow loader", "slow step"])
+def test_loading_and_computing_overlap(load: float, step: float, thumbnails: Path) -> None:
+    """Both only sleep; where others keep the machine busy, one undisturbed window will do."""
+    source = open_source(str(thumbnails))
+    # Without paths, images are read by our threads and not by DALI's.
+    slow = dataclasses.replace(source, paths=None, reader=SlowDisk(source.reader, load / IMAGES))
+    timer = Timer(HostClock())
+    slower, both = max(load, step), load + step
+    records: list[Record] = []
+
+    def as_expected(record: Record) -> bool:
+        seconds = IMAGES / record["images_per_s"]  # per step
+        return (
+            seconds < (slower + both) / 2
+            and record["data_wait"] == pytest.approx(max(0.0, load - step) / slower, abs=0.2)
+            and record["forward"] == pytest.approx(step / seconds, abs=0.05)
+        )
+
+    with make_loader(slow, "auto", images=IMAGES, threads=2, device="cpu") as loader:
+        for _ in range(2):  # threads start, buffers are made
+            next(loader)
+        stopwatch = Stopwatch(WINDOWS * STEPS, timer)
+        while not any(map(as_expected, records)):
+            assert len(records) < WINDOWS, records
+            for _ in range(STEPS):
+                with stopwatch.waiting():
+                    next(loader)
+                with timer.phase("forward"):
+                    time.sleep(step)
+                stopwatch.lap(IMAGES)
+            records.append(stopwatch.read())
+    # A step that was ready beforehand, and one that was begun, have not made the loader look fast.
+    seconds = sum(IMAGES * STEPS / record["images_per_s"] for record in records)
+    assert seconds > (len(records) * STEPS - 2) * slower

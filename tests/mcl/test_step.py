@@ -1,0 +1,416 @@
+"""A training step comes to the same however it is cut, recomputed, replayed, compiled or spread over processes."""
+
+import dataclasses
+import itertools
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.models.resnet import Bottleneck
+
+from mcl import distributed
+from mcl.config import Config, ConfigError
+from mcl.distributed import Gather
+from mcl.models import MCL, Output, backbones
+from mcl.models.sync_bn import synchronize
+from mcl.montage import Geometry, MontageBatch
+from mcl.step import TrainingStep
+from tests.conftest import ThinBackbone, view
+from tests.fp64 import fast_convolutions
+from tests.mcl.ranks import in_ranks
+from tests.step import FOUR_LEVELS, build, configure, views
+
+T = TypeVar("T")
+Views = tuple[MontageBatch, MontageBatch]
+
+
+def still(step: TrainingStep, batch: Views) -> tuple[Output, Tensor, dict[str, Tensor]]:
+    """Results and gradients of a step that moves nothing."""
+    with fast_convolutions():
+        output, norm = step(*batch, lr=0, momentum=1)
+    return output, norm, {n: p.grad for n, p in step.model.named_parameters() if p.grad is not None}
+
+
+# ---------------------------------------------------------------------------------------------------- accumulation
+
+
+def in_evaluation(cfg: Config) -> TrainingStep:
+    """BatchNorms with statistics of their own, which no batch changes."""
+    step = build(cfg)
+    for module in step.model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    step.model.eval()
+    return step
+
+
+@pytest.mark.usefixtures("thin_backbone")
+@pytest.mark.parametrize(
+    ("accumulate", "words"),
+    [
+        (2, FOUR_LEVELS),
+        (4, FOUR_LEVELS),
+        (2, (*FOUR_LEVELS, "montage.queries=[4,2,1,2]")),
+        (4, (*FOUR_LEVELS, "model.compute=released")),
+        (2, (*FOUR_LEVELS, "montage.queries=[2,1,2,1]", "model.compute=released")),
+        (2, ("montage.images_per_canvas=[1,4]",)),
+        (4, ("montage.images_per_canvas=[1,2]", "montage.queries=[2,1]")),
+    ],
+)
+def test_accumulated_gradients_are_those_of_the_whole(accumulate: int, words: tuple[str, ...]) -> None:
+    words = ("trainer.precision=fp64", "trainer.global_batch=16", *words)
+    whole, parts = configure(*words), configure(*words, f"trainer.accumulate={accumulate}")
+    batch = views(parts)
+    output, norm, expected = still(in_evaluation(whole), batch)
+    other, other_norm, gradients = still(in_evaluation(parts), batch)
+    for field in dataclasses.fields(Output):
+        torch.testing.assert_close(getattr(other, field.name), getattr(output, field.name), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(other_norm, norm, rtol=1e-10, atol=0)
+    assert gradients.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert (gradients[name] - gradient).norm() <= 1e-10 * max(gradient.norm(), 1e-3 * norm), name
+
+
+def numbered(geometry: Geometry, images: int) -> MontageBatch:
+    """A view whose canvases are filled with their number, and whose tiles have theirs as crop."""
+    canvases, tiles = sum(geometry.canvases(images)), sum(geometry.tiles(images))
+    pixels = torch.arange(float(canvases))[:, None, None, None].expand(-1, 3, geometry.canvas, geometry.canvas)
+    whole = view(geometry, images, pixels.contiguous(memory_format=torch.channels_last), torch.arange(tiles) % images)
+    return dataclasses.replace(
+        whole, crops=torch.arange(float(tiles))[:, None].expand(-1, 5), queries=geometry.query_canvases(images)
+    )
+
+
+def test_a_part_is_canvases_of_every_level_with_their_tiles() -> None:
+    """8 canvases of level 0, of which the first 4 are queries, and 4 (2) of level 1, whose tiles are 8 to 23."""
+    whole = numbered(Geometry(cells=1, ratios=(1, 2), images_per_canvas=(1, 2), queries=(2, 2)), 8)
+    expected = [
+        # canvases: queries and others of level 0, then of level 1
+        ([0, 1, 4, 5, 8, 10], [0, 1, 4, 5, 8, 9, 10, 11, 16, 17, 18, 19]),
+        ([2, 3, 6, 7, 9, 11], [2, 3, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23]),
+    ]
+    quarters = [[0, 0, 16, 16], [16, 0, 32, 16], [0, 16, 16, 32], [16, 16, 32, 32]]
+    for i, (canvases, tiles) in enumerate(expected):
+        part = whole.part(i, 2)
+        assert part.images[:, 0, 0, 0].tolist() == canvases
+        assert part.images.is_contiguous(memory_format=torch.channels_last)
+        assert part.crops[:, 0].tolist() == tiles
+        assert part.sources.tolist() == [tile % 8 for tile in tiles]
+        assert part.boxes[:, 0].tolist() == [0, 1, 2, 3, 4, 4, 4, 4, 5, 5, 5, 5]
+        assert part.boxes[:, 1:].tolist() == 4 * [[0, 0, 32, 32]] + 2 * quarters
+        assert (part.canvases, part.queries) == ((4, 2), (2, 1))
+        assert part.labels is whole.labels
+        assert part.index is whole.index
+    assert whole.part(0, 1) is whole
+
+
+@pytest.mark.parametrize(
+    ("geometry", "images", "parts"),
+    [
+        (Geometry(cells=1), 64, 2),
+        (Geometry(cells=1, images_per_canvas=(1, 2, 2, 2), queries=(4, 2, 1, 2)), 16, 2),
+        (Geometry(cells=2, ratios=(1, 4), images_per_canvas=(1, 8)), 32, 4),
+        (Geometry(cells=1, ratios=(1,), images_per_canvas=(1,)), 3, 3),
+    ],
+)
+def test_all_parts_together_are_the_whole(geometry: Geometry, images: int, parts: int) -> None:
+    """Every canvas and every tile once, each tile where it was, queries among queries."""
+    whole = numbered(geometry, images)
+    canvases, tiles = [], []
+    for part in (whole.part(i, parts) for i in range(parts)):
+        numbers = part.images[:, 0, 0, 0]
+        rows = part.crops[:, 0].long()
+        assert torch.equal(numbers[part.boxes[:, 0].long()], whole.boxes[rows, 0])
+        assert torch.equal(part.boxes[:, 1:], whole.boxes[rows, 1:])
+        assert torch.equal(part.sources, whole.sources[rows])
+        assert part.images.is_contiguous(memory_format=torch.channels_last)
+        first, first_of_whole = 0, 0
+        for level in range(geometry.levels):
+            queries = numbers[first : first + part.queries[level]]
+            assert (queries < first_of_whole + whole.queries[level]).all()
+            first, first_of_whole = first + part.canvases[level], first_of_whole + whole.canvases[level]
+        canvases += numbers.tolist()
+        tiles += rows.tolist()
+    assert sorted(canvases) == list(range(len(whole.images)))
+    assert sorted(tiles) == list(range(len(whole.sources)))
+
+
+@pytest.mark.usefixtures("thin_backbone")
+def test_all_targets_come_first_and_every_part_sees_them_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = build(configure("trainer.accumulate=2", "trainer.global_batch=8"))
+    events: list[str] = []
+    banks: list[Tensor] = []
+    step.model.target.register_forward_pre_hook(lambda *_: events.append("target"))
+    step.model.online.register_forward_pre_hook(lambda *_: events.append("online"))
+    step.model.register_forward_pre_hook(lambda *_: events.append("step"))
+    wait = Gather.wait
+    monkeypatch.setattr(Gather, "wait", lambda self: banks.append(wait(self)) or banks[-1])
+    step(*views(step._config), lr=0.1, momentum=0.99)
+    micro_batch = ["step", "online", "online"]
+    assert events == ["target"] * 4 + 2 * micro_batch
+    assert [bank.shape for bank in banks] == [(8, 16)] * 4
+    assert banks[0] is banks[2]
+    assert banks[1] is banks[3]
+
+
+# ---------------------------------------------------------------------------------------------------- recomputing
+
+
+def state_after(step: TrainingStep, batches: Sequence[Views]) -> dict[str, Tensor]:
+    """Losses and gradients of some steps, then all parameters and buffers."""
+    seen = {}
+    for i, batch in enumerate(batches):
+        output, norm = step(*batch, lr=0.1, momentum=0.9)
+        seen |= {f"losses {i}": output.losses.clone(), f"loss {i}": output.loss.clone(), f"norm {i}": norm.clone()}
+        gradients = {f"gradient {i} of {n}": p.grad for n, p in step.model.named_parameters() if p.grad is not None}
+        seen |= {name: gradient.clone() for name, gradient in gradients.items()}
+    return seen | dict(step.model.state_dict())
+
+
+def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture
+def shallow_resnet50(monkeypatch: pytest.MonkeyPatch) -> None:
+    """resnet50 with one of its blocks per stage."""
+    monkeypatch.setitem(backbones._RESNETS, "resnet50", (Bottleneck, [1, 1, 1, 1]))
+
+
+@pytest.mark.usefixtures("shallow_resnet50")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet50"])
+def test_recomputing_changes_no_bit(backbone: str, precision: str) -> None:
+    recompute_and_compare(backbone, precision, steps=1)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet50"])
+def test_recomputing_changes_no_bit_of_several_steps(backbone: str, precision: str) -> None:
+    recompute_and_compare(backbone, precision, steps=3)
+
+
+def recompute_and_compare(backbone: str, precision: str, steps: int) -> None:
+    small = ("montage.ratios=[1]", "montage.images_per_canvas=[1]", "model.loss_weights=[1]", "trainer.global_batch=2")
+    words = (*small, f"model.backbone={backbone}", f"trainer.precision={precision}")
+    batches = [views(configure(*words), seed) for seed in range(0, 2 * steps, 2)]
+    plain = state_after(build(configure(*words)), batches)
+    step = build(configure(*words, "trainer.recompute=true"))
+    calls = Counter[str]()
+    for name, module in step.model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_pre_hook(lambda *_, name=name: calls.update([name]))
+    again = state_after(step, batches)
+    assert calls["online.backbone.layer1.0.conv1"] == calls["online.backbone.conv1"] == 2 * 2 * steps
+    assert calls["target.backbone.layer1.0.conv1"] == calls["online.fpn.laterals.0.conv"] == 2 * steps
+    assert {"online.backbone.bn1.running_var", "online.backbone.layer4.0.bn2.num_batches_tracked"} <= plain.keys()
+    assert same_bits(plain, again)
+
+
+# ---------------------------------------------------------------------------------------------------- what cannot be
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("trainer.accumulate=3",), r"trainer\.accumulate: 16 images .* divide by 1, 2, 4, not by 3"),
+        (
+            ("trainer.accumulate=4", "montage.queries=[8,2]"),
+            r"trainer\.accumulate: .* \[16, 4\] canvases, of which \[2, 2\] .* divide by 1, 2, not by 4",
+        ),
+        (
+            ("trainer.accumulate=4",),
+            r"trainer\.global_batch: 4 images .* micro-batch and 1 cell .* one value per channel",
+        ),
+        (("trainer.accumulate=0",), r"trainer\.accumulate: .* greater than or equal to 1"),
+        (("trainer.compile=true", "trainer.recompute=true"), r"trainer\.recompute: torch\.compile cannot recompute"),
+    ],
+)
+def test_keys_that_cannot_be(words: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        configure("montage.images_per_canvas=[1,4]", "trainer.global_batch=16", *words).images_per_rank(1)
+
+
+@pytest.mark.usefixtures("thin_backbone")
+def test_cuda_graphs_need_cuda() -> None:
+    with pytest.raises(ConfigError, match=r"trainer\.cuda_graph: needs a CUDA device; use trainer\.cuda_graph=false"):
+        build(configure("trainer.cuda_graph=true"))
+
+
+# ---------------------------------------------------------------------------------------------------- graphs
+
+
+class Recorder:
+    """The CPU's: what it records, it does again, with the memory of the first time, as a CUDA graph would.
+
+    Args:
+        model: whose gradients belong to that memory.
+    """
+
+    def __init__(self, model: MCL) -> None:
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self.recorded = self.replayed = 0
+
+    def __call__(self, work: Callable[[], Output]) -> tuple[Output, Callable[[], None]]:
+        def gradients() -> list[Tensor | None]:
+            return [p.grad for p in self._parameters]
+
+        def reset() -> None:
+            for p in self._parameters:
+                p.grad = None
+
+        def again() -> None:
+            self.replayed += 1
+            assert all(p.grad is g for p, g in zip(self._parameters, memory, strict=True))
+            reset()
+            new = work()
+            for field in dataclasses.fields(Output):
+                getattr(result, field.name).copy_(getattr(new, field.name))
+            for p, kept in zip(self._parameters, memory, strict=True):
+                p.grad = kept if kept is None or p.grad is None else kept.copy_(p.grad)
+
+        self.recorded += 1
+        reset()
+        result = work()
+        memory = gradients()
+        return result, again
+
+
+@pytest.mark.usefixtures("thin_backbone")
+@pytest.mark.parametrize("words", [(), ("trainer.accumulate=2",), ("optim.clip_norm=0.1",)], ids=str)
+def test_replayed_steps_are_plain_steps(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over two sizes of canvas: recorded once for each, from memory that stays."""
+    words = ("trainer.global_batch=8", *words)
+    batches = [
+        views(configure(*words, f"montage.cells={cells}"), seed)
+        for seed, cells in enumerate([1, 1, 1, 2, 2, 1], start=1)
+    ]
+    plain = state_after(build(configure(*words)), batches)
+
+    recorders: list[Recorder] = []
+    monkeypatch.setattr(TrainingStep, "_recorder", lambda step: recorders.append(Recorder(step.model)) or recorders[-1])
+    step = build(configure(*words, "trainer.cuda_graph=true"))
+    places: list[tuple[int, ...]] = []
+    backward = step._gradients._work  # type: ignore[union-attr]
+
+    def watched(query: MontageBatch, key: MontageBatch) -> Output:
+        tensors = [getattr(v, name) for v in (query, key) for name in ("images", "sources", "boxes", "index", "labels")]
+        assert not {t.data_ptr() for t in tensors} & given
+        places.append(tuple(t.data_ptr() for t in tensors))
+        output: Output = backward(query, key)
+        return output
+
+    step._gradients._work = watched  # type: ignore[union-attr]
+    given = {t.data_ptr() for batch in batches for v in batch for t in (v.images, v.sources, v.boxes, v.index)}
+    assert same_bits(plain, state_after(step, batches))
+    assert (recorders[0].recorded, recorders[0].replayed) == (3, 3)
+    same = [a == b for a, b in itertools.pairwise(places)]
+    assert same == [True, True, False, True, False]
+    assert set(step.timer.read()) == {"graph", "optimizer"}
+
+
+# ---------------------------------------------------------------------------------------------------- processes
+
+SHARED = (*FOUR_LEVELS, "trainer.precision=fp64", "trainer.global_batch=16", "trainer.accumulate=2")
+
+
+def shared_step() -> dict[str, Any]:
+    """A step of one of two processes: what happened in it, in which order, and what came out."""
+    events: list[str] = []
+    reductions = Counter[int]()
+
+    def noting(name: str, original: Callable[..., T]) -> Callable[..., T]:
+        def call(*args: Any, **kwargs: Any) -> T:
+            events.append(name)
+            return original(*args, **kwargs)
+
+        return call
+
+    def reduce(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        reductions[bucket.index()] += 1
+        events.append("reduce")
+        return allreduce_hook(group, bucket)
+
+    cfg = configure(*SHARED)
+    with mock.patch("mcl.models.mcl.Backbone", ThinBackbone):
+        torch.manual_seed(0)
+        model = synchronize(MCL(cfg.model, cfg.montage), "cpu")
+        step = TrainingStep(cfg, model, torch.device("cpu"))
+    assert isinstance(step._module, DistributedDataParallel)
+    step._module.register_comm_hook(None, reduce)
+    model.register_forward_pre_hook(lambda *_: events.append("step"))
+    model.online.register_forward_hook(lambda *_: events.append("online"))
+    with (
+        mock.patch.object(dist, "all_gather_into_tensor", noting("gather", dist.all_gather_into_tensor)),
+        mock.patch.object(Gather, "wait", noting("wait", Gather.wait)),
+    ):
+        output, norm, gradients = still(step, views(cfg, 1 + 2 * distributed.rank(), world=2))
+    return {
+        "events": events,
+        "reductions": dict(reductions),
+        "buckets": len(reductions),
+        "losses": output.losses.numpy(),
+        "norm": norm.item(),
+        "tensors": {name: t.numpy() for name, t in {**gradients, **dict(model.named_buffers())}.items()},
+    }
+
+
+def together(batch: Sequence[MontageBatch], parts: int) -> MontageBatch:
+    """All processes' views as one, whose parts are those of all processes."""
+    images = len(batch[0].index)
+    pieces = [(rank, v.part(i, parts)) for i in range(parts) for rank, v in enumerate(batch)]
+    levels = range(len(batch[0].ratios))
+    pixels = [piece.images.split(piece.canvases)[level] for level in levels for _, piece in pieces]
+    sources = [piece.sources[piece.tiles(level)] + rank * images for level in levels for rank, piece in pieces]
+    geometry = configure(*SHARED).montage
+    return view(geometry, images * len(batch), torch.cat(pixels), torch.cat(sources))
+
+
+@pytest.mark.usefixtures("thin_backbone")
+def test_two_processes_gather_early_reduce_once_and_compute_what_one_does() -> None:
+    first, second = in_ranks(2, shared_step)
+    for rank in (first, second):
+        # Both views' targets are on their way before the online network starts, and waited for when it is done.
+        micro_batch = ["step", "online", "online", "wait", "wait"]
+        events = [event for event in rank["events"] if event != "reduce"]
+        assert events == ["gather", "gather", *micro_batch, *micro_batch]
+        assert "reduce" not in rank["events"][: 2 + 2 * len(micro_batch)]
+        assert set(rank["reductions"].values()) == {1}
+
+    cfg = configure(*SHARED)
+    query, key = (together(batch, 2) for batch in zip(views(cfg, 1, world=2), views(cfg, 3, world=2), strict=True))
+    step = build(cfg)
+    output, norm, gradients = still(step, (query, key))
+    assert (first["losses"] + second["losses"]) / 2 == pytest.approx(output.losses.numpy(), rel=1e-10)
+    expected = {**gradients, **dict(step.model.named_buffers())}
+    for rank in (first, second):
+        assert rank["norm"] == pytest.approx(norm.item(), rel=1e-10)
+        assert rank["tensors"].keys() == expected.keys()
+        for name, tensor in expected.items():
+            # The gradient of a bias before a BatchNorm is but rounding.
+            bound = 1e-10 * max(tensor.abs().max().item(), 1e-3)
+            assert abs(rank["tensors"][name] - tensor.numpy()).max() <= bound, name
+
+
+# ---------------------------------------------------------------------------------------------------- compiling
+
+
+@pytest.mark.soak
+def test_compiled_steps_are_plain_steps() -> None:
+    """Two micro-batches each, the second without compiling anything anew."""
+    words = ("trainer.global_batch=8", "trainer.accumulate=2")
+    plain, compiled = build(configure(*words)), build(configure(*words, "trainer.compile=true"))
+    for seed in (1, 3):
+        batch = views(configure(*words), seed)
+        with torch.compiler.set_stance("fail_on_recompile" if seed > 1 else "default"):
+            found = compiled(*batch, lr=0.1, momentum=0.9)[0].loss
+        assert found.item() == pytest.approx(plain(*batch, lr=0.1, momentum=0.9)[0].loss.item(), rel=1e-4)

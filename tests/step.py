@@ -1,0 +1,49 @@
+"""Training steps small enough for tests, and views for them as a loader makes them."""
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from mcl import config
+from mcl.config import Config
+from mcl.models import MCL
+from mcl.montage import MontageBatch
+from mcl.step import TrainingStep
+from tests.conftest import random_view
+
+SMALL: dict[str, Any] = {
+    "montage": {"cells": 1, "ratios": [1, 2], "images_per_canvas": [1, 2]},
+    "model": {"backbone": "resnet18", "width": 16, "head_convs": 1, "hidden": 32, "loss_weights": [0.5, 0.5]},
+    "optim": {"clip_norm": 0},
+    "trainer": {"global_batch": 4, "precision": "fp32"},
+}
+FOUR_LEVELS = (
+    "montage.ratios=[1,2,4,8]",
+    "montage.images_per_canvas=[1,2,2,2]",
+    "model.loss_weights=[0.4,0.3,0.2,0.1]",
+)
+
+
+def configure(*words: str) -> Config:
+    return config.override(config.from_dict(SMALL), words)
+
+
+def build(cfg: Config) -> TrainingStep:
+    """A step on the CPU, of a model with the same weights every time."""
+    torch.manual_seed(0)
+    return TrainingStep(cfg, MCL(cfg.model, cfg.montage), torch.device("cpu"))
+
+
+def views(cfg: Config, first_seed: int = 1, world: int = 1) -> tuple[MontageBatch, MontageBatch]:
+    """Query and key view of noise for one of `world` processes."""
+    images = cfg.images_per_rank(world)
+    dtype = torch.float64 if cfg.trainer.precision == "fp64" else torch.float32
+    return tuple(  # type: ignore[return-value]
+        dataclasses.replace(
+            v,
+            images=v.images.contiguous(memory_format=torch.channels_last),
+            queries=cfg.montage.query_canvases(images),
+        )
+        for v in (random_view(cfg.montage, images, first_seed + side, dtype) for side in range(2))
+    )
