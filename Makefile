@@ -12,7 +12,7 @@ CPP := $(shell find kernels -name '*.h' -o -name '*.cpp' -o -name '*.cc' -o -nam
 
 help:
 	@echo "make demo    pre-train on the photographs of this repository (6 minutes on two cores)"
-	@echo "make test    run the tests (4.5 minutes on two cores; the first time make mmdet, too)"
+	@echo "make test    run the tests (8 minutes on two cores; the first time make mmdet, too)"
 	@echo "make soak    run the long tests"
 	@echo "make check   ruff, mypy and clang-format"
 	@echo "make format  let ruff and clang-format format the code"

@@ -2,14 +2,18 @@
 
 A file holds plain tensors, numbers, strings and containers, so that it loads with ``weights_only=True``:
 ``format``, ``config`` (the resolved configuration as a dictionary), ``step`` (steps done), ``model``, ``optimizer``,
-``scaler``, ``loader``, ``rng`` and ``environment``.
+``scaler``, ``loader``, ``rng`` and ``environment``. Behind the archive, where readers of zip files do not look, stands
+the SHA-256 of all that comes before it: one file, one rename, and no bit changes unnoticed. Files that do not say that
+they have one, as those of earlier versions, are read without.
 """
 
+import contextlib
+import hashlib
 import os
 import re
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -19,6 +23,12 @@ from mcl.models import MCL
 
 FORMAT = 1
 LAST = "last.pt"
+_CHECKSUM = "sha256"
+_TRAILER = re.compile(rb"\nsha256 ([0-9a-f]{64})\n")
+_TRAILER_SIZE = 73  # bytes
+
+
+_DAMAGED = "use an earlier one of the same folder"
 
 
 class CheckpointError(RuntimeError):
@@ -37,8 +47,10 @@ def save(folder: Path, state: dict[str, Any], keep: int) -> Path:
     partial = path.with_suffix(".partial")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for abandoned in folder.glob("*.partial"):  # by a process that was killed
+            abandoned.unlink()
         with open(partial, "wb") as file:
-            torch.save({"format": FORMAT, **state}, file)
+            write({"format": FORMAT, **state}, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -50,12 +62,20 @@ def save(folder: Path, state: dict[str, Any], keep: int) -> Path:
         for old in steps(folder)[:-keep]:
             old.unlink()
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # nor need this be possible in a folder that cannot be written
+            partial.unlink()
         raise CheckpointError(
             f"{path}: cannot save ({error}); the checkpoints before it are untouched. Free space or mend the folder's "
             "permissions, then start the same command again"
         ) from error
     return path
+
+
+def write(state: dict[str, Any], file: IO[bytes]) -> None:
+    """Writes a state and, behind it, its checksum."""
+    hashing = _Hashing(file)
+    torch.save({**state, "checksum": _CHECKSUM}, hashing)  # type: ignore[arg-type]  # it asks for no more than this
+    file.write(f"\n{_CHECKSUM} {hashing.digest()}\n".encode())
 
 
 def steps(folder: Path) -> list[Path]:
@@ -67,12 +87,15 @@ def load(path: str | Path) -> dict[str, Any]:
     """Reads a checkpoint onto the CPU, without executing anything in it.
 
     Raises:
-        CheckpointError: no such file, incomplete, or not one of ours.
+        CheckpointError: no such file, incomplete, changed since it was written, or not one of ours.
     """
     try:
+        checked = _check(Path(path))
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such checkpoint") from None
+    except CheckpointError:
+        raise
     except Exception as error:  # half a file fails in the zip reader, the unpickler or the tensor reader
         raise CheckpointError(
             f"{path}: incomplete or not a checkpoint of mcl ({reason(error)}); "
@@ -82,6 +105,8 @@ def load(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: not a checkpoint of mcl (format {FORMAT}); the authors' own go through mcl import-openselfsup"
         )
+    if state.pop("checksum", None) and not checked:
+        raise CheckpointError(f"{path}: damaged: its checksum is missing; {_DAMAGED}")
     return state
 
 
@@ -137,6 +162,44 @@ def reason(error: Exception) -> str:
     """Type and first sentence of an error; some have no message."""
     message = str(error).partition("\n")[0].partition(". ")[0]
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
+class _Hashing:
+    """A file for ``torch.save`` that hashes what passes."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._hash = file, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self._hash.update(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def digest(self) -> str:
+        return self._hash.hexdigest()
+
+
+def _check(path: Path) -> bool:
+    """Whether the file has a checksum, which is then right.
+
+    Raises:
+        CheckpointError: it is wrong.
+    """
+    with open(path, "rb") as file:
+        size = max(0, os.fstat(file.fileno()).st_size - _TRAILER_SIZE)
+        file.seek(size)
+        trailer = _TRAILER.fullmatch(file.read())
+        if trailer is None:
+            return False
+        file.seek(0)
+        whole = hashlib.sha256()
+        while part := file.read(min(1 << 24, size - file.tell())):
+            whole.update(part)
+    if whole.hexdigest().encode() != trailer[1]:
+        raise CheckpointError(f"{path}: damaged: its content does not have the checksum at its end; {_DAMAGED}")
+    return True
 
 
 def _sync_folder(folder: Path) -> None:

@@ -16,7 +16,7 @@ TARGETS = ["mmdet", "mmdet-retinanet", "mmpretrain", "detectron2", "torchvision"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point: parses, runs, and turns errors of the user into one line and exit code 2."""
+    """Entry point: parses, runs, and turns errors of our own into one line and their exit code, mostly 2."""
     parser = _parser()
     options, words = parser.parse_known_args(arguments)  # key=value may stand behind options, too
     if words and not ("overrides" in options and all("=" in word and not word.startswith("-") for word in words)):
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not _is_ours(error):
             raise
         print(f"mcl {options.verb}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(getattr(error, "exit_code", 2))
 
 
 def _is_ours(error: Exception) -> bool:
@@ -78,6 +78,20 @@ def _parser() -> argparse.ArgumentParser:
     importer.add_argument("--output", type=Path, help="file to write; default: FILE with the ending .mcl.pt")
     importer.set_defaults(run=_import)
 
+    finetune = verbs.add_parser(
+        "finetune",
+        help="train a detector in MMDetection",
+        description="Trains a detector from given weights, or continues the run of that name. Writes output/name/.",
+    )
+    finetune.add_argument("config", type=Path, help="Python file, e.g. configs/finetune/mask_rcnn_r50_fpn_1x.py")
+    finetune.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="keys of that file, e.g. weights=runs/mcl/checkpoints/last.pt data.root=FOLDER name=NAME",
+    )
+    finetune.set_defaults(run=_finetune)
+
     preview = verbs.add_parser("preview", help="draw a step's montages, and a checkpoint's feature maps")
     preview.add_argument("config", type=Path, help="YAML file, or a checkpoint (then with feature maps)")
     preview.add_argument("overrides", nargs="*", metavar="key=value")
@@ -94,6 +108,13 @@ def _parser() -> argparse.ArgumentParser:
     budget.add_argument("config", type=Path, help="YAML file")
     budget.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. montage.queries=[4,1,1,1]")
     budget.add_argument("--gpus", type=int, help="processes; default: as many as make 128 images each")
+    budget.add_argument("--nodes", type=int, help="machines that they are on; default: as few as have 8 each")
+    budget.add_argument(
+        "--bandwidth",
+        type=_numbers,
+        metavar="WITHIN,BETWEEN",
+        help="GB/s in one direction, of a GPU within its node and of a node to others; default: published ones",
+    )
     budget.add_argument("--json", action="store_true", help="print JSON, and nothing else")
     budget.add_argument("--plot", type=Path, metavar="FILE.png", help="picture to write")
     budget.set_defaults(run=_budget)
@@ -105,6 +126,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _words(text: str) -> list[str]:
     return text.split(",")
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(word) for word in text.split(",")]
 
 
 def _keys() -> str:
@@ -156,6 +181,12 @@ def _import(options: argparse.Namespace) -> None:
     print(openselfsup.import_file(options.file, options.output or options.file.with_suffix(".mcl.pt")))
 
 
+def _finetune(options: argparse.Namespace) -> None:
+    from mcl.finetune import finetune
+
+    print(finetune(options.config, options.overrides), end="")
+
+
 def _preview(options: argparse.Namespace) -> None:
     from mcl import run
 
@@ -176,7 +207,8 @@ def _budget(options: argparse.Namespace) -> None:
 
     if options.plot:
         show.check_picture(options.plot)
-    result = budget.budget(config.load(options.config, options.overrides), options.gpus)
+    cfg = config.load(options.config, options.overrides)
+    result = budget.budget(cfg, options.gpus, options.nodes, options.bandwidth)
     print(json.dumps(result, indent=1) if options.json else show.tables(result))
     if options.plot:
         show.plot(result, options.plot)

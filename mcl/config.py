@@ -172,6 +172,10 @@ class TrainerConfig:
     the canvas."""
     max_loss_scale: float = Field(default=2.0**14, ge=1)
     """Upper bound of the fp16 loss scale."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What becomes of a step whose gradient is infinite or NaN. stop: the run ends before the next checkpoint, naming
+    it. skip: weights, optimiser, momentum network and running statistics stay as they were, the record counts it, and
+    the run ends after 100 such steps in a row; every step then costs a copy of them all."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the networks live."""
     threads: int = Field(default=0, ge=0)
@@ -188,6 +192,9 @@ class TrainerConfig:
     """auto continues the run found in the run folder; never refuses to touch a folder that holds one."""
     init_from: str = ""
     """Checkpoint whose weights start a new run; not a resume."""
+    timeout: float = Field(default=600.0, gt=0)
+    """Seconds without progress after which a run of several processes ends and names the one that hangs; more than
+    loading and computing a step, and saving, may take."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_MODEL)
@@ -314,19 +321,22 @@ _RESUMABLE = (
     *("output", "log.", "evaluation.", "data.threads", "data.prefetch", "data.device", "data.hardware_decoder"),
     *("data.val_root", "data.max_bad_fraction", "data.index", "data.allow_outside"),
     *(f"trainer.{key}" for key in ("device", "threads", "log_every", "checkpoint_epochs", "keep", "resume")),
+    *(f"trainer.{key}" for key in ("on_nonfinite", "timeout")),
     *(f"trainer.{key}" for key in ("recompute", "compile", "cuda_graph")),
 )
 """Keys that may change when a run is resumed: they do not touch what is computed."""
 
 
+def value(config: Config, key: str) -> Any:
+    """What a configuration has under a dotted key."""
+    section: Any = config
+    for part in key.split("."):
+        section = getattr(section, part)
+    return section
+
+
 def changed_keys(before: Config, now: Config) -> list[str]:
     """Keys whose values differ and decide what a run computes."""
-
-    def value(config: Any, key: str) -> Any:
-        for part in key.split("."):
-            config = getattr(config, part)
-        return config
-
     return [k for k, _, _ in fields() if not k.startswith(_RESUMABLE) and value(before, k) != value(now, k)]
 
 

@@ -1,6 +1,7 @@
 """Processes of a run, as torchrun or SLURM started them; a single process needs none of it."""
 
 import os
+import time
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
@@ -9,12 +10,15 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from mcl.config import ConfigError
 
 T = TypeVar("T")
 
 _PATIENCE = timedelta(days=1)
+_ROLL_CALL = timedelta(minutes=10)
+_LINGER = 1.0  # seconds
 
 _SLURM = {
     "RANK": "SLURM_PROCID",
@@ -25,27 +29,114 @@ _SLURM = {
 
 
 def adopt_slurm() -> None:
-    """Gives the processes that srun started the variables that torchrun would have set.
+    """Gives the processes that srun started the variables that torchrun would have set."""
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+        os.environ.update({ours: os.environ[theirs] for ours, theirs in _SLURM.items() if theirs in os.environ})
+
+
+_store: Store | None = None  # where the processes have met
+
+
+def setup(device: str, timeout: float = 600) -> None:
+    """Joins the process group when there is more than one process: NCCL on GPUs, gloo on CPUs.
+
+    Args:
+        timeout: seconds without progress after which :mod:`mcl.watchdog` ends a run; PyTorch's own waiting ends after
+            twice that, and would not say whom it waited for.
 
     Raises:
-        ConfigError: srun does not say where the first process listens.
+        ConfigError: nothing says where they meet, they were not started as one group, or some did not come within ten
+            minutes.
     """
-    if "RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) == 1:
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
         return
-    os.environ.update({ours: os.environ[theirs] for ours, theirs in _SLURM.items() if theirs in os.environ})
+    # PyTorch 2.13 has new names for two things that it also has under these, as do the versions before.
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is|`torch.distributed.all_gather_into", FutureWarning)
+    if device == "cuda":
+        torch.cuda.set_device(local_rank())
+    own, store = int(os.environ["RANK"]), _meeting_point()
+    _roll_call(store, own, size, device)
+    global _store
+    _store = store
+    patience = timedelta(seconds=2 * timeout)
+    backend = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=own, world_size=size, timeout=patience)
+
+
+def _meeting_point() -> Store:
+    """Where processes find each other: torchrun's own store, or one that rank 0 opens."""
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
-            raise ConfigError(f"{name}: not set; under srun it must name the first node, or a free port on it")
+            raise ConfigError(f"{name}: not set; it must name the first machine, or a free port on it")
+    address, port, first = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), os.environ["RANK"] == "0"
+    opens = first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    patience = _ROLL_CALL if first else 2 * _ROLL_CALL  # the others wait for what rank 0 says in the end
+    try:
+        store = TCPStore(address, port, is_master=opens, timeout=patience, wait_for_workers=False)
+    except dist.DistError as error:
+        raise ConfigError(
+            f"MASTER_ADDR, MASTER_PORT: {'cannot listen' if opens else 'nobody listens'} at {address}:{port} "
+            f"({str(error).splitlines()[0]}); name the first machine and a free port on it"
+        ) from None
+    # torchrun keeps its store when it restarts the processes.
+    return PrefixStore(f"mcl/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
-def setup(device: str) -> None:
-    """Joins the process group when there is more than one process: NCCL on GPUs, gloo on CPUs."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # PyTorch 2.13 has new names for two things that it also has under these, as do the versions before.
-        warnings.filterwarnings("ignore", "`broadcast_buffers` is|`torch.distributed.all_gather_into", FutureWarning)
-        if device == "cuda":
-            torch.cuda.set_device(local_rank())
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+def _roll_call(store: Store, own: int, size: int, device: str) -> None:
+    """Rank 0 looks whether everyone came, and for the same thing; the process group would only wait.
+
+    Raises:
+        ConfigError: on every process that came.
+    """
+    store.set(f"rank {own}", f"{size} processes on {device}")
+    if own == 0:
+        store.set("verdict", _verdict(store, size))
+    try:
+        verdict = store.get("verdict").decode()
+    except dist.DistError:
+        raise ConfigError("WORLD_SIZE: rank 0 did not answer; look into its log, then start all processes") from None
+    if verdict:
+        if own == 0:
+            time.sleep(_LINGER)  # it may keep what the others have yet to read
+        raise ConfigError(verdict)
+
+
+def _verdict(store: Store, size: int) -> str:
+    """What is wrong with the processes that come, in words; empty if nothing is."""
+    expected = store.get("rank 0").decode()
+    for other in range(1, size):
+        try:
+            said = store.get(f"rank {other}").decode()
+        except dist.DistStoreError:
+            missing = [str(r) for r in range(size) if not store.check([f"rank {r}"])]
+            return (
+                f"WORLD_SIZE: of {size} processes, rank {', '.join(missing)} did not come within "
+                f"{_ROLL_CALL.total_seconds():.0f} s; start as many as WORLD_SIZE says (under SLURM: with srun)"
+            )
+        if said != expected:
+            return (
+                f"WORLD_SIZE: rank {other} was started as one of {said}, rank 0 as one of {expected}; start all "
+                "processes with the same number and the same trainer.device"
+            )
+    return ""
+
+
+def board() -> Store:
+    """A connection of the caller's own to what all processes can write and read while their collectives hang."""
+    assert _store is not None
+    return _store.clone()
+
+
+def calls() -> int:
+    """Collectives of the whole group that this process has begun: who hangs has begun fewer than who waits for it."""
+    count: int = cast(Any, dist.group.WORLD)._get_sequence_number_for_group()
+    return count
+
+
+def host_group() -> dist.ProcessGroup | None:
+    """All processes by way of their hosts, for what GPUs have no part in; None if there is only one."""
+    return cast(dist.ProcessGroup, dist.new_group(backend="gloo")) if world_size() > 1 else None
 
 
 def teardown() -> None:

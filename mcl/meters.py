@@ -19,35 +19,47 @@ class Meter:
         levels: of the montage.
         device: where outputs are.
         scaled: the loss is scaled, and steps with an infinite gradient are left out: they are no failure.
+        skips: nor is whatever makes a gradient infinite or NaN; such steps count for no mean.
     """
 
-    def __init__(self, levels: int, device: torch.device, scaled: bool = False) -> None:
-        self._scaled = scaled
+    def __init__(self, levels: int, device: torch.device, scaled: bool = False, skips: bool = False) -> None:
+        self._scaled, self._skips = scaled, skips
         self._sums = torch.zeros(3, levels, device=device)  # losses, positive, negative: means of both directions
         self._totals = torch.zeros(2, device=device)  # loss, gradient norm
         self._count = 0
+        self._skipped = torch.tensor(0, device=device)  # since the last reading
+        self._in_a_row = torch.tensor(0, device=device)
         self._failed_step = torch.tensor(-1, device=device)
         self._failed_levels = torch.zeros(levels, dtype=torch.bool, device=device)
 
     def add(self, step: int, output: Output, grad_norm: Tensor) -> None:
         """Takes a step's results in, without waiting for them."""
-        self._sums += torch.stack([output.losses.mean(0), output.positive.mean(0), output.negative.mean(0)])
+        finite = grad_norm.isfinite()
+        counts = finite if self._skips else torch.ones_like(finite)
+        values = torch.stack([output.losses.mean(0), output.positive.mean(0), output.negative.mean(0)])
         norm = grad_norm.nan_to_num(0, 0, 0) if self._scaled else grad_norm
-        self._totals += torch.stack([output.loss.detach(), norm.to(output.loss.dtype)])
+        totals = torch.stack([output.loss.detach(), norm.to(output.loss.dtype)])
+        self._sums += torch.where(counts, values, 0)
+        self._totals += torch.where(counts, totals, 0)
         self._count += 1
-        failed = ~output.losses.isfinite().all(0)  # (L,)
+        self._skipped += ~finite
+        self._in_a_row = torch.where(finite, 0, self._in_a_row + 1)
+        failed = ~output.losses.isfinite().all(0) & counts  # (L,)
         # Clipping turns an infinite gradient into NaN weights.
-        overflow = torch.zeros_like(failed[0]) if self._scaled else ~grad_norm.isfinite()
+        overflow = torch.zeros_like(finite) if self._scaled or self._skips else ~finite
         first = (failed.any() | overflow) & (self._failed_step < 0)
         self._failed_levels |= failed & first
         self._failed_step = torch.where(first, step, self._failed_step)
 
     def read(self) -> Record:
-        """Means since the last call."""
-        losses, positive, negative = (self._sums / self._count).tolist()
-        loss, grad_norm = (self._totals / self._count).tolist()
+        """Means since the last call, and how many steps were left out."""
+        skipped = int(self._skipped)
+        counted = self._count - (skipped if self._skips else 0)
+        losses, positive, negative = (self._sums / counted).tolist()
+        loss, grad_norm = (self._totals / counted).tolist()
         self._sums.zero_()
         self._totals.zero_()
+        self._skipped.zero_()
         self._count = 0
         return {
             "loss": loss,
@@ -55,6 +67,7 @@ class Meter:
             "loss_level": losses,
             "positive": positive,
             "negative": negative,
+            "skipped": skipped,
         }
 
     def failure(self) -> tuple[int, list[int]] | None:
@@ -62,9 +75,13 @@ class Meter:
         step = int(self._failed_step)
         return None if step < 0 else (step, self._failed_levels.nonzero().flatten().tolist())
 
+    def skipped_in_a_row(self) -> int:
+        """Steps, up to the last one, whose gradient was not finite."""
+        return int(self._in_a_row)
+
 
 class Stopwatch:
-    """Speed, time left, and the shares of time spent waiting for the loader and in the phases of the steps.
+    """Speed, time left, and the shares of time spent waiting for the loader, saving, and in the phases of the steps.
 
     Args:
         steps: that this process will do.
@@ -74,7 +91,7 @@ class Stopwatch:
     def __init__(self, steps: int, phases: Timer, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock, self._left, self._phases = clock, steps, phases
         self._start = self._window = clock()
-        self._wait = 0.0
+        self._wait = self._save = 0.0
         self._images = self._done = 0
         self._settled: tuple[float, int] | None = None  # when the first step was over: it also fills the pipelines
 
@@ -84,6 +101,13 @@ class Stopwatch:
         start = self._clock()
         yield
         self._wait += self._clock() - start
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """Times how long a checkpoint keeps the training."""
+        start = self._clock()
+        yield
+        self._save += self._clock() - start
 
     def lap(self, images: int) -> None:
         """Counts a step."""
@@ -106,8 +130,9 @@ class Stopwatch:
         record = {
             "images_per_s": self._images / elapsed,
             "data_wait": self._wait / elapsed,
+            "saving": self._save / elapsed,
             **{name: seconds / elapsed for name, seconds in phases.items()},
             "eta_s": pace * (self._left - self._done),
         }
-        self._window, self._wait, self._images = now, 0.0, 0
+        self._window, self._wait, self._save, self._images = now, 0.0, 0.0, 0
         return record

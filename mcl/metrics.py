@@ -1,11 +1,12 @@
 """One record, many sinks: JSON lines, log, TensorBoard, Weights & Biases, progress bar."""
 
+import contextlib
 import json
 import logging
 import os
 import sys
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,20 +21,41 @@ Record = dict[str, Any]
 """Numbers, lists with a number per level, and ``kind`` and ``step``."""
 
 
-def setup_logging(folder: Path | None) -> None:
-    """Messages of a run go to the console and to ``train.log``; `folder` is None on all ranks but the first."""
+def setup_logging(folder: Path) -> None:
+    """Messages of a run go to the console and to ``train.log``; from all ranks but the first, only what went wrong.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
+    rank = distributed.rank()
     log.handlers.clear()
     log.propagate = False
-    log.setLevel(logging.INFO if folder else logging.WARNING)
+    log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     console = logging.StreamHandler(_TqdmStream())
-    console.setFormatter(logging.Formatter("%(message)s"))
+    console.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"rank {rank}: %(message)s"))
+    file = logging.FileHandler(folder / "train.log", delay=rank != 0)
+    file.setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    who = "" if rank == 0 else f" rank {rank}:"
+    file.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s{who} %(message)s"))
     log.addHandler(console)
-    if folder:
-        file = logging.FileHandler(folder / "train.log")
-        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        log.addHandler(file)
+    log.addHandler(file)
     logging.captureWarnings(True)
     logging.getLogger("py.warnings").handlers = log.handlers
+
+
+@contextlib.contextmanager
+def recorded_errors() -> Iterator[None]:
+    """The traceback of what ends the run goes to ``train.log``; the console has it from whoever catches it."""
+    try:
+        yield
+    except Exception as error:
+        record = log.makeRecord(
+            log.name, logging.ERROR, __file__, 0, "the run ends: %s", (type(error).__name__,), sys.exc_info()
+        )
+        for handler in log.handlers:
+            if isinstance(handler, logging.FileHandler):
+                handler.handle(record)
+        raise
 
 
 class _TqdmStream:

@@ -92,8 +92,12 @@ def _released_name(name: str) -> str:
     return re.sub(r"^(online\.fpn\..*|online\.head\.convs\..*)\.norm\.", r"\1.bn.", name)
 
 
-def build_optimizer(config: OptimConfig, model: nn.Module) -> Optimizer:
-    """Optimiser over the trainable parameters of `model`, in two groups: the usual, and the excluded ones."""
+def build_optimizer(config: OptimConfig, model: nn.Module, on_device: bool = False) -> Optimizer:
+    """Optimiser over the trainable parameters of `model`, in two groups: the usual, and the excluded ones.
+
+    Args:
+        on_device: keeps AdamW's count of steps on the GPU, where a step can be undone; otherwise the host counts.
+    """
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     usual = [p for name, p in trainable if not excluded(name, p, config.exclude)]
     vectors = [p for name, p in trainable if excluded(name, p, config.exclude)]
@@ -106,7 +110,16 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> Optimizer:
         return LARS(groups, lr=0.0, momentum=config.momentum, trust_coefficient=config.trust_coefficient)
     if config.name == "sgd":
         return SGD(groups, lr=0.0, momentum=config.momentum, foreach=True)
-    return AdamW(groups, lr=0.0, betas=config.betas, foreach=True)
+    return AdamW(groups, lr=0.0, betas=config.betas, foreach=True, capturable=on_device)
+
+
+def load_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Takes up what ``state_dict`` gave; where AdamW counts its steps is this run's own affair."""
+    groups = [
+        saved | {key: own[key] for key in ("capturable",) if key in own}
+        for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    optimizer.load_state_dict({**state, "param_groups": groups})
 
 
 def learning_rate(config: OptimConfig, global_batch: int, step: int, steps: int, steps_per_epoch: int) -> float:

@@ -16,7 +16,7 @@ from mcl.config import Config, ConfigError
 from mcl.evaluation.features import load_photo
 from mcl.evaluation.run import describe
 from mcl.images import open_images
-from mcl.metrics import Metrics, log, read
+from mcl.metrics import Metrics, log, read, recorded_errors
 from mcl.models import MCL
 from mcl.montage import MontageBatch, nearest_legal
 from mcl.trainer import Trainer, resolve_device
@@ -29,14 +29,15 @@ def pretrain(cfg: Config) -> None:
 
     Raises:
         ConfigError, SourceError, CheckpointError: wrong input.
-        NonFiniteLossError, Interrupted: see :meth:`mcl.trainer.Trainer.fit`.
+        NonFiniteLossError, PeerError, Interrupted: see :meth:`mcl.trainer.Trainer.fit`.
     """
     try:
-        trainer = Trainer(cfg)
-        first = distributed.rank() == 0
-        if first:
-            _draw(cfg, lambda folder: montages(cfg, trainer.step, folder, trainer.loader.source))
-        trainer.fit()
+        with recorded_errors():
+            trainer = Trainer(cfg)
+            first = distributed.rank() == 0
+            if first:
+                _draw(cfg, lambda folder: montages(cfg, trainer.step, folder, trainer.loader.source))
+            trainer.fit()
     finally:
         distributed.teardown()  # what follows is the first process's alone
     if first:

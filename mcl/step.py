@@ -14,6 +14,7 @@ from mcl.models import MCL, Output
 from mcl.montage import MontageBatch
 from mcl.optim import AUTOCAST, LossScaler, build_optimizer, set_learning_rate
 from mcl.timers import Timer
+from mcl.undo import Undo
 
 
 class TrainingStep:
@@ -36,7 +37,8 @@ class TrainingStep:
         model.online.backbone.recompute = trainer.recompute
         if trainer.compile:
             model.compile_parts()
-        self.optimizer = build_optimizer(config.optim, model)
+        self._skips = trainer.on_nonfinite == "skip"
+        self.optimizer = build_optimizer(config.optim, model, on_device=self._skips and device.type == "cuda")
         self.scaler = LossScaler(device.type, trainer.max_loss_scale, trainer.precision == "fp16")
         self.timer = Timer.on(device)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
@@ -53,21 +55,28 @@ class TrainingStep:
             momentum: of the momentum network.
 
         Returns:
-            The model's output, its loss detached, and the norm of the gradient before clipping, ().
+            The model's output, its loss detached, and the norm of the gradient before clipping, (). Where that is not
+            finite and ``trainer.on_nonfinite`` is skip, nothing has changed.
         """
         dtype = torch.float64 if self._dtype == torch.float64 else None
         query, key = query.to(self._device, dtype), key.to(self._device, dtype)
         set_learning_rate(self.optimizer, lr)
         if not self._config.trainer.cuda_graph:  # a graph writes to the gradients that it was recorded with
             self.optimizer.zero_grad(set_to_none=True)
+        undo = Undo(self.model.buffers()) if self._skips else None
         with self.timer.phase("graph") if self._config.trainer.cuda_graph else contextlib.nullcontext():
             output = self._gradients(query, key)
         with self.timer.phase("optimizer"):
             self.scaler.unscale_(self.optimizer)
             grad_norm = ops.clip_grad_norm_(self._parameters, self._config.optim.clip_norm or float("inf"))
+            if undo:
+                undo.keep(self.model.parameters(), self.optimizer)
             self.scaler.step(self.optimizer)
             self.scaler.update()
             ema.update(self._target, self._online, momentum)
+            if undo:
+                # The gradient is the average over all processes, so one that is not finite on any is so on all.
+                undo.unless(grad_norm.isfinite())
         return output, grad_norm
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:

@@ -1,6 +1,5 @@
 """The training loop, readable top to bottom."""
 
-import signal
 from typing import Any
 
 import torch
@@ -9,7 +8,8 @@ from torch import Tensor
 
 from dali_pipelines.loader import MontageLoader, default_threads
 from dali_pipelines.plan import Plan
-from mcl import checkpoint, distributed, ema, ops
+from mcl import agreement, checkpoint, distributed, ema, ops
+from mcl.checkpoint import CheckpointError
 from mcl.config import Config, ConfigError, changed_keys, from_dict, to_dict
 from mcl.evaluation import check_evaluations
 from mcl.images import open_shared
@@ -18,9 +18,14 @@ from mcl.metrics import BadFiles, Metrics, ProgressBar, log, setup_logging
 from mcl.models import MCL, Output
 from mcl.models.sync_bn import synchronize
 from mcl.montage import MontageBatch
-from mcl.optim import learning_rate
-from mcl.signals import Interrupted, Signals
+from mcl.optim import learning_rate, load_state
+from mcl.saving import Saver
+from mcl.signals import Consensus, Interrupted, Signals
 from mcl.step import TrainingStep
+from mcl.watchdog import Watchdog
+
+_SKIPPED_IN_A_ROW = 100
+"""Steps left out one after the other that end a run: no finite gradient will come."""
 
 
 class NonFiniteLossError(RuntimeError):
@@ -51,7 +56,8 @@ class Trainer:
         self.config = config
         distributed.adopt_slurm()
         self.device = resolve_device(config.trainer.device)
-        distributed.setup(self.device.type)
+        distributed.setup(self.device.type, config.trainer.timeout)
+        agreement.check(config)
         self.images = config.images_per_rank(distributed.world_size())
         self.folder = config.run_folder
         if config.trainer.resume == "never" and checkpoint.steps(self.folder / "checkpoints"):
@@ -91,10 +97,13 @@ class Trainer:
             checkpoint.restore(self.model, state["model"], config.trainer.init_from)
         self.model = synchronize(self.model, self.device.type)
         self._update = TrainingStep(config, self.model, self.device)
+        self._saver = Saver(self.folder / "checkpoints", config.trainer.keep)
         self._resume()
         if distributed.rank() == 0:
             (self.folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
-        self._meter = Meter(len(config.montage.ratios), self.device, scaled=config.trainer.precision == "fp16")
+        self._skips = config.trainer.on_nonfinite == "skip"
+        scaled = config.trainer.precision == "fp16"
+        self._meter = Meter(len(config.montage.ratios), self.device, scaled, self._skips)
 
     # ------------------------------------------------------------------------------------------------ the loop
 
@@ -102,37 +111,50 @@ class Trainer:
         """Trains to the end, or until a signal.
 
         Raises:
+            CheckpointError: a checkpoint could not be saved.
             NonFiniteLossError: see there.
+            PeerError: another process failed.
             Interrupted: SIGINT or SIGTERM arrived; a checkpoint was saved.
         """
         first = distributed.rank() == 0
         metrics = Metrics(self.config, self.step) if first else None
         self._describe()
-        every = max(1, round(self.config.trainer.checkpoint_epochs * self.steps_per_epoch))
+        trainer = self.config.trainer
+        every = max(1, round(trainer.checkpoint_epochs * self.steps_per_epoch))
         stopwatch = Stopwatch(self.steps - self.step, self._update.timer)
+        consensus, stop = Consensus(), 0
         try:
-            with Signals() as signals, ProgressBar(self.config, self.step, self.steps) as bar:
-                while self.step < self.steps:
+            with (
+                Signals() as signals,
+                Watchdog(trainer.timeout, self._saver.settle) as watchdog,
+                ProgressBar(self.config, self.step, self.steps) as bar,
+            ):
+                while self.step < self.steps and not stop:
                     with stopwatch.waiting():
                         query, key = next(self.loader)
                     output, grad_norm = self.train_step(query, key)
                     self._meter.add(self.step, output, grad_norm)
                     self.step += 1
-                    stopwatch.lap(self.config.trainer.global_batch)
+                    watchdog.advance(self.step)
+                    stopwatch.lap(trainer.global_batch)
                     bar.advance()
-                    logging = self.step % self.config.trainer.log_every == 0 or self.step == self.steps
-                    stop = self._agree(signals.received, logging)
-                    if logging:
+                    stop = consensus(signals.received)
+                    if self.step % trainer.log_every == 0 or self.step == self.steps:
                         record = self._record(stopwatch)
                         if metrics is not None:
                             metrics.write(record)
                             bar.show(record)
                     if self.step % every == 0 or self.step == self.steps or stop:
-                        self.save()
-                    if stop:
-                        log.warning("stopped by signal %d at step %d; the same command continues", stop, self.step)
-                        raise Interrupted(128 + stop)
+                        with stopwatch.saving():
+                            self.save()
+                    self._saver.check()
+                self._saver.wait()
+                distributed.barrier()  # torchrun ends the others as soon as one has left
+            if stop:
+                log.warning("stopped by signal %d at step %d; the same command continues", stop, self.step)
+                raise Interrupted(128 + stop)
         finally:
+            self._saver.settle()
             self.loader.close()
             if metrics is not None:
                 metrics.close()
@@ -146,14 +168,12 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------ state
 
     def save(self) -> None:
-        """Writes a checkpoint, unless the loss is no longer finite."""
+        """Hands a checkpoint to the thread that writes it, unless the loss is no longer finite."""
         self._check_finite()
         for bad in distributed.gather_objects(self.loader.bad):
             self.loader.share(bad)
         if distributed.rank() == 0:
-            path = checkpoint.save(self.folder / "checkpoints", self.state_dict(), self.config.trainer.keep)
-            log.info("saved %s", path)
-        distributed.barrier()
+            self._saver.save(self.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on."""
@@ -175,7 +195,7 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any], origin: str) -> None:
         """Takes up where :meth:`state_dict` was called; `origin` names the file in errors."""
         checkpoint.restore(self.model, state["model"], origin)
-        self._update.optimizer.load_state_dict(state["optimizer"])
+        load_state(self._update.optimizer, state["optimizer"])
         self._update.scaler.load_state_dict(state["scaler"])
         self.loader.load_state_dict(state["loader"])
         self.step = state["step"]
@@ -189,6 +209,12 @@ class Trainer:
 
     def _resume(self) -> None:
         state = checkpoint.latest(self.folder / "checkpoints")
+        found = distributed.gather_objects(None if state is None else state["step"])
+        if len(set(found)) > 1:
+            raise CheckpointError(
+                f"{self.folder}: the newest checkpoint that ranks can read is of step {', '.join(map(str, found))}; "
+                "look into their warnings, then mend the machine that reads badly or remove the newer checkpoints"
+            )
         if state is None:
             return
         changes = changed_keys(from_dict(state["config"]), self.config)
@@ -228,16 +254,11 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------ set-up and words
 
     def _prepare_folder(self) -> None:
-        if distributed.rank() == 0:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                setup_logging(self.folder)
-            except OSError as error:
-                raise ConfigError(
-                    f"output: cannot write to {self.folder} ({error.strerror}); set output=FOLDER"
-                ) from None
-        else:
-            setup_logging(None)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            setup_logging(self.folder)
+        except OSError as error:
+            raise ConfigError(f"output: cannot write to {self.folder} ({error.strerror}); set output=FOLDER") from None
         distributed.barrier()
 
     def _describe(self) -> None:
@@ -263,6 +284,9 @@ class Trainer:
         self._check_finite()
         optim, trainer = self.config.optim, self.config.trainer
         last = self.step - 1
+        means = self._meter.read()
+        if self._skips and means["skipped"]:
+            log.warning("%d steps without a finite gradient since the last record, left out", means["skipped"])
         return {
             "kind": "train",
             "step": self.step,
@@ -270,23 +294,21 @@ class Trainer:
             "lr": learning_rate(optim, trainer.global_batch, last, self.steps, self.steps_per_epoch),
             "ema": ema.momentum(optim.ema, last, self.steps),
             **stopwatch.read(),
-            **self._meter.read(),
+            **means,
         }
 
     def _check_finite(self) -> None:
         failure = self._meter.failure()
-        if failure is None:
+        if failure is not None:
+            step, levels = failure
+            what = f"loss of level {', '.join(map(str, levels))}" if levels else "gradient"
+            what = f"{what} was not finite at step {step}"
+        elif self._skips and (skipped := self._meter.skipped_in_a_row()) >= _SKIPPED_IN_A_ROW:
+            what = f"gradient was not finite in the last {skipped} steps"
+        else:
             return
-        step, levels = failure
-        what = f"loss of level {', '.join(map(str, levels))}" if levels else "gradient"
         good = checkpoint.steps(self.folder / "checkpoints")
         raise NonFiniteLossError(
-            f"the {what} was not finite at step {step}; "
-            f"last good checkpoint: {good[-1] if good else 'none'}. Lower optim.base_lr or lengthen optim.warmup_epochs"
+            f"the {what}; last good checkpoint: {good[-1] if good else 'none'}. "
+            "Lower optim.base_lr or lengthen optim.warmup_epochs"
         )
-
-    def _agree(self, received: int, logging: bool) -> int:
-        """The signal to stop for; several processes ask each other when they wait anyway, to stop at the same step."""
-        if distributed.world_size() == 1:
-            return received
-        return signal.SIGTERM if logging and distributed.any_rank(received != 0, self.device) else 0

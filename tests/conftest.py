@@ -78,3 +78,14 @@ def random_view(
     tiles = geometry.tiles(images)
     orders = [torch.randperm(n, generator=generator) if shuffle and i else torch.arange(n) for i, n in enumerate(tiles)]
     return view(geometry, images, pixels, torch.cat([order % images for order in orders]))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """A table of the faults that tests tried, from what they recorded."""
+    reports = [r for outcome in ("passed", "failed") for r in terminalreporter.getreports(outcome) if r.when == "call"]
+    tried = [(dict(r.user_properties), r.passed) for r in reports if "fault" in dict(r.user_properties)]
+    if tried:
+        terminalreporter.section("faults tried and survived")
+        for properties, passed in tried:
+            survived = properties.get("survived", "yes") if passed else "NO"
+            terminalreporter.line(f"{survived:>10}  {properties['fault']}")

@@ -1,7 +1,8 @@
 """What a configuration costs: ``mcl budget CONFIG``. Needs no images, no GPU and no DALI.
 
 :func:`budget` returns what ``--json`` prints. FLOPs and bytes are counted (see :mod:`mcl.budget.count` for what is and
-what is not), times are estimates unless they say that they were measured (see :mod:`mcl.budget.hardware`).
+what is not, and :mod:`mcl.budget.communication`), times are estimates unless they say that they were measured (see
+:mod:`mcl.budget.hardware`).
 
 | key | what |
 |---|---|
@@ -14,13 +15,15 @@ what is not), times are estimates unless they say that they were measured (see :
 | stages | of the canvas schedule: ``first_epoch``, ``epochs``, ``cells``, ``canvas`` (px), ``gflop_per_image``, ``ratio_to_supervised``, ``parts`` (GFLOP per image), ``saved_bytes`` |
 | memory | bytes per GPU, largest stage: ``parameters``, ``gradients``, ``optimizer``, ``momentum_network``, ``batch`` (canvases of both views), ``activations`` (what autograd saves), ``total`` |
 | time | for these epochs of ImageNet, a list: ``kind`` (estimate or measured), ``hardware``, ``gpus``, ``images_per_s``, ``hours``, ``gpu_hours``, ``tflop_per_s_per_gpu``, ``source``; ``loader_images_per_s_per_gpu`` (in the fastest stage), ``gate_share`` (what that takes of DALI's gate, H100 only), ``cpu_cores_per_gpu`` (for loading on CPUs, null unless benchmarked) |
+| communication | ``nodes``; ``per_step``: for ``cuda`` and ``cpu`` a list, by ``purpose``: ``operation``, ``calls`` and ``bytes`` that a process hands over, counted; ``links`` (``hardware``, ``within_gb_per_s`` and ``between_gb_per_s`` nodes, one direction, ``source``), ``latency`` (its source); ``scales``, estimates for as many images per GPU, a list: ``hardware``, ``gpus``, ``nodes``, ``global_batch``, seconds of a mean step: ``compute_s``, ``gradients_s``, ``targets_s``, ``batchnorm_s``, ``exposed_s`` (of these three, not hidden by compute), and ``efficiency``; no lists for one GPU |
 | loader | ``views`` (pixels made per image, in views of 224 px, largest stage), ``gate`` (``images_per_s``, ``source``), ``cpu`` (see :func:`~mcl.budget.hardware.loading_on_cpu`) |
 """  # noqa: E501  # a table
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mcl.budget import count, hardware
+from mcl.budget import communication, count, hardware
 from mcl.budget.count import PARTS, Count
 from mcl.config import Config, ConfigError
 from mcl.montage import Geometry
@@ -51,23 +54,30 @@ class _Stage:
         return sum(self.count.saved.values())
 
 
-def budget(config: Config, gpus: int | None = None) -> dict[str, Any]:
+def budget(
+    config: Config, gpus: int | None = None, nodes: int | None = None, bandwidth: Sequence[float] | None = None
+) -> dict[str, Any]:
     """Counts the steps of a configuration; takes seconds per stage of its canvas schedule.
 
     Args:
         gpus: processes; None takes as many as give each of them 128 images.
+        nodes: machines that they are on; None takes as few as have 8 each.
+        bandwidth: GB/s within a node and between nodes; None takes published ones.
 
     Raises:
-        ConfigError: the global batch does not divide among them.
+        ConfigError: the global batch does not divide among the processes, or these not among the machines.
         CheckpointError: the run folder has checkpoints, and none can be read.
     """
     if gpus is not None and gpus < 1:
         raise ConfigError(f"--gpus: {gpus} must be at least 1")
     gpus = gpus or max(1, config.trainer.global_batch // _RELEASED_IMAGES)
+    nodes, links = communication.nodes_of(gpus, nodes), communication.links_of(bandwidth)
     stages = _stages(config, gpus)
     supervised = count.supervised(config.model.backbone)
     mean = sum(s.epochs * s.flops for s in stages) / config.trainer.epochs
     found = hardware.measurement(config, {s.geometry.cells: s.flops for s in stages})
+    accumulate, resnet50 = config.trainer.accumulate, count.supervised("resnet50")
+    exchanging = [communication.Stage(s.epochs, s.images * accumulate, accumulate, s.count) for s in stages]
     work = [hardware.Stage(s.epochs, s.flops, _views(config, s.geometry)) for s in stages]
     return {
         "name": config.name,
@@ -83,7 +93,8 @@ def budget(config: Config, gpus: int | None = None) -> dict[str, Any]:
         "parts": _parts(stages),
         "stages": [_describe(s, supervised) for s in stages],
         "memory": _memory(config, stages),
-        "time": hardware.times(work, count.supervised("resnet50"), found),
+        "time": hardware.times(work, resnet50, found),
+        "communication": communication.describe(exchanging, resnet50, gpus, nodes, links),
         "loader": {
             "views": max(s.views for s in work),
             "gate": {"images_per_s": hardware.GATE, "source": hardware.GATE_SOURCE},

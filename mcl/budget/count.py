@@ -9,6 +9,7 @@ takes seconds. What is counted is what runs, forward and backward, both views:
   softmax, clipping, optimiser and momentum update; region pooling, which on the montage's grid only copies.
 * Bytes of what autograd keeps between forward and backward, each piece of memory once. (Under autocast a fake BatchNorm
   keeps its two statistics per channel in 2 bytes each, a real one in 4: 0.2 MB of R50's gigabytes.)
+* What several processes would have to exchange: calls of BatchNorm, gradients in the order in which they come, targets.
 """
 
 import contextlib
@@ -38,6 +39,15 @@ PARTS = ("backbone", "FPN", "head", "projector", "predictors", "loss", "momentum
 
 
 @dataclass(frozen=True)
+class Normalization:
+    """A call of a BatchNorm in training mode."""
+
+    channels: int
+    element: int  # bytes of what its statistics are computed in
+    returns: bool  # whether backward comes through it; not where it is computed again, nor in the momentum network
+
+
+@dataclass(frozen=True)
 class Count:
     """Of one process's training step, by part."""
 
@@ -45,6 +55,9 @@ class Count:
     backward: Mapping[str, int]  # FLOPs
     saved: Mapping[str, int]  # bytes that autograd keeps for backward
     parameters: Mapping[str, int]  # how many, buffers excluded
+    norms: Sequence[Normalization]  # in the order of calls
+    gradients: Sequence[int]  # bytes of each, in the order in which backward computes them
+    targets: Sequence[int]  # bytes of a bank, per view, before they are gathered
 
     @property
     def flops(self) -> int:
@@ -65,6 +78,8 @@ class _Meter(TorchDispatchMode):
         self.forward: Counter[str] = Counter()
         self.backward: Counter[str] = Counter()
         self.saved: Counter[str] = Counter()
+        self.norms: list[Normalization] = []
+        self.gradients: list[int] = []
         self._inside = ["loss"]
         self._returning: str | None = None
         self._storages = {storage._cdata: storage for storage in (t.untyped_storage() for t in known)}
@@ -94,6 +109,21 @@ class _Meter(TorchDispatchMode):
         module.register_forward_pre_hook(enter)
         module.register_forward_hook(leave)
 
+    def watch_exchanges(self, model: nn.Module) -> None:
+        """Notes calls of BatchNorms, and gradients as they come."""
+
+        def note(module: Any, inputs: tuple[Tensor], _: Any) -> None:
+            element = torch.promote_types(inputs[0].dtype, torch.float32).itemsize
+            returns = torch.is_grad_enabled() and self._returning is None
+            self.norms.append(Normalization(module.num_features, element, returns))
+
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.register_forward_hook(note)
+        for p in model.parameters():
+            if p.requires_grad:
+                p.register_post_accumulate_grad_hook(lambda p: self.gradients.append(_bytes([p])))
+
     def saving(self) -> contextlib.AbstractContextManager[None]:
         """Within it, what autograd saves is counted."""
         return torch.autograd.graph.saved_tensors_hooks(self._save, self._take_out)
@@ -114,9 +144,12 @@ class _Gathered(MCL):
     """MCL as one of several processes: its banks of targets are as large as those of all."""
 
     processes = 1
+    own: Sequence[int] = ()  # bytes of its own part of them
 
     def banks(self, parts: Sequence[tuple[MontageBatch, MontageBatch]]) -> list[Gather]:
-        return [Gather(bank.wait().repeat(self.processes, 1)) for bank in super().banks(parts)]
+        banks = [bank.wait() for bank in super().banks(parts)]
+        self.own = [_bytes([bank]) for bank in banks]
+        return [Gather(bank.repeat(self.processes, 1)) for bank in banks]
 
 
 @functools.cache
@@ -146,11 +179,12 @@ def step(
         for part, modules in parts.items():
             for module in modules:
                 meter.watch(part, module)
+        meter.watch_exchanges(mcl)
         _run(meter, precision, lambda: mcl(*views).loss)
     parameters = Counter[str]()
     for p in mcl.parameters():
         parameters[owner[id(p)]] += p.numel()
-    return Count(meter.forward, meter.backward, meter.saved, parameters)
+    return Count(meter.forward, meter.backward, meter.saved, parameters, meter.norms, meter.gradients, mcl.own)
 
 
 @functools.cache

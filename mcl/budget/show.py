@@ -25,7 +25,8 @@ def tables(budget: dict[str, Any]) -> str:
         f"{b['gflop_per_image']:.1f} GFLOP per image, {b['ratio_to_supervised']:.2f} times a step of "
         f"{supervised} ({b['supervised']['gflop_per_image']:.1f})"
     )
-    return "\n\n".join([head, _parts(b), _stages(b), _memory(b), _times(b)])
+    sections = [head, _parts(b), _stages(b), _memory(b), _times(b)]
+    return "\n\n".join([*sections, _exchanges(b), _scales(b)] if b["gpus"] > 1 else sections)
 
 
 def _parts(b: dict[str, Any]) -> str:
@@ -83,6 +84,45 @@ def _times(b: dict[str, Any]) -> str:
         notes.append(
             f"  CPU cores, to load without a GPU: {rate} at 224 px, measured on {cpu['cpu']} ({cpu['source']})."
         )
+    return "\n".join([_table(header, rows), *notes])
+
+
+def _exchanges(b: dict[str, Any]) -> str:
+    on_gpus, on_cpus = b["communication"]["per_step"]["cuda"], b["communication"]["per_step"]["cpu"]
+    rows = [
+        [
+            e["purpose"],
+            *(e["operation"], str(e["calls"]), f"{e['bytes'] / 1e6:.3f}"),
+            *(other["operation"], f"{other['bytes'] / 1e6:.3f}"),
+        ]
+        for e, other in zip(on_gpus, on_cpus, strict=True)
+    ]
+    note = "counted: what one process hands over; on GPUs BatchNorm is PyTorch's SyncBatchNorm, on CPUs ours"
+    return _table(["communication per step", "GPUs", "calls", "MB", "CPUs", "MB"], rows) + f"\n{note}"
+
+
+def _scales(b: dict[str, Any]) -> str:
+    communication = b["communication"]
+    rows = [
+        [
+            f"{s['hardware']}, estimate",
+            *(str(s["nodes"]), str(s["gpus"]), f"{s['global_batch']:,}"),
+            *(f"{1e3 * s[f'{what}_s']:.1f}" for what in ("compute", "gradients", "targets", "batchnorm", "exposed")),
+            f"{s['efficiency']:.1%}",
+        ]
+        for s in communication["scales"]
+    ]
+    header = ["ms per step", "nodes", "GPUs", "images"]
+    header += ["compute", "gradients", "targets", "BatchNorm", "not hidden", "efficiency"]
+    notes = [
+        f"{b['images_per_gpu']} images per GPU. Gradients are hidden by backward, all but the last bucket; targets by",
+        "forward; BatchNorm by nothing. Links at full rate, GB/s, of a GPU within its node and of a node to others:",
+        *(
+            f"  {k['hardware']}: {k['within_gb_per_s']:g} and {k['between_gb_per_s']:g} ({k['source']})"
+            for k in communication["links"]
+        ),
+        f"  latency: {communication['latency']}",
+    ]
     return "\n".join([_table(header, rows), *notes])
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mcl import checkpoint
 from mcl.checkpoint import FORMAT, CheckpointError, reason
 from mcl.config import Config, DataConfig, ModelConfig, OptimConfig, TrainerConfig, to_dict
 from mcl.export.files import write
@@ -148,7 +149,7 @@ def import_file(source: Path, output: Path) -> ImportReport:
             )
     placed = {name: weights[name].to(tensor.dtype) for name, tensor in own.items()}
     content = {"format": FORMAT, "config": to_dict(config), "step": 0, "model": placed}
-    write(output, source, lambda file: torch.save(content, file))
+    write(output, source, lambda file: checkpoint.write(content, file))
 
     repeated = {name for name in unknown if _repeats(name, state)}
     taken = {name for name in state if our_name(name) in own}

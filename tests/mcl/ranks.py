@@ -1,25 +1,43 @@
-"""Processes over gloo on one machine, forked from a server that has imported what they need."""
+"""Processes over gloo on one machine, forked from a server that has imported what they need; what they are given."""
 
 import multiprocessing
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
+import torch
+
 from mcl import distributed
+from mcl.montage import Geometry, MontageBatch
+from tests.conftest import view
 
 
 def in_ranks(world: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
     """What `work` returns in each of `world` processes; it and its arguments are pickled."""
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["mcl.trainer", "dali_pipelines.pipelines"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with ProcessPoolExecutor(world, processes) as pool:
         futures = [pool.submit(_join, rank, world, port, work, arguments) for rank in range(world)]
-        return [future.result(timeout=60) for future in futures]
+        return [future.result(timeout=300) for future in futures]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
+def joined(geometry: Geometry, views: Sequence[MontageBatch]) -> MontageBatch:
+    """One view with the canvases of all ranks' views, which lie level by level, then rank by rank."""
+    images = len(views[0].index)
+    pixels = zip(*(v.images.split(v.canvases) for v in views), strict=True)
+    sources = [v.sources[v.tiles(i)] + rank * images for i in range(geometry.levels) for rank, v in enumerate(views)]
+    canvases = torch.cat([canvases for level in pixels for canvases in level])
+    return view(geometry, images * len(views), canvases, torch.cat(sources))
 
 
 def _join(rank: int, world: int, port: int, work: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:

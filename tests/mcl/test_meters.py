@@ -18,16 +18,20 @@ def test_stopwatch() -> None:
     for seconds in (10.0, 2.0):
         with stopwatch.waiting():
             now += 0.5
-        now += seconds - 0.5
+        with stopwatch.saving():
+            now += 0.25
+        now += seconds - 0.75
         stopwatch.lap(10)
     record = stopwatch.read()
     assert record["images_per_s"] == pytest.approx(20 / 12)
     assert record["data_wait"] == pytest.approx(1 / 12)
+    assert record["saving"] == pytest.approx(0.5 / 12)
     assert record["eta_s"] == pytest.approx(8 * 2.0)  # the first step is not taken for the pace
     for _ in range(2):
         now += 2.0
         stopwatch.lap(10)
-    assert stopwatch.read() == {"images_per_s": pytest.approx(5), "data_wait": 0, "eta_s": pytest.approx(6 * 2.0)}
+    shares = {"data_wait": 0, "saving": 0}
+    assert stopwatch.read() == {"images_per_s": pytest.approx(5), **shares, "eta_s": pytest.approx(6 * 2.0)}
 
 
 def output(losses: list[list[float]]) -> Output:
@@ -63,6 +67,21 @@ def test_an_infinite_gradient_fails_unless_the_loss_is_scaled() -> None:
         meter.add(4, output([[1], [1]]), torch.tensor(math.inf))
         assert meter.failure() == failure
     assert meter.read()["grad_norm"] == 0
+
+
+def test_skipped_steps_are_counted_and_count_for_no_mean() -> None:
+    meter = Meter(2, torch.device("cpu"), skips=True)
+    meter.add(0, output([[1, 2], [3, 4]]), torch.tensor(5.0))
+    for step in (1, 2):
+        meter.add(step, output([[math.nan, 1], [math.inf, 1]]), torch.tensor(math.nan))
+    assert meter.skipped_in_a_row() == 2
+    meter.add(3, output([[1, 2], [3, 4]]), torch.tensor(7.0))
+    assert (meter.skipped_in_a_row(), meter.failure()) == (0, None)
+    record = meter.read()
+    assert (record["skipped"], record["loss"], record["grad_norm"], record["loss_level"]) == (2, 10, 6, [2, 3])
+    meter.add(4, output([[math.inf, 1], [1, 1]]), torch.tensor(1.0))  # not skipped, and yet it has no loss
+    assert meter.failure() == (4, [0])
+    assert meter.read()["skipped"] == 0
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00:00"), (59.6, "0:01:00"), (3723, "1:02:03")])

@@ -24,6 +24,7 @@ from mcl.models import MCL
 from mcl.montage import MontageBatch
 from mcl.optim import build_optimizer
 from mcl.step import TrainingStep
+from mcl.undo import Undo
 from tests.step import FOUR_LEVELS, build, configure, views
 
 READS = {
@@ -193,6 +194,24 @@ def test_nor_does_it_with_any_optimiser(compute: str, optimizer: str) -> None:
 
 
 @pytest.mark.usefixtures("thin_backbone")
+@pytest.mark.parametrize("optimizer", ["lars", "adamw", "sgd"])
+def test_nor_does_one_that_is_skipped(optimizer: str) -> None:
+    """Whether it is, the host never learns."""
+    cfg = configure(f"optim.name={optimizer}", "trainer.on_nonfinite=skip", "optim.clip_norm=1")
+    step, (query, key) = build(cfg), views(cfg)
+    step(query, key, lr=0.1, momentum=0.99)
+    before = {name: tensor.clone() for name, tensor in step.model.state_dict().items()}
+    meter = Meter(len(cfg.montage.ratios), torch.device("cpu"), skips=True)
+    query = dataclasses.replace(query, images=query.images * float("nan"))
+    counters = [state["step"] for state in step.optimizer.state.values()] if optimizer == "adamw" else []
+    with Detector("cpu", counters) as detector:
+        meter.add(1, *step(query, key, lr=0.1, momentum=0.99))
+    assert detector.seen["aten::where"] > len(before)
+    assert all(torch.equal(before[name], tensor) for name, tensor in step.model.state_dict().items())
+    assert (meter.failure(), meter.read()["skipped"]) == (None, 1)
+
+
+@pytest.mark.usefixtures("thin_backbone")
 def test_fp16_reads_one_flag_of_its_loss_scaler() -> None:
     """Whether a gradient overflowed decides on the host whether the optimiser steps: so does PyTorch's GradScaler."""
     cfg = configure("trainer.precision=fp16", "trainer.max_loss_scale=1")
@@ -319,6 +338,29 @@ def test_clipping_optimiser_and_momentum_network_stay_on_the_device(optimizer: s
     assert norm.device.type == "cuda"
     assert {tensor.device.type for state in update.state.values() for tensor in state.values()} >= {"cuda"}
     assert detector.seen["mcl::ema_"] == 2
+
+
+@pytest.mark.usefixtures("thin_backbone")
+@pytest.mark.parametrize("optimizer", ["lars", "adamw", "sgd"])
+def test_undoing_a_step_stays_on_the_device(optimizer: str) -> None:
+    """So does, then, AdamW's count of steps."""
+    cfg = configure(f"optim.name={optimizer}")
+    with torch.device("meta"):
+        model = MCL(cfg.model, cfg.montage)
+    with FakeTensorMode():
+        pretend(model)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        update = build_optimizer(cfg.optim, model, on_device=True)
+        with Detector("cuda") as detector:
+            for _ in range(2):
+                undo = Undo(model.buffers())
+                for p in trained:
+                    p.grad = torch.empty_like(p)
+                undo.keep(model.parameters(), update)
+                update.step()
+                undo.unless(ops.clip_grad_norm_(trained, 1.0).isfinite())
+    assert {tensor.device.type for state in update.state.values() for tensor in state.values()} == {"cuda"}
+    assert detector.seen["aten::where"] > 2 * len(trained)
 
 
 @pytest.mark.usefixtures("thin_backbone")

@@ -18,9 +18,9 @@ from mcl import config, distributed
 from mcl.models import MCL
 from mcl.models.sync_bn import Normalize, SyncBatchNorm, synchronize
 from mcl.montage import Geometry, MontageBatch
-from tests.conftest import ThinBackbone, random_view, view
+from tests.conftest import ThinBackbone, random_view
 from tests.fp64 import fast_convolutions
-from tests.mcl.ranks import in_ranks
+from tests.mcl.ranks import in_ranks, joined
 
 SIZES = {2: (5, 2), 4: (3, 1, 6, 2)}  # rows of each rank, by the number of ranks
 
@@ -279,15 +279,6 @@ def test_without_a_group_it_is_batchnorm() -> None:
     assert torch.equal(norm.running_var, plain.running_var)
 
 
-def joined(geometry: Geometry, views: list[MontageBatch]) -> MontageBatch:
-    """One view with the canvases of all, which lie level by level, then rank by rank."""
-    images = len(views[0].index)
-    pixels = zip(*(v.images.split(v.canvases) for v in views), strict=True)
-    sources = [v.sources[v.tiles(i)] + rank * images for i in range(geometry.levels) for rank, v in enumerate(views)]
-    canvases = torch.cat([canvases for level in pixels for canvases in level])
-    return view(geometry, images * len(views), canvases, torch.cat(sources))
-
-
 def step(module: nn.Module, model: MCL, query: MontageBatch, key: MontageBatch) -> dict[str, np.ndarray]:
     """Losses, gradients and running statistics of a step."""
     with fast_convolutions():
@@ -312,9 +303,7 @@ def shared_step(compute: str) -> dict[str, np.ndarray]:
 def test_ranks_compute_what_one_process_does(compute: str) -> None:
     """Losses, averaged gradients and running statistics of MCL, where two ranks have half of the images each."""
     alone = build(compute)
-    whole = [
-        joined(Geometry(**MODEL["montage"]), list(views)) for views in zip(two_views(0), two_views(1), strict=True)
-    ]
+    whole = [joined(Geometry(**MODEL["montage"]), views) for views in zip(two_views(0), two_views(1), strict=True)]
     expected = step(alone, alone, *whole)
     first, second = in_ranks(2, shared_step, compute)
     assert first.keys() == second.keys() == expected.keys()

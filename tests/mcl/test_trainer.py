@@ -1,5 +1,6 @@
 """The loop: run folder, exact resume, signals, broken checkpoints, non-finite loss; on photographs, through DALI."""
 
+import dataclasses
 import json
 import math
 import multiprocessing
@@ -8,7 +9,7 @@ import random
 import shutil
 import signal
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,15 +20,17 @@ import torch
 import yaml
 from PIL import Image
 
-from mcl import checkpoint, config, run
+from mcl import checkpoint, config, report, run
 from mcl.checkpoint import CheckpointError
 from mcl.config import Config, ConfigError
 from mcl.metrics import read
+from mcl.montage import MontageBatch
 from mcl.signals import Interrupted
 from mcl.trainer import NonFiniteLossError, Trainer
 from tests.conftest import ThinBackbone
 from tests.dali_pipelines.images import write_animated, write_huge, write_truncated
 from tests.dali_pipelines.shards import write_tar
+from tests.mcl.test_checkpoint import small_disk
 
 TINY: dict[str, Any] = {
     "name": "tiny",
@@ -149,7 +152,7 @@ def test_stopped_by_a_signal_and_resumed(tiny: Config) -> None:
     a, b = last_weights(tiny), last_weights(undisturbed)
     assert all(equal(a[key], b[key]) for key in ("step", "model", "optimizer", "scaler", "loader", "rng"))
     # The records of both runs are the same but for speed and time.
-    times = ("images_per_s", "data_wait", "forward", "backward", "optimizer", "eta_s")
+    times = ("images_per_s", "data_wait", "saving", "forward", "backward", "optimizer", "eta_s")
     timeless = [
         [{k: v for k, v in r.items() if k not in times} for r in read(c.run_folder / "metrics.jsonl")]
         for c in (tiny, undisturbed)
@@ -260,22 +263,24 @@ def test_checkpoint_of_another_model(tiny: Config) -> None:
     assert equal(started.model.state_dict(), last_weights(tiny)["model"])
 
 
-def test_a_failed_save_keeps_the_checkpoint_before(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk that fills up while the second checkpoint is written."""
+def test_a_failed_save_keeps_the_checkpoint_before(tiny: Config) -> None:
+    """The disk is full when the second checkpoint is written; when there is space again, the run goes on."""
     trainer = Trainer(tiny)
-    write = torch.save
+    train_step = trainer.train_step
+    with ExitStack() as disk:
 
-    def full_disk(state: dict[str, Any], file: Any) -> None:
-        if state["step"] == 4:
-            return write(state, file)
-        file.write(b"half")
-        raise OSError(28, "No space left on device")
+        def fill(*views: Any) -> Any:
+            if trainer.step == 6:
+                trainer._saver.wait()
+                disk.enter_context(small_disk(20_000))
+            return train_step(*views)
 
-    monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(CheckpointError, match=r"cannot save .*No space left.* untouched"):
-        trainer.fit()
+        trainer.train_step = fill  # type: ignore[method-assign]
+        with pytest.raises(CheckpointError, match=r"step_00000008\.pt: cannot save .*too large.* untouched"):
+            trainer.fit()
     assert [p.name for p in sorted((tiny.run_folder / "checkpoints").iterdir())] == ["last.pt", "step_00000004.pt"]
-    assert last_weights(tiny)["step"] == 4
+    Trainer(tiny).fit()
+    assert last_weights(tiny)["step"] == STEPS
 
 
 def test_non_finite_loss_names_step_level_and_checkpoint(tiny: Config) -> None:
@@ -305,6 +310,39 @@ def test_infinite_gradient_is_a_failure_too(tiny: Config) -> None:
     with pytest.raises(NonFiniteLossError, match=r"the gradient was not finite at step 3; last good checkpoint: none"):
         trainer.fit()
     assert not checkpoint.steps(tiny.run_folder / "checkpoints")
+
+
+def poison(trainer: Trainer, steps: set[int]) -> None:
+    """Steps whose canvases are NaN."""
+    train_step = trainer.train_step
+
+    def bad(query: MontageBatch, key: MontageBatch) -> Any:
+        if trainer.step in steps:
+            query = dataclasses.replace(query, images=query.images * math.nan)
+        return train_step(query, key)
+
+    trainer.train_step = bad  # type: ignore[method-assign]
+
+
+def test_a_run_counts_what_it_skips(tiny: Config) -> None:
+    """Means are over the other steps; for the last record there are none."""
+    trainer = Trainer(config.override(tiny, ["trainer.on_nonfinite=skip"]))
+    poison(trainer, {2, 6, 7})
+    trainer.fit()
+    records = read(tiny.run_folder / "metrics.jsonl")
+    assert [r["skipped"] for r in records] == [0, 1, 0, 2]
+    assert [math.isfinite(r["loss"]) for r in records] == [True, True, True, False]
+    assert "2 steps without a finite gradient since the last record" in (tiny.run_folder / "train.log").read_text()
+    assert all(tensor.isfinite().all() for tensor in trainer.model.state_dict().values())
+    assert report.write(tiny.run_folder).exists()
+
+
+def test_a_run_that_skips_everything_ends(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mcl.trainer._SKIPPED_IN_A_ROW", 3)
+    trainer = Trainer(config.override(tiny, ["trainer.on_nonfinite=skip"]))
+    poison(trainer, set(range(1, STEPS)))
+    with pytest.raises(NonFiniteLossError, match=r"gradient was not finite in the last 3 steps; last good .*none"):
+        trainer.fit()
 
 
 def test_other_files_are_not_resumed(tiny: Config, few_photos: Path, tmp_path: Path) -> None:

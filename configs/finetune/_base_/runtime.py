@@ -1,0 +1,41 @@
+# Keys of `mcl finetune`, and what all detectors have in common. `key=value` on the command line overrides any of these
+# files' keys, e.g. train_cfg.max_iters=1000.
+name = ""  # of the run, whose folder is output/name; empty: that of the configuration file
+output = "runs"
+data = dict(
+    root="",  # COCO-format folder
+    classes=[],  # names of categories; empty: all of the annotations
+)
+weights = ""  # checkpoint of mcl, or what `mcl export` made of one; empty: from scratch
+amp = False  # mixed precision, on a GPU
+# Which target of `mcl export` has the weights, how names in it change, and beginnings (regular expressions) of the
+# detector's tensors that must all be in it.
+pretrained = dict(target="mmdet", renames=[], names=[r"backbone\.", r"neck\."])
+
+default_scope = "mmdet"
+custom_imports = dict(imports=["mcl.finetune.hooks", "mcl.finetune.layers", "mcl.finetune.loading"])
+randomness = dict(seed=0)
+resume = True  # continues the run that the folder holds
+load_from = None
+log_level = "INFO"
+log_processor = dict(type="LogProcessor", window_size=20, by_epoch=False)
+env_cfg = dict(
+    cudnn_benchmark=False,
+    mp_cfg=dict(mp_start_method="fork", opencv_num_threads=0),
+    dist_cfg=dict(backend="nccl"),
+)
+default_hooks = dict(
+    timer=dict(type="IterTimerHook"),
+    logger=dict(type="LoggerHook", interval=20),
+    param_scheduler=dict(type="ParamSchedulerHook"),
+    checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=2500, max_keep_ckpts=3),
+)
+custom_hooks = [
+    dict(type="SeedEveryStep"),
+    dict(type="PlainMessages"),
+    dict(type="PreciseBatchNorm", interval=10000, batches=200),
+    dict(type="APTable"),
+]
+vis_backends = [dict(type="LocalVisBackend")]
+visualizer = dict(type="DetLocalVisualizer", vis_backends=vis_backends)
+val_cfg = dict(type="ValLoop")

@@ -1,0 +1,19 @@
+# LVIS v1: images with rare categories repeated, up to 300 detections of any score. Evaluated as COCO is, for which a
+# detection of a category that nobody looked for in the image is wrong: lower than, and not, the benchmark's own AP.
+_base_ = "mask_rcnn_r50_fpn_1x.py"
+train_dataloader = dict(
+    dataset=dict(
+        dataset=dict(
+            _delete_=True,
+            type="ClassBalancedDataset",
+            oversample_thr=1e-3,
+            dataset=dict(
+                type="LVISFolder",
+                filter_cfg=dict(filter_empty_gt=True, min_size=32),
+                pipeline={{_base_.train_pipeline}},
+            ),
+        )
+    )
+)
+val_dataloader = dict(dataset=dict(type="LVISFolder"))
+model = dict(test_cfg=dict(rcnn=dict(score_thr=1e-4, max_per_img=300)))

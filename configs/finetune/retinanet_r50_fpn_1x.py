@@ -1,0 +1,14 @@
+# RetinaNet: its FPN starts at C3, so P2 stays behind, and so does the box head.
+_base_ = [
+    "mmdet::_base_/models/retinanet_r50_fpn.py",
+    "_base_/runtime.py",
+    "_base_/data_boxes.py",
+    "_base_/schedule_1x.py",
+]
+pretrained = dict(target="mmdet-retinanet", names=[r"backbone\.", r"neck\.(lateral_convs|fpn_convs\.[012])\."])
+norm_cfg = dict(type="SyncBN", requires_grad=True)
+model = dict(
+    backbone=dict(frozen_stages=-1, norm_cfg=norm_cfg, norm_eval=False, init_cfg=None),
+    neck=dict(norm_cfg=norm_cfg),
+)
+optim_wrapper = dict(optimizer=dict(lr=0.01))

@@ -1,0 +1,65 @@
+"""Whether all processes of a run do the same; asked once, before any work.
+
+The images are compared where they are opened (:func:`mcl.images.open_shared`), world size and device where processes
+meet (:func:`mcl.distributed.setup`).
+"""
+
+import functools
+import hashlib
+from pathlib import Path
+
+import torch
+
+import dali_pipelines
+import mcl
+from mcl import checkpoint, distributed
+from mcl.config import Config, ConfigError, fields, value
+
+_OF_A_MACHINE = ("data.root", "data.annotations", "data.val_root", "data.index", "data.threads", "trainer.threads")
+"""Keys that may differ: where a machine keeps the images, whose names and sizes are compared, and how many threads."""
+
+_CODE, _TORCH, _CHECKPOINT = "the code of mcl", "PyTorch", "the newest checkpoint"
+_REMEDY = {
+    _CODE: "install the same commit on all machines",
+    _TORCH: "install the same version on all machines",
+    _CHECKPOINT: "put output on a file system that all machines share",
+}
+
+
+def check(config: Config) -> None:
+    """Compares code, PyTorch, configuration and run folder of all processes; one small collective.
+
+    Raises:
+        ConfigError: on every process; the message names the ranks that differ from rank 0, in what, and the remedy.
+    """
+    everyone = distributed.gather_objects(_statement(config))
+    for what in everyone[0]:
+        strangers = [rank for rank, said in enumerate(everyone) if said[what] != everyone[0][what]]
+        if strangers:
+            ranks, theirs, ours = ", ".join(map(str, strangers)), everyone[strangers[0]][what], everyone[0][what]
+            remedy = _REMEDY.get(what, "start all processes with the same configuration")
+            raise ConfigError(f"{what}: {theirs} on rank {ranks}, {ours} on rank 0; {remedy}")
+
+
+def _statement(config: Config) -> dict[str, str]:
+    """What all processes must agree on, in words."""
+    found = checkpoint.steps(config.run_folder / "checkpoints")
+    return {
+        _CODE: _code(),
+        _TORCH: str(torch.__version__),
+        **{key: repr(value(config, key)) for key, _, _ in fields() if key not in _OF_A_MACHINE},
+        _CHECKPOINT: found[-1].name if found else "none",
+    }
+
+
+@functools.cache
+def _code() -> str:
+    """Hash of the sources of our packages, short enough to be read out."""
+    whole = hashlib.sha256()
+    for package in (mcl, dali_pipelines):
+        folder = Path(package.__path__[0])
+        for file in sorted(folder.rglob("*.py")):
+            content = file.read_bytes()
+            whole.update(f"{package.__name__}/{file.relative_to(folder).as_posix()} {len(content)}\n".encode())
+            whole.update(content)
+    return whole.hexdigest()[:12]

@@ -1,0 +1,228 @@
+"""What several processes exchange in a step, and the time that this takes beside their arithmetic.
+
+Calls and bytes are counted: they are those of a real step. Times are estimates, of a model with few assumptions:
+
+* A GPU computes at the rate that one GPU reaches in the cited supervised training (:data:`hardware.YARDSTICKS`).
+* An all-reduce costs the latency of its hops and its bytes over the slowest link, along a ring or a tree, whichever is
+  faster, as NCCL chooses; an all-gather goes along a ring. A ring takes 2 (W - 1) hops for the former and W - 1 for the
+  latter, and sends (W - 1) / W of the result per pass. Links carry their full rate, which is more than is measured.
+* Gradients travel during backward, all but the last bucket, which is complete only when backward is. Targets travel
+  during the forward pass of the online network. BatchNorm waits for its statistics, every time.
+* All processes are ready at the same moment. PyTorch's SyncBatchNorm also makes the host wait in every forward call,
+  which is not in these times.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel.distributed import _DEFAULT_BUCKET_CAP_MB
+
+from mcl.budget.count import Count
+from mcl.budget.hardware import NODE, YARDSTICKS
+from mcl.config import ConfigError
+
+_BUCKETS = [dist._DEFAULT_FIRST_BUCKET_BYTES, _DEFAULT_BUCKET_CAP_MB * 2**20]  # type: ignore[attr-defined]
+
+LATENCY_SOURCE = "NVIDIA/nccl src/graph/tuning.cc: protocol LL over NVLink (times 1.8 between nodes) and network"
+_BASE = {"ring": 3.6e-6, "tree": 4.4e-6}  # seconds per call
+_HOP = {"ring": 0.47e-6, "tree": 0.52e-6}  # seconds, within a node
+_HOP_BETWEEN = {"ring": 2.7e-6, "tree": 5.0e-6}  # seconds, from node to node
+_SHARED = 1.8  # factor of hops within a node where there are several nodes
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Collectives of a step that serve one purpose."""
+
+    purpose: str
+    operation: str  # all-reduce or all-gather
+    sizes: Sequence[int]  # bytes that a process hands to each call, in their order
+
+
+@dataclass(frozen=True)
+class Links:
+    """What connects GPUs, in one direction, GB/s (10^9 bytes)."""
+
+    hardware: str
+    within: float  # from one GPU to the others of its node
+    between: float  # from one node to the others, over all its adapters
+    source: str
+
+
+LINKS = (
+    Links("A100", 300, 200, "DGX A100 data sheet: NVLink 600 GB/s in both directions, 8 adapters of 200 Gb/s"),
+    Links("H100", 450, 400, "DGX H100 data sheet: NVLink 900 GB/s in both directions, 8 adapters of 400 Gb/s"),
+    Links("V100", 150, 50, "DGX-1 (V100) data sheet: NVLink 300 GB/s in both directions, 4 adapters of 100 Gb/s"),
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Steps of one geometry; of each process."""
+
+    epochs: int
+    images: int  # of a step
+    accumulate: int  # micro-batches
+    count: Count  # of one of them
+
+
+def exchanges(count: Count, accumulate: int, device: str) -> list[Exchange]:
+    """What a step exchanges, whatever the number of processes, if they are more than one.
+
+    Args:
+        count: of a micro-batch.
+        accumulate: micro-batches of a step.
+        device: cuda, where BatchNorm is PyTorch's, or cpu, where it is ours.
+    """
+    if device == "cuda":  # mean, inverse deviation and count of every process; then the two sums of the gradient
+        forward = [n.element * (2 * n.channels + 1) for n in count.norms]
+        backward = [n.element * 2 * n.channels for n in count.norms if n.returns]
+    else:  # sums in float64
+        forward = [8 * (2 * n.channels + 1) for n in count.norms]
+        backward = [8 * 2 * n.channels for n in count.norms if n.returns]
+    return [
+        Exchange("targets", "all-gather", [size * accumulate for size in count.targets]),
+        Exchange("BatchNorm forward", "all-gather" if device == "cuda" else "all-reduce", forward * accumulate),
+        Exchange("BatchNorm backward", "all-reduce", backward * accumulate),
+        Exchange("gradients", "all-reduce", _buckets(count.gradients)),
+    ]
+
+
+def _buckets(gradients: Sequence[int]) -> list[int]:
+    """Bytes of the buckets into which DistributedDataParallel puts gradients, from the second step on."""
+    tensors = [torch.empty(size, dtype=torch.uint8, device="meta") for size in gradients]
+    assigned, _ = dist._compute_bucket_assignment_by_size(tensors, _BUCKETS)  # type: ignore[attr-defined]
+    return [sum(gradients[i] for i in bucket) for bucket in assigned]
+
+
+def nodes_of(gpus: int, nodes: int | None) -> int:
+    """Machines: as many as were asked for, or as few as make NODE GPUs each.
+
+    Raises:
+        ConfigError: the GPUs do not divide among them.
+    """
+    if nodes is None:
+        return next(n for n in range(math.ceil(gpus / NODE), gpus + 1) if gpus % n == 0)
+    if nodes < 1 or gpus % nodes:
+        raise ConfigError(f"--nodes: {gpus} GPUs do not divide among {nodes} nodes")
+    return nodes
+
+
+def links_of(bandwidth: Sequence[float] | None) -> Sequence[Links]:
+    """The published ones, or the two numbers that were given, for any hardware.
+
+    Raises:
+        ConfigError: they are not two positive numbers.
+    """
+    if bandwidth is None:
+        return LINKS
+    if len(bandwidth) != 2 or not all(0 < rate < math.inf for rate in bandwidth):
+        raise ConfigError("--bandwidth: give two positive numbers, GB/s within a node and between nodes, e.g. 230,160")
+    within, between = bandwidth
+    return [Links(links.hardware, within, between, "--bandwidth") for links in LINKS]
+
+
+def describe(
+    stages: Sequence[Stage], supervised: float, gpus: int, nodes: int, links: Sequence[Links]
+) -> dict[str, Any]:
+    """What a budget says of it; see :mod:`mcl.budget`.
+
+    Args:
+        stages: of the configuration at `gpus` processes.
+        supervised: FLOPs per image of a supervised ResNet-50 step at 224 px.
+    """
+    largest = stages[-1]
+    return {
+        "nodes": nodes,
+        "per_step": {
+            device: [
+                {"purpose": e.purpose, "operation": e.operation, "calls": len(e.sizes), "bytes": sum(e.sizes)}
+                for e in exchanges(largest.count, largest.accumulate, device)
+                if gpus > 1
+            ]
+            for device in ("cuda", "cpu")
+        },
+        "links": [
+            {"hardware": k.hardware, "within_gb_per_s": k.within, "between_gb_per_s": k.between, "source": k.source}
+            for k in links
+        ],
+        "latency": LATENCY_SOURCE,
+        "scales": [
+            _scale(stages, supervised, gpus, gpus // nodes, n, k) for k in links for n in _doubling(nodes) if gpus > 1
+        ],
+    }
+
+
+def _doubling(most: int) -> Iterable[int]:
+    return [*(1 << i for i in range(most.bit_length()) if 1 << i < most), most]
+
+
+def _scale(
+    stages: Sequence[Stage], supervised: float, gpus: int, per_node: int, nodes: int, links: Links
+) -> dict[str, Any]:
+    """A mean step on so many nodes, of as many images per GPU."""
+    rate = next(y.one for y in YARDSTICKS if y.hardware == links.hardware) * supervised  # FLOP/s of a GPU
+    world = per_node * nodes
+    epochs = sum(stage.epochs for stage in stages)
+    means = dict.fromkeys(("compute_s", "gradients_s", "targets_s", "batchnorm_s", "exposed_s"), 0.0)
+    for stage in stages:
+        for name, seconds in zip(means, _step(stage, rate, world / gpus, world, nodes, links), strict=True):
+            means[name] += seconds * stage.epochs / epochs
+    return {
+        "hardware": links.hardware,
+        "gpus": world,
+        "nodes": nodes,
+        "global_batch": world * stages[0].images,
+        **means,
+        "efficiency": means["compute_s"] / (means["compute_s"] + means["exposed_s"]),
+    }
+
+
+def _step(
+    stage: Stage, rate: float, share: float, world: int, nodes: int, links: Links
+) -> tuple[float, float, float, float, float]:
+    """Seconds of arithmetic, of gradients, targets and BatchNorm, and what of these three the arithmetic does not hide.
+
+    Args:
+        rate: FLOP/s of a GPU.
+        share: of the processes that the stage was counted for: the loss compares with as much of its targets.
+    """
+
+    def time(parts: Iterable[tuple[str, int]]) -> float:
+        flops = sum(value * (share if part == "loss" else 1) for part, value in parts)
+        return flops * stage.accumulate / rate
+
+    forward, backward = stage.count.forward, stage.count.backward
+    compute = time([*forward.items(), *backward.items()])
+    online = time((part, value) for part, value in forward.items() if part != "momentum network")
+    took = {
+        e.purpose: [_seconds(e.operation, size, world, nodes, links) for size in e.sizes]
+        for e in exchanges(stage.count, stage.accumulate, "cuda")
+    }
+    norms = sum(took["BatchNorm forward"]) + sum(took["BatchNorm backward"])
+    targets, gradients = sum(took["targets"]), sum(took["gradients"])
+    # Only the last micro-batch's backward has finished gradients to send.
+    hidden = time(backward.items()) / stage.accumulate
+    exposed = norms + max(0.0, targets - online) + max(took["gradients"][-1], gradients - hidden)
+    return compute, gradients, targets, norms, exposed
+
+
+def _seconds(operation: str, size: int, world: int, nodes: int, links: Links) -> float:
+    """Of one collective to which every process hands `size` bytes."""
+    bandwidth = 1e9 * (links.within if nodes == 1 else min(links.within, links.between))
+    passes = 2 if operation == "all-reduce" else 1
+    sent = size * (passes * (world - 1) / world if operation == "all-reduce" else world - 1)
+    ring = _latency("ring", passes * (world - nodes), passes * (nodes - 1), nodes) + sent / bandwidth
+    if operation == "all-gather":
+        return ring
+    hops = 2 * (world // nodes - 1), 2 * math.ceil(math.log2(nodes))
+    return min(ring, _latency("tree", *hops, nodes) + 2 * size / bandwidth)
+
+
+def _latency(algorithm: str, within: int, between: int, nodes: int) -> float:
+    hop = _HOP[algorithm] * (_SHARED if nodes > 1 else 1)
+    return _BASE[algorithm] + within * hop + between * _HOP_BETWEEN[algorithm]

@@ -1,0 +1,33 @@
+"""Fine-tuning of detectors in MMDetection, which need not be installed for anything else."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mcl.config import ConfigError
+
+
+def finetune(path: Path, overrides: Sequence[str] = ()) -> str:
+    """Trains and evaluates the detector of an MMDetection configuration, or continues its run.
+
+    Args:
+        path: Python file, e.g. ``configs/finetune/mask_rcnn_r50_fpn_1x.py``.
+        overrides: ``key=value`` words; keys are those of the file.
+
+    Returns:
+        The table of AP, in percent, of every evaluation.
+
+    Raises:
+        ConfigError: wrong configuration, or MMDetection is not installed.
+        SourceError: wrong data.
+        CheckpointError: weights that do not fit, or cannot be read.
+    """
+    try:
+        import mmdet.apis  # noqa: F401  # whatever of mmcv and mmengine it needs, too
+    except (ImportError, AssertionError) as error:  # the latter for a version of mmcv that it does not take
+        raise ConfigError(f"mcl finetune needs MMDetection ({error}); install it: make mmdet") from None
+    from mcl.finetune import run, settings
+
+    return run.finetune(settings.load(path, overrides))
+
+
+__all__ = ["finetune"]

@@ -1,0 +1,206 @@
+"""COCO-format folders: where things lie in them, and whether they can be trained on."""
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dali_pipelines.source import SourceError
+from mcl.config import ConfigError
+from mcl.metrics import log
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images and annotations of one half of the data, relative to the root."""
+
+    images: str
+    annotations: str
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a kind of folder keeps things."""
+
+    train: Split
+    val: Split
+
+
+LVIS = Layout(Split("", "annotations/lvis_v1_train.json"), Split("", "annotations/lvis_v1_val.json"))
+LAYOUTS = (
+    Layout(Split("train", "instances_train.json"), Split("val", "instances_val.json")),
+    Layout(
+        Split("train2017", "annotations/instances_train2017.json"),
+        Split("val2017", "annotations/instances_val2017.json"),
+    ),
+    Layout(
+        Split("leftImg8bit/train", "annotations/instancesonly_filtered_gtFine_train.json"),
+        Split("leftImg8bit/val", "annotations/instancesonly_filtered_gtFine_val.json"),
+    ),
+    LVIS,
+)
+"""The one of this project first, then those of COCO, Cityscapes (as MMDetection converts it) and LVIS, whose images lie
+in COCO's folders."""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A COCO-format folder that was found to be in order."""
+
+    root: Path
+    layout: Layout
+    classes: tuple[str, ...]
+    """Names of the categories to detect, in the order of the annotations, which is that of the labels."""
+
+
+def open_folder(root: str, wanted: Sequence[str] = (), masks: bool = False, lvis: bool = False) -> Folder:
+    """Reads both annotation files of a folder and looks whether all that they name is there.
+
+    Args:
+        root: the folder.
+        wanted: categories to detect; empty for all.
+        masks: whether every object must have a mask.
+        lvis: look for annotations of LVIS first; COCO's may be there, too.
+
+    Raises:
+        SourceError: a folder, annotation file or image is missing; annotations are empty or broken; the categories of
+            train and val differ.
+        ConfigError: a category that is wanted does not exist.
+    """
+    folder = Path(root)
+    if not root:
+        raise SourceError("data.root: not set; name a COCO-format folder, e.g. data.root=data/cutouts")
+    if not folder.is_dir():
+        raise SourceError(f"data.root: {root} does not exist")
+    layout = _layout(folder, sorted(LAYOUTS, key=lambda layout: lvis and layout is not LVIS))
+    train, val = (_read(folder, split, masks) for split in (layout.train, layout.val))
+    if train != val:
+        raise SourceError(
+            f"data.root: {layout.train.annotations} and {layout.val.annotations} must have the same categories in the "
+            f"same order; {_difference(train, val)}"
+        )
+    for name in wanted:
+        if name not in train:
+            raise ConfigError(f"data.classes: no category {name!r}; there are {', '.join(train)}")
+    return Folder(folder, layout, tuple(name for name in train if name in wanted or not wanted))
+
+
+def _layout(folder: Path, layouts: Sequence[Layout]) -> Layout:
+    """The first layout of which the folder has a part."""
+    for layout in layouts:
+        splits = (layout.train, layout.val)
+        if any((folder / split.annotations).is_file() for split in splits):
+            for split in splits:
+                if not (folder / split.annotations).is_file():
+                    raise SourceError(f"data.root: {folder / split.annotations} is missing")
+                if not (folder / split.images).is_dir():
+                    raise SourceError(f"data.root: {folder / split.images} is missing, the folder of the images")
+            return layout
+    names = "; ".join(f"{layout.train.annotations} and {layout.val.annotations}" for layout in layouts)
+    raise SourceError(f"data.root: {folder} has no annotations; it must have {names}")
+
+
+def _read(folder: Path, split: Split, masks: bool) -> list[str]:
+    """Checks an annotation file and its images; returns the names of the categories."""
+    path = folder / split.annotations
+    images, annotations, categories = _sections(path)
+    names = {category["id"]: category["name"] for category in categories}
+    repeated = [name for name, count in Counter(c["name"] for c in categories).items() if count > 1]
+    if len(names) < len(categories) or repeated:
+        raise SourceError(f"{path}: two categories have the same id or name{_example(repeated)}; make them unique")
+    sizes = {image["id"]: (image["width"], image["height"]) for image in images}
+    for kind, ids in (("images", list(sizes)), ("annotations", {a["id"] for a in annotations})):
+        if len(ids) < len(images if kind == "images" else annotations):
+            raise SourceError(f"{path}: two {kind} have the same id; make them unique")
+    empty = 0
+    for annotation in annotations:
+        where = f"{path}: annotation {annotation['id']}"
+        if annotation["image_id"] not in sizes:
+            raise SourceError(f"{where} is of image {annotation['image_id']}, which is not in the file")
+        if annotation["category_id"] not in names:
+            raise SourceError(f"{where} is of category {annotation['category_id']}, which is not among the categories")
+        empty += _check_box(where, annotation["bbox"], sizes[annotation["image_id"]])
+        if masks and not annotation.get("segmentation"):
+            raise SourceError(f"{where} has no segmentation; add masks, or train a detector of boxes alone")
+    if empty:
+        log.warning("%s: %d boxes without any area are left out", path, empty)
+    unused = [name for key, name in names.items() if key not in {a["category_id"] for a in annotations}]
+    if unused:
+        log.warning("%s: no object of %d categories%s", path, len(unused), _example(unused))
+    _check_images(folder / split.images, [file_name(image) for image in images], path)
+    return list(names.values())
+
+
+_FIELDS = {
+    "images": ("id", "width", "height"),
+    "annotations": ("id", "image_id", "category_id", "bbox", "area"),
+    "categories": ("id", "name"),
+}
+
+
+def _sections(path: Path) -> list[list[dict[str, Any]]]:
+    """Images, annotations and categories of an annotation file, each with the fields that it must have."""
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        reason = "is empty" if path.stat().st_size == 0 else f"is not JSON ({error})"
+        raise SourceError(f"{path}: {reason}; write COCO's annotations anew") from None
+    for name, required in _FIELDS.items():
+        section = content.get(name) if isinstance(content, dict) else None
+        if not isinstance(section, list) or not section:
+            raise SourceError(f"{path}: has no {name}; it must have COCO's images, annotations and categories")
+        for number, entry in enumerate(section):
+            missing = [field for field in required if not isinstance(entry, dict) or field not in entry]
+            if missing:
+                raise SourceError(f"{path}: {name}[{number}] has no {missing[0]}")
+            if name == "images" and not ("file_name" in entry or "coco_url" in entry):
+                raise SourceError(f"{path}: images[{number}] has no file_name")
+    return [content[name] for name in _FIELDS]
+
+
+def _check_box(where: str, box: Any, size: tuple[int, int]) -> bool:
+    """Whether a box has no area, as a few of COCO's have; any other box must be one, and be in the image."""
+    numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(v, int | float) for v in box)
+    if not numbers or not all(map(math.isfinite, box)) or min(box[2:]) < 0:
+        raise SourceError(f"{where} has the box {box}; it must be [x, y, width, height] in pixels")
+    x, y, width, height = box
+    if x >= size[0] or y >= size[1] or x + width < 0 or y + height < 0:
+        raise SourceError(f"{where} has the box {box}, outside of its image of {size[0]} x {size[1]} pixels")
+    return not width or not height
+
+
+def file_name(image: dict[str, Any]) -> str:
+    """Path of an image within the folder of images; LVIS has its URL at COCO's instead, which ends with it."""
+    return image["file_name"] if "file_name" in image else "/".join(image["coco_url"].split("/")[-2:])
+
+
+def _check_images(folder: Path, names: Sequence[str], path: Path) -> None:
+    present: dict[str, set[str]] = {}
+    missing = []
+    for name in names:
+        parent, _, leaf = name.rpartition("/")
+        if parent not in present:
+            place = folder / parent
+            present[parent] = {entry.name for entry in os.scandir(place)} if place.is_dir() else set()
+        if leaf not in present[parent]:
+            missing.append(name)
+    if missing:
+        raise SourceError(f"{folder / missing[0]} is missing, and {len(missing) - 1} more images that {path} names")
+
+
+def _difference(train: Sequence[str], val: Sequence[str]) -> str:
+    only = [(name, "train") for name in train if name not in val] + [(n, "val") for n in val if n not in train]
+    if not only:
+        return "the order differs"
+    name, split = only[0]
+    return f"only {split} has {name!r}" + (f", and {len(only) - 1} more differ" if len(only) > 1 else "")
+
+
+def _example(names: Sequence[str]) -> str:
+    return f", e.g. {names[0]!r}" if names else ""

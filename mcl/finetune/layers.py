@@ -1,0 +1,22 @@
+"""A module that the authors' detectors have and MMDetection has not."""
+
+from typing import Any
+
+from mmcv.cnn import build_norm_layer
+from mmdet.models.roi_heads.shared_heads import ResLayer
+from mmdet.registry import MODELS
+from torch import Tensor
+
+
+@MODELS.register_module()
+class NormedResLayer(ResLayer):
+    """Last stage of a ResNet-50 as a box head, with a normalisation behind it, as MoCo's C4 detectors have it."""
+
+    def __init__(self, norm_cfg: dict[str, Any], **options: Any) -> None:
+        super().__init__(norm_cfg=norm_cfg, **options)
+        self.norm = build_norm_layer(norm_cfg, 2048)[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, 1024, h, w) to (n, 2048, h / 2, w / 2)."""
+        y: Tensor = self.norm(super().forward(x))
+        return y

@@ -1,0 +1,121 @@
+"""Data of every step as a pure function of seed and step, so that a run can be continued at any of them."""
+
+import itertools
+import math
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from mmdet.datasets import CocoDataset
+from mmdet.registry import DATA_SAMPLERS, DATASETS, LOOPS
+from mmengine.runner import IterBasedTrainLoop
+from torch.utils.data import Dataset, Sampler
+
+from mcl.finetune.data import file_name
+
+
+def seed_everything(*key: int) -> None:
+    """Seeds the generators of Python, NumPy and PyTorch by a sequence of numbers."""
+    words = np.random.SeedSequence(key).generate_state(4)
+    np.random.seed(words)  # noqa: NPY002  # MMDetection draws from the global one
+    random.seed(words.tobytes())
+    torch.manual_seed(int(words[0]))
+
+
+@DATASETS.register_module()
+class SeededDataset(Dataset[Any]):
+    """A dataset whose augmentation depends on seed, epoch and image alone.
+
+    Args:
+        dataset: the configuration of it.
+        seed: of the run.
+    """
+
+    def __init__(self, dataset: dict[str, Any], seed: int = 0) -> None:
+        self.dataset = DATASETS.build(dataset)
+        self.seed = seed
+
+    @property
+    def metainfo(self) -> dict[str, Any]:
+        meta: dict[str, Any] = self.dataset.metainfo
+        return meta
+
+    def full_init(self) -> None:
+        """Reads the annotations; MMEngine calls it."""
+        self.dataset.full_init()
+
+    def get_data_info(self, index: int) -> dict[str, Any]:
+        """Annotations of an image."""
+        info: dict[str, Any] = self.dataset.get_data_info(index)
+        return info
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        """The sample of (epoch, index)."""
+        seed_everything(self.seed, *key)
+        return self.dataset[key[1]]
+
+
+@DATASETS.register_module()
+class LVISFolder(CocoDataset):
+    """LVIS v1, read as COCO is: by pycocotools, since PyPI's ``lvis`` does not run with a current NumPy."""
+
+    def parse_data_info(self, raw_data_info: dict[str, Any]) -> Any:
+        """Adds the file's name to the image's entry."""
+        image = raw_data_info["raw_img_info"]
+        return super().parse_data_info({**raw_data_info, "raw_img_info": {**image, "file_name": file_name(image)}})
+
+
+@DATA_SAMPLERS.register_module()
+class EndlessBatches(Sampler[list[tuple[int, int]]]):
+    """Batches of (epoch, index), epoch after epoch, each of images that are all upright or all not.
+
+    Args:
+        sampler: MMEngine's ``DefaultSampler`` of a :class:`SeededDataset`.
+        batch_size: images per process.
+    """
+
+    def __init__(self, sampler: Any, batch_size: int) -> None:
+        self.sampler, self.batch_size = sampler, batch_size
+        self.start = 0
+        """Batches that the next iterator leaves out."""
+        self._upright: dict[int, bool] = {}
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return itertools.islice(self._batches(), self.start, None)
+
+    def __len__(self) -> int:
+        """Of an epoch, which MMEngine asks for."""
+        return math.ceil(len(self.sampler) / self.batch_size)
+
+    def _batches(self) -> Iterator[list[tuple[int, int]]]:
+        groups: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
+        for epoch in itertools.count():
+            self.sampler.set_epoch(epoch)
+            for index in self.sampler:
+                group = groups[self._is_upright(index)]
+                group.append((epoch, index))
+                if len(group) == self.batch_size:
+                    yield group[:]
+                    group.clear()
+
+    def _is_upright(self, index: int) -> bool:
+        if index not in self._upright:
+            info = self.sampler.dataset.get_data_info(index)
+            self._upright[index] = info["height"] > info["width"]
+        return self._upright[index]
+
+
+@LOOPS.register_module()
+class ResumableLoop(IterBasedTrainLoop):
+    """MMEngine's loop over steps, which goes on behind the batches of a run that it continues without loading them."""
+
+    def run(self) -> Any:
+        self.dataloader.batch_sampler.start = self.iter
+        # MMEngine takes as many batches as were trained on from the iterator first.
+        self.dataloader_iterator = itertools.chain(itertools.repeat(None, self.iter), self.dataloader)
+        return super().run()

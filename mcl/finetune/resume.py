@@ -1,0 +1,75 @@
+"""Which checkpoint a run continues from, and whether it is one of the same run."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+
+from mcl.checkpoint import CheckpointError, reason
+from mcl.config import ConfigError
+from mcl.finetune.hooks import Identity
+from mcl.finetune.settings import innermost
+from mcl.metrics import log
+
+_DECISIVE = ("model", "weights", "global_batch", "optim_wrapper", "param_scheduler", "randomness")
+"""Sections that decide what a run computes, beside its data."""
+
+
+def _decisive(config: Config) -> dict[str, str]:
+    """What decides the course of a run, as JSON by section."""
+    sections = config.to_dict()
+    values = {key: sections[key] for key in _DECISIVE}
+    values["data.classes"] = sections["data"]["classes"]
+    values["pipeline"] = innermost(sections["train_dataloader"])["pipeline"]
+    return {key: json.dumps(value, sort_keys=True) for key, value in values.items()}
+
+
+def prepare(config: Config) -> Identity:
+    """Lets MMEngine continue from the newest checkpoint in the run folder that can be read, if there is one.
+
+    Returns:
+        The hook by which the checkpoints to come tell what run they are of.
+
+    Raises:
+        CheckpointError: there are checkpoints, and none can be read.
+        ConfigError: the folder holds a run that was not to be continued, or another one.
+    """
+    sections = _decisive(config)
+    files = _checkpoints(Path(config.work_dir))
+    if not files:
+        config.resume = False
+        return Identity(sections)
+    if not config.resume:
+        raise ConfigError(f"resume: {config.work_dir} holds a run already; give this one another name=")
+    path, before = _newest(files)
+    for key, now in sections.items():
+        if before.get(key, now) != now:
+            raise ConfigError(
+                f"{config.work_dir}: the run in this folder had another {key}; give this one another name="
+            )
+    config.load_from = str(path)
+    return Identity(sections)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Newest first."""
+    found = {int(match[1]): p for p in folder.glob("iter_*.pth") if (match := re.fullmatch(r"iter_(\d+)\.pth", p.name))}
+    return [found[step] for step in sorted(found, reverse=True)]
+
+
+def _newest(files: list[Path]) -> tuple[Path, Mapping[str, Any]]:
+    """The newest checkpoint that can be read, since MMEngine's writing can be cut, and its decisive sections."""
+    for path in files:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # half a file fails in the zip reader, the unpickler or the tensor reader
+            log.warning("%s: incomplete (%s); trying the one before", path, reason(error))
+            continue
+        return path, state["meta"].get("mcl", {})
+    raise CheckpointError(
+        f"{files[0].parent}: none of the {len(files)} checkpoints can be read; remove them to start anew"
+    )

@@ -1,0 +1,46 @@
+"""A fine-tuning from its configuration to its table of AP."""
+
+from pathlib import Path
+
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+
+from mcl.finetune import hooks, resume, weights
+from mcl.finetune.data import Folder, open_folder
+from mcl.finetune.settings import innermost, replace
+
+
+def finetune(config: Config) -> str:
+    """Trains and evaluates, or continues; see :func:`mcl.finetune.finetune`."""
+    masks = "segm" in config.val_evaluator.metric
+    lvis = config.val_dataloader.dataset.type == "LVISFolder"
+    use(config, open_folder(config.data.root, config.data.classes, masks=masks, lvis=lvis))
+    own: list[Hook] = [resume.prepare(config)]
+    if config.weights:
+        own.append(weights.load(Path(config.weights), config.model, **config.pretrained))
+    runner = Runner.from_cfg(config)
+    runner.register_custom_hooks(own)
+    runner.train()
+    folder = Path(config.work_dir)
+    if all(record["step"] < runner.iter for record in hooks.read(folder)):
+        runner.val()  # the run was cut between its last checkpoint and its last evaluation
+    return hooks.table(hooks.read(folder))
+
+
+def use(config: Config, folder: Folder) -> None:
+    """Puts paths and classes of a folder into a configuration."""
+    config.data.classes = list(folder.classes)
+    replace(config.model, "num_classes", ..., len(folder.classes))
+    for split, dataset in (
+        (folder.layout.train, config.train_dataloader.dataset),
+        (folder.layout.val, config.val_dataloader.dataset),
+    ):
+        innermost(dataset).update(
+            data_root=str(folder.root),
+            ann_file=split.annotations,
+            data_prefix={"img": split.images},
+            metainfo={"classes": folder.classes},
+        )
+    config.val_evaluator.ann_file = str(folder.root / folder.layout.val.annotations)
+    config.train_dataloader.dataset.seed = config.randomness.seed

@@ -1,0 +1,144 @@
+"""Configuration of a fine-tuning: an MMDetection file, ``key=value`` words, and what follows from the machine."""
+
+import difflib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from mmengine.config import Config
+
+from mcl.config import ConfigError
+from mcl.metrics import log
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a configuration and applies ``key=value`` words to it; values are YAML, keys those that the files have.
+
+    Raises:
+        ConfigError: no such file, not a configuration of ``mcl finetune``, unknown key, or illegal value.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such configuration; those of mcl are in configs/finetune")
+    try:
+        config = Config.fromfile(path)
+    except Exception as error:  # a Python file may raise anything
+        raise ConfigError(f"{path}: cannot read the configuration ({type(error).__name__}: {error})") from error
+    if "pretrained" not in config:
+        raise ConfigError(f'{path}: not a configuration of mcl finetune; its _base_ must be one, "_base_/runtime.py"')
+    for word in overrides:
+        _override(config, word)
+    config.name = config.name or path.stem
+    if Path(config.name).name != config.name:
+        raise ConfigError(f"name: {config.name!r} is not a plain folder name")
+    config.work_dir = str(Path(config.output) / config.name)
+    adapt(config)
+    return config
+
+
+def _override(config: Config, word: str) -> None:
+    key, separator, text = word.partition("=")
+    if not separator:
+        raise ConfigError(f"{word!r}: expected key=value")
+    *parents, leaf = key.split(".")
+    node: Any = config
+    for part in parents:
+        node = node[_index(node, part, key, config)]
+    index = _index(node, leaf, key, config)
+    old = node[index]
+    new = _like(old, _parse(key, text))
+    if old is not None and new is not None and not isinstance(new, type(old)):
+        raise ConfigError(f"{key}: expected {type(old).__name__}, as in {old!r}, got {text!r}")
+    node[index] = new
+
+
+def _like(old: Any, new: Any) -> Any:
+    """A value as YAML has it, with the numbers and tuples of the one that it replaces."""
+    if isinstance(old, float) and isinstance(new, int):
+        return float(new)
+    if isinstance(old, list | tuple) and isinstance(new, list):
+        return type(old)(_like(old[0], value) if old else value for value in new)
+    return new
+
+
+def _index(node: Any, part: str, key: str, config: Config) -> str | int:
+    if isinstance(node, list) and part.isdigit() and int(part) < len(node):
+        return int(part)
+    if isinstance(node, (dict, Config)) and part in node:
+        return part
+    close = difflib.get_close_matches(key, _keys(config), n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]}?" if close else "see the configuration file and its _base_"
+    raise ConfigError(f"{key}: no such key; {hint}")
+
+
+def _keys(node: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted keys of all sections and leaves."""
+    items = node.items() if isinstance(node, (dict, Config)) else enumerate(node) if isinstance(node, list) else ()
+    for name, value in items:
+        yield f"{prefix}{name}"
+        yield from _keys(value, f"{prefix}{name}.")
+
+
+def _parse(key: str, text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"{key}: cannot read the value {text!r}") from None
+    if value is None:
+        return None if text in ("null", "~") else ""
+    if isinstance(value, str):
+        try:
+            return float(value)  # YAML takes 1e-4, without a point, for a word
+        except ValueError:
+            pass
+    return value
+
+
+def adapt(config: Config) -> None:
+    """Sets what follows from processes and devices: launcher, images per process, mixed precision, BatchNorm.
+
+    Raises:
+        ConfigError: ``global_batch`` does not divide by the processes, or something needs a GPU that is not there.
+    """
+    cuda = torch.cuda.is_available()
+    config.launcher, processes = _launcher()
+    if processes > 1 and not cuda:
+        raise ConfigError(f"{processes} processes, but no GPU: MMEngine trains on a CPU in one process; start one")
+    if config.global_batch < 1 or config.global_batch % processes:
+        raise ConfigError(f"global_batch: {config.global_batch} does not divide by {processes} processes")
+    config.train_dataloader.batch_size = config.global_batch // processes
+    if config.amp:
+        if not cuda:
+            raise ConfigError("amp: needs a GPU; leave it out")
+        config.optim_wrapper.update(type="AmpOptimWrapper", loss_scale="dynamic")
+    if not cuda and replace(config.model, "type", "SyncBN", "BN"):
+        log.warning("SyncBN is for GPUs; on this CPU it is BN, which computes the same in one process")
+
+
+def _launcher() -> tuple[str, int]:
+    """MMEngine's name of what started this process, and the number of processes."""
+    if "RANK" in os.environ:
+        return "pytorch", int(os.environ["WORLD_SIZE"])
+    if int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+        return "slurm", int(os.environ["SLURM_NTASKS"])
+    return "none", 1
+
+
+def replace(node: Any, key: str, old: Any, new: Any) -> int:
+    """Replaces a value under a key wherever it occurs in nested dictionaries and lists; returns how often it did."""
+    count = 0
+    if isinstance(node, dict):
+        if key in node and (old is ... or node[key] == old):
+            node[key] = new
+            count += 1
+        node = list(node.values())
+    if isinstance(node, (list, tuple)):
+        count += sum(replace(child, key, old, new) for child in node)
+    return count
+
+
+def innermost(dataset: Any) -> Any:
+    """The configuration of the dataset that reads files, within those that wrap it."""
+    return innermost(dataset["dataset"]) if "dataset" in dataset else dataset

@@ -1,0 +1,81 @@
+"""Pre-trained weights: read, renamed, and held against the detector that is to get them."""
+
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmdet.registry import MODELS
+from mmengine.registry import DefaultScope
+from torch import Tensor, nn
+
+from mcl.checkpoint import CheckpointError, reason
+from mcl.export import export
+from mcl.finetune.hooks import LoadWeights
+
+
+def load(
+    path: Path, model: Mapping[str, Any], target: str, renames: Sequence[Any], names: Sequence[str]
+) -> LoadWeights:
+    """Reads weights and selects those that a detector is to start from.
+
+    Args:
+        path: checkpoint of mcl, or a file that ``mcl export`` made of one; any other state dict whose names fit will
+            do, too.
+        model: configuration of the detector.
+        target: of ``mcl export`` that names tensors as the detector does.
+        renames: (regular expression, replacement) for names.
+        names: regular expressions of the beginnings of the detector's tensors that must all be there.
+
+    Raises:
+        CheckpointError: the file cannot be read, or a tensor is missing or of another shape.
+        ConfigError: the checkpoint cannot be exported to the target.
+    """
+    weights = _read(path, target)
+    for pattern, replacement in renames:
+        weights = {re.sub(pattern, replacement, name): tensor for name, tensor in weights.items()}
+    own = build(model).state_dict()
+    expected = [name for name in own if any(re.match(pattern, name) for pattern in names)]
+    missing = [name for name in expected if name not in weights]
+    other = [name for name in expected if name in weights and weights[name].shape != own[name].shape]
+    if missing or other:
+        raise CheckpointError(
+            f"weights: of the {len(expected)} tensors that the detector takes, {path} has "
+            f"{len(expected) - len(missing) - len(other)}; {_first(missing, other, weights, own)}. Take weights of "
+            f"this backbone, width and head, exported --to {target}, or set pretrained.names to what is to be loaded"
+        )
+    return LoadWeights({name: weights[name] for name in expected})
+
+
+def _read(path: Path, target: str) -> dict[str, Tensor]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"weights: {path} does not exist") from None
+    except Exception as error:  # half a file fails in the zip reader, the unpickler or the tensor reader
+        raise CheckpointError(f"weights: {path} is incomplete or holds no weights ({reason(error)})") from error
+    if isinstance(state, dict) and {"format", "config", "model"} <= state.keys():
+        with tempfile.TemporaryDirectory() as folder:
+            return _read(export(path, target, output=Path(folder) / "weights.pth").path, target)
+    weights = state.get("state_dict", state) if isinstance(state, dict) else {}
+    if not weights or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
+        raise CheckpointError(f"weights: {path} holds no weights; take a checkpoint of mcl or an export --to {target}")
+    return dict(weights)
+
+
+def build(model: Mapping[str, Any]) -> nn.Module:
+    """A detector without memory, of which names and shapes can be asked."""
+    with DefaultScope.overwrite_default_scope("mmdet"), torch.device("meta"):
+        detector: nn.Module = MODELS.build(model)
+    return detector
+
+
+def _first(
+    missing: Sequence[str], other: Sequence[str], weights: Mapping[str, Tensor], own: Mapping[str, Tensor]
+) -> str:
+    if missing:
+        return f"{len(missing)} are missing, the first: {missing[0]}"
+    shapes = f"{list(weights[other[0]].shape)} instead of {list(own[other[0]].shape)}"
+    return f"{len(other)} are of another shape, the first: {other[0]}, {shapes}"

@@ -1,0 +1,177 @@
+"""Processes of a run watch each other: who fails, dies or hangs is named, and nobody waits for it for ever."""
+
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from types import TracebackType
+from typing import Self
+
+import torch.distributed as dist
+
+from mcl import distributed
+from mcl.metrics import log
+from mcl.signals import Interrupted
+
+_FAILED = "failed"
+_MISSED = 5  # signs of life, one after the other, of a process that is gone
+
+
+class PeerError(RuntimeError):
+    """Another process of the run failed, died or hangs; the message names it. The same command continues the run."""
+
+    exit_code = 3
+
+
+@dataclass(frozen=True)
+class Sign:
+    """Of life, by one process: steps done, collectives begun, and when, in seconds since the epoch."""
+
+    step: int
+    calls: int
+    time: float
+
+
+class Watchdog:
+    """Within the context, a thread shows the others how far this process is, and looks what became of them.
+
+    It ends this process, with the exit code of :class:`PeerError`, where the main thread hangs with the others; where
+    that comes back with an error, the context says whose fault it was. A single process needs none of it.
+
+    Args:
+        timeout: seconds without progress that are too many.
+        before_end: called before the thread ends the process; must not take long.
+    """
+
+    def __init__(self, timeout: float, before_end: Callable[[], None]) -> None:
+        self._timeout, self._before_end = timeout, before_end
+        self._interval = min(1.0, timeout / 10)
+        self._step = 0
+        self._said = ""  # why the run ends, as the thread has read it
+        self._returned, self._over = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._main = threading.get_ident()
+
+    def advance(self, step: int) -> None:
+        """Notes the steps done."""
+        self._step = step
+
+    def __enter__(self) -> Self:
+        if distributed.world_size() > 1:
+            self._board = distributed.board()
+            self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        """
+        Raises:
+            PeerError: the error in the context is but a consequence of another process' end.
+        """
+        if distributed.world_size() == 1:
+            return
+        self._returned.set()
+        try:
+            if error is not None and not isinstance(error, Interrupted):
+                self._explain(error)
+        finally:
+            self._over.set()
+            self._thread.join()
+
+    def _explain(self, error: BaseException) -> None:
+        own = f"rank {distributed.rank()} failed at step {self._step}: {type(error).__name__}: {error}"
+        # A collective that broke off is another's doing, unless nobody can be found who did it.
+        broken = type(error) is RuntimeError or isinstance(error, dist.DistError)
+        try:
+            said = self._said or self._publish((self._culprit() if broken else "") or own)
+        except dist.DistError:
+            said = self._said or _STORE_GONE
+        if said == own:
+            time.sleep(_MISSED * self._interval)  # rank 0 may be the keeper of what the others have yet to read
+        elif broken:
+            raise PeerError(said) from error
+
+    def _culprit(self) -> str:
+        """Who failed, or is gone; empty if nobody is after a while."""
+        for _ in range(2 * _MISSED):
+            silent = self._silent(self._signs())
+            if said := self._published() or (_gone(silent) if silent else ""):
+                return said
+            time.sleep(self._interval)
+        return ""
+
+    # ------------------------------------------------------------------------------------------------ the thread
+
+    def _watch(self) -> None:
+        progress, since = (-1, -1), time.monotonic()
+        while not self._over.wait(self._interval):
+            now = time.monotonic()
+            if (current := (self._step, distributed.calls())) != progress:
+                progress, since = current, now
+            try:
+                self._board.set(_key(distributed.rank()), json.dumps(asdict(Sign(*current, time.time()))))
+                self._said = self._published()
+                if not self._said and now - since > self._timeout:
+                    log.error("no progress for %.0f s; this process is at\n%s", now - since, self._stack())
+                    signs = self._signs()
+                    self._said = self._publish(_hangs(signs, self._timeout, self._silent(signs)))
+            except dist.DistError:
+                self._said = self._said or _STORE_GONE
+            if self._said and not self._returned.wait(_MISSED * self._interval):
+                self._end(self._said)
+
+    def _end(self, said: str) -> None:
+        log.error("%s; this process ends, too. The same command continues", said)
+        self._before_end()
+        for handler in log.handlers:
+            handler.flush()
+        sys.stdout.flush()
+        os._exit(PeerError.exit_code)
+
+    def _stack(self) -> str:
+        return "".join(traceback.format_stack(sys._current_frames()[self._main]))
+
+    # ------------------------------------------------------------------------------------------------ what all can read
+
+    def _publish(self, said: str) -> str:
+        """Tells everyone why the run ends; returns what was said first."""
+        return self._board.compare_set(_FAILED, "", said).decode()
+
+    def _published(self) -> str:
+        return self._board.get(_FAILED).decode() if self._board.check([_FAILED]) else ""
+
+    def _signs(self) -> dict[int, Sign]:
+        """The last one of every process that has given any."""
+        ranks = [r for r in range(distributed.world_size()) if self._board.check([_key(r)])]
+        return {rank: Sign(**json.loads(self._board.get(_key(rank)))) for rank in ranks}
+
+    def _silent(self, signs: dict[int, Sign]) -> dict[int, Sign]:
+        latest = max((sign.time for sign in signs.values()), default=0.0)
+        return {rank: s for rank, s in signs.items() if latest - s.time > _MISSED * self._interval}
+
+
+_STORE_GONE = "the store where processes meet is gone, and rank 0 or torchrun on its machine with it"
+
+
+def _key(rank: int) -> str:
+    return f"sign of rank {rank}"
+
+
+def _gone(silent: dict[int, Sign]) -> str:
+    """In words: processes that give no sign of life."""
+    return "; ".join(f"rank {rank} is gone, last heard of at step {sign.step}" for rank, sign in silent.items())
+
+
+def _hangs(signs: dict[int, Sign], timeout: float, silent: dict[int, Sign]) -> str:
+    """In words: who keeps the others waiting."""
+    if silent:
+        return _gone(silent)
+    fewest = min(sign.calls for sign in signs.values())
+    behind = {rank: sign for rank, sign in signs.items() if sign.calls == fewest}
+    if len(behind) == len(signs):
+        return f"all processes hang since {timeout:.0f} s (trainer.timeout), none behind the others; see their stacks"
+    ranks = "; ".join(f"rank {rank} hangs at step {sign.step}" for rank, sign in behind.items())
+    return f"{ranks}: the others wait for it since {timeout:.0f} s (trainer.timeout); its stack is in train.log"

@@ -1,0 +1,152 @@
+"""The configurations are the published protocol, number by number."""
+
+import functools
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from mmengine.config import Config
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mcl.finetune import weights
+from mcl.finetune.settings import innermost
+from mcl.montage import Geometry
+from tests.mcl.export.conftest import make_model, save_model
+from tests.mcl.finetune.conftest import CONFIGS
+
+
+class Protocol(NamedTuple):
+    detector: str
+    lr: float
+    batch: int
+    steps: int
+    milestones: tuple[int, ...]
+    warmup: int
+    weight_decay: float
+    shorter: tuple[int, ...]
+    longer: int
+    box_head: str
+
+
+COCO = (tuple(range(640, 801, 32)), 1333)
+ONE_X, TWO_X = (90_000, (60_000, 80_000), 1000), (180_000, (120_000, 160_000), 1000)
+PROTOCOLS = {
+    "mask_rcnn_r50_fpn_1x": Protocol("MaskRCNN", 0.02, 16, *ONE_X, 1e-4, *COCO, "Shared4Conv1FCBBoxHead"),
+    "mask_rcnn_r50_fpn_1x_wd25e-6": Protocol("MaskRCNN", 0.02, 16, *ONE_X, 2.5e-5, *COCO, "Shared4Conv1FCBBoxHead"),
+    "mask_rcnn_r50_fpn_2x": Protocol("MaskRCNN", 0.02, 16, *TWO_X, 1e-4, *COCO, "Shared4Conv1FCBBoxHead"),
+    "mask_rcnn_r50_fpn_2x_wd25e-6": Protocol("MaskRCNN", 0.02, 16, *TWO_X, 2.5e-5, *COCO, "Shared4Conv1FCBBoxHead"),
+    "mask_rcnn_r50_fpn_2fc_1x": Protocol("MaskRCNN", 0.02, 16, *ONE_X, 1e-4, *COCO, "Shared2FCBBoxHead"),
+    "mask_rcnn_r50_fpn_2fc_2x": Protocol("MaskRCNN", 0.02, 16, *TWO_X, 1e-4, *COCO, "Shared2FCBBoxHead"),
+    "mask_rcnn_r50_fpn_1x_lvis": Protocol("MaskRCNN", 0.02, 16, *ONE_X, 1e-4, *COCO, "Shared4Conv1FCBBoxHead"),
+    "mask_rcnn_r50_fpn_2fc_24k_cityscapes": Protocol(
+        *("MaskRCNN", 0.01, 8, 24_000, (18_000,), 1000, 1e-4, tuple(range(800, 1025, 32)), 2048, "Shared2FCBBoxHead")
+    ),
+    "retinanet_r50_fpn_1x": Protocol("RetinaNet", 0.01, 16, *ONE_X, 1e-4, *COCO, "RetinaHead"),
+    "faster_rcnn_r50_c4_24k_voc": Protocol(
+        *("FasterRCNN", 0.02, 16, 24_000, (18_000, 22_000), 100, 1e-4, tuple(range(480, 801, 32)), 1333, "BBoxHead")
+    ),
+}
+WITHOUT_NORM = {"MaskRCNN": ("roi_head.bbox_head.fc", "rpn_head"), "RetinaNet": ("bbox_head",), "FasterRCNN": ()}
+
+
+def test_every_configuration_is_pinned() -> None:
+    assert {path.stem for path in CONFIGS.glob("*.py")} == PROTOCOLS.keys() | {"mask_rcnn_r18_fpn_mini"}
+
+
+@functools.cache
+def read(name: str) -> Any:
+    return Config.fromfile(CONFIGS / f"{name}.py")
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_protocol(name: str) -> None:
+    config, expected = read(name), PROTOCOLS[name]
+    warmup, steps = config.param_scheduler
+    resize = innermost(config.train_dataloader)["pipeline"][2]
+    optimizer = config.optim_wrapper.optimizer
+    box_head = config.model.get("bbox_head") or config.model.roi_head.bbox_head
+    assert expected == Protocol(
+        detector=config.model.type,
+        lr=optimizer.lr,
+        batch=config.global_batch,
+        steps=config.train_cfg.max_iters,
+        milestones=tuple(steps.milestones),
+        warmup=warmup.end,
+        weight_decay=optimizer.weight_decay,
+        shorter=tuple(min(scale) for scale in resize.scales),
+        longer=max(resize.scales[0]),
+        box_head=box_head.type,
+    )
+    assert (optimizer.type, optimizer.momentum, steps.gamma, warmup.start_factor) == ("SGD", 0.9, 0.1, 0.001)
+    assert config.auto_scale_lr == {"enable": True, "base_batch_size": expected.batch}
+    assert config.optim_wrapper.paramwise_cfg.norm_decay_mult == 0.0
+    shorter = {"mask_rcnn_r50_fpn_2fc_24k_cityscapes": 1024}.get(name, 800)
+    assert min(innermost(config.val_dataloader)["pipeline"][1].scale) == shorter
+    hooks = {hook.type: hook for hook in config.custom_hooks}
+    assert hooks.keys() == {"SeedEveryStep", "PlainMessages", "PreciseBatchNorm", "APTable"}
+    assert hooks["PreciseBatchNorm"].batches == 200
+    assert config.val_evaluator.metric == (["bbox", "segm"] if expected.detector == "MaskRCNN" else ["bbox"])
+    if expected.steps != 24_000:
+        assert config.train_cfg.val_interval == hooks["PreciseBatchNorm"].interval == 10_000
+
+
+@pytest.mark.parametrize("name", ["mask_rcnn_r50_fpn_1x", "mask_rcnn_r50_fpn_2fc_1x", "retinanet_r50_fpn_1x"])
+def test_norms_of_fpn_detectors(name: str) -> None:
+    detector = weights.build(read(name).model)
+    with_norm = ["backbone", "neck.lateral_convs", "neck.fpn_convs"]
+    if name != "retinanet_r50_fpn_1x":
+        with_norm += ["roi_head.mask_head.convs"]
+    if name == "mask_rcnn_r50_fpn_1x":
+        with_norm += ["roi_head.bbox_head.shared_convs"]
+    _check_norms(detector, with_norm)
+    assert detector.get_submodule("backbone").style == "pytorch"
+
+
+def test_norms_of_c4() -> None:
+    detector = weights.build(read("faster_rcnn_r50_c4_24k_voc").model)
+    _check_norms(detector, ["backbone", "roi_head.shared_head.layer4", "roi_head.shared_head.norm"])
+    assert detector.get_submodule("backbone").style == "pytorch"
+    assert detector.get_submodule("roi_head.shared_head.layer4.0").conv2_stride == 2
+
+
+def _check_norms(detector: nn.Module, parts: list[str]) -> None:
+    """All parameters are trained; these parts' BatchNorms, and no others, are there, synchronised and trained."""
+    assert all(parameter.requires_grad for parameter in detector.parameters())
+    detector.train()
+    norms = {name: module for name, module in detector.named_modules() if isinstance(module, _BatchNorm)}
+    assert all(isinstance(norm, nn.SyncBatchNorm) and norm.training for norm in norms.values())
+    assert {part for part in parts if any(name.startswith(part) for name in norms)} == set(parts)
+    assert all(name.startswith(tuple(parts)) for name in norms)
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_input_and_initial_values(name: str) -> None:
+    """Images are as pre-training had them, and nothing is fetched from elsewhere."""
+    model = read(name).model
+    assert "Pretrained" not in str(model)
+    preprocessor = model.data_preprocessor
+    assert preprocessor.mean == [123.675, 116.28, 103.53]
+    assert preprocessor.std == [58.395, 57.12, 57.375]
+    assert preprocessor.bgr_to_rgb
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of the paper's backbone, FPN and head."""
+    return save_model(make_model(Geometry(), backbone="resnet50"), Geometry(), tmp_path_factory.mktemp("r50"))
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors"),
+    [
+        ("mask_rcnn_r50_fpn_1x", 318 + 8 * 6 + 4 * 6),
+        ("retinanet_r50_fpn_1x", 318 + 6 * 6),
+        ("faster_rcnn_r50_c4_24k_voc", 318),
+    ],
+)
+def test_all_expected_tensors_load(name: str, tensors: int, pretrained: Path) -> None:
+    """318 of ResNet-50, and six (weight, four of BatchNorm, a count) of each convolution of FPN and head."""
+    config = read(name)
+    hook = weights.load(pretrained, config.model, **config.pretrained)
+    assert len(hook.weights) == tensors

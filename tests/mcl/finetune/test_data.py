@@ -1,0 +1,135 @@
+"""Whether a COCO-format folder is in order, and what is said if it is not."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dali_pipelines.source import SourceError
+from mcl.config import ConfigError
+from mcl.finetune.data import open_folder
+from tests.mcl.finetune.conftest import CLASSES, make_folder
+
+
+@pytest.fixture
+def fresh(tmp_path: Path) -> Path:
+    """A folder that may be damaged."""
+    return make_folder(tmp_path / "coco", train=2, val=1)
+
+
+def change(path: Path, edit: Callable[[Any], object]) -> None:
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content))
+
+
+def test_classes_come_from_annotations(folder: Path) -> None:
+    found = open_folder(str(folder), masks=True)
+    assert found.classes == CLASSES
+    assert (found.layout.train.images, found.layout.val.annotations) == ("train", "instances_val.json")
+    assert open_folder(str(folder), wanted=["part"]).classes == ("part",)
+
+
+@pytest.mark.parametrize(
+    ("names", "lvis"),
+    [
+        (("train2017", "val2017", "annotations/instances_train2017.json", "annotations/instances_val2017.json"), False),
+        (("train2017", "val2017", "annotations/lvis_v1_train.json", "annotations/lvis_v1_val.json"), True),
+    ],
+)
+def test_layouts_of_coco_and_lvis(fresh: Path, names: tuple[str, ...], lvis: bool) -> None:
+    (fresh / "annotations").mkdir()
+    for old, new in zip(("train", "val", "instances_train.json", "instances_val.json"), names, strict=True):
+        (fresh / old).rename(fresh / new)
+    if lvis:
+        for split in ("train", "val"):
+
+            def name_by_url(content: Any, split: str = split) -> None:
+                for image in content["images"]:
+                    image["coco_url"] = f"http://images.cocodataset.org/{split}2017/{image.pop('file_name')}"
+
+            change(fresh / f"annotations/lvis_v1_{split}.json", name_by_url)
+    found = open_folder(str(fresh), lvis=lvis)
+    assert (found.layout.train.annotations, found.classes) == (names[2], CLASSES)
+
+
+def _first(content: Any, **values: Any) -> None:
+    content["annotations"][0].update(values)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda c: _first(c, bbox=[5, 5, -3, 4]), r"instances_train.json: annotation 1 has the box \[5, 5, -3, 4\]"),
+        (lambda c: _first(c, bbox=[5, 5, 3]), r"must be \[x, y, width, height\]"),
+        (lambda c: _first(c, bbox=[5, 5, float("nan"), 3]), r"must be \[x, y, width, height\]"),
+        (lambda c: _first(c, bbox=[900, 5, 3, 3]), r"outside of its image of \d+ x \d+ pixels"),
+        (lambda c: _first(c, image_id=99), r"annotation 1 is of image 99, which is not in the file"),
+        (lambda c: _first(c, category_id=99), r"annotation 1 is of category 99, which is not among the categories"),
+        (lambda c: _first(c, segmentation=[]), r"annotation 1 has no segmentation; add masks"),
+        (lambda c: _first(c, id=2), r"two annotations have the same id"),
+        (lambda c: c["images"][0].pop("width"), r"images\[0\] has no width"),
+        (lambda c: c["images"][0].update(file_name="gone.jpg"), r"train/gone.jpg is missing, and 0 more"),
+        (lambda c: c.update(annotations=[]), r"instances_train.json: has no annotations"),
+        (lambda c: c.pop("categories"), r"instances_train.json: has no categories"),
+        (lambda c: c["categories"][0].update(name="cat"), r"same categories in the same order; only train has 'cat'"),
+        (lambda c: c["categories"].reverse(), r"same categories in the same order; the order differs"),
+        (lambda c: c["categories"][0].update(name="part"), r"two categories have the same id or name, e.g. 'part'"),
+    ],
+)
+def test_what_is_wrong_is_named(fresh: Path, edit: Callable[[Any], object], message: str) -> None:
+    change(fresh / "instances_train.json", edit)
+    with pytest.raises(SourceError, match=message):
+        open_folder(str(fresh), masks=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("instances_val.json", None, "instances_val.json is missing"),
+        ("instances_val.json", "", "instances_val.json: is empty"),
+        ("instances_val.json", "[1, 2", "instances_val.json: is not JSON"),
+        ("instances_val.json", "[]", "instances_val.json: has no images"),
+        ("val/1.jpg", None, "val/1.jpg is missing"),
+    ],
+)
+def test_files_that_are_missing_or_broken(fresh: Path, name: str, content: str | None, message: str) -> None:
+    if content is None:
+        (fresh / name).unlink()
+    else:
+        (fresh / name).write_text(content)
+    with pytest.raises(SourceError, match=message):
+        open_folder(str(fresh))
+
+
+@pytest.mark.parametrize(("root", "message"), [("", "not set"), ("/no/where", "does not exist")])
+def test_no_folder(root: str, message: str) -> None:
+    with pytest.raises(SourceError, match=f"data.root: .*{message}"):
+        open_folder(root)
+
+
+def test_no_annotations(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"it must have instances_train\.json and instances_val\.json"):
+        open_folder(str(tmp_path))
+
+
+def test_absent_category(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.classes: no category 'unicorn'; there are thing, part"):
+        open_folder(str(folder), wanted=["thing", "unicorn"])
+
+
+def test_boxes_without_area_and_categories_without_objects_are_spoken_of(
+    fresh: Path, said: pytest.LogCaptureFixture
+) -> None:
+    """COCO itself has such boxes."""
+
+    def edit(content: Any) -> None:
+        content["annotations"] = content["annotations"][:1]
+        _first(content, bbox=[5, 5, 3, 0])
+
+    change(fresh / "instances_train.json", edit)
+    open_folder(str(fresh))
+    assert "1 boxes without any area are left out" in said.text
+    assert "no object of 1 categories, e.g. 'part'" in said.text

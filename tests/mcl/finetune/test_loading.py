@@ -1,0 +1,61 @@
+"""Batches and augmentations are functions of seed and step."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.registry import DefaultScope
+from mmengine.runner import Runner
+
+from mcl.finetune import settings
+from mcl.finetune.data import open_folder
+from mcl.finetune.run import use
+from tests.mcl.finetune.conftest import MINI, TINY
+
+
+def loader(folder: Path, *overrides: str) -> Any:
+    config = settings.load(MINI, [*TINY, *overrides])
+    use(config, open_folder(str(folder)))
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        return Runner.build_dataloader(config.train_dataloader, seed=config.randomness.seed)
+
+
+def take(loader: Any, start: int, count: int) -> list[Any]:
+    loader.batch_sampler.start = start
+    return list(itertools.islice(loader, count))
+
+
+def test_batches_can_be_continued_anywhere(folder: Path) -> None:
+    """Over two epochs, with another loader and another number of workers."""
+    batches = take(loader(folder), 0, 6)
+    np.random.seed(99)  # noqa: NPY002  # whatever was drawn in between
+    torch.manual_seed(99)
+    again = take(loader(folder, "train_dataloader.num_workers=2"), 4, 2)
+    for batch, other in zip(batches[4:], again, strict=True):
+        for image, same, sample, twin in zip(
+            batch["inputs"], other["inputs"], batch["data_samples"], other["data_samples"], strict=True
+        ):
+            assert torch.equal(image, same)
+            assert torch.equal(sample.gt_instances.bboxes.tensor, twin.gt_instances.bboxes.tensor)
+
+
+def test_epochs(folder: Path) -> None:
+    """Every image once an epoch, in batches of one orientation; another order and other crops in the next one."""
+    batches = take(loader(folder), 0, 6)
+    samples = [sample for batch in batches for sample in batch["data_samples"]]
+    for batch in batches:
+        heights_widths = [sample.ori_shape for sample in batch["data_samples"]]
+        assert len({height > width for height, width in heights_widths}) == 1
+    counts = np.unique([sample.img_id for sample in samples], return_counts=True)[1]
+    assert sorted(counts) == [2] * 6
+    shapes = [(sample.img_id, sample.flip, sample.img_shape) for sample in samples]
+    assert shapes[:6] != shapes[6:]
+    assert len({sample.flip for sample in samples}) == 2
+
+
+def test_seeds_differ(folder: Path) -> None:
+    first, second = (take(loader(folder, f"randomness.seed={seed}"), 0, 3) for seed in (0, 1))
+    ids = [[[s.img_id for s in batch["data_samples"]] for batch in batches] for batches in (first, second)]
+    assert ids[0] != ids[1]

@@ -1,0 +1,168 @@
+"""``mcl finetune`` as a user meets it: a table of AP, continued after SIGKILL, errors in one line."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from mcl import cli
+from mcl.config import ConfigError
+from mcl.finetune import finetune, hooks
+from tests.conftest import ROOT
+from tests.mcl.finetune.conftest import MINI, TINY
+
+STEPS = 6
+
+
+def words(folder: Path, output: Path, name: str, *more: str) -> list[str]:
+    return [*TINY, f"data.root={folder}", f"output={output}", f"name={name}", f"train_cfg.max_iters={STEPS}", *more]
+
+
+def losses(run: Path) -> dict[int, float]:
+    """Loss by step, of all times that the run was started."""
+    found = {}
+    for path in sorted(run.glob("*/vis_data/scalars.json")):
+        for line in path.read_text().splitlines():
+            record = json.loads(line)
+            if "loss" in record:
+                found[record["step"]] = record["loss"]
+    return found
+
+
+def last_checkpoint(run: Path) -> str:
+    path = run / "last_checkpoint"  # written when the checkpoint itself was
+    return path.read_text() if path.exists() else ""
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run from a checkpoint that nothing interrupted, and its table."""
+    output = tmp_path_factory.mktemp("runs")
+    return output / "whole", finetune(MINI, words(folder, output, "whole", f"weights={checkpoint}"))
+
+
+def test_table(whole: tuple[Path, str]) -> None:
+    folder, table = whole
+    assert (folder / hooks.TABLE).read_text() == table
+    header, _, box, mask = table.splitlines()
+    assert header == "| step | of | AP | AP50 | AP75 | APs | APm | APl |"
+    assert box.startswith(f"| {STEPS} | box | ")
+    assert mask.startswith(f"| {STEPS} | mask | ")
+    (record,) = json.loads((folder / hooks.RESULTS).read_text())
+    assert record["step"] == STEPS
+    assert all(0 <= record[kind][name] <= 100 for kind in ("box", "mask") for name in ("AP", "AP50", "AP75"))
+
+
+def test_checkpoints_are_plain(whole: tuple[Path, str]) -> None:
+    state = torch.load(whole[0] / f"iter_{STEPS}.pth", weights_only=True)
+    loss = state["message_hub"]["log_scalars"]["train/loss"]
+    assert len(loss["values"]) == len(loss["counts"]) == STEPS
+    assert all(type(value) is float for value in loss["values"])
+
+
+def test_killed_and_resumed_gives_the_same_losses(
+    folder: Path, checkpoint: Path, whole: tuple[Path, str], tmp_path: Path
+) -> None:
+    arguments = ["finetune", str(MINI), *words(folder, tmp_path, "cut", f"weights={checkpoint}")]
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-m", "mcl", *arguments], cwd=ROOT, stdout=subprocess.DEVNULL
+    )
+    run = tmp_path / "cut"
+    try:
+        while not last_checkpoint(run).endswith("iter_3.pth"):
+            assert process.poll() is None, "it ended before it was killed"
+            time.sleep(0.01)
+    finally:
+        process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (run / f"iter_{STEPS}.pth").exists()
+    (run / "iter_5.pth").write_bytes((run / "iter_3.pth").read_bytes()[:1000])  # as if the disk had been slow
+    table = finetune(MINI, words(folder, tmp_path, "cut", f"weights={checkpoint}"))
+    assert losses(run) == losses(whole[0])
+    assert len(losses(run)) == STEPS
+    assert table == whole[1]
+    ours, theirs = (torch.load(f / f"iter_{STEPS}.pth")["state_dict"] for f in (run, whole[0]))
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def test_run_that_was_cut_before_its_evaluation_is_evaluated(
+    folder: Path, checkpoint: Path, whole: tuple[Path, str]
+) -> None:
+    """And not trained again."""
+    (whole[0] / hooks.RESULTS).unlink()
+    before = (whole[0] / f"iter_{STEPS}.pth").stat().st_mtime_ns
+    assert finetune(MINI, words(folder, whole[0].parent, "whole", f"weights={checkpoint}")) == whole[1]
+    assert (whole[0] / f"iter_{STEPS}.pth").stat().st_mtime_ns == before
+
+
+def test_other_runs_are_not_continued(folder: Path, checkpoint: Path, whole: tuple[Path, str]) -> None:
+    arguments = words(folder, whole[0].parent, "whole", f"weights={checkpoint}")
+    with pytest.raises(ConfigError, match=r"whole: the run in this folder had another optim_wrapper; .*name="):
+        finetune(MINI, [*arguments, "optim_wrapper.optimizer.lr=0.5"])
+    with pytest.raises(ConfigError, match=r"whole: the run in this folder had another model; .*name="):
+        finetune(MINI, [*arguments, "data.classes=[part]"])
+    with pytest.raises(ConfigError, match=r"resume: .*whole holds a run already"):
+        finetune(MINI, [*arguments, "resume=false"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.root=/no/where", r"^mcl finetune: error: data\.root: /no/where does not exist$"),
+        ("weights=nowhere.pt", r"^mcl finetune: error: weights: nowhere\.pt does not exist$"),
+        ("data.classes=[unicorn]", r"^mcl finetune: error: data\.classes: no category 'unicorn'"),
+    ],
+)
+def test_errors_are_one_line(
+    override: str, message: str, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["finetune", str(MINI), *words(folder, tmp_path, "x"), override])
+    assert re.search(message, capfd.readouterr().err.strip().splitlines()[-1])
+    assert not (tmp_path / "x").exists()
+
+
+def test_statistics_are_means_over_the_training_data() -> None:
+    """Of the batches that come next."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(1)
+
+        def data_preprocessor(self, batch: Any, training: bool) -> Any:
+            assert training
+            return {"x": batch}
+
+        def forward(self, x: torch.Tensor, mode: str) -> torch.Tensor:
+            return self.norm(x)
+
+    class Loader(list[torch.Tensor]):
+        batch_sampler = SimpleNamespace(start=0)
+
+    values = Loader(torch.tensor([[[1.0], [3.0]], [[10.0], [20.0]], [[9.0], [9.0]]]))
+    runner = SimpleNamespace(model=Model(), train_dataloader=values, iter=3, max_iters=9)
+    hook = hooks.PreciseBatchNorm(interval=4, batches=2)
+    runner.iter = 2
+    hook.after_train_iter(runner, 2)
+    assert runner.model.norm.running_mean == 0
+    runner.iter = 3
+    hook.after_train_iter(runner, 3)
+    assert runner.model.norm.running_mean == (2 + 15) / 2
+    assert runner.model.norm.momentum == 0.1
+    assert values.batch_sampler.start == 4
+
+
+def test_table_of_boxes_alone_and_nothing_to_find() -> None:
+    records = [{"step": 5, "box": hooks._aps({"coco/bbox_mAP": 0.4251, "coco/bbox_mAP_s": -1.0})["box"]}]
+    assert records[0]["box"] == {"AP": 42.5, "APs": None}
+    assert hooks.table(records).splitlines()[-1] == "| 5 | box | 42.5 | - |"

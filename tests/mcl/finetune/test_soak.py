@@ -1,0 +1,34 @@
+"""One training and one validation step of every configuration, with their real networks, on small images."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mcl.finetune import hooks, run, settings
+from tests.mcl.finetune.conftest import CONFIGS, make_folder
+
+REGIONS = 64
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
+def test_a_step_of_every_configuration(path: Path, tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "coco", train=2, val=1)
+    config = settings.load(path, [f"data.root={folder}", f"output={tmp_path}", "data.classes=[]", "global_batch=1"])
+    config.train_cfg.update(max_iters=1, val_interval=1)
+    config.train_dataloader.num_workers = config.val_dataloader.num_workers = 0
+    settings.innermost(config.train_dataloader).pipeline[2].scales = [(426, 256)]
+    settings.innermost(config.val_dataloader).pipeline[1].scale = (426, 256)
+    settings.replace(config.model.train_cfg, "max_per_img", ..., REGIONS)
+    settings.replace(config.model.test_cfg, "max_per_img", ..., REGIONS)
+    if "rcnn" in config.model.train_cfg:
+        config.model.train_cfg.rcnn.sampler.num = REGIONS
+    config.custom_hooks[2].batches = 1
+    table = run.finetune(config)
+    (record,) = hooks.read(tmp_path / path.stem)
+    assert record["step"] == 1
+    assert ("mask" in record) == (config.model.type == "MaskRCNN")
+    assert table == hooks.table([record])
+    state = torch.load(tmp_path / path.stem / "iter_1.pth", weights_only=True)
+    assert all(tensor.isfinite().all() for tensor in state["state_dict"].values())

@@ -1,0 +1,206 @@
+"""Processes that do not belong together are refused at the start, with the rank and the remedy."""
+
+import datetime
+import os
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from mcl import agreement, config, distributed
+from mcl.config import Config, ConfigError
+from mcl.trainer import Trainer
+from tests.mcl.ranks import free_port, in_ranks
+from tests.mcl.test_trainer import TINY
+
+Words = list[list[str]]  # by rank
+
+
+def refusals(runs: list[Words], output: str) -> list[str]:
+    """What this rank is told about each run, whose words differ between ranks; empty where it may start."""
+    said = []
+    for words in runs:
+        cfg = config.override(config.from_dict(TINY), [f"output={output}", *words[distributed.rank()]])
+        said.append(refusal(cfg))
+    return said
+
+
+def refusal(cfg: Config) -> str:
+    try:
+        agreement.check(cfg)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_configurations_must_be_the_same(tmp_path: Path) -> None:
+    """But for where a machine keeps its images, and for its threads."""
+    runs: list[Words] = [
+        [[], []],
+        [["data.root=/local/a", "data.threads=2"], ["data.root=/local/b", "data.index=/local/index"]],
+        [["optim.base_lr=0.5"], []],
+        [[], ["trainer.seed=7", "montage.ratios=[1,4]"]],
+        [["name=a"], ["name=b"]],
+    ]
+    first, second = in_ranks(2, refusals, runs, str(tmp_path))
+    same = "start all processes with the same configuration"
+    assert (
+        first
+        == second
+        == [
+            "",
+            "",
+            f"optim.base_lr: 1.0 on rank 1, 0.5 on rank 0; {same}",
+            f"montage.ratios: (1, 4) on rank 1, (1, 2) on rank 0; {same}",
+            f"name: 'b' on rank 1, 'a' on rank 0; {same}",
+        ]
+    )
+
+
+def other_machine(root: str) -> list[str]:
+    """What all are told when the last ranks have other code, another PyTorch, and a run folder of their own."""
+    own = distributed.rank() > 1
+    folder = Path(root) / ("own" if own else "shared")
+    (folder / "tiny" / "checkpoints").mkdir(parents=True, exist_ok=True)
+    said = [refusal(config.from_dict(TINY))]
+    with mock.patch.object(agreement, "_code", return_value="0123abcd") if own else nullcontext():
+        said.append(refusal(config.from_dict(TINY)))
+    with mock.patch.object(torch, "__version__", "2.10.0") if own else nullcontext():
+        said.append(refusal(config.from_dict(TINY)))
+    if not own:
+        (folder / "tiny" / "checkpoints" / "step_00000004.pt").touch()
+    distributed.barrier()
+    with mock.patch.object(Config, "run_folder", folder / "tiny"):
+        said.append(refusal(config.from_dict(TINY)))
+    return said
+
+
+def test_code_pytorch_and_run_folder_must_be_the_same(tmp_path: Path) -> None:
+    said = in_ranks(4, other_machine, str(tmp_path))
+    assert said[0] == said[1] == said[2] == said[3]
+    allowed, code, version, folder = said[0]
+    assert allowed == ""
+    assert code.startswith("the code of mcl: 0123abcd on rank 2, 3, ")
+    assert code.endswith(" on rank 0; install the same commit on all machines")
+    assert version == f"PyTorch: 2.10.0 on rank 2, 3, {torch.__version__} on rank 0; " + (
+        "install the same version on all machines"
+    )
+    assert folder == "the newest checkpoint: none on rank 2, 3, step_00000004.pt on rank 0; " + (
+        "put output on a file system that all machines share"
+    )
+
+
+def test_code_is_what_the_sources_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A changed line, and a file of another name, are other code; what Python compiles is not."""
+    monkeypatch.setattr("dali_pipelines.__path__", [])
+    monkeypatch.setattr("mcl.__path__", [str(tmp_path)])
+    monkeypatch.setattr("dali_pipelines.__path__", [str(tmp_path / "none")])
+    seen = []
+
+    def look() -> None:
+        agreement._code.cache_clear()
+        seen.append(agreement._code())
+
+    (tmp_path / "a.py").write_text("x = 1\n")
+    look()
+    (tmp_path / "a.pyc").write_text("compiled")
+    look()
+    (tmp_path / "a.py").write_text("x = 2\n")
+    look()
+    (tmp_path / "a.py").rename(tmp_path / "b.py")
+    look()
+    agreement._code.cache_clear()
+    assert seen[0] == seen[1]
+    assert len(set(seen)) == 3
+
+
+def start(cases: list[tuple[list[str], int]], devices: list[str], patience: float) -> list[str]:
+    """What this rank is told when it joins a group of the size that its case says; on `devices`."""
+    distributed.teardown()
+    said = []
+    for sizes, port in cases:
+        os.environ |= {"WORLD_SIZE": sizes[int(os.environ["RANK"])], "MASTER_PORT": str(port)}
+        with (
+            mock.patch.object(distributed, "_ROLL_CALL", datetime.timedelta(seconds=patience)),
+            mock.patch.object(torch.cuda, "set_device"),
+        ):
+            try:
+                distributed.setup(devices[int(os.environ["RANK"])])
+                said.append(str(distributed.world_size()))
+            except ConfigError as error:
+                said.append(str(error))
+            distributed.teardown()
+    return said
+
+
+def test_processes_must_be_of_one_group() -> None:
+    cases = [(sizes, free_port()) for sizes in (["2", "2"], ["2", "4"], ["4", "2"])]
+    first, second = in_ranks(2, start, cases, ["cpu", "cpu"], 60.0)
+    assert first == second
+    assert first[0] == "2"
+    for said, theirs, ours in ((first[1], 4, 2), (first[2], 2, 4)):
+        assert said.startswith(
+            f"WORLD_SIZE: rank 1 was started as one of {theirs} processes on cpu, rank 0 as one of {ours} processes on"
+        )
+
+
+def test_processes_must_all_come() -> None:
+    first, second = in_ranks(2, start, [(["3", "3"], free_port())], ["cpu", "cpu"], 3.0)
+    assert first == second
+    assert first[0].startswith("WORLD_SIZE: of 3 processes, rank 2 did not come within 3 s; start as many as")
+
+
+def test_processes_must_run_on_the_same_kind_of_device() -> None:
+    first, second = in_ranks(2, start, [(["2", "2"], free_port())], ["cpu", "cuda"], 60.0)
+    assert first == second
+    assert "rank 1 was started as one of 2 processes on cuda, rank 0 as one of 2 processes on cpu" in first[0]
+
+
+def test_a_meeting_point_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    port = free_port()
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    with pytest.raises(ConfigError, match="MASTER_PORT: not set; it must name the first machine"):
+        distributed.setup("cpu")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    monkeypatch.setattr(distributed, "_ROLL_CALL", datetime.timedelta(seconds=0.5))
+    with pytest.raises(ConfigError, match=rf"MASTER_ADDR, MASTER_PORT: nobody listens at 127\.0\.0\.1:{port} \("):
+        distributed.setup("cpu")
+
+
+def test_a_single_process_makes_no_group(tmp_path: Path, photos: Path, thin_backbone: None) -> None:
+    words = [f"data.root={photos / 'val'}", f"output={tmp_path}", "trainer.epochs=1"]
+    trainer = Trainer(config.override(config.from_dict(TINY), words))
+    try:
+        assert not dist.is_initialized()
+        trainer.train_step(*next(trainer.loader))
+        assert not dist.is_initialized()
+    finally:
+        trainer.loader.close()
+
+
+def train(words: Words) -> Any:
+    with mock.patch.object(distributed, "setup"):
+        try:
+            Trainer(config.override(config.from_dict(TINY), words[distributed.rank()]))
+        except ConfigError as error:
+            return str(error)
+
+
+def test_a_trainer_asks_before_it_works(tmp_path: Path, photos: Path) -> None:
+    """It makes no run folder."""
+    words = [f"data.root={photos / 'val'}", f"output={tmp_path}"]
+    first, second = in_ranks(2, train, [words, [*words, "trainer.global_batch=12"]])
+    assert (
+        first
+        == second
+        == ("trainer.global_batch: 12 on rank 1, 8 on rank 0; start all processes with the same configuration")
+    )
+    first, second = in_ranks(2, train, [[*words, "trainer.global_batch=9"]] * 2)
+    assert first == second == "trainer.global_batch: 9 does not divide by 2 processes"
+    assert not list(tmp_path.iterdir())

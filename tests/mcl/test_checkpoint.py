@@ -1,0 +1,143 @@
+"""Checkpoints as files: no bit changes unnoticed, no failure costs the one before; and the thread that writes them."""
+
+import itertools
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from mcl import checkpoint
+from mcl.checkpoint import CheckpointError
+from mcl.saving import Saver
+
+
+def state(step: int, size: int = 100) -> dict[str, Any]:
+    return {"step": step, "model": {"weight": torch.full((size,), float(step))}, "loader": {"bad": {3: "broken"}}}
+
+
+@contextmanager
+def small_disk(size: int) -> Iterator[None]:
+    """No file takes more than `size` bytes: what a full disk and a quota do."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
+    """In weights, metadata, the archive's directory and the checksum itself."""
+    path = checkpoint.save(tmp_path, state(1), keep=1)
+    content = path.read_bytes()
+    positions = [*range(0, len(content) - 100, 11), *range(len(content) - 100, len(content))]
+    for position in positions:
+        flipped = bytearray(content)
+        flipped[position] ^= 1 << position % 8
+        path.write_bytes(flipped)
+        with pytest.raises(CheckpointError, match=r"step_00000001\.pt: .*use an earlier one of the same folder"):
+            checkpoint.load(path)
+    path.write_bytes(content)
+    loaded = checkpoint.load(path)
+    assert torch.equal(loaded["model"]["weight"], torch.ones(100))
+    assert loaded.keys() == {"format", "step", "model", "loader"}
+
+
+def test_every_cut_is_found(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, state(1), keep=1)
+    content = path.read_bytes()
+    for length in [*range(0, len(content), 29), len(content) - 73, len(content) - 1]:
+        path.write_bytes(content[:length])
+        with pytest.raises(CheckpointError):
+            checkpoint.load(path)
+
+
+def test_the_one_before_a_damaged_one_is_taken(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, state(1), keep=2)
+    newest = checkpoint.save(tmp_path, state(2), keep=2)
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 4
+    newest.write_bytes(content)
+    with pytest.warns(UserWarning, match=r"step_00000002\.pt: damaged: .*checksum.* trying the one before"):
+        latest = checkpoint.latest(tmp_path)
+    assert latest is not None
+    assert latest["step"] == 1
+
+
+def test_files_of_earlier_versions_have_no_checksum(tmp_path: Path) -> None:
+    torch.save({"format": checkpoint.FORMAT, **state(4)}, tmp_path / "old.pt")
+    assert checkpoint.load(tmp_path / "old.pt")["step"] == 4
+
+
+@pytest.mark.parametrize("size", [0, 1000, 200_000])
+def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path, size: int) -> None:
+    checkpoint.save(tmp_path, state(1), keep=2)
+    with small_disk(size), pytest.raises(CheckpointError, match=r"step_00000002\.pt: cannot save .* untouched. Free"):
+        checkpoint.save(tmp_path, state(2, size=100_000), keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.pt", "step_00000001.pt"]
+    assert checkpoint.load(tmp_path / "last.pt")["step"] == 1
+
+
+def test_an_unwritable_folder_is_named(tmp_path: Path) -> None:
+    """A file stands where the folder should be: not even root can write there."""
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(CheckpointError, match=r"checkpoints/step_00000001\.pt: cannot save .*permissions"):
+        checkpoint.save(tmp_path / "checkpoints", state(1), keep=1)
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "step_00000003.partial").write_bytes(b"half")
+    (tmp_path / "last.pt.partial").symlink_to("step_00000003.pt")
+    checkpoint.save(tmp_path, state(4), keep=1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.pt", "step_00000004.pt"]
+
+
+def test_a_save_takes_the_state_of_its_moment(tmp_path: Path) -> None:
+    """Training goes on while the file is written, which must not be the file's affair."""
+    saver, current = Saver(tmp_path, keep=3), state(5, size=1_000_000)
+    saver.save(current)
+    current["model"]["weight"].zero_()
+    current["loader"]["bad"][4] = "broken, too"
+    saver.wait()
+    loaded = checkpoint.load(tmp_path / "last.pt")
+    assert torch.equal(loaded["model"]["weight"], torch.full((1_000_000,), 5.0))
+    assert loaded["loader"]["bad"] == {3: "broken"}
+
+
+def test_a_save_does_not_wait_for_the_disk_but_the_next_one_does(tmp_path: Path) -> None:
+    slow, write = 0.2, checkpoint.write
+
+    def slowly(*arguments: Any) -> None:
+        time.sleep(slow)
+        write(*arguments)
+
+    saver = Saver(tmp_path, keep=3)
+    with mock.patch.object(checkpoint, "write", slowly):
+        moments = [time.perf_counter()]
+        for step in (1, 2):
+            saver.save(state(step))
+            moments.append(time.perf_counter())
+        saver.wait()
+    first, second = (b - a for a, b in itertools.pairwise(moments))
+    assert first < slow / 2
+    assert second > slow / 2
+    assert [p.name for p in checkpoint.steps(tmp_path)] == ["step_00000001.pt", "step_00000002.pt"]
+
+
+def test_a_failed_save_is_told_at_the_next_look(tmp_path: Path) -> None:
+    saver = Saver(tmp_path, keep=3)
+    saver.check()
+    with small_disk(1000):
+        saver.save(state(1, size=100_000))
+        saver.settle()
+    with pytest.raises(CheckpointError, match="cannot save"):
+        saver.check()
+    saver.save(state(2))  # it has been told, and the disk is free again
+    saver.wait()
+    assert checkpoint.load(tmp_path / "last.pt")["step"] == 2

@@ -1,0 +1,320 @@
+"""Processes that are killed, stopped, hang or lose their images: the others say who it was, and the run goes on.
+
+Two ranks over gloo, forked from a server that has imported what they need, run ``mcl pretrain`` on photographs.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import yaml
+
+from mcl import checkpoint, cli, config
+from mcl.metrics import read
+from mcl.trainer import Trainer
+from tests.conftest import ROOT, ThinBackbone
+from tests.mcl.ranks import free_port
+from tests.mcl.test_trainer import TINY, equal
+
+Record = Callable[[str, object], None]
+"""Takes a name and a value into the report of a test; tests/conftest.py prints them as a table."""
+
+RANKS = 2
+STEPS_PER_EPOCH = 4
+TRIALS = 30
+PATIENCE = 240  # seconds, for machines that have other things to do, too
+PRESET: dict[str, Any] = TINY | {
+    "data": {"threads": 1},
+    "montage": {"cells": 1, "images_per_canvas": [1, 2, 2, 2]},  # all levels: no map is left without a gradient
+    "model": TINY["model"] | {"loss_weights": [0.25] * 4},
+    "trainer": TINY["trainer"]
+    | {
+        "global_batch": 8,
+        "epochs": 3,
+        "checkpoint_epochs": 0.5,
+        "log_every": 1,
+        "threads": 1,
+        "timeout": 60,
+        "keep": 3,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def images(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """32 photographs."""
+    root = tmp_path_factory.mktemp("photos")
+    for file in sorted((photos / "val").rglob("*.jpg"))[: 8 * STEPS_PER_EPOCH]:
+        (root / file.name).symlink_to(file)
+    return root
+
+
+@pytest.fixture(scope="module")
+def preset(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("preset") / "faults.yaml"
+    path.write_text(yaml.safe_dump(PRESET | {"data": {"threads": 1, "root": str(images)}}))
+    return path
+
+
+def rank_main(rank: int, port: int, words: list[str], plant: Callable[[int], Any] | None) -> None:
+    """What one process does; `plant` prepares a fault in it."""
+    os.environ |= {"WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(RANKS)}
+    with mock.patch("mcl.models.mcl.Backbone", ThinBackbone):
+        if plant is not None:
+            plant(rank)
+        cli.main(["pretrain", *words])
+
+
+class Run:
+    """Both processes of a run, ended with the context."""
+
+    def __init__(
+        self, preset: Path, output: Path, *words: str, plant: Callable[[int], Any] | None = None, of_second: str = ""
+    ) -> None:
+        processes = multiprocessing.get_context("forkserver")
+        processes.set_forkserver_preload(["mcl.run", "dali_pipelines.pipelines", "tests.mcl.test_faults"])
+        port = free_port()
+        arguments = [str(preset), f"output={output}", *words]
+        self.folder = output / "tiny"
+        self.ranks: list[BaseProcess] = [
+            processes.Process(
+                target=rank_main, args=(r, port, [*arguments, of_second] if r and of_second else arguments, plant)
+            )
+            for r in range(RANKS)
+        ]
+
+    def __enter__(self) -> "Run":
+        for process in self.ranks:
+            process.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for process in self.ranks:
+            process.kill()
+            process.join()
+
+    def reach(self, step: int) -> None:
+        """Waits until the run has logged a step."""
+        end = time.monotonic() + PATIENCE
+        while self.step() < step:
+            assert all(p.is_alive() for p in self.ranks), f"over before step {step}"
+            assert time.monotonic() < end, f"step {step} never came"
+            time.sleep(0.005)
+
+    def step(self) -> int:
+        records = read(self.folder / "metrics.jsonl")
+        return int(records[-1]["step"]) if records else 0
+
+    def saved(self) -> int:
+        latest = checkpoint.latest(self.folder / "checkpoints")
+        return latest["step"] if latest else 0
+
+    def ends(self) -> list[int | None]:
+        """Exit codes."""
+        for process in self.ranks:
+            process.join(PATIENCE)
+        return [process.exitcode for process in self.ranks]
+
+    def log(self) -> str:
+        return (self.folder / "train.log").read_text()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(preset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a run holds in the end that nothing happens to."""
+    with Run(preset, tmp_path_factory.mktemp("undisturbed")) as run:
+        assert run.ends() == [0, 0]
+    return checkpoint.load(run.folder / "checkpoints" / "last.pt")
+
+
+def check_same_end(folder: Path, undisturbed: dict[str, Any]) -> None:
+    ours = checkpoint.load(folder / "checkpoints" / "last.pt")
+    assert all(equal(ours[key], undisturbed[key]) for key in ("step", "model", "optimizer", "loader", "rng"))
+
+
+def kill(run: Run, victims: Sequence[int]) -> None:
+    for victim in victims:
+        os.kill(run.ranks[victim].pid or 0, signal.SIGKILL)
+
+
+def test_killed_one_then_all_and_resumed(
+    preset: Path, tmp_path: Path, undisturbed: dict[str, Any], record_property: Record
+) -> None:
+    """The survivor names the one that was killed; in the end the weights are those of a run undisturbed."""
+    record_property("fault", "SIGKILL of one rank, then of all")
+    with Run(preset, tmp_path) as run:
+        run.reach(3)
+        kill(run, [1])
+        assert run.ends() == [3, -signal.SIGKILL]
+    assert "rank 1 is gone, last heard of at step" in run.log()
+    assert checkpoint.steps(run.folder / "checkpoints")
+    with Run(preset, tmp_path) as run:
+        run.reach(7)
+        kill(run, [0, 1])
+        assert run.ends() == [-signal.SIGKILL] * RANKS
+    with Run(preset, tmp_path) as run:
+        assert run.ends() == [0, 0]
+    check_same_end(run.folder, undisturbed)
+
+
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.soak), 1])
+def test_sigterm_to_one_stops_all_with_a_checkpoint(
+    preset: Path, tmp_path: Path, undisturbed: dict[str, Any], victim: int, record_property: Record
+) -> None:
+    """At the same step, soon, though checkpoints are rare; and a second SIGTERM does not cut it short."""
+    record_property("fault", "SIGTERM to one rank, twice")
+    with Run(preset, tmp_path, "trainer.checkpoint_epochs=99") as run:
+        run.reach(4)
+        for _ in range(2):
+            os.kill(run.ranks[victim].pid or 0, signal.SIGTERM)
+        assert run.ends() == [128 + signal.SIGTERM] * RANKS
+    saved = checkpoint.load(run.folder / "checkpoints" / "last.pt")["step"]
+    assert 4 <= saved < undisturbed["step"]
+    assert f"stopped by signal 15 at step {saved}" in run.log()
+    with Run(preset, tmp_path) as run:
+        assert run.ends() == [0, 0]
+    check_same_end(run.folder, undisturbed)
+
+
+def hang_in_fifth_step(rank: int) -> None:
+    """Rank 1 sleeps where it should load."""
+    from dali_pipelines.loader import MontageLoader
+
+    load = MontageLoader.__next__
+
+    def fall_asleep(loader: MontageLoader) -> Any:
+        if rank == 1 and loader.position == 4:
+            time.sleep(1000)
+        return load(loader)
+
+    MontageLoader.__next__ = fall_asleep  # type: ignore[method-assign]
+
+
+def test_a_hung_rank_is_named(preset: Path, tmp_path: Path, record_property: Record) -> None:
+    record_property("fault", "a rank that hangs in its loader")
+    with Run(preset, tmp_path, "trainer.timeout=5", plant=hang_in_fifth_step) as run:
+        assert run.ends() == [3, 3]
+    assert "rank 1 hangs at step 4: the others wait for it since 5 s (trainer.timeout)" in run.log()
+    assert "fall_asleep" in run.log()  # where it is
+    assert "rank 0 hangs" not in run.log()
+
+
+def test_a_stopped_rank_is_named(preset: Path, tmp_path: Path, record_property: Record) -> None:
+    """SIGSTOP: not even its threads go on."""
+    record_property("fault", "SIGSTOP of a rank")
+    with Run(preset, tmp_path, "trainer.timeout=5") as run:
+        run.reach(3)
+        os.kill(run.ranks[1].pid or 0, signal.SIGSTOP)
+        run.ranks[0].join(PATIENCE)
+        assert run.ranks[0].exitcode == 3
+    assert "rank 1 is gone, last heard of at step" in run.log()
+
+
+def test_a_rank_whose_images_vanish_is_named(
+    preset: Path, images: Path, tmp_path: Path, record_property: Record
+) -> None:
+    """It ends with its own error, and the other one with its name, long before the timeout."""
+    record_property("fault", "a rank whose images vanish")
+    copy = tmp_path / "copy"
+    shutil.copytree(images, copy, symlinks=True)
+    words = ["trainer.timeout=600", "trainer.epochs=1000", "trainer.checkpoint_epochs=1000"]
+    with Run(preset, tmp_path, *words, of_second=f"data.root={copy}") as run:
+        run.reach(2)
+        shutil.rmtree(copy)
+        assert run.ends() == [3, 2]
+    assert "rank 1 failed at step" in run.log()
+    assert "rank 1: the run ends: BadDataError" in run.log()
+    assert "Traceback" in run.log()
+
+
+# ---------------------------------------------------------------------------------------------------- long ones
+
+
+@pytest.mark.soak
+def test_thirty_random_kills(
+    preset: Path, tmp_path: Path, undisturbed: dict[str, Any], record_property: Record
+) -> None:
+    """Of one rank or of both, at any moment: no step beyond the last checkpoint is lost, and the end is the same."""
+    record_property("fault", "SIGKILL of one rank or both at random moments, then the same command again")
+    chance = random.Random(0)
+    interval = STEPS_PER_EPOCH // 2
+    for trial in range(TRIALS):
+        victims = chance.choice([[0], [1], [0, 1]])
+        with Run(preset, tmp_path / str(trial)) as run:
+            run.reach(chance.randint(3, undisturbed["step"] - 4))
+            time.sleep(chance.random() * 0.05)
+            kill(run, victims)
+            expected = [-signal.SIGKILL if rank in victims else 3 for rank in range(RANKS)]
+            assert run.ends() == expected
+        reached, saved = run.step(), run.saved()
+        assert saved >= reached // interval * interval - interval  # what was under way may be lost, the one before not
+        with Run(preset, tmp_path / str(trial)) as run:
+            assert run.ends() == [0] * RANKS
+        assert f"resumed at step {saved} of" in run.log()
+        check_same_end(run.folder, undisturbed)
+    record_property("survived", f"{TRIALS} of {TRIALS}")
+
+
+@pytest.mark.soak
+def test_torchrun_restarts_all_from_the_last_checkpoint(preset: Path, tmp_path: Path, record_property: Record) -> None:
+    """One rank is killed twice, and the run that torchrun began ends as if nothing had happened."""
+    record_property("fault", "SIGKILL of one rank under torchrun --max-restarts=3")
+
+    def torchrun(name: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={RANKS}", "--max-restarts=3"]
+        command += [f"--master_port={free_port()}", "-m", "mcl", "pretrain", str(preset)]
+        return subprocess.Popen([*command, f"output={tmp_path}", f"name={name}"], cwd=ROOT)
+
+    assert torchrun("undisturbed").wait(300) == 0
+    agent = torchrun("tiny")
+    log = tmp_path / "tiny" / "metrics.jsonl"
+    try:
+        for goal in (3, 7):
+            end = time.monotonic() + 120
+            while not (records := read(log)) or records[-1]["step"] < goal:
+                assert time.monotonic() < end
+                time.sleep(0.01)
+            os.kill(max(children(agent.pid)), signal.SIGKILL)
+            time.sleep(1)
+        assert agent.wait(300) == 0
+    finally:
+        agent.kill()
+    said = (tmp_path / "tiny" / "train.log").read_text()
+    assert said.count("resumed at step") == 2
+    check_same_end(tmp_path / "tiny", checkpoint.load(tmp_path / "undisturbed" / "checkpoints" / "last.pt"))
+    record_property("survived", "2 of 2")
+
+
+def children(parent: int) -> list[int]:
+    found = []
+    for process in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if process.name.isdigit() and int((process / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
+                found.append(int(process.name))
+    return found
+
+
+@pytest.mark.soak
+def test_saving_takes_less_than_a_fiftieth_of_the_time_between_saves(tmp_path: Path, record_property: Record) -> None:
+    """The demo's network, saved five times as often as there."""
+    record_property("fault", "saving the demo every epoch: largest share of the time for which training stands still")
+    words = [f"output={tmp_path}", "trainer.epochs=4", "trainer.checkpoint_epochs=1", "trainer.log_every=7"]
+    Trainer(config.load(ROOT / "configs" / "pretrain" / "mcl_r18_fpn_demo.yaml", words)).fit()
+    records = read(tmp_path / "demo" / "metrics.jsonl")
+    shares = [record["saving"] for record in records[1:]]  # each holds the save after the record before
+    assert len(shares) == 3
+    assert all(0 < share < 0.02 for share in shares)
+    record_property("survived", f"{max(shares):.2%}")

@@ -1,0 +1,161 @@
+"""The SLURM script, run as it is, with stand-ins for srun and scontrol: two processes of one machine over gloo."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mcl import checkpoint, distributed
+from mcl.config import ConfigError
+from mcl.metrics import read
+from tests.conftest import ROOT
+from tests.mcl.test_trainer import TINY
+
+SCRIPT = ROOT / "scripts" / "slurm.sbatch"
+
+SRUN = """
+import os, signal, subprocess, sys
+open(os.environ["SAID"], "a").write(" ".join(["srun", *sys.argv[1:]]) + "\\n")
+command = sys.argv[1:]
+while command[0].startswith("--"):
+    del command[0]
+tasks = []
+signal.signal(signal.SIGTERM, lambda number, _: [task.send_signal(number) for task in tasks])
+for rank in range(2):
+    place = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
+    tasks.append(subprocess.Popen(command, env=os.environ | place))
+sys.exit(max(code if code >= 0 else 128 - code for code in [task.wait() for task in tasks]))
+"""
+
+SCONTROL = """
+import os, sys
+open(os.environ["SAID"], "a").write(" ".join(["scontrol", *sys.argv[1:]]) + "\\n")
+if sys.argv[1:3] == ["show", "hostnames"]:
+    print("127.0.0.1", "node2", sep="\\n")
+"""
+
+
+class Job:
+    """A SLURM job of the script, whose processes train until they are told to stop."""
+
+    def __init__(self, folder: Path, photos: Path) -> None:
+        self.folder, self.said = folder, folder / "said"
+        for name, program in (("srun", SRUN), ("scontrol", SCONTROL)):
+            (folder / name).write_text(f"#!{sys.executable}\n{program}")
+            (folder / name).chmod(0o755)
+        (folder / "python").symlink_to(sys.executable)
+        preset = {**TINY, "trainer": {**TINY["trainer"], "log_every": 1, "checkpoint_epochs": 1000, "epochs": 1000}}
+        preset["montage"] = {"cells": 1, "images_per_canvas": [1, 2, 2, 2]}
+        preset["model"] = {**TINY["model"], "loss_weights": [0.25] * 4}
+        (folder / "tiny.yaml").write_text(yaml.safe_dump(preset))
+        self.words = [f"data.root={photos / 'val'}", f"output={folder}", f"data.index={folder / 'index'}"]
+
+    def start(self, *words: str) -> "subprocess.Popen[str]":
+        slurm = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_CPUS_PER_TASK": "1"}
+        # In a virtual environment Python finds its packages by where it is started from.
+        environment = {**os.environ, **slurm, "SAID": str(self.said), "PYTHONPATH": os.pathsep.join(sys.path)}
+        environment["PATH"] = f"{self.folder}{os.pathsep}{os.environ['PATH']}"
+        return subprocess.Popen(
+            ["bash", str(SCRIPT), str(self.folder / "tiny.yaml"), *self.words, *words],
+            **{"env": environment, "cwd": ROOT, "text": True, "start_new_session": True},
+            **{"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT},
+        )
+
+    def steps(self) -> int:
+        return len([r for r in read(self.folder / "tiny" / "metrics.jsonl") if r["kind"] == "train"])
+
+
+def stop(job: Job, after: int) -> str:
+    """SIGTERM to everything, as SLURM sends it, when so many steps are done; what the job printed."""
+    running = job.start()
+    while job.steps() < after and running.poll() is None:
+        time.sleep(0.1)
+    os.killpg(running.pid, signal.SIGTERM)
+    printed, _ = running.communicate(timeout=120)
+    assert running.returncode == 143, printed
+    return printed
+
+
+def test_sbatch_is_a_script() -> None:
+    done = subprocess.run(["bash", "-n", str(SCRIPT)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    options = re.findall(r"^#SBATCH --([a-z-]+)", SCRIPT.read_text(), re.MULTILINE)
+    assert {"nodes", "ntasks-per-node", "gpus-per-node", "signal", "requeue", "open-mode", "output"} <= set(options)
+
+
+def test_before_its_time_is_up_a_job_saves_and_goes_back_to_the_queue(tmp_path: Path, photos: Path) -> None:
+    job = Job(tmp_path, photos)
+    printed = stop(job, after=2)
+    assert "stopped by signal 15" in printed
+    assert checkpoint.load(tmp_path / "tiny" / "checkpoints" / "last.pt")["step"] >= 2
+    hostnames, srun, requeue = job.said.read_text().splitlines()
+    assert hostnames == "scontrol show hostnames node[1-2]"
+    assert " --cpu-bind=none --cpus-per-task=1 python -m mcl pretrain " in srun
+    assert requeue == f"scontrol requeue {os.getpid()}"
+
+
+@pytest.mark.soak
+def test_queued_again_it_goes_on_where_it_stopped(tmp_path: Path, photos: Path) -> None:
+    """As often as it is stopped; one that fails is not queued again."""
+    job = Job(tmp_path, photos)
+    stop(job, after=2)
+    stopped = checkpoint.load(tmp_path / "tiny" / "checkpoints" / "last.pt")["step"]
+    stop(job, after=stopped + 2)
+    resumed = job.start("trainer.global_batch=9")
+    printed, _ = resumed.communicate(timeout=120)
+    assert resumed.returncode == 2
+    assert "trainer.global_batch: 9 does not divide by 2 processes" in printed
+    commands = [line.split()[:2] for line in job.said.read_text().splitlines()]
+    assert commands.count(["scontrol", "requeue"]) == 2
+    records = [r["step"] for r in read(tmp_path / "tiny" / "metrics.jsonl")]
+    assert records == list(range(1, len(records) + 1))
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name in [n for n in os.environ if n.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+    return monkeypatch
+
+
+def variables(**values: Any) -> dict[str, str]:
+    return {f"SLURM_{name.upper()}": str(value) for name, value in values.items()}
+
+
+def test_srun_says_what_torchrun_would(environment: pytest.MonkeyPatch) -> None:
+    for name, value in variables(procid=13, ntasks=16, localid=5, ntasks_per_node=8).items():
+        environment.setenv(name, value)
+    distributed.adopt_slurm()
+    assert [os.environ[name] for name in ("RANK", "WORLD_SIZE")] == ["13", "16"]
+    assert (distributed.local_rank(), distributed.local_world_size()) == (5, 8)
+    with pytest.raises(ConfigError, match="MASTER_ADDR: not set"):
+        distributed.setup("cpu")
+
+
+def test_torchrun_within_a_job_has_the_last_word(environment: pytest.MonkeyPatch) -> None:
+    for name, value in variables(procid=1, ntasks=2, localid=0, ntasks_per_node=1).items():
+        environment.setenv(name, value)
+    environment.setenv("RANK", "3")
+    environment.setenv("WORLD_SIZE", "16")
+    distributed.adopt_slurm()
+    assert (os.environ["RANK"], os.environ["WORLD_SIZE"]) == ("3", "16")
+
+
+@pytest.mark.parametrize("slurm", [{}, variables(procid=0, ntasks=1, localid=0)])
+def test_a_single_process_needs_nothing(environment: pytest.MonkeyPatch, slurm: dict[str, str]) -> None:
+    for name, value in slurm.items():
+        environment.setenv(name, value)
+    distributed.adopt_slurm()
+    distributed.setup("cpu")
+    assert (distributed.rank(), distributed.world_size()) == (0, 1)
+    assert "WORLD_SIZE" not in os.environ

@@ -1,0 +1,88 @@
+"""A run that another number of processes resumes: the same images, cut and coloured the same, at the same steps."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from mcl import checkpoint, config, distributed
+from mcl.config import Config
+from mcl.montage import MontageBatch
+from mcl.signals import Interrupted
+from mcl.trainer import Trainer
+from tests.conftest import ThinBackbone
+from tests.mcl.ranks import in_ranks
+from tests.mcl.test_trainer import TINY
+
+PRESET = TINY | {
+    "montage": {"cells": 1, "images_per_canvas": [1, 2, 2, 2]},
+    "model": TINY["model"] | {"loss_weights": [0.25] * 4},
+    "trainer": TINY["trainer"] | {"global_batch": 16, "checkpoint_epochs": 2, "log_every": 1},
+}
+Tile = tuple[Any, ...]  # image, level, crop in the image
+
+
+def tiles(view: MontageBatch) -> set[Tile]:
+    """What a view shows, wherever in its montages."""
+    return {
+        (int(view.index[source]), level, *crop.tolist())
+        for level in range(len(view.ratios))
+        for source, crop in zip(view.sources[view.tiles(level)], view.crops[view.tiles(level)], strict=True)
+    }
+
+
+def train(words: list[str], stop: int | None = None) -> dict[int, list[set[Tile]]]:
+    """Trains, to the end or to a signal in the step `stop`; what every step showed, by view."""
+    with mock.patch("mcl.models.mcl.Backbone", ThinBackbone), mock.patch.object(distributed, "setup"):
+        trainer = Trainer(config.override(config.from_dict(PRESET), words))
+        shown, step = {}, trainer.train_step
+
+        def spy(*views: MontageBatch) -> Any:
+            shown[trainer.step] = [tiles(view) for view in views]
+            if trainer.step == stop:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step(*views)
+
+        trainer.train_step = spy  # type: ignore[method-assign]
+        try:
+            trainer.fit()
+        except Interrupted:
+            assert stop is not None
+    return shown
+
+
+def train_both(words: list[str], stop: int) -> list[dict[int, list[set[Tile]]]]:
+    return [train([*words, "name=whole"]), train([*words, "name=stopped"], stop)]
+
+
+def last(cfg: Config) -> dict[str, Any]:
+    return checkpoint.load(cfg.run_folder / "checkpoints" / "last.pt")
+
+
+def test_fewer_processes_take_over(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [f"data.root={photos / 'val'}", f"output={tmp_path}", f"data.index={tmp_path / 'index'}"]
+    ranks = in_ranks(2, train_both, words, 1)
+    whole = {
+        step: [first | second for first, second in zip(views, ranks[1][0][step], strict=True)]
+        for step, views in ranks[0][0].items()
+    }
+    assert sorted(whole) == list(range(8))
+    cfg = config.override(config.from_dict(PRESET), [*words, "name=stopped"])
+    stopped = last(cfg)["step"]
+    assert 2 <= stopped < 6
+
+    shown = train([*words, "name=stopped"])
+    assert sorted(shown) == list(range(stopped, 8))
+    assert all(shown[step] == whole[step] for step in shown)
+    assert "resuming, but not bit for bit: " in (said := capsys.readouterr().out)
+    assert "world_size was 2, is 1" in said
+    a, b = last(cfg), last(config.override(cfg, ["name=whole"]))
+    assert (a["step"], a["loader"]) == (b["step"], b["loader"])
+    # Neighbours in the montages differ, and so do the weights, a little.
+    names = [n for n, w in a["model"].items() if n.startswith("online.") and w.ndim > 1]
+    differences = [((a["model"][n] - b["model"][n]).norm() / b["model"][n].norm()).item() for n in names]
+    print(f"largest relative difference of a matrix: {max(differences):.2e}")
+    assert 0 < max(differences) < 0.05

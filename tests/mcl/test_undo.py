@@ -1,0 +1,96 @@
+"""A step without a finite gradient that is skipped leaves no trace but in the count."""
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mcl import distributed
+from mcl.config import Config
+from mcl.models.sync_bn import synchronize
+from mcl.montage import MontageBatch
+from mcl.step import TrainingStep
+from tests.mcl.ranks import in_ranks
+from tests.step import build, configure, views
+
+Views = tuple[MontageBatch, MontageBatch]
+
+
+def poisoned(pair: Views) -> Views:
+    """One pixel is NaN: so become all statistics, the loss and every gradient."""
+    images = pair[0].images.clone()
+    images[0, 0, 0, 0] = math.nan
+    return dataclasses.replace(pair[0], images=images), pair[1]
+
+
+def train(cfg: Config, steps: list[Views]) -> dict[str, Any]:
+    """All that a step depends on, after some of them; the learning rate is that of a step's place among the good."""
+    step = build(cfg)
+    norms = []
+    for pair in steps:
+        _, norm = step(*pair, lr=0.1, momentum=0.9)
+        norms.append(bool(norm.isfinite()))
+    return {"model": step.model.state_dict(), "state": state(step), "finite": norms}
+
+
+def state(step: TrainingStep) -> list[dict[str, Tensor]]:
+    return list(step.optimizer.state_dict()["state"].values())
+
+
+def check_equal(a: dict[str, Any], b: dict[str, Any]) -> None:
+    assert all(torch.equal(a["model"][key], b["model"][key]) for key in b["model"])
+    assert [s.keys() for s in a["state"]] == [s.keys() for s in b["state"]]
+    assert all(torch.equal(x[key], y[key]) for x, y in zip(a["state"], b["state"], strict=True) for key in y)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "words"),
+    [
+        ("real", ["optim.name=lars"]),
+        ("thin", ["optim.name=sgd", "trainer.precision=fp64"]),
+        ("thin", ["optim.name=adamw", "optim.clip_norm=1", "trainer.accumulate=2", "trainer.global_batch=8"]),
+    ],
+    ids=["lars", "sgd", "adamw"],
+)
+def test_a_skipped_step_never_was(request: pytest.FixtureRequest, backbone: str, words: list[str]) -> None:
+    """Weights, running statistics, momentum network, optimiser: bit for bit, for the first step and later ones."""
+    if backbone == "thin":
+        request.getfixturevalue("thin_backbone")
+    skip = configure(*words, "trainer.on_nonfinite=skip")
+    first, second = views(skip, 1), views(skip, 3)
+    bad = poisoned(first)
+    disturbed = train(skip, [bad, first, bad, second])
+    assert disturbed["finite"] == [False, True, False, True]
+    check_equal(disturbed, train(configure(*words), [first, second]))
+
+
+@pytest.mark.usefixtures("thin_backbone")
+def test_where_nothing_is_skipped_nothing_is_protected() -> None:
+    cfg = configure("trainer.on_nonfinite=stop")
+    after = train(cfg, [poisoned(views(cfg))])
+    assert any(not tensor.isfinite().all() for tensor in after["model"].values())
+
+
+def one_bad_rank(cfg: Config) -> dict[str, Any]:
+    step = build(cfg)
+    synchronize(step.model, "cpu")
+    good = views(cfg, 1 + 2 * distributed.rank(), world=2)
+    norms = [step(*good, lr=0.1, momentum=0.9)[1]]
+    before = {key: tensor.clone() for key, tensor in step.model.state_dict().items()}
+    norms.append(step(*(poisoned(good) if distributed.rank() == 1 else good), lr=0.1, momentum=0.9)[1])
+    undone = all(torch.equal(before[key], tensor) for key, tensor in step.model.state_dict().items())
+    norms.append(step(*good, lr=0.1, momentum=0.9)[1])
+    finite = [bool(norm.isfinite()) for norm in norms]
+    return {"finite": finite, "undone": undone, "model": step.model.state_dict(), "state": state(step)}
+
+
+def test_what_one_rank_cannot_compute_none_of_them_does() -> None:
+    """The gradient is averaged: NaN on one is NaN on all, so they agree without asking."""
+    first, second = in_ranks(2, one_bad_rank, configure("trainer.on_nonfinite=skip", "trainer.global_batch=8"))
+    for rank in (first, second):
+        assert rank["finite"] == [True, False, True]
+        assert rank["undone"]
+    check_equal(first, second)
