@@ -45,7 +45,7 @@ demo: setup
 test: setup mmdet
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses=4 --dist=worksteal --durations=15
 
-soak: setup
+soak: setup mmdet
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses=4 --durations=15 -m soak
 
 check: setup

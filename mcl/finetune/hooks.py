@@ -61,14 +61,13 @@ def _plain(value: Any) -> Any:
 
 @HOOKS.register_module()
 class LoadWeights(Hook):
-    """Puts pre-trained weights into a detector that starts, after it was initialised."""
+    """Puts pre-trained weights into a detector after it was initialised."""
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         self.weights = weights
 
     def before_train(self, runner: Any) -> None:
-        if runner.iter == 0:
-            _detector(runner).load_state_dict(self.weights, strict=False)
+        _detector(runner).load_state_dict(self.weights, strict=False)
 
 
 @HOOKS.register_module()

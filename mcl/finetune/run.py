@@ -1,8 +1,10 @@
 """A fine-tuning from its configuration to its table of AP."""
 
 from pathlib import Path
+from typing import Any
 
 from mmengine.config import Config
+from mmengine.dist import broadcast_object_list
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
@@ -17,15 +19,21 @@ def finetune(config: Config) -> str:
     lvis = config.val_dataloader.dataset.type == "LVISFolder"
     use(config, open_folder(config.data.root, config.data.classes, masks=masks, lvis=lvis))
     own: list[Hook] = [resume.prepare(config)]
-    if config.weights:
+    if config.weights and not config.resume:
         own.append(weights.load(Path(config.weights), config.model, **config.pretrained))
     runner = Runner.from_cfg(config)
     runner.register_custom_hooks(own)
     runner.train()
-    folder = Path(config.work_dir)
-    if all(record["step"] < runner.iter for record in hooks.read(folder)):
+    if all(record["step"] < runner.iter for record in _records(config)):
         runner.val()  # the run was cut between its last checkpoint and its last evaluation
-    return hooks.table(hooks.read(folder))
+    return hooks.table(_records(config))
+
+
+def _records(config: Config) -> list[dict[str, Any]]:
+    """Evaluations that the first process has written, on all processes."""
+    records = [hooks.read(Path(config.work_dir))]
+    broadcast_object_list(records)
+    return records[0]
 
 
 def use(config: Config, folder: Folder) -> None:

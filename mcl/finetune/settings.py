@@ -48,7 +48,7 @@ def _override(config: Config, word: str) -> None:
         node = node[_index(node, part, key, config)]
     index = _index(node, leaf, key, config)
     old = node[index]
-    new = _like(old, _parse(key, text))
+    new = text if isinstance(old, str) else _like(old, _parse(key, text))
     if old is not None and new is not None and not isinstance(new, type(old)):
         raise ConfigError(f"{key}: expected {type(old).__name__}, as in {old!r}, got {text!r}")
     node[index] = new

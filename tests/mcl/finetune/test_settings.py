@@ -17,14 +17,14 @@ def test_overrides() -> None:
     config = settings.load(
         MINI,
         [
-            *("optim_wrapper.optimizer.lr=1e-3", "param_scheduler.1.gamma=1", "name=x", "output=here", "weights=a.pt"),
+            *("optim_wrapper.optimizer.lr=1e-3", "param_scheduler.1.gamma=1", "name=7", "output=here", "weights=a.pt"),
             "val_dataloader.dataset.pipeline.1.scale=[96,64]",
         ],
     )
     assert config.optim_wrapper.optimizer.lr == 1e-3
     assert config.val_dataloader.dataset.pipeline[1].scale == (96, 64)
     assert config.param_scheduler[1].gamma == 1.0
-    assert (config.work_dir, config.weights) == ("here/x", "a.pt")
+    assert (config.work_dir, config.weights) == ("here/7", "a.pt")
     assert config.train_dataloader.batch_size == config.global_batch == 8
 
 

@@ -38,9 +38,7 @@ def test_they_replace_initial_values_of_a_run_that_starts(checkpoint: Path) -> N
     with DefaultScope.overwrite_default_scope("mmdet"):
         detector = MODELS.build(config.model)
     fresh = {name: tensor.clone() for name, tensor in detector.state_dict().items()}
-    hook.before_train(SimpleNamespace(model=detector, iter=1))
-    assert all(torch.equal(tensor, fresh[name]) for name, tensor in detector.state_dict().items())
-    hook.before_train(SimpleNamespace(model=detector, iter=0))
+    hook.before_train(SimpleNamespace(model=detector))
     loaded = detector.state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in hook.weights.items())
     rest = loaded.keys() - hook.weights.keys()
