@@ -212,6 +212,7 @@ def test_a_hung_rank_is_named(preset: Path, tmp_path: Path, record_property: Rec
     assert "rank 0 hangs" not in run.log()
 
 
+@pytest.mark.soak
 def test_a_stopped_rank_is_named(preset: Path, tmp_path: Path, record_property: Record) -> None:
     """SIGSTOP: not even its threads go on."""
     record_property("fault", "SIGSTOP of a rank")
