@@ -271,8 +271,13 @@ class Config:
             )
         self._check_queries(images)
         self._check_accumulate(images)
-        values = min(geometry.query_canvases(images)) // self.trainer.accumulate * geometry.fewest_cells**2
-        if values < 2:
+        online = [canvases // self.trainer.accumulate for canvases in geometry.query_canvases(images)]
+        if world_size * online[0] < 2:  # a canvas of level 0 is a single tile
+            raise ConfigError(
+                "montage.queries: one query of level 0 per micro-batch leaves the projector's BatchNorm a single row; "
+                "use more queries, a larger trainer.global_batch or a smaller trainer.accumulate"
+            )
+        if min(online) * geometry.fewest_cells**2 < 2:
             key = "montage.cells" if geometry.cells == 1 else "montage.schedule"
             raise ConfigError(
                 f"trainer.global_batch: {images // self.trainer.accumulate} images per process and micro-batch and 1 "

@@ -1,5 +1,6 @@
 """Fixtures and builders shared by all tests."""
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -48,24 +49,8 @@ def thin_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def view(geometry: Geometry, images: int, pixels: Tensor, sources: Tensor | None = None) -> MontageBatch:
     """A view with given canvases (K, 3, S, S); without `sources`, slot i of a level shows image i modulo N."""
-    tiles = geometry.tiles(images)
-    if sources is None:
-        sources = torch.cat([torch.arange(count) % images for count in tiles])
-    canvases = geometry.canvases(images)
-    return MontageBatch(
-        images=pixels,
-        labels=torch.full((images,), -1),
-        index=torch.arange(images),
-        sources=sources,
-        boxes=torch.from_numpy(montage.boxes(geometry, images)),
-        crops=torch.zeros(sum(tiles), 5),
-        canvases=canvases,
-        queries=canvases,
-        ratios=geometry.ratios,
-        cells=geometry.cells,
-        epoch=0,
-        step=0,
-    )
+    batch = montage.in_order(geometry, images, pixels)
+    return dataclasses.replace(batch, queries=batch.canvases, sources=batch.sources if sources is None else sources)
 
 
 def random_view(

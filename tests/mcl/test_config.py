@@ -169,6 +169,14 @@ def test_one_query_of_one_cell_is_too_little_for_batchnorm() -> None:
         config.override(cfg, ["montage.queries=[1,1,4,1]"]).images_per_rank(1)
 
 
+def test_one_query_of_level_0_is_too_little_for_the_projector_unless_other_processes_have_more() -> None:
+    cfg = preset("mcl_r50_fpn_100e_in1k", "trainer.global_batch=64", "montage.queries=[32,1,1,1]")
+    assert cfg.images_per_rank(1) == 64
+    with pytest.raises(ConfigError, match=r"montage\.queries: .* a single row; use more queries"):
+        config.override(cfg, ["trainer.accumulate=2"]).images_per_rank(1)
+    assert config.override(cfg, ["trainer.global_batch=128", "trainer.accumulate=2"]).images_per_rank(2) == 64
+
+
 @pytest.mark.parametrize("name", ["budget", "budget_2x"])
 def test_budget_presets_differ_from_the_usual_one_in_the_montage_alone(name: str) -> None:
     cfg = preset(f"mcl_r50_fpn_100e_{name}")

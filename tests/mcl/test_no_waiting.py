@@ -279,6 +279,11 @@ def test_one_planted_wait_is_found(plant: Callable[[TrainingStep], None], operat
 # ---------------------------------------------------------------------------------------------------- no real GPU
 
 
+def without_memory(cfg: Config) -> MCL:
+    with torch.device("meta"):
+        return MCL(cfg.model, cfg.montage)
+
+
 def pretend(model: nn.Module) -> None:
     """Puts tensors of the active mode, on "cuda", in place of a model's own."""
     for module in model.modules():
@@ -303,8 +308,7 @@ def pretended(view: MontageBatch, device: str) -> MontageBatch:
 def test_forward_and_metrics_stay_on_the_device(compute: str) -> None:
     """Without autocast, which needs a GPU; as backward does, which whole steps above have shown."""
     cfg = configure(f"model.compute={compute}")
-    with torch.device("meta"):
-        model = MCL(cfg.model, cfg.montage)
+    model = without_memory(cfg)
     query, key = views(cfg)
     with FakeTensorMode():
         pretend(model)
@@ -322,8 +326,7 @@ def test_forward_and_metrics_stay_on_the_device(compute: str) -> None:
 def test_clipping_optimiser_and_momentum_network_stay_on_the_device(optimizer: str) -> None:
     """With gradients set by hand. PyTorch takes lists of fake tensors one by one; above they passed as lists."""
     cfg = configure(f"optim.name={optimizer}")
-    with torch.device("meta"):
-        model = MCL(cfg.model, cfg.montage)
+    model = without_memory(cfg)
     with FakeTensorMode():
         pretend(model)
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -345,8 +348,7 @@ def test_clipping_optimiser_and_momentum_network_stay_on_the_device(optimizer: s
 def test_undoing_a_step_stays_on_the_device(optimizer: str) -> None:
     """So does, then, AdamW's count of steps."""
     cfg = configure(f"optim.name={optimizer}")
-    with torch.device("meta"):
-        model = MCL(cfg.model, cfg.montage)
+    model = without_memory(cfg)
     with FakeTensorMode():
         pretend(model)
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -366,8 +368,7 @@ def test_undoing_a_step_stays_on_the_device(optimizer: str) -> None:
 @pytest.mark.usefixtures("thin_backbone")
 def test_a_copy_planted_in_forward_is_found() -> None:
     cfg = configure()
-    with torch.device("meta"):
-        model = MCL(cfg.model, cfg.montage)
+    model = without_memory(cfg)
     query, key = views(cfg)
     with FakeTensorMode():
         pretend(model)

@@ -39,20 +39,8 @@ def view(seed: int) -> MontageBatch:
     for source, (row, x1, y1, x2, y2) in zip(sources.tolist(), boxes.int().tolist(), strict=True):
         pixels[row, :, y1:y2, x1:x2] = gray_of(source) / 255
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (AUGMENT.mean, AUGMENT.std))
-    return MontageBatch(
-        images=(pixels - mean) / std,
-        labels=torch.full((IMAGES,), -1),
-        index=torch.arange(IMAGES) + 100,
-        sources=sources,
-        boxes=boxes,
-        crops=torch.zeros(len(boxes), 5),
-        canvases=GEOMETRY.canvases(IMAGES),
-        queries=GEOMETRY.canvases(IMAGES),
-        ratios=GEOMETRY.ratios,
-        cells=GEOMETRY.cells,
-        epoch=0,
-        step=3,
-    )
+    batch = montage.in_order(GEOMETRY, IMAGES, (pixels - mean) / std)
+    return replace(batch, index=batch.index + 100, sources=sources, step=3)
 
 
 @pytest.fixture(scope="module")
