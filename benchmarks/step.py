@@ -26,6 +26,7 @@ from benchmarks.common import Result, finish, interleave, markdown, parser, summ
 from benchmarks.loaders.chart import rate
 from benchmarks.steps import memory
 from benchmarks.steps.contenders import CONTENDERS, NAMES, Contender, Setting, Stage
+from mcl.allocator import keep_freed_memory
 from mcl.montage import STRIDE
 
 Stages = dict[str, list[Stage]]
@@ -137,7 +138,7 @@ def draw(results: Sequence[Result], title: str, path: Path) -> None:
         notes = []
         if "ratio_to_supervised" in r and r["contender"] != "supervised":
             notes.append(f"{r['ratio_to_supervised']:.1f}× a supervised step")
-        ours = r["contender"] not in ("supervised", "supervised_canvas", "released")
+        ours = not r["contender"].startswith(("supervised", "released"))
         if "faster_than_released" in r and ours:
             notes.append(f"{r['faster_than_released']:.1f}× as fast as released")
         chart.append(bars.Bar(r["name"], r["images_per_s"], ", ".join(notes), ours))
@@ -150,6 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     contenders = {name: CONTENDERS[name](setting) for name in options.contenders}
     stages = {name: contender.stages() for name, contender in contenders.items()}
     peaks = {}
+    keep_freed_memory()  # as the trainer does
     if options.memory:  # before there are models in this process, too
         for name, contender in contenders.items():
             peaks[name] = memory.peak(contender, max(stage.side for stage in stages[name]))

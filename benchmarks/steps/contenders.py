@@ -20,7 +20,7 @@ from benchmarks.steps import Step
 from mcl import config, montage
 from mcl.budget import budget, count
 from mcl.config import Config
-from mcl.models import MCL
+from mcl.models import MCL, conv
 from mcl.montage import STRIDE, Geometry, MontageBatch
 from mcl.optim import AUTOCAST
 from mcl.step import TrainingStep
@@ -104,6 +104,7 @@ class Pretraining:
     """A preset of this project, in one process: forward, backward, clip, optimiser, momentum network."""
 
     config: Config
+    plain: bool = False  # with PyTorch's convolutions alone
 
     def stages(self) -> list[Stage]:
         return [
@@ -113,7 +114,10 @@ class Pretraining:
 
     def start(self) -> Step:
         trainer, optim, device = self.config.trainer, self.config.optim, resolve_device(self.config.trainer.device)
-        update = TrainingStep(self.config, MCL(self.config.model, self.config.montage), device)
+        model = MCL(self.config.model, self.config.montage)
+        if self.plain:
+            conv.use(model, torch.nn.Conv2d)
+        update = TrainingStep(self.config, model, device)
         lr = optim.base_lr * trainer.global_batch / 256
 
         @functools.cache
@@ -133,7 +137,7 @@ def _supervised_canvas(setting: Setting) -> Contender:
     return Supervised(setting, STRIDE * setting.cells)
 
 
-def _preset(setting: Setting, name: str, *words: str, scheduled: bool = False) -> Contender:
+def _preset(setting: Setting, name: str, *words: str, scheduled: bool = False, plain: bool = False) -> Contender:
     """A preset with the backbone, batch, precision and device of the setting, and with `words`."""
     common = [
         f"model.backbone={setting.backbone}",
@@ -142,13 +146,14 @@ def _preset(setting: Setting, name: str, *words: str, scheduled: bool = False) -
         f"trainer.device={setting.device}",
     ]
     sized = [] if scheduled else [f"montage.cells={setting.cells}"]
-    return Pretraining(config.load(PRESETS / f"mcl_r50_fpn_100e_{name}.yaml", [*common, *sized, *words]))
+    return Pretraining(config.load(PRESETS / f"mcl_r50_fpn_100e_{name}.yaml", [*common, *sized, *words]), plain)
 
 
 CONTENDERS: dict[str, Callable[[Setting], Contender]] = {
     "supervised": _supervised,
     "supervised_canvas": _supervised_canvas,
     "released": lambda setting: _preset(setting, "in1k_released"),
+    "released_plain": lambda setting: _preset(setting, "in1k_released", plain=True),
     "matched": lambda setting: _preset(setting, "in1k"),
     "recompute": lambda setting: _preset(setting, "in1k", "trainer.recompute=true"),
     "bf16": lambda setting: _preset(setting, "in1k", "trainer.precision=bf16"),
@@ -159,6 +164,7 @@ CONTENDERS: dict[str, Callable[[Setting], Contender]] = {
 NAMES = {
     "supervised": "supervised, 224 px",
     "supervised_canvas": "supervised, canvas size",
+    "released_plain": "released, PyTorch's convolutions",
     "recompute": "matched, recompute",
     "bf16": "matched, bf16",
 }

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from benchmarks.steps import Step
+from mcl.allocator import keep_freed_memory
 
 
 class Work(Protocol):
@@ -28,6 +29,7 @@ def peak(work: Work, side: int) -> int:
 
 
 def _peak(work: Work, side: int) -> int:
+    keep_freed_memory()
     work.start()(side)
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()

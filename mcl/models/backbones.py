@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
+from mcl.models import conv
+
 _RESNETS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
     "resnet18": (BasicBlock, [2, 2, 2, 2]),
     "resnet34": (BasicBlock, [3, 4, 6, 3]),
@@ -27,6 +29,7 @@ class Backbone(ResNet):  # type: ignore[misc]  # torchvision has no types
         block, depths = _RESNETS[name]
         super().__init__(block, depths)
         del self.avgpool, self.fc
+        conv.use(self)
         self.channels = tuple(64 * 2**i * block.expansion for i in (3, 2, 1, 0))
         """Channels of the maps that :meth:`forward` returns."""
         for module in self.modules():
