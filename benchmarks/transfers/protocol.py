@@ -1,0 +1,204 @@
+"""What decides the results, in one place."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from dali_pipelines.source.layouts import is_image
+from mcl import config
+from mcl.config import Config
+
+ROOT = Path(__file__).parents[2]
+
+PLACES = (
+    *("ancient_ruin", "building", "castle", "garden_or_plant", "indoor", "landscape", "palace", "road_or_pitch"),
+    *("temple_or_church", "tower", "waterside"),
+)
+"""Classes with photographs that are backgrounds of the detection set."""
+
+
+class ProtocolError(ValueError):
+    """Results or work of another protocol; the message names the file and the remedy."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Paths are relative to the checkout; words are those of ``mcl pretrain`` and ``mcl finetune``."""
+
+    images: str = "data/photos4k"
+    """Folder of class folders, to pre-train on."""
+    without: tuple[str, ...] = PLACES
+    """Classes that are left out."""
+    at_most: int = 0
+    """Images, drawn evenly from the sorted ones; 0: all."""
+    preset: str = "configs/pretrain/mcl_r18_fpn_demo.yaml"
+    epochs: int = 10
+    pretraining: tuple[str, ...] = (
+        "montage.cells=2",
+        "trainer.global_batch=32",
+        "trainer.precision=fp32",
+        "optim.name=adamw",
+        "optim.base_lr=8.0e-3",
+        "optim.weight_decay=1.0e-2",
+        "optim.warmup_epochs=1",
+        "optim.clip_norm=5.0",
+    )
+    """For all methods, as far as they have these keys."""
+    moco_temperature: float = 0.2
+    moco_bank: int = 2048
+    """Keys of earlier images."""
+    moco_momentum: float = 0.99
+    """At the first step; it rises to 1 along a half cosine."""
+    moco_hidden: int = 512
+    moco_width: int = 128
+    """Of the embedding."""
+    detection: str = "data/cutouts"
+    """COCO-format folder, to fine-tune on."""
+    detector: str = "configs/finetune/mask_rcnn_r18_fpn_mini.py"
+    finetuning: tuple[str, ...] = (
+        "train_cfg.max_iters=1200",
+        "train_cfg.val_interval=1200",
+        "custom_hooks.2.interval=1200",
+        "global_batch=8",
+        "optim_wrapper.optimizer.lr=0.02",
+        "param_scheduler.1.milestones=[900,1100]",
+        "train_dataloader.dataset.dataset.pipeline.2.scales=[[320,160],[320,192],[320,224]]",
+        "val_dataloader.dataset.pipeline.1.scale=[320,192]",
+    )
+
+    @classmethod
+    def quick(cls) -> Self:
+        """For tests: two steps of everything, on images of a few pixels."""
+        return cls(
+            images="data/photos/train",
+            without=(),
+            at_most=64,
+            epochs=1,
+            pretraining=(*cls.pretraining, "model.hidden=32"),
+            moco_bank=64,
+            moco_hidden=32,
+            finetuning=(
+                "train_cfg.max_iters=2",
+                "train_cfg.val_interval=2",
+                "custom_hooks.2.interval=2",
+                "custom_hooks.2.batches=2",
+                "global_batch=2",
+                "data.classes=[]",
+                "train_dataloader.num_workers=0",
+                "val_dataloader.num_workers=0",
+                "train_dataloader.dataset.dataset.pipeline.2.scales=[[96,64]]",
+                "val_dataloader.dataset.pipeline.1.scale=[96,64]",
+                "model.train_cfg.rpn_proposal.max_per_img=20",
+                "model.test_cfg.rpn.max_per_img=10",
+                "model.test_cfg.rcnn.max_per_img=5",
+                "default_hooks.logger.interval=1",
+                "default_hooks.checkpoint.interval=1",
+            ),
+        )
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON gives it back."""
+        values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return values
+
+    def check(self, other: Mapping[str, Any], file: Path) -> None:
+        """Refuses what was made by another protocol.
+
+        Raises:
+            ProtocolError: it was; names the first entry that differs.
+        """
+        own = self.plain()
+        differing = [key for key in {**own, **other} if own.get(key) != other.get(key)]
+        if differing:
+            key = differing[0]
+            raise ProtocolError(
+                f"{file}: of another protocol: {key} is {other.get(key)!r} there and {own.get(key)!r} now "
+                f"({len(differing)} entries differ); move it away, or give another folder"
+            )
+
+
+class Work:
+    """The work folder: ``protocol.json``, the list ``images.txt``, runs in ``pretrain/`` and ``finetune/``, and what
+    is known of tasks in ``tasks/``.
+
+    Args:
+        folder: made where it is not there.
+        protocol: what is done in it.
+
+    Raises:
+        ProtocolError: it holds work of another protocol, or on other images.
+    """
+
+    def __init__(self, folder: Path, protocol: Protocol) -> None:
+        self.folder, self.protocol = portable(folder), protocol
+        self.images = self.folder / "images.txt"
+        self.classes, lines = _list_images(protocol, ROOT / self.folder)
+        (ROOT / self.folder).mkdir(parents=True, exist_ok=True)
+        record = ROOT / self.folder / "protocol.json"
+        if record.exists():
+            protocol.check(json.loads(record.read_text()), record)
+        images = ROOT / self.images
+        if images.exists() and images.read_text() != lines:
+            raise ProtocolError(f"{images}: not the images of {protocol.images} now; move {folder} away")
+        for path, text in ((images, lines), (record, json.dumps(protocol.plain(), indent=1) + "\n")):
+            if not path.exists():  # commands that run at once open the folder, too
+                write(path, text)
+        self.count = lines.count("\n")
+
+    @classmethod
+    def open(cls, folder: Path) -> Self:
+        """The folder with the protocol that it was made with."""
+        record = json.loads((folder / "protocol.json").read_text())
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
+        return cls(folder, Protocol(**values))
+
+    def words(self, seed: int) -> list[str]:
+        """Words for ``mcl pretrain``, but for the name of the run."""
+        return [
+            *self.protocol.pretraining,
+            f"trainer.epochs={self.protocol.epochs}",
+            f"trainer.seed={seed}",
+            f"data.root={self.images}",
+            "data.source=list",
+            "data.allow_outside=true",
+            "data.val_root=",
+            f"data.index={self.folder / 'index'}",
+        ]
+
+    def config(self, seed: int, *words: str) -> Config:
+        """The configuration of a pre-training; batch, optimiser and size of images are those of all methods."""
+        return config.load(ROOT / self.protocol.preset, [*self.words(seed), *words])
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.count // self.config(0).trainer.global_batch
+
+
+def _list_images(protocol: Protocol, folder: Path) -> tuple[list[str], str]:
+    """Classes, and the lines of a list in `folder`."""
+    root = ROOT / protocol.images
+    if not root.is_dir():
+        raise ProtocolError(f"{root} does not exist; make data")
+    classes = sorted(p.name for p in root.iterdir() if p.is_dir() and p.name not in protocol.without)
+    files = [(path, name) for name in classes for path in sorted((root / name).iterdir()) if is_image(path.name)]
+    if protocol.at_most:
+        files = [files[i * len(files) // protocol.at_most] for i in range(min(protocol.at_most, len(files)))]
+    names = sorted({name for _, name in files})
+    return names, "".join(f"{os.path.relpath(path, folder)}\t{name}\n" for path, name in files)
+
+
+def portable(path: Path) -> Path:
+    """Relative to the checkout, where it lies in it."""
+    path = path.resolve()
+    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a file; whatever happens, `path` holds the old one or the whole new one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
