@@ -510,7 +510,7 @@ def test_quick_run_from_end_to_end_is_killed_and_continues(tmp_path: Path) -> No
 PARTS = (
     ("moco backbone", "backbone.layer4.0.conv1.weight", "moco", "backbone.layer4.0.conv1.weight"),
     ("mcl backbone", "backbone.layer4.0.conv1.weight", "mcl", "online.backbone.layer4.0.conv1.weight"),
-    ("mcl neck", "neck.lateral_convs.0.conv.weight", "mcl", "online.fpn.laterals.0.conv.weight"),
+    ("mcl neck", "neck.lateral_convs.3.conv.weight", "mcl", "online.fpn.laterals.0.conv.weight"),
     ("mcl head", "roi_head.bbox_head.shared_convs.0.conv.weight", "mcl", "online.head.convs.0.conv.weight"),
 )
 """Name, weight in the detector, pre-training and weight in it."""
