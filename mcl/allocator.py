@@ -10,7 +10,8 @@ def keep_freed_memory() -> None:
     """Lets this process keep what it frees; where the C library is not glibc, nothing changes.
 
     By default each large tensor is mapped anew and given back to the kernel, which clears its pages again and again: a
-    quarter of a step of ResNet-50 at 224 pixels on two cores. The price is fragmentation, a quarter more at the peak.
+    quarter of a step of ResNet-50 at 224 pixels on two cores. The price is fragmentation: a sixth to a half more at
+    the peak.
     """
     if not sys.platform.startswith("linux"):
         return
