@@ -63,6 +63,12 @@ class Saver:
         if self._pending is not None:
             futures.wait([self._pending], _PATIENCE)
 
+    def close(self) -> None:
+        """Settles, and ends the thread; nothing can be saved afterwards."""
+        self.settle()
+        late = self._pending is not None and not self._pending.done()
+        self._thread.shutdown(wait=not late)
+
     def _write(self, state: dict[str, Any], copied: torch.cuda.Event | None) -> None:
         if copied is not None:
             copied.synchronize()

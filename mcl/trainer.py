@@ -157,7 +157,7 @@ class Trainer:
                 log.warning("stopped by signal %d at step %d; the same command continues", stop, self.step)
                 raise Interrupted(128 + stop)
         finally:
-            self._saver.settle()
+            self._saver.close()
             self.loader.close()
             if metrics is not None:
                 metrics.close()
