@@ -1,4 +1,4 @@
-"""Puts measured tables into the README files: ``python -m benchmarks.readme``.
+"""Puts measured tables into README files and documents: ``python -m benchmarks.readme``.
 
 A table stands between ``<!-- benchmarks/results/NAME.json -->`` and ``<!-- end -->``.
 """
@@ -8,24 +8,25 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import end_to_end, kernels, loader, step
+from benchmarks import end_to_end, kernels, loader, step, transfer
 from benchmarks.common import Result
 
 ROOT = Path(__file__).parents[1]
-FILES = ("README.md", "kernels/README.md", "dali_pipelines/README.md")
+FILES = ("README.md", "kernels/README.md", "dali_pipelines/README.md", "docs/transfer.md")
 TABLES: dict[str, Callable[[Sequence[Result]], str]] = {
     "kernels": kernels.table,
     "loader": loader.table,
     "step_r18": step.table,
     "step_r50": step.table,
     "end_to_end": end_to_end.table,
+    "transfer": transfer.table,
 }
 
 _SECTION = re.compile(r"(<!-- benchmarks/results/(\w+)\.json -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def render(text: str) -> str:
-    """A README with its tables made anew from the results."""
+    """A document with its tables made anew from the results."""
 
     def section(match: re.Match[str]) -> str:
         start, name, end = match.groups()
@@ -39,7 +40,8 @@ def machine(report: dict[str, dict[str, str]]) -> str:
     """Where and when results were measured."""
     where, config = report["environment"], report["config"]
     device = where["gpu"] or f"{where['cpu']}, {where['cores']} cores, {where['capability']}"
-    return f"{device}; torch {where['versions']['torch']}; {where['date']}; medians of {config['repeat']} rounds."  # type: ignore[index]
+    rounds = f"; medians of {config['repeat']} rounds" if "repeat" in config else ""  # type: ignore[index]
+    return f"{device}; torch {where['versions']['torch']}; {where['date']}{rounds}."  # type: ignore[index]
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mcl.evaluation.statistics import fresh_statistics
 from mcl.finetune.loading import seed_everything
+from mcl.signals import Consensus, Interrupted, Signals
 
 
 @HOOKS.register_module()
@@ -83,6 +84,38 @@ class Identity(Hook):
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         checkpoint["meta"]["mcl"] = self.sections
+
+
+@HOOKS.register_module()
+class SaveOnSignal(Hook):
+    """Ends a run that SIGTERM or Ctrl-C reached: it saves after the step, or the image of an evaluation, and leaves.
+
+    Args:
+        signals: what this process received; all processes leave after the same step.
+
+    Raises:
+        Interrupted: after the checkpoint was written.
+    """
+
+    priority = "LOWEST"  # all others are done with the step
+
+    def __init__(self, signals: Signals) -> None:
+        self.signals = signals
+
+    def before_run(self, runner: Any) -> None:
+        self._consensus = Consensus()
+
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        self._leave(runner, runner.iter + 1)
+
+    def after_val_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        self._leave(runner, runner.iter)
+
+    def _leave(self, runner: Any, step: int) -> None:
+        if number := self._consensus(self.signals.received):
+            meta = {"iter": step}
+            runner.save_checkpoint(runner.work_dir, f"iter_{step}.pth", meta=meta, by_epoch=False)
+            raise Interrupted(128 + number)
 
 
 def _detector(runner: Any) -> Any:

@@ -13,6 +13,7 @@ from mcl.allocator import keep_freed_memory
 from mcl.finetune import hooks, resume, weights
 from mcl.finetune.data import Folder, open_folder
 from mcl.finetune.settings import innermost, replace
+from mcl.signals import Signals
 
 
 def finetune(config: Config) -> str:
@@ -25,11 +26,12 @@ def finetune(config: Config) -> str:
     own: list[Hook] = [resume.prepare(config)]
     if config.weights and not config.resume:
         own.append(weights.load(Path(config.weights), config.model, **config.pretrained))
-    runner = Runner.from_cfg(config)
-    runner.register_custom_hooks(own)
-    runner.train()
-    if all(record["step"] < runner.iter for record in _records(config)):
-        runner.val()  # the run was cut between its last checkpoint and its last evaluation
+    with Signals() as signals:
+        runner = Runner.from_cfg(config)
+        runner.register_custom_hooks([*own, hooks.SaveOnSignal(signals)])
+        runner.train()
+        if all(record["step"] < runner.iter for record in _records(config)):
+            runner.val()  # the run was cut between its last checkpoint and its last evaluation
     return hooks.table(_records(config))
 
 

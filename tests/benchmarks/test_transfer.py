@@ -178,8 +178,8 @@ def test_default_words_are_those_of_the_verbs() -> None:
     settings = pytest.importorskip("mcl.finetune.settings")
     protocol = Protocol()
     config = settings.load(ROOT / protocol.detector, protocol.finetuning)
-    assert (config.train_cfg.max_iters, config.train_cfg.val_interval, config.global_batch) == (1200, 1200, 8)
-    assert config.custom_hooks[2].interval == 1200
+    assert config.train_cfg.max_iters * config.global_batch >= 12 * 800
+    assert config.to_dict() == settings.load(ROOT / protocol.detector).to_dict()
     settings.load(ROOT / protocol.detector, QUICK.finetuning)
 
 

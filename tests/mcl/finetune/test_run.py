@@ -1,11 +1,13 @@
 """``mcl finetune`` as a user meets it: a table of AP, continued after SIGKILL, errors in one line."""
 
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,14 +19,22 @@ from torch import nn
 from mcl import cli
 from mcl.config import ConfigError
 from mcl.finetune import finetune, hooks
+from mcl.signals import Interrupted
 from tests.conftest import ROOT
 from tests.mcl.finetune.conftest import MINI, TINY
+from tests.mcl.test_faults import children
 
 STEPS = 6
 
 
 def words(folder: Path, output: Path, name: str, *more: str) -> list[str]:
     return [*TINY, f"data.root={folder}", f"output={output}", f"name={name}", f"train_cfg.max_iters={STEPS}", *more]
+
+
+def start(arguments: Sequence[str]) -> subprocess.Popen[bytes]:
+    """The verb in a process of its own."""
+    command = [sys.executable, "-W", "ignore", "-m", "mcl", "finetune", str(MINI), *arguments]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -72,10 +82,7 @@ def test_checkpoints_are_plain(whole: tuple[Path, str]) -> None:
 def test_killed_and_resumed_gives_the_same_losses(
     folder: Path, checkpoint: Path, whole: tuple[Path, str], tmp_path: Path
 ) -> None:
-    arguments = ["finetune", str(MINI), *words(folder, tmp_path, "cut", f"weights={checkpoint}")]
-    process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-m", "mcl", *arguments], cwd=ROOT, stdout=subprocess.DEVNULL
-    )
+    process = start(words(folder, tmp_path, "cut", f"weights={checkpoint}"))
     run = tmp_path / "cut"
     try:
         while not last_checkpoint(run).endswith("iter_3.pth"):
@@ -92,6 +99,45 @@ def test_killed_and_resumed_gives_the_same_losses(
     assert table == whole[1]
     ours, theirs = (torch.load(f / f"iter_{STEPS}.pth")["state_dict"] for f in (run, whole[0]))
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def test_terminated_and_resumed(folder: Path, checkpoint: Path, whole: tuple[Path, str], tmp_path: Path) -> None:
+    """It saves after the step in which the signal came, and leaves no process."""
+    arguments = words(folder, tmp_path, "cut", f"weights={checkpoint}", "train_dataloader.num_workers=1")
+    arguments.append("default_hooks.checkpoint.interval=100")
+    process = start(arguments)
+    run = tmp_path / "cut"
+    while not losses(run):
+        assert process.poll() is None, "it ended before it was told to"
+        time.sleep(0.01)
+    workers = children(process.pid)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 128 + signal.SIGTERM
+    assert workers
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+    trained = max(losses(run))
+    assert [path.name for path in run.glob("iter_*.pth")] == [f"iter_{trained}.pth"]
+    assert trained < STEPS
+    assert finetune(MINI, arguments) == whole[1]
+    assert losses(run) == losses(whole[0])
+
+
+def test_stopped_by_a_signal_while_it_is_evaluated(
+    folder: Path, checkpoint: Path, whole: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the evaluation is done again."""
+    arguments = words(folder, tmp_path, "cut", f"weights={checkpoint}", "default_hooks.checkpoint.interval=100")
+
+    def signalled(self: hooks.APTable, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hooks.APTable, "before_val_iter", signalled)
+        with pytest.raises(Interrupted):
+            finetune(MINI, arguments)
+    assert (tmp_path / "cut" / f"iter_{STEPS}.pth").exists()
+    assert finetune(MINI, arguments) == whole[1]
+    assert losses(tmp_path / "cut") == losses(whole[0])
 
 
 def test_run_that_was_cut_before_its_evaluation_is_evaluated(
