@@ -1,8 +1,10 @@
 """A training step beside the authors' way and beside supervised training: ``python -m benchmarks.step``.
 
-A step is forward, backward, clip, optimiser and momentum network, on fixed inputs of noise, in one process:
+A step is forward, backward, clip, optimiser and momentum network, on fixed inputs of noise:
 
 * ``released``, ``matched``: the preset of that name, at canvases of ``--cells`` cells;
+* ``released_plain``: ``released`` with PyTorch as it comes: its convolutions alone and, in a process of its own,
+  memory as the C library hands it out by default;
 * ``recompute``: ``matched`` with activation checkpointing;
 * ``bf16``: ``matched`` in bf16, whatever ``--precision``; slower than fp32 on a CPU without bf16 instructions, of which
   ``mcl doctor`` tells;
@@ -24,7 +26,7 @@ from pathlib import Path
 from benchmarks import bars
 from benchmarks.common import Result, finish, interleave, markdown, parser, summary
 from benchmarks.loaders.chart import rate
-from benchmarks.steps import memory
+from benchmarks.steps import processes
 from benchmarks.steps.contenders import CONTENDERS, NAMES, Contender, Setting, Stage
 from mcl.allocator import keep_freed_memory
 from mcl.montage import STRIDE
@@ -38,7 +40,7 @@ Measured = dict[str, list[list[float]]]
 
 def measure(contenders: dict[str, Contender], stages: Stages, repeat: int) -> Measured:
     """A step of every contender at each of its stages, round by round."""
-    steps = {name: contender.start() for name, contender in contenders.items()}
+    steps = {name: processes.apart(each) if each.plain else each.start() for name, each in contenders.items()}
     turns: dict[str, Callable[[], object]] = {
         f"{name}, {stage.side} px": functools.partial(steps[name], stage.side)
         for name, each in stages.items()
@@ -52,8 +54,9 @@ def evaluate(stages: Stages, measured: Measured, peaks: dict[str, int], images: 
     """One result per contender; ``seconds`` are per step.
 
     ``ratio_to_supervised`` is the time of a step over that of a supervised one at 224 px, ``counted_ratio`` the same of
-    their FLOPs; ``faster_than_released`` is how many times, ``saved_of_released`` the part of its saved bytes. Each is
-    there where both sides are. The stages of a canvas schedule have the same two ratios.
+    their FLOPs; ``faster_than_released`` and ``faster_than_released_plain`` are how many times, ``saved_of_released``
+    is the part of its saved bytes. Each is there where both sides are. The stages of a canvas schedule have the first
+    two.
 
     Args:
         peaks: bytes, of those whose peak was measured.
@@ -86,7 +89,7 @@ def evaluate(stages: Stages, measured: Measured, peaks: dict[str, int], images: 
 
 
 def _compare(results: dict[str, Result]) -> None:
-    supervised, released = results.get("supervised"), results.get("released")
+    supervised, released, plain = (results.get(name) for name in ("supervised", "released", "released_plain"))
     for result in results.values():
         if supervised is not None:
             for r in (result, *result.get("stages", [])):
@@ -96,11 +99,22 @@ def _compare(results: dict[str, Result]) -> None:
             result["faster_than_released"] = released["seconds"] / result["seconds"]
             if "saved_bytes" in result:
                 result["saved_of_released"] = result["saved_bytes"] / released["saved_bytes"]
+        if plain is not None:
+            result["faster_than_released_plain"] = plain["seconds"] / result["seconds"]
 
 
 def table(results: Sequence[Result]) -> str:
     """What was measured, as Markdown."""
-    header = ["what", "images/s", "spread", "GFLOP/s", "x supervised", "counted", "faster than released"]
+    header = [
+        "what",
+        "images/s",
+        "spread",
+        "GFLOP/s",
+        "x supervised",
+        "counted",
+        "faster than released",
+        "than as it comes",
+    ]
     rows = [
         (
             r["name"],
@@ -108,7 +122,7 @@ def table(results: Sequence[Result]) -> str:
             f"{r['spread']:.0%}",
             rate(r["gflop_per_s"]),
             *(f"{r[key]:.2f}x" if key in r else "" for key in ("ratio_to_supervised", "counted_ratio")),
-            f"{r['faster_than_released']:.2f}x" if "faster_than_released" in r else "",
+            *(f"{r[key]:.2f}x" if key in r else "" for key in ("faster_than_released", "faster_than_released_plain")),
             f"{r['saved_bytes'] / 1e9:.2f}" if "saved_bytes" in r else "",
             f"{r['saved_of_released']:.2f}x" if "saved_of_released" in r else "",
             f"{r['peak_bytes'] / 1e9:.2f}" if "peak_bytes" in r else "",
@@ -154,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     keep_freed_memory()  # as the trainer does
     if options.memory:  # before there are models in this process, too
         for name, contender in contenders.items():
-            peaks[name] = memory.peak(contender, max(stage.side for stage in stages[name]))
+            peaks[name] = processes.peak(contender, max(stage.side for stage in stages[name]))
     results = evaluate(stages, measure(contenders, stages, options.repeat), peaks, options.images)
     what = f"{setting.backbone}, {STRIDE * setting.cells} px, {setting.images} images per step, {setting.precision}"
     print(f"{what}\n\n{table(results)}")

@@ -1,4 +1,4 @@
-"""What :mod:`benchmarks.step` compares: ``contenders`` do steps, ``memory`` finds out what one needs."""
+"""What :mod:`benchmarks.step` compares: ``contenders`` do steps, ``processes`` gives them processes of their own."""
 
 from collections.abc import Callable
 

@@ -51,6 +51,11 @@ class Stage:
 
 
 class Contender(Protocol):
+    @property
+    def plain(self) -> bool:
+        """Whether it is measured as PyTorch comes: its convolutions alone, memory as by default."""
+        ...
+
     def stages(self) -> list[Stage]:
         """What is to be measured, counted beforehand: takes seconds.
 
@@ -70,6 +75,7 @@ class Supervised:
 
     setting: Setting
     side: int
+    plain: bool = False
 
     def stages(self) -> list[Stage]:
         return [Stage(1, self.side, count.supervised(self.setting.backbone, self.side) / 1e9, None)]
@@ -104,7 +110,7 @@ class Pretraining:
     """A preset of this project, in one process: forward, backward, clip, optimiser, momentum network."""
 
     config: Config
-    plain: bool = False  # with PyTorch's convolutions alone
+    plain: bool = False
 
     def stages(self) -> list[Stage]:
         return [
@@ -164,7 +170,7 @@ CONTENDERS: dict[str, Callable[[Setting], Contender]] = {
 NAMES = {
     "supervised": "supervised, 224 px",
     "supervised_canvas": "supervised, canvas size",
-    "released_plain": "released, PyTorch's convolutions",
+    "released_plain": "released, PyTorch as it comes",
     "recompute": "matched, recompute",
     "bf16": "matched, bf16",
 }
