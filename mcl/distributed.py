@@ -20,21 +20,33 @@ _PATIENCE = timedelta(days=1)
 _ROLL_CALL = timedelta(minutes=10)
 _LINGER = 1.0  # seconds
 
-_SLURM = {
-    "RANK": "SLURM_PROCID",
-    "WORLD_SIZE": "SLURM_NTASKS",
-    "LOCAL_RANK": "SLURM_LOCALID",
-    "LOCAL_WORLD_SIZE": "SLURM_NTASKS_PER_NODE",
-}
+_SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+
+
+def tasks_of_srun() -> int:
+    """Processes that srun started together with this one; 1 without srun, whatever the job around has."""
+    return int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) if "SLURM_PROCID" in os.environ else 1
 
 
 def adopt_slurm() -> None:
     """Gives the processes that srun started the variables that torchrun would have set."""
-    if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
-        os.environ.update({ours: os.environ[theirs] for ours, theirs in _SLURM.items() if theirs in os.environ})
+    if "RANK" not in os.environ and tasks_of_srun() > 1:
+        os.environ.update({ours: os.environ[theirs] for ours, theirs in _SLURM.items()})
+        nodes = _counts(os.environ["SLURM_STEP_TASKS_PER_NODE"])
+        os.environ["LOCAL_WORLD_SIZE"] = str(nodes[int(os.environ["SLURM_NODEID"])])
+
+
+def _counts(text: str) -> list[int]:
+    """SLURM's list of a number per node: "8(x2),4" is 8, 8, 4."""
+    counts = list[int]()
+    for part in text.split(","):
+        count, _, nodes = part.removesuffix(")").partition("(x")
+        counts += [int(count)] * int(nodes or 1)
+    return counts
 
 
 _store: Store | None = None  # where the processes have met
+_timeout = timedelta(minutes=30)  # of collectives
 
 
 def setup(device: str, timeout: float = 600) -> None:
@@ -57,11 +69,10 @@ def setup(device: str, timeout: float = 600) -> None:
         torch.cuda.set_device(local_rank())
     own, store = int(os.environ["RANK"]), _meeting_point()
     _roll_call(store, own, size, device)
-    global _store
-    _store = store
-    patience = timedelta(seconds=2 * timeout)
+    global _store, _timeout
+    _store, _timeout = store, timedelta(seconds=2 * timeout)
     backend = "nccl" if device == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=own, world_size=size, timeout=patience)
+    dist.init_process_group(backend, store=store, rank=own, world_size=size, timeout=_timeout)
 
 
 def _meeting_point() -> Store:
@@ -136,7 +147,7 @@ def calls() -> int:
 
 def host_group() -> dist.ProcessGroup | None:
     """All processes by way of their hosts, for what GPUs have no part in; None if there is only one."""
-    return cast(dist.ProcessGroup, dist.new_group(backend="gloo")) if world_size() > 1 else None
+    return cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_timeout)) if world_size() > 1 else None
 
 
 def teardown() -> None:
@@ -215,15 +226,6 @@ def in_turn(work: Callable[[], T]) -> T:
                 raise error or other
     dist.destroy_process_group(group)
     return results[0]
-
-
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set on any rank. Waits for all of them."""
-    if world_size() == 1:
-        return flag
-    value = torch.tensor(int(flag), device=device)
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return bool(value.item())
 
 
 def barrier() -> None:

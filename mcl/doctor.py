@@ -266,8 +266,8 @@ def _mmdetection() -> list[Check]:
     for name in ("mmengine", "mmcv", "mmdet"):
         module, reason = _probe(name)
         detail = _version(name, module) if module is not None else reason
-        why = "only fine-tuning with MMDetection needs it; not part of this release"
-        found.append(Check(name, "note", detail, False, why))
+        remedy = "" if module is not None else "make mmdet"
+        found.append(Check(name, "note", detail, False, "only mcl finetune needs it", remedy))
     return found
 
 

@@ -1,4 +1,7 @@
-"""A training step: forward, backward, clip, optimiser, momentum network. It waits for nothing."""
+"""A training step: forward, backward, clip, optimiser, momentum network. The host waits for none of it.
+
+PyTorch's SyncBatchNorm does, on several GPUs: it leaves out the processes without a batch, whose number it reads.
+"""
 
 import contextlib
 from typing import Any
@@ -58,7 +61,7 @@ class TrainingStep:
             The model's output, its loss detached, and the norm of the gradient before clipping, (). Where that is not
             finite and ``trainer.on_nonfinite`` is skip, nothing has changed.
         """
-        dtype = torch.float64 if self._dtype == torch.float64 else None
+        dtype = None if self._config.trainer.precision in AUTOCAST else self._dtype
         query, key = query.to(self._device, dtype), key.to(self._device, dtype)
         set_learning_rate(self.optimizer, lr)
         if not self._config.trainer.cuda_graph:  # a graph writes to the gradients that it was recorded with

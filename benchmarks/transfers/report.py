@@ -19,6 +19,9 @@ PAIRS = (
     *((name, "random") for name in METHODS if name != "random"),
     ("mcl-all", "moco"),
     ("mcl-backbone", "moco"),
+    ("mcl-fpn", "mcl-backbone"),  # what the FPN adds, then the head, then both
+    ("mcl-all", "mcl-fpn"),
+    ("mcl-all", "mcl-backbone"),
 )
 
 

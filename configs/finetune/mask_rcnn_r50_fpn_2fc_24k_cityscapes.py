@@ -18,6 +18,12 @@ global_batch = 8
 auto_scale_lr = dict(base_batch_size=8)
 optim_wrapper = dict(optimizer=dict(lr=0.01))
 train_cfg = dict(max_iters=24000, val_interval=8000)
+custom_hooks = [
+    dict(type="SeedEveryStep"),
+    dict(type="PlainMessages"),
+    dict(type="PreciseBatchNorm", interval=8000, batches=200),
+    dict(type="APTable"),
+]
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.001, by_epoch=False, begin=0, end=1000),
     dict(type="MultiStepLR", by_epoch=False, milestones=[18000], gamma=0.1),

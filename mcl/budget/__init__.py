@@ -14,11 +14,12 @@ what is not, and :mod:`mcl.budget.communication`), times are estimates unless th
 | parts | by part: ``forward``, ``backward`` (GFLOP per image, mean over the epochs), ``parameters`` (number), ``saved_bytes`` |
 | stages | of the canvas schedule: ``first_epoch``, ``epochs``, ``cells``, ``canvas`` (px), ``gflop_per_image``, ``ratio_to_supervised``, ``parts`` (GFLOP per image), ``saved_bytes`` |
 | memory | bytes per GPU, largest stage: ``parameters``, ``gradients``, ``optimizer``, ``momentum_network``, ``batch`` (canvases of both views), ``activations`` (what autograd saves), ``total`` |
-| time | for these epochs of ImageNet, a list: ``kind`` (estimate or measured), ``hardware``, ``gpus``, ``images_per_s``, ``hours``, ``gpu_hours``, ``tflop_per_s_per_gpu``, ``source``; ``loader_images_per_s_per_gpu`` (in the fastest stage), ``gate_share`` (what that takes of DALI's gate, H100 only), ``cpu_cores_per_gpu`` (for loading on CPUs, null unless benchmarked) |
+| time | for 100 epochs of ImageNet, the canvas schedule stretched to them, a list: ``kind`` (estimate or measured), ``hardware``, ``gpus``, ``images_per_s``, ``hours``, ``gpu_hours``, ``tflop_per_s_per_gpu``, ``source``; ``loader_images_per_s_per_gpu`` (in the fastest stage), ``gate_share`` (what that takes of DALI's gate, H100 only), ``cpu_cores_per_gpu`` (for loading on CPUs, null unless benchmarked) |
 | communication | ``nodes``; ``per_step``: for ``cuda`` and ``cpu`` a list, by ``purpose``: ``operation``, ``calls`` and ``bytes`` that a process hands over, counted; ``links`` (``hardware``, ``within_gb_per_s`` and ``between_gb_per_s`` nodes, one direction, ``source``), ``latency`` (its source); ``scales``, estimates for as many images per GPU, a list: ``hardware``, ``gpus``, ``nodes``, ``global_batch``, seconds of a mean step: ``compute_s``, ``gradients_s``, ``targets_s``, ``batchnorm_s``, ``exposed_s`` (of these three, not hidden by compute), and ``efficiency``; no lists for one GPU |
 | loader | ``views`` (pixels made per image, in views of 224 px, largest stage), ``gate`` (``images_per_s``, ``source``), ``cpu`` (see :func:`~mcl.budget.hardware.loading_on_cpu`) |
 """  # noqa: E501  # a table
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,7 +61,7 @@ def budget(
     """Counts the steps of a configuration; takes seconds per stage of its canvas schedule.
 
     Args:
-        gpus: processes; None takes as many as give each of them 128 images.
+        gpus: processes; None takes as many as give each of them 128 images, or, where that is impossible, more.
         nodes: machines that they are on; None takes as few as have 8 each.
         bandwidth: GB/s within a node and between nodes; None takes published ones.
 
@@ -70,7 +71,7 @@ def budget(
     """
     if gpus is not None and gpus < 1:
         raise ConfigError(f"--gpus: {gpus} must be at least 1")
-    gpus = gpus or max(1, config.trainer.global_batch // _RELEASED_IMAGES)
+    gpus = gpus or _processes(config)
     nodes, links = communication.nodes_of(gpus, nodes), communication.links_of(bandwidth)
     stages = _stages(config, gpus)
     supervised = count.supervised(config.model.backbone)
@@ -101,6 +102,15 @@ def budget(
             "cpu": hardware.loading_on_cpu(),
         },
     }
+
+
+def _processes(config: Config) -> int:
+    """As many as can have 128 images each, or more."""
+    for processes in range(config.trainer.global_batch // _RELEASED_IMAGES, 1, -1):
+        with contextlib.suppress(ConfigError):
+            config.images_per_rank(processes)
+            return processes
+    return 1
 
 
 def _stages(config: Config, gpus: int) -> list[_Stage]:

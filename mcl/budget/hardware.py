@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from mcl import checkpoint
-from mcl.config import Config, changed_keys, from_dict
+from mcl.config import Config, fields, from_dict, value
 from mcl.metrics import read
 
 IMAGENET = 1_281_167
 """Training images of ImageNet-1k."""
+
+EPOCHS = 100
+"""Of ImageNet, that times are for: whatever is trained on, configurations can be compared."""
 
 GATE = 19_000
 """Images per second that DALI's own test asks of one H100: decode, random crop and resize to one view of 224 px."""
@@ -55,7 +58,10 @@ YARDSTICKS = (
 )
 GPUS = (1, NODE, 4 * NODE)
 
-_DECIDES_SPEED = ("model.", "montage.", "optim.name", "trainer.precision", "trainer.global_batch")
+_DECIDES_SPEED = (
+    *("model.", "montage.", "optim.name", "trainer.precision", "trainer.global_batch", "trainer.accumulate"),
+    *("trainer.recompute", "trainer.compile", "trainer.cuda_graph"),
+)
 _BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "results" / "loader.json"
 
 
@@ -92,7 +98,8 @@ def measurement(config: Config, flops: Mapping[int, float]) -> Measurement | Non
     state = checkpoint.latest(folder / "checkpoints") if records else None
     if state is None:
         return None
-    if any(key.startswith(_DECIDES_SPEED) for key in changed_keys(from_dict(state["config"]), config)):
+    before = from_dict(state["config"])
+    if any(key.startswith(_DECIDES_SPEED) and value(before, key) != value(config, key) for key, _, _ in fields()):
         return None
     cells = [config.montage.at(math.ceil(r["epoch"]) - 1).cells for r in records]
     rates = [r["images_per_s"] * flops[c] for r, c in zip(records, cells, strict=True) if c in flops]
@@ -126,7 +133,9 @@ def loading_on_cpu(path: Path = _BENCHMARK) -> dict[str, Any] | None:
 
 
 def times(stages: Sequence[Stage], supervised: float, found: Measurement | None) -> list[dict[str, Any]]:
-    """Speed and duration of all stages on ImageNet, measured (first) and estimated, by hardware and number of GPUs.
+    """Speed and duration by hardware and number of GPUs, measured (first) and estimated.
+
+    Durations are of 100 epochs of ImageNet, of which each stage has its share.
 
     Args:
         stages: of the configuration.
@@ -147,7 +156,8 @@ def times(stages: Sequence[Stage], supervised: float, found: Measurement | None)
 def _row(
     kind: str, hardware: str, gpus: int, flops_per_s: float, source: str, stages: Sequence[Stage]
 ) -> dict[str, Any]:
-    seconds = sum(IMAGENET * stage.epochs * stage.flops for stage in stages) / flops_per_s
+    epochs = sum(stage.epochs for stage in stages)
+    seconds = EPOCHS / epochs * sum(IMAGENET * stage.epochs * stage.flops for stage in stages) / flops_per_s
     needed = [flops_per_s / stage.flops / gpus for stage in stages]  # images per second and GPU
     share = max(rate * max(1, stage.views) / GATE for rate, stage in zip(needed, stages, strict=True))
     cpu = loading_on_cpu()
@@ -155,7 +165,7 @@ def _row(
         "kind": kind,
         "hardware": hardware,
         "gpus": gpus,
-        "images_per_s": IMAGENET * sum(stage.epochs for stage in stages) / seconds,
+        "images_per_s": IMAGENET * EPOCHS / seconds,
         "hours": seconds / 3600,
         "gpu_hours": seconds / 3600 * gpus,
         "tflop_per_s_per_gpu": flops_per_s / gpus / 1e12,

@@ -7,6 +7,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from mcl.budget.count import PARTS
+from mcl.budget.hardware import EPOCHS
 from mcl.config import ConfigError
 
 _COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#F0E442", "#E69F00", "#D55E00", "#CC79A7")  # Okabe and Ito
@@ -73,7 +74,7 @@ def _times(b: dict[str, Any]) -> str:
     gate, cpu = b["loader"]["gate"], b["loader"]["cpu"]
     sources = dict.fromkeys(f"  {row['hardware']}, {row['kind']}: {row['source']}" for row in b["time"])
     notes = [
-        f"{b['epochs']} epochs of ImageNet. Estimates take the FLOP/s that supervised ResNet-50 reached on that",
+        f"{EPOCHS} epochs of ImageNet. Estimates take the FLOP/s that supervised ResNet-50 reached on that",
         "hardware, and nodes of 8 GPUs that do not slow each other down:",
         *sources,
         f"  DALI's gate: {gate['images_per_s']:,} images/s of one view of 224 px ({gate['source']}).",

@@ -46,6 +46,9 @@ LAYOUTS = (
 """The one of this project first, then those of COCO, Cityscapes (as MMDetection converts it) and LVIS, whose images lie
 in COCO's folders."""
 
+MIN_SIDE = 32
+"""Pixels; smaller images are left out, as MMDetection's configurations for COCO do (``filter_cfg.min_size``)."""
+
 
 @dataclass(frozen=True)
 class Folder:
@@ -77,7 +80,7 @@ def open_folder(root: str, wanted: Sequence[str] = (), masks: bool = False, lvis
     if not folder.is_dir():
         raise SourceError(f"data.root: {root} does not exist")
     layout = _layout(folder, sorted(LAYOUTS, key=lambda layout: lvis and layout is not LVIS))
-    train, val = (_read(folder, split, masks) for split in (layout.train, layout.val))
+    (train, used), (val, _) = (_read(folder, split, masks) for split in (layout.train, layout.val))
     if train != val:
         raise SourceError(
             f"data.root: {layout.train.annotations} and {layout.val.annotations} must have the same categories in the "
@@ -86,7 +89,13 @@ def open_folder(root: str, wanted: Sequence[str] = (), masks: bool = False, lvis
     for name in wanted:
         if name not in train:
             raise ConfigError(f"data.classes: no category {name!r}; there are {', '.join(train)}")
-    return Folder(folder, layout, tuple(name for name in train if name in wanted or not wanted))
+    classes = tuple(name for name in train if name in wanted or not wanted)
+    if not used.intersection(classes):
+        raise SourceError(
+            f"{folder / layout.train.annotations}: nothing to train on: no object of {_some(classes)} in an image of "
+            f"at least {MIN_SIDE} x {MIN_SIDE} pixels; set data.classes, or data.root, to others"
+        )
+    return Folder(folder, layout, classes)
 
 
 def _layout(folder: Path, layouts: Sequence[Layout]) -> Layout:
@@ -104,8 +113,12 @@ def _layout(folder: Path, layouts: Sequence[Layout]) -> Layout:
     raise SourceError(f"data.root: {folder} has no annotations; it must have {names}")
 
 
-def _read(folder: Path, split: Split, masks: bool) -> list[str]:
-    """Checks an annotation file and its images; returns the names of the categories."""
+def _read(folder: Path, split: Split, masks: bool) -> tuple[list[str], set[str]]:
+    """Checks an annotation file and its images.
+
+    Returns:
+        Names of the categories, and of those that have an object in an image that is not too small.
+    """
     path = folder / split.annotations
     images, annotations, categories = _sections(path)
     names = {category["id"]: category["name"] for category in categories}
@@ -128,11 +141,13 @@ def _read(folder: Path, split: Split, masks: bool) -> list[str]:
             raise SourceError(f"{where} has no segmentation; add masks, or train a detector of boxes alone")
     if empty:
         log.warning("%s: %d boxes without any area are left out", path, empty)
-    unused = [name for key, name in names.items() if key not in {a["category_id"] for a in annotations}]
+    used = {annotation["category_id"] for annotation in annotations}
+    unused = [name for key, name in names.items() if key not in used]
     if unused:
         log.warning("%s: no object of %d categories%s", path, len(unused), _example(unused))
     _check_images(folder / split.images, [file_name(image) for image in images], path)
-    return list(names.values())
+    objects = {a["category_id"] for a in annotations if min(sizes[a["image_id"]]) >= MIN_SIDE}
+    return list(names.values()), {names[key] for key in objects}
 
 
 _FIELDS = {
@@ -200,6 +215,10 @@ def _difference(train: Sequence[str], val: Sequence[str]) -> str:
         return "the order differs"
     name, split = only[0]
     return f"only {split} has {name!r}" + (f", and {len(only) - 1} more differ" if len(only) > 1 else "")
+
+
+def _some(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{len(names)} categories ({names[0]}, ...)"
 
 
 def _example(names: Sequence[str]) -> str:

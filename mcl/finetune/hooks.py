@@ -130,7 +130,7 @@ class PreciseBatchNorm(Hook):
     It is for detectors all of whose BatchNorms are trained: statistics that are frozen would be lost.
 
     Args:
-        interval: steps between two times; the last step of a run is one, too.
+        interval: steps between two times; evaluations, and the last step of a run, have theirs in any case.
         batches: of the training data, from which means are taken.
     """
 
@@ -140,7 +140,8 @@ class PreciseBatchNorm(Hook):
         self.interval, self.batches = interval, batches
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        if not (self.every_n_train_iters(runner, self.interval) or self.is_last_train_iter(runner)):
+        due = any(self.every_n_train_iters(runner, n) for n in (self.interval, runner.train_loop.val_interval))
+        if not (due or self.is_last_train_iter(runner)):
             return
         loader = runner.train_dataloader
         loader.batch_sampler.start = runner.iter + 1

@@ -15,7 +15,7 @@ from mcl.finetune.hooks import Identity
 from mcl.finetune.settings import innermost
 from mcl.metrics import log
 
-_DECISIVE = ("model", "weights", "global_batch", "optim_wrapper", "param_scheduler", "randomness")
+_DECISIVE = ("model", "weights", "pretrained", "global_batch", "optim_wrapper", "param_scheduler", "randomness")
 """Sections that decide what a run computes, beside its data."""
 
 

@@ -10,6 +10,7 @@ import torch
 import yaml
 from mmengine.config import Config
 
+from mcl import distributed
 from mcl.config import ConfigError
 from mcl.metrics import log
 
@@ -121,9 +122,8 @@ def _launcher() -> tuple[str, int]:
     """MMEngine's name of what started this process, and the number of processes."""
     if "RANK" in os.environ:
         return "pytorch", int(os.environ["WORLD_SIZE"])
-    if int(os.environ.get("SLURM_NTASKS", "1")) > 1:
-        return "slurm", int(os.environ["SLURM_NTASKS"])
-    return "none", 1
+    tasks = distributed.tasks_of_srun()
+    return ("slurm", tasks) if tasks > 1 else ("none", 1)
 
 
 def replace(node: Any, key: str, old: Any, new: Any) -> int:

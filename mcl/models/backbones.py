@@ -71,8 +71,9 @@ class Backbone(ResNet):  # type: ignore[misc]  # torchvision has no types
         """Running statistics, which have seen the batch the first time, stay as they are."""
         norms = [m for m in self.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-        for norm in norms:
-            norm.momentum, norm.num_batches_tracked = 0.0, None
+        for norm, (_, batches) in zip(norms, before, strict=True):
+            # PyTorch's SyncBatchNorm insists on a count.
+            norm.momentum, norm.num_batches_tracked = 0.0, None if batches is None else torch.zeros_like(batches)
         try:
             yield
         finally:

@@ -29,7 +29,8 @@ while command[0].startswith("--"):
 tasks = []
 signal.signal(signal.SIGTERM, lambda number, _: [task.send_signal(number) for task in tasks])
 for rank in range(2):
-    place = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
+    place = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NODEID": "0"}
+    place |= {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2"}
     tasks.append(subprocess.Popen(command, env=os.environ | place))
 sys.exit(max(code if code >= 0 else 128 - code for code in [task.wait() for task in tasks]))
 """
@@ -97,7 +98,7 @@ def test_before_its_time_is_up_a_job_saves_and_goes_back_to_the_queue(tmp_path: 
     assert checkpoint.load(tmp_path / "tiny" / "checkpoints" / "last.pt")["step"] >= 2
     hostnames, srun, requeue = job.said.read_text().splitlines()
     assert hostnames == "scontrol show hostnames node[1-2]"
-    assert " --cpu-bind=none --cpus-per-task=1 python -m mcl pretrain " in srun
+    assert " --kill-on-bad-exit=0 --wait=0 --cpu-bind=none --cpus-per-task=1 python -m mcl pretrain " in srun
     assert requeue == f"scontrol requeue {os.getpid()}"
 
 
@@ -133,7 +134,8 @@ def variables(**values: Any) -> dict[str, str]:
 
 
 def test_srun_says_what_torchrun_would(environment: pytest.MonkeyPatch) -> None:
-    for name, value in variables(procid=13, ntasks=16, localid=5, ntasks_per_node=8).items():
+    step = variables(procid=13, localid=5, nodeid=1, step_num_tasks=16, step_tasks_per_node="8(x2)")
+    for name, value in step.items():
         environment.setenv(name, value)
     distributed.adopt_slurm()
     assert [os.environ[name] for name in ("RANK", "WORLD_SIZE")] == ["13", "16"]
@@ -142,8 +144,18 @@ def test_srun_says_what_torchrun_would(environment: pytest.MonkeyPatch) -> None:
         distributed.setup("cpu")
 
 
+@pytest.mark.parametrize(("node", "tasks"), [(0, 8), (1, 8), (2, 4), (3, 2)])
+def test_nodes_may_have_different_numbers_of_processes(environment: pytest.MonkeyPatch, node: int, tasks: int) -> None:
+    step = variables(procid=0, localid=0, nodeid=node, step_num_tasks=22, step_tasks_per_node="8(x2),4,2")
+    for name, value in step.items():
+        environment.setenv(name, value)
+    distributed.adopt_slurm()
+    assert distributed.local_world_size() == tasks
+
+
 def test_torchrun_within_a_job_has_the_last_word(environment: pytest.MonkeyPatch) -> None:
-    for name, value in variables(procid=1, ntasks=2, localid=0, ntasks_per_node=1).items():
+    step = variables(procid=1, localid=0, nodeid=1, step_num_tasks=2, step_tasks_per_node="1(x2)")
+    for name, value in step.items():
         environment.setenv(name, value)
     environment.setenv("RANK", "3")
     environment.setenv("WORLD_SIZE", "16")
@@ -151,7 +163,15 @@ def test_torchrun_within_a_job_has_the_last_word(environment: pytest.MonkeyPatch
     assert (os.environ["RANK"], os.environ["WORLD_SIZE"]) == ("3", "16")
 
 
-@pytest.mark.parametrize("slurm", [{}, variables(procid=0, ntasks=1, localid=0)])
+@pytest.mark.parametrize(
+    "slurm",
+    [
+        {},
+        variables(procid=0, localid=0, nodeid=0, ntasks=1, step_num_tasks=1, step_tasks_per_node=1),
+        variables(ntasks=8),  # in a shell of salloc
+        variables(ntasks=8, procid=0, localid=0, nodeid=0),  # in a batch script, without srun
+    ],
+)
 def test_a_single_process_needs_nothing(environment: pytest.MonkeyPatch, slurm: dict[str, str]) -> None:
     for name, value in slurm.items():
         environment.setenv(name, value)

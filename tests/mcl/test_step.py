@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from typing import Any, TypeVar
 from unittest import mock
 
@@ -216,6 +217,20 @@ def recompute_and_compare(backbone: str, precision: str, steps: int) -> None:
     assert same_bits(plain, again)
 
 
+def test_recomputing_agrees_with_pytorchs_synchronised_norm() -> None:
+    """Which GPUs have; without processes it computes on a CPU, too."""
+    backbone = backbones.Backbone("resnet18").train()
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    found = []
+    for recompute in (False, True):
+        copy = nn.SyncBatchNorm.convert_sync_batchnorm(deepcopy(backbone))
+        copy.recompute = recompute
+        copy(x)[0].square().sum().backward()
+        found.append({**dict(copy.named_buffers()), **{name: p.grad for name, p in copy.named_parameters()}})
+    assert found[0]["layer4.1.bn2.num_batches_tracked"] == 1
+    assert same_bits(*found)
+
+
 # ---------------------------------------------------------------------------------------------------- what cannot be
 
 
@@ -346,6 +361,8 @@ def shared_step() -> dict[str, Any]:
         model = synchronize(MCL(cfg.model, cfg.montage), "cpu")
         step = TrainingStep(cfg, model, torch.device("cpu"))
     assert isinstance(step._module, DistributedDataParallel)
+    assert step._module.gradient_as_bucket_view
+    assert not step._module.broadcast_buffers
     step._module.register_comm_hook(None, reduce)
     model.register_forward_pre_hook(lambda *_: events.append("step"))
     model.online.register_forward_hook(lambda *_: events.append("online"))

@@ -31,4 +31,4 @@ val_dataloader = dict(
     sampler=dict(type="DefaultSampler", shuffle=False),
     dataset=dict(type="CocoDataset", test_mode=True, pipeline=val_pipeline),
 )
-val_evaluator = dict(type="CocoMetric", metric=["bbox"])
+val_evaluator = dict(type="FolderMetric", metric=["bbox"])

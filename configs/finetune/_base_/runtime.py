@@ -13,7 +13,9 @@ amp = False  # mixed precision, on a GPU
 pretrained = dict(target="mmdet", renames=[], names=[r"backbone\.", r"neck\."])
 
 default_scope = "mmdet"
-custom_imports = dict(imports=["mcl.finetune.hooks", "mcl.finetune.layers", "mcl.finetune.loading"])
+custom_imports = dict(
+    imports=["mcl.finetune.hooks", "mcl.finetune.layers", "mcl.finetune.loading", "mcl.finetune.metric"]
+)
 randomness = dict(seed=0)
 resume = True  # continues the run that the folder holds
 load_from = None

@@ -87,17 +87,20 @@ def test_protocol(name: str) -> None:
     assert hooks.keys() == {"SeedEveryStep", "PlainMessages", "PreciseBatchNorm", "APTable"}
     assert hooks["PreciseBatchNorm"].batches == 200
     assert config.val_evaluator.metric == (["bbox", "segm"] if expected.detector == "MaskRCNN" else ["bbox"])
-    if expected.steps != 24_000:
-        assert config.train_cfg.val_interval == hooks["PreciseBatchNorm"].interval == 10_000
+    evaluations = {"mask_rcnn_r50_fpn_2fc_24k_cityscapes": 8_000, "faster_rcnn_r50_c4_24k_voc": 24_000}.get(
+        name, 10_000
+    )
+    assert config.train_cfg.val_interval == evaluations
+    assert evaluations % hooks["PreciseBatchNorm"].interval == 0 or evaluations == expected.steps
 
 
-@pytest.mark.parametrize("name", ["mask_rcnn_r50_fpn_1x", "mask_rcnn_r50_fpn_2fc_1x", "retinanet_r50_fpn_1x"])
+@pytest.mark.parametrize("name", [name for name in PROTOCOLS if name != "faster_rcnn_r50_c4_24k_voc"])
 def test_norms_of_fpn_detectors(name: str) -> None:
-    detector = weights.build(read(name).model)
+    detector, protocol = weights.build(read(name).model), PROTOCOLS[name]
     with_norm = ["backbone", "neck.lateral_convs", "neck.fpn_convs"]
-    if name != "retinanet_r50_fpn_1x":
+    if protocol.detector == "MaskRCNN":
         with_norm += ["roi_head.mask_head.convs"]
-    if name == "mask_rcnn_r50_fpn_1x":
+    if protocol.box_head == "Shared4Conv1FCBBoxHead":
         with_norm += ["roi_head.bbox_head.shared_convs"]
     _check_norms(detector, with_norm)
     assert detector.get_submodule("backbone").style == "pytorch"

@@ -37,10 +37,18 @@ def test_classes_come_from_annotations(folder: Path) -> None:
     [
         (("train2017", "val2017", "annotations/instances_train2017.json", "annotations/instances_val2017.json"), False),
         (("train2017", "val2017", "annotations/lvis_v1_train.json", "annotations/lvis_v1_val.json"), True),
+        (
+            (
+                *("leftImg8bit/train", "leftImg8bit/val"),
+                *(f"annotations/instancesonly_filtered_gtFine_{split}.json" for split in ("train", "val")),
+            ),
+            False,
+        ),
     ],
 )
-def test_layouts_of_coco_and_lvis(fresh: Path, names: tuple[str, ...], lvis: bool) -> None:
-    (fresh / "annotations").mkdir()
+def test_other_layouts(fresh: Path, names: tuple[str, ...], lvis: bool) -> None:
+    for name in ("annotations", "leftImg8bit"):
+        (fresh / name).mkdir()
     for old, new in zip(("train", "val", "instances_train.json", "instances_val.json"), names, strict=True):
         (fresh / old).rename(fresh / new)
     if lvis:
@@ -113,6 +121,19 @@ def test_no_folder(root: str, message: str) -> None:
 def test_no_annotations(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"it must have instances_train\.json and instances_val\.json"):
         open_folder(str(tmp_path))
+
+
+def test_nothing_to_train_on(fresh: Path) -> None:
+    change(fresh / "instances_train.json", lambda c: [a.update(category_id=1) for a in c["annotations"]])
+    assert open_folder(str(fresh)).classes == CLASSES
+    with pytest.raises(SourceError, match=r"instances_train\.json: nothing to train on: no object of part in an image"):
+        open_folder(str(fresh), wanted=["part"])
+    change(fresh / "instances_train.json", lambda c: [i.update(width=31) for i in c["images"]])
+    change(fresh / "instances_train.json", lambda c: [a.update(bbox=[0, 0, 9, 9]) for a in c["annotations"]])
+    with pytest.raises(
+        SourceError, match=r"no object of 2 categories \(thing, \.\.\.\) in an image of at least 32 x 32"
+    ):
+        open_folder(str(fresh))
 
 
 def test_absent_category(folder: Path) -> None:

@@ -156,6 +156,8 @@ def test_other_runs_are_not_continued(folder: Path, checkpoint: Path, whole: tup
         finetune(MINI, [*arguments, "optim_wrapper.optimizer.lr=0.5"])
     with pytest.raises(ConfigError, match=r"whole: the run in this folder had another model; .*name="):
         finetune(MINI, [*arguments, "data.classes=[part]"])
+    with pytest.raises(ConfigError, match=r"whole: the run in this folder had another pretrained; .*name="):
+        finetune(MINI, [*arguments, r"pretrained.names=['backbone\.']"])
     with pytest.raises(ConfigError, match=r"resume: .*whole holds a run already"):
         finetune(MINI, [*arguments, "resume=false"])
 
@@ -196,16 +198,19 @@ def test_statistics_are_means_over_the_training_data() -> None:
         batch_sampler = SimpleNamespace(start=0)
 
     values = Loader(torch.tensor([[[1.0], [3.0]], [[10.0], [20.0]], [[9.0], [9.0]]]))
-    runner = SimpleNamespace(model=Model(), train_dataloader=values, iter=3, max_iters=9)
+    loop = SimpleNamespace(val_interval=6)
+    runner = SimpleNamespace(model=Model(), train_dataloader=values, max_iters=9, train_loop=loop)
     hook = hooks.PreciseBatchNorm(interval=4, batches=2)
-    runner.iter = 2
-    hook.after_train_iter(runner, 2)
-    assert runner.model.norm.running_mean == 0
-    runner.iter = 3
-    hook.after_train_iter(runner, 3)
-    assert runner.model.norm.running_mean == (2 + 15) / 2
+    for step in range(1, 10):
+        runner.model.norm.running_mean.zero_()
+        runner.iter = step - 1
+        hook.after_train_iter(runner, step - 1)
+        if step in (4, 6, 8, 9):  # of the interval, an evaluation, the last
+            assert runner.model.norm.running_mean == (2 + 15) / 2
+            assert values.batch_sampler.start == step
+        else:
+            assert runner.model.norm.running_mean == 0
     assert runner.model.norm.momentum == 0.1
-    assert values.batch_sampler.start == 4
 
 
 def test_table_of_boxes_alone_and_nothing_to_find() -> None:

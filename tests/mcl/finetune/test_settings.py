@@ -33,7 +33,7 @@ def test_overrides() -> None:
     [
         ("data.rot=x", r"data\.rot: no such key; did you mean data\.root\?"),
         ("param_scheduler.7.gamma=1", r"param_scheduler\.7\.gamma: no such key"),
-        ("train_cfg.max_iters=many", r"train_cfg\.max_iters: expected int, as in 2000, got 'many'"),
+        ("train_cfg.max_iters=many", r"train_cfg\.max_iters: expected int, as in 1200, got 'many'"),
         ("weights", r"'weights': expected key=value"),
         ("data.classes=[a", r"data\.classes: cannot read the value '\[a'"),
         ("name=a/b", r"name: 'a/b' is not a plain folder name"),
@@ -72,7 +72,7 @@ def preset() -> Config:
     ("variables", "launcher"),
     [
         ({"RANK": "1", "WORLD_SIZE": "8"}, "pytorch"),
-        ({"SLURM_NTASKS": "8"}, "slurm"),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "8"}, "slurm"),
     ],
 )
 def test_processes(variables: dict[str, str], launcher: str, preset: Config, monkeypatch: pytest.MonkeyPatch) -> None:
