@@ -21,6 +21,7 @@ import argparse
 import functools
 import statistics
 from collections.abc import Callable, Sequence
+from itertools import compress
 from pathlib import Path
 
 from benchmarks import bars
@@ -129,7 +130,9 @@ def table(results: Sequence[Result]) -> str:
         )
         for r in results
     ]
-    tables = [markdown([*header, "GB saved", "of released's", "GB at peak"], rows)]
+    header += ["GB saved", "of released's", "GB at peak"]
+    there = [any(row[i] for row in rows) for i in range(len(header))]  # who is not compared with has no column
+    tables = [markdown(list(compress(header, there)), [tuple(compress(row, there)) for row in rows])]
     stages = [(r["name"], stage) for r in results for stage in r.get("stages", [])]
     if stages:
         rows = [

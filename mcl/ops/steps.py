@@ -3,6 +3,7 @@
 apex does what it can where it is installed; then the extension, in the fewest passes over memory; then PyTorch.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -56,10 +57,15 @@ def ema_(targets: Sequence[Tensor], onlines: Sequence[Tensor], momentum: float) 
 
 
 def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-    """Scales gradients in place so that their common norm is at most `max_norm`; returns it as it was, ()."""
+    """Scales gradients in place so that their common norm is at most `max_norm`; returns it as it was, ().
+
+    Where `max_norm` is infinite they are left alone.
+    """
     parameters = [p for p in parameters if p.grad is not None]
     if parameters and apex.serves("clip", [p.grad for p in parameters if p.grad is not None]):
         return apex.clip_grad_norm_(parameters, max_norm)
+    if math.isinf(max_norm):
+        return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     return nn.utils.clip_grad_norm_(parameters, max_norm)
 
 

@@ -62,8 +62,9 @@ def make_folder(root: Path, train: int = 6, val: int = 2) -> Path:
 def _annotation(number: int, image: int, category: int, box: tuple[int, int, int, int]) -> dict[str, Any]:
     x, y, w, h = box
     corners = [x, y, x + w, y, x + w, y + h] + ([x, y + h] if category == 1 else [])
-    ids = {"id": number, "image_id": image, "category_id": category, "iscrowd": 0}
-    return {**ids, "bbox": list(box), "area": w * h / category, "segmentation": [corners]}
+    ids = {"id": number, "image_id": image, "category_id": category}
+    crowd = {"iscrowd": 0} if category == 1 else {}  # LVIS' annotations do not have it
+    return {**ids, **crowd, "bbox": list(box), "area": w * h / category, "segmentation": [corners]}
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -19,6 +20,7 @@ from torch import nn
 from mcl import cli
 from mcl.config import ConfigError
 from mcl.finetune import finetune, hooks
+from mcl.finetune.metric import FolderMetric
 from mcl.signals import Interrupted
 from tests.conftest import ROOT
 from tests.mcl.finetune.conftest import MINI, TINY
@@ -70,6 +72,20 @@ def test_table(whole: tuple[Path, str]) -> None:
     (record,) = json.loads((folder / hooks.RESULTS).read_text())
     assert record["step"] == STEPS
     assert all(0 <= record[kind][name] <= 100 for kind in ("box", "mask") for name in ("AP", "AP50", "AP75"))
+
+
+def test_from_scratch(folder: Path, tmp_path: Path) -> None:
+    table = finetune(MINI, words(folder, tmp_path, "scratch", "train_cfg.max_iters=1"))
+    assert [line.split(" | ")[:2] for line in table.splitlines()[2:]] == [["| 1", "box"], ["| 1", "mask"]]
+
+
+def test_a_detector_that_finds_nothing_has_an_ap_of_zero(folder: Path) -> None:
+    metric = FolderMetric(ann_file=str(folder / "instances_val.json"), metric=["bbox", "segm"])
+    metric.dataset_meta = {"classes": ("thing", "part")}
+    nothing = {"bboxes": np.empty((0, 4)), "scores": np.empty(0), "labels": np.empty(0, int), "masks": []}
+    found = metric.compute_metrics([({}, {"img_id": image, "mask_scores": np.empty(0), **nothing}) for image in (1, 2)])
+    aps = hooks._aps({f"coco/{name}": value for name, value in found.items()})
+    assert set(aps["box"].values()) == set(aps["mask"].values()) == {0.0}
 
 
 def test_checkpoints_are_plain(whole: tuple[Path, str]) -> None:
