@@ -21,6 +21,10 @@ Record = dict[str, Any]
 """Numbers, lists with a number per level, and ``kind`` and ``step``."""
 
 
+class RecordError(RuntimeError):
+    """A record that could not be written; the message names the file and the remedy."""
+
+
 def setup_logging(folder: Path) -> None:
     """Messages of a run go to the console and to ``train.log``; from all ranks but the first, only what went wrong.
 
@@ -103,9 +107,14 @@ class Metrics:
             )
 
     def write(self, record: Record) -> None:
-        """Appends one record to every sink."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        """Appends one record to every sink.
+
+        Raises:
+            RecordError: the disk is full, or gone.
+        """
+        with self._reporting():
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
         numbers = _flatten(record)
         if self._tensorboard is not None:
             for name, value in numbers.items():
@@ -114,13 +123,28 @@ class Metrics:
             self._wandb.log({f"{record['kind']}/{k}": v for k, v in numbers.items()}, step=record["step"])
 
     def close(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        """Ends all sinks.
+
+        Raises:
+            RecordError: what was written last has not reached the disk.
+        """
+        with self._reporting():
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+    @contextlib.contextmanager
+    def _reporting(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RecordError(
+                f"{self._path}: cannot be written ({error.strerror}); make room, and the same command continues"
+            ) from error
 
 
 def _run_id(path: Path) -> str:

@@ -231,6 +231,17 @@ def test_recomputing_agrees_with_pytorchs_synchronised_norm() -> None:
     assert same_bits(*found)
 
 
+@pytest.mark.usefixtures("thin_backbone")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_images_of_half_precision_are_taken(precision: str) -> None:
+    """``data.dtype: float16`` halves what goes to the device, whatever is computed in."""
+    cfg = configure(f"trainer.precision={precision}")
+    query, key = (batch.to(torch.device("cpu"), torch.float16) for batch in views(cfg, 1))
+    output, _ = build(cfg)(query, key, lr=0.1, momentum=0.9)
+    assert output.loss.dtype == torch.float32
+    assert output.loss.isfinite()
+
+
 # ---------------------------------------------------------------------------------------------------- what cannot be
 
 

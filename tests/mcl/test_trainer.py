@@ -23,7 +23,7 @@ from PIL import Image
 from mcl import checkpoint, config, report, run
 from mcl.checkpoint import CheckpointError
 from mcl.config import Config, ConfigError
-from mcl.metrics import read
+from mcl.metrics import RecordError, read
 from mcl.montage import MontageBatch
 from mcl.signals import Interrupted
 from mcl.trainer import NonFiniteLossError, Trainer
@@ -281,6 +281,16 @@ def test_a_failed_save_keeps_the_checkpoint_before(tiny: Config) -> None:
     assert [p.name for p in sorted((tiny.run_folder / "checkpoints").iterdir())] == ["last.pt", "step_00000004.pt"]
     Trainer(tiny).fit()
     assert last_weights(tiny)["step"] == STEPS
+
+
+def test_a_record_that_finds_no_room_is_named(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the file, not by a traceback; the command that follows goes on."""
+    trainer = Trainer(tiny)
+    (tiny.run_folder / "metrics.jsonl").symlink_to("/dev/full")
+    monkeypatch.setattr("mcl.metrics._keep_until", lambda path, step: None)
+    with pytest.raises(RecordError, match=r"metrics\.jsonl: cannot be written \(.*\); make room, and the same command"):
+        trainer.fit()
+    assert RecordError.__module__.startswith("mcl")  # so that the command line prints one line
 
 
 def test_non_finite_loss_names_step_level_and_checkpoint(tiny: Config) -> None:
