@@ -115,7 +115,6 @@ class Watchdog:
                 self._board.set(_key(distributed.rank()), json.dumps(asdict(Sign(*current, time.time()))))
                 self._said = self._published()
                 if not self._said and now - since > self._timeout:
-                    log.error("no progress for %.0f s; this process is at\n%s", now - since, self._stack())
                     signs = self._signs()
                     self._said = self._publish(_hangs(signs, self._timeout, self._silent(signs)))
             except dist.DistError:
@@ -124,7 +123,8 @@ class Watchdog:
                 self._end(self._said)
 
     def _end(self, said: str) -> None:
-        log.error("%s; this process ends, too. The same command continues", said)
+        # Every process that is stuck says where: the culprit need not be the first to see that it is one.
+        log.error("%s; this process ends, too, at\n%sThe same command continues", said, self._stack())
         self._before_end()
         for handler in log.handlers:
             handler.flush()
