@@ -29,11 +29,11 @@ class PeerError(RuntimeError):
 
 @dataclass(frozen=True)
 class Sign:
-    """Of life, by one process: steps done, collectives begun, and when, in seconds since the epoch."""
+    """Of life, by one process: steps done, collectives begun, and the how manieth sign it is."""
 
     step: int
     calls: int
-    time: float
+    number: int
 
 
 class Watchdog:
@@ -50,7 +50,7 @@ class Watchdog:
     def __init__(self, timeout: float, before_end: Callable[[], None]) -> None:
         self._timeout, self._before_end = timeout, before_end
         self._interval = min(1.0, timeout / 10)
-        self._step = 0
+        self._step = self._signs_given = 0
         self._said = ""  # why the run ends, as the thread has read it
         self._returned, self._over = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -63,6 +63,7 @@ class Watchdog:
     def __enter__(self) -> Self:
         if distributed.world_size() > 1:
             self._board = distributed.board()
+            self._give_sign()  # or nobody could tell if this process were gone at once
             self._thread.start()
         return self
 
@@ -96,12 +97,10 @@ class Watchdog:
 
     def _culprit(self) -> str:
         """Who failed, or is gone; empty if nobody is after a while."""
-        for _ in range(2 * _MISSED):
-            silent = self._silent(self._signs())
-            if said := self._published() or (_gone(silent) if silent else ""):
+        for _ in range(2):
+            if said := self._published() or _gone(self._silent()):
                 return said
-            time.sleep(self._interval)
-        return ""
+        return self._published()
 
     # ------------------------------------------------------------------------------------------------ the thread
 
@@ -112,11 +111,10 @@ class Watchdog:
             if (current := (self._step, distributed.calls())) != progress:
                 progress, since = current, now
             try:
-                self._board.set(_key(distributed.rank()), json.dumps(asdict(Sign(*current, time.time()))))
+                self._give_sign()
                 self._said = self._published()
                 if not self._said and now - since > self._timeout:
-                    signs = self._signs()
-                    self._said = self._publish(_hangs(signs, self._timeout, self._silent(signs)))
+                    self._said = self._publish(_gone(self._silent()) or _hangs(self._signs(), self._timeout))
             except dist.DistError:
                 self._said = self._said or _STORE_GONE
             if self._said and not self._returned.wait(_MISSED * self._interval):
@@ -143,14 +141,23 @@ class Watchdog:
     def _published(self) -> str:
         return self._board.get(_FAILED).decode() if self._board.check([_FAILED]) else ""
 
+    def _give_sign(self) -> None:
+        self._signs_given += 1
+        sign = Sign(self._step, distributed.calls(), self._signs_given)
+        self._board.set(_key(distributed.rank()), json.dumps(asdict(sign)))
+
     def _signs(self) -> dict[int, Sign]:
         """The last one of every process that has given any."""
         ranks = [r for r in range(distributed.world_size()) if self._board.check([_key(r)])]
         return {rank: Sign(**json.loads(self._board.get(_key(rank)))) for rank in ranks}
 
-    def _silent(self, signs: dict[int, Sign]) -> dict[int, Sign]:
-        latest = max((sign.time for sign in signs.values()), default=0.0)
-        return {rank: s for rank, s in signs.items() if latest - s.time > _MISSED * self._interval}
+    def _silent(self) -> dict[int, Sign]:
+        """Processes that give no sign while this one waits for some; clocks of machines differ and are not compared."""
+        before = self._signs()
+        for _ in range(_MISSED):
+            time.sleep(self._interval)
+            self._give_sign()
+        return {rank: sign for rank, sign in self._signs().items() if rank in before and before[rank] == sign}
 
 
 _STORE_GONE = "the store where processes meet is gone, and rank 0 or torchrun on its machine with it"
@@ -165,10 +172,8 @@ def _gone(silent: dict[int, Sign]) -> str:
     return "; ".join(f"rank {rank} is gone, last heard of at step {sign.step}" for rank, sign in silent.items())
 
 
-def _hangs(signs: dict[int, Sign], timeout: float, silent: dict[int, Sign]) -> str:
+def _hangs(signs: dict[int, Sign], timeout: float) -> str:
     """In words: who keeps the others waiting."""
-    if silent:
-        return _gone(silent)
     fewest = min(sign.calls for sign in signs.values())
     behind = {rank: sign for rank, sign in signs.items() if sign.calls == fewest}
     if len(behind) == len(signs):

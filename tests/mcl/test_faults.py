@@ -190,10 +190,12 @@ def test_sigterm_to_one_stops_all_with_a_checkpoint(
 
 
 def hang_in_fifth_step(rank: int) -> None:
-    """Rank 1 sleeps where it should load."""
+    """Rank 1 sleeps where it should load; the clock of rank 0 is slow."""
     from dali_pipelines.loader import MontageLoader
 
-    load = MontageLoader.__next__
+    load, clock = MontageLoader.__next__, time.time
+    if rank == 0:
+        time.time = lambda: clock() - 3600
 
     def fall_asleep(loader: MontageLoader) -> Any:
         if rank == 1 and loader.position == 4:
