@@ -29,7 +29,7 @@ class PeerError(RuntimeError):
 
 @dataclass(frozen=True)
 class Sign:
-    """Of life, by one process: steps done, collectives begun, and the how manieth sign it is."""
+    """Of life, by one process: steps done, collectives begun, and which of its signs it is, from 1 on."""
 
     step: int
     calls: int

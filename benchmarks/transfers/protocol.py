@@ -137,8 +137,6 @@ class Work:
     def __init__(self, folder: Path, protocol: Protocol) -> None:
         self.folder, self.protocol = portable(folder), protocol
         self.images = self.folder / "images.txt"
-        if not (ROOT / protocol.detection).is_dir():
-            raise ProtocolError(f"{ROOT / protocol.detection} does not exist; make data")
         self.classes, lines = _list_images(protocol, ROOT / self.folder)
         (ROOT / self.folder).mkdir(parents=True, exist_ok=True)
         record = ROOT / self.folder / "protocol.json"
