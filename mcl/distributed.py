@@ -2,6 +2,7 @@
 
 import os
 import time
+import uuid
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
@@ -12,13 +13,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
+from mcl.board import Board
 from mcl.config import ConfigError
 
 T = TypeVar("T")
 
 _PATIENCE = timedelta(days=1)
 _ROLL_CALL = timedelta(minutes=10)
-_LINGER = 1.0  # seconds
+_LINGER, _GLANCE = 1.0, 0.1  # seconds
+_CALL, _VERDICT = "roll call", "verdict"
 
 _SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 
@@ -67,8 +70,8 @@ def setup(device: str, timeout: float = 600) -> None:
     warnings.filterwarnings("ignore", "`broadcast_buffers` is|`torch.distributed.all_gather_into", FutureWarning)
     if device == "cuda":
         torch.cuda.set_device(local_rank())
-    own, store = int(os.environ["RANK"]), _meeting_point()
-    _roll_call(store, own, size, device)
+    own = int(os.environ["RANK"])
+    store = _roll_call(_meeting_point(), own, size, device)
     global _store, _timeout
     _store, _timeout = store, timedelta(seconds=2 * timeout)
     backend = "nccl" if device == "cuda" else "gloo"
@@ -90,27 +93,60 @@ def _meeting_point() -> Store:
             f"MASTER_ADDR, MASTER_PORT: {'cannot listen' if opens else 'nobody listens'} at {address}:{port} "
             f"({str(error).splitlines()[0]}); name the first machine and a free port on it"
         ) from None
-    # torchrun keeps its store when it restarts the processes.
-    return PrefixStore(f"mcl/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return PrefixStore("mcl", store)
 
 
-def _roll_call(store: Store, own: int, size: int, device: str) -> None:
+def _roll_call(store: Store, own: int, size: int, device: str) -> Store:
     """Rank 0 looks whether everyone came, and for the same thing; the process group would only wait.
+
+    torchrun keeps its store when it restarts the processes, and its agents on several machines may count restarts
+    differently. So rank 0 gives every start a name of its own, under which processes meet.
+
+    Returns:
+        The part of the store that belongs to this start.
 
     Raises:
         ConfigError: on every process that came.
     """
-    store.set(f"rank {own}", f"{size} processes on {device}")
+    said = f"{size} processes on {device}"
     if own == 0:
-        store.set("verdict", _verdict(store, size))
-    try:
-        verdict = store.get("verdict").decode()
-    except dist.DistError:
-        raise ConfigError("WORLD_SIZE: rank 0 did not answer; look into its log, then start all processes") from None
-    if verdict:
+        name = uuid.uuid4().hex
+        here: Store = PrefixStore(name, store)
+        here.set("rank 0", said)
+        store.set(_CALL, name)
+        here.set(_VERDICT, _verdict(here, size))
+    else:
+        try:
+            here = _answer(store, own, said)
+        except dist.DistError:
+            raise ConfigError(
+                "WORLD_SIZE: rank 0 did not answer; look into its log, then start all processes"
+            ) from None
+    if verdict := here.get(_VERDICT).decode():
         if own == 0:
             time.sleep(_LINGER)  # it may keep what the others have yet to read
         raise ConfigError(verdict)
+    return here
+
+
+def _answer(store: Store, own: int, said: str) -> Store:
+    """Answers rank 0, and returns its store when it has seen everyone.
+
+    The last call may be that of a start that is over: it has its verdict before this process came, or gets none.
+    """
+    end = time.monotonic() + store.timeout.total_seconds()
+    answered = ""
+    while time.monotonic() < end:
+        name = store.get(_CALL).decode()
+        here = PrefixStore(name, store)
+        over = here.check([_VERDICT])
+        if over and name == answered:
+            return here
+        if not over and name != answered:
+            here.set(f"rank {own}", said)
+            answered = name
+        time.sleep(_GLANCE)
+    raise dist.DistStoreError("no verdict")
 
 
 def _verdict(store: Store, size: int) -> str:
@@ -133,10 +169,10 @@ def _verdict(store: Store, size: int) -> str:
     return ""
 
 
-def board() -> Store:
-    """A connection of the caller's own to what all processes can write and read while their collectives hang."""
+def board(patience: float) -> Board:
+    """By a connection of the caller's own; its calls come back within `patience` seconds."""
     assert _store is not None
-    return _store.clone()
+    return Board(_store.clone(), patience)
 
 
 def calls() -> int:

@@ -14,6 +14,7 @@ from typing import Self
 import torch.distributed as dist
 
 from mcl import distributed
+from mcl.board import BoardError
 from mcl.metrics import log
 from mcl.signals import Interrupted
 
@@ -43,7 +44,7 @@ class Watchdog:
     that comes back with an error, the context says whose fault it was. A single process needs none of it.
 
     Args:
-        timeout: seconds without progress that are too many.
+        timeout: seconds without progress, or without an answer of the board, that are too many.
         before_end: called before the thread ends the process; must not take long.
     """
 
@@ -62,8 +63,11 @@ class Watchdog:
 
     def __enter__(self) -> Self:
         if distributed.world_size() > 1:
-            self._board = distributed.board()
-            self._give_sign()  # or nobody could tell if this process were gone at once
+            self._board = distributed.board(self._timeout)
+            try:
+                self._give_sign()  # or nobody could tell if this process were gone at once
+            except BoardError as lost:
+                raise PeerError(str(lost)) from None
             self._thread.start()
         return self
 
@@ -81,6 +85,7 @@ class Watchdog:
         finally:
             self._over.set()
             self._thread.join()
+            self._board.close()
 
     def _explain(self, error: BaseException) -> None:
         own = f"rank {distributed.rank()} failed at step {self._step}: {type(error).__name__}: {error}"
@@ -88,8 +93,8 @@ class Watchdog:
         broken = type(error) is RuntimeError or isinstance(error, dist.DistError)
         try:
             said = self._said or self._publish((self._culprit() if broken else "") or own)
-        except dist.DistError:
-            said = self._said or _STORE_GONE
+        except BoardError as lost:
+            said = self._said or str(lost)
         if said == own:
             time.sleep(_MISSED * self._interval)  # rank 0 may be the keeper of what the others have yet to read
         elif broken:
@@ -115,8 +120,8 @@ class Watchdog:
                 self._said = self._published()
                 if not self._said and now - since > self._timeout:
                     self._said = self._publish(_gone(self._silent()) or _hangs(self._signs(), self._timeout))
-            except dist.DistError:
-                self._said = self._said or _STORE_GONE
+            except BoardError as lost:
+                self._said = self._said or str(lost)
             if self._said and not self._returned.wait(_MISSED * self._interval):
                 self._end(self._said)
 
@@ -136,20 +141,20 @@ class Watchdog:
 
     def _publish(self, said: str) -> str:
         """Tells everyone why the run ends; returns what was said first."""
-        return self._board.compare_set(_FAILED, "", said).decode()
+        return self._board.write_first(_FAILED, said)
 
     def _published(self) -> str:
-        return self._board.get(_FAILED).decode() if self._board.check([_FAILED]) else ""
+        return self._board.read(_FAILED)
 
     def _give_sign(self) -> None:
         self._signs_given += 1
         sign = Sign(self._step, distributed.calls(), self._signs_given)
-        self._board.set(_key(distributed.rank()), json.dumps(asdict(sign)))
+        self._board.write(_key(distributed.rank()), json.dumps(asdict(sign)))
 
     def _signs(self) -> dict[int, Sign]:
         """The last one of every process that has given any."""
-        ranks = [r for r in range(distributed.world_size()) if self._board.check([_key(r)])]
-        return {rank: Sign(**json.loads(self._board.get(_key(rank)))) for rank in ranks}
+        notes = {rank: self._board.read(_key(rank)) for rank in range(distributed.world_size())}
+        return {rank: Sign(**json.loads(note)) for rank, note in notes.items() if note}
 
     def _silent(self) -> dict[int, Sign]:
         """Processes that give no sign while this one waits for some; clocks of machines differ and are not compared."""
@@ -158,9 +163,6 @@ class Watchdog:
             time.sleep(self._interval)
             self._give_sign()
         return {rank: sign for rank, sign in self._signs().items() if rank in before and before[rank] == sign}
-
-
-_STORE_GONE = "the store where processes meet is gone, and rank 0 or torchrun on its machine with it"
 
 
 def _key(rank: int) -> str:

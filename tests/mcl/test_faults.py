@@ -215,15 +215,25 @@ def test_a_hung_rank_is_named(preset: Path, tmp_path: Path, record_property: Rec
 
 
 @pytest.mark.soak
-def test_a_stopped_rank_is_named(preset: Path, tmp_path: Path, record_property: Record) -> None:
-    """SIGSTOP: not even its threads go on."""
-    record_property("fault", "SIGSTOP of a rank")
+@pytest.mark.parametrize(
+    ("victim", "said"),
+    [
+        (1, "rank 1 is gone, last heard of at step"),
+        (0, "the store where processes meet does not answer since 5 s (trainer.timeout): rank 0 or torchrun on its"),
+    ],
+)
+def test_a_stopped_rank_is_named(
+    preset: Path, tmp_path: Path, victim: int, said: str, record_property: Record
+) -> None:
+    """SIGSTOP: not even its threads go on, nor those of the store if it keeps that."""
+    record_property("fault", f"SIGSTOP of rank {victim}")
     with Run(preset, tmp_path, "trainer.timeout=5") as run:
         run.reach(3)
-        os.kill(run.ranks[1].pid or 0, signal.SIGSTOP)
-        run.ranks[0].join(PATIENCE)
-        assert run.ranks[0].exitcode == 3
-    assert "rank 1 is gone, last heard of at step" in run.log()
+        os.kill(run.ranks[victim].pid or 0, signal.SIGSTOP)
+        other = run.ranks[1 - victim]
+        other.join(PATIENCE)
+        assert other.exitcode == 3
+    assert said in run.log()
 
 
 def test_a_rank_whose_images_vanish_is_named(
@@ -272,33 +282,43 @@ def test_thirty_random_kills(
 
 
 @pytest.mark.soak
-def test_torchrun_restarts_all_from_the_last_checkpoint(preset: Path, tmp_path: Path, record_property: Record) -> None:
-    """One rank is killed twice, and the run that torchrun began ends as if nothing had happened."""
-    record_property("fault", "SIGKILL of one rank under torchrun --max-restarts=3")
+@pytest.mark.parametrize("machines", [1, 2])
+def test_torchrun_restarts_all_from_the_last_checkpoint(
+    preset: Path, tmp_path: Path, machines: int, record_property: Record
+) -> None:
+    """One rank is killed three times, and the run that torchrun began ends as if nothing had happened.
 
-    def torchrun(name: str) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={RANKS}", "--max-restarts=3"]
-        command += [f"--master_port={free_port()}", "-m", "mcl", "pretrain", str(preset)]
-        return subprocess.Popen([*command, f"output={tmp_path}", f"name={name}"], cwd=ROOT)
+    A torchrun counts the failures of its own processes, not those of the other's.
+    """
+    record_property("fault", f"SIGKILL of one rank under torchrun --nnodes={machines} --max-restarts=4")
 
-    assert torchrun("undisturbed").wait(300) == 0
-    agent = torchrun("tiny")
+    def torchrun(name: str) -> list[subprocess.Popen[bytes]]:
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={machines}", "--max-restarts=4"]
+        command += [f"--nproc_per_node={RANKS // machines}", "--rdzv_backend=c10d", f"--rdzv_id={name}"]
+        command += [f"--rdzv_endpoint=127.0.0.1:{free_port()}", "-m", "mcl", "pretrain", str(preset)]
+        return [
+            subprocess.Popen([*command, f"output={tmp_path}", f"name={name}"], cwd=ROOT) for _ in range(machines)
+        ]
+
+    assert [agent.wait(300) for agent in torchrun("undisturbed")] == [0] * machines
+    agents = torchrun("tiny")
     log = tmp_path / "tiny" / "metrics.jsonl"
     try:
-        for goal in (3, 7):
+        for goal in (3, 6, 9):
             end = time.monotonic() + 120
             while not (records := read(log)) or records[-1]["step"] < goal:
                 assert time.monotonic() < end
                 time.sleep(0.01)
-            os.kill(max(children(agent.pid)), signal.SIGKILL)
+            os.kill(max(children(agents[-1].pid)), signal.SIGKILL)
             time.sleep(1)
-        assert agent.wait(300) == 0
+        assert [agent.wait(300) for agent in agents] == [0] * machines
     finally:
-        agent.kill()
+        for agent in agents:
+            agent.kill()
     said = (tmp_path / "tiny" / "train.log").read_text()
-    assert said.count("resumed at step") == 2
+    assert said.count("resumed at step") == 3
     check_same_end(tmp_path / "tiny", checkpoint.load(tmp_path / "undisturbed" / "checkpoints" / "last.pt"))
-    record_property("survived", "2 of 2")
+    record_property("survived", "3 of 3")
 
 
 def children(parent: int) -> list[int]:
