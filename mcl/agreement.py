@@ -12,27 +12,34 @@ import torch
 
 import dali_pipelines
 import mcl
-from mcl import checkpoint, distributed
+from dali_pipelines.loader import choose_engine
+from mcl import checkpoint, distributed, ops
 from mcl.config import Config, ConfigError, fields, value
 
 _OF_A_MACHINE = ("data.root", "data.annotations", "data.val_root", "data.index", "data.threads", "trainer.threads")
 """Keys that may differ: where a machine keeps the images, whose names and sizes are compared, and how many threads."""
 
 _CODE, _TORCH, _CHECKPOINT = "the code of mcl", "PyTorch", "the newest checkpoint"
+_OPERATORS, _ENGINE = "the operators", "the engine of the loader"
 _REMEDY = {
     _CODE: "install the same commit on all machines",
     _TORCH: "install the same version on all machines",
+    _OPERATORS: "mcl doctor says on each machine why; build the extension on all of them",
+    _ENGINE: "mcl doctor says on each machine why; install the same DALI, and build its plugin, on all of them",
     _CHECKPOINT: "put output on a file system that all machines share",
 }
 
 
-def check(config: Config) -> None:
-    """Compares code, PyTorch, configuration and run folder of all processes; one small collective.
+def check(config: Config, device: str) -> None:
+    """Compares code, libraries, configuration and run folder of all processes; one small collective.
+
+    Args:
+        device: cpu or cuda, where this process trains.
 
     Raises:
         ConfigError: on every process; the message names the ranks that differ from rank 0, in what, and the remedy.
     """
-    everyone = distributed.gather_objects(_statement(config))
+    everyone = distributed.gather_objects(_statement(config, device))
     for what in everyone[0]:
         strangers = [rank for rank, said in enumerate(everyone) if said[what] != everyone[0][what]]
         if strangers:
@@ -41,15 +48,29 @@ def check(config: Config) -> None:
             raise ConfigError(f"{what}: {theirs} on rank {ranks}, {ours} on rank 0; {remedy}")
 
 
-def _statement(config: Config) -> dict[str, str]:
+def _statement(config: Config, device: str) -> dict[str, str]:
     """What all processes must agree on, in words."""
     found = checkpoint.steps(config.run_folder / "checkpoints")
     return {
         _CODE: _code(),
         _TORCH: str(torch.__version__),
+        _OPERATORS: ops.describe(device),
+        _ENGINE: _engine(config, device),
         **{key: repr(value(config, key)) for key, _, _ in fields() if key not in _OF_A_MACHINE},
         _CHECKPOINT: found[-1].name if found else "none",
     }
+
+
+def _engine(config: Config, device: str) -> str:
+    try:
+        engine, on, _ = choose_engine(config.data, device == "cuda")
+    except ConfigError as error:  # the loader's to raise, on all processes
+        return f"none ({error})"
+    if engine == "torchvision":
+        return f"{engine} on {on}"
+    from nvidia import dali
+
+    return f"{engine} on {on} (DALI {dali.__version__})"
 
 
 @functools.cache

@@ -20,6 +20,7 @@ T = TypeVar("T")
 
 _PATIENCE = timedelta(days=1)
 _ROLL_CALL = timedelta(minutes=10)
+_ANSWER = 2 * _ROLL_CALL  # the others wait for what rank 0 says in the end
 _LINGER, _GLANCE = 1.0, 0.1  # seconds
 _CALL, _VERDICT = "roll call", "verdict"
 
@@ -85,7 +86,7 @@ def _meeting_point() -> Store:
             raise ConfigError(f"{name}: not set; it must name the first machine, or a free port on it")
     address, port, first = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), os.environ["RANK"] == "0"
     opens = first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    patience = _ROLL_CALL if first else 2 * _ROLL_CALL  # the others wait for what rank 0 says in the end
+    patience = _ROLL_CALL if first else _ANSWER
     try:
         store = TCPStore(address, port, is_master=opens, timeout=patience, wait_for_workers=False)
     except dist.DistError as error:
@@ -134,7 +135,7 @@ def _answer(store: Store, own: int, said: str) -> Store:
 
     The last call may be that of a start that is over: it has its verdict before this process came, or gets none.
     """
-    end = time.monotonic() + store.timeout.total_seconds()
+    end = time.monotonic() + _ANSWER.total_seconds()
     answered = ""
     while time.monotonic() < end:
         name = store.get(_CALL).decode()

@@ -58,7 +58,7 @@ class Trainer:
         distributed.adopt_slurm()
         self.device = resolve_device(config.trainer.device)
         distributed.setup(self.device.type, config.trainer.timeout)
-        agreement.check(config)
+        agreement.check(config, self.device.type)
         self.images = config.images_per_rank(distributed.world_size())
         self.folder = config.run_folder
         if config.trainer.resume == "never" and checkpoint.steps(self.folder / "checkpoints"):
@@ -243,16 +243,9 @@ class Trainer:
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
             "world_size": distributed.world_size(),
             "engine": f"{self.loader.engine_name} on {self.loader.device}",
-            "operators": self._operators(),
+            "operators": ops.describe(self.device.type),
             "compiled": self.config.trainer.compile,
         }
-
-    def _operators(self) -> str:
-        """Which library does what: as in "mcl: region_pool, lars_; PyTorch: clip"."""
-        tasks: dict[str, list[str]] = {}
-        for task, (library, _) in ops.backends(self.device.type).items():
-            tasks.setdefault(library, []).append(task)
-        return "; ".join(f"{library}: {', '.join(names)}" for library, names in tasks.items())
 
     # ------------------------------------------------------------------------------------------------ set-up and words
 
@@ -269,7 +262,7 @@ class Trainer:
         names = "" if not source.classes else f" in {len(source.classes)} classes"
         log.info("%d images%s in %s, %d of them bad", len(source), names, source.root, len(self.loader.bad))
         log.info("loader: %s on %s (%s)", self.loader.engine_name, self.loader.device, self.loader.reason)
-        log.info("operators: %s", self._operators())
+        log.info("operators: %s", ops.describe(self.device.type))
         log.info(
             "%s, canvas %d px, %s, %s on %s x %d; %d images per step, %d steps per epoch, %d steps",
             config.model.backbone,

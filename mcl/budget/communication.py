@@ -10,6 +10,7 @@ Calls and bytes are counted: they are those of a real step. Times are estimates,
   during the forward pass of the online network. BatchNorm waits for its statistics, every time.
 * All processes are ready at the same moment. PyTorch's SyncBatchNorm also makes the host wait in every forward call,
   which is not in these times.
+* Signals go from host to host while the next steps run, and cost them nothing.
 """
 
 import math
@@ -89,6 +90,7 @@ def exchanges(count: Count, accumulate: int, device: str) -> list[Exchange]:
         Exchange("BatchNorm forward", "all-gather" if device == "cuda" else "all-reduce", forward * accumulate),
         Exchange("BatchNorm backward", "all-reduce", backward * accumulate),
         Exchange("gradients", "all-reduce", _buckets(count.gradients)),
+        Exchange("signals", "all-reduce", [8]),  # between hosts, beside the training: mcl.signals.Consensus
     ]
 
 

@@ -93,13 +93,13 @@ def _exchanges(b: dict[str, Any]) -> str:
     rows = [
         [
             e["purpose"],
-            *(e["operation"], str(e["calls"]), f"{e['bytes'] / 1e6:.3f}"),
-            *(other["operation"], f"{other['bytes'] / 1e6:.3f}"),
+            *(e["operation"], str(e["calls"]), f"{e['bytes'] / 1e3:,.2f}"),
+            *(other["operation"], f"{other['bytes'] / 1e3:,.2f}"),
         ]
         for e, other in zip(on_gpus, on_cpus, strict=True)
     ]
     note = "counted: what one process hands over; on GPUs BatchNorm is PyTorch's SyncBatchNorm, on CPUs ours"
-    return _table(["communication per step", "GPUs", "calls", "MB", "CPUs", "MB"], rows) + f"\n{note}"
+    return _table(["communication per step", "GPUs", "calls", "kB", "CPUs", "kB"], rows) + f"\n{note}"
 
 
 def _scales(b: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@ from mcl.ops import fallback  # noqa: F401  registers what the extension lacks
 from mcl.ops.conv import conv2d_small
 from mcl.ops.library import compiled, missing
 from mcl.ops.region_pool import region_pool
-from mcl.ops.steps import backends, clip_grad_norm_, cross_entropy, ema_, lars_, norms
+from mcl.ops.steps import backends, clip_grad_norm_, cross_entropy, describe, ema_, lars_, norms
 
 __all__ = [
     "backends",
@@ -12,6 +12,7 @@ __all__ = [
     "compiled",
     "conv2d_small",
     "cross_entropy",
+    "describe",
     "ema_",
     "lars_",
     "missing",

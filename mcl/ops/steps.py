@@ -93,6 +93,14 @@ def backends(device: str) -> dict[str, tuple[str, str]]:
     return chosen
 
 
+def describe(device: str) -> str:
+    """Which library does what on "cpu" or "cuda", as in "mcl: region_pool, lars_; PyTorch: clip"."""
+    tasks: dict[str, list[str]] = {}
+    for task, (name, _) in backends(device).items():
+        tasks.setdefault(name, []).append(task)
+    return "; ".join(f"{name}: {', '.join(done)}" for name, done in tasks.items())
+
+
 @torch.library.register_fake("mcl::norms", lib=library)
 def _fake_norms(tensors: list[Tensor]) -> Tensor:
     return tensors[0].new_empty(len(tensors))

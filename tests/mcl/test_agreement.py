@@ -11,8 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from dali_pipelines import pipelines
 from mcl import agreement, config, distributed
 from mcl.config import Config, ConfigError
+from mcl.ops import library
 from mcl.trainer import Trainer
 from tests.mcl.ranks import free_port, in_ranks
 from tests.mcl.test_trainer import TINY
@@ -31,7 +33,7 @@ def refusals(runs: list[Words], output: str) -> list[str]:
 
 def refusal(cfg: Config) -> str:
     try:
-        agreement.check(cfg)
+        agreement.check(cfg, "cpu")
     except ConfigError as error:
         return str(error)
     return ""
@@ -62,7 +64,7 @@ def test_configurations_must_be_the_same(tmp_path: Path) -> None:
 
 
 def other_machine(root: str) -> list[str]:
-    """What all are told when the last ranks have other code, another PyTorch, and a run folder of their own."""
+    """What all are told when the last ranks have other code, other libraries, and a run folder of their own."""
     own = distributed.rank() > 1
     folder = Path(root) / ("own" if own else "shared")
     (folder / "tiny" / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -71,6 +73,12 @@ def other_machine(root: str) -> list[str]:
         said.append(refusal(config.from_dict(TINY)))
     with mock.patch.object(torch, "__version__", "2.10.0") if own else nullcontext():
         said.append(refusal(config.from_dict(TINY)))
+    with mock.patch.dict(library._compiled, {"lars_": set()}) if own else nullcontext():
+        said.append(refusal(config.from_dict(TINY)))
+    with mock.patch("nvidia.dali.__version__", "1.50.0") if own else nullcontext():
+        said.append(refusal(config.from_dict(TINY)))
+    with mock.patch.object(pipelines, "PLUGIN", Path("nowhere")) if own else nullcontext():
+        said.append(refusal(config.override(config.from_dict(TINY), ["data.engine=fused"])))
     if not own:
         (folder / "tiny" / "checkpoints" / "step_00000004.pt").touch()
     distributed.barrier()
@@ -82,12 +90,19 @@ def other_machine(root: str) -> list[str]:
 def test_code_pytorch_and_run_folder_must_be_the_same(tmp_path: Path) -> None:
     said = in_ranks(4, other_machine, str(tmp_path))
     assert said[0] == said[1] == said[2] == said[3]
-    allowed, code, version, folder = said[0]
+    allowed, code, version, operators, dali, plugin, folder = said[0]
     assert allowed == ""
     assert code.startswith("the code of mcl: 0123abcd on rank 2, 3, ")
     assert code.endswith(" on rank 0; install the same commit on all machines")
     assert version == f"PyTorch: 2.10.0 on rank 2, 3, {torch.__version__} on rank 0; " + (
         "install the same version on all machines"
+    )
+    assert operators.startswith("the operators: mcl: region_pool, norms, ema_; PyTorch: lars_, clip, cross_entropy on")
+    assert operators.endswith("on rank 0; mcl doctor says on each machine why; build the extension on all of them")
+    engine = "the engine of the loader: "
+    assert dali.startswith(f"{engine}fused on cpu (DALI 1.50.0) on rank 2, 3, fused on cpu (DALI 2.4.0) on rank 0; mcl")
+    assert plugin.startswith(
+        f"{engine}none (data.engine: fused cannot be had: no CUDA device; mcl's DALI plugin is not"
     )
     assert folder == "the newest checkpoint: none on rank 2, 3, step_00000004.pt on rank 0; " + (
         "put output on a file system that all machines share"
@@ -168,7 +183,7 @@ def test_a_meeting_point_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="MASTER_PORT: not set; it must name the first machine"):
         distributed.setup("cpu")
     monkeypatch.setenv("MASTER_PORT", str(port))
-    monkeypatch.setattr(distributed, "_ROLL_CALL", datetime.timedelta(seconds=0.5))
+    monkeypatch.setattr(distributed, "_ANSWER", datetime.timedelta(seconds=1))
     with pytest.raises(ConfigError, match=rf"MASTER_ADDR, MASTER_PORT: nobody listens at 127\.0\.0\.1:{port} \("):
         distributed.setup("cpu")
 

@@ -16,6 +16,7 @@ from mcl.budget.communication import LINKS, Links
 from mcl.config import Config
 from mcl.models import MCL
 from mcl.models.sync_bn import synchronize
+from mcl.signals import Consensus
 from mcl.step import TrainingStep
 from tests.conftest import ROOT, ThinBackbone
 from tests.mcl.ranks import in_ranks
@@ -63,10 +64,12 @@ def exchanged(cases: list[Config]) -> list[dict[str, list[int]]]:
         with thin(cfg):
             step = TrainingStep(cfg, synchronize(MCL(cfg.model, cfg.montage), "cpu"), torch.device("cpu"))
         query, key = views(cfg, world=distributed.world_size())
+        consensus = Consensus()
         for _ in range(2):
             step(query, key, 0.1, 0.9)
         with Exchanged() as calls:
             step(query, key, 0.1, 0.9)
+            consensus(0)
         said.append(calls.sizes)
     return said
 
@@ -87,7 +90,7 @@ def test_calls_and_bytes_are_those_of_a_real_step(cases: list[Config]) -> None:
             for operation in ("all-reduce", "all-gather"):
                 calls = [size for e in predicted if e.operation == operation for size in e.sizes]
                 assert sorted(calls) == sorted(real[operation]), (cfg, operation)
-            buckets.append(len(predicted[-1].sizes))
+            buckets += [len(e.sizes) for e in predicted if e.purpose == "gradients"]
     assert max(buckets) >= 2
 
 
@@ -95,11 +98,12 @@ def test_on_gpus_it_is_what_pytorchs_batchnorm_exchanges() -> None:
     """2 C + 1 numbers of every process forward, 2 C backward, in fp32 and in fp64."""
     norms = [count.Normalization(3, 4, True), count.Normalization(5, 4, False), count.Normalization(2, 8, True)]
     counted = count.Count({}, {}, {}, {}, norms, [1000, 24], [64, 64])
-    targets, forward, backward, gradients = communication.exchanges(counted, 2, "cuda")
+    targets, forward, backward, gradients, signals = communication.exchanges(counted, 2, "cuda")
     assert (targets.operation, targets.sizes) == ("all-gather", [128, 128])
     assert (forward.operation, forward.sizes) == ("all-gather", [28, 44, 40] * 2)
     assert (backward.operation, backward.sizes) == ("all-reduce", [24, 32] * 2)
     assert (gradients.operation, gradients.sizes) == ("all-reduce", [1024])
+    assert (signals.operation, signals.sizes) == ("all-reduce", [8])
 
 
 def test_gradients_fill_buckets_in_their_order() -> None:
@@ -172,7 +176,7 @@ def test_a_budget_says_what_many_gpus_cost(capsys: pytest.CaptureFixture[str]) -
     documented = (ROOT / "mcl" / "budget" / "__init__.py").read_text()
     assert all(key in documented for key in [*said, *scales[0], *said["links"][0], *said["per_step"]["cuda"][0]])
     text = show.tables(result)
-    assert re.search(r"gradients +all-reduce +\d+ +[\d.]+ +all-reduce", text)
+    assert re.search(r"gradients +all-reduce +\d+ +[\d.,]+ +all-reduce", text)
     assert re.search(r"H100, estimate +8 +64 +2,048 ", text)
     assert max(map(len, text.splitlines())) < 160
 

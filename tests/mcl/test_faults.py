@@ -222,9 +222,7 @@ def test_a_hung_rank_is_named(preset: Path, tmp_path: Path, record_property: Rec
         (0, "the store where processes meet does not answer since 5 s (trainer.timeout): rank 0 or torchrun on its"),
     ],
 )
-def test_a_stopped_rank_is_named(
-    preset: Path, tmp_path: Path, victim: int, said: str, record_property: Record
-) -> None:
+def test_a_stopped_rank_is_named(preset: Path, tmp_path: Path, victim: int, said: str, record_property: Record) -> None:
     """SIGSTOP: not even its threads go on, nor those of the store if it keeps that."""
     record_property("fault", f"SIGSTOP of rank {victim}")
     with Run(preset, tmp_path, "trainer.timeout=5") as run:
@@ -296,9 +294,7 @@ def test_torchrun_restarts_all_from_the_last_checkpoint(
         command = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={machines}", "--max-restarts=4"]
         command += [f"--nproc_per_node={RANKS // machines}", "--rdzv_backend=c10d", f"--rdzv_id={name}"]
         command += [f"--rdzv_endpoint=127.0.0.1:{free_port()}", "-m", "mcl", "pretrain", str(preset)]
-        return [
-            subprocess.Popen([*command, f"output={tmp_path}", f"name={name}"], cwd=ROOT) for _ in range(machines)
-        ]
+        return [subprocess.Popen([*command, f"output={tmp_path}", f"name={name}"], cwd=ROOT) for _ in range(machines)]
 
     assert [agent.wait(300) for agent in torchrun("undisturbed")] == [0] * machines
     agents = torchrun("tiny")
