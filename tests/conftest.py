@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -65,8 +66,16 @@ def random_view(
     return view(geometry, images, pixels, torch.cat([order % images for order in orders]))
 
 
+@pytest.fixture(autouse=True)
+def _fault(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> None:
+    """Takes the fault that a test is marked with into its report."""
+    if marker := request.node.get_closest_marker("fault"):
+        parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+        record_property("fault", marker.args[0].format(**parameters))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """A table of the faults that tests tried, from what they recorded."""
+    """A table of the faults that tests tried; what one recorded as "survived" stands for a mere yes."""
     reports = [r for outcome in ("passed", "failed") for r in terminalreporter.getreports(outcome) if r.when == "call"]
     tried = [(dict(r.user_properties), r.passed) for r in reports if "fault" in dict(r.user_properties)]
     if tried:

@@ -65,6 +65,7 @@ def test_notes_are_read_by_others(keeper: tuple[int, int]) -> None:
     other.close()
 
 
+@pytest.mark.fault("SIGSTOP of who keeps the store")
 def test_a_stopped_keeper_keeps_nobody_waiting(keeper: tuple[int, int]) -> None:
     board = Board(connection(keeper[1]), 0.5)
     board.write("a", "note")
@@ -85,6 +86,7 @@ def test_a_stopped_keeper_keeps_nobody_waiting(keeper: tuple[int, int]) -> None:
     assert note == "note"
 
 
+@pytest.mark.fault("SIGKILL of who keeps the store")
 def test_a_keeper_that_is_gone_is_said_to_be(keeper: tuple[int, int]) -> None:
     board = Board(connection(keeper[1]), 60)
     os.kill(keeper[0], signal.SIGKILL)

@@ -32,6 +32,7 @@ def small_disk(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@pytest.mark.fault("a bit of a checkpoint that flips, many positions")
 def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
     """In weights, metadata, the archive's directory and the checksum itself."""
     path = checkpoint.save(tmp_path, state(1), keep=1)
@@ -49,6 +50,7 @@ def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
     assert loaded.keys() == {"format", "step", "model", "loader"}
 
 
+@pytest.mark.fault("a checkpoint that was cut short, at many lengths")
 def test_every_cut_is_found(tmp_path: Path) -> None:
     path = checkpoint.save(tmp_path, state(1), keep=1)
     content = path.read_bytes()
@@ -58,6 +60,7 @@ def test_every_cut_is_found(tmp_path: Path) -> None:
             checkpoint.load(path)
 
 
+@pytest.mark.fault("a damaged newest checkpoint")
 def test_the_one_before_a_damaged_one_is_taken(tmp_path: Path) -> None:
     checkpoint.save(tmp_path, state(1), keep=2)
     newest = checkpoint.save(tmp_path, state(2), keep=2)
@@ -75,6 +78,7 @@ def test_files_of_earlier_versions_have_no_checksum(tmp_path: Path) -> None:
     assert checkpoint.load(tmp_path / "old.pt")["step"] == 4
 
 
+@pytest.mark.fault("a disk that is full after {size} bytes of a save")
 @pytest.mark.parametrize("size", [0, 1000, 200_000])
 def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path, size: int) -> None:
     checkpoint.save(tmp_path, state(1), keep=2)
@@ -84,6 +88,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path, size: int) -> N
     assert checkpoint.load(tmp_path / "last.pt")["step"] == 1
 
 
+@pytest.mark.fault("a folder of checkpoints that cannot be written")
 def test_an_unwritable_folder_is_named(tmp_path: Path) -> None:
     """A file stands where the folder should be: not even root can write there."""
     (tmp_path / "checkpoints").write_text("")
@@ -91,6 +96,7 @@ def test_an_unwritable_folder_is_named(tmp_path: Path) -> None:
         checkpoint.save(tmp_path / "checkpoints", state(1), keep=1)
 
 
+@pytest.mark.fault("what a process left that was killed while it saved")
 def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     (tmp_path / "step_00000003.partial").write_bytes(b"half")
     (tmp_path / "last.pt.partial").symlink_to("step_00000003.pt")

@@ -22,7 +22,7 @@ from mcl.images import open_shared
 from mcl.metrics import read
 from mcl.trainer import Trainer
 from tests.conftest import ROOT, ThinBackbone
-from tests.mcl.ranks import in_ranks
+from tests.mcl.ranks import free_port, in_ranks
 from tests.mcl.test_trainer import TINY
 
 
@@ -123,8 +123,8 @@ def test_two_processes_train_and_resume(photos: Path, tmp_path: Path) -> None:
     preset = tmp_path / "tiny.yaml"
     trainer = TINY["trainer"] | {"global_batch": 16, "epochs": 1, "log_every": 1}
     preset.write_text(yaml.safe_dump(TINY | {"trainer": trainer, "evaluation": {"at_end": ["knn"]}}))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517", "-m", "mcl"]
-    command += ["pretrain", str(preset), f"data.root={photos / 'val'}", f"output={tmp_path}"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
+    command += ["-m", "mcl", "pretrain", str(preset), f"data.root={photos / 'val'}", f"output={tmp_path}"]
     for _ in range(2):  # the second time it finds the run finished
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr

@@ -7,6 +7,8 @@ import contextlib
 import multiprocessing
 import os
 import random
+import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -150,11 +152,9 @@ def kill(run: Run, victims: Sequence[int]) -> None:
         os.kill(run.ranks[victim].pid or 0, signal.SIGKILL)
 
 
-def test_killed_one_then_all_and_resumed(
-    preset: Path, tmp_path: Path, undisturbed: dict[str, Any], record_property: Record
-) -> None:
+@pytest.mark.fault("SIGKILL of one rank, then of all")
+def test_killed_one_then_all_and_resumed(preset: Path, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
     """The survivor names the one that was killed; in the end the weights are those of a run undisturbed."""
-    record_property("fault", "SIGKILL of one rank, then of all")
     with Run(preset, tmp_path) as run:
         run.reach(3)
         kill(run, [1])
@@ -170,12 +170,12 @@ def test_killed_one_then_all_and_resumed(
     check_same_end(run.folder, undisturbed)
 
 
+@pytest.mark.fault("SIGTERM to rank {victim}, twice")
 @pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.soak), 1])
 def test_sigterm_to_one_stops_all_with_a_checkpoint(
-    preset: Path, tmp_path: Path, undisturbed: dict[str, Any], victim: int, record_property: Record
+    preset: Path, tmp_path: Path, undisturbed: dict[str, Any], victim: int
 ) -> None:
     """At the same step, soon, though checkpoints are rare; and a second SIGTERM does not cut it short."""
-    record_property("fault", "SIGTERM to one rank, twice")
     with Run(preset, tmp_path, "trainer.checkpoint_epochs=99") as run:
         run.reach(4)
         for _ in range(2):
@@ -205,8 +205,8 @@ def hang_in_fifth_step(rank: int) -> None:
     MontageLoader.__next__ = fall_asleep  # type: ignore[method-assign]
 
 
-def test_a_hung_rank_is_named(preset: Path, tmp_path: Path, record_property: Record) -> None:
-    record_property("fault", "a rank that hangs in its loader")
+@pytest.mark.fault("a rank that hangs in its loader")
+def test_a_hung_rank_is_named(preset: Path, tmp_path: Path) -> None:
     with Run(preset, tmp_path, "trainer.timeout=5", plant=hang_in_fifth_step) as run:
         assert run.ends() == [3, 3]
     assert "rank 1 hangs at step 4: the others wait for it since 5 s (trainer.timeout)" in run.log()
@@ -214,6 +214,7 @@ def test_a_hung_rank_is_named(preset: Path, tmp_path: Path, record_property: Rec
     assert "rank 0 hangs" not in run.log()
 
 
+@pytest.mark.fault("SIGSTOP of rank {victim}")
 @pytest.mark.soak
 @pytest.mark.parametrize(
     ("victim", "said"),
@@ -222,9 +223,8 @@ def test_a_hung_rank_is_named(preset: Path, tmp_path: Path, record_property: Rec
         (0, "the store where processes meet does not answer since 5 s (trainer.timeout): rank 0 or torchrun on its"),
     ],
 )
-def test_a_stopped_rank_is_named(preset: Path, tmp_path: Path, victim: int, said: str, record_property: Record) -> None:
+def test_a_stopped_rank_is_named(preset: Path, tmp_path: Path, victim: int, said: str) -> None:
     """SIGSTOP: not even its threads go on, nor those of the store if it keeps that."""
-    record_property("fault", f"SIGSTOP of rank {victim}")
     with Run(preset, tmp_path, "trainer.timeout=5") as run:
         run.reach(3)
         os.kill(run.ranks[victim].pid or 0, signal.SIGSTOP)
@@ -234,11 +234,9 @@ def test_a_stopped_rank_is_named(preset: Path, tmp_path: Path, victim: int, said
     assert said in run.log()
 
 
-def test_a_rank_whose_images_vanish_is_named(
-    preset: Path, images: Path, tmp_path: Path, record_property: Record
-) -> None:
+@pytest.mark.fault("a rank whose images vanish")
+def test_a_rank_whose_images_vanish_is_named(preset: Path, images: Path, tmp_path: Path) -> None:
     """It ends with its own error, and the other one with its name, long before the timeout."""
-    record_property("fault", "a rank whose images vanish")
     copy = tmp_path / "copy"
     shutil.copytree(images, copy, symlinks=True)
     words = ["trainer.timeout=600", "trainer.epochs=1000", "trainer.checkpoint_epochs=1000"]
@@ -251,15 +249,44 @@ def test_a_rank_whose_images_vanish_is_named(
     assert "Traceback" in run.log()
 
 
+def fill_the_disk(rank: int) -> None:
+    """No file of rank 0 takes more than 64 KiB from the fifth step on, as on a disk that is full."""
+    from dali_pipelines.loader import MontageLoader
+
+    load = MontageLoader.__next__
+
+    def fill(loader: MontageLoader) -> Any:
+        if rank == 0 and loader.position == 4:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, resource.RLIM_INFINITY))
+        return load(loader)
+
+    MontageLoader.__next__ = fill  # type: ignore[method-assign]
+
+
+@pytest.mark.soak
+@pytest.mark.fault("a disk that is full at a save of rank 0, then has room again")
+def test_a_full_disk_ends_all_with_the_checkpoint_before(
+    preset: Path, tmp_path: Path, undisturbed: dict[str, Any]
+) -> None:
+    with Run(preset, tmp_path, plant=fill_the_disk) as run:
+        assert run.ends() == [2, 3]
+    said = re.search(r"rank 0 failed at step 5: .*step_0000000([46])\.pt: cannot save .*File too large", run.log())
+    assert said  # the save of step 4 may be under way when the disk fills
+    assert run.saved() == int(said[1]) - 2
+    with Run(preset, tmp_path) as run:
+        assert run.ends() == [0, 0]
+    check_same_end(run.folder, undisturbed)
+
+
 # ---------------------------------------------------------------------------------------------------- long ones
 
 
+@pytest.mark.fault("SIGKILL of one rank or both at random moments, then the same command again")
 @pytest.mark.soak
 def test_thirty_random_kills(
     preset: Path, tmp_path: Path, undisturbed: dict[str, Any], record_property: Record
 ) -> None:
     """Of one rank or of both, at any moment: no step beyond the last checkpoint is lost, and the end is the same."""
-    record_property("fault", "SIGKILL of one rank or both at random moments, then the same command again")
     chance = random.Random(0)
     interval = STEPS_PER_EPOCH // 2
     for trial in range(TRIALS):
@@ -279,6 +306,7 @@ def test_thirty_random_kills(
     record_property("survived", f"{TRIALS} of {TRIALS}")
 
 
+@pytest.mark.fault("SIGKILL of one rank under torchrun --nnodes={machines} --max-restarts=4")
 @pytest.mark.soak
 @pytest.mark.parametrize("machines", [1, 2])
 def test_torchrun_restarts_all_from_the_last_checkpoint(
@@ -288,7 +316,6 @@ def test_torchrun_restarts_all_from_the_last_checkpoint(
 
     A torchrun counts the failures of its own processes, not those of the other's.
     """
-    record_property("fault", f"SIGKILL of one rank under torchrun --nnodes={machines} --max-restarts=4")
 
     def torchrun(name: str) -> list[subprocess.Popen[bytes]]:
         command = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={machines}", "--max-restarts=4"]
@@ -326,10 +353,10 @@ def children(parent: int) -> list[int]:
     return found
 
 
+@pytest.mark.fault("saving the demo every epoch: largest share of the time for which training stands still")
 @pytest.mark.soak
 def test_saving_takes_less_than_a_fiftieth_of_the_time_between_saves(tmp_path: Path, record_property: Record) -> None:
     """The demo's network, saved five times as often as there."""
-    record_property("fault", "saving the demo every epoch: largest share of the time for which training stands still")
     words = [f"output={tmp_path}", "trainer.epochs=4", "trainer.checkpoint_epochs=1", "trainer.log_every=7"]
     Trainer(config.load(ROOT / "configs" / "pretrain" / "mcl_r18_fpn_demo.yaml", words)).fit()
     records = read(tmp_path / "demo" / "metrics.jsonl")

@@ -91,6 +91,7 @@ def test_sbatch_is_a_script() -> None:
     assert {"nodes", "ntasks-per-node", "gpus-per-node", "signal", "requeue", "open-mode", "output"} <= set(options)
 
 
+@pytest.mark.fault("a SLURM job before its time is up")
 def test_before_its_time_is_up_a_job_saves_and_goes_back_to_the_queue(tmp_path: Path, photos: Path) -> None:
     job = Job(tmp_path, photos)
     printed = stop(job, after=2)
@@ -102,6 +103,7 @@ def test_before_its_time_is_up_a_job_saves_and_goes_back_to_the_queue(tmp_path: 
     assert requeue == f"scontrol requeue {os.getpid()}"
 
 
+@pytest.mark.fault("a SLURM job stopped twice, and one that fails")
 @pytest.mark.soak
 def test_queued_again_it_goes_on_where_it_stopped(tmp_path: Path, photos: Path) -> None:
     """As often as it is stopped; one that fails is not queued again."""

@@ -62,23 +62,28 @@ def last(cfg: Config) -> dict[str, Any]:
     return checkpoint.load(cfg.run_folder / "checkpoints" / "last.pt")
 
 
-def test_fewer_processes_take_over(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [f"data.root={photos / 'val'}", f"output={tmp_path}", f"data.index={tmp_path / 'index'}"]
-    ranks = in_ranks(2, train_both, words, 1)
-    whole = {
-        step: [first | second for first, second in zip(views, ranks[1][0][step], strict=True)]
-        for step, views in ranks[0][0].items()
+def united(ranks: list[dict[int, list[set[Tile]]]]) -> dict[int, list[set[Tile]]]:
+    """What every step showed on all processes, by view."""
+    return {
+        step: [set[Tile]().union(*shown) for shown in zip(*(rank[step] for rank in ranks), strict=True)]
+        for step in ranks[0]
     }
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), pytest.param(2, 4, marks=pytest.mark.soak)])
+def test_another_number_of_processes_takes_over(photos: Path, tmp_path: Path, before: int, after: int) -> None:
+    words = [f"data.root={photos / 'val'}", f"output={tmp_path}", f"data.index={tmp_path / 'index'}"]
+    whole = united([undisturbed for undisturbed, _ in in_ranks(before, train_both, words, 1)])
     assert sorted(whole) == list(range(8))
     cfg = config.override(config.from_dict(PRESET), [*words, "name=stopped"])
     stopped = last(cfg)["step"]
     assert 2 <= stopped < 6
 
-    shown = train([*words, "name=stopped"])
+    shown = united(in_ranks(after, train, [*words, "name=stopped"]))
     assert sorted(shown) == list(range(stopped, 8))
     assert all(shown[step] == whole[step] for step in shown)
-    assert "resuming, but not bit for bit: " in (said := capsys.readouterr().out)
-    assert "world_size was 2, is 1" in said
+    assert "resuming, but not bit for bit: " in (said := (cfg.run_folder / "train.log").read_text())
+    assert f"world_size was {before}, is {after}" in said
     a, b = last(cfg), last(config.override(cfg, ["name=whole"]))
     assert (a["step"], a["loader"]) == (b["step"], b["loader"])
     # Neighbours in the montages differ, and so do the weights, a little.
