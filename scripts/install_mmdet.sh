@@ -8,7 +8,7 @@
 # on two cores. The wheel is kept in $XDG_CACHE_HOME/mcl/mmcv (~/.cache) for the next environment with that torch.
 #
 # environment: CXX (g++), MAX_JOBS (as cores and memory allow), FORCE_CUDA=1 to compile mmcv's CUDA operators where no
-# GPU is seen (where one is, they are compiled anyway), TORCH_CUDA_ARCH_LIST for which GPUs.
+# GPU is seen (where one is, they are compiled anyway), TORCH_CUDA_ARCH_LIST for which GPUs (those seen), CUDA_HOME.
 set -euo pipefail
 
 MMCV=2.1.0
@@ -35,12 +35,23 @@ if torch.cuda.is_available() or os.environ.get("FORCE_CUDA") == "1":
 print(f"torch{torch.__version__}-cp{sys.version_info.major}{sys.version_info.minor}-{device}")
 END
 ) || fail "$python has no torch; run make setup first"
+[[ $key != *-cuda ]] || fail "FORCE_CUDA=1, and no GPU is seen: say for which GPUs mmcv's operators are compiled," \
+  "e.g. TORCH_CUDA_ARCH_LIST='8.0;9.0' for A100 and H100."
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/mcl/mmcv/$key
 
 # A compiler of C++20 by the name of $1, for which others take $2; with the arguments $3 beside.
 compiler() {
   printf '#!/usr/bin/env bash\nexec %s "${@/#-std=c++17/-std=c++20}" %s\n' "$2" "$3" >"$work/$1"
   chmod +x "$work/$1"
+}
+
+# Where torch looks for it, too.
+find_nvcc() {
+  local candidate
+  for candidate in ${CUDA_HOME:+"$CUDA_HOME/bin/nvcc"} "$(command -v nvcc)" /usr/local/cuda/bin/nvcc; do
+    [ -x "$candidate" ] && echo "$candidate" && return
+  done
+  return 1
 }
 
 jobs() {
@@ -53,11 +64,16 @@ jobs() {
 build() {
   local log=$cache/build.log
   command -v ${CXX:-g++} >/dev/null || fail "no C++ compiler (${CXX:-g++}); install one: apt install g++"
+  local cuda=""
+  if [[ $key == *-cuda* ]] && ! cuda=$(find_nvcc); then
+    fail "mmcv's operators for the GPU need the CUDA compiler, nvcc, which is not in CUDA_HOME, PATH or /usr/local/cuda." \
+      "Install the toolkit of torch's CUDA version, or do without: CUDA_VISIBLE_DEVICES= make mmdet builds for CPUs."
+  fi
   mkdir -p "$cache"
   work=$(mktemp -d "$cache/.building.XXXXXX")
   trap 'rm -rf "$work"' EXIT
   compiler cxx "${CXX:-g++}" -g0  # what Python was built with may have -g, which more than doubles the time
-  compiler nvcc "${CUDA_HOME:+$CUDA_HOME/bin/}nvcc" ""
+  [ -z "$cuda" ] || compiler nvcc "$cuda" ""
   echo "building mmcv $MMCV for $key: up to 8 minutes on two cores; what the compiler says is in $log"
   # pip's own cache would offer a wheel that was built for another torch.
   if ! CXX=$work/cxx PYTORCH_NVCC=$work/nvcc MMCV_WITH_OPS=1 MAX_JOBS=${MAX_JOBS:-$(jobs)} \

@@ -1,5 +1,6 @@
 """COCO-format folders: where things lie in them, and whether they can be trained on."""
 
+import hashlib
 import json
 import math
 import os
@@ -58,6 +59,14 @@ class Folder:
     layout: Layout
     classes: tuple[str, ...]
     """Names of the categories to detect, in the order of the annotations, which is that of the labels."""
+
+    def digest(self) -> str:
+        """Of both annotation files: the same for a copy of the folder elsewhere."""
+        whole = hashlib.sha256()
+        for split in (self.layout.train, self.layout.val):
+            with open(self.root / split.annotations, "rb") as file:
+                whole.update(hashlib.file_digest(file, "sha256").digest())
+        return whole.hexdigest()
 
 
 def open_folder(root: str, wanted: Sequence[str] = (), masks: bool = False, lvis: bool = False) -> Folder:

@@ -11,6 +11,7 @@ from mmengine.config import Config
 
 from mcl.checkpoint import CheckpointError, reason
 from mcl.config import ConfigError
+from mcl.finetune.data import Folder
 from mcl.finetune.hooks import Identity
 from mcl.finetune.settings import innermost
 from mcl.metrics import log
@@ -19,17 +20,21 @@ _DECISIVE = ("model", "weights", "pretrained", "global_batch", "optim_wrapper", 
 """Sections that decide what a run computes, beside its data."""
 
 
-def _decisive(config: Config) -> dict[str, str]:
+def _decisive(config: Config, folder: Folder) -> dict[str, str]:
     """What decides the course of a run, as JSON by section."""
     sections = config.to_dict()
     values = {key: sections[key] for key in _DECISIVE}
     values["data.classes"] = sections["data"]["classes"]
+    values["data.root"] = folder.digest()
     values["pipeline"] = innermost(sections["train_dataloader"])["pipeline"]
     return {key: json.dumps(value, sort_keys=True) for key, value in values.items()}
 
 
-def prepare(config: Config) -> Identity:
+def prepare(config: Config, folder: Folder) -> Identity:
     """Lets MMEngine continue from the newest checkpoint in the run folder that can be read, if there is one.
+
+    Args:
+        folder: the data, which may have moved.
 
     Returns:
         The hook by which the checkpoints to come tell what run they are of.
@@ -38,7 +43,7 @@ def prepare(config: Config) -> Identity:
         CheckpointError: there are checkpoints, and none can be read.
         ConfigError: the folder holds a run that was not to be continued, or another one.
     """
-    sections = _decisive(config)
+    sections = _decisive(config, folder)
     files = _checkpoints(Path(config.work_dir))
     if not files:
         config.resume = False

@@ -22,8 +22,9 @@ def finetune(config: Config) -> str:
         keep_freed_memory()
     masks = "segm" in config.val_evaluator.metric
     lvis = config.val_dataloader.dataset.type == "LVISFolder"
-    use(config, open_folder(config.data.root, config.data.classes, masks=masks, lvis=lvis))
-    own: list[Hook] = [resume.prepare(config)]
+    folder = open_folder(config.data.root, config.data.classes, masks=masks, lvis=lvis)
+    use(config, folder)
+    own: list[Hook] = [resume.prepare(config, folder)]
     if config.weights and not config.resume:
         own.append(weights.load(Path(config.weights), config.model, **config.pretrained))
     with Signals() as signals:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -166,7 +167,7 @@ def test_run_that_was_cut_before_its_evaluation_is_evaluated(
     assert (whole[0] / f"iter_{STEPS}.pth").stat().st_mtime_ns == before
 
 
-def test_other_runs_are_not_continued(folder: Path, checkpoint: Path, whole: tuple[Path, str]) -> None:
+def test_other_runs_are_not_continued(folder: Path, checkpoint: Path, whole: tuple[Path, str], tmp_path: Path) -> None:
     arguments = words(folder, whole[0].parent, "whole", f"weights={checkpoint}")
     with pytest.raises(ConfigError, match=r"whole: the run in this folder had another optim_wrapper; .*name="):
         finetune(MINI, [*arguments, "optim_wrapper.optimizer.lr=0.5"])
@@ -176,6 +177,13 @@ def test_other_runs_are_not_continued(folder: Path, checkpoint: Path, whole: tup
         finetune(MINI, [*arguments, r"pretrained.names=['backbone\.']"])
     with pytest.raises(ConfigError, match=r"resume: .*whole holds a run already"):
         finetune(MINI, [*arguments, "resume=false"])
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    assert finetune(MINI, [*arguments, f"data.root={moved}"]) == whole[1]
+    annotations = json.loads((moved / "instances_train.json").read_text())
+    annotations["annotations"].pop()
+    (moved / "instances_train.json").write_text(json.dumps(annotations))
+    with pytest.raises(ConfigError, match=r"whole: the run in this folder had another data\.root; .*name="):
+        finetune(MINI, [*arguments, f"data.root={moved}"])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,36 @@
+"""What ``make mmdet`` says where it cannot go on."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.conftest import ROOT
+
+
+def install(python: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    command = ["bash", str(ROOT / "scripts" / "install_mmdet.sh"), python]
+    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
+
+
+def test_gpus_that_are_elsewhere_must_be_named(tmp_path: Path) -> None:
+    hidden = {
+        "CUDA_VISIBLE_DEVICES": "",
+        "FORCE_CUDA": "1",
+        "TORCH_CUDA_ARCH_LIST": "",
+        "XDG_CACHE_HOME": str(tmp_path),
+    }
+    done = install(sys.executable, **hidden)
+    assert done.returncode == 1
+    assert "FORCE_CUDA=1, and no GPU is seen" in done.stderr
+    assert "TORCH_CUDA_ARCH_LIST='8.0;9.0'" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_python_without_torch(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    python.chmod(0o755)
+    done = install(str(python), PYTHONPATH="")
+    assert done.returncode == 1
+    assert f"{python} has no torch; run make setup first" in done.stderr
