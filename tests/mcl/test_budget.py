@@ -81,6 +81,14 @@ def test_presets_keep_their_budgets() -> None:
     }
 
 
+def test_the_readme_says_what_the_presets_cost() -> None:
+    rows = re.findall(r"^\| `(mcl_\w+)` \| ([\d.]+) \| ([\d.]+) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert {name for name, *_ in rows} == {path.stem for path in PRESETS.glob("*_100e_*.yaml")}
+    for name, flops, ratio in rows:
+        result = budget(preset(name, "trainer.precision=fp32"))
+        assert (flops, ratio) == (f"{result['gflop_per_image']:.1f}", f"{result['ratio_to_supervised']:.2f}"), name
+
+
 @pytest.mark.parametrize(
     ("compute", "precision", "convolution"),
     [
