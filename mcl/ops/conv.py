@@ -20,8 +20,9 @@ def conv2d_small(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor
     512 channels and 2x2 cells it takes four times as long on one core.
 
     Args:
-        x: (n, c, h, w) float32 or float64, on a CPU.
-        weight: (d, c, k, k).
+        x: (n, c, h, w) float32, float64 or bfloat16, on a CPU. What adds up is rounded to that type after each row of
+            taps.
+        weight: (d, c, k, k), of the same type or a wider one, from which it is rounded. Autograd keeps it as it is.
 
     Returns:
         (n, d, h', w'), channels_last.
@@ -59,7 +60,7 @@ class _SmallConv2d(torch.autograd.Function):
         weight = weight.contiguous(memory_format=torch.channels_last)
         ctx.save_for_backward(x, weight)
         height, width, ctx.terms = _terms(*x.shape[2:], weight.shape[2], stride, padding)
-        cells, taps = _cells(x), _taps(weight)
+        cells, taps = _cells(x), _taps(weight.to(x.dtype))
         y = x.new_zeros(len(x), height * width, len(weight))
         for out, window, row, columns in ctx.terms:
             y[:, out].addmm_(_row(cells[:, window]), _row(taps[:, row, columns]).t())
@@ -69,16 +70,17 @@ class _SmallConv2d(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
-        cells, taps, of_y = _cells(x), _taps(weight), _cells(grad.contiguous(memory_format=torch.channels_last))
+        cells, taps = _cells(x), _taps(weight.to(x.dtype))
+        of_y = _cells(grad.contiguous(memory_format=torch.channels_last))
         of_x = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
-        of_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        of_weight = torch.zeros_like(weight, dtype=x.dtype) if ctx.needs_input_grad[1] else None
         for out, window, row, columns in ctx.terms:
             g = of_y[:, out]
             if of_x is not None:
                 _row(_cells(of_x)[:, window]).addmm_(g, _row(taps[:, row, columns]))
             if of_weight is not None:
                 _row(_taps(of_weight)[:, row, columns]).addmm_(g.t(), _row(cells[:, window]))
-        return of_x, of_weight, None, None
+        return of_x, None if of_weight is None else of_weight.to(weight.dtype), None, None
 
 
 def _cells(maps: Tensor) -> Tensor:

@@ -95,6 +95,7 @@ def test_the_readme_says_what_the_presets_cost() -> None:
         ("matched", "fp32", nn.Conv2d),
         ("matched", "fp32", conv.Conv2d),
         pytest.param("matched", "bf16", nn.Conv2d, marks=pytest.mark.soak),
+        pytest.param("matched", "bf16", conv.Conv2d, marks=pytest.mark.soak),
         pytest.param("released", "fp64", nn.Conv2d, marks=pytest.mark.soak),
     ],
 )
@@ -103,7 +104,7 @@ def test_the_count_is_what_a_real_step_computes_and_saves(
 ) -> None:
     """FLOPs by PyTorch's own counter and bytes by hooks, of a step on the CPU; backward in fp32, where it is fast.
 
-    Our convolution to few cells computes less, and keeps the same.
+    Our convolution to few cells computes less, and keeps the same; in bf16, no rounded weights.
     """
     dtype = torch.float64 if precision == "fp64" else torch.float32
     model = dataclasses.replace(TWO_LEVELS, compute=compute)
@@ -138,7 +139,11 @@ def test_the_count_is_what_a_real_step_computes_and_saves(
         assert flops > counter.get_total_flops()
     # In bf16, a fake BatchNorm keeps its two statistics in 2 bytes each, a real one in 4.
     missing = 2 * 2 * sum(normalised) if precision == "bf16" else 0
-    assert sum(counted.saved.values()) + missing == sum(t.untyped_storage().nbytes() for t in saved.values())
+    kept = sum(t.untyped_storage().nbytes() for t in saved.values())
+    if convolution is conv.Conv2d and precision == "bf16":
+        assert sum(counted.saved.values()) + missing >= kept
+    else:
+        assert sum(counted.saved.values()) + missing == kept
 
 
 def test_parts_own_what_is_theirs() -> None:

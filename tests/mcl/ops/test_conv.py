@@ -72,10 +72,41 @@ def test_module_chooses_by_the_cells_of_its_output(side: int, small: bool) -> No
     torch.testing.assert_close(y, F.conv2d(x, layer.weight, None, 1, 1))
 
 
-def test_module_leaves_autocast_and_other_devices_to_pytorch() -> None:
+@pytest.mark.parametrize("shape", [(16, 64, 2, 2, 32, 3, 1, 1), (16, 64, 4, 4, 32, 3, 2, 1)], ids=str)
+def test_bf16_is_as_close_to_the_truth_as_pytorchs(shape: tuple[int, ...]) -> None:
+    *sizes, stride, padding = shape
+    exact = tensors(*sizes, layout=torch.channels_last)  # type: ignore[arg-type]
+    rounded = [t.detach().bfloat16().requires_grad_() for t in exact]
+    exact = tuple(t.detach().double().requires_grad_() for t in rounded)
+    results = []
+    for inputs, convolve in ((exact, F.conv2d), (rounded, F.conv2d), (rounded, conv2d_small)):
+        arguments = (None, stride, padding) if convolve is F.conv2d else (stride, padding)
+        y = convolve(*inputs, *arguments)
+        grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(y.dtype)
+        results.append([t.double() for t in (y, *torch.autograd.grad(y, inputs, grad))])
+    for truth, theirs, ours in zip(*results, strict=True):
+        assert (ours - truth).norm() <= 2 * (theirs - truth).norm()
+        assert (ours - truth).norm() <= 2**-8 * truth.norm()
+
+
+@pytest.mark.parametrize("has_instructions", [False, True])
+def test_autocast_is_followed(monkeypatch: pytest.MonkeyPatch, has_instructions: bool) -> None:
+    """In bf16, by PyTorch where the CPU has no instructions for it; weights' gradients are fp32."""
+    monkeypatch.setattr(conv, "_multiplies", lambda dtype: has_instructions and dtype == torch.bfloat16)
     layer, x = model()[0], torch.randn(2, 3, 2, 2)
     with torch.autocast("cpu", torch.bfloat16):
-        assert layer(x).dtype == torch.bfloat16
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    assert (type(y.grad_fn).__name__ == "_SmallConv2dBackward") == has_instructions
+    y.sum().backward()
+    assert layer.weight.grad is not None
+    assert layer.weight.grad.dtype == torch.float32
+    with torch.autocast("cpu", torch.float16):
+        assert "SmallConv2d" not in str(layer(x).grad_fn)
+
+
+def test_module_leaves_other_devices_to_pytorch() -> None:
+    layer, x = model()[0], torch.randn(2, 3, 2, 2)
     assert "SmallConv2d" not in str(layer.to("meta")(x.to("meta")).grad_fn)
 
 
