@@ -41,7 +41,8 @@ def machine(report: dict[str, dict[str, str]]) -> str:
     where, config = report["environment"], report["config"]
     device = where["gpu"] or f"{where['cpu']}, {where['cores']} cores, {where['capability']}"
     rounds = f"; medians of {config['repeat']} rounds" if "repeat" in config else ""  # type: ignore[index]
-    return f"{device}; torch {where['versions']['torch']}; {where['date']}{rounds}."  # type: ignore[index]
+    others = f" On another machine or by other versions: {', '.join(config['others'])}." if config.get("others") else ""
+    return f"{device}; torch {where['versions']['torch']}; {where['date']}{rounds}.{others}"  # type: ignore[index]
 
 
 if __name__ == "__main__":

@@ -184,7 +184,11 @@ def _import(options: argparse.Namespace) -> None:
 def _finetune(options: argparse.Namespace) -> None:
     from mcl.finetune import finetune
 
-    print(finetune(options.config, options.overrides), end="")
+    table = finetune(options.config, options.overrides)
+    from mmengine.dist import is_main_process  # finetune has said so if it is not there
+
+    if is_main_process():
+        print(table, end="")
 
 
 def _preview(options: argparse.Namespace) -> None:

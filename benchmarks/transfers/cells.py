@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.common import Result, environment
 from benchmarks.transfers import cost, methods, tasks
 from benchmarks.transfers.methods import METHODS, Cell
-from benchmarks.transfers.protocol import ROOT, Protocol, Work, write
+from benchmarks.transfers.protocol import ROOT, Protocol, ProtocolError, Work, write
 from benchmarks.transfers.tasks import Task
 from benchmarks.transfers.train import LOSSES
 from mcl import metrics
@@ -22,12 +22,15 @@ def read(folder: Path, protocol: Protocol) -> dict[Cell, Result]:
     """The results in a folder.
 
     Raises:
-        ProtocolError: one is of another protocol.
+        ProtocolError: one is of another protocol, or of other configuration files.
     """
     results = {}
     for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text())
         protocol.check(result["protocol"], path)
+        for name, digest in protocol.configurations().items():
+            if result["configurations"].get(name) != digest:
+                raise ProtocolError(f"{path}: made with another {name} than there is now; move it away")
         results[Cell(result["method"], result["seed"])] = result
     return results
 
@@ -70,6 +73,7 @@ def collect(cell: Cell, work: Work, jobs: int) -> Result:
         "method": cell.method,
         "seed": cell.seed,
         "protocol": work.protocol.plain(),
+        "configurations": work.protocol.configurations(),
         **{of: {name: record[of][name] for name in _MEASURES} for of in ("box", "mask")},
         "losses": {
             "pretraining": _pretraining_loss(folder / "pretrain" / pretraining) if pretraining else None,

@@ -1,6 +1,8 @@
 """What decides the results, in one place."""
 
 import dataclasses
+import functools
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -19,6 +21,13 @@ PLACES = (
     *("temple_or_church", "tower", "waterside"),
 )
 """Classes with photographs that are backgrounds of the detection set."""
+
+
+_OF_DETECTOR = (
+    *("model", "optim_wrapper", "param_scheduler", "train_cfg", "global_batch", "auto_scale_lr", "custom_hooks"),
+    *("train_dataloader", "val_dataloader"),
+)
+"""Sections of a detector's configuration that decide a result."""
 
 
 class ProtocolError(ValueError):
@@ -106,6 +115,10 @@ class Protocol:
         values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
         return values
 
+    def configurations(self) -> dict[str, str]:
+        """Digests of what the files `preset` and `detector` come to, with the words, as far as it decides a result."""
+        return _configurations(self)
+
     def check(self, other: Mapping[str, Any], file: Path) -> None:
         """Refuses what was made by another protocol.
 
@@ -120,6 +133,22 @@ class Protocol:
                 f"{file}: of another protocol: {key} is {other.get(key)!r} there and {own.get(key)!r} now "
                 f"({len(differing)} entries differ); move it away, or give another folder"
             )
+
+
+@functools.cache
+def _configurations(protocol: Protocol) -> dict[str, str]:
+    from mcl.finetune import settings  # needs MMEngine, which a table of results does not
+
+    preset = config.to_dict(config.load(ROOT / protocol.preset, protocol.pretraining))
+    detector = settings.load(ROOT / protocol.detector, protocol.finetuning).to_dict()
+    return {
+        protocol.preset: _digest({key: preset[key] for key in ("montage", "augment", "model", "optim")}),
+        protocol.detector: _digest({key: detector[key] for key in _OF_DETECTOR}),
+    }
+
+
+def _digest(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
 class Work:

@@ -9,6 +9,10 @@ T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """97.5% quantiles of Student's t distribution with 1 to 9 degrees of freedom; beyond, the last one, which is wider."""
 
 
+RESOLUTION = 0.1
+"""Percent, to which an AP is rounded: no interval is narrower than this to either side."""
+
+
 @dataclass(frozen=True)
 class Difference:
     """Of one method to another, by seed."""
@@ -44,5 +48,5 @@ def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference
     mean, spread, n = statistics.fmean(differences), deviation(differences), len(seeds)
     if spread is None:
         return Difference(seeds, mean, None)
-    half = T[min(n - 1, len(T)) - 1] * spread / math.sqrt(n)
+    half = max(T[min(n - 1, len(T)) - 1] * spread / math.sqrt(n), RESOLUTION)
     return Difference(seeds, mean, (mean - half, mean + half))

@@ -1,6 +1,11 @@
-# The paper's detector: a box head of 4 convolutions, which are pre-trained, too, and one fully connected layer.
+# The paper's detector: a box head of 4 convolutions, which are pre-trained, too, and one fully connected layer. Its
+# convolutions and those of the mask head have SyncBN.
 _base_ = "_base_/mask_rcnn_r50_fpn.py"
 pretrained = dict(names=[r"backbone\.", r"neck\.", r"roi_head\.bbox_head\.shared_convs\."])
+norm_cfg = dict(type="SyncBN", requires_grad=True)
 model = dict(
-    roi_head=dict(bbox_head=dict(type="Shared4Conv1FCBBoxHead", norm_cfg=dict(type="SyncBN", requires_grad=True)))
+    roi_head=dict(
+        bbox_head=dict(type="Shared4Conv1FCBBoxHead", norm_cfg=norm_cfg),
+        mask_head=dict(norm_cfg=norm_cfg),
+    )
 )

@@ -1,4 +1,4 @@
-# RetinaNet: its FPN starts at C3, so P2 stays behind, and so does the box head.
+# RetinaNet: its FPN starts at C3, so P2 stays behind, and so does the box head. P6 and P7 are detectron2's.
 _base_ = [
     "mmdet::_base_/models/retinanet_r50_fpn.py",
     "_base_/runtime.py",
@@ -9,6 +9,6 @@ pretrained = dict(target="mmdet-retinanet", names=[r"backbone\.", r"neck\.(later
 norm_cfg = dict(type="SyncBN", requires_grad=True)
 model = dict(
     backbone=dict(frozen_stages=-1, norm_cfg=norm_cfg, norm_eval=False, init_cfg=None),
-    neck=dict(norm_cfg=norm_cfg),
+    neck=dict(type="RetinaFPN", norm_cfg=norm_cfg, relu_before_extra_convs=True),
 )
 optim_wrapper = dict(optimizer=dict(lr=0.01))

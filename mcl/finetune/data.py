@@ -101,8 +101,8 @@ def open_folder(root: str, wanted: Sequence[str] = (), masks: bool = False, lvis
     classes = tuple(name for name in train if name in wanted or not wanted)
     if not used.intersection(classes):
         raise SourceError(
-            f"{folder / layout.train.annotations}: nothing to train on: no object of {_some(classes)} in an image of "
-            f"at least {MIN_SIDE} x {MIN_SIDE} pixels; set data.classes, or data.root, to others"
+            f"{folder / layout.train.annotations}: nothing to train on: no object of {_some(classes)} with an area, "
+            f"in an image of at least {MIN_SIDE} x {MIN_SIDE} pixels; set data.classes, or data.root, to others"
         )
     return Folder(folder, layout, classes)
 
@@ -126,7 +126,8 @@ def _read(folder: Path, split: Split, masks: bool) -> tuple[list[str], set[str]]
     """Checks an annotation file and its images.
 
     Returns:
-        Names of the categories, and of those that have an object in an image that is not too small.
+        Names of the categories, and of those that MMDetection trains on: that have an object with an area in an image
+        that is not too small.
     """
     path = folder / split.annotations
     images, annotations, categories = _sections(path)
@@ -138,31 +139,35 @@ def _read(folder: Path, split: Split, masks: bool) -> tuple[list[str], set[str]]
     for kind, ids in (("images", list(sizes)), ("annotations", {a["id"] for a in annotations})):
         if len(ids) < len(images if kind == "images" else annotations):
             raise SourceError(f"{path}: two {kind} have the same id; make them unique")
-    empty = 0
+    objects = []
     for annotation in annotations:
         where = f"{path}: annotation {annotation['id']}"
         if annotation["image_id"] not in sizes:
             raise SourceError(f"{where} is of image {annotation['image_id']}, which is not in the file")
         if annotation["category_id"] not in names:
             raise SourceError(f"{where} is of category {annotation['category_id']}, which is not among the categories")
-        empty += _check_box(where, annotation["bbox"], sizes[annotation["image_id"]])
-        if masks and not annotation.get("segmentation"):
-            raise SourceError(f"{where} has no segmentation; add masks, or train a detector of boxes alone")
-    if empty:
-        log.warning("%s: %d boxes without any area are left out", path, empty)
+        _check_box(where, annotation["bbox"], sizes[annotation["image_id"]])
+        if masks:
+            _check_mask(where, annotation.get("segmentation"))
+        if annotation["area"] > 0 and min(annotation["bbox"][2:]) >= 1:
+            objects.append(annotation)
+    if len(objects) < len(annotations):
+        left = len(annotations) - len(objects)
+        log.warning("%s: %d objects of area 0, or with a side below a pixel, are left out", path, left)
     used = {annotation["category_id"] for annotation in annotations}
     unused = [name for key, name in names.items() if key not in used]
     if unused:
         log.warning("%s: no object of %d categories%s", path, len(unused), _example(unused))
     _check_images(folder / split.images, [file_name(image) for image in images], path)
-    objects = {a["category_id"] for a in annotations if min(sizes[a["image_id"]]) >= MIN_SIDE}
-    return list(names.values()), {names[key] for key in objects}
+    trained = {a["category_id"] for a in objects if min(sizes[a["image_id"]]) >= MIN_SIDE}
+    return list(names.values()), {names[key] for key in trained}
 
 
-_FIELDS = {
-    "images": ("id", "width", "height"),
-    "annotations": ("id", "image_id", "category_id", "bbox", "area"),
-    "categories": ("id", "name"),
+_ID, _NUMBER = (int, str), (int, float)
+_FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
+    "images": {"id": _ID, "width": _NUMBER, "height": _NUMBER},
+    "annotations": {"id": _ID, "image_id": _ID, "category_id": _ID, "bbox": (list,), "area": _NUMBER},
+    "categories": {"id": _ID, "name": (str,)},
 }
 
 
@@ -180,23 +185,41 @@ def _sections(path: Path) -> list[list[dict[str, Any]]]:
         if not isinstance(section, list) or not section:
             raise SourceError(f"{path}: has no {name}; it must have COCO's images, annotations and categories")
         for number, entry in enumerate(section):
-            missing = [field for field in required if not isinstance(entry, dict) or field not in entry]
-            if missing:
-                raise SourceError(f"{path}: {name}[{number}] has no {missing[0]}")
+            for field, kinds in required.items():
+                if not isinstance(entry, dict) or field not in entry:
+                    raise SourceError(f"{path}: {name}[{number}] has no {field}")
+                if not isinstance(entry[field], kinds):
+                    wanted = " or ".join(kind.__name__ for kind in kinds)
+                    raise SourceError(f"{path}: {name}[{number}] has the {field} {entry[field]!r}; it must be {wanted}")
             if name == "images" and not ("file_name" in entry or "coco_url" in entry):
                 raise SourceError(f"{path}: images[{number}] has no file_name")
     return [content[name] for name in _FIELDS]
 
 
-def _check_box(where: str, box: Any, size: tuple[int, int]) -> bool:
-    """Whether a box has no area, as a few of COCO's have; any other box must be one, and be in the image."""
-    numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(v, int | float) for v in box)
+def _check_box(where: str, box: list[Any], size: tuple[int, int]) -> None:
+    """A box must be one, and be in the image."""
+    numbers = len(box) == 4 and all(isinstance(v, int | float) for v in box)
     if not numbers or not all(map(math.isfinite, box)) or min(box[2:]) < 0:
         raise SourceError(f"{where} has the box {box}; it must be [x, y, width, height] in pixels")
     x, y, width, height = box
     if x >= size[0] or y >= size[1] or x + width < 0 or y + height < 0:
         raise SourceError(f"{where} has the box {box}, outside of its image of {size[0]} x {size[1]} pixels")
-    return not width or not height
+
+
+def _check_mask(where: str, mask: Any) -> None:
+    """A mask must be one that pycocotools reads, which looks at the first polygon alone."""
+    if not mask:
+        raise SourceError(f"{where} has no segmentation; add masks, or train a detector of boxes alone")
+    if isinstance(mask, dict):
+        valid = {"counts", "size"} <= mask.keys()
+    else:
+        first = mask[0] if isinstance(mask, list) else None
+        valid = isinstance(first, list) and len(first) >= 6 and len(first) % 2 == 0
+    if not valid:
+        raise SourceError(
+            f"{where} has a segmentation that is neither polygons of three points or more, [[x, y, x, y, ...], ...], "
+            "nor a run-length encoding"
+        )
 
 
 def file_name(image: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,15 @@ class LoadWeights(Hook):
         self.weights = weights
 
     def before_train(self, runner: Any) -> None:
-        _detector(runner).load_state_dict(self.weights, strict=False)
+        detector = _detector(runner)
+        detector.load_state_dict(self.weights, strict=False)
+        parts = Counter(name.partition(".")[0] for name in self.weights)
+        runner.logger.info(
+            "pre-trained: %d of the detector's %d tensors (%s)",
+            len(self.weights),
+            len(detector.state_dict()),
+            ", ".join(f"{part} {count}" for part, count in parts.items()),
+        )
 
 
 @HOOKS.register_module()

@@ -1,8 +1,9 @@
-"""A module that the authors' detectors have and MMDetection has not."""
+"""Modules that the authors' detectors have and MMDetection has not."""
 
 from typing import Any
 
-from mmcv.cnn import build_norm_layer
+from mmcv.cnn import ConvModule, build_norm_layer
+from mmdet.models.necks import FPN
 from mmdet.models.roi_heads.shared_heads import ResLayer
 from mmdet.registry import MODELS
 from torch import Tensor
@@ -20,3 +21,14 @@ class NormedResLayer(ResLayer):
         """(n, 1024, h, w) to (n, 2048, h / 2, w / 2)."""
         y: Tensor = self.norm(super().forward(x))
         return y
+
+
+@MODELS.register_module()
+class RetinaFPN(FPN):
+    """An FPN without normalisation in the convolutions to P6 and P7, as detectron2's ``LastLevelP6P7`` has it."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        for i in range(len(self.lateral_convs), len(self.fpn_convs)):
+            conv = self.fpn_convs[i].conv
+            self.fpn_convs[i] = ConvModule(conv.in_channels, conv.out_channels, 3, stride=2, padding=1, act_cfg=None)

@@ -114,6 +114,14 @@ def adapt(config: Config) -> None:
         if not cuda:
             raise ConfigError("amp: needs a GPU; leave it out")
         config.optim_wrapper.update(type="AmpOptimWrapper", loss_scale="dynamic")
+    steps = config.train_cfg.max_iters
+    late = [m for scheduler in config.param_scheduler for m in scheduler.get("milestones", ()) if m >= steps]
+    if late:
+        log.warning(
+            "the learning rate will not fall at %s: train_cfg.max_iters=%d; set param_scheduler.1.milestones",
+            late,
+            steps,
+        )
     if not cuda and replace(config.model, "type", "SyncBN", "BN"):
         log.warning("SyncBN is for GPUs; on this CPU it is BN, which computes the same in one process")
 

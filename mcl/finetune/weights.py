@@ -12,7 +12,9 @@ from mmengine.registry import DefaultScope
 from torch import Tensor, nn
 
 from mcl.checkpoint import CheckpointError, reason
+from mcl.config import ConfigError
 from mcl.export import export
+from mcl.export.run import TARGETS
 from mcl.finetune.hooks import LoadWeights
 
 
@@ -31,13 +33,13 @@ def load(
 
     Raises:
         CheckpointError: the file cannot be read, or a tensor is missing or of another shape.
-        ConfigError: the checkpoint cannot be exported to the target.
+        ConfigError: `names` are not of this detector, or ask for parts that the checkpoint does not have.
     """
-    weights = _read(path, target)
+    own = build(model).state_dict()
+    expected = _expected(own, names)
+    weights = _read(path, target, expected)
     for pattern, replacement in renames:
         weights = {re.sub(pattern, replacement, name): tensor for name, tensor in weights.items()}
-    own = build(model).state_dict()
-    expected = [name for name in own if any(re.match(pattern, name) for pattern in names)]
     missing = [name for name in expected if name not in weights]
     other = [name for name in expected if name in weights and weights[name].shape != own[name].shape]
     if missing or other:
@@ -49,7 +51,19 @@ def load(
     return LoadWeights({name: weights[name] for name in expected})
 
 
-def _read(path: Path, target: str) -> dict[str, Tensor]:
+def _expected(own: Mapping[str, Tensor], names: Sequence[str]) -> list[str]:
+    """The detector's tensors that are to be loaded."""
+    for pattern in names or [""]:
+        if not pattern or not any(re.match(pattern, name) for name in own):
+            begins = ", ".join(dict.fromkeys(rf"{name.partition('.')[0]}\." for name in own))
+            raise ConfigError(
+                f"pretrained.names: {pattern or 'empty'}, but no tensor of the detector begins so; they begin with "
+                f"{begins}. Leave weights out to train from scratch"
+            )
+    return [name for name in own if any(re.match(pattern, name) for pattern in names)]
+
+
+def _read(path: Path, target: str, expected: Sequence[str]) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -57,8 +71,16 @@ def _read(path: Path, target: str) -> dict[str, Tensor]:
     except Exception as error:  # half a file fails in the zip reader, the unpickler or the tensor reader
         raise CheckpointError(f"weights: {path} is incomplete or holds no weights ({reason(error)})") from error
     if isinstance(state, dict) and {"format", "config", "model"} <= state.keys():
+        twin = TARGETS[target].twin
+        assert twin is not None  # a library that mcl finetune runs can be installed
+        parts = [part for part, its in twin.parts.items() if any(re.match(its.names, name) for name in expected)]
         with tempfile.TemporaryDirectory() as folder:
-            return _read(export(path, target, output=Path(folder) / "weights.pth").path, target)
+            try:
+                exported = export(path, target, parts=parts, output=Path(folder) / "weights.pth")
+            except ConfigError as error:
+                reason_ = str(error).removeprefix("--parts: ")
+                raise ConfigError(f"pretrained.names: asks {path} for its {', '.join(parts)}: {reason_}") from None
+            return _read(exported.path, target, expected)
     weights = state.get("state_dict", state) if isinstance(state, dict) else {}
     if not weights or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
         raise CheckpointError(f"weights: {path} holds no weights; take a checkpoint of mcl or an export --to {target}")

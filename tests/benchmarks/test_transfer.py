@@ -42,6 +42,7 @@ def result(method: str, seed: int, ap50: float, protocol: Protocol = QUICK) -> R
         "method": method,
         "seed": seed,
         "protocol": protocol.plain(),
+        "configurations": protocol.configurations(),
         "box": {"AP": ap50 / 2, "AP50": ap50, "AP75": 0.0},
         "mask": {"AP": ap50 / 3, "AP50": ap50, "AP75": 0.0},
         "hours": {"pretraining": hours if pretrained else None, "finetuning": hours},
@@ -71,6 +72,17 @@ def test_paired_differences_by_hand() -> None:
     assert (difference.seeds, difference.mean) == ((0, 1, 2), 3)
     assert difference.interval == pytest.approx((0.5156, 5.4844), abs=1e-4)
     assert difference.exceeds_noise is True
+
+
+def test_what_rounding_can_make_is_noise() -> None:
+    """Differences of 0.1 each time, between values that are rounded to it."""
+    ours, theirs = {0: 5.1, 1: 5.2, 2: 5.3}, {0: 5.0, 1: 5.1, 2: 5.2}
+    difference = statistics.paired(ours, theirs)
+    assert difference is not None
+    assert difference.interval == pytest.approx((0.0, 0.2))
+    far = statistics.paired({seed: value + 0.2 for seed, value in ours.items()}, theirs)
+    assert far is not None
+    assert far.exceeds_noise is True
 
 
 def test_an_interval_with_zero_in_it_is_noise() -> None:
@@ -107,6 +119,26 @@ def test_results_of_another_protocol_are_refused(tmp_path: Path) -> None:
         cells.read(results, QUICK)
     with pytest.raises(SystemExit, match=r"random-0\.json: of another protocol"):
         transfer.main(["--quick", "--report", "--results", str(results)])
+
+
+def test_results_of_other_configurations_are_refused(tmp_path: Path) -> None:
+    kept = result("random", 0, 1.0)
+    other = {**kept["configurations"], QUICK.detector: "0123456789ab"}
+    results = keep(tmp_path / "r", {**kept, "configurations": other})
+    with pytest.raises(
+        ProtocolError, match=r"random-0\.json: made with another configs/finetune/mask_rcnn_r18_fpn_mini"
+    ):
+        cells.read(results, QUICK)
+
+
+def test_configurations_change_with_what_decides_a_result() -> None:
+    own = QUICK.configurations()
+    for changed, file in (
+        ({"pretraining": (*QUICK.pretraining, "model.temperature=0.3")}, QUICK.preset),
+        ({"finetuning": (*QUICK.finetuning, "model.rpn_head.feat_channels=32")}, QUICK.detector),
+    ):
+        other = dataclasses.replace(QUICK, **changed).configurations()  # type: ignore[arg-type]
+        assert [name for name in own if own[name] != other[name]] == [file]
 
 
 def test_work_of_another_protocol_or_other_images_is_refused(work: Work) -> None:

@@ -5,7 +5,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
+import torch.nn.functional as F
+from mmdet.registry import MODELS
 from mmengine.config import Config
+from mmengine.registry import DefaultScope
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -97,13 +101,29 @@ def test_protocol(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in PROTOCOLS if name != "faster_rcnn_r50_c4_24k_voc"])
 def test_norms_of_fpn_detectors(name: str) -> None:
     detector, protocol = weights.build(read(name).model), PROTOCOLS[name]
-    with_norm = ["backbone", "neck.lateral_convs", "neck.fpn_convs"]
-    if protocol.detector == "MaskRCNN":
-        with_norm += ["roi_head.mask_head.convs"]
+    maps = 3 if protocol.detector == "RetinaNet" else 4  # without P6 and P7
+    with_norm = ["backbone", *(f"neck.{kind}.{i}." for kind in ("lateral_convs", "fpn_convs") for i in range(maps))]
     if protocol.box_head == "Shared4Conv1FCBBoxHead":
-        with_norm += ["roi_head.bbox_head.shared_convs"]
+        with_norm += ["roi_head.bbox_head.shared_convs", "roi_head.mask_head.convs"]
     _check_norms(detector, with_norm)
     assert detector.get_submodule("backbone").style == "pytorch"
+
+
+def test_p6_and_p7_of_retinanet() -> None:
+    """From C5, and from P6 behind a ReLU; with biases, as they have no norm."""
+    torch.manual_seed(0)
+    config = read("retinanet_r50_fpn_1x").model.neck
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        neck = MODELS.build({**config, "norm_cfg": {"type": "BN"}}).eval()
+    maps = [
+        torch.randn(1, channels, side, side)
+        for channels, side in zip((256, 512, 1024, 2048), (32, 16, 8, 4), strict=True)
+    ]
+    p6, p7 = (neck.get_submodule(f"fpn_convs.{i}.conv") for i in (3, 4))
+    outputs = neck(maps)
+    assert torch.equal(outputs[3], F.conv2d(maps[3], p6.weight, p6.bias, 2, 1))
+    assert torch.equal(outputs[4], F.conv2d(outputs[3].relu(), p7.weight, p7.bias, 2, 1))
+    assert outputs[3].min() < 0
 
 
 def test_norms_of_c4() -> None:

@@ -71,6 +71,16 @@ def _first(content: Any, **values: Any) -> None:
     ("edit", "message"),
     [
         (lambda c: _first(c, bbox=[5, 5, -3, 4]), r"instances_train.json: annotation 1 has the box \[5, 5, -3, 4\]"),
+        (lambda c: _first(c, bbox="box"), r"annotations\[0\] has the bbox 'box'; it must be list"),
+        (lambda c: _first(c, area=None), r"annotations\[0\] has the area None; it must be int or float"),
+        (lambda c: _first(c, segmentation=[[]]), r"annotation 1 has a segmentation that is neither polygons of three"),
+        (lambda c: _first(c, segmentation=[[1, 2, 3, 4]]), r"annotation 1 has a segmentation that is neither"),
+        (lambda c: _first(c, segmentation=[[1, 2, 3, 4, 5, 6, 7]]), r"annotation 1 has a segmentation that is neither"),
+        (lambda c: _first(c, segmentation=[1, 2, 3, 4, 5, 6]), r"annotation 1 has a segmentation that is neither"),
+        (lambda c: _first(c, segmentation={"size": [3, 3]}), r"annotation 1 has a segmentation that is neither"),
+        (lambda c: c["images"][0].update(width="128"), r"images\[0\] has the width '128'; it must be int or float"),
+        (lambda c: [a.update(area=0) for a in c["annotations"]], r"nothing to train on: no object of .* with an area"),
+        (lambda c: [a.update(bbox=[0.1, 0.1, 0.5, 0.5]) for a in c["annotations"]], r"nothing to train on"),
         (lambda c: _first(c, bbox=[5, 5, 3]), r"must be \[x, y, width, height\]"),
         (lambda c: _first(c, bbox=[5, 5, float("nan"), 3]), r"must be \[x, y, width, height\]"),
         (lambda c: _first(c, bbox=[900, 5, 3, 3]), r"outside of its image of \d+ x \d+ pixels"),
@@ -126,12 +136,14 @@ def test_no_annotations(tmp_path: Path) -> None:
 def test_nothing_to_train_on(fresh: Path) -> None:
     change(fresh / "instances_train.json", lambda c: [a.update(category_id=1) for a in c["annotations"]])
     assert open_folder(str(fresh)).classes == CLASSES
-    with pytest.raises(SourceError, match=r"instances_train\.json: nothing to train on: no object of part in an image"):
+    with pytest.raises(
+        SourceError, match=r"instances_train\.json: nothing to train on: no object of part with an area"
+    ):
         open_folder(str(fresh), wanted=["part"])
     change(fresh / "instances_train.json", lambda c: [i.update(width=31) for i in c["images"]])
     change(fresh / "instances_train.json", lambda c: [a.update(bbox=[0, 0, 9, 9]) for a in c["annotations"]])
     with pytest.raises(
-        SourceError, match=r"no object of 2 categories \(thing, \.\.\.\) in an image of at least 32 x 32"
+        SourceError, match=r"no object of 2 categories \(thing, \.\.\.\) with an area, in an image of at least 32 x 32"
     ):
         open_folder(str(fresh))
 
@@ -147,10 +159,10 @@ def test_boxes_without_area_and_categories_without_objects_are_spoken_of(
     """COCO itself has such boxes."""
 
     def edit(content: Any) -> None:
-        content["annotations"] = content["annotations"][:1]
+        content["annotations"] = [a for a in content["annotations"] if a["category_id"] == 1]
         _first(content, bbox=[5, 5, 3, 0])
 
     change(fresh / "instances_train.json", edit)
     open_folder(str(fresh))
-    assert "1 boxes without any area are left out" in said.text
+    assert "1 objects of area 0, or with a side below a pixel, are left out" in said.text
     assert "no object of 1 categories, e.g. 'part'" in said.text

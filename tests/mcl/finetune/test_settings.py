@@ -57,6 +57,14 @@ def test_wrong_files(tmp_path: Path) -> None:
         settings.load(tmp_path / "broken.py")
 
 
+def test_a_rate_that_will_not_fall_is_spoken_of(said: pytest.LogCaptureFixture) -> None:
+    settings.load(MINI, ["train_cfg.max_iters=1000"])
+    assert "the learning rate will not fall at [1100]: train_cfg.max_iters=1000" in said.text
+    said.clear()
+    settings.load(MINI, ["train_cfg.max_iters=600", "param_scheduler.1.milestones=[300,500]"])
+    assert not said.text
+
+
 def test_syncbn_becomes_bn_with_a_word(said: pytest.LogCaptureFixture) -> None:
     config = settings.load(CONFIGS / "mask_rcnn_r50_fpn_1x.py")
     assert config.model.neck.norm_cfg.type == config.model.roi_head.bbox_head.norm_cfg.type == "BN"

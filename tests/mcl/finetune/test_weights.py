@@ -1,5 +1,6 @@
 """Pre-trained weights arrive in the detector, or are refused."""
 
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ from mmengine.registry import DefaultScope
 
 from mcl import checkpoint as checkpoints
 from mcl.checkpoint import CheckpointError
+from mcl.config import ConfigError
 from mcl.export import export
 from mcl.finetune import settings, weights
 from mcl.finetune.hooks import LoadWeights
@@ -32,13 +34,16 @@ def test_checkpoint_and_export_give_the_same(checkpoint: Path, tmp_path: Path) -
     assert torch.equal(hook.weights["backbone.conv1.weight"], ours["online.backbone.conv1.weight"])
 
 
-def test_they_replace_initial_values_of_a_run_that_starts(checkpoint: Path) -> None:
+def test_they_replace_initial_values_of_a_run_that_starts(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
     hook = load(checkpoint)
     config = settings.load(MINI)
     with DefaultScope.overwrite_default_scope("mmdet"):
         detector = MODELS.build(config.model)
     fresh = {name: tensor.clone() for name, tensor in detector.state_dict().items()}
-    hook.before_train(SimpleNamespace(model=detector))
+    logger = logging.getLogger("test")
+    with caplog.at_level(logging.INFO, "test"):
+        hook.before_train(SimpleNamespace(model=detector, logger=logger))
+    assert "pre-trained: 180 of the detector's 208 tensors (backbone 120, neck 48, roi_head 12)" in caplog.text
     loaded = detector.state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in hook.weights.items())
     rest = loaded.keys() - hook.weights.keys()
@@ -49,6 +54,40 @@ def test_they_replace_initial_values_of_a_run_that_starts(checkpoint: Path) -> N
 def test_backbone_alone(checkpoint: Path) -> None:
     hook = load(checkpoint, r"pretrained.names=['backbone\.']")
     assert {name.split(".")[0] for name in hook.weights} == {"backbone"}
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (
+            r"['encoder\.']",
+            r"pretrained\.names: encoder\\\., but no tensor of the detector begins so; they begin with b",
+        ),
+        (r"['backbone\.','nek\.']", r"pretrained\.names: nek\\\., but no tensor"),
+        ("[]", r"pretrained\.names: empty, but no tensor .* Leave weights out to train from scratch"),
+    ],
+)
+def test_names_that_ask_for_nothing(checkpoint: Path, names: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load(checkpoint, f"pretrained.names={names}")
+
+
+def test_what_is_not_asked_for_need_not_be_there(tmp_path: Path) -> None:
+    """A model without the region head's convolutions, and one that trained fewer levels."""
+    geometry = Geometry()
+    headless = save_model(make_model(geometry, backbone="resnet18", width=64, head_convs=0), geometry, tmp_path / "a")
+    assert len(load(headless, r"pretrained.names=['backbone\.','neck\.']").weights) == 120 + 48
+    with pytest.raises(
+        ConfigError, match=r"pretrained\.names: asks .* for its backbone, fpn, head: model\.head_convs=0"
+    ):
+        load(headless)
+    three = Geometry(ratios=(1, 2, 4), images_per_canvas=(1, 4, 16))
+    shallow = save_model(
+        make_model(three, backbone="resnet18", width=64, head_convs=2, loss_weights=(0.5, 0.25, 0.25)),
+        three,
+        tmp_path / "b",
+    )
+    assert len(load(shallow, r"pretrained.names=['backbone\.']").weights) == 120
 
 
 def test_weights_of_another_size(tmp_path: Path) -> None:
