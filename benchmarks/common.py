@@ -57,7 +57,8 @@ def summary(name: str, seconds: Sequence[float], **more: Any) -> Result:
     """One entry of the results."""
     median = statistics.median(seconds)
     low, _, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [median] * 3
-    return {"name": name, "seconds": median, "spread": (high - low) / median, "n": len(seconds), **more}
+    times = {"seconds": median, "spread": (high - low) / median, "n": len(seconds), "rounds": list(seconds)}
+    return {"name": name, **times, **more}
 
 
 def environment() -> dict[str, Any]:
@@ -87,7 +88,11 @@ def environment() -> dict[str, Any]:
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """The options that every benchmark has."""
+    """The options that every benchmark has; ends this process if it is one of several, which none can measure."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.exit(
+            "benchmarks measure a single process; start them without torchrun. A run's own speed is in its metrics"
+        )
     options = argparse.ArgumentParser(description=description)
     options.add_argument("--repeat", type=int, default=7, help="rounds")
     options.add_argument("--json", type=Path, help="file to write the results to")

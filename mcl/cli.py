@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import os
+import signal
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -25,6 +27,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.overrides += words
     try:
         options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # who read the output, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more in the end
+        sys.exit(128 + signal.SIGPIPE)
     except (ValueError, RuntimeError, OSError) as error:
         if not _is_ours(error):
             raise

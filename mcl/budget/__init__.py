@@ -13,7 +13,7 @@ what is not, and :mod:`mcl.budget.communication`), times are estimates unless th
 | ratio_to_supervised | the one over the other |
 | parts | by part: ``forward``, ``backward`` (GFLOP per image, mean over the epochs), ``parameters`` (number), ``saved_bytes`` |
 | stages | of the canvas schedule: ``first_epoch``, ``epochs``, ``cells``, ``canvas`` (px), ``gflop_per_image``, ``ratio_to_supervised``, ``parts`` (GFLOP per image), ``saved_bytes`` |
-| memory | bytes per GPU, largest stage: ``parameters``, ``gradients``, ``optimizer``, ``momentum_network``, ``batch`` (canvases of both views), ``activations`` (what autograd saves), ``total`` |
+| memory | bytes per GPU, largest stage: ``parameters``, ``gradients``, ``optimizer``, ``momentum_network``, ``canvases`` (of both views, as often as the loader holds them: ``data.prefetch``, the step's and the one before), ``activations`` (what autograd saves; on a CPU with bf16 instructions somewhat less), ``total`` |
 | time | for 100 epochs of ImageNet, the canvas schedule stretched to them, a list: ``kind`` (estimate or measured), ``hardware``, ``gpus``, ``images_per_s``, ``hours``, ``gpu_hours``, ``tflop_per_s_per_gpu``, ``source``; ``loader_images_per_s_per_gpu`` (in the fastest stage), ``gate_share`` (what that takes of DALI's gate, H100 only), ``cpu_cores_per_gpu`` (for loading on CPUs, null unless benchmarked) |
 | communication | ``nodes``; ``per_step``: for ``cuda`` and ``cpu`` a list, by ``purpose``: ``operation``, ``calls`` and ``bytes`` that a process hands over, counted; ``links`` (``hardware``, ``within_gb_per_s`` and ``between_gb_per_s`` nodes, one direction, ``source``), ``latency`` (its source); ``scales``, estimates for as many images per GPU, a list: ``hardware``, ``gpus``, ``nodes``, ``global_batch``, seconds of a mean step: ``compute_s``, ``gradients_s``, ``targets_s``, ``batchnorm_s``, ``exposed_s`` (of these three, not hidden by compute), and ``efficiency``; no lists for one GPU |
 | loader | ``views`` (pixels made per image, in views of 224 px, largest stage), ``gate`` (``images_per_s``, ``source``), ``cpu`` (see :func:`~mcl.budget.hardware.loading_on_cpu`) |
@@ -160,12 +160,13 @@ def _memory(config: Config, stages: list[_Stage]) -> dict[str, int]:
     largest = max(stages, key=lambda s: s.saved)
     state = count.state(config.model, config.montage, config.optim, config.trainer.precision)
     canvases = sum(largest.geometry.canvases(largest.images * config.trainer.accumulate))
+    batch = 2 * canvases * 3 * largest.geometry.canvas**2 * _BATCH_BYTES[config.data.dtype]
     memory = {
         "parameters": state.parameters,
         "gradients": state.gradients,
         "optimizer": state.optimizer,
         "momentum_network": state.momentum_network,
-        "batch": 2 * canvases * 3 * largest.geometry.canvas**2 * _BATCH_BYTES[config.data.dtype],
+        "canvases": (config.data.prefetch + 2) * batch,
         "activations": largest.saved,
     }
     return {**memory, "total": sum(memory.values())}

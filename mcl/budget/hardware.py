@@ -62,6 +62,8 @@ _DECIDES_SPEED = (
     *("model.", "montage.", "optim.name", "trainer.precision", "trainer.global_batch", "trainer.accumulate"),
     *("trainer.recompute", "trainer.compile", "trainer.cuda_graph"),
 )
+_BENCHMARK_VIEWS = 2 * (1 + 1 / 4 + 1 / 16 + 1 / 64)
+"""Of an image in the benchmark of loaders: both views, four levels, cut out at their own sizes."""
 _BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "results" / "loader.json"
 
 
@@ -110,12 +112,19 @@ def measurement(config: Config, flops: Mapping[int, float]) -> Measurement | Non
     return Measurement(statistics.median(rates), device, processes, str(folder / "metrics.jsonl"))
 
 
+def cores(cpu: Mapping[str, Any], rate: float, views: float) -> float:
+    """To load `rate` images per second: each is decoded once, and its pixels are made in proportion to `views`."""
+    seconds: float = cpu["decode_s"] + cpu["view_s"] * views
+    return rate * seconds
+
+
 @functools.cache
 def loading_on_cpu(path: Path = _BENCHMARK) -> dict[str, Any] | None:
-    """Images per second that the fused engine loads per core, as benchmarked here; None where it was not.
+    """What the fused engine takes on a CPU, as benchmarked here; None where it was not.
 
     Returns:
-        images_per_s_per_core, threads, cpu, source.
+        decode_s (core-seconds to decode an image), view_s (to make a view of 224 px of it), views (of an image in the
+        benchmark), threads, cpu, source.
     """
     if not path.exists():
         return None
@@ -124,8 +133,11 @@ def loading_on_cpu(path: Path = _BENCHMARK) -> dict[str, Any] | None:
     if not fused:
         return None
     most = max(fused, key=lambda r: int(r["threads"]))
+    seconds, decode = most["threads"] / most["images_per_s"], most["shares"]["decode"]
     return {
-        "images_per_s_per_core": most["images_per_s"] / most["threads"],
+        "decode_s": seconds * decode,
+        "view_s": seconds * (1 - decode) / _BENCHMARK_VIEWS,
+        "views": _BENCHMARK_VIEWS,
         "threads": most["threads"],
         "cpu": report["environment"]["cpu"],
         "source": f"{path.parent.parent.name}/{path.parent.name}/{path.name}",
@@ -171,6 +183,6 @@ def _row(
         "tflop_per_s_per_gpu": flops_per_s / gpus / 1e12,
         "loader_images_per_s_per_gpu": max(needed),
         "gate_share": share if "H100" in hardware else None,
-        "cpu_cores_per_gpu": max(needed) / cpu["images_per_s_per_core"] if cpu else None,
+        "cpu_cores_per_gpu": max(cores(cpu, n, s.views) for n, s in zip(needed, stages, strict=True)) if cpu else None,
         "source": source,
     }

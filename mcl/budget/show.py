@@ -55,8 +55,11 @@ def _stages(b: dict[str, Any]) -> str:
 
 def _memory(b: dict[str, Any]) -> str:
     rows = [[name.replace("_", " "), f"{size / _GB:.2f}"] for name, size in b["memory"].items()]
-    note = "activations are exactly what autograd saves; workspaces and fragmentation come on top"
-    return _table(["GB per GPU", ""], rows) + f"\n{note}"
+    notes = [
+        f"with {b['images_per_gpu']} images on each of {b['gpus']} GPUs (--gpus); the hours below assume that it fits.",
+        "Activations are what autograd saves, canvases what the loader holds; workspaces and fragmentation come on top",
+    ]
+    return "\n".join([_table(["GB per GPU", ""], rows), *notes])
 
 
 def _times(b: dict[str, Any]) -> str:
@@ -79,12 +82,14 @@ def _times(b: dict[str, Any]) -> str:
         *sources,
         f"  DALI's gate: {gate['images_per_s']:,} images/s of one view of 224 px ({gate['source']}).",
         f"    An image costs up to {b['loader']['views']:.2f} such views here; above 100% the loader is too slow.",
+        "    The gate had all those threads for one GPU: with fewer for each, less is reached.",
     ]
     if cpu:
-        rate = f"{cpu['images_per_s_per_core']:.0f} images/s per core"
-        notes.append(
-            f"  CPU cores, to load without a GPU: {rate} at 224 px, measured on {cpu['cpu']} ({cpu['source']})."
-        )
+        notes += [
+            f"  CPU cores, to load without a GPU: {1e3 * cpu['decode_s']:.2f} core-ms to decode an image and "
+            f"{1e3 * cpu['view_s']:.2f} for each of these views,",
+            f"    measured with {cpu['views']:.2f} of them on {cpu['cpu']} ({cpu['source']}).",
+        ]
     return "\n".join([_table(header, rows), *notes])
 
 

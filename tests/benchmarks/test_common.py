@@ -36,6 +36,12 @@ def test_summary_is_median_and_relative_interquartile_range() -> None:
     assert common.summary("x", [7.0])["spread"] == 0
 
 
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(SystemExit, match="benchmarks measure a single process; start them without torchrun"):
+        common.parser("")
+
+
 def results(**seconds: float) -> list[Result]:
     return [{"name": name, "seconds": s} for name, s in seconds.items()]
 

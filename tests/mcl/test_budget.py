@@ -217,15 +217,33 @@ def test_loading_on_cpus_is_what_was_benchmarked(tmp_path: Path) -> None:
     path = tmp_path / "benchmarks" / "results" / "loader.json"
     assert hardware.loading_on_cpu(path.with_name("none.json")) is None
     path.parent.mkdir(parents=True)
-    fused = [{"contender": "fused", "threads": t, "images_per_s": r} for t, r in ((1, 100.0), (2, 180.0))]
+    shares = {"decode": 0.25, "augmentation": 0.7, "wait": 0.05}
+    fused = [
+        {"contender": "fused", "threads": t, "images_per_s": r, "shares": shares} for t, r in ((1, 100.0), (2, 160.0))
+    ]
     others = [{"contender": "stock", "threads": 4, "images_per_s": 9.0}, {"name": "ratio"}]
     path.write_text(json.dumps({"environment": {"cpu": "EPYC"}, "results": [*fused, *others]}))
-    assert hardware.loading_on_cpu(path) == {
-        "images_per_s_per_core": 90.0,
+    found = hardware.loading_on_cpu(path)
+    views = 2 * (1 + 1 / 4 + 1 / 16 + 1 / 64)
+    assert found == {
+        "decode_s": 0.25 / 80,
+        "view_s": pytest.approx(0.75 / 80 / views),
+        "views": views,
         "threads": 2,
         "cpu": "EPYC",
         "source": "benchmarks/results/loader.json",
     }
+    assert hardware.cores(found, 80.0, views) == pytest.approx(1)  # what was measured
+    assert hardware.cores(found, 80.0, 3 * views) == pytest.approx(0.25 + 3 * 0.75)
+    assert hardware.cores(found, 160.0, 0) == pytest.approx(2 * 0.25)
+
+
+def test_cores_to_load_follow_the_pixels_of_each_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first stage needs more images, the second more pixels."""
+    monkeypatch.setattr(hardware, "loading_on_cpu", lambda: {"decode_s": 1e-3, "view_s": 1e-3})
+    stages = [hardware.Stage(50, 1.0, views=0.5), hardware.Stage(50, 2.0, views=3.0)]
+    row = next(r for r in hardware.times(stages, 1.0, None) if (r["hardware"], r["gpus"]) == ("A100", 1))
+    assert row["cpu_cores_per_gpu"] == pytest.approx(max(2_470 * 1.5e-3, 1_235 * 4e-3))
 
 
 def record_run(cfg: Config, device: str, rates: list[float]) -> None:
@@ -277,7 +295,7 @@ def test_json_is_all_that_is_printed(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert result["ratio_to_supervised"] == pytest.approx(result["gflop_per_image"] / supervised)
     assert (result["supervised"]["model"], result["gpus"], result["images_per_gpu"]) == ("resnet18", 1, 32)
     assert result["memory"]["total"] == sum(v for k, v in result["memory"].items() if k != "total")
-    assert result["memory"]["batch"] == 2 * (32 + 8 + 2 + 1) * 3 * 64 * 64 * 4
+    assert result["memory"]["canvases"] == (2 + 2) * 2 * (32 + 8 + 2 + 1) * 3 * 64 * 64 * 4
     assert result["memory"]["activations"] == result["stages"][0]["saved_bytes"]
     assert result["loader"]["views"] == pytest.approx(2 * (1 + 1 / 4 + 1 / 16 + 1 / 64) * (64 / 224) ** 2)
     assert picture.read_bytes().startswith(b"\x89PNG")

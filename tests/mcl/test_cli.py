@@ -1,7 +1,11 @@
 """The command line as a user meets it."""
 
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +23,16 @@ def test_help_documents_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     for key, _, documentation in config.fields():
         assert f"{key} (" in text
         assert documentation in text
+
+
+def test_a_reader_that_has_enough_is_no_error() -> None:
+    """As in mcl budget CONFIG | head."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    command = [sys.executable, "-m", "mcl", "budget", DEMO]
+    done = subprocess.run(command, cwd=ROOT, stdout=writes, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
 @pytest.mark.parametrize(

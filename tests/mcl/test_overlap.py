@@ -5,15 +5,19 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
-from dali_pipelines.source import open_source
+from dali_pipelines.source import Source, open_source
+from mcl import config, trainer
 from mcl.meters import Stopwatch
-from mcl.metrics import Record
+from mcl.metrics import Record, read
+from mcl.montage import MontageBatch
 from mcl.timers import HostClock, Timer
 from tests.dali_pipelines.loading import make_loader
+from tests.mcl.test_trainer import TINY
 
 IMAGES = 4  # per step
 STEPS = 6  # per window
@@ -43,12 +47,16 @@ def thumbnails(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def slowed(folder: Path, seconds: float) -> Source:
+    """Its images on a slow disk. Without paths, they are read by our threads and not by DALI's."""
+    source = open_source(str(folder))
+    return dataclasses.replace(source, paths=None, reader=SlowDisk(source.reader, seconds))
+
+
 @pytest.mark.parametrize(("load", "step"), [(0.16, 0.1), (0.1, 0.16)], ids=["slow loader", "slow step"])
 def test_loading_and_computing_overlap(load: float, step: float, thumbnails: Path) -> None:
     """Both only sleep; where others keep the machine busy, one undisturbed window will do."""
-    source = open_source(str(thumbnails))
-    # Without paths, images are read by our threads and not by DALI's.
-    slow = dataclasses.replace(source, paths=None, reader=SlowDisk(source.reader, load / IMAGES))
+    slow = slowed(thumbnails, load / IMAGES)
     timer = Timer(HostClock())
     slower, both = max(load, step), load + step
     records: list[Record] = []
@@ -77,3 +85,27 @@ def test_loading_and_computing_overlap(load: float, step: float, thumbnails: Pat
     # A step that was ready beforehand, and one that was begun, have not made the loader look fast.
     seconds = sum(IMAGES * STEPS / record["images_per_s"] for record in records)
     assert seconds > (len(records) * STEPS - 2) * slower
+
+
+@pytest.mark.usefixtures("thin_backbone")
+def test_a_run_loads_while_it_computes(thumbnails: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own records say so. Steps are real ones, and sleep besides."""
+    images, load, step = 8, 0.16, 0.1
+    slow = slowed(thumbnails, load / images)
+    monkeypatch.setattr(trainer, "open_shared", lambda data: slow)
+    words = [f"data.root={thumbnails}", f"output={tmp_path}", "trainer.epochs=12", "trainer.log_every=6"]
+    run = trainer.Trainer(config.override(config.from_dict(TINY), [*words, f"trainer.global_batch={images}"]))
+    compute = run.train_step
+
+    def sleep_too(query: MontageBatch, key: MontageBatch) -> Any:
+        time.sleep(step)
+        return compute(query, key)
+
+    run.train_step = sleep_too  # type: ignore[method-assign]
+    run.fit()
+    records = [record for record in read(tmp_path / "tiny" / "metrics.jsonl") if record["kind"] == "train"]
+    assert len(records) == 4
+    # One window that other processes did not disturb will do; the first holds what happens once.
+    seconds = min(images / record["images_per_s"] for record in records[1:])
+    assert load * 0.9 < seconds < (load + load + step) / 2
+    assert 0.05 < max(record["data_wait"] for record in records[1:]) < 0.7
