@@ -8,6 +8,7 @@ Environment:
 """
 
 import functools
+import hashlib
 import importlib
 import os
 import re
@@ -88,6 +89,14 @@ def architectures() -> str:
     if not chosen:
         sys.exit(f"{CUDA_HOME} compiles for none of {ARCHITECTURES}; set TORCH_CUDA_ARCH_LIST")
     return ";".join(chosen) + "+PTX"
+
+
+def sources_digest() -> str:
+    """Short hash of all that is compiled; :mod:`mcl.agreement` compares it between the processes of a run."""
+    whole = hashlib.sha256(Path("setup.py").read_bytes())
+    for file in sorted(path for folder in (SOURCES, PLUGIN) for path in folder.rglob("*") if path.is_file()):
+        whole.update(f"{file} ".encode() + hashlib.sha256(file.read_bytes()).digest())
+    return whole.hexdigest()[:12]
 
 
 def jobs() -> int:
@@ -180,7 +189,8 @@ if check_packages() and wanted:
     from torch.utils.cpp_extension import BuildExtension
 
     class Build(BuildExtension):
-        """Keeps what ptxas says of every kernel beside the library: registers, spills, shared memory."""
+        """Keeps beside the libraries the hash of their sources, and what ptxas says of every kernel: registers, spills,
+        shared memory."""
 
         def build_extensions(self) -> None:
             log = tempfile.TemporaryFile("w+")  # noqa: SIM115
@@ -195,6 +205,7 @@ if check_packages() and wanted:
                 log.seek(0)
                 text = log.read()
                 print(text)
+            Path("mcl/_C.sources.txt").write_text(f"{sources_digest()}\n")
             report = re.findall(r"^(?:ptxas info .*|.*bytes stack frame.*)$", text, re.MULTILINE)
             if report:
                 Path("mcl/_C.ptxas.txt").write_text("\n".join(report) + "\n")

@@ -20,14 +20,18 @@ _OF_A_MACHINE = ("data.root", "data.annotations", "data.val_root", "data.index",
 """Keys that may differ: where a machine keeps the images, whose names and sizes are compared, and how many threads."""
 
 _CODE, _TORCH, _CHECKPOINT = "the code of mcl", "PyTorch", "the newest checkpoint"
-_OPERATORS, _ENGINE = "the operators", "the engine of the loader"
+_SOURCES, _OPERATORS, _ENGINE = "the sources of the extension", "the operators", "the engine of the loader"
 _REMEDY = {
     _CODE: "install the same commit on all machines",
     _TORCH: "install the same version on all machines",
+    _SOURCES: "rebuild it on all machines: pip install --no-build-isolation -e .",
     _OPERATORS: "mcl doctor says on each machine why; build the extension on all of them",
     _ENGINE: "mcl doctor says on each machine why; install the same DALI, and build its plugin, on all of them",
     _CHECKPOINT: "put output on a file system that all machines share",
 }
+
+_BUILT_FROM = Path(mcl.__path__[0]) / "_C.sources.txt"
+"""Hash that setup.py leaves beside the binaries: a machine may have new Python files and old binaries."""
 
 
 def check(config: Config, device: str) -> None:
@@ -54,6 +58,7 @@ def _statement(config: Config, device: str) -> dict[str, str]:
     return {
         _CODE: _code(),
         _TORCH: str(torch.__version__),
+        _SOURCES: _BUILT_FROM.read_text().strip() if _BUILT_FROM.exists() else "unknown",
         _OPERATORS: ops.describe(device),
         _ENGINE: _engine(config, device),
         **{key: repr(value(config, key)) for key, _, _ in fields() if key not in _OF_A_MACHINE},

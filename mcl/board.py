@@ -22,13 +22,13 @@ class Board:
     PyTorch's calls wait for such a keeper for ever, so a thread makes them, and is left behind.
 
     Args:
-        store: a connection of its own.
+        connect: makes a connection of the board's own.
         patience: seconds to wait for an answer.
     """
 
-    def __init__(self, store: Store, patience: float) -> None:
-        self._store, self._patience = store, patience
-        self._calls: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
+    def __init__(self, connect: Callable[[], Store], patience: float) -> None:
+        self._connect, self._patience = connect, patience
+        self._calls: queue.SimpleQueue[tuple[Callable[[Store], Any], Future[Any]] | None] = queue.SimpleQueue()
         threading.Thread(target=self._serve, name="board", daemon=True).start()
 
     def write(self, name: str, note: str) -> None:
@@ -36,21 +36,27 @@ class Board:
         Raises:
             BoardError: see there; so do the others.
         """
-        self._ask(lambda: self._store.set(name, note))
+        self._ask(lambda store: store.set(name, note))
 
     def write_first(self, name: str, note: str) -> str:
         """Writes a note unless there is one; returns the one that is there then."""
-        return self._ask(lambda: self._store.compare_set(name, "", note)).decode()
+        return self._ask(lambda store: store.compare_set(name, "", note)).decode()
 
-    def read(self, name: str) -> str:
-        """A note, empty if there is none."""
-        return self._ask(lambda: self._store.get(name) if self._store.check([name]) else b"").decode()
+    def read(self, *names: str) -> list[str]:
+        """Notes, empty where there are none."""
+
+        def get(store: Store) -> list[bytes]:
+            if store.check(list(names)):
+                return store.multi_get(list(names))
+            return [store.get(name) if store.check([name]) else b"" for name in names]
+
+        return [note.decode() for note in self._ask(get)]
 
     def close(self) -> None:
         """Lets the thread go."""
         self._calls.put(None)
 
-    def _ask(self, call: Callable[[], T]) -> T:
+    def _ask(self, call: Callable[[Store], T]) -> T:
         answer: Future[T] = Future()
         self._calls.put((call, answer))
         try:
@@ -66,9 +72,11 @@ class Board:
             ) from None
 
     def _serve(self) -> None:
+        store: Store | None = None
         while task := self._calls.get():
             call, answer = task
             try:
-                answer.set_result(call())
+                store = store or self._connect()
+                answer.set_result(call(store))
             except Exception as error:
                 answer.set_exception(error)

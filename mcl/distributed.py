@@ -22,7 +22,7 @@ _PATIENCE = timedelta(days=1)
 _ROLL_CALL = timedelta(minutes=10)
 _ANSWER = 2 * _ROLL_CALL  # the others wait for what rank 0 says in the end
 _LINGER, _GLANCE = 1.0, 0.1  # seconds
-_CALL, _VERDICT = "roll call", "verdict"
+_CALL, _VERDICT, _UNABLE = "roll call", "verdict", "unable: "
 
 _SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 
@@ -69,10 +69,16 @@ def setup(device: str, timeout: float = 600) -> None:
         return
     # PyTorch 2.13 has new names for two things that it also has under these, as do the versions before.
     warnings.filterwarnings("ignore", "`broadcast_buffers` is|`torch.distributed.all_gather_into", FutureWarning)
+    own, obstacle = int(os.environ["RANK"]), ""
     if device == "cuda":
-        torch.cuda.set_device(local_rank())
-    own = int(os.environ["RANK"])
-    store = _roll_call(_meeting_point(), own, size, device)
+        if local_rank() < torch.cuda.device_count():
+            torch.cuda.set_device(local_rank())
+        else:
+            obstacle = (
+                f"trainer.device: process {local_rank()} of its machine sees {torch.cuda.device_count()} GPUs; start "
+                "one process per GPU, and let each see all of them (under SLURM: no --gpus-per-task)"
+            )
+    store = _roll_call(_meeting_point(), own, size, device, obstacle)
     global _store, _timeout
     _store, _timeout = store, timedelta(seconds=2 * timeout)
     backend = "nccl" if device == "cuda" else "gloo"
@@ -97,11 +103,14 @@ def _meeting_point() -> Store:
     return PrefixStore("mcl", store)
 
 
-def _roll_call(store: Store, own: int, size: int, device: str) -> Store:
+def _roll_call(store: Store, own: int, size: int, device: str, obstacle: str = "") -> Store:
     """Rank 0 looks whether everyone came, and for the same thing; the process group would only wait.
 
     torchrun keeps its store when it restarts the processes, and its agents on several machines may count restarts
     differently. So rank 0 gives every start a name of its own, under which processes meet.
+
+    Args:
+        obstacle: why this process cannot take part, which all are to know.
 
     Returns:
         The part of the store that belongs to this start.
@@ -109,7 +118,7 @@ def _roll_call(store: Store, own: int, size: int, device: str) -> Store:
     Raises:
         ConfigError: on every process that came.
     """
-    said = f"{size} processes on {device}"
+    said = f"{_UNABLE}{obstacle}" if obstacle else f"{size} processes on {device}"
     if own == 0:
         name = uuid.uuid4().hex
         here: Store = PrefixStore(name, store)
@@ -152,9 +161,11 @@ def _answer(store: Store, own: int, said: str) -> Store:
 
 def _verdict(store: Store, size: int) -> str:
     """What is wrong with the processes that come, in words; empty if nothing is."""
+    end = time.monotonic() + _ROLL_CALL.total_seconds()
     expected = store.get("rank 0").decode()
-    for other in range(1, size):
+    for other in range(size):
         try:
+            store.wait([f"rank {other}"], timedelta(seconds=max(0.1, end - time.monotonic())))
             said = store.get(f"rank {other}").decode()
         except dist.DistStoreError:
             missing = [str(r) for r in range(size) if not store.check([f"rank {r}"])]
@@ -162,6 +173,8 @@ def _verdict(store: Store, size: int) -> str:
                 f"WORLD_SIZE: of {size} processes, rank {', '.join(missing)} did not come within "
                 f"{_ROLL_CALL.total_seconds():.0f} s; start as many as WORLD_SIZE says (under SLURM: with srun)"
             )
+        if said.startswith(_UNABLE):
+            return f"{said.removeprefix(_UNABLE)} (rank {other})"
         if said != expected:
             return (
                 f"WORLD_SIZE: rank {other} was started as one of {said}, rank 0 as one of {expected}; start all "
@@ -173,7 +186,7 @@ def _verdict(store: Store, size: int) -> str:
 def board(patience: float) -> Board:
     """By a connection of the caller's own; its calls come back within `patience` seconds."""
     assert _store is not None
-    return Board(_store.clone(), patience)
+    return Board(_store.clone, patience)
 
 
 def calls() -> int:

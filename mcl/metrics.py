@@ -85,7 +85,8 @@ class Metrics:
         folder = config.run_folder
         self._path = folder / "metrics.jsonl"
         _keep_until(self._path, step)
-        self._file = open(self._path, "a")  # noqa: SIM115  # open as long as the run
+        with _reporting(self._path):
+            self._file = open(self._path, "a")  # noqa: SIM115  # open as long as the run
         self._tensorboard: Any = None
         self._wandb: Any = None
         if config.log.tensorboard:
@@ -112,7 +113,7 @@ class Metrics:
         Raises:
             RecordError: the disk is full, or gone.
         """
-        with self._reporting():
+        with _reporting(self._path):
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
         numbers = _flatten(record)
@@ -128,7 +129,7 @@ class Metrics:
         Raises:
             RecordError: what was written last has not reached the disk.
         """
-        with self._reporting():
+        with _reporting(self._path):
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
@@ -137,14 +138,27 @@ class Metrics:
         if self._wandb is not None:
             self._wandb.finish()
 
-    @contextlib.contextmanager
-    def _reporting(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise RecordError(
-                f"{self._path}: cannot be written ({error.strerror}); make room, and the same command continues"
-            ) from error
+
+@contextlib.contextmanager
+def _reporting(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RecordError(
+            f"{path}: cannot be written ({error.strerror}); make room, and the same command continues"
+        ) from error
+
+
+def rewrite(path: Path, text: str) -> None:
+    """Writes a file of the run folder; whatever happens, `path` holds the old one or the whole new one.
+
+    Raises:
+        RecordError: the disk is full, or gone.
+    """
+    partial = path.with_name(path.name + ".partial")
+    with _reporting(path):
+        partial.write_text(text)
+        os.replace(partial, path)
 
 
 def _run_id(path: Path) -> str:
@@ -188,10 +202,7 @@ def eta(seconds: float) -> str:
 def _keep_until(path: Path, step: int) -> None:
     """Drops records of steps after `step`: a resumed run writes them again."""
     if path.exists():
-        kept = "".join(json.dumps(r) + "\n" for r in read(path) if r["step"] <= step)
-        partial = path.with_suffix(".partial")
-        partial.write_text(kept)
-        os.replace(partial, path)
+        rewrite(path, "".join(json.dumps(r) + "\n" for r in read(path) if r["step"] <= step))
 
 
 def _flatten(record: Record) -> dict[str, float]:
@@ -230,7 +241,7 @@ class BadFiles:
         if path not in self._known:
             self._known.add(path)
             log.warning("bad file, replaced: %s: %s", path, reason)
-            with open(self._path, "a") as file:
+            with _reporting(self._path), open(self._path, "a") as file:
                 file.write(json.dumps({"index": index, "path": path, "reason": reason}) + "\n")
                 self._size = file.tell()
 

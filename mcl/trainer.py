@@ -15,7 +15,7 @@ from mcl.config import Config, ConfigError, changed_keys, from_dict, to_dict
 from mcl.evaluation import check_evaluations
 from mcl.images import open_shared
 from mcl.meters import Meter, Stopwatch
-from mcl.metrics import BadFiles, Metrics, ProgressBar, log, setup_logging
+from mcl.metrics import BadFiles, Metrics, ProgressBar, log, rewrite, setup_logging
 from mcl.models import MCL, Output
 from mcl.models.sync_bn import synchronize
 from mcl.montage import MontageBatch
@@ -60,53 +60,55 @@ class Trainer:
         distributed.setup(self.device.type, config.trainer.timeout)
         agreement.check(config, self.device.type)
         self.images = config.images_per_rank(distributed.world_size())
-        self.folder = config.run_folder
-        if config.trainer.resume == "never" and checkpoint.steps(self.folder / "checkpoints"):
-            raise ConfigError(f"trainer.resume: never, but {self.folder} holds a run; choose another name")
-        if config.trainer.threads:
-            torch.set_num_threads(config.trainer.threads)
-        if self.device.type == "cpu":
-            keep_freed_memory()
-        self._prepare_folder()
+        self._watchdog = Watchdog(config.trainer.timeout)
+        with self._watchdog.starting():
+            self.folder = config.run_folder
+            if config.trainer.resume == "never" and checkpoint.steps(self.folder / "checkpoints"):
+                raise ConfigError(f"trainer.resume: never, but {self.folder} holds a run; choose another name")
+            if config.trainer.threads:
+                torch.set_num_threads(config.trainer.threads)
+            if self.device.type == "cpu":
+                keep_freed_memory()
+            self._prepare_folder()
 
-        source = open_shared(config.data)
-        distributed.in_turn(lambda: check_evaluations(config, source))
-        plan = Plan(
-            seed=config.trainer.seed,
-            size=len(source),
-            images=self.images,
-            geometry=config.montage,
-            augment=config.augment,
-            tile_sampling=config.data.tile_sampling,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-        )
-        self.loader = MontageLoader(
-            source,
-            plan,
-            config.data,
-            gpu=self.device.index,
-            threads=config.data.threads or default_threads(distributed.local_world_size()),
-            on_bad=BadFiles(self.folder / "bad_files.jsonl", {} if distributed.rank() == 0 else source.bad),
-        )
-        self.steps_per_epoch = plan.steps_per_epoch
-        self.steps = config.trainer.epochs * self.steps_per_epoch
-        self.step = 0
+            source = open_shared(config.data)
+            distributed.in_turn(lambda: check_evaluations(config, source))
+            plan = Plan(
+                seed=config.trainer.seed,
+                size=len(source),
+                images=self.images,
+                geometry=config.montage,
+                augment=config.augment,
+                tile_sampling=config.data.tile_sampling,
+                rank=distributed.rank(),
+                world_size=distributed.world_size(),
+            )
+            self.loader = MontageLoader(
+                source,
+                plan,
+                config.data,
+                gpu=self.device.index,
+                threads=config.data.threads or default_threads(distributed.local_world_size()),
+                on_bad=BadFiles(self.folder / "bad_files.jsonl", {} if distributed.rank() == 0 else source.bad),
+            )
+            self.steps_per_epoch = plan.steps_per_epoch
+            self.steps = config.trainer.epochs * self.steps_per_epoch
+            self.step = 0
 
-        torch.manual_seed(config.trainer.seed)  # the same weights on every rank
-        self.model = MCL(config.model, config.montage)
-        if config.trainer.init_from:
-            state = checkpoint.load(config.trainer.init_from)
-            checkpoint.restore(self.model, state["model"], config.trainer.init_from)
-        self.model = synchronize(self.model, self.device.type)
-        self._update = TrainingStep(config, self.model, self.device)
-        self._saver = Saver(self.folder / "checkpoints", config.trainer.keep)
-        self._resume()
-        if distributed.rank() == 0:
-            (self.folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
-        self._skips = config.trainer.on_nonfinite == "skip"
-        scaled = config.trainer.precision == "fp16"
-        self._meter = Meter(len(config.montage.ratios), self.device, scaled, self._skips)
+            torch.manual_seed(config.trainer.seed)  # the same weights on every rank
+            self.model = MCL(config.model, config.montage)
+            if config.trainer.init_from:
+                state = checkpoint.load(config.trainer.init_from)
+                checkpoint.restore(self.model, state["model"], config.trainer.init_from)
+            self.model = synchronize(self.model, self.device.type)
+            self._update = TrainingStep(config, self.model, self.device)
+            self._saver = Saver(self.folder / "checkpoints", config.trainer.keep)
+            self._resume()
+            if distributed.rank() == 0:
+                rewrite(self.folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
+            self._skips = config.trainer.on_nonfinite == "skip"
+            scaled = config.trainer.precision == "fp16"
+            self._meter = Meter(len(config.montage.ratios), self.device, scaled, self._skips)
 
     # ------------------------------------------------------------------------------------------------ the loop
 
@@ -119,17 +121,18 @@ class Trainer:
             PeerError: another process failed.
             Interrupted: SIGINT or SIGTERM arrived; a checkpoint was saved.
         """
-        first = distributed.rank() == 0
-        metrics = Metrics(self.config, self.step) if first else None
-        self._describe()
+        with self._watchdog.starting():
+            metrics = Metrics(self.config, self.step) if distributed.rank() == 0 else None
+            self._describe()
         trainer = self.config.trainer
         every = max(1, round(trainer.checkpoint_epochs * self.steps_per_epoch))
         stopwatch = Stopwatch(self.steps - self.step, self._update.timer)
         consensus, stop = Consensus(), 0
+        self._watchdog.advance(self.step)
         try:
             with (
                 Signals() as signals,
-                Watchdog(trainer.timeout, self._saver.settle) as watchdog,
+                self._watchdog.training(self._saver.settle),
                 ProgressBar(self.config, self.step, self.steps) as bar,
             ):
                 while self.step < self.steps and not stop:
@@ -138,7 +141,7 @@ class Trainer:
                     output, grad_norm = self.train_step(query, key)
                     self._meter.add(self.step, output, grad_norm)
                     self.step += 1
-                    watchdog.advance(self.step)
+                    self._watchdog.advance(self.step)
                     stopwatch.lap(trainer.global_batch)
                     bar.advance()
                     stop = consensus(signals.received)

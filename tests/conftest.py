@@ -76,7 +76,8 @@ def _fault(request: pytest.FixtureRequest, record_property: Callable[[str, objec
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """A table of the faults that tests tried; what one recorded as "survived" stands for a mere yes."""
-    reports = [r for outcome in ("passed", "failed") for r in terminalreporter.getreports(outcome) if r.when == "call"]
+    outcomes = ("passed", "failed", "error")  # the last one: of what a test needs
+    reports = [r for outcome in outcomes for r in terminalreporter.getreports(outcome) if r.when == "call" or r.failed]
     tried = [(dict(r.user_properties), r.passed) for r in reports if "fault" in dict(r.user_properties)]
     if tried:
         terminalreporter.section("faults tried and survived")

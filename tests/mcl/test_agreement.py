@@ -73,6 +73,8 @@ def other_machine(root: str) -> list[str]:
         said.append(refusal(config.from_dict(TINY)))
     with mock.patch.object(torch, "__version__", "2.10.0") if own else nullcontext():
         said.append(refusal(config.from_dict(TINY)))
+    with mock.patch.object(agreement, "_BUILT_FROM", Path("nowhere")) if own else nullcontext():
+        said.append(refusal(config.from_dict(TINY)))
     with mock.patch.dict(library._compiled, {"lars_": set()}) if own else nullcontext():
         said.append(refusal(config.from_dict(TINY)))
     with mock.patch("nvidia.dali.__version__", "1.50.0") if own else nullcontext():
@@ -90,13 +92,15 @@ def other_machine(root: str) -> list[str]:
 def test_code_pytorch_and_run_folder_must_be_the_same(tmp_path: Path) -> None:
     said = in_ranks(4, other_machine, str(tmp_path))
     assert said[0] == said[1] == said[2] == said[3]
-    allowed, code, version, operators, dali, plugin, folder = said[0]
+    allowed, code, version, sources, operators, dali, plugin, folder = said[0]
     assert allowed == ""
     assert code.startswith("the code of mcl: 0123abcd on rank 2, 3, ")
     assert code.endswith(" on rank 0; install the same commit on all machines")
     assert version == f"PyTorch: 2.10.0 on rank 2, 3, {torch.__version__} on rank 0; " + (
         "install the same version on all machines"
     )
+    assert sources.startswith("the sources of the extension: unknown on rank 2, 3, ")
+    assert sources.endswith(" on rank 0; rebuild it on all machines: pip install --no-build-isolation -e .")
     assert operators.startswith("the operators: mcl: region_pool, norms, ema_; PyTorch: lars_, clip, cross_entropy on")
     assert operators.endswith("on rank 0; mcl doctor says on each machine why; build the extension on all of them")
     engine = "the engine of the loader: "
@@ -133,8 +137,8 @@ def test_code_is_what_the_sources_say(tmp_path: Path, monkeypatch: pytest.Monkey
     assert len(set(seen)) == 3
 
 
-def start(cases: list[tuple[list[str], int]], devices: list[str], patience: float) -> list[str]:
-    """What this rank is told when it joins a group of the size that its case says; on `devices`."""
+def start(cases: list[tuple[list[str], int]], devices: list[str], patience: float, gpus: int = 8) -> list[str]:
+    """What this rank is told when it joins a group of the size that its case says, on `devices`; `gpus` are seen."""
     distributed.teardown()
     said = []
     for sizes, port in cases:
@@ -142,6 +146,7 @@ def start(cases: list[tuple[list[str], int]], devices: list[str], patience: floa
         with (
             mock.patch.object(distributed, "_ROLL_CALL", datetime.timedelta(seconds=patience)),
             mock.patch.object(torch.cuda, "set_device"),
+            mock.patch.object(torch.cuda, "device_count", return_value=gpus),
         ):
             try:
                 distributed.setup(devices[int(os.environ["RANK"])])
@@ -173,6 +178,15 @@ def test_processes_must_run_on_the_same_kind_of_device() -> None:
     first, second = in_ranks(2, start, [(["2", "2"], free_port())], ["cpu", "cuda"], 60.0)
     assert first == second
     assert "rank 1 was started as one of 2 processes on cuda, rank 0 as one of 2 processes on cpu" in first[0]
+
+
+def test_processes_must_see_their_gpus() -> None:
+    first, second = in_ranks(2, start, [(["2", "2"], free_port())], ["cuda", "cuda"], 60.0, 1)
+    assert first == second
+    assert first[0].startswith(
+        "trainer.device: process 1 of its machine sees 1 GPUs; start one process per GPU, and let"
+    )
+    assert first[0].endswith("(under SLURM: no --gpus-per-task) (rank 1)")
 
 
 def test_a_meeting_point_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

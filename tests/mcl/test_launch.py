@@ -40,6 +40,8 @@ import os, sys
 open(os.environ["SAID"], "a").write(" ".join(["scontrol", *sys.argv[1:]]) + "\\n")
 if sys.argv[1:3] == ["show", "hostnames"]:
     print("127.0.0.1", "node2", sep="\\n")
+if sys.argv[1:3] == ["show", "job"]:
+    print("JobId=1 JobName=mcl JobState=" + os.environ["STATE"], "Reason=None Requeue=1")
 """
 
 
@@ -58,10 +60,11 @@ class Job:
         (folder / "tiny.yaml").write_text(yaml.safe_dump(preset))
         self.words = [f"data.root={photos / 'val'}", f"output={folder}", f"data.index={folder / 'index'}"]
 
-    def start(self, *words: str) -> "subprocess.Popen[str]":
+    def start(self, *words: str, state: str = "RUNNING") -> "subprocess.Popen[str]":
         slurm = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_CPUS_PER_TASK": "1"}
         # In a virtual environment Python finds its packages by where it is started from.
-        environment = {**os.environ, **slurm, "SAID": str(self.said), "PYTHONPATH": os.pathsep.join(sys.path)}
+        environment = {**os.environ, **slurm, "SAID": str(self.said), "STATE": state}
+        environment["PYTHONPATH"] = os.pathsep.join(sys.path)
         environment["PATH"] = f"{self.folder}{os.pathsep}{os.environ['PATH']}"
         return subprocess.Popen(
             ["bash", str(SCRIPT), str(self.folder / "tiny.yaml"), *self.words, *words],
@@ -73,9 +76,9 @@ class Job:
         return len([r for r in read(self.folder / "tiny" / "metrics.jsonl") if r["kind"] == "train"])
 
 
-def stop(job: Job, after: int) -> str:
+def stop(job: Job, after: int, state: str = "RUNNING") -> str:
     """SIGTERM to everything, as SLURM sends it, when so many steps are done; what the job printed."""
-    running = job.start()
+    running = job.start(state=state)
     while job.steps() < after and running.poll() is None:
         time.sleep(0.1)
     os.killpg(running.pid, signal.SIGTERM)
@@ -97,10 +100,18 @@ def test_before_its_time_is_up_a_job_saves_and_goes_back_to_the_queue(tmp_path: 
     printed = stop(job, after=2)
     assert "stopped by signal 15" in printed
     assert checkpoint.load(tmp_path / "tiny" / "checkpoints" / "last.pt")["step"] >= 2
-    hostnames, srun, requeue = job.said.read_text().splitlines()
+    hostnames, srun, _, requeue = job.said.read_text().splitlines()
     assert hostnames == "scontrol show hostnames node[1-2]"
     assert " --kill-on-bad-exit=0 --wait=0 --cpu-bind=none --cpus-per-task=1 python -m mcl pretrain " in srun
     assert requeue == f"scontrol requeue {os.getpid()}"
+
+
+@pytest.mark.soak
+@pytest.mark.fault("scancel of a SLURM job")
+def test_a_cancelled_job_saves_and_stays_away(tmp_path: Path, photos: Path) -> None:
+    job = Job(tmp_path, photos)
+    assert "stopped by signal 15" in stop(job, after=2, state="CANCELLED")
+    assert "scontrol requeue" not in job.said.read_text()
 
 
 @pytest.mark.fault("a SLURM job stopped twice, and one that fails")

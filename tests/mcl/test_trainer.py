@@ -294,6 +294,19 @@ def test_a_record_that_finds_no_room_is_named(tiny: Config, monkeypatch: pytest.
     assert RecordError.__module__.startswith("mcl")  # so that the command line prints one line
 
 
+@pytest.mark.fault("a disk that is still full when the run is started again")
+def test_a_disk_that_is_still_full_leaves_records_as_they_were(tiny: Config) -> None:
+    Trainer(config.override(tiny, ["trainer.epochs=2"])).fit()
+    before = {name: (tiny.run_folder / name).read_bytes() for name in ("config.yaml", "metrics.jsonl")}
+    assert all(before.values())
+    with small_disk(100), pytest.raises(RecordError, match=r"config\.yaml: cannot be written \(.*\); make room"):
+        Trainer(tiny)
+    trainer = Trainer(tiny)
+    with small_disk(100), pytest.raises(RecordError, match=r"metrics\.jsonl: cannot be written"):
+        trainer.fit()
+    assert before == {name: (tiny.run_folder / name).read_bytes() for name in before}
+
+
 def test_non_finite_loss_names_step_level_and_checkpoint(tiny: Config) -> None:
     trainer = Trainer(tiny)
     train_step = trainer.train_step

@@ -1,0 +1,153 @@
+"""Who fails, dies or hangs is named by the others, before training, too; and nobody's last words keep it alive."""
+
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from multiprocessing.queues import SimpleQueue
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+from mcl import distributed, watchdog
+from mcl.watchdog import PeerError, Watchdog
+from tests.mcl.ranks import free_port
+
+Ends = list[tuple[int | None, str]]
+"""Exit code of every rank, and its error or what it logged last."""
+
+TIMEOUT = 2.0  # a sign every 0.2 s
+
+
+def rank_main(
+    rank: int, world: int, port: int, work: Callable[[int, Watchdog], None], said: "SimpleQueue[str]"
+) -> None:
+    os.environ |= {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)}
+    distributed.setup("cpu")
+    watchdog.log.addHandler(_Telling(said))
+    try:
+        work(rank, Watchdog(TIMEOUT))
+    except Exception as error:
+        said.put(f"{type(error).__name__}: {error}")
+        sys.exit(PeerError.exit_code if isinstance(error, PeerError) else 1)
+
+
+class _Telling(logging.Handler):
+    """Hands messages to the test."""
+
+    def __init__(self, said: "SimpleQueue[str]") -> None:
+        super().__init__()
+        self._said = said
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._said.put(record.getMessage())
+
+
+def ends(world: int, work: Callable[[int, Watchdog], None]) -> Ends:
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["mcl.run", "tests.mcl.test_watchdog"])
+    port, said = free_port(), [processes.SimpleQueue() for _ in range(world)]
+    ranks: list[BaseProcess] = [
+        processes.Process(target=rank_main, args=(rank, world, port, work, said[rank])) for rank in range(world)
+    ]
+    for process in ranks:
+        process.start()
+    try:
+        for process in ranks:
+            process.join(60)
+        return [(p.exitcode, "" if words.empty() else words.get()) for p, words in zip(ranks, said, strict=True)]
+    finally:
+        for process in ranks:
+            process.kill()
+
+
+def meet() -> None:
+    dist.all_reduce(torch.zeros(1))
+
+
+def fails_before_training(rank: int, dog: Watchdog) -> None:
+    with dog.starting():
+        meet()
+        if rank == 0:
+            raise ValueError("wandb is not installed")
+    with dog.training(lambda: None):
+        meet()
+
+
+def test_who_fails_before_training_is_named() -> None:
+    first, second = ends(2, fails_before_training)
+    assert first == (1, "ValueError: wandb is not installed")
+    assert second == (3, "PeerError: rank 0 failed at step 0: ValueError: wandb is not installed")
+
+
+def dies_while_the_other_waits_for_ever(rank: int, dog: Watchdog) -> None:
+    """As in NCCL's collectives, which do not break off."""
+    with dog.starting():
+        meet()
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        threading.Event().wait()
+
+
+def test_who_dies_is_noticed_by_those_whose_collectives_do_not_break_off() -> None:
+    first, second = ends(2, dies_while_the_other_waits_for_ever)
+    assert second == (-signal.SIGKILL, "")
+    assert first[0] == 3
+    assert first[1].startswith("rank 1 is gone, last heard of at step 0; this process ends, too, at\n")
+    assert "dies_while_the_other_waits_for_ever" in first[1]
+
+
+def one_dies_and_one_is_late(rank: int, dog: Watchdog) -> None:
+    """Rank 0, which keeps the store, sees it at once."""
+    with dog.starting():
+        meet()
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(1.5 if rank == 2 else 0)
+        meet()
+
+
+def test_who_comes_late_hears_it_too() -> None:
+    first, second, third = ends(3, one_dies_and_one_is_late)
+    assert second == (-signal.SIGKILL, "")
+    assert first == third == (3, "PeerError: rank 1 is gone, last heard of at step 0")
+
+
+def slow_start(rank: int, dog: Watchdog) -> None:
+    """Rank 0 takes longer than training may stand still; then both train, until one hangs."""
+    with dog.starting():
+        time.sleep(2 * TIMEOUT if rank == 0 else 0)
+        meet()
+    with dog.training(lambda: None):
+        dog.advance(4)
+        meet()
+        if rank == 1:
+            time.sleep(1000)
+        meet()
+
+
+def test_who_is_slow_before_training_is_waited_for() -> None:
+    for code, said in ends(2, slow_start):
+        assert code == 3
+        assert said.startswith(f"rank 1 hangs at step 4: the others wait for it since {TIMEOUT:.0f} s")
+
+
+def hangs_and_cannot_say_so(rank: int, dog: Watchdog) -> None:
+    class Stuck(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            threading.Event().wait()
+
+    watchdog.log.addHandler(Stuck())
+    with mock.patch.object(watchdog, "_LAST_WORDS", 0.5):
+        slow_start(rank, dog)
+
+
+def test_a_log_that_hangs_keeps_nobody_alive() -> None:
+    assert [code for code, _ in ends(2, hangs_and_cannot_say_so)] == [3, 3]
