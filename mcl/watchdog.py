@@ -19,7 +19,7 @@ from mcl.signals import Interrupted
 
 _FAILED = "failed"
 _MISSED = 5  # signs of life, one after the other, of a process that is gone where a collective broke off
-_SILENCE = 30.0  # seconds without a sign of a process that is gone, as long as nothing else tells
+_SILENCE = 60.0  # seconds without a sign of a process that is gone, as long as nothing else tells
 _LAST_WORDS = 45.0  # seconds; a save under way may take 30
 
 
