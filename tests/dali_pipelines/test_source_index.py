@@ -202,7 +202,7 @@ from dali_pipelines.source import headers, index, open_source
 from PIL import Image
 opened = Image.open
 def slow(file):
-    time.sleep(0.005)
+    time.sleep(0.02)
     return opened(file)
 headers.Image.open = slow
 index._SAVE_SECONDS = 0.2

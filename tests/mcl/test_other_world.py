@@ -70,7 +70,9 @@ def united(ranks: list[dict[int, list[set[Tile]]]]) -> dict[int, list[set[Tile]]
     }
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), pytest.param(2, 4, marks=pytest.mark.soak)])
+@pytest.mark.parametrize(
+    ("before", "after"), [(2, 1), *(pytest.param(*worlds, marks=pytest.mark.soak) for worlds in ((1, 2), (2, 4)))]
+)
 def test_another_number_of_processes_takes_over(photos: Path, tmp_path: Path, before: int, after: int) -> None:
     words = [f"data.root={photos / 'val'}", f"output={tmp_path}", f"data.index={tmp_path / 'index'}"]
     whole = united([undisturbed for undisturbed, _ in in_ranks(before, train_both, words, 1)])

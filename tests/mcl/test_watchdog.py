@@ -12,6 +12,7 @@ from multiprocessing.process import BaseProcess
 from multiprocessing.queues import SimpleQueue
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -133,6 +134,7 @@ def slow_start(rank: int, dog: Watchdog) -> None:
         meet()
 
 
+@pytest.mark.soak
 def test_who_is_slow_before_training_is_waited_for() -> None:
     for code, said in ends(2, slow_start):
         assert code == 3
@@ -149,5 +151,7 @@ def hangs_and_cannot_say_so(rank: int, dog: Watchdog) -> None:
         slow_start(rank, dog)
 
 
+@pytest.mark.soak
+@pytest.mark.fault("a log that hangs, when the run ends for a rank that does")
 def test_a_log_that_hangs_keeps_nobody_alive() -> None:
     assert [code for code, _ in ends(2, hangs_and_cannot_say_so)] == [3, 3]
