@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from mcl.evaluation.statistics import fresh_statistics
 from mcl.finetune.loading import seed_everything
+from mcl.metrics import rewrite
 from mcl.signals import Consensus, Interrupted, Signals
 
 
@@ -176,8 +176,8 @@ class APTable(Hook):
         record = {"step": runner.iter, **_aps(metrics or {})}
         records = [other for other in read(folder) if other["step"] < runner.iter]
         records.append(record)
-        _write(folder / RESULTS, json.dumps(records, indent=1) + "\n")
-        _write(folder / TABLE, table(records))
+        rewrite(folder / RESULTS, json.dumps(records, indent=1) + "\n")
+        rewrite(folder / TABLE, table(records))
         runner.logger.info("\n%s", table([record]))
 
 
@@ -210,9 +210,3 @@ def table(records: list[dict[str, Any]]) -> str:
                 values = ["-" if value is None else f"{value:.1f}" for value in record[kind].values()]
                 lines.append(f"| {record['step']} | {kind} | " + " | ".join(values) + " |")
     return "\n".join(lines) + "\n"
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)

@@ -78,8 +78,8 @@ def _read(path: Path, target: str, expected: Sequence[str]) -> dict[str, Tensor]
             try:
                 exported = export(path, target, parts=parts, output=Path(folder) / "weights.pth")
             except ConfigError as error:
-                reason_ = str(error).removeprefix("--parts: ")
-                raise ConfigError(f"pretrained.names: asks {path} for its {', '.join(parts)}: {reason_}") from None
+                cause = str(error).removeprefix("--parts: ")
+                raise ConfigError(f"pretrained.names: asks {path} for its {', '.join(parts)}: {cause}") from None
             return _read(exported.path, target, expected)
     weights = state.get("state_dict", state) if isinstance(state, dict) else {}
     if not weights or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
