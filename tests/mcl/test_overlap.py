@@ -90,7 +90,7 @@ def test_loading_and_computing_overlap(load: float, step: float, thumbnails: Pat
 @pytest.mark.usefixtures("thin_backbone")
 def test_a_run_loads_while_it_computes(thumbnails: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own records say so. Steps are real ones, and sleep besides."""
-    images, load, step = 8, 0.16, 0.1
+    images, load, step = 8, 0.2, 0.1
     slow = slowed(thumbnails, load / images)
     monkeypatch.setattr(trainer, "open_shared", lambda data: slow)
     words = [f"data.root={thumbnails}", f"output={tmp_path}", "trainer.epochs=12", "trainer.log_every=6"]
@@ -105,7 +105,9 @@ def test_a_run_loads_while_it_computes(thumbnails: Path, tmp_path: Path, monkeyp
     run.fit()
     records = [record for record in read(tmp_path / "tiny" / "metrics.jsonl") if record["kind"] == "train"]
     assert len(records) == 4
+    seconds = [images / record["images_per_s"] for record in records]  # per step, of each window
     # One window that other processes did not disturb will do; the first holds what happens once.
-    seconds = min(images / record["images_per_s"] for record in records[1:])
-    assert load * 0.9 < seconds < (load + load + step) / 2
+    assert min(seconds[1:]) < (load + load + step) / 2
     assert 0.05 < max(record["data_wait"] for record in records[1:]) < 0.7
+    # Over the whole run, for a window may use what was made ready during a slower one. Some batches were ready before.
+    assert 6 * sum(seconds) > (24 - 4) * load
