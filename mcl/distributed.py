@@ -22,7 +22,7 @@ _PATIENCE = timedelta(days=1)
 _ROLL_CALL = timedelta(minutes=10)
 _ANSWER = 2 * _ROLL_CALL  # the others wait for what rank 0 says in the end
 _LINGER, _GLANCE = 1.0, 0.1  # seconds
-_CALL, _VERDICT, _UNABLE = "roll call", "verdict", "unable: "
+_CALL, _VERDICT, _STRANGER, _UNABLE = "roll call", "verdict", "stranger", "unable: "
 
 _SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 
@@ -145,18 +145,22 @@ def _answer(store: Store, own: int, said: str) -> Store:
     The last call may be that of a start that is over: it has its verdict before this process came, or gets none.
     """
     end = time.monotonic() + _ANSWER.total_seconds()
-    answered = ""
+    answered, expected = "", said
     while time.monotonic() < end:
         name = store.get(_CALL).decode()
         here = PrefixStore(name, store)
         over = here.check([_VERDICT])
         if over and name == answered:
             return here
+        expected = here.get("rank 0").decode()
         if not over and name != answered:
             here.set(f"rank {own}", said)
+            if said != expected:
+                here.set(_STRANGER, str(own))  # rank 0 does not ask for ranks beyond its own number
             answered = name
         time.sleep(_GLANCE)
-    raise dist.DistStoreError("no verdict")
+    # The last call was that of others, if they were started as something else.
+    raise ConfigError(_unlike(own, said, expected)) if said != expected else dist.DistStoreError("no verdict")
 
 
 def _verdict(store: Store, size: int) -> str:
@@ -173,14 +177,23 @@ def _verdict(store: Store, size: int) -> str:
                 f"WORLD_SIZE: of {size} processes, rank {', '.join(missing)} did not come within "
                 f"{_ROLL_CALL.total_seconds():.0f} s; start as many as WORLD_SIZE says (under SLURM: with srun)"
             )
-        if said.startswith(_UNABLE):
-            return f"{said.removeprefix(_UNABLE)} (rank {other})"
-        if said != expected:
-            return (
-                f"WORLD_SIZE: rank {other} was started as one of {said}, rank 0 as one of {expected}; start all "
-                "processes with the same number and the same trainer.device"
-            )
+        if said != expected or said.startswith(_UNABLE):
+            return _unlike(other, said, expected)
+    if store.check([_STRANGER]):
+        stranger = int(store.get(_STRANGER))
+        return _unlike(stranger, store.get(f"rank {stranger}").decode(), expected)
     return ""
+
+
+def _unlike(other: int, said: str, expected: str) -> str:
+    """In words: a process that rank 0 cannot train with."""
+    for rank, words in ((0, expected), (other, said)):
+        if words.startswith(_UNABLE):
+            return f"{words.removeprefix(_UNABLE)} (rank {rank})"
+    return (
+        f"WORLD_SIZE: rank {other} was started as one of {said}, rank 0 as one of {expected}; start all processes with "
+        "the same number and the same trainer.device"
+    )
 
 
 def board(patience: float) -> Board:

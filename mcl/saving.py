@@ -1,6 +1,8 @@
 """Saving beside the training: a copy of the state is taken in the step's time, all the rest is a thread's work."""
 
+import threading
 from concurrent import futures
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,9 @@ _PATIENCE = 30.0  # seconds
 
 
 class Saver:
-    """Writes checkpoints (:func:`mcl.checkpoint.save`) in a thread of its own, one at a time.
+    """Writes checkpoints (:func:`mcl.checkpoint.save`) in threads of their own, one at a time.
+
+    A disk may never answer, so these threads keep no process alive that has come to its end.
 
     Args:
         folder: of the checkpoints.
@@ -23,8 +27,7 @@ class Saver:
 
     def __init__(self, folder: Path, keep: int) -> None:
         self._folder, self._keep = folder, keep
-        self._thread = futures.ThreadPoolExecutor(1, "saving")
-        self._pending: futures.Future[None] | None = None
+        self._pending: Future[None] | None = None
 
     def save(self, state: dict[str, Any]) -> None:
         """Starts to save; what is in `state` may change when this returns. Waits for the save before.
@@ -37,7 +40,9 @@ class Saver:
         snapshot = _to_host(state)
         if copied is not None:
             copied.record()
-        self._pending = self._thread.submit(self._write, snapshot, copied)
+        self._pending = Future()
+        arguments = (self._pending, snapshot, copied)
+        threading.Thread(target=self._write, args=arguments, name="saving", daemon=True).start()
 
     def check(self) -> None:
         """Raises the error of a save that failed; does not wait.
@@ -63,16 +68,14 @@ class Saver:
         if self._pending is not None:
             futures.wait([self._pending], _PATIENCE)
 
-    def close(self) -> None:
-        """Settles, and ends the thread; nothing can be saved afterwards."""
-        self.settle()
-        late = self._pending is not None and not self._pending.done()
-        self._thread.shutdown(wait=not late)
-
-    def _write(self, state: dict[str, Any], copied: torch.cuda.Event | None) -> None:
-        if copied is not None:
-            copied.synchronize()
-        log.info("saved %s", checkpoint.save(self._folder, state, self._keep))
+    def _write(self, pending: Future[None], state: dict[str, Any], copied: torch.cuda.Event | None) -> None:
+        try:
+            if copied is not None:
+                copied.synchronize()
+            log.info("saved %s", checkpoint.save(self._folder, state, self._keep))
+            pending.set_result(None)
+        except BaseException as error:
+            pending.set_exception(error)
 
 
 def _to_host(value: Any) -> Any:

@@ -58,10 +58,10 @@ class Trainer:
         distributed.adopt_slurm()
         self.device = resolve_device(config.trainer.device)
         distributed.setup(self.device.type, config.trainer.timeout)
-        agreement.check(config, self.device.type)
-        self.images = config.images_per_rank(distributed.world_size())
         self._watchdog = Watchdog(config.trainer.timeout)
         with self._watchdog.starting():
+            agreement.check(config, self.device.type)
+            self.images = config.images_per_rank(distributed.world_size())
             self.folder = config.run_folder
             if config.trainer.resume == "never" and checkpoint.steps(self.folder / "checkpoints"):
                 raise ConfigError(f"trainer.resume: never, but {self.folder} holds a run; choose another name")
@@ -124,10 +124,10 @@ class Trainer:
         with self._watchdog.starting():
             metrics = Metrics(self.config, self.step) if distributed.rank() == 0 else None
             self._describe()
+            consensus, stop = Consensus(), 0
         trainer = self.config.trainer
         every = max(1, round(trainer.checkpoint_epochs * self.steps_per_epoch))
         stopwatch = Stopwatch(self.steps - self.step, self._update.timer)
-        consensus, stop = Consensus(), 0
         self._watchdog.advance(self.step)
         try:
             with (
@@ -160,10 +160,11 @@ class Trainer:
                 log.warning("stopped by signal %d at step %d; the same command continues", stop, self.step)
                 raise Interrupted(128 + stop)
         finally:
-            self._saver.close()
-            self.loader.close()
-            if metrics is not None:
-                metrics.close()
+            with self._watchdog.leaving():
+                self._saver.settle()
+                self.loader.close()
+                if metrics is not None:
+                    metrics.close()
 
     def train_step(self, query: MontageBatch, key: MontageBatch) -> tuple[Output, Tensor]:
         """The next step (:class:`~mcl.step.TrainingStep`), at its place in the schedules."""

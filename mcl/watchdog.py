@@ -101,6 +101,24 @@ class Watchdog:
             yield
         self._close(None)
 
+    @contextlib.contextmanager
+    def leaving(self) -> Iterator[None]:
+        """What is closed behind the run. If it ends with an error, what hangs here ends the process after a while: the
+        others do not wait for it any more, and nobody would notice."""
+        error = sys.exception()
+        if error is None or distributed.world_size() == 1:
+            yield
+            return
+        said = f"{type(error).__name__}: {error}; then what was open could not be closed, and this process ends"
+        code = error.code if isinstance(error, Interrupted) else getattr(error, "exit_code", 1)
+        timer = threading.Timer(_LAST_WORDS, self._end, (said, code))
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
     def _close(self, error: BaseException | None) -> None:
         if distributed.world_size() == 1:
             return
@@ -127,23 +145,28 @@ class Watchdog:
             raise PeerError(said) from error
 
     def _culprit(self) -> str:
-        """Who failed, or is gone; empty if nobody is after a while."""
+        """Who failed, is gone, or did not come to what broke off; empty if nobody can be found after a while."""
         before = self._signs()
         for _ in range(_MISSED):
             if said := self._published():
                 return said
             time.sleep(self._interval)
-        silent = {rank: sign for rank, sign in self._signs().items() if sign is None or sign == before[rank]}
-        silent.pop(distributed.rank(), None)  # whose own thread may hang
-        return self._published() or _gone(silent)
+        signs, own = self._signs(), distributed.rank()
+        silent = {rank: sign for rank, sign in signs.items() if sign is None or sign == before[rank]}
+        silent.pop(own, None)  # whose own thread may hang
+        behind = {rank: sign for rank, sign in signs.items() if sign and sign.calls < distributed.calls()}
+        return self._published() or _gone(silent) or _kept_waiting(behind, own)
 
     # ------------------------------------------------------------------------------------------------ the thread
 
     def _watch(self) -> None:
-        progress, since = (-1, -1, False), time.monotonic()
+        now, looked = 0.0, time.monotonic()
+        progress, since = (-1, -1, False), now
         heard: dict[int, tuple[Sign | None, float]] = {}  # last sign of every process, and when it was first seen
         while not self._over.wait(self._interval):
-            now = time.monotonic()
+            # Time in which the whole job was suspended, by a scheduler or Ctrl-Z, is nobody's delay.
+            now += min(time.monotonic() - looked, 2 * self._interval)
+            looked = time.monotonic()
             if (current := (self._step, distributed.calls(), self._training.is_set())) != progress:
                 progress, since, heard = current, now, {}
             try:
@@ -164,18 +187,18 @@ class Watchdog:
             except BoardError as lost:
                 self._said = self._said or str(lost)
             if self._said and not self._returned.wait(_MISSED * self._interval):
-                self._end(self._said)
+                self._end(f"{self._said}; this process ends, too,", PeerError.exit_code)
 
-    def _end(self, said: str) -> None:
+    def _end(self, said: str, code: int) -> None:
         # What hangs may be the disk of the log.
         words = threading.Thread(target=self._last_words, args=(said,), name="last words", daemon=True)
         words.start()
         words.join(_LAST_WORDS)
-        os._exit(PeerError.exit_code)
+        os._exit(code)
 
     def _last_words(self, said: str) -> None:
         # Every process that is stuck says where: the culprit need not be the first to see that it is one.
-        log.error("%s; this process ends, too, at\n%sThe same command continues", said, self._stack())
+        log.error("%s at\n%sThe same command continues", said, self._stack())
         self._before_end()
         for handler in log.handlers:
             handler.flush()
@@ -214,6 +237,12 @@ def _gone(silent: Mapping[int, Sign | None]) -> str:
         f"rank {rank} is gone, {f'last heard of at step {sign.step}' if sign else 'never heard of'}"
         for rank, sign in silent.items()
     )
+
+
+def _kept_waiting(behind: Mapping[int, Sign], own: int) -> str:
+    """In words: processes for which this one has waited until PyTorch gave up."""
+    ranks = "; ".join(f"rank {rank} hangs at step {sign.step}" for rank, sign in behind.items())
+    return ranks and f"{ranks}: rank {own} has given up waiting; the stack of who hangs is in train.log"
 
 
 def _hangs(signs: Mapping[int, Sign | None], timeout: float) -> str:

@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -137,12 +138,16 @@ def test_code_is_what_the_sources_say(tmp_path: Path, monkeypatch: pytest.Monkey
     assert len(set(seen)) == 3
 
 
-def start(cases: list[tuple[list[str], int]], devices: list[str], patience: float, gpus: int = 8) -> list[str]:
-    """What this rank is told when it joins a group of the size that its case says, on `devices`; `gpus` are seen."""
+def start(
+    cases: list[tuple[list[str], int]], devices: list[str], patience: float, gpus: int = 8, late: int | None = None
+) -> list[str]:
+    """What this rank is told when it joins a group of the size that its case says, on `devices`; `gpus` are seen, and
+    rank `late` comes after the others."""
     distributed.teardown()
     said = []
     for sizes, port in cases:
         os.environ |= {"WORLD_SIZE": sizes[int(os.environ["RANK"])], "MASTER_PORT": str(port)}
+        time.sleep(2 if late == int(os.environ["RANK"]) else 0)
         with (
             mock.patch.object(distributed, "_ROLL_CALL", datetime.timedelta(seconds=patience)),
             mock.patch.object(torch.cuda, "set_device"),
@@ -166,6 +171,12 @@ def test_processes_must_be_of_one_group() -> None:
         assert said.startswith(
             f"WORLD_SIZE: rank 1 was started as one of {theirs} processes on cpu, rank 0 as one of {ours} processes on"
         )
+
+
+def test_processes_beyond_the_number_of_rank_0_are_refused_too() -> None:
+    told = in_ranks(3, start, [(["2", "2", "3"], free_port())], ["cpu"] * 3, 60.0, 8, 1)
+    assert told[0] == told[1] == told[2]
+    assert told[0][0].startswith("WORLD_SIZE: rank 2 was started as one of 3 processes on cpu, rank 0 as one of 2 proc")
 
 
 def test_processes_must_all_come() -> None:

@@ -234,6 +234,34 @@ def test_a_stopped_rank_is_named(preset: Path, tmp_path: Path, victim: int, said
     assert said in run.log()
 
 
+def test_what_ends_one_rank_as_training_begins_is_told_to_the_others(preset: Path, tmp_path: Path) -> None:
+    with Run(preset, tmp_path, "log.wandb=x") as run:
+        assert run.ends() == [2, 3]
+    assert "rank 0 failed at step 0: ConfigError: log.wandb: " in run.log()
+
+
+def hang_while_saving(rank: int) -> None:
+    """The disk does not answer the first save."""
+    from mcl import saving, watchdog
+
+    def write(*_: Any) -> None:
+        time.sleep(1000)
+
+    if rank == 0:
+        checkpoint.write = write
+        saving._PATIENCE = watchdog._LAST_WORDS = 2.0
+
+
+@pytest.mark.soak
+@pytest.mark.fault("a disk that hangs in a save of rank 0, then SIGKILL of rank 1")
+def test_a_save_that_hangs_keeps_nobody_alive(preset: Path, tmp_path: Path) -> None:
+    with Run(preset, tmp_path, plant=hang_while_saving) as run:
+        run.reach(3)
+        kill(run, [1])
+        assert run.ends() == [3, -signal.SIGKILL]
+    assert "rank 1 is gone, last heard of at step" in run.log()
+
+
 @pytest.mark.fault("a rank whose images vanish")
 def test_a_rank_whose_images_vanish_is_named(preset: Path, images: Path, tmp_path: Path) -> None:
     """It ends with its own error, and the other one with its name, long before the timeout."""

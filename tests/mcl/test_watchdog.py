@@ -1,5 +1,6 @@
 """Who fails, dies or hangs is named by the others, before training, too; and nobody's last words keep it alive."""
 
+import datetime
 import logging
 import multiprocessing
 import os
@@ -24,6 +25,7 @@ Ends = list[tuple[int | None, str]]
 """Exit code of every rank, and its error or what it logged last."""
 
 TIMEOUT = 2.0  # a sign every 0.2 s
+UNDER_WAY = "under way"
 
 
 def rank_main(
@@ -51,7 +53,8 @@ class _Telling(logging.Handler):
         self._said.put(record.getMessage())
 
 
-def ends(world: int, work: Callable[[int, Watchdog], None]) -> Ends:
+def ends(world: int, work: Callable[[int, Watchdog], None], pause: float = 0.0) -> Ends:
+    """How they end; all are stopped three times if there is a `pause`, seconds, once they are under way."""
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["mcl.run", "tests.mcl.test_watchdog"])
     port, said = free_port(), [processes.SimpleQueue() for _ in range(world)]
@@ -61,6 +64,12 @@ def ends(world: int, work: Callable[[int, Watchdog], None]) -> Ends:
     for process in ranks:
         process.start()
     try:
+        if pause:
+            assert said[0].get() == UNDER_WAY
+            for number, seconds in 3 * [(signal.SIGSTOP, pause), (signal.SIGCONT, 0.3)]:
+                for process in ranks:
+                    os.kill(process.pid or 0, number)
+                time.sleep(seconds)
         for process in ranks:
             process.join(60)
         return [(p.exitcode, "" if words.empty() else words.get()) for p, words in zip(ranks, said, strict=True)]
@@ -138,7 +147,64 @@ def slow_start(rank: int, dog: Watchdog) -> None:
 def test_who_is_slow_before_training_is_waited_for() -> None:
     for code, said in ends(2, slow_start):
         assert code == 3
+        # Whose collective breaks off first, since the other ended, says it as its error.
+        said = said.removeprefix("PeerError: ")
         assert said.startswith(f"rank 1 hangs at step 4: the others wait for it since {TIMEOUT:.0f} s")
+
+
+def hangs_before_training(rank: int, dog: Watchdog) -> None:
+    with dog.starting():
+        meet()
+        if rank == 1:
+            threading.Event().wait()
+        dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=1), dist.group.WORLD)
+        meet()
+
+
+def test_who_hangs_before_training_is_named_by_those_who_give_up_waiting() -> None:
+    first, second = ends(2, hangs_before_training)
+    said = "rank 1 hangs at step 0: rank 0 has given up waiting; the stack of who hangs is in train.log"
+    assert first == (3, f"PeerError: {said}")
+    assert second[0] == 3
+    assert second[1].startswith(said)
+    assert "hangs_before_training" in second[1]
+
+
+def is_suspended(rank: int, dog: Watchdog) -> None:
+    """For longer than training may stand still."""
+    with dog.training(lambda: None):
+        for step in range(12):
+            meet()
+            dog.advance(step)
+            time.sleep(TIMEOUT / 4)
+            if (rank, step) == (0, 1):
+                watchdog.log.warning(UNDER_WAY)
+
+
+@pytest.mark.soak
+@pytest.mark.fault("SIGSTOP of all, and SIGCONT later than the timeout")
+def test_a_suspended_job_goes_on() -> None:
+    assert ends(2, is_suspended, pause=2 * TIMEOUT) == [(0, ""), (0, "")]
+
+
+def cannot_close(rank: int, dog: Watchdog) -> None:
+    try:
+        with dog.starting():
+            meet()
+            if rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            meet()
+    finally:
+        with mock.patch.object(watchdog, "_LAST_WORDS", 0.5), dog.leaving():
+            threading.Event().wait()
+
+
+@pytest.mark.fault("a disk that hangs, when the run ends for a rank that died")
+def test_what_cannot_be_closed_keeps_nobody_alive() -> None:
+    code, said = ends(2, cannot_close)[0]
+    assert code == 3
+    assert said.startswith("PeerError: rank 1 is gone, last heard of at step 0; then what was open could not be closed")
+    assert "cannot_close" in said
 
 
 def hangs_and_cannot_say_so(rank: int, dog: Watchdog) -> None:
