@@ -174,8 +174,9 @@ class TrainerConfig:
     """Upper bound of the fp16 loss scale."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What becomes of a step whose gradient is infinite or NaN. stop: the run ends before the next checkpoint, naming
-    it. skip: weights, optimiser, momentum network and running statistics stay as they were, the record counts it, and
-    the run ends after 100 such steps in a row; every step then costs a copy of them all."""
+    it; in fp16, where the loss scale is lowered instead, after 100 such steps in a row. skip: weights, optimiser,
+    momentum network and running statistics stay as they were, the record counts it, and the run ends after 100 such
+    steps in a row; every step then costs a copy of them all."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the networks live."""
     threads: int = Field(default=0, ge=0)

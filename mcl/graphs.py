@@ -45,7 +45,8 @@ class CudaRecorder:
             buffer.copy_(before)
         self._reset()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # The loader's threads go on allocating, which is no affair of the recording.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             result = work()
         graph.replay()  # recording alone computes nothing
         return result, graph.replay
@@ -63,22 +64,22 @@ class Graphed(Generic[T]):
         self._work, self._record = work, recorder
         self._shape: object = None
         self._views: list[MontageBatch] = []
-        self._result: T
-        self._again: Callable[[], None]
+        self._recorded: tuple[T, Callable[[], None]] | None = None
 
     def __call__(self, query: MontageBatch, key: MontageBatch) -> T:
         """What work returns, in memory that the next call writes to."""
         shape = (query.images.shape, query.canvases, query.queries)
-        if shape == self._shape:
+        if self._recorded is not None and shape == self._shape:
             for view, new in zip(self._views, (query, key), strict=True):
                 for name, tensor in _tensors(view).items():
                     tensor.copy_(getattr(new, name), non_blocking=True)
-            self._again()
-        else:
-            self._shape = shape
-            self._views = [_cloned(query), _cloned(key)]
-            self._result, self._again = self._record(lambda: self._work(*self._views))
-        return self._result
+            result, again = self._recorded
+            again()
+            return result
+        self._recorded = None  # its memory, all activations among it, goes back before the new one takes its own
+        self._shape, self._views = shape, [_cloned(query), _cloned(key)]
+        self._recorded = self._record(lambda: self._work(*self._views))
+        return self._recorded[0]
 
 
 def _tensors(view: MontageBatch) -> dict[str, Tensor]:

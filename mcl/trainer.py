@@ -26,7 +26,8 @@ from mcl.step import TrainingStep
 from mcl.watchdog import Watchdog
 
 _SKIPPED_IN_A_ROW = 100
-"""Steps left out one after the other that end a run: no finite gradient will come."""
+"""Steps left out one after the other, as in fp16 or by trainer.on_nonfinite, that end a run: no finite gradient will
+come."""
 
 
 class NonFiniteLossError(RuntimeError):
@@ -303,7 +304,7 @@ class Trainer:
             step, levels = failure
             what = f"loss of level {', '.join(map(str, levels))}" if levels else "gradient"
             what = f"{what} was not finite at step {step}"
-        elif self._skips and (skipped := self._meter.skipped_in_a_row()) >= _SKIPPED_IN_A_ROW:
+        elif (skipped := self._meter.skipped_in_a_row()) >= _SKIPPED_IN_A_ROW:
             what = f"gradient was not finite in the last {skipped} steps"
         else:
             return

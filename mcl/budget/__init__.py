@@ -94,8 +94,8 @@ def budget(
         "parts": _parts(stages),
         "stages": [_describe(s, supervised) for s in stages],
         "memory": _memory(config, stages),
-        "time": hardware.times(work, resnet50, found),
-        "communication": communication.describe(exchanging, resnet50, gpus, nodes, links),
+        "time": hardware.times(work, resnet50, config.trainer.precision, found),
+        "communication": communication.describe(exchanging, resnet50, config.trainer.precision, gpus, nodes, links),
         "loader": {
             "views": max(s.views for s in work),
             "gate": {"images_per_s": hardware.GATE, "source": hardware.GATE_SOURCE},

@@ -2,7 +2,8 @@
 
 Calls and bytes are counted: they are those of a real step. Times are estimates, of a model with few assumptions:
 
-* A GPU computes at the rate that one GPU reaches in the cited supervised training (:data:`hardware.YARDSTICKS`).
+* A GPU computes at the rate that one GPU reaches in the cited supervised training
+  (:data:`~mcl.budget.hardware.YARDSTICKS`).
 * An all-reduce costs the latency of its hops and its bytes over the slowest link, along a ring or a tree, whichever is
   faster, as NCCL chooses; an all-gather goes along a ring. A ring takes 2 (W - 1) hops for the former and W - 1 for the
   latter, and sends (W - 1) / W of the result per pass. Links carry their full rate, which is more than is measured.
@@ -23,7 +24,7 @@ import torch.distributed as dist
 from torch.nn.parallel.distributed import _DEFAULT_BUCKET_CAP_MB
 
 from mcl.budget.count import Count
-from mcl.budget.hardware import NODE, YARDSTICKS
+from mcl.budget.hardware import NODE, yardsticks
 from mcl.config import ConfigError
 
 _BUCKETS = [dist._DEFAULT_FIRST_BUCKET_BYTES, _DEFAULT_BUCKET_CAP_MB * 2**20]  # type: ignore[attr-defined]
@@ -129,15 +130,16 @@ def links_of(bandwidth: Sequence[float] | None) -> Sequence[Links]:
 
 
 def describe(
-    stages: Sequence[Stage], supervised: float, gpus: int, nodes: int, links: Sequence[Links]
+    stages: Sequence[Stage], supervised: float, precision: str, gpus: int, nodes: int, links: Sequence[Links]
 ) -> dict[str, Any]:
     """What a budget says of it; see :mod:`mcl.budget`.
 
     Args:
         stages: of the configuration at `gpus` processes.
         supervised: FLOPs per image of a supervised ResNet-50 step at 224 px.
+        precision: as trainer.precision; without published throughputs for it there are no scales.
     """
-    largest = stages[-1]
+    largest, rates = stages[-1], {y.hardware: y.one * supervised for y in yardsticks(precision)}
     return {
         "nodes": nodes,
         "per_step": {
@@ -154,7 +156,10 @@ def describe(
         ],
         "latency": LATENCY_SOURCE,
         "scales": [
-            _scale(stages, supervised, gpus, gpus // nodes, n, k) for k in links for n in _doubling(nodes) if gpus > 1
+            _scale(stages, rates[k.hardware], gpus, gpus // nodes, n, k)
+            for k in links
+            for n in _doubling(nodes)
+            if gpus > 1 and k.hardware in rates
         ],
     }
 
@@ -163,11 +168,8 @@ def _doubling(most: int) -> Iterable[int]:
     return [*(1 << i for i in range(most.bit_length()) if 1 << i < most), most]
 
 
-def _scale(
-    stages: Sequence[Stage], supervised: float, gpus: int, per_node: int, nodes: int, links: Links
-) -> dict[str, Any]:
-    """A mean step on so many nodes, of as many images per GPU."""
-    rate = next(y.one for y in YARDSTICKS if y.hardware == links.hardware) * supervised  # FLOP/s of a GPU
+def _scale(stages: Sequence[Stage], rate: float, gpus: int, per_node: int, nodes: int, links: Links) -> dict[str, Any]:
+    """A mean step on so many nodes, of as many images per GPU; `rate` is FLOP/s of one."""
     world = per_node * nodes
     epochs = sum(stage.epochs for stage in stages)
     means = dict.fromkeys(("compute_s", "gradients_s", "targets_s", "batchnorm_s", "exposed_s"), 0.0)

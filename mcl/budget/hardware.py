@@ -40,6 +40,7 @@ class Yardstick:
     one: float  # on one GPU
     node: float  # on NODE of them
     source: str
+    precisions: tuple[str, ...] = ("bf16", "fp16")  # trainer.precision that it stands for
 
     def images_per_s(self, gpus: int) -> float:
         """On one GPU, or on whole nodes."""
@@ -54,7 +55,8 @@ YARDSTICKS = (
         *("H100", 2_470 * _MLPERF, 16_621 * _MLPERF),
         "derived, rough: A100 times 28.7 min / 13.466 min (MLPerf Training, ResNet-50 on 8 GPUs, rounds 2.0 and 3.0)",
     ),
-    Yardstick("V100", 1_200, 8_322, f"{_EXAMPLES}: DGX-1 16 GB"),
+    Yardstick("V100", 1_200, 8_322, f"{_EXAMPLES}: DGX-1 16 GB; in fp16, for it has no instructions for bf16"),
+    Yardstick("A100", 938, 7_248, f"{_EXAMPLES.replace('AMP', 'TF32')}: DGX A100 80 GB", ("fp32",)),
 )
 GPUS = (1, NODE, 4 * NODE)
 
@@ -144,7 +146,14 @@ def loading_on_cpu(path: Path = _BENCHMARK) -> dict[str, Any] | None:
     }
 
 
-def times(stages: Sequence[Stage], supervised: float, found: Measurement | None) -> list[dict[str, Any]]:
+def yardsticks(precision: str) -> list[Yardstick]:
+    """Those that stand for a ``trainer.precision``."""
+    return [yardstick for yardstick in YARDSTICKS if precision in yardstick.precisions]
+
+
+def times(
+    stages: Sequence[Stage], supervised: float, precision: str, found: Measurement | None
+) -> list[dict[str, Any]]:
     """Speed and duration by hardware and number of GPUs, measured (first) and estimated.
 
     Durations are of 100 epochs of ImageNet, of which each stage has its share.
@@ -152,12 +161,13 @@ def times(stages: Sequence[Stage], supervised: float, found: Measurement | None)
     Args:
         stages: of the configuration.
         supervised: FLOPs per image of a supervised ResNet-50 step at 224 px.
+        precision: as trainer.precision; without published throughputs for it there are no estimates.
         found: takes the place of the estimate for its device and number of processes.
     """
     rows = []
     if found:
         rows.append(_row("measured", found.device, found.processes, found.flops_per_s, found.source, stages))
-    for yardstick in YARDSTICKS:
+    for yardstick in yardsticks(precision):
         for gpus in GPUS:
             if not (found and yardstick.hardware in found.device and gpus == found.processes):
                 rate = yardstick.images_per_s(gpus) * supervised

@@ -27,7 +27,9 @@ def tables(budget: dict[str, Any]) -> str:
         f"{supervised} ({b['supervised']['gflop_per_image']:.1f})"
     )
     sections = [head, _parts(b), _stages(b), _memory(b), _times(b)]
-    return "\n\n".join([*sections, _exchanges(b), _scales(b)] if b["gpus"] > 1 else sections)
+    if b["gpus"] > 1:
+        sections += [_exchanges(b), _scales(b)]
+    return "\n\n".join(sections)
 
 
 def _parts(b: dict[str, Any]) -> str:
@@ -63,6 +65,8 @@ def _memory(b: dict[str, Any]) -> str:
 
 
 def _times(b: dict[str, Any]) -> str:
+    if not b["time"]:
+        return f"no hours: no throughput in {b['precision']} has been published, and this run has measured none yet"
     header = ["", "GPUs", "images/s", "hours", "GPU-hours", "loader: images/s/GPU", "of DALI's gate", "CPU cores/GPU"]
     rows = [
         [
@@ -78,7 +82,8 @@ def _times(b: dict[str, Any]) -> str:
     sources = dict.fromkeys(f"  {row['hardware']}, {row['kind']}: {row['source']}" for row in b["time"])
     notes = [
         f"{EPOCHS} epochs of ImageNet. Estimates take the FLOP/s that supervised ResNet-50 reached on that",
-        "hardware, and nodes of 8 GPUs that do not slow each other down:",
+        f"hardware in {b['precision']} or alike, where that was published, and nodes of 8 GPUs that do not slow each",
+        "other down:",
         *sources,
         f"  DALI's gate: {gate['images_per_s']:,} images/s of one view of 224 px ({gate['source']}).",
         f"    An image costs up to {b['loader']['views']:.2f} such views here; above 100% the loader is too slow.",
@@ -109,6 +114,8 @@ def _exchanges(b: dict[str, Any]) -> str:
 
 def _scales(b: dict[str, Any]) -> str:
     communication = b["communication"]
+    if not communication["scales"]:
+        return f"no efficiency at scale: no throughput in {b['precision']} has been published"
     rows = [
         [
             f"{s['hardware']}, estimate",

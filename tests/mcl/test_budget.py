@@ -190,7 +190,7 @@ def test_a_loaded_step_has_the_queries_of_its_configuration(photos: Path) -> Non
 
 
 def test_times_of_one_supervised_step_are_the_published_ones() -> None:
-    rows = hardware.times([hardware.Stage(epochs=90, flops=5.0, views=1.0)], 5.0, None)
+    rows = hardware.times([hardware.Stage(epochs=90, flops=5.0, views=1.0)], 5.0, "bf16", None)
     by = {(row["hardware"], row["gpus"]): row for row in rows}
     assert len(by) == 9
     a100 = by["A100", 8]
@@ -204,9 +204,24 @@ def test_times_of_one_supervised_step_are_the_published_ones() -> None:
     assert all(row["source"] for row in rows)
 
 
+@pytest.mark.parametrize(("precision", "hours"), [("fp16", 100 * 1_281_167 / 2_470), ("fp32", 100 * 1_281_167 / 938)])
+def test_times_depend_on_the_precision(precision: str, hours: float) -> None:
+    rows = hardware.times([hardware.Stage(90, 5.0, 1.0)], 5.0, precision, None)
+    assert rows[0]["hardware"] == "A100"
+    assert rows[0]["hours"] == pytest.approx(hours / 3600)
+    assert ("TF32" in rows[0]["source"]) == (precision == "fp32")
+    assert {row["hardware"] for row in rows} == ({"A100"} if precision == "fp32" else {"A100", "H100", "V100"})
+
+
+def test_without_published_throughputs_there_are_no_estimates() -> None:
+    said = budget(preset("mcl_r18_fpn_demo", "trainer.precision=fp64", "trainer.global_batch=64"), gpus=2)
+    assert said["time"] == said["communication"]["scales"] == []
+    assert "no hours: no throughput in fp64 has been published" in show.tables(said)
+
+
 def test_the_loader_must_feed_the_fastest_stage() -> None:
     stages = [hardware.Stage(50, 1.0, views=0.5), hardware.Stage(50, 4.0, views=3.0)]
-    row = next(r for r in hardware.times(stages, 1.0, None) if (r["hardware"], r["gpus"]) == ("H100", 1))
+    row = next(r for r in hardware.times(stages, 1.0, "bf16", None) if (r["hardware"], r["gpus"]) == ("H100", 1))
     fastest = 2_470 * 28.7 / 13.466
     assert row["images_per_s"] == pytest.approx(fastest / 2.5)
     assert row["loader_images_per_s_per_gpu"] == pytest.approx(fastest)
@@ -242,7 +257,7 @@ def test_cores_to_load_follow_the_pixels_of_each_stage(monkeypatch: pytest.Monke
     """The first stage needs more images, the second more pixels."""
     monkeypatch.setattr(hardware, "loading_on_cpu", lambda: {"decode_s": 1e-3, "view_s": 1e-3})
     stages = [hardware.Stage(50, 1.0, views=0.5), hardware.Stage(50, 2.0, views=3.0)]
-    row = next(r for r in hardware.times(stages, 1.0, None) if (r["hardware"], r["gpus"]) == ("A100", 1))
+    row = next(r for r in hardware.times(stages, 1.0, "bf16", None) if (r["hardware"], r["gpus"]) == ("A100", 1))
     assert row["cpu_cores_per_gpu"] == pytest.approx(max(2_470 * 1.5e-3, 1_235 * 4e-3))
 
 
@@ -265,7 +280,7 @@ def test_measurements_take_the_place_of_estimates(tmp_path: Path) -> None:
     found = hardware.measurement(cfg, flops)
     assert found is not None
     assert (found.flops_per_s, found.device, found.processes) == (400.0, "NVIDIA A100-SXM4-80GB", 8)
-    rows = hardware.times([hardware.Stage(20, 4.0, 1.0)], 5.0, found)
+    rows = hardware.times([hardware.Stage(20, 4.0, 1.0)], 5.0, "bf16", found)
     assert (rows[0]["kind"], rows[0]["hardware"], rows[0]["images_per_s"]) == ("measured", found.device, 100.0)
     assert rows[0]["source"] == str(tmp_path / "demo" / "metrics.jsonl")
     assert [r["gpus"] for r in rows if r["hardware"] == "A100"] == [1, 32]
@@ -286,7 +301,7 @@ def no_dali(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("no_dali")
 def test_json_is_all_that_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Without images and DALI; a picture beside it."""
-    words = ["data.root=", f"output={tmp_path}", "montage.queries=[2,1,1,1]"]
+    words = ["data.root=", f"output={tmp_path}", "montage.queries=[2,1,1,1]", "trainer.precision=bf16"]
     picture = tmp_path / "budget.png"
     cli.main(["budget", str(PRESETS / "mcl_r18_fpn_demo.yaml"), *words, "--json", "--plot", str(picture)])
     printed = capsys.readouterr()

@@ -157,8 +157,8 @@ def test_what_arithmetic_hides() -> None:
 
 
 def test_a_budget_says_what_many_gpus_cost(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["budget", DEMO, "trainer.global_batch=2048", "--gpus", "64", "--nodes", "8", "--bandwidth", "230,160"]
-    cli.main([*arguments, "--json"])
+    arguments = ["budget", DEMO, "trainer.precision=bf16", "trainer.global_batch=2048"]
+    cli.main([*arguments, "--gpus", "64", "--nodes", "8", "--bandwidth", "230,160", "--json"])
     result = json.loads(capsys.readouterr().out)
     said = result["communication"]
     assert said["nodes"] == 8
@@ -182,7 +182,7 @@ def test_a_budget_says_what_many_gpus_cost(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_links_are_published_ones_unless_given() -> None:
-    result = budget(configure("trainer.global_batch=8"), gpus=2)["communication"]
+    result = budget(configure("trainer.global_batch=8", "trainer.precision=bf16"), gpus=2)["communication"]
     assert (result["nodes"], [s["gpus"] for s in result["scales"]]) == (1, [2, 2, 2])
     links = {k["hardware"]: (k["within_gb_per_s"], k["between_gb_per_s"]) for k in result["links"]}
     assert links == {"A100": (300, 200), "H100": (450, 400), "V100": (150, 50)}

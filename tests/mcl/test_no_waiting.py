@@ -62,6 +62,8 @@ class Detector(TorchDispatchMode):
             raise Waited(str(func))
         if name in INDEXING and any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]):
             raise Waited(f"{func} by a mask")
+        if name.startswith(("index_put", "_index_put", "_unsafe_index_put")) and args[2].device != args[0].device:
+            raise Waited(f"{func} of a value on the host")
         out = func(*args, **kwargs)
         if name in ("_to_copy", "copy_"):
             into = name == "copy_"  # (target, source, non_blocking)
@@ -78,9 +80,7 @@ class Detector(TorchDispatchMode):
             return
         if target.device.type == "cpu":
             raise Waited(f"{name} to the host")
-        # The value of a host's scalar goes along with the launch of a kernel.
-        pinned = asynchronous and any(source is p for p in self._pinned)
-        if source.numel() > 1 and not pinned:
+        if not (asynchronous and any(source is p for p in self._pinned)):
             raise Waited(f"{name} from pageable memory")
 
 
@@ -122,6 +122,9 @@ def test_the_detector_knows_what_waits(wait: Callable[[Tensor], Any]) -> None:
         lambda device, host: host.to("cuda", non_blocking=True),
         lambda device, host: device.copy_(host, non_blocking=True),
         lambda device, host: torch.tensor([1.0, 2.0], device="cuda"),
+        lambda device, host: torch.tensor(1.0, device="cuda"),
+        lambda device, host: device * torch.tensor(0.5).to("cuda"),
+        lambda device, host: device.index_put_((torch.zeros(2, dtype=torch.int64, device="cuda"),), host[0]),
         lambda device, host: device[0].item(),
     ],
 )
@@ -137,8 +140,8 @@ def test_the_detector_lets_pass_what_does_not_wait() -> None:
         device, host = torch.empty(4, device="cuda"), torch.empty(4)
         with Detector("cuda", pinned=[host]) as detector:
             device.copy_(host, non_blocking=True)
-            device[torch.zeros(2, dtype=torch.int64, device="cuda")] = 2.0
-            torch.where(device > 0, device, 1.0)
+            device[torch.zeros(2, dtype=torch.int64, device="cuda")] = device[:2]
+            torch.where(device > 0, device * torch.tensor(2.0), 1.0)  # such a scalar goes along with the launch
     assert detector.seen["aten::index_put_"] == detector.seen["aten::where"] == 1
 
 

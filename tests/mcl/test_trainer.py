@@ -336,6 +336,21 @@ def test_infinite_gradient_is_a_failure_too(tiny: Config) -> None:
     assert not checkpoint.steps(tiny.run_folder / "checkpoints")
 
 
+def test_fp16_ends_when_no_finite_gradient_comes(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that is left out now and then is how the loss scale is found; nothing but such steps trains nothing."""
+    monkeypatch.setattr("mcl.trainer._SKIPPED_IN_A_ROW", 3)
+    trainer = Trainer(config.override(tiny, ["trainer.precision=fp16", "trainer.log_every=1"]))
+
+    def overflow(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        if trainer.step >= 2:
+            output.loss.register_hook(lambda gradient: gradient * math.inf)
+
+    trainer.model.register_forward_hook(overflow)
+    with pytest.raises(NonFiniteLossError, match="the gradient was not finite in the last 3 steps; last good"):
+        trainer.fit()
+    assert trainer.step <= 5  # or earlier: the first loss scale may be too large, too
+
+
 def poison(trainer: Trainer, steps: set[int]) -> None:
     """Steps whose canvases are NaN."""
     train_step = trainer.train_step
