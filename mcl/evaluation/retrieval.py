@@ -43,8 +43,9 @@ class LevelwiseEncoder(nn.Module):
         self, images: Tensor, canvases: Sequence[int], boxes: Sequence[Tensor], cells: int, compute: str
     ) -> list[Tensor]:
         """As :meth:`Encoder.forward`, with the populations of ``compute: matched``."""
-        features = self.encoder.backbone(images)
-        return self.encoder.matched(features, canvases, boxes, cells, list(self.fpns), list(self.heads))
+        features, counts = self.encoder.backbone(images), [len(b) for b in boxes]
+        tiles = self.encoder.tiles(features, canvases, boxes, cells, list(self.fpns)).split(counts)
+        return [head(own, [len(own)]) for head, own in zip(self.heads, tiles, strict=True)]
 
 
 @dataclass(frozen=True)

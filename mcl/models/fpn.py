@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -16,9 +17,16 @@ class ConvNorm(nn.Module):
         self.conv = Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
         self.norm = nn.BatchNorm2d(outputs)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.norm(self.conv(x))
-        return y
+    def forward(self, x: Tensor, counts: Sequence[int] = ()) -> Tensor:
+        return normalize(self.norm, self.conv(x), counts)
+
+
+def normalize(norm: nn.Module, x: Tensor, counts: Sequence[int] = ()) -> Tensor:
+    """A BatchNorm of groups of rows, each by itself and in their order; of all rows together without `counts`."""
+    if len(counts) > 1:
+        return torch.cat([norm(rows) for rows in x.split(list(counts))])
+    y: Tensor = norm(x)
+    return y
 
 
 class FPN(nn.Module):

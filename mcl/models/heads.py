@@ -1,12 +1,17 @@
 """Region head, projector and predictor."""
 
-from torch import Tensor, nn
+from collections.abc import Sequence
 
-from mcl.models.fpn import ConvNorm
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mcl.models.fpn import ConvNorm, normalize
 
 
 class RegionHead(nn.Module):
     """Convolutions with zero padding at the tile's borders, average pool, projector; shared by all levels.
+
+    Levels go through it together, for products of few rows are slow, and are normalised one by one, in their order.
 
     Args:
         width: channels of the maps and of the embedding.
@@ -17,7 +22,7 @@ class RegionHead(nn.Module):
     def __init__(self, width: int, convs: int, hidden: int) -> None:
         super().__init__()
         self.convs = nn.ModuleList(ConvNorm(width, width, 3) for _ in range(convs))
-        self.projector = nn.Sequential(
+        self.projector = Projector(
             nn.Linear(width, hidden),
             nn.BatchNorm1d(hidden),
             nn.ReLU(inplace=True),
@@ -31,12 +36,21 @@ class RegionHead(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
                 nn.init.zeros_(module.bias)
 
-    def forward(self, tiles: Tensor) -> Tensor:
-        """(R, C, cells, cells) to embeddings (R, C)."""
+    def forward(self, tiles: Tensor, counts: Sequence[int]) -> Tensor:
+        """(R, C, cells, cells), the first of which are `counts[0]` tiles of level 0, to embeddings (R, C)."""
         for conv in self.convs:
-            tiles = conv(tiles).relu()
-        embeddings: Tensor = self.projector(tiles.mean((2, 3)))
+            tiles = conv(tiles, counts).relu()
+        embeddings: Tensor = self.projector(tiles.mean((2, 3)), counts)
         return embeddings
+
+
+class Projector(nn.Sequential):
+    """MLP whose BatchNorms see the rows of each level by themselves."""
+
+    def forward(self, x: Tensor, counts: Sequence[int]) -> Tensor:  # type: ignore[override]
+        for layer in self:
+            x = normalize(layer, x, counts) if isinstance(layer, _BatchNorm) else layer(x)
+        return x
 
 
 def predictor(width: int, hidden: int) -> nn.Sequential:

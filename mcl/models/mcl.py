@@ -55,39 +55,37 @@ class Encoder(nn.Module):
         features = self.backbone(images)
         levels = range(len(canvases))
         if compute == "matched":
-            return self.matched(
-                features, canvases, boxes, cells, [self.fpn for _ in levels], [self.head for _ in levels]
-            )
+            counts = [len(b) for b in boxes]
+            tiles = self.tiles(features, canvases, boxes, cells, [self.fpn for _ in levels])
+            return list(self.head(tiles, counts).split(counts))
         maps = self.fpn(features, levels)
         everything = [all_tiles(r, STRIDE * cells, len(images), images.device) for r in self.ratios]
-        tiles = self.pool(maps, everything, cells)
-        embeddings = {i: self.head(tiles[i]) for i in reversed(levels)}  # finest map first
+        populations = self.pool(maps, everything, cells).split([len(b) for b in everything])
+        embeddings = {i: self.head(populations[i], [len(populations[i])]) for i in reversed(levels)}  # finest map first
         bounds = list(itertools.accumulate(canvases, initial=0))
         return [embeddings[i][bounds[i] * r**2 : bounds[i + 1] * r**2] for i, r in enumerate(self.ratios)]
 
-    def matched(
+    def tiles(
         self,
         features: Sequence[Tensor],
         canvases: Sequence[int],
         boxes: Sequence[Tensor],
         cells: int,
         fpns: Sequence[nn.Module],
-        heads: Sequence[nn.Module],
-    ) -> list[Tensor]:
-        """Embeddings from the backbone's maps of all canvases: each level its own, through its FPN and head.
+    ) -> Tensor:
+        """Pooled from the backbone's maps of all canvases, each level's own through its FPN; as :meth:`pool`.
 
         Levels follow each other, level 0 first, since this is the order in which running statistics are updated.
         """
         levels = zip(*(Levels.apply(f, tuple(canvases)) for f in features), strict=True)
         maps = [fpn(level, [i])[0] for i, (fpn, level) in enumerate(zip(fpns, levels, strict=True))]
-        return [head(tiles) for head, tiles in zip(heads, self.pool(maps, boxes, cells), strict=True)]
+        return self.pool(maps, boxes, cells)
 
-    def pool(self, maps: Sequence[Tensor], boxes: Sequence[Tensor], cells: int) -> list[Tensor]:
-        """Tiles of every level, per level (R, width, cells, cells), in one launch."""
-        counts = [len(b) for b in boxes]
+    def pool(self, maps: Sequence[Tensor], boxes: Sequence[Tensor], cells: int) -> Tensor:
+        """(R, width, cells, cells), the tiles of all levels, level 0 first, in one launch."""
         index = torch.cat([b.new_full((len(b),), i, dtype=torch.int64) for i, b in enumerate(boxes)])
         strides = [STRIDE / r for r in self.ratios[: len(maps)]]
-        return list(region_pool(maps, strides, torch.cat(list(boxes)), index, cells).split(counts))
+        return region_pool(maps, strides, torch.cat(list(boxes)), index, cells)
 
 
 class Levels(torch.autograd.Function):

@@ -249,7 +249,7 @@ def mask_in_forward(step: TrainingStep) -> None:
 
 
 def nonzero_in_backward(step: TrainingStep) -> None:
-    step.model.online.head.register_forward_pre_hook(lambda _, inputs: (Peeking.apply(inputs[0]),))
+    step.model.online.head.register_forward_pre_hook(lambda _, inputs: (Peeking.apply(inputs[0]), inputs[1]))
 
 
 def item_in_the_loss(step: TrainingStep) -> None:
@@ -448,7 +448,7 @@ def test_steady_steps_copy_what_is_known_and_keep_nothing() -> None:
 
     copies = second.copies()
     linear = second.calls["aten::linear"]
-    assert linear == 2 * (2 * (2 + 2) + 2)  # per view: projector and predictor at both levels, the targets' projector
+    assert linear == 2 * (2 * 2 + 2 + 2)  # per view: predictors of both levels, projector, the targets' projector
     # A matrix product is added to a result that its bias has filled.
     assert copies.pop("aten::linear") == linear
     # The library's layout of a weight's gradient becomes ours, or our layout of a weight the library's.
