@@ -162,7 +162,8 @@ class TrainerConfig:
     """Arithmetic of the networks: autocast for bf16 and fp16 (with loss scaling); the loss is computed in fp32, or in
     fp64 there."""
     accumulate: int = Field(default=1, ge=1)
-    """Micro-batches per step and process: memory of one of them, gradients of all, each against the targets of all."""
+    """Micro-batches per step and process: memory of one of them, gradients of all, each against the targets of all.
+    BatchNorm has the statistics of one."""
     recompute: bool = False
     """Activation checkpointing: the insides of backbone blocks are not kept for backward, but computed again."""
     compile: bool = False

@@ -1,9 +1,11 @@
 """Training steps small enough for tests, and views for them as a loader makes them."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from mcl import config
 from mcl.config import Config
@@ -47,3 +49,23 @@ def views(cfg: Config, first_seed: int = 1, world: int = 1) -> tuple[MontageBatc
         )
         for v in (random_view(cfg.montage, images, first_seed + side, dtype) for side in range(2))
     )
+
+
+def normalize_parts(model: MCL, canvases: Sequence[int], parts: int) -> None:
+    """Lets every BatchNorm normalise the canvases, or the tiles of a level, of each of so many parts by themselves, as
+    it does where gradients are accumulated over micro-batches."""
+
+    def in_groups(norm: nn.Module) -> None:
+        whole = norm.forward
+
+        def forward(x: Tensor) -> Tensor:
+            levels = x.split(list(canvases)) if len(x) == sum(canvases) else [x]
+            groups = zip(*(level.chunk(parts) for level in levels), strict=True)
+            done = [whole(torch.cat(group)).split([len(piece) for piece in group]) for group in groups]
+            return torch.cat([piece for level in zip(*done, strict=True) for piece in level])
+
+        norm.forward = forward
+
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            in_groups(module)

@@ -1,4 +1,9 @@
-"""Other arithmetic, the same learning: 200 steps on photographs, beside five seeds in fp32."""
+"""Other arithmetic, the same learning: 200 steps on photographs, beside five seeds in fp32.
+
+Accumulated gradients are compared with steps of the whole whose BatchNorms take micro-batches by themselves, since that
+alone makes a difference (tests/mcl/test_step.py), and not a small one: with 16 instead of 32 images the loss is higher
+by 0.08 after 200 steps, three to four standard deviations of the seeds.
+"""
 
 from pathlib import Path
 
@@ -8,13 +13,16 @@ import pytest
 
 from mcl import config
 from mcl.trainer import Trainer
+from tests.step import normalize_parts
+
+Curve = npt.NDArray[np.float64]
 
 STEPS, WINDOW, SEEDS = 200, 20, 5
-WAYS = {
-    "bf16": ["trainer.precision=bf16"],
-    "compiled": ["trainer.compile=true"],
-    "recomputed": ["trainer.recompute=true"],
-    "accumulated": ["trainer.accumulate=2"],
+WAYS = {  # words, and in how many parts BatchNorm takes a batch
+    "bf16": (["trainer.precision=bf16"], 1),
+    "compiled": (["trainer.compile=true"], 1),
+    "recomputed": (["trainer.recompute=true"], 1),
+    "accumulated": (["trainer.accumulate=2"], 2),
 }
 _CONFIG = {
     "montage": {"cells": 1, "ratios": [1, 2], "images_per_canvas": [1, 4]},
@@ -28,10 +36,12 @@ _CONFIG = {
 }
 
 
-def windows(photos: Path, folder: Path, words: list[str]) -> npt.NDArray[np.float64]:
-    """Mean loss of every 20 steps."""
+def windows(photos: Path, folder: Path, words: list[str], parts: int = 1) -> Curve:
+    """Mean loss of every 20 steps; `parts`: see :func:`~tests.step.normalize_parts`."""
     words = [*words, f"data.root={photos / 'train'}", f"output={folder}", "name=" + "_".join(words).replace("=", "_")]
     trainer = Trainer(config.override(config.from_dict(_CONFIG), words))
+    if parts > 1:
+        normalize_parts(trainer.model, trainer.config.montage.canvases(trainer.images), parts)
     assert trainer.steps >= STEPS
     losses = []
     with trainer.loader:
@@ -43,11 +53,16 @@ def windows(photos: Path, folder: Path, words: list[str]) -> npt.NDArray[np.floa
 
 @pytest.mark.soak
 def test_they_learn_as_fp32_does(photos: Path, tmp_path: Path) -> None:
-    seeds = np.stack([windows(photos, tmp_path, [f"trainer.seed={seed}"]) for seed in range(SEEDS)])
-    mean, deviation = seeds.mean(0), seeds.std(0, ddof=1)
-    assert mean[-1] < mean[0] - 10 * deviation[0]  # something is learned at all
-    found = {name: windows(photos, tmp_path, words) for name, words in WAYS.items()}
-    distance = {name: np.abs(losses - mean) / deviation for name, losses in found.items()}
-    for name, each in distance.items():
-        print(f"{name:12} standard deviations from fp32, every {WINDOW} steps: {np.array2string(each, precision=2)}")
-    assert all(each.max() <= 3 for each in distance.values()), distance
+    expected: dict[int, tuple[Curve, Curve]] = {}
+    for parts in (1, 2):
+        seeds = range(SEEDS)
+        losses = np.stack([windows(photos, tmp_path / str(parts), [f"trainer.seed={s}"], parts) for s in seeds])
+        mean, deviation = expected[parts] = losses.mean(0), losses.std(0, ddof=1)
+        assert mean[-1] < mean[0] - 10 * deviation[0]  # something is learned at all
+    distance = {}
+    for name, (words, parts) in WAYS.items():
+        mean, deviation = expected[parts]
+        distance[name] = np.abs(windows(photos, tmp_path, words) - mean) / deviation
+        shown = np.array2string(distance[name], precision=2)
+        print(f"{name:12} standard deviations from fp32, every {WINDOW} steps: {shown}")
+    assert not {name: each.max() for name, each in distance.items() if each.max() > 3}

@@ -26,7 +26,7 @@ from mcl.step import TrainingStep
 from tests.conftest import ThinBackbone, view
 from tests.fp64 import fast_convolutions
 from tests.mcl.ranks import in_ranks
-from tests.step import FOUR_LEVELS, build, configure, views
+from tests.step import FOUR_LEVELS, build, configure, normalize_parts, views
 
 T = TypeVar("T")
 Views = tuple[MontageBatch, MontageBatch]
@@ -80,19 +80,6 @@ def test_accumulated_gradients_are_those_of_the_whole(accumulate: int, words: tu
         assert (gradients[name] - gradient).norm() <= 1e-10 * max(gradient.norm(), 1e-3 * norm), name
 
 
-def in_groups(norm: nn.Module, canvases: Sequence[int], parts: int) -> None:
-    """Lets a BatchNorm normalise the canvases, or tiles, of each micro-batch by themselves."""
-    whole = norm.forward
-
-    def forward(x: Tensor) -> Tensor:
-        levels = x.split(list(canvases)) if len(x) == sum(canvases) else [x]
-        groups = zip(*(level.chunk(parts) for level in levels), strict=True)
-        done = [whole(torch.cat(group)).split([len(piece) for piece in group]) for group in groups]
-        return torch.cat([piece for level in zip(*done, strict=True) for piece in level])
-
-    norm.forward = forward
-
-
 @pytest.mark.usefixtures("thin_backbone")
 def test_in_training_the_parts_differ_from_the_whole_by_batchnorm_alone() -> None:
     """Statistics are of micro-batches; with such, the step of the whole is the accumulated one."""
@@ -100,9 +87,7 @@ def test_in_training_the_parts_differ_from_the_whole_by_batchnorm_alone() -> Non
     whole, parts = configure(*words), configure(*words, "trainer.accumulate=2")
     batch = views(parts)
     grouped = build(whole)
-    for module in grouped.model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            in_groups(module, batch[0].canvases, 2)
+    normalize_parts(grouped.model, batch[0].canvases, 2)
     output, norm, expected = still(grouped, batch)
     other, other_norm, gradients = still(build(parts), batch)
     torch.testing.assert_close(other.losses, output.losses, rtol=1e-12, atol=0)
