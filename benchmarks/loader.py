@@ -169,7 +169,7 @@ def table(results: Sequence[Result]) -> str:
         )
         for r in results
     ]
-    tables = [markdown(["what", "images/s", "spread", "x released", "scaling", "of decode's"], rows)]
+    tables = [markdown(["what", "images/s", "spread", "x released", "scaling", "of decode's scaling"], rows)]
     ours = [r for r in results if "shares" in r]
     if ours:
         rows = [

@@ -89,6 +89,8 @@ def load(path: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: no such file, incomplete, changed since it was written, or not one of ours.
     """
+    if Path(path).is_dir():
+        raise CheckpointError(f"{path}: a folder; name a checkpoint in it, such as {Path(path) / LAST}")
     try:
         checked = _check(Path(path))
         state = torch.load(path, map_location="cpu", weights_only=True)

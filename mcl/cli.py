@@ -22,7 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
     options, words = parser.parse_known_args(arguments)  # key=value may stand behind options, too
     if words and not ("overrides" in options and all("=" in word and not word.startswith("-") for word in words)):
-        parser.error(f"unrecognized arguments: {' '.join(words)}")
+        hint = "; keys are set by key=value, such as trainer.epochs=3" if "overrides" in options else ""
+        parser.error(f"unrecognized arguments: {' '.join(words)}{hint}")
     if words:
         options.overrides += words
     try:
@@ -59,7 +60,17 @@ def _parser() -> argparse.ArgumentParser:
     pretrain.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.root=/data/imagenet/train")
     pretrain.set_defaults(run=_pretrain)
 
-    evaluate = verbs.add_parser("evaluate", help="score a checkpoint beside its random initialisation")
+    evaluate = verbs.add_parser(
+        "evaluate",
+        help="score a checkpoint beside its random initialisation",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Scores a checkpoint beside its random initialisation, on data.root and data.val_root.",
+        epilog=textwrap.dedent("""\
+            retrieval  whether a tile's embedding is nearest to that of its own image, among evaluation.gallery images
+            knn        class by the evaluation.k nearest training images, by the cosine of pooled C5 features, weighted
+            linear     class by a logistic regression on these features, fitted to all training images by L-BFGS
+            """),
+    )
     evaluate.add_argument("name", choices=["retrieval", "knn", "linear"])
     evaluate.add_argument("checkpoint", type=Path, help="e.g. runs/demo/checkpoints/last.pt")
     evaluate.add_argument(

@@ -7,6 +7,7 @@ under each field is its documentation; ``mcl pretrain --help`` prints exactly th
 import dataclasses
 import difflib
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -364,7 +365,7 @@ def from_dict(values: Mapping[str, Any]) -> Config:
         if key not in known and not any(k.startswith(key + ".") for k in known):
             raise ConfigError(f"{key}: no such key; {_nearest(key, known)}")
     try:
-        return _ADAPTER.validate_python(dict(values))
+        return _ADAPTER.validate_python(_at_home(values))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
@@ -425,6 +426,20 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
     node[leaf] = value
 
 
+_PATHS = ("output", "data.root", "data.annotations", "data.val_root", "data.index", "trainer.init_from")
+
+
+def _at_home(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """With ~ as the home folder in paths; the shell leaves data.root=~/images as it is."""
+    result = dict(values)
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            result[key] = _at_home(value, f"{prefix}{key}.")
+        elif f"{prefix}{key}" in _PATHS and isinstance(value, str):
+            result[key] = os.path.expanduser(value)
+    return result
+
+
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     for key, value in values.items():
         if isinstance(value, Mapping):
@@ -436,9 +451,14 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 def _nearest(key: str, known: list[str]) -> str:
     """Says which known key was probably meant: the same last word, or similar spelling."""
     leaf = key.rsplit(".", 1)[-1]
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    close = [k for k in difflib.get_close_matches(key, known, n=1, cutoff=0.5) if _alike(leaf, k.rsplit(".", 1)[-1])]
     same = [k for k in known if k.rsplit(".", 1)[-1] == leaf]
+    same = difflib.get_close_matches(key, same, n=1, cutoff=0)  # of several, the one in the likeliest section
     leaves = difflib.get_close_matches(leaf, [k.rsplit(".", 1)[-1] for k in known], n=1, cutoff=0.6)
     similar = [k for k in known if leaves and k.rsplit(".", 1)[-1] == leaves[0]]
     candidates = same or close or similar
     return f"did you mean {candidates[0]}?" if candidates else "see `mcl pretrain --help` for all keys"
+
+
+def _alike(one: str, other: str) -> bool:
+    return difflib.SequenceMatcher(None, one, other).ratio() > 0.4

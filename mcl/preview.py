@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
-from mcl.config import AugmentConfig
+from mcl.config import AugmentConfig, ConfigError
 from mcl.models import Encoder
 from mcl.montage import STRIDE, MontageBatch
 
@@ -329,4 +329,4 @@ def _save(picture: Image.Image, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(path, format="PNG")
     except OSError as error:
-        raise OSError(f"{path}: cannot write the picture ({error}); choose a folder that can be written") from error
+        raise ConfigError(f"{path}: cannot write the picture ({error}); choose a folder that can be written") from None

@@ -93,11 +93,19 @@ def preview(path: Path, overrides: Sequence[str], step: int, output: Path) -> It
     if path.suffix == ".pt":
         model, cfg = checkpoint.load_model(path)
         cfg = config.override(cfg, overrides)
-        yield montages(cfg, step, output, open_images(cfg.data))
+        yield _drawn(cfg, step, output)
         yield features(model, cfg, output)
     else:
         cfg = config.load(path, overrides)
-        yield montages(cfg, step, output, open_images(cfg.data))
+        yield _drawn(cfg, step, output)
+
+
+def _drawn(cfg: Config, step: int, output: Path) -> Path:
+    source = open_images(cfg.data)
+    steps = cfg.trainer.epochs * (len(source) // cfg.trainer.global_batch)
+    if not 0 <= step < max(1, steps):
+        raise ConfigError(f"--step: {step} is none of the run's {steps} steps, which count from 0")
+    return montages(cfg, step, output, source)
 
 
 def montages(cfg: Config, step: int, folder: Path, source: Source) -> Path:

@@ -25,7 +25,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
         mean = r[_MEASURE]["mean"]
         ax.plot([mean, mean], [y - 0.35, y + 0.35], color=colour, linewidth=2)
         ax.annotate(
-            f"{mean:.1f}",
+            f"mean {mean:.1f}",
             (max(r[_MEASURE]["values"]), y),
             xytext=(8, 0),
             textcoords="offset points",

@@ -186,7 +186,10 @@ def plot(budget: dict[str, Any], path: Path) -> None:
     ax.set_title(budget["name"], loc="left", color=_INK)
     ax.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=len(PARTS), frameon=False, handlelength=1, columnspacing=1.2)
-    figure.savefig(path)
+    try:
+        figure.savefig(path)
+    except OSError as error:
+        raise ConfigError(f"--plot: {path} cannot be written ({error.strerror}); name another file") from None
 
 
 def _span(stage: dict[str, Any]) -> str:

@@ -35,7 +35,7 @@ def describe(record: Record) -> str:
     if record["name"] != "retrieval":
         return (
             f"{record['name']:<9} {record['split']:<5} top-1 {record['accuracy']:6.1%}   random network "
-            f"{record['random']:6.1%}   chance {record['chance']:6.1%}   ({record['classes']} classes)"
+            f"{record['random']:6.1%}   largest of {record['classes']} classes {record['chance']:6.1%}"
         )
 
     def row(values: list[float], errors: list[float]) -> str:

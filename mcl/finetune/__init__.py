@@ -1,5 +1,6 @@
 """Fine-tuning of detectors in MMDetection, which need not be installed for anything else."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +22,8 @@ def finetune(path: Path, overrides: Sequence[str] = ()) -> str:
         SourceError: wrong data.
         CheckpointError: weights that do not fit, or cannot be read.
     """
+    # MMEngine imports it, and nobody who fine-tunes can change that.
+    warnings.filterwarnings("ignore", "pkg_resources is deprecated", UserWarning)
     try:
         import mmdet.apis  # noqa: F401  # whatever of mmcv and mmengine it needs, too
     except (ImportError, AssertionError) as error:  # the latter for a version of mmcv that it does not take

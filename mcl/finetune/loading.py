@@ -1,15 +1,21 @@
 """Data of every step as a pure function of seed and step, so that a run can be continued at any of them."""
 
+import atexit
 import itertools
 import math
+import multiprocessing
+import os
 import random
+import signal
 from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
 from mmdet.datasets import CocoDataset
 from mmdet.registry import DATA_SAMPLERS, DATASETS, LOOPS
+from mmengine.registry import FUNCTIONS
 from mmengine.runner import IterBasedTrainLoop
 from torch.utils.data import Dataset, Sampler
 
@@ -22,6 +28,25 @@ def seed_everything(*key: int) -> None:
     np.random.seed(words)  # noqa: NPY002  # MMDetection draws from the global one
     random.seed(words.tobytes())
     torch.manual_seed(int(words[0]))
+
+
+_leaving = multiprocessing.RawValue("b", 0)  # shared with the processes that are forked from this one
+
+
+@atexit.register  # and so called before multiprocessing sends SIGTERM to processes that are left
+def _leave() -> None:
+    _leaving.value = 1
+
+
+@FUNCTIONS.register_module()
+def outlive_sigterm(worker: int) -> None:
+    """Lets a loader's process work on until its parent has saved: schedulers and torchrun send SIGTERM to all."""
+
+    def obey(number: int, frame: FrameType | None) -> None:
+        if _leaving.value:
+            os._exit(0)
+
+    signal.signal(signal.SIGTERM, obey)
 
 
 @DATASETS.register_module()

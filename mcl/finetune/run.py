@@ -10,6 +10,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
 from mcl.allocator import keep_freed_memory
+from mcl.config import ConfigError
 from mcl.finetune import hooks, resume, weights
 from mcl.finetune.data import Folder, open_folder
 from mcl.finetune.settings import innermost, replace
@@ -27,6 +28,10 @@ def finetune(config: Config) -> str:
     own: list[Hook] = [resume.prepare(config, folder)]
     if config.weights and not config.resume:
         own.append(weights.load(Path(config.weights), config.model, **config.pretrained))
+    try:
+        Path(config.work_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output: cannot write to {config.work_dir} ({error.strerror}); set output=FOLDER") from None
     with Signals() as signals:
         runner = Runner.from_cfg(config)
         runner.register_custom_hooks([*own, hooks.SaveOnSignal(signals)])
@@ -59,3 +64,5 @@ def use(config: Config, folder: Folder) -> None:
         )
     config.val_evaluator.ann_file = str(folder.root / folder.layout.val.annotations)
     config.train_dataloader.dataset.seed = config.randomness.seed
+    for loader in (config.train_dataloader, config.val_dataloader):
+        loader.worker_init_fn = {"type": "outlive_sigterm"}

@@ -34,6 +34,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     config.name = config.name or path.stem
     if Path(config.name).name != config.name:
         raise ConfigError(f"name: {config.name!r} is not a plain folder name")
+    for node, key in ((config, "output"), (config, "weights"), (config.data, "root")):
+        node[key] = node[key] and os.path.expanduser(node[key])  # the shell leaves data.root=~/coco as it is
     config.work_dir = str(Path(config.output) / config.name)
     adapt(config)
     return config
@@ -115,6 +117,8 @@ def adapt(config: Config) -> None:
             raise ConfigError("amp: needs a GPU; leave it out")
         config.optim_wrapper.update(type="AmpOptimWrapper", loss_scale="dynamic")
     steps = config.train_cfg.max_iters
+    if steps < 1:
+        raise ConfigError(f"train_cfg.max_iters: {steps} must be at least 1")
     late = [m for scheduler in config.param_scheduler for m in scheduler.get("milestones", ()) if m >= steps]
     if late:
         log.warning(

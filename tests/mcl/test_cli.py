@@ -39,6 +39,14 @@ def test_a_reader_that_has_enough_is_no_error() -> None:
     ("arguments", "message"),
     [
         (["pretrain", "nowhere.yaml"], r"error: nowhere\.yaml: cannot read the configuration"),
+        (["preview", DEMO, "--step", "-1"], r"error: --step: -1 is none of the run's 140 steps, which count from 0"),
+        (["preview", DEMO, "--step", "140"], r"error: --step: 140 is none of the run's 140 steps"),
+        (["preview", DEMO, "--output", DEMO], r"error: .*montage_000000\.png: cannot write the picture \(.*\); choose"),
+        (["budget", DEMO, "--plot", "/proc/budget.png"], r"error: --plot: /proc/budget\.png cannot be written"),
+        (
+            ["evaluate", "knn", "configs"],
+            r"error: configs: a folder; name a checkpoint in it, such as configs/last\.pt",
+        ),
         (["pretrain", DEMO, "data.rot=x"], r"error: data\.rot: no such key; did you mean data\.root\?"),
         (["evaluate", "knn", "nowhere.pt"], r"error: nowhere\.pt: no such checkpoint"),
         (["export", "nowhere.pt", "--to", "torchvision"], r"error: .*nowhere\.pt"),

@@ -22,6 +22,12 @@ def test_presets_load_and_survive_a_round_trip(path: Path) -> None:
     assert config.from_dict(config.to_dict(cfg)) == cfg
 
 
+def test_paths_begin_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/you")
+    cfg = preset("mcl_r18_fpn_demo", "data.root=~/images", "output=~/runs")
+    assert (cfg.data.root, cfg.output) == ("/home/you/images", "/home/you/runs")
+
+
 def test_every_key_is_documented() -> None:
     undocumented = [key for key, _, documentation in config.fields() if not documentation]
     assert not undocumented
@@ -80,6 +86,8 @@ def test_coco_preset_has_the_iterations_of_imagenet() -> None:
         ("trainer.globalbatch=3", r"trainer\.globalbatch: no such key; did you mean trainer\.global_batch\?"),
         ("data.thread=1", r"did you mean data\.threads\?"),
         ("epochs=3", r"epochs: no such key; did you mean trainer\.epochs\?"),
+        ("optimiser.name=sgd", r"optimiser\.name: no such key; did you mean optim\.name\?"),
+        ("trainer.gpu=8", r"trainer\.gpu: no such key; see `mcl pretrain --help`"),
         ("zzz=1", r"zzz: no such key; see `mcl pretrain --help`"),
         ("trainer.epochs=many", r"trainer\.epochs: .*integer.* \(got 'many'\)"),
         ("trainer.epochs=0", r"trainer\.epochs: .*greater than or equal to 1"),

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageColor, ImageDraw
 
 from mcl import montage, preview
-from mcl.config import AugmentConfig, ModelConfig
+from mcl.config import AugmentConfig, ConfigError, ModelConfig
 from mcl.models import Encoder
 from mcl.montage import Geometry, MontageBatch
 
@@ -150,7 +150,7 @@ def test_a_focus_outside_the_batch_is_refused(views: tuple[MontageBatch, Montage
 def test_an_unwritable_file_is_named(encoder: Encoder, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     path = tmp_path / "file" / "x.png"
-    with pytest.raises(OSError, match=f"{path}: cannot write the picture"):
+    with pytest.raises(ConfigError, match=f"{path}: cannot write the picture"):
         preview.feature_maps(encoder, torch.zeros(1, 3, 32, 32), path, AUGMENT)
 
 
