@@ -143,6 +143,11 @@ def _pytorch() -> list[Check]:
     ]
 
 
+def _capability(architecture: str) -> int:
+    """75 for sm_75, 90 for sm_90a."""
+    return int("".join(filter(str.isdigit, architecture)))
+
+
 def _cuda() -> list[Check]:
     torch, _ = _probe("torch")
     if torch is None:
@@ -153,7 +158,13 @@ def _cuda() -> list[Check]:
         for index in range(torch.cuda.device_count()):
             device = torch.cuda.get_device_properties(index)
             detail = f"{device.name}, {device.total_memory / 2**30:.0f} GiB, driver {driver or 'unknown'}"
-            found.append(Check(f"CUDA {index}", "ok", detail, True, f"torch is built for CUDA {torch.version.cuda}"))
+            name, built = f"CUDA {index}", f"torch is built for CUDA {torch.version.cuda}"
+            own, least = 10 * device.major + device.minor, min(map(_capability, torch.cuda.get_arch_list()))
+            if own < least:
+                why = f"{built}, compute capability {least / 10} or later; this GPU has {own / 10}"
+                found.append(Check(name, "missing", detail, False, why, "use another GPU, or trainer.device=cpu"))
+            else:
+                found.append(Check(name, "ok", detail, True, built))
         return found
     if driver and torch.version.cuda is None:
         why = "this torch is built for CPUs; the networks run on the CPU"

@@ -1,5 +1,6 @@
 """The training loop, readable top to bottom."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from mcl.saving import Saver
 from mcl.signals import Consensus, Interrupted, Signals
 from mcl.step import TrainingStep
 from mcl.watchdog import Watchdog
+
+_DRIVER = Path("/proc/driver/nvidia/version")
 
 _SKIPPED_IN_A_ROW = 100
 """Steps left out one after the other, as in fp16 or by trainer.on_nonfinite, that end a run: no finite gradient will
@@ -268,6 +271,8 @@ class Trainer:
         log.info("%d images%s in %s, %d of them bad", len(source), names, source.root, len(self.loader.bad))
         log.info("loader: %s on %s (%s)", self.loader.engine_name, self.loader.device, self.loader.reason)
         log.info("operators: %s", ops.describe(self.device.type))
+        if config.trainer.device == "auto" and self.device.type == "cpu" and _DRIVER.exists():
+            log.warning("training on the CPU, since PyTorch sees no CUDA device, though there is a driver: mcl doctor")
         log.info(
             "%s, canvas %d px, %s, %s on %s x %d; %d images per step, %d steps per epoch, %d steps",
             config.model.backbone,

@@ -62,8 +62,11 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 def torch_with_gpu(**cuda: Any) -> SimpleNamespace:
     import torch
 
-    device = SimpleNamespace(name="NVIDIA H100", total_memory=80 * 2**30)
-    calls = {"is_available": lambda: True, "device_count": lambda: 2, "get_device_properties": lambda _: device}
+    device = SimpleNamespace(name="NVIDIA H100", total_memory=80 * 2**30, major=9, minor=0)
+    calls = {
+        **{"is_available": lambda: True, "device_count": lambda: 2, "get_device_properties": lambda _: device},
+        "get_arch_list": lambda: ["sm_75", "sm_90a", "sm_120"],
+    }
     return SimpleNamespace(
         __version__=torch.__version__,
         backends=torch.backends,
@@ -140,6 +143,10 @@ def test_cuda_devices_and_their_absence(machine: Machine, monkeypatch: pytest.Mo
     assert found["CUDA 1"] == Check(
         "CUDA 1", "ok", "NVIDIA H100, 80 GiB, driver 580.95", True, "torch is built for CUDA 13.0"
     )
+    old = SimpleNamespace(name="Tesla V100", total_memory=16 * 2**30, major=7, minor=0)
+    too_old = machine(stands={"torch": torch_with_gpu(get_device_properties=lambda _: old)})["CUDA 0"]
+    assert (too_old.status, too_old.used) == ("missing", False)
+    assert too_old.why == "torch is built for CUDA 13.0, compute capability 7.5 or later; this GPU has 7.0"
     without = torch_with_gpu(is_available=lambda: False)
     assert machine(stands={"torch": without})["CUDA"].remedy == "nvidia-smi"
     without.version.cuda = None

@@ -336,6 +336,17 @@ def test_infinite_gradient_is_a_failure_too(tiny: Config) -> None:
     assert not checkpoint.steps(tiny.run_folder / "checkpoints")
 
 
+def test_a_driver_without_a_device_is_worth_a_word(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "driver").touch()
+    monkeypatch.setattr("mcl.trainer._DRIVER", tmp_path / "driver")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    trainer = Trainer(tiny)
+    trainer._describe()
+    assert "training on the CPU, since PyTorch sees no CUDA device" in (trainer.folder / "train.log").read_text()
+
+
 def test_fp16_ends_when_no_finite_gradient_comes(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step that is left out now and then is how the loss scale is found; nothing but such steps trains nothing."""
     monkeypatch.setattr("mcl.trainer._SKIPPED_IN_A_ROW", 3)
