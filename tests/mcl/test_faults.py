@@ -235,7 +235,7 @@ def test_a_stopped_rank_is_named(preset: Path, tmp_path: Path, victim: int, said
 
 
 def test_what_ends_one_rank_as_training_begins_is_told_to_the_others(preset: Path, tmp_path: Path) -> None:
-    with Run(preset, tmp_path, "log.wandb=x") as run:
+    with Run(preset, tmp_path, "log.wandb=x", "trainer.timeout=5") as run:
         assert run.ends() == [2, 3]
     assert "rank 0 failed at step 0: ConfigError: log.wandb: " in run.log()
 
