@@ -90,22 +90,19 @@ def preview(path: Path, overrides: Sequence[str], step: int, output: Path) -> It
     Raises:
         CheckpointError, ConfigError, SourceError: wrong input.
     """
+    model = None
     if path.suffix == ".pt":
         model, cfg = checkpoint.load_model(path)
         cfg = config.override(cfg, overrides)
-        yield _drawn(cfg, step, output)
-        yield features(model, cfg, output)
     else:
         cfg = config.load(path, overrides)
-        yield _drawn(cfg, step, output)
-
-
-def _drawn(cfg: Config, step: int, output: Path) -> Path:
     source = open_images(cfg.data)
     steps = cfg.trainer.epochs * (len(source) // cfg.trainer.global_batch)
     if not 0 <= step < max(1, steps):
         raise ConfigError(f"--step: {step} is none of the run's {steps} steps, which count from 0")
-    return montages(cfg, step, output, source)
+    yield montages(cfg, step, output, source)
+    if model is not None:
+        yield features(model, cfg, output)
 
 
 def montages(cfg: Config, step: int, folder: Path, source: Source) -> Path:

@@ -2,7 +2,6 @@
 
 import threading
 from concurrent import futures
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ class Saver:
 
     def __init__(self, folder: Path, keep: int) -> None:
         self._folder, self._keep = folder, keep
-        self._pending: Future[None] | None = None
+        self._pending: futures.Future[None] | None = None
 
     def save(self, state: dict[str, Any]) -> None:
         """Starts to save; what is in `state` may change when this returns. Waits for the save before.
@@ -40,7 +39,7 @@ class Saver:
         snapshot = _to_host(state)
         if copied is not None:
             copied.record()
-        self._pending = Future()
+        self._pending = futures.Future()
         arguments = (self._pending, snapshot, copied)
         threading.Thread(target=self._write, args=arguments, name="saving", daemon=True).start()
 
@@ -68,7 +67,7 @@ class Saver:
         if self._pending is not None:
             futures.wait([self._pending], _PATIENCE)
 
-    def _write(self, pending: Future[None], state: dict[str, Any], copied: torch.cuda.Event | None) -> None:
+    def _write(self, pending: futures.Future[None], state: dict[str, Any], copied: torch.cuda.Event | None) -> None:
         try:
             if copied is not None:
                 copied.synchronize()

@@ -45,7 +45,7 @@ class LevelwiseEncoder(nn.Module):
         """As :meth:`Encoder.forward`, with the populations of ``compute: matched``."""
         features, counts = self.encoder.backbone(images), [len(b) for b in boxes]
         tiles = self.encoder.tiles(features, canvases, boxes, cells, list(self.fpns)).split(counts)
-        return [head(own, [len(own)]) for head, own in zip(self.heads, tiles, strict=True)]
+        return [head(own) for head, own in zip(self.heads, tiles, strict=True)]
 
 
 @dataclass(frozen=True)

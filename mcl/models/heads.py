@@ -36,8 +36,8 @@ class RegionHead(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
                 nn.init.zeros_(module.bias)
 
-    def forward(self, tiles: Tensor, counts: Sequence[int]) -> Tensor:
-        """(R, C, cells, cells), the first of which are `counts[0]` tiles of level 0, to embeddings (R, C)."""
+    def forward(self, tiles: Tensor, counts: Sequence[int] = ()) -> Tensor:
+        """(R, C, cells, cells) to embeddings (R, C); without `counts`, tiles per level, all are of one."""
         for conv in self.convs:
             tiles = conv(tiles, counts).relu()
         embeddings: Tensor = self.projector(tiles.mean((2, 3)), counts)

@@ -61,7 +61,7 @@ class Encoder(nn.Module):
         maps = self.fpn(features, levels)
         everything = [all_tiles(r, STRIDE * cells, len(images), images.device) for r in self.ratios]
         populations = self.pool(maps, everything, cells).split([len(b) for b in everything])
-        embeddings = {i: self.head(populations[i], [len(populations[i])]) for i in reversed(levels)}  # finest map first
+        embeddings = {i: self.head(populations[i]) for i in reversed(levels)}  # finest map first
         bounds = list(itertools.accumulate(canvases, initial=0))
         return [embeddings[i][bounds[i] * r**2 : bounds[i + 1] * r**2] for i, r in enumerate(self.ratios)]
 

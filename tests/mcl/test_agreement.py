@@ -18,7 +18,7 @@ from mcl.config import Config, ConfigError
 from mcl.ops import library
 from mcl.trainer import Trainer
 from tests.mcl.ranks import free_port, in_ranks
-from tests.mcl.test_trainer import TINY
+from tests.mcl.tiny import TINY
 
 Words = list[list[str]]  # by rank
 

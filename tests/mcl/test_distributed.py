@@ -23,7 +23,7 @@ from mcl.metrics import read
 from mcl.trainer import Trainer
 from tests.conftest import ROOT, ThinBackbone
 from tests.mcl.ranks import free_port, in_ranks
-from tests.mcl.test_trainer import TINY
+from tests.mcl.tiny import TINY
 
 
 def open_all(roots: list[list[str]], index: str) -> list[Any]:

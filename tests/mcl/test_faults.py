@@ -28,7 +28,7 @@ from mcl.metrics import read
 from mcl.trainer import Trainer
 from tests.conftest import ROOT, ThinBackbone
 from tests.mcl.ranks import free_port
-from tests.mcl.test_trainer import TINY, equal
+from tests.mcl.tiny import TINY, equal
 
 Record = Callable[[str, object], None]
 """Takes a name and a value into the report of a test; tests/conftest.py prints them as a table."""

@@ -16,7 +16,7 @@ from mcl import checkpoint, distributed
 from mcl.config import ConfigError
 from mcl.metrics import read
 from tests.conftest import ROOT
-from tests.mcl.test_trainer import TINY
+from tests.mcl.tiny import TINY
 
 SCRIPT = ROOT / "scripts" / "slurm.sbatch"
 

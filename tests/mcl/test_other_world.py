@@ -15,7 +15,7 @@ from mcl.signals import Interrupted
 from mcl.trainer import Trainer
 from tests.conftest import ThinBackbone
 from tests.mcl.ranks import in_ranks
-from tests.mcl.test_trainer import TINY
+from tests.mcl.tiny import TINY
 
 PRESET = TINY | {
     "montage": {"cells": 1, "images_per_canvas": [1, 2, 2, 2]},

@@ -17,7 +17,7 @@ from mcl.metrics import Record, read
 from mcl.montage import MontageBatch
 from mcl.timers import HostClock, Timer
 from tests.dali_pipelines.loading import make_loader
-from tests.mcl.test_trainer import TINY
+from tests.mcl.tiny import TINY
 
 IMAGES = 4  # per step
 STEPS = 6  # per window

@@ -21,7 +21,7 @@ from mcl.config import ConfigError
 from mcl.export import TARGETS, export, openselfsup
 from mcl.models import MCL
 from tests.conftest import ROOT
-from tests.mcl.test_trainer import TINY
+from tests.mcl.tiny import TINY
 
 
 class Payload:

@@ -1,6 +1,5 @@
-"""The loop: run folder, exact resume, signals, broken checkpoints, non-finite loss; on photographs, through DALI."""
+"""The loop: run folder, exact resume, signals, broken checkpoints; on photographs, through DALI."""
 
-import dataclasses
 import json
 import math
 import multiprocessing
@@ -20,40 +19,17 @@ import torch
 import yaml
 from PIL import Image
 
-from mcl import checkpoint, config, report, run
+from mcl import checkpoint, config, run
 from mcl.checkpoint import CheckpointError
 from mcl.config import Config, ConfigError
 from mcl.metrics import RecordError, read
-from mcl.montage import MontageBatch
 from mcl.signals import Interrupted
-from mcl.trainer import NonFiniteLossError, Trainer
+from mcl.trainer import Trainer
 from tests.conftest import ThinBackbone
 from tests.dali_pipelines.images import write_animated, write_huge, write_truncated
 from tests.dali_pipelines.shards import write_tar
 from tests.mcl.test_checkpoint import small_disk
-
-TINY: dict[str, Any] = {
-    "name": "tiny",
-    "data": {"threads": 1},
-    "montage": {"cells": 1, "ratios": [1, 2], "images_per_canvas": [1, 4]},
-    "model": {"backbone": "resnet18", "width": 16, "head_convs": 1, "hidden": 32, "loss_weights": [0.5, 0.5]},
-    "optim": {"warmup_epochs": 1},
-    "trainer": {"global_batch": 8, "precision": "fp32", "epochs": 2, "log_every": 2, "checkpoint_epochs": 1, "keep": 2},
-    "log": {"tensorboard": False, "preview": False},
-}
-STEPS = 8  # of a TINY run on 32 photographs
-
-
-@pytest.fixture(scope="module")
-def few_photos(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """32 photographs in 4 classes."""
-    root = tmp_path_factory.mktemp("photos")
-    folders = sorted(p for p in (photos / "train").iterdir() if len(list(p.iterdir())) >= 8)[:4]
-    for folder in folders:
-        (root / folder.name).mkdir()
-        for file in sorted(folder.iterdir())[:8]:
-            (root / folder.name / file.name).symlink_to(file)
-    return root
+from tests.mcl.tiny import STEPS, TINY, equal
 
 
 @pytest.fixture(autouse=True)
@@ -63,23 +39,8 @@ def _thin(request: pytest.FixtureRequest) -> None:
         request.getfixturevalue("thin_backbone")
 
 
-@pytest.fixture
-def tiny(few_photos: Path, tmp_path: Path) -> Config:
-    return config.override(config.from_dict(TINY), [f"data.root={few_photos}", f"output={tmp_path}"])
-
-
 def last_weights(cfg: Config) -> dict[str, Any]:
     return checkpoint.load(cfg.run_folder / "checkpoints" / "last.pt")
-
-
-def equal(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return bool(a == b)
 
 
 @pytest.mark.real_backbone
@@ -307,35 +268,6 @@ def test_a_disk_that_is_still_full_leaves_records_as_they_were(tiny: Config) -> 
     assert before == {name: (tiny.run_folder / name).read_bytes() for name in before}
 
 
-def test_non_finite_loss_names_step_level_and_checkpoint(tiny: Config) -> None:
-    trainer = Trainer(tiny)
-    train_step = trainer.train_step
-
-    def poison(*views: Any) -> Any:
-        if trainer.step == 5:
-            with torch.no_grad():
-                trainer.model.predictors[1][0].weight.fill_(math.nan)
-        return train_step(*views)
-
-    trainer.train_step = poison  # type: ignore[method-assign]
-    with pytest.raises(NonFiniteLossError, match=r"level 1 was not finite at step 5; last good .*step_00000004\.pt"):
-        trainer.fit()
-
-
-def test_infinite_gradient_is_a_failure_too(tiny: Config) -> None:
-    """The loss is finite, but clipping by an infinite norm makes NaN weights: they must not be saved."""
-    trainer = Trainer(tiny)
-
-    def overflow(module: torch.nn.Module, inputs: Any, output: Any) -> None:
-        if trainer.step == 3:
-            output.loss.register_hook(lambda gradient: gradient * math.inf)
-
-    trainer.model.register_forward_hook(overflow)
-    with pytest.raises(NonFiniteLossError, match=r"the gradient was not finite at step 3; last good checkpoint: none"):
-        trainer.fit()
-    assert not checkpoint.steps(tiny.run_folder / "checkpoints")
-
-
 def test_a_driver_without_a_device_is_worth_a_word(
     tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -345,54 +277,6 @@ def test_a_driver_without_a_device_is_worth_a_word(
     trainer = Trainer(tiny)
     trainer._describe()
     assert "training on the CPU, since PyTorch sees no CUDA device" in (trainer.folder / "train.log").read_text()
-
-
-def test_fp16_ends_when_no_finite_gradient_comes(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step that is left out now and then is how the loss scale is found; nothing but such steps trains nothing."""
-    monkeypatch.setattr("mcl.trainer._SKIPPED_IN_A_ROW", 3)
-    trainer = Trainer(config.override(tiny, ["trainer.precision=fp16", "trainer.log_every=1"]))
-
-    def overflow(module: torch.nn.Module, inputs: Any, output: Any) -> None:
-        if trainer.step >= 2:
-            output.loss.register_hook(lambda gradient: gradient * math.inf)
-
-    trainer.model.register_forward_hook(overflow)
-    with pytest.raises(NonFiniteLossError, match="the gradient was not finite in the last 3 steps; last good"):
-        trainer.fit()
-    assert trainer.step <= 5  # or earlier: the first loss scale may be too large, too
-
-
-def poison(trainer: Trainer, steps: set[int]) -> None:
-    """Steps whose canvases are NaN."""
-    train_step = trainer.train_step
-
-    def bad(query: MontageBatch, key: MontageBatch) -> Any:
-        if trainer.step in steps:
-            query = dataclasses.replace(query, images=query.images * math.nan)
-        return train_step(query, key)
-
-    trainer.train_step = bad  # type: ignore[method-assign]
-
-
-def test_a_run_counts_what_it_skips(tiny: Config) -> None:
-    """Means are over the other steps; for the last record there are none."""
-    trainer = Trainer(config.override(tiny, ["trainer.on_nonfinite=skip"]))
-    poison(trainer, {2, 6, 7})
-    trainer.fit()
-    records = read(tiny.run_folder / "metrics.jsonl")
-    assert [r["skipped"] for r in records] == [0, 1, 0, 2]
-    assert [math.isfinite(r["loss"]) for r in records] == [True, True, True, False]
-    assert "2 steps without a finite gradient since the last record" in (tiny.run_folder / "train.log").read_text()
-    assert all(tensor.isfinite().all() for tensor in trainer.model.state_dict().values())
-    assert report.write(tiny.run_folder).exists()
-
-
-def test_a_run_that_skips_everything_ends(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mcl.trainer._SKIPPED_IN_A_ROW", 3)
-    trainer = Trainer(config.override(tiny, ["trainer.on_nonfinite=skip"]))
-    poison(trainer, set(range(1, STEPS)))
-    with pytest.raises(NonFiniteLossError, match=r"gradient was not finite in the last 3 steps; last good .*none"):
-        trainer.fit()
 
 
 def test_other_files_are_not_resumed(tiny: Config, few_photos: Path, tmp_path: Path) -> None:
