@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -38,7 +38,7 @@ class ThinBackbone(nn.Module):
         super().__init__()
         self.convs = nn.ModuleList(nn.Conv2d(3, c, 1, bias=False) for c in self.channels)
 
-    def forward(self, x: Tensor) -> list[Tensor]:
+    def forward(self, x: Tensor, counts: Sequence[int] = ()) -> list[Tensor]:
         return [conv(F.avg_pool2d(x, 32 >> i)) for i, conv in enumerate(self.convs)]
 
 

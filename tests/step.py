@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mcl import config
 from mcl.config import Config
-from mcl.models import MCL
+from mcl.models import MCL, norm
 from mcl.montage import MontageBatch
 from mcl.step import TrainingStep
 from tests.conftest import random_view
@@ -53,10 +53,12 @@ def views(cfg: Config, first_seed: int = 1, world: int = 1) -> tuple[MontageBatc
 
 def normalize_parts(model: MCL, canvases: Sequence[int], parts: int) -> None:
     """Lets every BatchNorm normalise the canvases, or the tiles of a level, of each of so many parts by themselves, as
-    it does where gradients are accumulated over micro-batches."""
+    it does where gradients are accumulated over micro-batches. Views go one by one, through PyTorch's BatchNorms."""
+    norm.use(model, ours=False)
+    model.together = False
 
-    def in_groups(norm: nn.Module) -> None:
-        whole = norm.forward
+    def in_groups(module: nn.Module) -> None:
+        whole = module.forward
 
         def forward(x: Tensor) -> Tensor:
             levels = x.split(list(canvases)) if len(x) == sum(canvases) else [x]
@@ -64,7 +66,7 @@ def normalize_parts(model: MCL, canvases: Sequence[int], parts: int) -> None:
             done = [whole(torch.cat(group)).split([len(piece) for piece in group]) for group in groups]
             return torch.cat([piece for level in zip(*done, strict=True) for piece in level])
 
-        norm.forward = forward
+        module.forward = forward
 
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):

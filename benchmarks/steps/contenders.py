@@ -20,7 +20,7 @@ from benchmarks.steps import Step
 from mcl import config, montage
 from mcl.budget import budget, count
 from mcl.config import Config
-from mcl.models import MCL, conv
+from mcl.models import MCL, conv, norm
 from mcl.montage import STRIDE, Geometry, MontageBatch
 from mcl.optim import AUTOCAST
 from mcl.step import TrainingStep
@@ -123,6 +123,7 @@ class Pretraining:
         model = MCL(self.config.model, self.config.montage)
         if self.plain:
             conv.use(model, torch.nn.Conv2d)
+            norm.use(model, ours=False)
         update = TrainingStep(self.config, model, device)
         lr = optim.base_lr * trainer.global_batch / 256
 

@@ -40,12 +40,15 @@ class LevelwiseEncoder(nn.Module):
         self.heads = nn.ModuleList(copy.deepcopy(encoder.head) for _ in encoder.ratios)
 
     def forward(
-        self, images: Tensor, canvases: Sequence[int], boxes: Sequence[Tensor], cells: int, compute: str
-    ) -> list[Tensor]:
-        """As :meth:`Encoder.forward`, with the populations of ``compute: matched``."""
-        features, counts = self.encoder.backbone(images), [len(b) for b in boxes]
-        tiles = self.encoder.tiles(features, canvases, boxes, cells, list(self.fpns)).split(counts)
-        return [head(own) for head, own in zip(self.heads, tiles, strict=True)]
+        self, images: Tensor, canvases: Sequence[int], boxes: Sequence[Sequence[Tensor]], cells: int, compute: str
+    ) -> list[list[Tensor]]:
+        """As :meth:`Encoder.forward` of one view, with the populations of ``compute: matched``."""
+        (regions,) = boxes
+        features = zip(*(f.split(list(canvases)) for f in self.encoder.backbone(images)), strict=True)
+        levels = range(len(canvases))
+        maps = [fpn(own, [i])[0] for i, fpn, own in zip(levels, self.fpns, features, strict=False)]
+        tiles = self.encoder.pool(maps, levels, regions, cells).split([len(b) for b in regions])
+        return [[head(own) for head, own in zip(self.heads, tiles, strict=False)]]
 
 
 @dataclass(frozen=True)
@@ -59,10 +62,11 @@ class Scores:
 @torch.no_grad()
 def top1(model: MCL, query: MontageBatch, key: MontageBatch) -> Tensor:
     """Share of the tiles, per level, whose nearest target is their own image's; both directions. (L,)."""
-    banks = [F.normalize(model.targets(view).float(), dim=1) for view in (key, query)]
+    views = (query, key)
+    banks = [F.normalize(targets.float(), dim=1) for targets in reversed(model.targets(views))]
     hits = []
-    for view, bank in zip((query, key), banks, strict=True):
-        predictions, rows = model.predictions(view), model.sources(view)
+    for view, predictions, bank in zip(views, model.predictions(views), banks, strict=True):
+        rows = model.sources(view)
         hits.append(
             torch.stack(
                 [

@@ -193,5 +193,5 @@ def reestimated(encoder: Encoder, cfg: Config) -> Encoder:
     with MontageLoader(source, plan, data, gpu=device.index) as loader, fresh_statistics(encoder):
         for view in itertools.chain.from_iterable(itertools.islice(loader, _STATISTICS_BATCHES)):
             view = view.to(device, torch.float32)
-            encoder(view.images, view.canvases, view.regions(view.canvases), view.cells, cfg.model.compute)
+            encoder(view.images, view.canvases, [view.regions(view.canvases)], view.cells, cfg.model.compute)
     return encoder.cpu()

@@ -1,14 +1,39 @@
 """Backbones that return their feature maps; parameters are named as in torchvision."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torchvision.models import resnet
+from torchvision.models.resnet import ResNet
 
-from mcl.models import conv
+from mcl.models import conv, norm
+
+
+class BasicBlock(resnet.BasicBlock):  # type: ignore[misc]  # torchvision has no types
+    """torchvision's block of two convolutions; BatchNorm takes what follows it along."""
+
+    def forward(self, x: Tensor, counts: Sequence[int] = ()) -> Tensor:
+        y = norm.normalize(self.bn1, self.conv1(x), counts, relu=True)
+        return norm.normalize(self.bn2, self.conv2(y), counts, _shortcut(self, x, counts), relu=True)
+
+
+class Bottleneck(resnet.Bottleneck):  # type: ignore[misc]
+    """torchvision's block of three convolutions; BatchNorm takes what follows it along."""
+
+    def forward(self, x: Tensor, counts: Sequence[int] = ()) -> Tensor:
+        y = norm.normalize(self.bn1, self.conv1(x), counts, relu=True)
+        y = norm.normalize(self.bn2, self.conv2(y), counts, relu=True)
+        return norm.normalize(self.bn3, self.conv3(y), counts, _shortcut(self, x, counts), relu=True)
+
+
+def _shortcut(block: nn.Module, x: Tensor, counts: Sequence[int]) -> Tensor:
+    if not isinstance(block.downsample, nn.Sequential):
+        return x
+    return norm.normalize(block.downsample[1], block.downsample[0](x), counts)
+
 
 _RESNETS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
     "resnet18": (BasicBlock, [2, 2, 2, 2]),
@@ -30,6 +55,7 @@ class Backbone(ResNet):  # type: ignore[misc]  # torchvision has no types
         super().__init__(block, depths)
         del self.avgpool, self.fc
         conv.use(self)
+        norm.use(self)
         self.channels = tuple(64 * 2**i * block.expansion for i in (3, 2, 1, 0))
         """Channels of the maps that :meth:`forward` returns."""
         for module in self.modules():
@@ -39,27 +65,32 @@ class Backbone(ResNet):  # type: ignore[misc]  # torchvision has no types
         self.recompute = False
         """Whether backward computes the insides of blocks again, from their inputs, instead of keeping them."""
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """(n, 3, S, S) to C5, C4, C3, C2: (n, channels[i], S / 32 * 2^i, S / 32 * 2^i), coarsest first."""
-        x = self._run(self.stem, x)
+    def forward(self, x: Tensor, counts: Sequence[int] = ()) -> list[Tensor]:
+        """(n, 3, S, S) to C5, C4, C3, C2: (n, channels[i], S / 32 * 2^i, S / 32 * 2^i), coarsest first.
+
+        Args:
+            counts: canvases of each group that BatchNorm sees by itself; without them all are one.
+        """
+        x = self._run(self.stem, x, counts)
         features = []
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             for block in stage:
-                x = self._run(block, x)
+                x = self._run(block, x, counts)
             features.append(x)
         return features[::-1]
 
-    def stem(self, x: Tensor) -> Tensor:
+    def stem(self, x: Tensor, counts: Sequence[int] = ()) -> Tensor:
         """(n, 3, S, S) to (n, 64, S / 4, S / 4)."""
-        y: Tensor = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        y: Tensor = self.maxpool(norm.normalize(self.bn1, self.conv1(x), counts, relu=True))
         return y
 
-    def _run(self, block: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    def _run(self, block: Callable[[Tensor, Sequence[int]], Tensor], x: Tensor, counts: Sequence[int]) -> Tensor:
         if not (self.recompute and torch.is_grad_enabled()):
-            return block(x)
+            return block(x, counts)
         y: Tensor = checkpoint(
             block,
             x,
+            counts,
             use_reentrant=False,
             preserve_rng_state=False,  # nothing here is random
             context_fn=lambda: (contextlib.nullcontext(), self._frozen_statistics()),
@@ -70,12 +101,12 @@ class Backbone(ResNet):  # type: ignore[misc]  # torchvision has no types
     def _frozen_statistics(self) -> Iterator[None]:
         """Running statistics, which have seen the batch the first time, stay as they are."""
         norms = [m for m in self.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-        for norm, (_, batches) in zip(norms, before, strict=True):
+        before = [(n.momentum, n.num_batches_tracked) for n in norms]
+        for n, (_, batches) in zip(norms, before, strict=True):
             # PyTorch's SyncBatchNorm insists on a count.
-            norm.momentum, norm.num_batches_tracked = 0.0, None if batches is None else torch.zeros_like(batches)
+            n.momentum, n.num_batches_tracked = 0.0, None if batches is None else torch.zeros_like(batches)
         try:
             yield
         finally:
-            for norm, (momentum, batches) in zip(norms, before, strict=True):
-                norm.momentum, norm.num_batches_tracked = momentum, batches
+            for n, (momentum, batches) in zip(norms, before, strict=True):
+                n.momentum, n.num_batches_tracked = momentum, batches

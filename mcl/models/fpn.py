@@ -1,12 +1,14 @@
 """Feature pyramid network with BatchNorm on laterals and outputs (no activation, no bias), as in the released code."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mcl.models.conv import Conv2d
+from mcl.models.norm import BatchNorm2d, normalize
 
 
 class ConvNorm(nn.Module):
@@ -15,18 +17,11 @@ class ConvNorm(nn.Module):
     def __init__(self, inputs: int, outputs: int, kernel: int) -> None:
         super().__init__()
         self.conv = Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
-        self.norm = nn.BatchNorm2d(outputs)
+        self.norm = BatchNorm2d(outputs)
 
-    def forward(self, x: Tensor, counts: Sequence[int] = ()) -> Tensor:
-        return normalize(self.norm, self.conv(x), counts)
-
-
-def normalize(norm: nn.Module, x: Tensor, counts: Sequence[int] = ()) -> Tensor:
-    """A BatchNorm of groups of rows, each by itself and in their order; of all rows together without `counts`."""
-    if len(counts) > 1:
-        return torch.cat([norm(rows) for rows in x.split(list(counts))])
-    y: Tensor = norm(x)
-    return y
+    def forward(self, x: Tensor, counts: Sequence[int] = (), relu: bool = False) -> Tensor:
+        """ReLU is taken last, if wanted; `counts` as for :func:`normalize`."""
+        return normalize(self.norm, self.conv(x), counts, relu=relu)
 
 
 class FPN(nn.Module):
@@ -47,13 +42,19 @@ class FPN(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight)
 
-    def forward(self, features: Sequence[Tensor], levels: Sequence[int]) -> list[Tensor]:
-        """Output maps of the given levels; only the laterals that these need are computed.
+    def forward(self, features: Sequence[Tensor], levels: Sequence[int], counts: Sequence[int] = ()) -> list[Tensor]:
+        """Output maps of the given levels, of all canvases or, with `counts`, of each group of them one.
+
+        Only the laterals that these need are computed. Groups go through a convolution together, for products of few
+        rows are slow; BatchNorm sees them one by one, in their order.
 
         Args:
             features: the backbone's maps, coarsest first: (n, channels[i], h * 2^i, w * 2^i).
-            levels: indices into `depths`, increasing.
+            levels: indices into `depths`: increasing, or of each group.
+            counts: canvases per group, n together.
         """
+        if counts:
+            return self._of_groups(features, levels, counts)
         merged: list[Tensor] = []
         for depth in range(self.depths[levels[-1]] + 1):
             x = self.laterals[depth](features[depth])
@@ -61,3 +62,57 @@ class FPN(nn.Module):
                 x = x + F.interpolate(merged[-1], scale_factor=2, mode="nearest")
             merged.append(x)
         return [self.outputs[level](merged[self.depths[level]]) for level in levels]
+
+    def _of_groups(self, features: Sequence[Tensor], levels: Sequence[int], counts: Sequence[int]) -> list[Tensor]:
+        maps: dict[int, Tensor] = {}  # per group, at its own depth
+        above: dict[int, Tensor] = {}  # per group, one stride coarser
+        for depth, lateral in enumerate(self.laterals):
+            groups = [g for g, level in enumerate(levels) if self.depths[level] >= depth]
+            if not groups:
+                break
+            x = features[depth]
+            if len(groups) < len(counts):
+                x = _join(_split(x, counts), groups)
+            x = lateral(x, [counts[g] for g in groups])
+            if above:
+                x = x + F.interpolate(_join(above, groups), scale_factor=2, mode="nearest")
+            above = dict(zip(groups, _split(x, [counts[g] for g in groups]).values(), strict=True))
+            maps |= {g: above[g] for g in groups if self.depths[levels[g]] == depth}
+        for level, output in enumerate(self.outputs):
+            groups = [g for g in maps if levels[g] == level]
+            if groups:
+                sizes = [counts[g] for g in groups]
+                maps |= zip(groups, _split(output(_join(maps, groups), sizes), sizes).values(), strict=True)
+        return [maps[g] for g in range(len(counts))]
+
+
+def _split(x: Tensor, counts: Sequence[int]) -> dict[int, Tensor]:
+    """The rows of each group."""
+    return dict(enumerate(Groups.apply(x, tuple(counts)) if len(counts) > 1 else [x]))
+
+
+def _join(pieces: dict[int, Tensor], groups: Sequence[int]) -> Tensor:
+    return pieces[groups[0]] if len(groups) == 1 else torch.cat([pieces[g] for g in groups])
+
+
+class Groups(torch.autograd.Function):
+    """Cuts a map (n, C, H, W) into groups of rows.
+
+    The gradient of slices would be a sum of whole maps, one per group, mostly zeros and not channels_last.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, counts: tuple[int, ...]) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        pieces: tuple[Tensor, ...] = x.split(counts)
+        ctx.like = [(p.shape, p.dtype, p.device) for p in pieces]
+        return pieces
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None]:
+        pieces = [_zeros(*like) if grad is None else grad for grad, like in zip(grads, ctx.like, strict=True)]
+        return torch.cat(pieces), None
+
+
+def _zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last).zero_()

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mcl.models.fpn import ConvNorm, normalize
+from mcl.models.fpn import ConvNorm
+from mcl.models.norm import BatchNorm1d, normalize
 
 
 class RegionHead(nn.Module):
@@ -24,10 +25,10 @@ class RegionHead(nn.Module):
         self.convs = nn.ModuleList(ConvNorm(width, width, 3) for _ in range(convs))
         self.projector = Projector(
             nn.Linear(width, hidden),
-            nn.BatchNorm1d(hidden),
+            BatchNorm1d(hidden),
             nn.ReLU(inplace=True),
             nn.Linear(hidden, width),
-            nn.BatchNorm1d(width, affine=False),
+            BatchNorm1d(width, affine=False),
         )
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -39,7 +40,7 @@ class RegionHead(nn.Module):
     def forward(self, tiles: Tensor, counts: Sequence[int] = ()) -> Tensor:
         """(R, C, cells, cells) to embeddings (R, C); without `counts`, tiles per level, all are of one."""
         for conv in self.convs:
-            tiles = conv(tiles, counts).relu()
+            tiles = conv(tiles, counts, relu=True)
         embeddings: Tensor = self.projector(tiles.mean((2, 3)), counts)
         return embeddings
 

@@ -4,7 +4,6 @@ import copy
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,78 +36,42 @@ class Encoder(nn.Module):
         self.head = RegionHead(config.width, config.head_convs, config.hidden)
 
     def forward(
-        self, images: Tensor, canvases: Sequence[int], boxes: Sequence[Tensor], cells: int, compute: str
-    ) -> list[Tensor]:
-        """Embeddings of the tiles of every level.
+        self, images: Tensor, canvases: Sequence[int], boxes: Sequence[Sequence[Tensor]], cells: int, compute: str
+    ) -> list[list[Tensor]]:
+        """Embeddings of the tiles of V views, which BatchNorm sees one by one.
 
         Args:
-            images: (K, 3, S, S), canvases of all levels, level 0 first.
+            images: (V * K, 3, S, S), K canvases of all levels per view, level 0 first.
             canvases: canvases per level.
-            boxes: per level (R, 5) its tiles: row among the level's canvases, x1, y1, x2, y2 in canvas pixels.
+            boxes: per view and level (R, 5) its tiles: row among the level's canvases, x1, y1, x2, y2 in canvas pixels.
             cells: feature cells per tile side.
             compute: matched, where FPN and head see only each level's own canvases, or released, where they see every
-                canvas at every level. The embeddings differ only by BatchNorm's statistics.
+                canvas at every level, of one view. The embeddings differ only by BatchNorm's statistics.
 
         Returns:
-            Per level, (R, width).
+            Per view and level, (R, width).
         """
-        features = self.backbone(images)
+        features = self.backbone(images, [sum(canvases)] * len(boxes))
         levels = range(len(canvases))
         if compute == "matched":
-            counts = [len(b) for b in boxes]
-            tiles = self.tiles(features, canvases, boxes, cells, [self.fpn for _ in levels])
-            return list(self.head(tiles, counts).split(counts))
+            maps = self.fpn(features, [*levels] * len(boxes), [*canvases] * len(boxes))
+            regions = [b for view in boxes for b in view]
+            counts = [len(b) for b in regions]
+            embeddings = self.head(self.pool(maps, [*levels] * len(boxes), regions, cells), counts).split(counts)
+            return [list(embeddings[i : i + len(levels)]) for i in range(0, len(regions), len(levels))]
+        assert len(boxes) == 1
         maps = self.fpn(features, levels)
         everything = [all_tiles(r, STRIDE * cells, len(images), images.device) for r in self.ratios]
-        populations = self.pool(maps, everything, cells).split([len(b) for b in everything])
-        embeddings = {i: self.head(populations[i]) for i in reversed(levels)}  # finest map first
+        populations = self.pool(maps, levels, everything, cells).split([len(b) for b in everything])
+        every = {i: self.head(populations[i]) for i in reversed(levels)}  # finest map first
         bounds = list(itertools.accumulate(canvases, initial=0))
-        return [embeddings[i][bounds[i] * r**2 : bounds[i + 1] * r**2] for i, r in enumerate(self.ratios)]
+        return [[every[i][bounds[i] * r**2 : bounds[i + 1] * r**2] for i, r in enumerate(self.ratios)]]
 
-    def tiles(
-        self,
-        features: Sequence[Tensor],
-        canvases: Sequence[int],
-        boxes: Sequence[Tensor],
-        cells: int,
-        fpns: Sequence[nn.Module],
-    ) -> Tensor:
-        """Pooled from the backbone's maps of all canvases, each level's own through its FPN; as :meth:`pool`.
-
-        Levels follow each other, level 0 first, since this is the order in which running statistics are updated.
-        """
-        levels = zip(*(Levels.apply(f, tuple(canvases)) for f in features), strict=True)
-        maps = [fpn(level, [i])[0] for i, (fpn, level) in enumerate(zip(fpns, levels, strict=True))]
-        return self.pool(maps, boxes, cells)
-
-    def pool(self, maps: Sequence[Tensor], boxes: Sequence[Tensor], cells: int) -> Tensor:
-        """(R, width, cells, cells), the tiles of all levels, level 0 first, in one launch."""
+    def pool(self, maps: Sequence[Tensor], levels: Sequence[int], boxes: Sequence[Tensor], cells: int) -> Tensor:
+        """(R, width, cells, cells), the tiles of each map, whose level is given, map after map; in one launch."""
         index = torch.cat([b.new_full((len(b),), i, dtype=torch.int64) for i, b in enumerate(boxes)])
-        strides = [STRIDE / r for r in self.ratios[: len(maps)]]
+        strides = [STRIDE / self.ratios[level] for level in levels]
         return region_pool(maps, strides, torch.cat(list(boxes)), index, cells)
-
-
-class Levels(torch.autograd.Function):
-    """Cuts a map (K, C, H, W) into the canvases of each level.
-
-    The gradient of slices would be a sum of whole maps, one per level, mostly zeros and not channels_last.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, canvases: tuple[int, ...]) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        pieces: tuple[Tensor, ...] = x.split(canvases)
-        ctx.like = [(p.shape, p.dtype, p.device) for p in pieces]
-        return pieces
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None]:
-        pieces = [_zeros(*like) if grad is None else grad for grad, like in zip(grads, ctx.like, strict=True)]
-        return torch.cat(pieces), None
-
-
-def _zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last).zero_()
 
 
 @dataclass(frozen=True)
@@ -149,6 +112,9 @@ class MCL(nn.Module):
         self.online = Encoder(config, geometry.ratios)
         self.target = copy.deepcopy(self.online).requires_grad_(False)
         self.predictors = nn.ModuleList(predictor(config.width, config.hidden) for _ in geometry.ratios)
+        self.together = False
+        """Whether both views go through a network of ``compute: matched`` at once: for small canvases on CPUs, where
+        products of few rows are slow. The results are the same but for rounding."""
 
     def compile_parts(self) -> None:
         """Backbones and heads through ``torch.compile``, in place, when they are first called."""
@@ -165,7 +131,7 @@ class MCL(nn.Module):
                 views' own are computed, and gathered while the online network works.
         """
         of_query, of_key = banks or self.banks([(query, key)])
-        predictions = [self.predictions(view) for view in (query, key)]
+        predictions = self.predictions([query, key])
         directions = [
             contrast(predicted, self.sources(view), bank.wait(), self.config.temperature)
             for predicted, view, bank in zip(predictions, (query, key), (of_key, of_query), strict=True)
@@ -183,33 +149,47 @@ class MCL(nn.Module):
         """
         banks = []
         for views in zip(*parts, strict=True):
-            embeddings = torch.cat([self.targets(view) for view in views])
+            embeddings = torch.cat(self.targets(views))
             shown = torch.cat([view.sources[view.tiles(0)] for view in views])  # the image of each row
             banks.append(Gather(torch.empty_like(embeddings).index_copy_(0, shown, embeddings)))
         return banks
 
     @torch.no_grad()
-    def targets(self, view: MontageBatch) -> Tensor:
-        """Momentum embeddings of the canvases of level 0, (canvases, width)."""
-        images, canvases = view.images, view.canvases
-        if self.config.compute == "matched":
-            images, canvases = images[: canvases[0]], canvases[:1]
-        embeddings: list[Tensor] = self.target(
-            images, canvases, view.regions(canvases), view.cells, self.config.compute
-        )
-        return embeddings[0]
+    def targets(self, views: Sequence[MontageBatch]) -> list[Tensor]:
+        """Momentum embeddings of the canvases of level 0 of each view, (canvases, width)."""
+        levels = 1 if self.config.compute == "matched" else None
+        return [embeddings[0] for embeddings in self._embed(self.target, views, [v.canvases[:levels] for v in views])]
 
-    def predictions(self, view: MontageBatch) -> list[Tensor]:
-        """Online predictions of the tiles of every level: per level (R, width)."""
-        images = view.images
-        if view.queries != view.canvases:
-            images = torch.cat([c[:q] for c, q in zip(images.split(view.canvases), view.queries, strict=True)])
-        boxes = view.regions(view.queries)
-        embeddings = self.online(images, view.queries, boxes, view.cells, self.config.compute)
-        return [predict(z) for predict, z in zip(self.predictors, embeddings, strict=True)]
+    def predictions(self, views: Sequence[MontageBatch]) -> list[list[Tensor]]:
+        """Online predictions of the tiles of each view and level: (R, width)."""
+        return [
+            [predict(z) for predict, z in zip(self.predictors, embeddings, strict=True)]
+            for embeddings in self._embed(self.online, views, [v.queries for v in views])
+        ]
+
+    def _embed(
+        self, encoder: nn.Module, views: Sequence[MontageBatch], canvases: Sequence[tuple[int, ...]]
+    ) -> list[list[Tensor]]:
+        """Embeddings of the tiles of the first canvases[v][i] canvases of level i of view v, per view and level."""
+        together = self.together and self.config.compute == "matched" and len(set(canvases)) == 1
+        if len(views) > 1 and not together:
+            return [self._embed(encoder, [v], [c])[0] for v, c in zip(views, canvases, strict=True)]
+        pieces = [piece for v, c in zip(views, canvases, strict=True) for piece in _first(v, c)]
+        with torch.autocast(pieces[0].device.type, enabled=False):  # which takes no fp16 on a CPU
+            images = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        boxes = [v.regions(c) for v, c in zip(views, canvases, strict=True)]
+        embeddings: list[list[Tensor]] = encoder(images, canvases[0], boxes, views[0].cells, self.config.compute)
+        return embeddings
 
     def sources(self, view: MontageBatch) -> list[Tensor]:
         """Row in the bank of targets of each tile's own image: per level (R,) int64."""
         offset = distributed.rank() * len(view.index)
         rows = [q * r * r for q, r in zip(view.queries, view.ratios, strict=True)]
         return [view.sources[view.tiles(i)][: rows[i]] + offset for i in range(len(rows))]
+
+
+def _first(view: MontageBatch, canvases: tuple[int, ...]) -> list[Tensor]:
+    """The first canvases[i] canvases of each level, for as many levels as given, in as few pieces as there are."""
+    if canvases == view.canvases[: len(canvases)]:
+        return [view.images[: sum(canvases)]]
+    return [images[:count] for images, count in zip(view.images.split(view.canvases), canvases, strict=False)]

@@ -16,6 +16,14 @@ SCHEMAS = {
         "(Tensor grad, SymInt[] sizes, float[] strides, Tensor boxes, Tensor index, int sampling_ratio,"
         " bool channels_last) -> Tensor[]"
     ),
+    "batch_norm": (
+        "(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, int[] counts,"
+        " float momentum, float eps, Tensor? residual, bool relu) -> (Tensor, Tensor, Tensor)"
+    ),
+    "batch_norm_backward": (
+        "(Tensor grad, Tensor x, Tensor? y, Tensor? weight, Tensor? bias, Tensor mean, Tensor inverse, int[] counts,"
+        " bool relu) -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
     "norms": "(Tensor[] tensors) -> Tensor",
     "lars_": (
         "(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] momenta, Tensor? norms, float lr, float momentum,"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -40,11 +41,11 @@ class Oracle(nn.Module):
         super().__init__()
         self.codes = torch.eye(images)
 
-    def targets(self, view: MontageBatch) -> Tensor:
-        return self.codes
+    def targets(self, views: Sequence[MontageBatch]) -> list[Tensor]:
+        return [self.codes for _ in views]
 
-    def predictions(self, view: MontageBatch) -> list[Tensor]:
-        return [self.codes, self.codes[:1].expand(len(view.index), -1)]
+    def predictions(self, views: Sequence[MontageBatch]) -> list[list[Tensor]]:
+        return [[self.codes, self.codes[:1].expand(len(view.index), -1)] for view in views]
 
     def sources(self, view: MontageBatch) -> list[Tensor]:
         return [view.sources[view.tiles(level)] for level in range(2)]

@@ -12,8 +12,9 @@ from torch import nn
 
 from mcl import config
 from mcl.loss import contrast, total_loss
-from mcl.models import MCL
+from mcl.models import MCL, norm
 from mcl.montage import Geometry, MontageBatch
+from mcl.ops.batch_norm import serves
 from tests.conftest import ThinBackbone, random_view
 from tests.fp64 import fast_convolutions
 
@@ -130,12 +131,13 @@ def test_running_statistics_update_level_by_level() -> None:
     """In training mode each lateral, output, head and projector norm sees each level once per view, level 0 first."""
     geometry = Geometry(cells=2)
     matched, _ = models("thin", geometry)
+    norm.use(matched, ours=False)  # ours see all at once
     norms = {
         name: m for name, m in matched.online.head.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
     }
     order: dict[str, list[int]] = {name: [] for name in norms}
-    for name, norm in norms.items():
-        norm.register_forward_hook(lambda _, inputs, output, name=name: order[name].append(len(inputs[0])))
+    for name, module in norms.items():
+        module.register_forward_hook(lambda _, inputs, output, name=name: order[name].append(len(inputs[0])))
     matched.train()
     with torch.no_grad():
         matched(*(random_view(geometry, 32, seed, torch.float64) for seed in (1, 2)))
@@ -144,6 +146,39 @@ def test_running_statistics_update_level_by_level() -> None:
     assert matched.online.fpn.laterals[0].norm.num_batches_tracked == 2 * geometry.levels
     assert matched.target.fpn.laterals[0].norm.num_batches_tracked == 2
     assert matched.target.head.convs[0].norm.num_batches_tracked == 2
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize(
+    ("backbone", "geometry", "images"),
+    [
+        ("thin", Geometry(cells=2), 32),
+        ("thin", Geometry(cells=2, ratios=(1, 4), images_per_canvas=(1, 16), queries=(2, 1)), 32),  # a stride between
+        ("resnet18", Geometry(cells=2, ratios=(1, 2), images_per_canvas=(1, 4)), 4),
+    ],
+)
+def test_views_together_are_the_views_one_by_one(
+    backbone: str, geometry: Geometry, images: int, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses, gradients and running statistics, with and without the operator that normalises groups."""
+    monkeypatch.setattr("mcl.models.norm.serves", serves if compiled else lambda x: False)
+    views = [random_view(geometry, images, seed, torch.float64) for seed in (1, 2)]
+    views = [dataclasses.replace(view, queries=geometry.query_canvases(images)) for view in views]
+    one_by_one, _ = models(backbone, geometry)
+    one_by_one.train()
+    together = copy.deepcopy(one_by_one)
+    together.together = True
+    for model in (one_by_one, together):
+        model(*views).loss.backward()
+    assert dict(together.named_buffers()).keys() == dict(one_by_one.named_buffers()).keys()
+    for (name, ours), theirs in zip(together.named_buffers(), one_by_one.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12, msg=name)
+    gradients = [p.grad for p in one_by_one.parameters() if p.grad is not None]
+    scale = max(float(g.abs().max()) for g in gradients)
+    assert len(gradients) > 20
+    found = [p.grad for p in together.parameters() if p.grad is not None]
+    for ours, theirs in zip(found, gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10 * scale)
 
 
 @pytest.mark.parametrize("compute", ["matched", "released"])
@@ -159,10 +194,10 @@ def test_gradients_of_fewer_queries_are_those_without_the_other_terms(compute: s
     parameters = [p for p in model.parameters() if p.requires_grad]
     found = torch.autograd.grad(output.loss, parameters, allow_unused=True)  # maps finer than those of two levels
 
-    banks = [model.targets(view) for view in reversed(views)]
+    banks = model.targets(views[::-1])
     losses = []
-    for view, bank in zip(views, banks, strict=True):
-        (full, tiles), (own, others) = matched.predictions(view), matched.sources(view)
+    for view, (full, tiles), bank in zip(views, matched.predictions(views), banks, strict=True):
+        own, others = matched.sources(view)
         losses.append(contrast([full[:4], tiles], [own[:4], others], bank, model.config.temperature)[0])
     loss = total_loss(torch.stack(losses), model.config.loss_weights, model.config.temperature)
     expected = torch.autograd.grad(loss, [p for p in matched.parameters() if p.requires_grad], allow_unused=True)
@@ -181,9 +216,9 @@ def test_queries_take_the_first_canvases_of_each_level() -> None:
     matched, _ = models("thin", geometry)
     query = random_view(geometry, 8, 1, torch.float64)
     with torch.no_grad():
-        full = matched.predictions(query)
+        (full,) = matched.predictions([query])
         part = dataclasses.replace(query, queries=(3, 1))
-        few = matched.predictions(part)
+        (few,) = matched.predictions([part])
         rows = matched.sources(part)
     assert [len(p) for p in few] == [3, 4]
     torch.testing.assert_close(few[0], full[0][:3], rtol=1e-12, atol=1e-12)

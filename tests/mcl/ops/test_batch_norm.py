@@ -1,0 +1,141 @@
+"""BatchNorm with addition and ReLU: PyTorch's, one after the other, in float64, is the oracle."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mcl import ops
+from mcl.ops.batch_norm import batch_norm, serves
+
+pytestmark = pytest.mark.skipif(not ops.compiled("batch_norm", "cpu"), reason="the extension is not built")
+
+SHAPES = [
+    ((6, 5, 3, 4), [6]),
+    ((6, 5, 3, 4), [4, 2]),
+    ((7, 16, 1, 1), [3, 4]),
+    ((3, 33, 40, 40), [1, 2]),  # several chunks per group, channels that fill no vector
+    ((9, 70), [2, 7]),
+    ((600, 300), [600]),
+]
+
+
+def inputs(shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+    """x, weight, bias, running mean and variance, residual, gradient."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(*size: int) -> Tensor:
+        values = torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
+        return values.contiguous(memory_format=torch.channels_last) if len(size) == 4 else values
+
+    wide = torch.promote_types(dtype, torch.float32)
+    parameters = [noise(shape[1]).to(wide) for _ in range(3)]
+    return [3 + 2 * noise(*shape), *parameters, parameters[0].square() + 0.5, noise(*shape), noise(*shape)]
+
+
+def reference(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, running: tuple[Tensor, Tensor], counts: list[int],
+    residual: Tensor | None, relu: bool,
+) -> Tensor:  # fmt: skip
+    groups = [F.batch_norm(rows, *running, weight, bias, True, 0.1, 1e-5) for rows in x.split(counts)]
+    y = torch.cat(groups)
+    y = y if residual is None else y + residual
+    return y.relu() if relu else y
+
+
+@pytest.mark.parametrize(("added", "relu", "affine"), itertools.product([False, True], repeat=3))
+@pytest.mark.parametrize(("shape", "counts"), SHAPES, ids=str)
+def test_equals_pytorch(shape: tuple[int, ...], counts: list[int], added: bool, relu: bool, affine: bool) -> None:
+    x, weight, bias, mean, var, residual, grad = inputs(shape, torch.float64)
+    leaves = [x, *([weight, bias] if affine else []), *([residual] if added else [])]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    results = []
+    for function in (batch_norm, reference):
+        running = mean.clone(), var.clone()
+        parameters = (weight, bias) if affine else (None, None)
+        options = (0.1, 1e-5) if function is batch_norm else ()
+        y = function(x, *parameters, running, counts, *options, residual if added else None, relu)  # type: ignore[operator]
+        results.append([y, *running, *torch.autograd.grad(y, leaves, grad)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("added", [False, True])
+def test_is_as_close_to_the_truth_as_pytorchs(dtype: torch.dtype, added: bool) -> None:
+    given = inputs((8, 64, 30, 30), dtype)
+    results = []
+    for function, kind in ((reference, torch.float64), (reference, dtype), (batch_norm, dtype)):
+        wide = torch.promote_types(kind, torch.float32)
+        x, residual, grad = (given[i].detach().to(kind).requires_grad_() for i in (0, 5, 6))
+        weight, bias = (given[i].detach().to(wide).requires_grad_() for i in (1, 2))
+        running = given[3].to(wide, copy=True), given[4].to(wide, copy=True)
+        options = (0.1, 1e-5) if function is batch_norm else ()
+        y = function(x, weight, bias, running, [5, 3], *options, residual if added else None, True)  # type: ignore[operator]
+        assert y.dtype == dtype or kind == torch.float64
+        gradients = torch.autograd.grad(y, [x, weight, bias, *([residual] if added else [])], grad)
+        results.append([t.double() for t in (y, *running, *gradients)])
+    for truth, theirs, ours in zip(*results, strict=True):
+        assert (ours - truth).norm() <= 1.1 * (theirs - truth).norm() + 1e-6 * truth.norm()
+
+
+def test_statistics_of_values_far_from_zero() -> None:
+    """A sum of squares minus the square of the sum would have no correct digit."""
+    generator = torch.Generator().manual_seed(0)
+    x = (1e4 + torch.randn(64, 8, 32, 32, generator=generator)).contiguous(memory_format=torch.channels_last)
+    running = torch.zeros(8), torch.zeros(8)
+    batch_norm(x, None, None, running, [64], 1.0, 1e-5)
+    torch.testing.assert_close(running[0].double(), x.double().mean((0, 2, 3)), rtol=1e-7, atol=0)
+    torch.testing.assert_close(running[1].double(), x.double().var((0, 2, 3)), rtol=1e-3, atol=0)
+
+
+def test_threads_do_not_change_a_bit() -> None:
+    x, weight, bias, mean, var, residual, grad = inputs((16, 48, 40, 40), torch.float32)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            x.grad = residual.grad = None
+            y = batch_norm(
+                x.requires_grad_(), weight, bias, (mean, var), [9, 7], 0.0, 1e-5, residual.requires_grad_(), True
+            )
+            y.backward(grad)
+            results.append([y, x.grad, residual.grad])
+    finally:
+        torch.set_num_threads(before)
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one, two)
+
+
+def test_what_is_not_finite_stays_so() -> None:
+    x = inputs((4, 3, 2, 2), torch.float32)[0]
+    x[0, 1] = torch.nan
+    y = batch_norm(x, None, None, None, [4], 0.1, 1e-5, relu=True)
+    assert y[:, 1].isnan().all()
+    assert y[:, [0, 2]].isfinite().all()
+
+
+def test_any_memory_format_is_taken() -> None:
+    x = inputs((4, 3, 2, 5), torch.float64)[0]
+    other = x.contiguous().clone()
+    y = batch_norm(other.requires_grad_(), None, None, None, [4], 0.1, 1e-5)
+    assert torch.equal(y, batch_norm(x, None, None, None, [4], 0.1, 1e-5))
+    (of_x,) = torch.autograd.grad(y, other, torch.ones(4, 3, 2, 5, dtype=torch.float64))
+    torch.testing.assert_close(of_x, torch.zeros_like(of_x), rtol=0, atol=1e-12)  # a shift changes nothing
+
+
+def test_errors() -> None:
+    x = torch.randn(4, 3)
+    with pytest.raises(ValueError, match=r"groups of \[3, 1\] has one value per channel"):
+        batch_norm(x, None, None, None, [3, 1], 0.1, 1e-5)
+    with pytest.raises(RuntimeError, match="counts must add up"):
+        batch_norm(x, None, None, None, [3], 0.1, 1e-5)
+    with pytest.raises(RuntimeError, match="weight must be contiguous"):
+        batch_norm(x, torch.ones(3).double(), None, None, [4], 0.1, 1e-5)
+    with pytest.raises(RuntimeError, match="residual must have the shape"):
+        batch_norm(x, None, None, None, [4], 0.1, 1e-5, torch.ones(4, 2))
+    assert not serves(x.half())
+    assert not serves(x.to("meta"))
