@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -41,7 +42,8 @@ class RegionHead(nn.Module):
         """(R, C, cells, cells) to embeddings (R, C); without `counts`, tiles per level, all are of one."""
         for conv in self.convs:
             tiles = conv(tiles, counts, relu=True)
-        embeddings: Tensor = self.projector(tiles.mean((2, 3)), counts)
+        pooled = F.avg_pool2d(tiles, tiles.shape[2:]).flatten(1)  # unlike mean, its gradient is channels_last
+        embeddings: Tensor = self.projector(pooled, counts)
         return embeddings
 
 

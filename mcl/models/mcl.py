@@ -148,8 +148,9 @@ class MCL(nn.Module):
             parts: both views of a step, or of all its parts (:meth:`~mcl.montage.MontageBatch.part`).
         """
         banks = []
-        for views in zip(*parts, strict=True):
-            embeddings = torch.cat(self.targets(views))
+        computed = zip(*(self.targets(views) for views in parts), strict=True)
+        for embeddings_of_parts, views in zip(computed, zip(*parts, strict=True), strict=True):
+            embeddings = torch.cat(embeddings_of_parts)
             shown = torch.cat([view.sources[view.tiles(0)] for view in views])  # the image of each row
             banks.append(Gather(torch.empty_like(embeddings).index_copy_(0, shown, embeddings)))
         return banks

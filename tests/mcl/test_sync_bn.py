@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mcl import config, distributed
 from mcl.models import MCL
+from mcl.models.norm import BatchNorm1d, BatchNorm2d
 from mcl.models.sync_bn import Normalize, SyncBatchNorm, synchronize
 from mcl.montage import Geometry, MontageBatch
 from tests.conftest import ThinBackbone, random_view
@@ -267,7 +268,7 @@ def test_state_stays_the_same_tensors_under_the_same_names() -> None:
 
 def test_a_single_process_keeps_its_norms_and_needs_no_group() -> None:
     for device in ("cpu", "cuda"):
-        assert converted(device) == [True, True, True, {nn.BatchNorm1d, nn.BatchNorm2d}]
+        assert converted(device) == [True, True, True, {nn.BatchNorm1d, BatchNorm1d, BatchNorm2d}]
     assert not dist.is_initialized()
 
 

@@ -129,7 +129,7 @@ def test_any_memory_format_is_taken() -> None:
 
 def test_errors() -> None:
     x = torch.randn(4, 3)
-    with pytest.raises(ValueError, match=r"groups of \[3, 1\] has one value per channel"):
+    with pytest.raises(ValueError, match=r"groups of \[3, 1\]: more than one value per channel"):
         batch_norm(x, None, None, None, [3, 1], 0.1, 1e-5)
     with pytest.raises(RuntimeError, match="counts must add up"):
         batch_norm(x, None, None, None, [3], 0.1, 1e-5)
