@@ -81,11 +81,13 @@ def backends(device: str) -> dict[str, tuple[str, str]]:
     from mcl.ops.library import missing
 
     chosen = {}
-    for task in ("region_pool", "norms", "lars_", "ema_", "clip", "cross_entropy"):
-        if task not in ("region_pool", "lars_") and device == "cuda" and apex.supplies(task):
+    for task in ("region_pool", "batch_norm", "norms", "lars_", "ema_", "clip", "cross_entropy"):
+        if task not in ("region_pool", "batch_norm", "lars_") and device == "cuda" and apex.supplies(task):
             chosen[task] = ("apex", "it is installed")
         elif task in ("clip", "cross_entropy"):
             chosen[task] = ("PyTorch", "apex is not installed" if device == "cuda" else "apex serves CUDA only")
+        elif task == "batch_norm" and device == "cuda":
+            chosen[task] = ("PyTorch", "ours serves CPUs only")
         elif compiled(task, device):
             chosen[task] = ("mcl", "the extension is built")
         else:

@@ -82,6 +82,21 @@ def test_is_as_close_to_the_truth_as_pytorchs(dtype: torch.dtype, added: bool) -
         assert (ours - truth).norm() <= 1.1 * (theirs - truth).norm() + 1e-6 * truth.norm()
 
 
+def test_by_hand() -> None:
+    """Two groups of two rows: means 2 and 4, standard deviations 1 and 2."""
+    x = torch.tensor([[1.0], [3.0], [2.0], [6.0]], requires_grad=True)
+    weight, bias = torch.tensor([3.0]), torch.tensor([1.0])
+    running = torch.zeros(1), torch.zeros(1)
+    residual = torch.tensor([[0.0], [1.0], [4.0], [-9.0]], requires_grad=True)
+    y = batch_norm(x, weight, bias, running, [2, 2], 0.5, 0.0, residual, relu=True)
+    assert y.tolist() == [[0.0], [5.0], [2.0], [0.0]]  # -2 + 0, 4 + 1, -2 + 4, 4 - 9
+    assert running[0].tolist() == [0.5 * (0.5 * 2) + 0.5 * 4]
+    assert running[1].tolist() == [0.5 * (0.5 * 2) + 0.5 * 8]  # unbiased: 2 and 8
+    (of_x, of_residual) = torch.autograd.grad(y.sum(), (x, residual))
+    assert of_residual.tolist() == [[0.0], [1.0], [1.0], [0.0]]
+    assert of_x.tolist() == [[0.0]] * 4  # of two values, whatever they are, one becomes -1 and the other 1
+
+
 def test_statistics_of_values_far_from_zero() -> None:
     """A sum of squares minus the square of the sum would have no correct digit."""
     generator = torch.Generator().manual_seed(0)
