@@ -102,7 +102,9 @@ def test_code_pytorch_and_run_folder_must_be_the_same(tmp_path: Path) -> None:
     )
     assert sources.startswith("the sources of the extension: unknown on rank 2, 3, ")
     assert sources.endswith(" on rank 0; rebuild it on all machines: pip install --no-build-isolation -e .")
-    assert operators.startswith("the operators: mcl: region_pool, norms, ema_; PyTorch: lars_, clip, cross_entropy on")
+    assert operators.startswith(
+        "the operators: mcl: region_pool, batch_norm, norms, ema_; PyTorch: lars_, clip, cross_entropy on"
+    )
     assert operators.endswith("on rank 0; mcl doctor says on each machine why; build the extension on all of them")
     engine = "the engine of the loader: "
     assert dali.startswith(f"{engine}fused on cpu (DALI 1.50.0) on rank 2, 3, fused on cpu (DALI 2.4.0) on rank 0; mcl")
