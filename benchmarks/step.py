@@ -3,8 +3,8 @@
 A step is forward, backward, clip, optimiser and momentum network, on fixed inputs of noise:
 
 * ``released``, ``matched``: the preset of that name, at canvases of ``--cells`` cells;
-* ``released_plain``: ``released`` with PyTorch as it comes: its convolutions alone and, in a process of its own,
-  memory as the C library hands it out by default;
+* ``released_plain``: ``released`` with PyTorch as it comes: its convolutions and BatchNorms alone and, in a process of
+  its own, memory as the C library hands it out by default;
 * ``recompute``: ``matched`` with activation checkpointing;
 * ``bf16``: ``matched`` in bf16, whatever ``--precision``; slower than fp32 on a CPU without bf16 instructions, of which
   ``mcl doctor`` tells;

@@ -53,7 +53,7 @@ class Stage:
 class Contender(Protocol):
     @property
     def plain(self) -> bool:
-        """Whether it is measured as PyTorch comes: its convolutions alone, memory as by default."""
+        """Whether it is measured as PyTorch comes: its convolutions and BatchNorms alone, memory as by default."""
         ...
 
     def stages(self) -> list[Stage]:
