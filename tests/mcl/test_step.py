@@ -449,11 +449,12 @@ def test_two_processes_gather_early_reduce_once_and_compute_what_one_does() -> N
 
 @pytest.mark.soak
 def test_compiled_steps_are_plain_steps() -> None:
-    """Two micro-batches each, the second without compiling anything anew."""
-    words = ("trainer.global_batch=8", "trainer.accumulate=2")
+    """Two micro-batches each, the second step without compiling anything anew; in float64, as updates blow up what
+    float32 rounds."""
+    words = ("trainer.global_batch=8", "trainer.accumulate=2", "trainer.precision=fp64")
     plain, compiled = build(configure(*words)), build(configure(*words, "trainer.compile=true"))
     for seed in (1, 3):
         batch = views(configure(*words), seed)
         with torch.compiler.set_stance("fail_on_recompile" if seed > 1 else "default"):
             found = compiled(*batch, lr=0.1, momentum=0.9)[0].loss
-        assert found.item() == pytest.approx(plain(*batch, lr=0.1, momentum=0.9)[0].loss.item(), rel=1e-4)
+        assert found.item() == pytest.approx(plain(*batch, lr=0.1, momentum=0.9)[0].loss.item(), rel=1e-10)
