@@ -70,8 +70,9 @@ void check_like(const Tensor& t, const Tensor& x, const char* name) {
 
 void check_per_channel(const std::optional<Tensor>& t, int64_t size, ScalarType dtype, const char* name) {
   if (!t) return;
-  STD_TORCH_CHECK(t->numel() == size && t->is_contiguous() && t->scalar_type() == dtype && t->is_cpu(), "batch_norm: ",
-                  name, " must be contiguous, of one value per channel, float64 for a float64 x and float32 otherwise");
+  STD_TORCH_CHECK(t->numel() == size && t->is_contiguous() && t->scalar_type() == dtype && t->is_cpu(),
+                  "batch_norm: ", name,
+                  " must be contiguous, of one value per channel, float64 for a float64 x and float32 otherwise");
 }
 
 ScalarType accumulation(const Tensor& x) {
@@ -95,10 +96,14 @@ A* write(const Tensor& t) {
 template <typename F>
 void dispatch(const Tensor& x, const F& f) {
   switch (x.scalar_type()) {
-    case ScalarType::Double: return f(double{}, double{});
-    case ScalarType::Float: return f(float{}, float{});
-    case ScalarType::BFloat16: return f(cpu::BFloat16{}, float{});
-    default: STD_TORCH_CHECK(false, "batch_norm: x must be float32, float64 or bfloat16");
+    case ScalarType::Double:
+      return f(double{}, double{});
+    case ScalarType::Float:
+      return f(float{}, float{});
+    case ScalarType::BFloat16:
+      return f(cpu::BFloat16{}, float{});
+    default:
+      STD_TORCH_CHECK(false, "batch_norm: x must be float32, float64 or bfloat16");
   }
 }
 

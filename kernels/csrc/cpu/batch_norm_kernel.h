@@ -20,7 +20,9 @@ inline A load(const A* x) {
   return *x;
 }
 
-inline float load(const BFloat16* x) { return std::bit_cast<float>(static_cast<uint32_t>(x->bits) << 16); }
+inline float load(const BFloat16* x) {
+  return std::bit_cast<float>(static_cast<uint32_t>(x->bits) << 16);
+}
 
 template <typename A>
 inline void store(A* to, A value) {
@@ -65,7 +67,7 @@ MCL_VECTORIZE void moments(const T* __restrict__ x, int64_t rows, int64_t channe
 template <bool kResidual, bool kRelu, typename T, typename A>
 MCL_VECTORIZE void normalize(const T* __restrict__ x, const T* __restrict__ residual, int64_t rows, int64_t channels,
                              const Affine<A>& by, T* __restrict__ y) {
-  const A *__restrict__ mean = by.mean, *__restrict__ scale = by.scale, *__restrict__ shift = by.shift;
+  const A* __restrict__ mean = by.mean, * __restrict__ scale = by.scale, * __restrict__ shift = by.shift;
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = 0; c < channels; ++c) {
       const int64_t i = r * channels + c;
@@ -89,7 +91,7 @@ template <bool kResidual, bool kRelu, typename T, typename A>
 MCL_VECTORIZE void gradient_sums(const T* __restrict__ grad, const T* __restrict__ x, const T* __restrict__ y,
                                  int64_t rows, int64_t channels, const Affine<A>& by, A* __restrict__ sum,
                                  A* __restrict__ weighted, T* __restrict__ of_residual) {
-  const A *__restrict__ mean = by.mean, *__restrict__ scale = by.scale, *__restrict__ shift = by.shift;
+  const A* __restrict__ mean = by.mean, * __restrict__ scale = by.scale, * __restrict__ shift = by.shift;
   for (int64_t c = 0; c < channels; ++c) sum[c] = weighted[c] = A(0);
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = 0; c < channels; ++c) {
@@ -108,7 +110,7 @@ template <bool kRelu, typename T, typename A>
 MCL_VECTORIZE void gradient(const T* __restrict__ grad, const T* __restrict__ x, int64_t rows, int64_t channels,
                             const Affine<A>& by, const A* __restrict__ slope, const A* __restrict__ offset,
                             T* __restrict__ of_x) {
-  const A *__restrict__ mean = by.mean, *__restrict__ scale = by.scale, *__restrict__ shift = by.shift;
+  const A* __restrict__ mean = by.mean, * __restrict__ scale = by.scale, * __restrict__ shift = by.shift;
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = 0; c < channels; ++c) {
       const int64_t i = r * channels + c;
