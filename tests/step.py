@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mcl import config
 from mcl.config import Config
-from mcl.models import MCL, norm
+from mcl.models import MCL, layers
 from mcl.montage import MontageBatch
 from mcl.step import TrainingStep
 from tests.conftest import random_view
@@ -54,7 +54,7 @@ def views(cfg: Config, first_seed: int = 1, world: int = 1) -> tuple[MontageBatc
 def normalize_parts(model: MCL, canvases: Sequence[int], parts: int) -> None:
     """Lets every BatchNorm normalise the canvases, or the tiles of a level, of each of so many parts by themselves, as
     it does where gradients are accumulated over micro-batches. Views go one by one, through PyTorch's BatchNorms."""
-    norm.use(model, ours=False)
+    layers.use(model, ours=False)
     model.together = False
 
     def in_groups(module: nn.Module) -> None:

@@ -20,7 +20,7 @@ from benchmarks.steps import Step
 from mcl import config, montage
 from mcl.budget import budget, count
 from mcl.config import Config
-from mcl.models import MCL, conv, norm
+from mcl.models import MCL, layers
 from mcl.montage import STRIDE, Geometry, MontageBatch
 from mcl.optim import AUTOCAST
 from mcl.step import TrainingStep
@@ -53,7 +53,7 @@ class Stage:
 class Contender(Protocol):
     @property
     def plain(self) -> bool:
-        """Whether it is measured as PyTorch comes: its convolutions and BatchNorms alone, memory as by default."""
+        """Whether it is measured as PyTorch comes: its own layers, memory as by default."""
         ...
 
     def stages(self) -> list[Stage]:
@@ -122,8 +122,7 @@ class Pretraining:
         trainer, optim, device = self.config.trainer, self.config.optim, resolve_device(self.config.trainer.device)
         model = MCL(self.config.model, self.config.montage)
         if self.plain:
-            conv.use(model, torch.nn.Conv2d)
-            norm.use(model, ours=False)
+            layers.use(model, ours=False)
         update = TrainingStep(self.config, model, device)
         lr = optim.base_lr * trainer.global_batch / 256
 

@@ -1,14 +1,13 @@
 """FLOPs of the pre-trainings, counted as :mod:`mcl.budget.count` does, forward and backward."""
 
 import torch
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.transfers import learners
 from benchmarks.transfers.learners import MoCo
 from benchmarks.transfers.protocol import Work
 from mcl.budget import count
-from mcl.models import conv
+from mcl.models import layers
 
 
 def per_image(kind: str, work: Work) -> float:
@@ -25,7 +24,7 @@ def per_image(kind: str, work: Work) -> float:
         learner = learners.make(kind, work)
         pixels = torch.empty(batch, 3, config.montage.canvas, config.montage.canvas)
         labels = torch.zeros(batch, dtype=torch.int64)
-    conv.use(learner, nn.Conv2d)  # what is counted does not depend on the device
+    layers.use(learner, ours=False)  # what is counted does not depend on the device
     if isinstance(learner, MoCo):
         learner.criterion.memory_bank.bank_ptr = torch.zeros(1, dtype=torch.int64)  # which is read
     with FlopCounterMode(display=False) as counter:

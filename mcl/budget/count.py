@@ -30,7 +30,7 @@ from torch.utils.flop_counter import flop_registry
 from mcl import montage
 from mcl.config import ModelConfig, OptimConfig
 from mcl.distributed import Gather
-from mcl.models import MCL, conv, norm
+from mcl.models import MCL, layers
 from mcl.montage import Geometry, MontageBatch
 from mcl.optim import AUTOCAST, build_optimizer
 
@@ -168,9 +168,7 @@ def step(
     dtype = torch.float64 if precision == "fp64" else torch.float32
     with torch.device("meta"):
         mcl = _Gathered(model, geometry)
-    # What is counted does not depend on the device.
-    conv.use(mcl, nn.Conv2d)
-    norm.use(mcl, ours=False)
+    layers.use(mcl, ours=False)  # what is counted does not depend on the device
     mcl.processes = processes
     mcl.online.backbone.recompute = recompute
     with FakeTensorMode():

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models import resnet
 from torchvision.models.resnet import ResNet
 
-from mcl.models import conv, norm
+from mcl.models import layers, norm
 
 
 class BasicBlock(resnet.BasicBlock):  # type: ignore[misc]  # torchvision has no types
@@ -54,8 +54,7 @@ class Backbone(ResNet):  # type: ignore[misc]  # torchvision has no types
         block, depths = _RESNETS[name]
         super().__init__(block, depths)
         del self.avgpool, self.fc
-        conv.use(self)
-        norm.use(self)
+        layers.use(self)
         self.channels = tuple(64 * 2**i * block.expansion for i in (3, 2, 1, 0))
         """Channels of the maps that :meth:`forward` returns."""
         for module in self.modules():

@@ -50,15 +50,6 @@ class BatchNorm2d(_Grouped, nn.BatchNorm2d):
     """PyTorch's, for groups of rows."""
 
 
-def use(model: nn.Module, ours: bool = True) -> None:
-    """Makes the BatchNorms of `model` ours, or PyTorch's, in place; torchvision's ResNet creates its own."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm1d):
-            module.__class__ = BatchNorm1d if ours else nn.BatchNorm1d
-        elif isinstance(module, nn.BatchNorm2d):
-            module.__class__ = BatchNorm2d if ours else nn.BatchNorm2d
-
-
 def _one_after_the_other(
     norm: Callable[[Tensor], Tensor], x: Tensor, counts: Sequence[int], residual: Tensor | None, relu: bool
 ) -> Tensor:

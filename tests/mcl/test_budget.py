@@ -16,7 +16,7 @@ from mcl import checkpoint, cli, config, run
 from mcl.budget import budget, count, hardware, show
 from mcl.config import Config, ModelConfig, OptimConfig
 from mcl.images import open_images
-from mcl.models import MCL, conv, norm
+from mcl.models import MCL, layers
 from mcl.montage import Geometry
 from mcl.optim import build_optimizer
 from tests.conftest import ROOT, random_view
@@ -90,29 +90,30 @@ def test_the_readme_says_what_the_presets_cost() -> None:
 
 
 @pytest.mark.parametrize(
-    ("compute", "precision", "convolution", "ours"),
+    ("compute", "precision", "ours"),
     [
-        ("matched", "fp32", nn.Conv2d, False),
-        ("matched", "fp32", conv.Conv2d, False),
-        ("matched", "fp32", conv.Conv2d, True),
-        pytest.param("matched", "bf16", nn.Conv2d, False, marks=pytest.mark.soak),
-        pytest.param("matched", "bf16", conv.Conv2d, False, marks=pytest.mark.soak),
-        pytest.param("released", "fp64", nn.Conv2d, False, marks=pytest.mark.soak),
+        ("matched", "fp32", ()),
+        ("matched", "fp32", (nn.Conv2d, nn.Linear)),
+        ("matched", "fp32", (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d)),
+        pytest.param("matched", "bf16", (), marks=pytest.mark.soak),
+        pytest.param("matched", "bf16", (nn.Conv2d, nn.Linear), marks=pytest.mark.soak),
+        pytest.param("released", "fp64", (), marks=pytest.mark.soak),
     ],
 )
 def test_the_count_is_what_a_real_step_computes_and_saves(
-    compute: str, precision: str, convolution: type[nn.Conv2d], ours: bool
+    compute: str, precision: str, ours: tuple[type[nn.Module], ...]
 ) -> None:
     """FLOPs by PyTorch's own counter and bytes by hooks, of a step on the CPU; backward in fp32, where it is fast.
 
-    Our convolution to few cells computes less, and keeps the same; in bf16, no rounded weights. Our BatchNorm needs
-    nothing of ReLU.
+    Our convolutions and linear layers compute less, or what is not counted, and keep the same; in bf16, no rounded
+    weights. Our BatchNorm needs nothing of ReLU.
     """
     dtype = torch.float64 if precision == "fp64" else torch.float32
     model = dataclasses.replace(TWO_LEVELS, compute=compute)
     mcl = MCL(model, FEWER).to(dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    conv.use(mcl, convolution)
-    norm.use(mcl, ours=ours)
+    layers.use(mcl, ours=False)
+    if ours:
+        layers.use(mcl, True, *ours)
     few = FEWER.query_canvases(8)
     views = [dataclasses.replace(random_view(FEWER, 8, seed, dtype), queries=few) for seed in (1, 2)]
     known = {t.data_ptr() for t in [*mcl.parameters(), *mcl.buffers(), *(v.images for v in views)]}
@@ -136,14 +137,14 @@ def test_the_count_is_what_a_real_step_computes_and_saves(
             loss.backward()
     counted = count.step(model, FEWER, 8, 1, precision)
     flops = counted.flops if precision == "fp32" else sum(counted.forward.values())
-    if convolution is nn.Conv2d:
+    if not ours:
         assert flops == counter.get_total_flops() > 0
     else:
         assert flops > counter.get_total_flops()
     # In bf16, a fake BatchNorm keeps its two statistics in 2 bytes each, a real one in 4.
     missing = 2 * 2 * sum(normalised) if precision == "bf16" else 0
     kept = sum(t.untyped_storage().nbytes() for t in saved.values())
-    if ours or (convolution is conv.Conv2d and precision == "bf16"):
+    if nn.BatchNorm2d in ours or (ours and precision == "bf16"):
         assert sum(counted.saved.values()) + missing >= kept
     else:
         assert sum(counted.saved.values()) + missing == kept

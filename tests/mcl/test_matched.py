@@ -12,7 +12,7 @@ from torch import nn
 
 from mcl import config
 from mcl.loss import contrast, total_loss
-from mcl.models import MCL, norm
+from mcl.models import MCL, layers
 from mcl.montage import Geometry, MontageBatch
 from mcl.ops.batch_norm import serves
 from tests.conftest import ThinBackbone, random_view
@@ -131,7 +131,7 @@ def test_running_statistics_update_level_by_level() -> None:
     """In training mode each lateral, output, head and projector norm sees each level once per view, level 0 first."""
     geometry = Geometry(cells=2)
     matched, _ = models("thin", geometry)
-    norm.use(matched, ours=False)  # ours see all at once
+    layers.use(matched, ours=False)  # ours see all at once
     norms = {
         name: m for name, m in matched.online.head.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
     }

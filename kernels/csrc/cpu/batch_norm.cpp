@@ -9,7 +9,9 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/access.h"
 #include "cpu/batch_norm_kernel.h"
+#include "cpu/maps.h"
 
 namespace mcl {
 namespace {
@@ -34,7 +36,7 @@ struct Shape {
 
   // counts: of the first dimension of x, per group.
   Shape(const Tensor& x, const std::vector<int64_t>& counts) : channels(x.size(1)) {
-    STD_TORCH_CHECK(x.dim() == 2 || x.dim() == 4, "batch_norm: x must be (n, c) or (n, c, h, w)");
+    check_channels_last("batch_norm", "x", x);
     const int64_t cells = x.dim() == 4 ? x.size(2) * x.size(3) : 1;
     const int64_t step = std::clamp<int64_t>(kChunk / std::max<int64_t>(1, channels), 1, kRows);
     int64_t row = 0;
@@ -60,12 +62,7 @@ void check_like(const Tensor& t, const Tensor& x, const char* name) {
   bool same = t.dim() == x.dim() && t.scalar_type() == x.scalar_type() && t.is_cpu();
   for (int64_t d = 0; same && d < x.dim(); ++d) same = t.size(d) == x.size(d);
   STD_TORCH_CHECK(same, "batch_norm: ", name, " must have the shape, dtype and device of x");
-  // Channels next to each other, then columns, rows, maps; strides of sizes of 1 do not matter.
-  int64_t expected = 1;
-  for (const int64_t d : t.dim() == 4 ? std::vector<int64_t>{1, 3, 2, 0} : std::vector<int64_t>{1, 0}) {
-    STD_TORCH_CHECK(t.size(d) == 1 || t.stride(d) == expected, "batch_norm: ", name, " must be channels_last");
-    expected *= t.size(d);
-  }
+  check_channels_last("batch_norm", name, t);
 }
 
 void check_per_channel(const std::optional<Tensor>& t, int64_t size, ScalarType dtype, const char* name) {
@@ -75,36 +72,13 @@ void check_per_channel(const std::optional<Tensor>& t, int64_t size, ScalarType 
                   " must be contiguous, of one value per channel, float64 for a float64 x and float32 otherwise");
 }
 
-ScalarType accumulation(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 Tensor empty(std::vector<int64_t> size, const Tensor& x) {
   return torch::stable::empty(size, accumulation(x), std::nullopt, x.device());
 }
 
-template <typename A>
-const A* read(const Tensor& t) {
-  return static_cast<const A*>(t.const_data_ptr());
-}
-
-template <typename A>
-A* write(const Tensor& t) {
-  return static_cast<A*>(t.mutable_data_ptr());
-}
-
 template <typename F>
 void dispatch(const Tensor& x, const F& f) {
-  switch (x.scalar_type()) {
-    case ScalarType::Double:
-      return f(double{}, double{});
-    case ScalarType::Float:
-      return f(float{}, float{});
-    case ScalarType::BFloat16:
-      return f(cpu::BFloat16{}, float{});
-    default:
-      STD_TORCH_CHECK(false, "batch_norm: x must be float32, float64 or bfloat16");
-  }
+  dispatch_types("batch_norm", x, f);
 }
 
 template <typename F>
@@ -142,7 +116,6 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm(Tensor x, std::optional<Tensor> we
                                               std::vector<int64_t> counts, double momentum, double eps,
                                               std::optional<Tensor> residual, bool relu) {
   const Shape shape(x, counts);
-  check_like(x, x, "x");
   if (residual) check_like(*residual, x, "residual");
   const ScalarType wide = accumulation(x);
   check_per_channel(weight, shape.channels, wide, "weight");
@@ -207,7 +180,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(Tensor grad, Tens
                                                                bool relu) {
   const Shape shape(x, counts);
   check_like(grad, x, "grad");
-  check_like(x, x, "x");
   if (y) check_like(*y, x, "y");
   const ScalarType wide = accumulation(x);
   const int64_t groups = static_cast<int64_t>(shape.rows.size()), channels = shape.channels;

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "cpu/access.h"
 #include "tensor_lists.h"
 
 namespace mcl::cpu {
@@ -30,16 +31,6 @@ void for_each_chunk(const std::vector<Chunk>& chunks, const F& f) {
   torch::stable::parallel_for(0, static_cast<int64_t>(chunks.size()), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) f(i, chunks[i]);
   });
-}
-
-template <typename T>
-const T* read(const Tensor& t) {
-  return static_cast<const T*>(t.const_data_ptr());
-}
-
-template <typename T>
-T* write(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
 }
 
 }  // namespace mcl::cpu

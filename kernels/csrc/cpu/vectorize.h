@@ -7,3 +7,6 @@
 #else
 #define MCL_VECTORIZE
 #endif
+
+// Into each of those versions.
+#define MCL_INLINE inline __attribute__((always_inline))

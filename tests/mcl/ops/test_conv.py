@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mcl.models import conv
+from mcl.models import conv, layers
 from mcl.ops import conv2d_small
 
 SHAPES = [  # n, c, h, w, d, k, stride, padding
@@ -59,9 +59,9 @@ def test_gradient_of_what_needs_it_alone() -> None:
 
 def model() -> nn.Sequential:
     torch.manual_seed(0)
-    layers = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8))
-    conv.use(layers)
-    return layers
+    block = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8))
+    layers.use(block)
+    return block
 
 
 @pytest.mark.parametrize(("side", "small"), [(1, True), (2, True), (3, False), (8, False)])
