@@ -5,6 +5,7 @@ disturbs all alike. Spread is the interquartile range relative to the median.
 """
 
 import argparse
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,16 +36,27 @@ def turns(names: Sequence[T], repeat: int, warmup: int = 1) -> Iterator[tuple[T,
             yield name, turn >= 0
 
 
-def interleave(functions: dict[str, Callable[[], object]], repeat: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Seconds of every call, in the order of :func:`turns`."""
+def interleave(
+    functions: dict[str, Callable[[], object]],
+    repeat: int,
+    warmup: int = 1,
+    around: Callable[[str], AbstractContextManager[object]] = contextlib.nullcontext,
+) -> dict[str, list[float]]:
+    """Seconds of every call, in the order of :func:`turns`.
+
+    Args:
+        around: made of a name, it is entered before each call of that function and left after it, and not timed.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for name, counts in turns(list(functions), repeat, warmup):
-        synchronize()
-        start = time.perf_counter()
-        functions[name]()
-        synchronize()
+        with around(name):
+            synchronize()
+            start = time.perf_counter()
+            functions[name]()
+            synchronize()
+            end = time.perf_counter()
         if counts:
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(end - start)
     return seconds
 
 

@@ -75,6 +75,7 @@ class Supervised:
 
     setting: Setting
     side: int
+    ours: bool = False  # our layers, instead of PyTorch's
     plain: bool = False
 
     def stages(self) -> list[Stage]:
@@ -83,6 +84,8 @@ class Supervised:
     def start(self) -> Step:
         setting, device = self.setting, resolve_device(self.setting.device)
         model = torchvision.models.get_model(setting.backbone).to(device, memory_format=torch.channels_last)
+        if self.ours:
+            layers.use(model)
         lr = 0.1 * setting.images / 256
         optimizer = SGD(model.parameters(), lr, momentum=0.9, weight_decay=1e-4, foreach=True)
         scaler = torch.amp.GradScaler(device.type, enabled=setting.precision == "fp16")
@@ -139,6 +142,10 @@ def _supervised(setting: Setting) -> Contender:
     return Supervised(setting, 224)
 
 
+def _supervised_ours(setting: Setting) -> Contender:
+    return Supervised(setting, 224, ours=True)
+
+
 def _supervised_canvas(setting: Setting) -> Contender:
     return Supervised(setting, STRIDE * setting.cells)
 
@@ -157,9 +164,10 @@ def _preset(setting: Setting, name: str, *words: str, scheduled: bool = False, p
 
 CONTENDERS: dict[str, Callable[[Setting], Contender]] = {
     "supervised": _supervised,
+    "supervised_ours": _supervised_ours,
     "supervised_canvas": _supervised_canvas,
-    "released": lambda setting: _preset(setting, "in1k_released"),
-    "released_plain": lambda setting: _preset(setting, "in1k_released", plain=True),
+    "released": lambda setting: _preset(setting, "in1k_released", plain=True),
+    "released_ours": lambda setting: _preset(setting, "in1k_released"),
     "matched": lambda setting: _preset(setting, "in1k"),
     "recompute": lambda setting: _preset(setting, "in1k", "trainer.recompute=true"),
     "bf16": lambda setting: _preset(setting, "in1k", "trainer.precision=bf16"),
@@ -170,7 +178,8 @@ CONTENDERS: dict[str, Callable[[Setting], Contender]] = {
 NAMES = {
     "supervised": "supervised, 224 px",
     "supervised_canvas": "supervised, canvas size",
-    "released_plain": "released, PyTorch as it comes",
+    "supervised_ours": "supervised, 224 px, our layers",
+    "released_ours": "released, our layers",
     "recompute": "matched, recompute",
     "bf16": "matched, bf16",
 }

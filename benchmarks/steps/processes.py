@@ -1,7 +1,10 @@
 """Steps in processes of their own: to find out what they need, and to let them be as PyTorch comes."""
 
+import contextlib
+import ctypes
 import multiprocessing
 import re
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Protocol
@@ -28,6 +31,18 @@ def apart(work: Work) -> Step:
     process = _fresh()
     process.submit(_begin, work).result()
     return lambda side: process.submit(_go_on, side).result()
+
+
+@contextlib.contextmanager
+def room() -> Iterator[None]:
+    """Meanwhile the kernel has what this process keeps of freed memory, for another one; then it is kept again."""
+    before = _status("VmRSS")
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+    given = before - _status("VmRSS")
+    yield
+    torch.empty(max(0, given), dtype=torch.uint8).fill_(1)
 
 
 def peak(work: Work, side: int) -> int:
@@ -67,7 +82,11 @@ def _peak() -> int:
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     # Not getrusage's ru_maxrss: Linux hands a parent's peak down to the process that it starts.
-    status = Path("/proc/self/status").read_text()
-    found = re.search(r"VmHWM:\s+(\d+) kB", status)
+    return _status("VmHWM")
+
+
+def _status(line: str) -> int:
+    """Bytes, of this process."""
+    found = re.search(rf"{line}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
     return int(found[1]) * 1024

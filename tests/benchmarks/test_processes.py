@@ -1,6 +1,8 @@
 """Steps in processes of their own."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,27 @@ def test_peak_is_that_of_the_fresh_process_and_not_of_this_one() -> None:
     mebibytes = processes.peak(Allocating(), 256) / 2**20
     assert 256 < mebibytes < 2048
     assert ballast[0] == 1
+
+
+def test_room_is_there_meanwhile_and_then_kept_again() -> None:
+    """In a process that keeps what it frees."""
+    script = """
+from pathlib import Path
+import torch
+from benchmarks.steps import processes
+from mcl.allocator import keep_freed_memory
+keep_freed_memory()
+def held(): return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 >> 20
+torch.ones(512, 2**18)
+before = held()
+with processes.room():
+    meanwhile = held()
+print(before, meanwhile, held())
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    before, meanwhile, after = map(int, run.stdout.split())
+    assert meanwhile < before - 500
+    assert abs(after - before) < 50
 
 
 @dataclass(frozen=True)
