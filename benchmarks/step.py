@@ -3,8 +3,8 @@
 A step is forward, backward, clip, optimiser and momentum network, on fixed inputs of noise:
 
 * ``released``: the preset of that name, at canvases of ``--cells`` cells, with PyTorch as it comes, which the authors'
-  code would run on: its layers and, in a process of its own, memory as the C library hands it out by default;
-* ``released_ours``: the same with our layers, and in a process that keeps freed memory, as all others are;
+  code would run on: its layers, and memory as the C library hands it out by default, where all others keep it;
+* ``released_ours``: the same with our layers, and kept memory;
 * ``matched``: the preset, at the same canvases;
 * ``recompute``: ``matched`` with activation checkpointing;
 * ``bf16``: ``matched`` in bf16, whatever ``--precision``; slower than fp32 on a CPU without bf16 instructions, of which
@@ -12,17 +12,18 @@ A step is forward, backward, clip, optimiser and momentum network, on fixed inpu
 * ``budget``, ``budget_2x``: the preset of that name at every size of its own canvas schedule, whatever ``--cells``; a
   round is the mean of its sizes, weighted by their epochs;
 * ``supervised``: torchvision's model at 224 px, whatever ``--cells``: what ``mcl budget`` compares with;
-  ``supervised_canvas``: the same at canvas size. Forward, backward, SGD. ``supervised_ours``: with our layers.
+  ``supervised_canvas``: the same at canvas size; ``supervised_ours``: with our layers. Forward, backward, SGD.
 
-All take turns, one at a time, in rounds; what is reported are medians over rounds. FLOPs and saved bytes are counted
-(``mcl.budget``); with ``--memory`` a fresh process per contender does one step, the largest, and tells its peak.
+Each has a process of its own. All take turns, one at a time, in rounds, with a step before the one that is timed; what
+is reported are medians over rounds. FLOPs and saved bytes are counted (``mcl.budget``); with ``--memory`` a fresh
+process per contender does one step, the largest, and tells its peak.
 """
 
 import argparse
 import functools
 import statistics
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from itertools import compress
 from pathlib import Path
 
@@ -31,7 +32,6 @@ from benchmarks.common import Result, finish, interleave, markdown, parser, summ
 from benchmarks.loaders.chart import rate
 from benchmarks.steps import processes
 from benchmarks.steps.contenders import CONTENDERS, NAMES, Contender, Setting, Stage
-from mcl.allocator import keep_freed_memory
 from mcl.montage import STRIDE
 
 Stages = dict[str, list[Stage]]
@@ -43,14 +43,15 @@ Measured = dict[str, list[list[float]]]
 
 def measure(contenders: dict[str, Contender], stages: Stages, repeat: int) -> Measured:
     """A step of every contender at each of its stages, round by round."""
-    steps = {name: processes.apart(each) if each.plain else each.start() for name, each in contenders.items()}
-    turns: dict[str, Callable[[], object]] = {
-        f"{name}, {stage.side} px": functools.partial(steps[name], stage.side)
-        for name, each in stages.items()
-        for stage in each
-    }
-    apart = {turn for turn in turns if contenders[turn.split(",")[0]].plain}
-    seconds = interleave(turns, repeat, around=lambda turn: processes.room() if turn in apart else nullcontext())
+    apart = {name: processes.Apart(each) for name, each in contenders.items()}
+    sizes = {f"{name}, {stage.side} px": (name, stage.side) for name, each in stages.items() for stage in each}
+    turns = {turn: functools.partial(apart[name].step, side) for turn, (name, side) in sizes.items()}
+
+    def awake(turn: str) -> AbstractContextManager[None]:
+        name, side = sizes[turn]
+        return apart[name].awake(side)
+
+    seconds = interleave(turns, repeat, around=awake)
     return {name: [seconds[f"{name}, {stage.side} px"] for stage in each] for name, each in stages.items()}
 
 
@@ -169,8 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     contenders = {name: CONTENDERS[name](setting) for name in options.contenders}
     stages = {name: contender.stages() for name, contender in contenders.items()}
     peaks = {}
-    keep_freed_memory()  # as the trainer does
-    if options.memory:  # before there are models in this process, too
+    if options.memory:
         for name, contender in contenders.items():
             peaks[name] = processes.peak(contender, max(stage.side for stage in stages[name]))
     results = evaluate(stages, measure(contenders, stages, options.repeat), peaks, options.images)
@@ -182,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    default = ["supervised", "supervised_ours", "released", "released_ours", "matched", "recompute", "budget", "budget_2x"]
+    default = ["supervised", "released", "released_ours", "matched", "recompute", "budget", "budget_2x"]
     options = parser(__doc__ or "")
     options.formatter_class = argparse.RawDescriptionHelpFormatter
     options.set_defaults(repeat=5)

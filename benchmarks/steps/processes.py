@@ -1,4 +1,4 @@
-"""Steps in processes of their own: to find out what they need, and to let them be as PyTorch comes."""
+"""Steps in processes of their own: one has the memory at a time, and what it needs can be found out."""
 
 import contextlib
 import ctypes
@@ -26,23 +26,23 @@ class Work(Protocol):
     def start(self) -> Step: ...
 
 
-def apart(work: Work) -> Step:
-    """Starts work in a process of its own, which ends with this one."""
-    process = _fresh()
-    process.submit(_begin, work).result()
-    return lambda side: process.submit(_go_on, side).result()
+class Apart:
+    """Work in a process of its own, which ends with this one."""
 
+    def __init__(self, work: Work) -> None:
+        self._process = _fresh()
+        self._process.submit(_begin, work).result()
 
-@contextlib.contextmanager
-def room() -> Iterator[None]:
-    """Meanwhile the kernel has what this process keeps of freed memory, for another one; then it is kept again."""
-    before = _status("VmRSS")
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-    given = before - _status("VmRSS")
-    yield
-    torch.empty(max(0, given), dtype=torch.uint8).fill_(1)
+    def step(self, side: int) -> None:
+        """Does a step on images, or canvases, of so many pixels."""
+        self._process.submit(_go_on, side).result()
+
+    @contextlib.contextmanager
+    def awake(self, side: int) -> Iterator[None]:
+        """Steps of this size find their memory in place meanwhile; then what is free goes back, for other processes."""
+        self.step(side)
+        yield
+        self._process.submit(_give_back).result()
 
 
 def peak(work: Work, side: int) -> int:
@@ -78,15 +78,19 @@ def _go_on(side: int) -> None:
         torch.cuda.synchronize()
 
 
+def _give_back() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
+
+
 def _peak() -> int:
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     # Not getrusage's ru_maxrss: Linux hands a parent's peak down to the process that it starts.
-    return _status("VmHWM")
-
-
-def _status(line: str) -> int:
-    """Bytes, of this process."""
-    found = re.search(rf"{line}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    status = Path("/proc/self/status").read_text()
+    found = re.search(r"VmHWM:\s+(\d+) kB", status)
     assert found is not None
     return int(found[1]) * 1024

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -60,27 +61,31 @@ def test_supervised_is_counted_at_its_own_size() -> None:
     assert small.gflop_per_image == pytest.approx(whole.gflop_per_image * (64 / 224) ** 2, rel=0.01)
 
 
+@dataclass(frozen=True)
 class Counting:
     """Notes the sizes of its steps."""
 
-    plain = False
-
-    def __init__(self, sides: list[int]) -> None:
-        self.sides = sides
+    file: Path
+    plain: bool = False
 
     def stages(self) -> list[Stage]:
         return []
 
     def start(self) -> Callable[[int], object]:
-        return self.sides.append
+        return self._note
+
+    def _note(self, side: int) -> None:
+        with self.file.open("a") as file:
+            file.write(f"{side}\n")
 
 
-def test_every_stage_has_its_turn_in_every_round() -> None:
-    sides: list[int] = []
+def test_every_stage_has_its_turn_in_every_round(tmp_path: Path) -> None:
     stages = {"a": [Stage(1, 1, 1.0, None), Stage(2, 2, 1.0, None)], "b": [Stage(1, 3, 1.0, None)]}
-    measured = step.measure({name: Counting(sides) for name in stages}, stages, repeat=2)
+    measured = step.measure({name: Counting(tmp_path / "sides") for name in stages}, stages, repeat=2)
     assert [[len(rounds) for rounds in each] for each in measured.values()] == [[2, 2], [2]]
-    assert sorted(sides) == [1] * 3 + [2] * 3 + [3] * 3  # a round to warm up
+    sides = [int(line) for line in (tmp_path / "sides").read_text().splitlines()]
+    assert sides[::2] == sides[1::2]  # a step before the one that is timed
+    assert sorted(sides[::2]) == [1] * 3 + [2] * 3 + [3] * 3  # a round to warm up
 
 
 def test_results_by_hand() -> None:

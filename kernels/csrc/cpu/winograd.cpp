@@ -59,12 +59,13 @@ struct Tiling {
   static constexpr int64_t kPoints = F::kPoints * F::kPoints;
   int64_t tiles, chunks;
 
-  // channels: of inputs and outputs together.
-  Tiling(int64_t n, const Maps& maps, int64_t channels, Portion portion)
+  // channels: of inputs and outputs together. threads: who take chunks by themselves, all of them equally many, unless
+  // these would have fewer tiles than a product takes at once.
+  Tiling(int64_t n, const Maps& maps, int64_t channels, Portion portion, int64_t threads)
       : tiles(n * Tile<F>::count(maps.height) * Tile<F>::count(maps.width)) {
     const int64_t most = std::max<int64_t>(portion.tiles, portion.bytes / (channels * kPoints * sizeof(A)));
-    chunks = (tiles + most - 1) / most;
-    chunks += chunks % 2;  // three would leave one of two threads idle for a third of the time
+    chunks = parts(tiles, most);
+    chunks = std::clamp(parts(tiles, kRows), chunks, parts(chunks, threads) * threads);
   }
 
   Chunk chunk(int64_t i) const {
@@ -72,7 +73,7 @@ struct Tiling {
     return {first, tiles * (i + 1) / chunks - first};
   }
 
-  int64_t largest() const { return (tiles + chunks - 1) / chunks; }
+  int64_t largest() const { return parts(tiles, chunks); }
 };
 
 void check(const Tensor& t, const char* name) {
@@ -126,7 +127,7 @@ Tensor convolve(Tensor x, Tensor weight, bool adjoint) {
       }
     });
     const Maps in{x.size(2), x.size(3), inputs}, out{x.size(2), x.size(3), outputs};
-    const Tiling<F, A> tiling(x.size(0), in, inputs + outputs, kOfThread);
+    const Tiling<F, A> tiling(x.size(0), in, inputs + outputs, kOfThread, torch::stable::get_num_threads());
     parallel(tiling.chunks, [&](int64_t begin, int64_t end) {
       Memory<A> inner(points, tiling.largest(), inputs), outer(points, tiling.largest(), outputs);
       for (int64_t i = begin; i < end; ++i) {
@@ -162,7 +163,7 @@ Tensor weight_gradient(Tensor grad, Tensor x) {
     using A = decltype(computed);
     constexpr int64_t points = F::kPoints * F::kPoints, panel = Lanes<A>::kPanel;
     const Maps in{x.size(2), x.size(3), inputs}, out{x.size(2), x.size(3), outputs};
-    const Tiling<F, A> tiling(x.size(0), in, inputs + outputs, kOfAll);
+    const Tiling<F, A> tiling(x.size(0), in, inputs + outputs, kOfAll, 1);
     Memory<A> inner(points, tiling.largest(), inputs), outer(points, tiling.largest(), outputs);
     Memory<A> memory(points, inputs, outputs);
     const Points<A> kernel = memory.of(inputs, outputs);

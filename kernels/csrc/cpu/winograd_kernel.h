@@ -70,6 +70,11 @@ struct Points {
   }
 };
 
+// How many parts of at most so many.
+MCL_INLINE int64_t parts(int64_t whole, int64_t most) {
+  return (whole + most - 1) / most;
+}
+
 template <typename A>
 MCL_INLINE Vector<A> load_vector(const A* from) {
   return *reinterpret_cast<const Vector<A>*>(from);
@@ -139,7 +144,7 @@ struct Tile {
     left = number % across * F::kOutputs;
   }
 
-  static MCL_INLINE int64_t count(int64_t size) { return (size + F::kOutputs - 1) / F::kOutputs; }
+  static MCL_INLINE int64_t count(int64_t size) { return parts(size, F::kOutputs); }
 };
 
 // Tiles that are worked on together.
@@ -281,13 +286,14 @@ MCL_INLINE void few_rows(const Left<A>& left, int64_t blocks, int64_t depth, con
   }
 }
 
+constexpr int64_t kRows = 12;  // most of few_rows
+
 // As few_rows, of any number of rows: cut into equal parts, for a rest of one or two would take as long as eight.
 template <typename A>
 MCL_VECTORIZE void product(Left<A> left, int64_t rows, int64_t blocks, int64_t depth, const A* right, bool add, A* to) {
-  constexpr int64_t most = 12;
-  const int64_t parts = (rows + most - 1) / most;
-  for (int64_t i = 0; i < parts; ++i) {
-    const int64_t m = rows * i / parts, count = rows * (i + 1) / parts - m;
+  const int64_t pieces = parts(rows, kRows);
+  for (int64_t i = 0; i < pieces; ++i) {
+    const int64_t m = rows * i / pieces, count = rows * (i + 1) / pieces - m;
     const Left<A> part{left.a + m * left.row, left.row, left.column, left.block};
     A* out = to + m * Lanes<A>::kPanel;
     switch (count) {
