@@ -182,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    default = ["supervised", "released", "released_ours", "matched", "recompute", "budget", "budget_2x"]
+    default = ["supervised", "supervised_ours", "released", "matched", "recompute", "budget", "budget_2x"]
     options = parser(__doc__ or "")
     options.formatter_class = argparse.RawDescriptionHelpFormatter
     options.set_defaults(repeat=5)

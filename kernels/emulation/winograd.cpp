@@ -1,6 +1,5 @@
 // The CPU's kernels of 3x3 convolutions against plain loops, in memory of exactly the size they need.
 #include <algorithm>
-#include <cstring>
 
 #include "check.h"
 #include "cpu/winograd_kernel.h"
@@ -69,9 +68,10 @@ std::vector<T> convolve(const Shape& s, const std::vector<T>& x, const std::vect
     to_points<F, false>(x.data(), in, chunk, chunk.tiles / 2, chunk.tiles, of_x.points);
     for (int64_t p = 0; p < count; ++p)
       for (int64_t k = 0; k < outputs; k += panel)
-        for (int64_t c = 0; c < inputs; c += panel)
-          product<A>({of_x.points.at(p, 0, c), panel, 1, chunk.tiles * panel}, chunk.tiles, 1, panel,
-                     kernel.points.at(p, c, k), c > 0, of_y.points.at(p, 0, k));
+        for (int64_t c = 0; c < inputs; c += 2 * panel)
+          product<A>({of_x.points.at(p, 0, c), panel, 1, chunk.tiles * panel}, chunk.tiles,
+                     std::min<int64_t>(2, (inputs - c) / panel), panel, kernel.points.at(p, c, k), c > 0,
+                     of_y.points.at(p, 0, k));
     from_points<F>(of_y.points, out, chunk, y.data());
   }
   return y;

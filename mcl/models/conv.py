@@ -13,12 +13,12 @@ from mcl.ops.winograd import serves, winograd
 class Conv2d(nn.Conv2d):
     """PyTorch's, computed otherwise where that is faster, on a CPU: 3x3 kernels of stride 1, and to few cells.
 
-    Without groups, dilation and bias; the stride and padding are the same along both axes.
+    Without groups, dilation and bias; padding is of zeros, and it and the stride are the same along both axes.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.bias is None
-        assert (self.groups, self.dilation) == (1, (1, 1))
+        assert (self.groups, self.dilation, self.padding_mode) == (1, (1, 1), "zeros")
         if x.device.type != "cpu" or torch.compiler.is_compiling():
             return super().forward(x)
         if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:

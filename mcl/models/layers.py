@@ -18,6 +18,8 @@ _THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
 def use(model: nn.Module, ours: bool = True, *kinds: type[nn.Module]) -> None:
     """Makes the layers of `model` ours, or PyTorch's, in place; torchvision's ResNet creates its own.
 
+    Convolutions must be such as :class:`~mcl.models.conv.Conv2d` computes.
+
     Args:
         kinds: PyTorch's classes of the layers to change; without them all are.
     """

@@ -8,7 +8,8 @@ from torch import Tensor
 
 def serves(x: Tensor) -> bool:
     """Whether :func:`linear` takes this tensor."""
-    return x.device.type == "cpu" and x.dtype == torch.float32 and x.dim() == 2 and torch.backends.mkldnn.is_available()
+    onednn = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+    return onednn and x.device.type == "cpu" and x.dtype == torch.float32 and x.dim() == 2 and x.numel() > 0
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

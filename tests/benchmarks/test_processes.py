@@ -52,7 +52,7 @@ class Noting:
             file.write(f"{side} {os.getpid()} {before} {resident()}\n")
 
 
-def test_apart_is_one_other_process_that_gives_memory_back_if_it_is_plain(tmp_path: Path) -> None:
+def test_apart_is_one_other_process_that_gives_memory_back_if_it_is_plain_or_not_awake(tmp_path: Path) -> None:
     held = {}
     for plain in (False, True):
         apart = processes.Apart(Noting(tmp_path / str(plain), plain))

@@ -1,6 +1,7 @@
 """The comparison of training steps: who takes part, what is computed from times, and a quick run of the real thing."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from benchmarks.steps.contenders import CONTENDERS, Pretraining, Setting, Stage
 from mcl import config
 from mcl.budget import count
 from mcl.config import Config, ConfigError
+from tests.conftest import ROOT
 
 SETTING = Setting("resnet18", cells=2, images=32, precision="fp32", device="cpu")
 
@@ -132,6 +134,12 @@ def test_results_by_hand() -> None:
 def test_an_illegal_batch_is_named_before_anything_is_measured() -> None:
     with pytest.raises(ConfigError, match=r"trainer\.global_batch: 48 .*; nearest legal: 32, 64"):
         step.main(["--images", "48", "--contenders", "matched"])
+
+
+def test_the_makefile_names_contenders_that_there_are() -> None:
+    lists = re.findall(r"benchmarks\.step .*?--contenders ((?:\w+ )+)", (ROOT / "Makefile").read_text())
+    assert lists
+    assert {name for names in lists for name in names.split()} <= CONTENDERS.keys()
 
 
 @pytest.mark.usefixtures("counted_anew")

@@ -65,7 +65,7 @@ struct Tiling {
       : tiles(n * Tile<F>::count(maps.height) * Tile<F>::count(maps.width)) {
     const int64_t most = std::max<int64_t>(portion.tiles, portion.bytes / (channels * kPoints * sizeof(A)));
     chunks = parts(tiles, most);
-    chunks = std::clamp(parts(tiles, kRows), chunks, parts(chunks, threads) * threads);
+    chunks = std::clamp(parts(tiles, kMostRows), chunks, parts(chunks, threads) * threads);
   }
 
   Chunk chunk(int64_t i) const {

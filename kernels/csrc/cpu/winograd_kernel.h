@@ -2,21 +2,22 @@
 //
 // Winograd, Arithmetic Complexity of Computations (1980); Lavin and Gray, Fast Algorithms for Convolutional Neural
 // Networks (2016). A map is cut into tiles. Both axes of a tile, of a kernel and of the result are transformed;
-// between, the convolution is one product of matrices, tiles by channels, per transformed point. Gradients are the same
-// transforms, transposed.
+// between, the convolution is one product of matrices, tiles by channels, per transformed point. The gradient of the
+// inputs is the same with the kernel turned round; that of the kernel takes the transforms transposed.
 //
 // Maps are (n, h, w, c), channels next to each other: what channels_last makes of (n, c, h, w). T is what memory holds
 // of them, A what is computed in and what kernels are of. Channels are taken in panels of two vectors.
 #pragma once
 
-#include <bit>
+#include <concepts>
 #include <cstdint>
 #include <type_traits>
 
 #include "cpu/bfloat16.h"
 #include "cpu/vectorize.h"
 
-// Vectors are handed over only to functions that become part of their caller.
+// Vectors are handed over only to functions that become part of their caller. GCC would warn of it at the end of the
+// file, where templates are made.
 #pragma GCC diagnostic ignored "-Wpsabi"
 
 namespace mcl::cpu::winograd {
@@ -75,7 +76,7 @@ MCL_INLINE int64_t parts(int64_t whole, int64_t most) {
   return (whole + most - 1) / most;
 }
 
-template <typename A>
+template <std::floating_point A>
 MCL_INLINE Vector<A> load_vector(const A* from) {
   return *reinterpret_cast<const Vector<A>*>(from);
 }
@@ -84,17 +85,17 @@ typedef uint16_t Halves __attribute__((vector_size(32), aligned(2), may_alias));
 typedef uint32_t Words __attribute__((vector_size(64), aligned(4)));
 
 MCL_INLINE Vector<float> load_vector(const BFloat16* from) {
-  return std::bit_cast<Vector<float>>(__builtin_convertvector(*reinterpret_cast<const Halves*>(from), Words) << 16);
+  return (Vector<float>)(__builtin_convertvector(*reinterpret_cast<const Halves*>(from), Words) << 16);
 }
 
-template <typename A>
+template <std::floating_point A>
 MCL_INLINE void store_vector(A* to, Vector<A> value) {
   *reinterpret_cast<Vector<A>*>(to) = value;
 }
 
 // As store() of bfloat16.h.
 MCL_INLINE void store_vector(BFloat16* to, Vector<float> value) {
-  const Words bits = std::bit_cast<Words>(value);
+  const Words bits = (Words)value;
   const Words rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
   *reinterpret_cast<Halves*>(to) = __builtin_convertvector(value == value ? rounded : Words{} + 0x7fc0, Halves);
 }
@@ -167,8 +168,8 @@ MCL_VECTORIZE void to_points(const T* x, Maps maps, Chunk chunk, int64_t begin, 
         for (int j = 0; j < size; ++j) {
           const int64_t row = tile.top - padding + i, column = tile.left - padding + j;
           const bool inside = row >= 0 && row < maps.height && column >= 0 && column < maps.width;
-          const T* cell = x + tile.start + (row * maps.width + column) * maps.channels + c;
-          in[i * size + j] = inside ? load_vector(cell) : Vector<A>{};
+          in[i * size + j] =
+              inside ? load_vector(x + tile.start + (row * maps.width + column) * maps.channels + c) : Vector<A>{};
         }
       if constexpr (kOfOutput)
         transform<true, A>(F::kOutput, in, out);
@@ -209,8 +210,8 @@ MCL_VECTORIZE void from_points(Points<A> points, Maps maps, Chunk chunk, T* y) {
 template <typename F, bool kAdjoint, typename A>
 MCL_VECTORIZE void to_kernel(const A* weight, int64_t inputs, int64_t number, Points<A> points) {
   constexpr int lanes = Lanes<A>::kCount, panel = Lanes<A>::kPanel, all = F::kPoints * F::kPoints;
-  for (int64_t first = 0; first < points.rows;
-       first += lanes)  // whole cache lines of the weight, whichever way it is read
+  // Whole cache lines of the weight, whichever way it is read.
+  for (int64_t first = 0; first < points.rows; first += lanes)
     for (int64_t c = number * panel; c < (number + 1) * panel; c += lanes) {
       Vector<A> taps[lanes][9], out[all];
       for (int i = 0; i < lanes; ++i)
@@ -286,12 +287,12 @@ MCL_INLINE void few_rows(const Left<A>& left, int64_t blocks, int64_t depth, con
   }
 }
 
-constexpr int64_t kRows = 12;  // most of few_rows
+constexpr int64_t kMostRows = 12;  // of few_rows
 
 // As few_rows, of any number of rows: cut into equal parts, for a rest of one or two would take as long as eight.
 template <typename A>
 MCL_VECTORIZE void product(Left<A> left, int64_t rows, int64_t blocks, int64_t depth, const A* right, bool add, A* to) {
-  const int64_t pieces = parts(rows, kRows);
+  const int64_t pieces = parts(rows, kMostRows);
   for (int64_t i = 0; i < pieces; ++i) {
     const int64_t m = rows * i / pieces, count = rows * (i + 1) / pieces - m;
     const Left<A> part{left.a + m * left.row, left.row, left.column, left.block};

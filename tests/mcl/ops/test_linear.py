@@ -22,6 +22,7 @@ def test_linear_layers_are_pytorchs() -> None:
 
     ours = gradients(x, grad)
     assert torch.equal(gradients(x.t().contiguous().t(), grad)[0], ours[0])  # whatever the layout
+    assert gradients(x[:0], grad[:0])[2].eq(0).all()  # of no rows
     layer.double()
     for y, expected in zip(ours, gradients(x.double(), grad.double()), strict=True):
         assert y.dtype == torch.float32

@@ -70,7 +70,7 @@ def test_equals_convolution(shape: tuple[int, ...], layout: torch.memory_format)
         assert ours.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_gradients_of_gradients_by_differences() -> None:
+def test_gradients_by_differences() -> None:
     """Against differences, without another convolution."""
     x, weight, _ = tensors((1, 32, 5, 2, 32), torch.float64)
     x, weight = x.requires_grad_(), weight.requires_grad_()
