@@ -197,7 +197,7 @@ def test_a_folder_that_cannot_be_written_only_warns(tmp_path: Path, folder_of: W
 
 
 SLOW = """
-import sys, time
+import signal, sys, time
 from dali_pipelines.source import headers, index, open_source
 from PIL import Image
 opened = Image.open
@@ -206,6 +206,7 @@ def slow(file):
     return opened(file)
 headers.Image.open = slow
 index._SAVE_SECONDS = 0.2
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells have what they start in the background ignore
 open_source(sys.argv[1], index=sys.argv[2], threads=1)
 """
 
