@@ -29,7 +29,7 @@ def draw(title: str, bars: Sequence[Bar], path: Path) -> None:
         label = f"{rate(bar.images_per_s)}   {bar.note}"
         ax.text(bar.images_per_s + longest * 0.01, y, label, va="center", fontsize=9, color=INK)
     ax.set_yticks(range(len(bars)), [bar.name for bar in bars], fontsize=10, color=INK)
-    ax.set_xlim(0, longest * 2.1)
+    ax.set_xlim(0, longest * 2.5)  # room for the longest note
     ax.set_ylim(len(bars) - 0.5, -0.5)
     ax.set_xticks([])
     ax.tick_params(length=0)
