@@ -60,6 +60,20 @@ def interleave(
     return seconds
 
 
+def race(
+    case: str, forwards: dict[str, Callable[[], object]], backwards: dict[str, Callable[[], object]], repeat: int
+) -> list[Result]:
+    """Results of each, by name: forward and backward together, and their ratio to the first's."""
+    with torch.no_grad():
+        forward = interleave(forwards, repeat)
+    backward = interleave(backwards, repeat)
+    results = []
+    for name, seconds in forward.items():
+        both = [a + b for a, b in zip(seconds, backward[name], strict=True)]
+        results.append(summary(f"{case}: {name}", both, forward=statistics.median(seconds)))
+    return [{**result, "ratio": result["seconds"] / results[0]["seconds"]} for result in results]
+
+
 def synchronize() -> None:
     """Waits for the GPU where there is one."""
     if torch.cuda.is_available():

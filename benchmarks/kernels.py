@@ -1,8 +1,8 @@
 """Operators beside what one would use without them: ``python -m benchmarks.kernels``.
 
 Region pooling against torchvision, forward and backward; LARS and momentum network against a loop over parameters and
-against PyTorch's foreach. On the GPU where there is one, else on the CPU. ``--ptxas`` prints what the compiler says of
-the CUDA kernels instead.
+against PyTorch's foreach. On the GPU where there is one; else on the CPU, and there layers against PyTorch's as well.
+``--ptxas`` prints what the compiler says of the CUDA kernels instead.
 """
 
 import argparse
@@ -14,8 +14,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from benchmarks import ptxas, traffic
-from benchmarks.common import Result, finish, interleave, markdown, parser, summary
+from benchmarks import layers, ptxas, traffic
+from benchmarks.common import Result, finish, interleave, markdown, parser, race, summary
 from mcl import config, ema, montage, ops
 from mcl.models import MCL
 from mcl.montage import STRIDE, Geometry
@@ -80,7 +80,7 @@ def region_pool(images: int, channels: int, repeat: int) -> list[Result]:
                 a, b = ours(*inputs), theirs(*inputs)
                 tolerance = 1e-5 if dtype == torch.float32 else 3e-2
                 torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
-                results += _race(
+                results += race(
                     f"region_pool {kind} {dtype_name} {layout_name}",
                     {"mcl": lambda i=inputs: ours(*i), "torchvision": lambda i=inputs: theirs(*i)},  # type: ignore[misc]
                     {"mcl": backward(a, inputs[0]), "torchvision": backward(b, inputs[0])},
@@ -111,35 +111,12 @@ def multiscale(images: int, channels: int, repeat: int) -> list[Result]:
     sizes = [(GEOMETRY.canvas, GEOMETRY.canvas)] * sum(canvases)
     a, b = ours(maps, boxes, index), pool(by_name, per_canvas, sizes)
     assert torch.equal(GEOMETRY.levels - 1 - pool.map_levels(per_canvas), index)  # type: ignore[operator]
-    return _race(
+    return race(
         "region_pool grid fp32 NCHW, all canvases on all maps",
         {"mcl": lambda: ours(maps, boxes, index), "MultiScaleRoIAlign": lambda: pool(by_name, per_canvas, sizes)},
         {"mcl": backward(a, maps), "MultiScaleRoIAlign": backward(b, maps)},
         repeat,
     )
-
-
-def _race(
-    case: str, forwards: dict[str, Callable[[], object]], backwards: dict[str, Callable[[], object]], repeat: int
-) -> list[Result]:
-    """Results of each, with the sum of forward and backward, and the ratio of the sums to ours."""
-    both = {
-        f"{name} {way}": f for way, fs in (("forward", forwards), ("backward", backwards)) for name, f in fs.items()
-    }
-    with torch.no_grad():
-        seconds = interleave({k: f for k, f in both.items() if k.endswith("forward")}, repeat)
-    seconds |= interleave({k: f for k, f in both.items() if k.endswith("backward")}, repeat)
-    sums = {
-        name: [a + b for a, b in zip(seconds[f"{name} forward"], seconds[f"{name} backward"], strict=True)]
-        for name in forwards
-    }
-    results = [
-        summary(f"{case}: {name}", s, forward=summary("", seconds[f"{name} forward"])["seconds"])
-        for name, s in sums.items()
-    ]
-    for result in results:
-        result["ratio"] = result["seconds"] / results[0]["seconds"]
-    return results
 
 
 # --------------------------------------------------------------------------------------------------------- steps
@@ -239,9 +216,15 @@ def _device() -> str:
 
 
 def table(results: Sequence[Result]) -> str:
-    """What was measured, as Markdown."""
-    rows = [(r["name"], r["seconds"] * 1e3, f"{r['spread']:.0%}", f"{r['ratio']:.1f}x") for r in results]
-    return markdown(["what", "ms", "spread", "x mcl"], rows)
+    """What was measured, as Markdown: a row for each of those that ours is compared with."""
+    named = [(*r["name"].rsplit(": ", 1), r) for r in results]
+    ours = {case: r for case, who, r in named if who == "mcl"}
+    rows = [(case, _ms(ours[case]), who, _ms(r), f"{r['ratio']:.3g}x") for case, who, r in named if who != "mcl"]
+    return markdown(["what", "ms (spread)", "beside", "its ms (spread)", "times ours"], rows)
+
+
+def _ms(result: Result) -> str:
+    return f"{result['seconds'] * 1e3:.3g} ({result['spread']:.0%})"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -255,9 +238,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     fewer = max(math.lcm(*GEOMETRY.images_per_canvas), options.images // 4)
     results += multiscale(fewer, options.channels, options.repeat)
     results += steps(options.repeat)
+    if _device() == "cpu":  # on GPUs all layers are PyTorch's
+        results += layers.measure(fewer, options.repeat)
     print(
-        f"Measured on {_device().upper()}, {torch.get_num_threads()} threads, {options.images} images; "
-        "forward + backward."
+        f"Measured on {_device().upper()}, {torch.get_num_threads()} threads, {options.images} images, "
+        f"{fewer} for all canvases on all maps and for layers; forward + backward."
     )
     print("torchvision has no bf16 kernel on CPUs: its time includes converting to fp32 and back.\n")
     print(table(results))

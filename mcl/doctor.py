@@ -227,7 +227,9 @@ def _extensions() -> list[Check]:
         found = [Check("C++ extension", "note", "not built", False, ops.missing, _BUILD)]
     else:
         built = " and ".join(d.upper() for d in ("cpu", "cuda") if ops.compiled("region_pool", d))
-        found = [Check("C++ extension", "ok", f"built for {built}", True, "region pooling and optimiser steps")]
+        found = [
+            Check("C++ extension", "ok", f"built for {built}", True, "region pooling, layers on CPUs, optimiser steps")
+        ]
     tasks: dict[tuple[str, str], list[str]] = {}
     for task, backend in ops.backends(device).items():
         tasks.setdefault(backend, []).append(task)

@@ -1,8 +1,7 @@
 """Other arithmetic, the same learning: 200 steps on photographs, beside five seeds in fp32.
 
-Accumulated gradients are compared with steps of the whole whose BatchNorms take micro-batches by themselves, since that
-alone makes a difference (tests/mcl/test_step.py), and not a small one: with 16 instead of 32 images the loss is higher
-by 0.08 after 200 steps, three to four standard deviations of the seeds.
+Rounding decides where a run goes and five seeds estimate a deviation badly, so that distances differ between CPUs.
+Micro-batches have 32 images: with 16, BatchNorm alone raises the loss by three deviations or more (docs/design.md).
 """
 
 from pathlib import Path
@@ -13,35 +12,27 @@ import pytest
 
 from mcl import config
 from mcl.trainer import Trainer
-from tests.step import normalize_parts
 
 Curve = npt.NDArray[np.float64]
 
 STEPS, WINDOW, SEEDS = 200, 20, 5
-WAYS = {  # words, and in how many parts BatchNorm takes a batch
-    "bf16": (["trainer.precision=bf16"], 1),
-    "compiled": (["trainer.compile=true"], 1),
-    "recomputed": (["trainer.recompute=true"], 1),
-    "accumulated": (["trainer.accumulate=2"], 2),
-}
+WAYS = ("trainer.precision=bf16", "trainer.compile=true", "trainer.recompute=true", "trainer.accumulate=2")
 _CONFIG = {
     "montage": {"cells": 1, "ratios": [1, 2], "images_per_canvas": [1, 4]},
     "model": {
         **{"backbone": "resnet18", "width": 64, "head_convs": 2, "hidden": 256},
         **{"temperature": 0.2, "loss_weights": [0.5, 0.5]},
     },
-    "optim": {"name": "adamw", "base_lr": 8e-3, "weight_decay": 1e-2, "warmup_epochs": 2, "clip_norm": 5, "ema": 0.95},
-    "trainer": {"global_batch": 32, "precision": "fp32", "epochs": 30},
+    "optim": {"name": "adamw", "base_lr": 4e-3, "weight_decay": 1e-2, "warmup_epochs": 5, "clip_norm": 5, "ema": 0.95},
+    "trainer": {"global_batch": 64, "precision": "fp32", "epochs": 80},
     "log": {"tensorboard": False, "preview": False},
 }
 
 
-def windows(photos: Path, folder: Path, words: list[str], parts: int = 1) -> Curve:
-    """Mean loss of every 20 steps; `parts`: see :func:`~tests.step.normalize_parts`."""
-    words = [*words, f"data.root={photos / 'train'}", f"output={folder}", "name=" + "_".join(words).replace("=", "_")]
+def windows(photos: Path, folder: Path, word: str) -> Curve:
+    """Mean loss of every 20 steps."""
+    words = [word, f"data.root={photos / 'train'}", f"output={folder}", f"name={word.replace('=', '_')}"]
     trainer = Trainer(config.override(config.from_dict(_CONFIG), words))
-    if parts > 1:
-        normalize_parts(trainer.model, trainer.config.montage.canvases(trainer.images), parts)
     assert trainer.steps >= STEPS
     losses = []
     with trainer.loader:
@@ -53,20 +44,11 @@ def windows(photos: Path, folder: Path, words: list[str], parts: int = 1) -> Cur
 
 @pytest.mark.soak
 def test_they_learn_as_fp32_does(photos: Path, tmp_path: Path) -> None:
-    expected: dict[int, tuple[Curve, Curve]] = {}
-    for parts in (1, 2):
-        seeds = range(SEEDS)
-        losses = np.stack([windows(photos, tmp_path / str(parts), [f"trainer.seed={s}"], parts) for s in seeds])
-        mean, deviation = expected[parts] = losses.mean(0), losses.std(0, ddof=1)
-        assert mean[-1] < mean[0] - 10 * deviation[0]  # something is learned at all
-    distance = {}
-    for name, (words, parts) in WAYS.items():
-        losses = windows(photos, tmp_path, words)
-        for others, (mean, deviation) in expected.items():
-            each = np.abs(losses - mean) / deviation
-            whole = "the whole batch" if others == 1 else f"{others} parts of it"
-            shown = np.array2string(each, precision=2)
-            print(f"{name:12} standard deviations from fp32, BatchNorm of {whole}, every {WINDOW} steps: {shown}")
-            if others == parts:
-                distance[name] = each
-    assert not {name: each.max() for name, each in distance.items() if each.max() > 3}
+    seeds = np.stack([windows(photos, tmp_path, f"trainer.seed={seed}") for seed in range(SEEDS)])
+    mean, deviation = seeds.mean(0), seeds.std(0, ddof=1)
+    assert mean[-1] < mean[0] - 10 * deviation[0]  # something is learned at all
+    distance = {word: np.abs(windows(photos, tmp_path, word) - mean) / deviation for word in WAYS}
+    for word, each in distance.items():
+        shown = np.array2string(each, precision=2)
+        print(f"{word:22} standard deviations from fp32, every {WINDOW} steps: {shown}")
+    assert not {word: each.max() for word, each in distance.items() if each.max() > 3}
