@@ -45,7 +45,7 @@ def reference(
     return y.relu() if relu else y
 
 
-@pytest.mark.parametrize(("added", "relu", "affine"), itertools.product([False, True], repeat=3))
+@pytest.mark.parametrize(("added", "relu", "affine"), list(itertools.product([False, True], repeat=3)))
 @pytest.mark.parametrize(("shape", "counts"), SHAPES, ids=str)
 def test_equals_pytorch(shape: tuple[int, ...], counts: list[int], added: bool, relu: bool, affine: bool) -> None:
     x, weight, bias, mean, var, residual, grad = inputs(shape, torch.float64)
