@@ -18,6 +18,8 @@ import pytest
 import torch
 from torch import nn
 
+pytest.importorskip("mmdet", reason="needs MMDetection: make mmdet")
+
 from mcl import cli
 from mcl.config import ConfigError
 from mcl.finetune import finetune, hooks
