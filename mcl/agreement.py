@@ -4,7 +4,6 @@ The images are compared where they are opened (:func:`mcl.images.open_shared`), 
 meet (:func:`mcl.distributed.setup`).
 """
 
-import functools
 import hashlib
 from pathlib import Path
 
@@ -78,7 +77,6 @@ def _engine(config: Config, device: str) -> str:
     return f"{engine} on {on} (DALI {dali.__version__})"
 
 
-@functools.cache
 def _code() -> str:
     """Hash of the sources of our packages, short enough to be read out."""
     whole = hashlib.sha256()

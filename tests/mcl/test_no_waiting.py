@@ -148,9 +148,8 @@ def test_the_detector_lets_pass_what_does_not_wait() -> None:
 # ---------------------------------------------------------------------------------------------------- whole steps
 
 
-def step_under_watch(step: TrainingStep, host: Sequence[Tensor] = ()) -> Detector:
+def step_under_watch(cfg: Config, step: TrainingStep, host: Sequence[Tensor] = ()) -> Detector:
     """A whole step and its metrics."""
-    cfg = step._config
     meter = Meter(len(cfg.montage.ratios), torch.device("cpu"), scaled=cfg.trainer.precision == "fp16")
     query, key = views(cfg)
     with Detector("cpu", host) as detector:
@@ -166,7 +165,7 @@ def check_whole_step(words: Sequence[str]) -> None:
     if cfg.optim.name == "adamw":  # it counts its steps on the host
         step(*views(cfg), lr=0.1, momentum=0.99)
         counters = [state["step"] for state in step.optimizer.state.values()]
-    seen = step_under_watch(step, counters).seen
+    seen = step_under_watch(cfg, step, counters).seen
     passes = cfg.trainer.accumulate * (1 if cfg.model.compute == "matched" else 2)
     norms = sum(isinstance(m, nn.BatchNorm2d) for m in step.model.online.backbone.modules())
     assert seen["mcl::batch_norm_backward"] >= passes * norms
@@ -219,7 +218,7 @@ def test_fp16_reads_one_flag_of_its_loss_scaler() -> None:
     """Whether a gradient overflowed decides on the host whether the optimiser steps: so does PyTorch's GradScaler."""
     cfg = configure("trainer.precision=fp16", "trainer.max_loss_scale=1")
     with pytest.raises(Waited, match="_local_scalar_dense"):
-        step_under_watch(build(cfg))
+        step_under_watch(cfg, build(cfg))
     step, flags = build(cfg), []
 
     def do_not_look(optimizer: Any, state: dict[str, Any], *args: Any, **kwargs: Any) -> None:
@@ -227,7 +226,7 @@ def test_fp16_reads_one_flag_of_its_loss_scaler() -> None:
         optimizer.step()
 
     step.scaler._maybe_opt_step = do_not_look  # type: ignore[method-assign]
-    assert step_under_watch(step).seen["mcl::lars_"] == 2
+    assert step_under_watch(cfg, step).seen["mcl::lars_"] == 2
     assert [flag.numel() for flag in flags] == [1]
 
 
@@ -272,11 +271,12 @@ def item_in_the_optimizer(step: TrainingStep) -> None:
     ],
 )
 def test_one_planted_wait_is_found(plant: Callable[[TrainingStep], None], operator: str) -> None:
-    step = build(configure())
-    assert step_under_watch(step).seen["mcl::lars_"] == 2
+    cfg = configure()
+    step = build(cfg)
+    assert step_under_watch(cfg, step).seen["mcl::lars_"] == 2
     plant(step)
     with pytest.raises(Waited, match=operator):
-        step_under_watch(step)
+        step_under_watch(cfg, step)
 
 
 # ---------------------------------------------------------------------------------------------------- no real GPU

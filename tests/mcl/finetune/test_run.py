@@ -1,6 +1,7 @@
 """``mcl finetune`` as a user meets it: a table of AP, continued after SIGKILL, errors in one line."""
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -82,12 +83,20 @@ def test_from_scratch(folder: Path, tmp_path: Path) -> None:
     assert [line.split(" | ")[:2] for line in table.splitlines()[2:]] == [["| 1", "box"], ["| 1", "mask"]]
 
 
-def test_a_detector_that_finds_nothing_has_an_ap_of_zero(folder: Path) -> None:
+def recorded(measured: dict[str, float], folder: Path) -> dict[str, Any]:
+    """The record that an evaluation after 5 steps leaves in a folder."""
+    runner = SimpleNamespace(work_dir=folder, iter=5, logger=logging.getLogger("test"))
+    hooks.APTable().after_val_epoch(runner, measured)
+    (record,) = hooks.read(folder)
+    return record
+
+
+def test_a_detector_that_finds_nothing_has_an_ap_of_zero(folder: Path, tmp_path: Path) -> None:
     metric = FolderMetric(ann_file=str(folder / "instances_val.json"), metric=["bbox", "segm"])
     metric.dataset_meta = {"classes": ("thing", "part")}
     nothing = {"bboxes": np.empty((0, 4)), "scores": np.empty(0), "labels": np.empty(0, int), "masks": []}
     found = metric.compute_metrics([({}, {"img_id": image, "mask_scores": np.empty(0), **nothing}) for image in (1, 2)])
-    aps = hooks._aps({f"coco/{name}": value for name, value in found.items()})
+    aps = recorded({f"coco/{name}": value for name, value in found.items()}, tmp_path)
     assert set(aps["box"].values()) == set(aps["mask"].values()) == {0.0}
 
 
@@ -240,7 +249,7 @@ def test_statistics_are_means_over_the_training_data() -> None:
     assert runner.model.norm.momentum == 0.1
 
 
-def test_table_of_boxes_alone_and_nothing_to_find() -> None:
-    records = [{"step": 5, "box": hooks._aps({"coco/bbox_mAP": 0.4251, "coco/bbox_mAP_s": -1.0})["box"]}]
-    assert records[0]["box"] == {"AP": 42.5, "APs": None}
-    assert hooks.table(records).splitlines()[-1] == "| 5 | box | 42.5 | - |"
+def test_table_of_boxes_alone_and_nothing_to_find(tmp_path: Path) -> None:
+    record = recorded({"coco/bbox_mAP": 0.4251, "coco/bbox_mAP_s": -1.0}, tmp_path)
+    assert record == {"step": 5, "box": {"AP": 42.5, "APs": None}}
+    assert (tmp_path / hooks.TABLE).read_text().splitlines()[-1] == "| 5 | box | 42.5 | - |"
