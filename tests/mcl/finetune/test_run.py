@@ -107,6 +107,44 @@ def test_checkpoints_are_plain(whole: tuple[Path, str]) -> None:
     assert all(type(value) is float for value in loss["values"])
 
 
+def cut_after_three_steps(run: Path) -> None:
+    """Leaves in a run folder what a killed run does, its newest checkpoint cut short by a slow disk."""
+    for path in (run / f"iter_{STEPS}.pth", run / hooks.RESULTS, run / hooks.TABLE):
+        path.unlink(missing_ok=True)
+    (run / "iter_5.pth").write_bytes((run / "iter_3.pth").read_bytes()[:1000])
+
+
+def check_same_weights(run: Path, other: Path) -> None:
+    ours, theirs = (torch.load(folder / f"iter_{STEPS}.pth")["state_dict"] for folder in (run, other))
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def test_cut_then_stopped_in_its_evaluation_and_resumed(
+    folder: Path, checkpoint: Path, whole: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three steps are left to train, with the same losses; after the signal only the evaluation is done again."""
+    run = shutil.copytree(whole[0], tmp_path / "cut")
+    for log in run.glob("*/vis_data/scalars.json"):
+        log.unlink()
+    cut_after_three_steps(run)
+    arguments = words(folder, tmp_path, "cut", f"weights={checkpoint}")
+
+    def signalled(self: hooks.APTable, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hooks.APTable, "before_val_iter", signalled)
+        with pytest.raises(Interrupted):
+            finetune(MINI, arguments)
+    expected = losses(whole[0])
+    assert losses(run) == {step: expected[step] for step in (4, 5, 6)}
+    before = (run / f"iter_{STEPS}.pth").stat().st_mtime_ns
+    assert finetune(MINI, arguments) == whole[1]
+    assert (run / f"iter_{STEPS}.pth").stat().st_mtime_ns == before
+    check_same_weights(run, whole[0])
+
+
+@pytest.mark.soak
 def test_killed_and_resumed_gives_the_same_losses(
     folder: Path, checkpoint: Path, whole: tuple[Path, str], tmp_path: Path
 ) -> None:
@@ -119,14 +157,11 @@ def test_killed_and_resumed_gives_the_same_losses(
     finally:
         process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    assert not (run / f"iter_{STEPS}.pth").exists()
-    (run / "iter_5.pth").write_bytes((run / "iter_3.pth").read_bytes()[:1000])  # as if the disk had been slow
-    table = finetune(MINI, words(folder, tmp_path, "cut", f"weights={checkpoint}"))
+    cut_after_three_steps(run)
+    assert finetune(MINI, words(folder, tmp_path, "cut", f"weights={checkpoint}")) == whole[1]
     assert losses(run) == losses(whole[0])
     assert len(losses(run)) == STEPS
-    assert table == whole[1]
-    ours, theirs = (torch.load(f / f"iter_{STEPS}.pth")["state_dict"] for f in (run, whole[0]))
-    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    check_same_weights(run, whole[0])
 
 
 def test_terminated_and_resumed(folder: Path, checkpoint: Path, whole: tuple[Path, str], tmp_path: Path) -> None:
@@ -147,36 +182,8 @@ def test_terminated_and_resumed(folder: Path, checkpoint: Path, whole: tuple[Pat
     trained = max(losses(run))
     assert [path.name for path in run.glob("iter_*.pth")] == [f"iter_{trained}.pth"]
     assert trained < STEPS
-    assert finetune(MINI, arguments) == whole[1]
+    assert finetune(MINI, [*arguments, "train_dataloader.num_workers=0"]) == whole[1]
     assert losses(run) == losses(whole[0])
-
-
-def test_stopped_by_a_signal_while_it_is_evaluated(
-    folder: Path, checkpoint: Path, whole: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Only the evaluation is done again."""
-    arguments = words(folder, tmp_path, "cut", f"weights={checkpoint}", "default_hooks.checkpoint.interval=100")
-
-    def signalled(self: hooks.APTable, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(hooks.APTable, "before_val_iter", signalled)
-        with pytest.raises(Interrupted):
-            finetune(MINI, arguments)
-    assert (tmp_path / "cut" / f"iter_{STEPS}.pth").exists()
-    assert finetune(MINI, arguments) == whole[1]
-    assert losses(tmp_path / "cut") == losses(whole[0])
-
-
-def test_run_that_was_cut_before_its_evaluation_is_evaluated(
-    folder: Path, checkpoint: Path, whole: tuple[Path, str]
-) -> None:
-    """And not trained again."""
-    (whole[0] / hooks.RESULTS).unlink()
-    before = (whole[0] / f"iter_{STEPS}.pth").stat().st_mtime_ns
-    assert finetune(MINI, words(folder, whole[0].parent, "whole", f"weights={checkpoint}")) == whole[1]
-    assert (whole[0] / f"iter_{STEPS}.pth").stat().st_mtime_ns == before
 
 
 def test_other_runs_are_not_continued(folder: Path, checkpoint: Path, whole: tuple[Path, str], tmp_path: Path) -> None:
