@@ -12,16 +12,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mcl import checkpoint, cli, config, run
+from dali_pipelines.geometry import Geometry
+from dali_pipelines.source import open_images
+from mcl import cli, config
+from mcl import commands as run
 from mcl.budget import budget, count, hardware, show
 from mcl.config import Config, ModelConfig, OptimConfig
-from mcl.images import open_images
 from mcl.models import MCL
-from mcl.montage import Geometry
-from mcl.optim import build_optimizer
+from mcl.train import checkpoint
+from mcl.train.optim import build_optimizer
 from tests.conftest import ROOT, random_view
 
-PRESETS = ROOT / "configs" / "pretrain"
+PRESETS = ROOT / "mcl" / "presets"
 SMALL = ModelConfig(backbone="resnet18", width=16, head_convs=2, hidden=32)
 TWO_LEVELS = dataclasses.replace(SMALL, loss_weights=(0.5, 0.5))
 FEWER = Geometry(cells=1, ratios=(1, 2), images_per_canvas=(1, 4), queries=(2, 1))
@@ -111,8 +113,8 @@ def test_the_count_is_what_a_real_step_computes_and_saves(
     model = dataclasses.replace(TWO_LEVELS, compute=compute)
     mcl = MCL(model, FEWER).to(dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     few = FEWER.query_canvases(8)
-    views = [dataclasses.replace(random_view(FEWER, 8, seed, dtype), queries=few) for seed in (1, 2)]
-    known = {t.data_ptr() for t in [*mcl.parameters(), *mcl.buffers(), *(v.images for v in views)]}
+    views = [dataclasses.replace(random_view(FEWER, 8, seed, dtype), query_counts=few) for seed in (1, 2)]
+    known = {t.data_ptr() for t in [*mcl.parameters(), *mcl.buffers(), *(v.pixels for v in views)]}
     saved: dict[int, Tensor] = {}
     normalised: list[int] = []  # channels of every call of a BatchNorm, where autograd watches
 
@@ -185,8 +187,8 @@ def test_memory_of_the_state_is_that_of_a_real_one(name: str) -> None:
 def test_a_loaded_step_has_the_queries_of_its_configuration(photos: Path) -> None:
     cfg = preset("mcl_r18_fpn_demo", f"data.root={photos / 'train'}", "montage.queries=[4,1,2,1]", "data.threads=1")
     for view in run.batch(cfg, 0, open_images(cfg.data)):
-        assert view.canvases == (32, 8, 2, 1)
-        assert view.queries == (8, 8, 1, 1)
+        assert view.canvas_counts == (32, 8, 2, 1)
+        assert view.query_counts == (8, 8, 1, 1)
 
 
 def test_times_of_one_supervised_step_are_the_published_ones() -> None:

@@ -1,27 +1,30 @@
 """What the verbs do: a whole run from its configuration, and what is done with its checkpoints."""
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from dali_pipelines.batch import MontageBatch
+from dali_pipelines.geometry import nearest_legal
 from dali_pipelines.loader import BadDataError, MontageLoader
-from dali_pipelines.plan import Plan
-from dali_pipelines.source import Source, SourceError
-from mcl import checkpoint, config, distributed, evaluation, report
-from mcl import preview as pictures
-from mcl.config import Config, ConfigError
+from dali_pipelines.source import Source, SourceError, index_file, open_images
+from mcl import config, distributed, evaluation
+from mcl.config import Config, ConfigError, DataConfig
 from mcl.evaluation.features import load_photo
-from mcl.evaluation.run import describe
-from mcl.images import open_images
-from mcl.metrics import Metrics, log, read, recorded_errors
+from mcl.evaluation.scoring import describe
 from mcl.models import MCL
-from mcl.montage import MontageBatch, nearest_legal
-from mcl.trainer import Trainer, resolve_device
+from mcl.records import preview as pictures
+from mcl.records import report
+from mcl.records.metrics import Metrics, log, read, recorded_errors
+from mcl.train import checkpoint
+from mcl.train.trainer import Trainer, resolve_device
 
 _PREVIEW_PHOTOS = 6
+_BAD_EXAMPLES = 5
 
 
 def pretrain(cfg: Config) -> None:
@@ -29,7 +32,7 @@ def pretrain(cfg: Config) -> None:
 
     Raises:
         ConfigError, SourceError, CheckpointError: wrong input.
-        NonFiniteLossError, PeerError, Interrupted: see :meth:`mcl.trainer.Trainer.fit`.
+        NonFiniteLossError, PeerError, Interrupted: see :meth:`mcl.train.trainer.Trainer.fit`.
     """
     try:
         with recorded_errors():
@@ -119,15 +122,7 @@ def batch(cfg: Config, step: int, source: Source) -> tuple[MontageBatch, Montage
     Images, crops and colours are those of the run; their neighbours in the montages are not, where the batch is larger.
     """
     images = nearest_legal(cfg.montage, 1)[0]
-    plan = Plan(
-        seed=cfg.trainer.seed,
-        size=len(source),
-        images=images,
-        geometry=cfg.montage,
-        augment=cfg.augment,
-        tile_sampling=cfg.data.tile_sampling,
-        world_size=max(1, cfg.trainer.global_batch // images),
-    )
+    plan = cfg.plan(len(source), images, world_size=max(1, cfg.trainer.global_batch // images))
     with MontageLoader(source, plan, dataclasses.replace(cfg.data, device="cpu")) as loader:
         loader.load_state_dict({"position": step, "bad": {}})
         return next(loader)
@@ -143,3 +138,28 @@ def features(model: MCL, cfg: Config, folder: Path) -> Path:
     parameter = next(model.parameters())
     pictures.feature_maps(model.online, torch.stack(images).to(parameter), path, cfg.augment)
     return path
+
+
+def index(data: DataConfig) -> Iterator[str]:
+    """Brings the index up to date; yields what there is to say, in lines.
+
+    Raises:
+        SourceError: see :func:`dali_pipelines.source.open_source`.
+    """
+    yield from _index(data, held_out=False)
+    if data.val_root:
+        yield from _index(data, held_out=True)
+
+
+def _index(data: DataConfig, held_out: bool) -> Iterator[str]:
+    read = [0]
+    start = time.perf_counter()
+    source = open_images(data, held_out, lambda done, of, images: read.append(images))
+    seconds = time.perf_counter() - start
+    classes = f" in {len(source.classes)} classes" if source.classes else ""
+    yield f"{source.root}: {len(source)} images{classes}, {len(source.bad)} of them bad ({source.kind})"
+    for i, reason in list(source.bad.items())[:_BAD_EXAMPLES]:
+        yield f"  {source.names[i]}: {reason}"
+    yield f"  {read[-1]} headers read in {seconds:.1f} s, {read[-1] / seconds:.0f} per second"
+    path = index_file(data.index, source.root, source.kind, "" if held_out else data.annotations)
+    yield f"  index: {path if path.exists() else 'could not be written'}"

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mcl import distributed, ema, ops
+from dali_pipelines.batch import MontageBatch
+from mcl import distributed, ops
 from mcl.config import Config, ConfigError
-from mcl.graphs import CudaRecorder, Graphed
 from mcl.models import MCL, Output
-from mcl.montage import MontageBatch
-from mcl.optim import AUTOCAST, LossScaler, build_optimizer, set_learning_rate
-from mcl.timers import Timer
-from mcl.undo import Undo
+from mcl.records.timers import Timer
+from mcl.train import ema
+from mcl.train.graphs import CudaRecorder, Graphed
+from mcl.train.optim import AUTOCAST, LossScaler, build_optimizer, set_learning_rate
+from mcl.train.undo import Undo
 
 
 class TrainingStep:
@@ -37,7 +38,6 @@ class TrainingStep:
         trainer = config.trainer
         self._dtype = torch.float64 if trainer.precision == "fp64" else torch.float32
         model.to(device, self._dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        model.online.backbone.recompute = trainer.recompute
         if trainer.compile:
             model.compile_parts()
         self._skips = trainer.on_nonfinite == "skip"

@@ -11,22 +11,22 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from dali_pipelines.geometry import nearest_legal
 from dali_pipelines.loader import MontageLoader
-from dali_pipelines.plan import Plan
-from mcl import __version__, checkpoint, config
-from mcl.checkpoint import CheckpointError
+from dali_pipelines.source import open_images
+from mcl import __version__, config
 from mcl.config import Config, ConfigError
 from mcl.evaluation.statistics import fresh_statistics
 from mcl.export import detectron2, mmdet, mmpretrain, timm, torchvision
 from mcl.export.canonical import PARTS, canonical_names, part_of, pyramid_map
 from mcl.export.files import default_path, write
-from mcl.export.report import Mapped, Report
+from mcl.export.summary import Mapped, Report
 from mcl.export.target import Target
 from mcl.export.verify import verify
-from mcl.images import open_images
 from mcl.models import MCL, Encoder
-from mcl.montage import nearest_legal
-from mcl.trainer import resolve_device
+from mcl.train import checkpoint
+from mcl.train.checkpoint import CheckpointError
+from mcl.train.trainer import resolve_device
 
 TARGETS = {
     target.name: target
@@ -179,19 +179,11 @@ def reestimated(encoder: Encoder, cfg: Config) -> Encoder:
             f"data.root: {source.root} has only {len(source)} images; re-estimating BatchNorm's statistics takes "
             f"{images} at least"
         )
-    plan = Plan(
-        seed=cfg.trainer.seed,
-        size=len(source),
-        images=images,
-        geometry=geometry,
-        augment=cfg.augment,
-        tile_sampling=cfg.data.tile_sampling,
-    )
+    plan = cfg.plan(len(source), images, geometry=geometry)
     device = resolve_device(cfg.trainer.device)
     encoder = copy.deepcopy(encoder).to(device)
     data = dataclasses.replace(cfg.data, max_bad_fraction=1.0)  # training has judged the bad files
     with MontageLoader(source, plan, data, gpu=device.index) as loader, fresh_statistics(encoder):
         for view in itertools.chain.from_iterable(itertools.islice(loader, _STATISTICS_BATCHES)):
-            view = view.to(device, torch.float32)
-            encoder(view.images, view.canvases, [view.regions(view.canvases)], view.cells, cfg.model.compute)
+            encoder(view.to(device, torch.float32))
     return encoder.cpu()

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mcl.preview import PALETTE
+from mcl.records.preview import PALETTE
 
 Record = Mapping[str, Any]
 FloatSeries = np.ndarray[Any, np.dtype[np.float64]]

@@ -1,7 +1,6 @@
 """Whether all processes of a run do the same; asked once, before any work.
 
-The images are compared where they are opened (:func:`mcl.images.open_shared`), world size and device where processes
-meet (:func:`mcl.distributed.setup`).
+World size and device are compared where processes meet (:func:`mcl.distributed.setup`), everything else here.
 """
 
 import functools
@@ -13,11 +12,10 @@ import torch
 import dali_pipelines
 import mcl
 from dali_pipelines.loader import choose_engine
-from mcl import checkpoint, distributed, ops
-from mcl.config import Config, ConfigError, fields, value
-
-_OF_A_MACHINE = ("data.root", "data.annotations", "data.val_root", "data.index", "data.threads", "trainer.threads")
-"""Keys that may differ: where a machine keeps the images, whose names and sizes are compared, and how many threads."""
+from dali_pipelines.source import Source, open_images
+from mcl import distributed, ops
+from mcl.config import Config, ConfigError, DataConfig, Trait, all_keys, value
+from mcl.train import checkpoint
 
 _CODE, _TORCH, _CHECKPOINT = "the code of mcl", "PyTorch", "the newest checkpoint"
 _SOURCES, _OPERATORS, _ENGINE = "the sources of the extension", "the operators", "the engine of the loader"
@@ -52,6 +50,24 @@ def check(config: Config, device: str) -> None:
             raise ConfigError(f"{what}: {theirs} on rank {ranks}, {ours} on rank 0; {remedy}")
 
 
+def open_shared(data: DataConfig) -> Source:
+    """The images of ``data.root`` on every process; the first one of each machine brings the index up to date.
+
+    Raises:
+        SourceError: see :func:`dali_pipelines.source.open_source`.
+        ConfigError: some processes see other images than the rest.
+    """
+    source = distributed.in_turn(lambda: open_images(data))
+    prints = distributed.gather_objects(source.fingerprint())
+    strangers = [rank for rank, fingerprint in enumerate(prints) if fingerprint != prints[0]]
+    if strangers:
+        raise ConfigError(
+            f"data.root: rank {', '.join(map(str, strangers))} and rank 0 see other images in {data.root} (names, "
+            "classes, sizes or broken ones differ); give all machines the same files"
+        )
+    return source
+
+
 def _statement(config: Config, device: str) -> dict[str, str]:
     """What all processes must agree on, in words."""
     found = checkpoint.steps(config.run_folder / "checkpoints")
@@ -61,7 +77,7 @@ def _statement(config: Config, device: str) -> dict[str, str]:
         _SOURCES: _BUILT_FROM.read_text().strip() if _BUILT_FROM.exists() else "unknown",
         _OPERATORS: ops.describe(device),
         _ENGINE: _engine(config, device),
-        **{key: repr(value(config, key)) for key, _, _ in fields() if key not in _OF_A_MACHINE},
+        **{k.name: repr(value(config, k.name)) for k in all_keys() if Trait.OF_A_MACHINE not in k.traits},
         _CHECKPOINT: found[-1].name if found else "none",
     }
 

@@ -14,9 +14,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
+from dali_pipelines.batch import MontageBatch
+from dali_pipelines.geometry import STRIDE
 from mcl.config import AugmentConfig, ConfigError
 from mcl.models import Encoder
-from mcl.montage import STRIDE, MontageBatch
 
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
 """Colour of each level; told apart with any colour vision (Okabe and Ito)."""
@@ -98,7 +99,7 @@ def arrange(query: MontageBatch, key: MontageBatch, focus: int) -> Layout:
     sides = [_shown_side(canvas, SMALL if level == 0 else LARGE) for level in range(len(query.ratios))]
     gaps = [GAP if level == 0 else 3 * GAP for level in range(len(query.ratios))]
     counts = [
-        min((MAX_VIEW + gap) // (side + gap), n) for side, gap, n in zip(sides, gaps, query.canvases, strict=True)
+        min((MAX_VIEW + gap) // (side + gap), n) for side, gap, n in zip(sides, gaps, query.canvas_counts, strict=True)
     ]
     half = max(MIN_VIEW, *(n * (side + gap) - gap for side, gap, n in zip(sides, gaps, counts, strict=True)))
     inner = MARGIN + half, MARGIN + half + GUTTER  # edges of the gutter
@@ -126,13 +127,13 @@ def _choose(batch: MontageBatch, level: int, focus: int, count: int) -> list[int
     """Rows of the canvases to show, those with the focus image first."""
     tiles = batch.tiles(level)
     rows = [int(row) for row in batch.boxes[tiles, 0]]
-    hits = sorted({row for row, source in zip(rows, batch.sources[tiles].tolist(), strict=True) if source == focus})
+    hits = sorted({row for row, source in zip(rows, batch.tile_images[tiles].tolist(), strict=True) if source == focus})
     return (hits + sorted(set(rows) - set(hits)))[:count]
 
 
 def _focus_boxes(batch: MontageBatch, canvas: Placed, focus: int) -> list[tuple[int, int, int, int]]:
     """Tiles of the focus image on a placed canvas."""
-    shown = (batch.boxes[:, 0] == canvas.row) & (batch.sources == focus)
+    shown = (batch.boxes[:, 0] == canvas.row) & (batch.tile_images == focus)
     return [canvas.box(corners) for corners in batch.boxes[shown, 1:].tolist()]
 
 
@@ -189,9 +190,9 @@ def _draw_view(
     draw = ImageDraw.Draw(picture)
     left = min(canvas.x for canvas in canvases)
     _text(draw, (left, HEADER - 34), name, 34)
-    shown = to_rgb(batch.images[[canvas.row for canvas in canvases]], augment)
+    shown = to_rgb(batch.pixels[[canvas.row for canvas in canvases]], augment)
     first = 0
-    for level, total in enumerate(batch.canvases):
+    for level, total in enumerate(batch.canvas_counts):
         row = sorted((c for c in canvases if c.level == level), key=lambda c: c.x)
         numbers = ", ".join(str(c.row - first) for c in row)
         label = f"Level {level}: canvas{'es' if len(row) > 1 else ''} {numbers} of {total}"

@@ -1,5 +1,6 @@
 """The training loop, readable top to bottom."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -7,25 +8,28 @@ import torch
 import yaml
 from torch import Tensor
 
+from dali_pipelines.batch import MontageBatch
 from dali_pipelines.loader import MontageLoader, default_threads
-from dali_pipelines.plan import Plan
-from mcl import agreement, checkpoint, distributed, ema, ops
-from mcl.checkpoint import CheckpointError
+from mcl import distributed, ops
 from mcl.config import Config, ConfigError, changed_keys, from_dict, to_dict
+from mcl.distributed import agreement
+from mcl.distributed.signals import Consensus, Interrupted, Signals
+from mcl.distributed.watchdog import Watchdog
 from mcl.evaluation import check_evaluations
-from mcl.images import open_shared
-from mcl.meters import Meter, Stopwatch
-from mcl.metrics import BadFiles, Metrics, ProgressBar, log, rewrite, setup_logging
 from mcl.models import MCL, Output
 from mcl.models.sync_bn import synchronize
-from mcl.montage import MontageBatch
-from mcl.optim import learning_rate, load_state
-from mcl.saving import Saver
-from mcl.signals import Consensus, Interrupted, Signals
-from mcl.step import TrainingStep
-from mcl.watchdog import Watchdog
+from mcl.records.meters import Meter, Stopwatch
+from mcl.records.metrics import BadFiles, Metrics, ProgressBar, log, rewrite, setup_logging
+from mcl.train import checkpoint, ema
+from mcl.train.checkpoint import CheckpointError
+from mcl.train.optim import learning_rate, load_state
+from mcl.train.saving import Saver
+from mcl.train.step import TrainingStep
 
 _DRIVER = Path("/proc/driver/nvidia/version")
+
+_BUSY = 0.5
+"""Load per core, before a run has added its own, that is worth a warning."""
 
 _SKIPPED_IN_A_ROW = 100
 """Steps left out one after the other, as in fp16 or by trainer.on_nonfinite, that end a run: no finite gradient will
@@ -72,18 +76,9 @@ class Trainer:
                 torch.set_num_threads(config.trainer.threads)
             self._prepare_folder()
 
-            source = open_shared(config.data)
+            source = agreement.open_shared(config.data)
             distributed.in_turn(lambda: check_evaluations(config, source))
-            plan = Plan(
-                seed=config.trainer.seed,
-                size=len(source),
-                images=self.images,
-                geometry=config.montage,
-                augment=config.augment,
-                tile_sampling=config.data.tile_sampling,
-                rank=distributed.rank(),
-                world_size=distributed.world_size(),
-            )
+            plan = config.plan(len(source), self.images, distributed.rank(), distributed.world_size())
             self.loader = MontageLoader(
                 source,
                 plan,
@@ -97,7 +92,7 @@ class Trainer:
             self.step = 0
 
             torch.manual_seed(config.trainer.seed)  # the same weights on every rank
-            self.model = MCL(config.model, config.montage)
+            self.model = MCL(config.model, config.montage, config.trainer.recompute)
             if config.trainer.init_from:
                 state = checkpoint.load(config.trainer.init_from)
                 checkpoint.restore(self.model, state["model"], config.trainer.init_from)
@@ -168,7 +163,7 @@ class Trainer:
                     metrics.close()
 
     def train_step(self, query: MontageBatch, key: MontageBatch) -> tuple[Output, Tensor]:
-        """The next step (:class:`~mcl.step.TrainingStep`), at its place in the schedules."""
+        """The next step (:class:`~mcl.train.step.TrainingStep`), at its place in the schedules."""
         optim, trainer = self.config.optim, self.config.trainer
         lr = learning_rate(optim, trainer.global_batch, self.step, self.steps, self.steps_per_epoch)
         return self._update(query, key, lr, ema.momentum(optim.ema, self.step, self.steps))
@@ -268,6 +263,9 @@ class Trainer:
         log.info("%d images%s in %s, %d of them bad", len(source), names, source.root, len(self.loader.bad))
         log.info("loader: %s on %s (%s)", self.loader.engine_name, self.loader.device, self.loader.reason)
         log.info("operators: %s", ops.describe(self.device.type))
+        load, cores = os.getloadavg()[0], os.cpu_count() or 1
+        if load > _BUSY * cores:
+            log.warning("the machine is busy: its load is %.1f on %d cores, so steps will be slower", load, cores)
         if config.trainer.device == "auto" and self.device.type == "cpu" and _DRIVER.exists():
             log.warning("training on the CPU, since PyTorch sees no CUDA device, though there is a driver: mcl doctor")
         log.info(

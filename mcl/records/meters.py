@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from mcl.metrics import Record
 from mcl.models import Output
-from mcl.timers import Timer
+from mcl.records.metrics import Record
+from mcl.records.timers import Timer
 
 
 class Meter:

@@ -8,14 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dali_pipelines.source import Source
+from dali_pipelines.source import Source, open_images
 from mcl.config import Config, ConfigError
 from mcl.evaluation import classify
 from mcl.evaluation.features import extract, prepare
 from mcl.evaluation.retrieval import check_gallery, retrieval
-from mcl.images import open_images
-from mcl.metrics import Record
 from mcl.models import MCL
+from mcl.records.metrics import Record
 
 
 def evaluate(name: str, model: MCL, config: Config, device: torch.device) -> Iterator[Record]:

@@ -1,4 +1,4 @@
-"""Builds and runs programs in which CUDA kernels run on the CPU (``kernels/emulation/cuda_emulation.h``)."""
+"""Builds and runs programs in which CUDA kernels run on the CPU (``tests/kernels/emulation/cuda_emulation.h``)."""
 
 import importlib.util
 import json
@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 KERNELS = Path(__file__).parents[2] / "kernels"
+EMULATION = Path(__file__).parent / "emulation"
 
 SANITIZERS: dict[str, tuple[str, ...]] = {
     "address": ("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
@@ -28,7 +29,7 @@ def build(source: Path, out: Path, *flags: str) -> Path:
     torch = importlib.util.find_spec("torch")
     if torch is None or torch.origin is None:
         raise RuntimeError("PyTorch is not installed")
-    include = [KERNELS, KERNELS / "csrc", Path(torch.origin).parent / "include"]
+    include = [EMULATION, KERNELS, KERNELS / "csrc", Path(torch.origin).parent / "include"]
     # Sanitizers need no more than -g1, and compile faster so.
     command = [_tool("g++"), "-std=c++20", "-O1", "-g1", *(f"-I{folder}" for folder in include), *flags]
     out.parent.mkdir(parents=True, exist_ok=True)

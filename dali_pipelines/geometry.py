@@ -8,16 +8,12 @@ Shape letters: N images, K canvases of all levels, T tiles of all levels, S canv
 """
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as pydantic_dataclass
-from torch import Tensor
 
 STRIDE = 32
 """Stride of the coarsest feature map, C5."""
@@ -179,129 +175,7 @@ def boxes(geometry: Geometry, images: int) -> FloatArray:
     return np.concatenate(parts)
 
 
-def all_tiles(ratio: int, side: int, canvases: int, device: torch.device) -> Tensor:
-    """The grid of tiles of every canvas, whatever its level: (canvases * ratio^2, 5) as :func:`boxes`.
-
-    Args:
-        ratio: tiles per canvas side.
-        side: of a canvas, pixels.
-    """
-    # Made on the device: a copy from the host would wait for it.
-    steps = torch.arange(canvases * ratio * ratio, device=device)
-    x, y = steps % ratio, steps // ratio % ratio
-    corners = torch.stack([x, y, x + 1, y + 1], 1) * (side // ratio)
-    return torch.cat([(steps // ratio**2)[:, None], corners], 1).float()
-
-
 def _grid(canvases: int, ratio: int, tile: int, first: int) -> FloatArray:
     canvas, row, column = np.meshgrid(np.arange(canvases) + first, np.arange(ratio), np.arange(ratio), indexing="ij")
     corners = [canvas, column * tile, row * tile, (column + 1) * tile, (row + 1) * tile]
     return np.stack([c.ravel() for c in corners], 1).astype(np.float32)
-
-
-@dataclass(frozen=True)
-class MontageBatch:
-    """One view of a step: N images, seen as T tiles on K canvases."""
-
-    images: Tensor  # (K, 3, S, S) channels_last memory, normalised; canvases of all levels, level 0 first
-    labels: Tensor  # (N,) int64 class of each source image, -1 unknown
-    index: Tensor  # (N,) int64 dataset index of each source image
-    sources: Tensor  # (T,) int64 which of the N images each tile shows, in level order, row-major
-    boxes: Tensor  # (T, 5) float32 canvas row in `images`, x1, y1, x2, y2 in canvas pixels
-    crops: Tensor  # (T, 5) float32 x1, y1, x2, y2 of the crop in the source image (0..1), flipped (1) or not (0)
-    canvases: tuple[int, ...]  # canvases per level, in `images`
-    queries: tuple[int, ...]  # how many of them, the first ones, go through the online network
-    ratios: tuple[int, ...]
-    cells: int
-    epoch: int
-    step: int
-
-    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "MontageBatch":
-        """Copies to `device`, asynchronously; `dtype` converts the images."""
-        moved: dict[str, Any] = {
-            name: _staged(getattr(self, name), device).to(device, non_blocking=True)
-            for name in ("labels", "index", "sources", "boxes", "crops")
-        }
-        images = _staged(self.images, device)
-        images = images.to(device, dtype, non_blocking=True, memory_format=torch.channels_last)
-        return dataclasses.replace(self, images=images, **moved)
-
-    def part(self, i: int, parts: int) -> "MontageBatch":
-        """One of so many equal parts of the canvases of every level, for gradient accumulation.
-
-        Canvases that are online queries and those that are not are divided each for itself. `labels`, `index` and what
-        `sources` counts stay those of all N images.
-        """
-        if parts == 1:
-            return self
-        images, sources, boxes, crops = [], [], [], []
-        row = first_canvas = first_tile = 0  # of the piece in the part; of the level in the whole
-        for canvases, queries, ratio in zip(self.canvases, self.queries, self.ratios, strict=True):
-            for start, count in ((0, queries // parts), (queries, (canvases - queries) // parts)):
-                if not count:  # an empty piece among them would make torch.cat forget channels_last
-                    continue
-                start += i * count
-                canvas, tile = first_canvas + start, first_tile + start * ratio**2
-                tiles = slice(tile, tile + count * ratio**2)
-                images.append(self.images[canvas : canvas + count])
-                sources.append(self.sources[tiles])
-                boxes.append(torch.cat([self.boxes[tiles, :1] + (row - canvas), self.boxes[tiles, 1:]], 1))
-                crops.append(self.crops[tiles])
-                row += count
-            first_canvas += canvases
-            first_tile += canvases * ratio**2
-        return dataclasses.replace(
-            self,
-            images=torch.cat(images),
-            sources=torch.cat(sources),
-            boxes=torch.cat(boxes),
-            crops=torch.cat(crops),
-            canvases=tuple(n // parts for n in self.canvases),
-            queries=tuple(n // parts for n in self.queries),
-        )
-
-    def regions(self, canvases: Sequence[int]) -> list[Tensor]:
-        """Boxes of the tiles of the first canvases[i] canvases of level i, for as many levels as given.
-
-        Returns:
-            Per level (R, 5): row among the level's canvases, x1, y1, x2, y2 in canvas pixels.
-        """
-        found, first = [], 0
-        for level, number in enumerate(canvases):
-            boxes = self.boxes[self.tiles(level)][: number * self.ratios[level] ** 2]
-            found.append(torch.cat([boxes[:, :1] - first, boxes[:, 1:]], 1))
-            first += self.canvases[level]
-        return found
-
-    def tiles(self, level: int) -> slice:
-        """Rows of `sources`, `boxes` and `crops` that belong to `level`."""
-        counts = [c * r * r for c, r in zip(self.canvases, self.ratios, strict=True)]
-        return slice(sum(counts[:level]), sum(counts[: level + 1]))
-
-
-def in_order(geometry: Geometry, images: int, pixels: Tensor) -> MontageBatch:
-    """A view of N images that come from nowhere: on every level their tiles follow each other in order.
-
-    Args:
-        pixels: (K, 3, S, S), the canvases.
-    """
-    tiles = geometry.tiles(images)
-    return MontageBatch(
-        images=pixels,
-        labels=torch.full((images,), -1),
-        index=torch.arange(images),
-        sources=torch.cat([torch.arange(count) % images for count in tiles]),
-        boxes=torch.from_numpy(boxes(geometry, images)),
-        crops=torch.zeros(sum(tiles), 5),
-        canvases=geometry.canvases(images),
-        queries=geometry.query_canvases(images),
-        ratios=geometry.ratios,
-        cells=geometry.cells,
-        epoch=0,
-        step=0,
-    )
-
-
-def _staged(x: Tensor, device: torch.device) -> Tensor:
-    """What an asynchronous copy can start from: one from pageable memory would wait for all that the GPU has to do."""
-    return x.pin_memory() if device.type == "cuda" and x.device.type == "cpu" else x

@@ -17,8 +17,8 @@ from typing import Any
 import yaml
 
 from mcl import __version__
-from mcl.curves import Record, at, number, numbers, training_curves
-from mcl.preview import PALETTE, pyramid_name
+from mcl.records.curves import Record, at, number, numbers, training_curves
+from mcl.records.preview import PALETTE, pyramid_name
 
 RECENT = 10
 """Records that the final speed and the final data wait are the median of."""

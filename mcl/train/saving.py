@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mcl import checkpoint
-from mcl.metrics import log
+from mcl.records.metrics import log
+from mcl.train import checkpoint
 
 _PATIENCE = 30.0  # seconds
 
 
 class Saver:
-    """Writes checkpoints (:func:`mcl.checkpoint.save`) in threads of their own, one at a time.
+    """Writes checkpoints (:func:`mcl.train.checkpoint.save`) in threads of their own, one at a time.
 
     A disk may never answer, so these threads keep no process alive that has come to its end.
 
@@ -47,7 +47,7 @@ class Saver:
         """Raises the error of a save that failed; does not wait.
 
         Raises:
-            CheckpointError: see :func:`mcl.checkpoint.save`.
+            CheckpointError: see :func:`mcl.train.checkpoint.save`.
         """
         if self._pending is not None and self._pending.done():
             self.wait()
@@ -56,7 +56,7 @@ class Saver:
         """Waits until what was handed in is on the disk.
 
         Raises:
-            CheckpointError: see :func:`mcl.checkpoint.save`.
+            CheckpointError: see :func:`mcl.train.checkpoint.save`.
         """
         pending, self._pending = self._pending, None
         if pending is not None:

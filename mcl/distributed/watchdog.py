@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass
 import torch.distributed as dist
 
 from mcl import distributed
-from mcl.board import BoardError
-from mcl.metrics import log
-from mcl.signals import Interrupted
+from mcl.distributed.board import BoardError
+from mcl.distributed.signals import Interrupted
+from mcl.records.metrics import log
 
 _FAILED = "failed"
 _MISSED = 5  # signs of life, one after the other, of a process that is gone where a collective broke off

@@ -7,7 +7,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from mcl.montage import MontageBatch
+from dali_pipelines.batch import MontageBatch
 
 T = TypeVar("T")
 
@@ -68,7 +68,7 @@ class Graphed(Generic[T]):
 
     def __call__(self, query: MontageBatch, key: MontageBatch) -> T:
         """What work returns, in memory that the next call writes to."""
-        shape = (query.images.shape, query.canvases, query.queries)
+        shape = (query.pixels.shape, query.canvas_counts, query.query_counts)
         if self._recorded is not None and shape == self._shape:
             for view, new in zip(self._views, (query, key), strict=True):
                 for name, tensor in _tensors(view).items():
