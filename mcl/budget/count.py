@@ -224,6 +224,8 @@ def state(model: ModelConfig, geometry: Geometry, optim: OptimConfig, precision:
     for p in trainable:
         p.grad = torch.empty_like(p)
     optimizer = build_optimizer(optim, mcl)
+    for group in optimizer.param_groups:
+        group["fused"] = False  # PyTorch's fused kernels do not take meta tensors; the state is the same
     optimizer.step()
     buffers = [value for entry in optimizer.state.values() for value in entry.values() if isinstance(value, Tensor)]
     target = [*mcl.target.parameters(), *mcl.target.buffers()]
