@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from dali_pipelines.source import Progress, Source, index_file, open_source
 from mcl import distributed
