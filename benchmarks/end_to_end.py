@@ -28,8 +28,8 @@ from benchmarks.common import Result, finish, markdown, parser, summary, synchro
 from benchmarks.loaders.chart import rate
 from mcl import config as configs
 from mcl.config import Config, ConfigError
-from mcl.metrics import Record, read
-from mcl.trainer import Trainer
+from mcl.records.metrics import Record, read
+from mcl.train.trainer import Trainer
 
 DEMO = Path(__file__).parents[1] / "configs" / "pretrain" / "mcl_r18_fpn_demo.yaml"
 RECORDS = 6
@@ -46,7 +46,7 @@ def measure(config: Config, repeat: int, seconds: float) -> dict[str, list[float
         seconds: of a turn, about; at least one step.
 
     Raises:
-        ConfigError, SourceError: see :class:`~mcl.trainer.Trainer`.
+        ConfigError, SourceError: see :class:`~mcl.train.trainer.Trainer`.
     """
     trainer = Trainer(config)
     loader, images = trainer.loader, config.trainer.global_batch

@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from benchmarks import layers, ptxas, traffic
 from benchmarks.common import Result, finish, interleave, markdown, parser, race, summary
-from mcl import config, ema, montage, ops
+from dali_pipelines import geometry
+from dali_pipelines.geometry import STRIDE, Geometry
+from mcl import config, ops
 from mcl.models import MCL
-from mcl.montage import STRIDE, Geometry
 from mcl.ops import fallback
-from mcl.optim import LARS
+from mcl.train import ema
+from mcl.train.optim import LARS
 
 GEOMETRY = Geometry()
 STRIDES = [STRIDE / r for r in GEOMETRY.ratios]
@@ -36,7 +38,7 @@ def regions(images: int, channels: int, grid: bool, dtype: torch.dtype, layout: 
     """Maps of the released shapes: of each level its own canvases; its tiles, or as many random boxes per canvas."""
     generator = torch.Generator().manual_seed(0)
     canvases, tiles = GEOMETRY.canvases(images), GEOMETRY.tiles(images)
-    boxes = torch.from_numpy(montage.boxes(GEOMETRY, images))
+    boxes = torch.from_numpy(geometry.boxes(GEOMETRY, images))
     index = torch.arange(GEOMETRY.levels).repeat_interleave(torch.tensor(tiles))
     first = torch.tensor([sum(canvases[:i]) for i in range(GEOMETRY.levels)])
     boxes[:, 0] -= first[index]
@@ -103,7 +105,7 @@ def multiscale(images: int, channels: int, repeat: int) -> list[Result]:
         .requires_grad_()
         for r in GEOMETRY.ratios
     ]
-    boxes = torch.from_numpy(montage.boxes(GEOMETRY, images)).to(_device())
+    boxes = torch.from_numpy(geometry.boxes(GEOMETRY, images)).to(_device())
     index = torch.arange(GEOMETRY.levels).repeat_interleave(torch.tensor(tiles)).to(_device())
     pool = torchvision.ops.MultiScaleRoIAlign(names[::-1], GEOMETRY.cells, 0, canonical_scale=224, canonical_level=5)
     by_name = OrderedDict(zip(names[::-1], maps[::-1], strict=True))  # finest first

@@ -33,11 +33,11 @@ from benchmarks.common import Result, finish, markdown, parser, summary, turns
 from benchmarks.loaders import Job, Loader, Missing, Turn, chart, cores, pinned
 from benchmarks.loaders.pipelines import Decode, Montages
 from benchmarks.loaders.workers import Workers, lightly, released, torchvision_v2
+from dali_pipelines.geometry import Geometry, nearest_legal
 from dali_pipelines.loader import default_threads
 from dali_pipelines.plan import Plan
 from dali_pipelines.source import open_source
 from mcl.config import AugmentConfig, ConfigError
-from mcl.montage import Geometry, nearest_legal
 
 CONTENDERS: dict[str, Callable[[Job, int], Loader]] = {
     "decode": Decode,

@@ -32,7 +32,7 @@ from benchmarks.common import Result, finish, interleave, markdown, parser, summ
 from benchmarks.loaders.chart import rate
 from benchmarks.steps import processes
 from benchmarks.steps.contenders import CONTENDERS, NAMES, Contender, Setting, Stage
-from mcl.montage import STRIDE
+from dali_pipelines.geometry import STRIDE
 
 Stages = dict[str, list[Stage]]
 """What each contender is measured at."""

@@ -17,16 +17,17 @@ import torchvision
 from torch.optim import SGD
 
 from benchmarks.steps import Step
-from mcl import config, montage
+from dali_pipelines.batch import MontageBatch, in_order
+from dali_pipelines.geometry import STRIDE, Geometry
+from mcl import config
 from mcl.budget import budget, count
 from mcl.config import Config
 from mcl.models import MCL, layers
-from mcl.montage import STRIDE, Geometry, MontageBatch
-from mcl.optim import AUTOCAST
-from mcl.step import TrainingStep
-from mcl.trainer import resolve_device
+from mcl.train.optim import AUTOCAST
+from mcl.train.step import TrainingStep
+from mcl.train.trainer import resolve_device
 
-PRESETS = Path(__file__).parents[2] / "configs" / "pretrain"
+PRESETS = Path(__file__).parents[2] / "mcl" / "presets"
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ NAMES = {
 
 
 def _view(geometry: Geometry, images: int, seed: int) -> MontageBatch:
-    return montage.in_order(geometry, images, _noise(sum(geometry.canvases(images)), geometry.canvas, seed))
+    return in_order(geometry, images, _noise(sum(geometry.canvases(images)), geometry.canvas, seed))
 
 
 def _noise(images: int, side: int, seed: int) -> torch.Tensor:

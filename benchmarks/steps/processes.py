@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from mcl.allocator import keep_freed_memory
 
 from benchmarks.steps import Step
-from mcl.allocator import keep_freed_memory
 
 
 class Work(Protocol):

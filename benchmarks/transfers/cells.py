@@ -13,7 +13,7 @@ from benchmarks.transfers.methods import METHODS, Cell
 from benchmarks.transfers.protocol import ROOT, Protocol, ProtocolError, Work, write
 from benchmarks.transfers.tasks import Task
 from benchmarks.transfers.train import LOSSES
-from mcl import metrics
+from mcl.records import metrics
 
 _MEASURES = ("AP", "AP50", "AP75")
 

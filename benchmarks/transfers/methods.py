@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks.transfers.protocol import Work
 from benchmarks.transfers.train import WEIGHTS
-from mcl import checkpoint
+from mcl.train import checkpoint
 
 _BACKBONE, _FPN, _HEAD = r"backbone\.", r"neck\.", r"roi_head\.bbox_head\.shared_convs\."
 

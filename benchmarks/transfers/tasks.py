@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.transfers.protocol import ROOT, ProtocolError, write
-from mcl.signals import Signals
+from mcl.distributed.signals import Signals
 
 _POLL, _NOTE, _PATIENCE = 0.2, 5.0, 60.0  # seconds
 LINGER = 5.0

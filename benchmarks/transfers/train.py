@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from mcl.allocator import keep_freed_memory
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -24,12 +25,11 @@ from benchmarks.transfers import learners
 from benchmarks.transfers.learners import MoCo, Supervised
 from benchmarks.transfers.protocol import ROOT, Work, write
 from dali_pipelines.source import open_source
-from mcl import checkpoint
-from mcl.allocator import keep_freed_memory
 from mcl.config import OptimConfig
 from mcl.export import files
 from mcl.export.mmdet import rename
-from mcl.optim import build_optimizer, learning_rate, set_learning_rate
+from mcl.train import checkpoint
+from mcl.train.optim import build_optimizer, learning_rate, set_learning_rate
 
 WEIGHTS, LOSSES = "backbone.pth", "losses.json"
 
@@ -63,7 +63,7 @@ def train(
 
     Raises:
         FloatingPointError: the loss is not finite.
-        CheckpointError: see :mod:`mcl.checkpoint`.
+        CheckpointError: see :mod:`mcl.train.checkpoint`.
     """
     learner.to(memory_format=torch.channels_last)
     optimizer = build_optimizer(optim, learner)

@@ -26,12 +26,12 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from mcl import montage
+from dali_pipelines.batch import in_order
+from dali_pipelines.geometry import Geometry
 from mcl.config import ModelConfig, OptimConfig
 from mcl.distributed import Gather
-from mcl.models import MCL, layers
-from mcl.montage import Geometry
-from mcl.optim import AUTOCAST, build_optimizer
+from mcl.models import MCL
+from mcl.train.optim import AUTOCAST, build_optimizer
 
 PARTS = ("backbone", "FPN", "head", "projector", "predictors", "loss", "momentum network")
 """What a step consists of. `head` are its convolutions; everything of the momentum network is in the last."""
@@ -193,9 +193,7 @@ def step(
     """
     dtype, side = torch.float64 if precision == "fp64" else torch.float32, geometry.canvas
     with torch.device("meta"):
-        mcl = MCL(model, geometry).to(dtype)
-    layers.use(mcl, ours=False)  # what is counted does not depend on the device
-    mcl.online.backbone.recompute = recompute
+        mcl = MCL(model, geometry, recompute).to(dtype)
     targets: list[int] = []
 
     def loss() -> Tensor:
@@ -207,8 +205,8 @@ def step(
     with FakeTensorMode(allow_non_fake_inputs=True):
         mcl.to_empty(device="cpu")
         canvases = (sum(geometry.canvases(images)), 3, side, side)
-        query, key = (montage.in_order(geometry, images, torch.empty(canvases, dtype=dtype)) for _ in range(2))
-        meter = _Meter([*mcl.parameters(), *mcl.buffers(), query.images, key.images])
+        query, key = (in_order(geometry, images, torch.empty(canvases, dtype=dtype)) for _ in range(2))
+        meter = _Meter([*mcl.parameters(), *mcl.buffers(), query.pixels, key.pixels])
         meter.watch(mcl)
         meter.run(precision, loss)
     parameters = Counter[str]()
