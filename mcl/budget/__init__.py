@@ -23,7 +23,6 @@ import contextlib
 from collections.abc import Sequence
 from typing import Any
 
-from dali_pipelines.geometry import Geometry
 from mcl.budget import communication, count, hardware
 from mcl.budget.count import PARTS, Stage
 from mcl.config import Config, ConfigError
