@@ -306,6 +306,7 @@ class Trainer:
             what = f"gradient was not finite in the last {skipped} steps"
         else:
             return
+        self._saver.settle()  # the checkpoint to name may still be under way
         good = checkpoint.steps(self.folder / "checkpoints")
         raise NonFiniteLossError(
             f"the {what}; last good checkpoint: {good[-1] if good else 'none'}. "

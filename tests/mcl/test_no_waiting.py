@@ -148,9 +148,8 @@ def test_the_detector_lets_pass_what_does_not_wait() -> None:
 # ---------------------------------------------------------------------------------------------------- whole steps
 
 
-def step_under_watch(step: TrainingStep) -> Detector:
+def step_under_watch(cfg: Config, step: TrainingStep) -> Detector:
     """A whole step and its metrics."""
-    cfg = step._config
     meter = Meter(len(cfg.montage.ratios), torch.device("cpu"), scaled=cfg.trainer.precision == "fp16")
     query, key = views(cfg)
     with Detector("cpu") as detector:
@@ -162,7 +161,7 @@ def step_under_watch(step: TrainingStep) -> Detector:
 def check_whole_step(words: Sequence[str]) -> None:
     cfg = configure(*words)
     step = build(cfg)
-    seen = step_under_watch(step).seen
+    seen = step_under_watch(cfg, step).seen
     passes = cfg.trainer.accumulate * (1 if cfg.model.compute == "matched" else 2)
     norms = sum(isinstance(m, nn.BatchNorm2d) for m in step.model.online.backbone.modules())
     assert seen["mcl::batch_norm_backward"] >= passes * norms
@@ -232,8 +231,8 @@ def test_a_step_that_may_be_skipped_copies_buffers_alone(optimizer: str) -> None
     """The others may not be, and have everything else in common with it."""
     seen = {}
     for choice in ("stop", "skip"):
-        step = build(configure(f"optim.name={optimizer}", f"trainer.on_nonfinite={choice}"))
-        seen[choice] = step_under_watch(step).seen
+        cfg = configure(f"optim.name={optimizer}", f"trainer.on_nonfinite={choice}")
+        seen[choice] = step_under_watch(cfg, build(cfg)).seen
     dtypes = 2  # fp32 and int64
     more = seen["skip"] - seen["stop"]
     assert not seen["stop"] - seen["skip"]
@@ -283,11 +282,12 @@ def item_in_the_optimizer(step: TrainingStep) -> None:
     ],
 )
 def test_one_planted_wait_is_found(plant: Callable[[TrainingStep], None], operator: str) -> None:
-    step = build(configure())
-    assert step_under_watch(step).seen["mcl::lars_"] == 2
+    cfg = configure()
+    step = build(cfg)
+    assert step_under_watch(cfg, step).seen["mcl::lars_"] == 2
     plant(step)
     with pytest.raises(Waited, match=operator):
-        step_under_watch(step)
+        step_under_watch(cfg, step)
 
 
 # ---------------------------------------------------------------------------------------------------- no real GPU
