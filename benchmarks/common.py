@@ -1,77 +1,112 @@
-"""What all benchmarks share: interleaved timing, the machine, results as JSON, and a gate against an earlier result.
+"""What all benchmarks share: rounds of turns, the machine, results as JSON, tables, and a gate against earlier results.
 
-Results are medians over rounds; a round calls everything that is compared once, so that what disturbs the machine
-disturbs all alike. Spread is the interquartile range relative to the median.
+Results are medians over rounds. In a round every contender has one turn, so that whatever disturbs the machine disturbs
+all of them alike. Spread is the interquartile range relative to the median.
 """
 
 import argparse
-import contextlib
 import datetime
 import importlib.metadata
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
+from tqdm.auto import tqdm
+
+ROOT = Path(__file__).parents[1]
+PRESETS = ROOT / "configs" / "pretrain"
 
 Result = dict[str, Any]
 T = TypeVar("T")
+V = TypeVar("V")
 
 
-def turns(names: Sequence[T], repeat: int, warmup: int = 1) -> Iterator[tuple[T, bool]]:
-    """Whose turn it is, and whether it counts: `repeat` rounds after `warmup` ones.
+class Progress:
+    """Says on stderr what is being measured, how much is done, and how long the rest will take.
 
-    The order rotates, so that none always comes first.
-    """
-    for turn in range(-warmup, repeat):
-        first = turn % len(names)
-        for name in [*names[first:], *names[:first]]:
-            yield name, turn >= 0
-
-
-def interleave(
-    functions: dict[str, Callable[[], object]],
-    repeat: int,
-    warmup: int = 1,
-    around: Callable[[str], AbstractContextManager[object]] = contextlib.nullcontext,
-) -> dict[str, list[float]]:
-    """Seconds of every call, in the order of :func:`turns`.
+    A bar on a terminal, lines elsewhere.
 
     Args:
-        around: made of a name, it is entered before each call of that function and left after it, and not timed.
+        total: turns, or whatever is counted.
+        per_line: how many of them a line stands for; those that take long have a line of their own.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for name, counts in turns(list(functions), repeat, warmup):
-        with around(name):
-            synchronize()
-            start = time.perf_counter()
-            functions[name]()
-            synchronize()
-            end = time.perf_counter()
-        if counts:
-            seconds[name].append(end - start)
-    return seconds
+
+    _LONG = 30.0  # seconds
+
+    def __init__(self, total: int, per_line: int = 1) -> None:
+        self._total, self._per_line, self._done = total, per_line, 0
+        self._start, self._said = time.monotonic(), 0.0
+        self._bar = tqdm(total=total, smoothing=0, leave=False, file=sys.stderr) if sys.stderr.isatty() else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def begin(self, what: str) -> None:
+        """Names what begins now."""
+        now = time.monotonic()
+        if self._bar is not None:
+            self._bar.set_description(what)
+        elif self._done % self._per_line == 0 or now - self._said > self._LONG:
+            shape = "{desc}{n_fmt} of {total_fmt} done, {elapsed} elapsed, {remaining} left"
+            line = tqdm.format_meter(self._done, self._total, now - self._start, prefix=what, bar_format=shape)
+            print(line, file=sys.stderr, flush=True)
+            self._said = now
+
+    def advance(self) -> None:
+        """Counts what began last as done."""
+        self._done += 1
+        if self._bar is not None:
+            self._bar.update()
 
 
-def race(
-    case: str, forwards: dict[str, Callable[[], object]], backwards: dict[str, Callable[[], object]], repeat: int
-) -> list[Result]:
-    """Results of each, by name: forward and backward together, and their ratio to the first's."""
-    with torch.no_grad():
-        forward = interleave(forwards, repeat)
-    backward = interleave(backwards, repeat)
-    results = []
-    for name, seconds in forward.items():
-        both = [a + b for a, b in zip(seconds, backward[name], strict=True)]
-        results.append(summary(f"{case}: {name}", both, forward=statistics.median(seconds)))
-    return [{**result, "ratio": result["seconds"] / results[0]["seconds"]} for result in results]
+def turns(names: Sequence[T], repeat: int) -> Iterator[tuple[T, int]]:
+    """Whose turn it is, and the number of the round: 0 is a warm-up, rounds 1 to `repeat` count.
+
+    The order rotates, so that no contender always comes first.
+    """
+    for number in range(repeat + 1):
+        order = [*names[number % len(names) :], *names[: number % len(names)]] if names else []
+        for name in order:
+            yield name, number
+
+
+def rounds(names: Sequence[T], repeat: int, turn: Callable[[T, bool], V]) -> dict[T, list[V]]:
+    """What the turns of each contender returned in `repeat` rounds, after one round of warm-up. Shows progress.
+
+    Args:
+        turn: takes a turn; its arguments are the name and whether the turn counts.
+    """
+    values: dict[T, list[V]] = {name: [] for name in names}
+    with Progress(len(names) * (repeat + 1), per_line=len(names)) as progress:
+        for name, number in turns(names, repeat):
+            progress.begin(f"round {number} of {repeat}, {name}" if number else f"warm-up, {name}")
+            value = turn(name, number > 0)
+            progress.advance()
+            if number:
+                values[name].append(value)
+    return values
+
+
+def timed(function: Callable[[], object], times: int = 1) -> float:
+    """Seconds of `times` calls. Waits for the GPU, where there is one, before and after."""
+    synchronize()
+    start = time.perf_counter()
+    for _ in range(times):
+        function()
+    synchronize()
+    return time.perf_counter() - start
 
 
 def synchronize() -> None:
@@ -90,22 +125,15 @@ def summary(name: str, seconds: Sequence[float], **more: Any) -> Result:
 
 def environment() -> dict[str, Any]:
     """The machine and the versions that results depend on."""
-    cpu = next(
-        (
-            line.split(":", 1)[1].strip()
-            for line in _read("/proc/cpuinfo").splitlines()
-            if line.startswith("model name")
-        ),
-        "unknown",
-    )
+    cpuinfo = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "cpu": cpu,
+        "cpu": model[1] if model else "unknown",
         "cores": len(os.sched_getaffinity(0)),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "gpu": gpu,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "versions": {
             name: _version(name) for name in ("torch", "torchvision", "nvidia-dali-cuda130", "pillow", "lightly")
         },
@@ -114,26 +142,34 @@ def environment() -> dict[str, Any]:
     }
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    """The options that every benchmark has; ends this process if it is one of several, which none can measure."""
+def parser(description: str | None, repeat: int, plot: bool = True) -> argparse.ArgumentParser:
+    """The options that every benchmark has; ends this process if it is one of several, which none can measure.
+
+    Args:
+        description: the docstring of the script.
+        repeat: rounds by default.
+        plot: whether the benchmark draws a chart.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.exit(
             "benchmarks measure a single process; start them without torchrun. A run's own speed is in its metrics"
         )
-    options = argparse.ArgumentParser(description=description)
-    options.add_argument("--repeat", type=int, default=7, help="rounds")
+    options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--repeat", type=int, default=repeat, help="rounds")
     options.add_argument("--json", type=Path, help="file to write the results to")
     options.add_argument("--gate", type=Path, help="earlier results: fail where a median is slower than there")
     options.add_argument("--tolerance", type=float, default=5, help="by so many percent")
+    if plot:
+        options.add_argument("--plot", type=Path, help="PNG file to draw the results to")
     return options
 
 
 def finish(options: argparse.Namespace, results: Sequence[Result]) -> None:
     """Writes the JSON file and applies the gate that were asked for; exits with status 1 if it fails."""
     if options.json:
-        config = {k: _portable(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
+        config = {key: str(portable(v)) if isinstance(v, Path) else v for key, v in vars(options).items()}
         report = {"environment": environment(), "config": config, "results": list(results)}
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        write(options.json, json.dumps(report, indent=1) + "\n")
     if options.gate:
         failures = slower(results, json.loads(options.gate.read_text())["results"], options.tolerance)
         if failures:
@@ -154,25 +190,49 @@ def slower(results: Sequence[Result], baseline: Sequence[Result], tolerance: flo
     return failures
 
 
+def table(results: Sequence[Result], columns: Mapping[str, Callable[[Result], object]]) -> str:
+    """A row per result, as Markdown; a column that no result has a value for is left out.
+
+    Args:
+        columns: by header, what makes a cell of a result, such as ``"{ratio:.2f}x".format_map``; a cell is empty where
+            that raises KeyError.
+    """
+    cells = {header: [_cell(make, result) for result in results] for header, make in columns.items()}
+    filled = {header: column for header, column in cells.items() if any(cell != "" for cell in column)}
+    return markdown(list(filled), list(zip(*filled.values(), strict=True)))
+
+
+def _cell(make: Callable[[Result], object], result: Result) -> object:
+    try:
+        return make(result)
+    except KeyError:
+        return ""
+
+
 def markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table; numbers get three digits."""
+    """A table; floats are written by :func:`digits`."""
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for row in rows:
-        lines.append("| " + " | ".join(f"{c:.3g}" if isinstance(c, float) else str(c) for c in row) + " |")
+        lines.append("| " + " | ".join(digits(c) if isinstance(c, float) else str(c) for c in row) + " |")
     return "\n".join(lines)
 
 
-def _portable(path: Path) -> str:
-    """A path as it is in any checkout."""
-    root = Path(__file__).parents[1]
-    return str(path.relative_to(root) if path.is_relative_to(root) else path)
+def digits(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text()
-    except OSError:
-        return ""
+def portable(path: Path) -> Path:
+    """Relative to the checkout, where it lies in it."""
+    path = path.resolve()
+    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a file; whatever happens, `path` holds the old one or the whole new one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
 
 
 def _version(name: str) -> str:

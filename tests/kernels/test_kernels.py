@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import ptxas
 from mcl.ops.library import compiled
 from tests.conftest import ROOT
-from tests.kernels import emulation
+from tests.kernels import emulation, ptxas
 
 EMULATION = ROOT / "kernels" / "emulation"
 CUDA = ROOT / "kernels" / "csrc" / "cuda"

@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import ptxas
 from mcl.ops.library import compiled
 from tests.conftest import ROOT
-from tests.kernels import emulation
+from tests.kernels import emulation, ptxas
 
 PROGRAM = Path("emulation", "montage.cpp")
 KERNEL = Path("dali", "cuda", "montage.cuh")
