@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -37,66 +37,64 @@ class Progress:
     Args:
         total: turns, or whatever is counted.
         per_line: how many of them a line stands for; those that take long have a line of their own.
+        shown: whether anything is said.
     """
 
     _LONG = 30.0  # seconds
 
-    def __init__(self, total: int, per_line: int = 1) -> None:
+    def __init__(self, total: int, per_line: int = 1, shown: bool = True) -> None:
         self._total, self._per_line, self._done = total, per_line, 0
         self._start, self._said = time.monotonic(), 0.0
-        self._bar = tqdm(total=total, smoothing=0, leave=False, file=sys.stderr) if sys.stderr.isatty() else None
+        self._bar = tqdm(total=total, smoothing=0, leave=False, disable=not (shown and sys.stderr.isatty()))
+        self._lines = shown and self._bar.disable
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
 
     def begin(self, what: str) -> None:
         """Names what begins now."""
         now = time.monotonic()
-        if self._bar is not None:
-            self._bar.set_description(what)
-        elif self._done % self._per_line == 0 or now - self._said > self._LONG:
+        self._bar.set_description(what)
+        if self._lines and (self._done % self._per_line == 0 or now - self._said > self._LONG):
             shape = "{desc}{n_fmt} of {total_fmt} done, {elapsed} elapsed, {remaining} left"
-            line = tqdm.format_meter(self._done, self._total, now - self._start, prefix=what, bar_format=shape)
+            line = tqdm.format_meter(self._done, self._total, now - self._start, prefix=f"{what}: ", bar_format=shape)
             print(line, file=sys.stderr, flush=True)
             self._said = now
 
     def advance(self) -> None:
         """Counts what began last as done."""
         self._done += 1
-        if self._bar is not None:
-            self._bar.update()
+        self._bar.update()
 
 
-def turns(names: Sequence[T], repeat: int) -> Iterator[tuple[T, int]]:
-    """Whose turn it is, and the number of the round: 0 is a warm-up, rounds 1 to `repeat` count.
+def rounds(names: Sequence[T], repeat: int, turn: Callable[[T, bool], V], shown: bool = True) -> dict[T, list[V]]:
+    """What the turns of each contender returned in `repeat` rounds, after one round of warm-up.
 
     The order rotates, so that no contender always comes first.
-    """
-    for number in range(repeat + 1):
-        order = [*names[number % len(names) :], *names[: number % len(names)]] if names else []
-        for name in order:
-            yield name, number
-
-
-def rounds(names: Sequence[T], repeat: int, turn: Callable[[T, bool], V]) -> dict[T, list[V]]:
-    """What the turns of each contender returned in `repeat` rounds, after one round of warm-up. Shows progress.
 
     Args:
         turn: takes a turn; its arguments are the name and whether the turn counts.
+        shown: whether progress is shown.
     """
     values: dict[T, list[V]] = {name: [] for name in names}
-    with Progress(len(names) * (repeat + 1), per_line=len(names)) as progress:
-        for name, number in turns(names, repeat):
-            progress.begin(f"round {number} of {repeat}, {name}" if number else f"warm-up, {name}")
-            value = turn(name, number > 0)
-            progress.advance()
-            if number:
-                values[name].append(value)
+    with Progress(len(names) * (repeat + 1), per_line=len(names), shown=shown) as progress:
+        for number in range(repeat + 1):
+            for k in range(len(names)):
+                name = names[(number + k) % len(names)]
+                progress.begin(f"round {number} of {repeat}, {name}" if number else f"warm-up, {name}")
+                value = turn(name, number > 0)
+                progress.advance()
+                if number:
+                    values[name].append(value)
     return values
+
+
+def interleave(functions: Mapping[str, Callable[[], object]], repeat: int) -> dict[str, list[float]]:
+    """Seconds of the calls of each function, in rounds that show no progress."""
+    return rounds(list(functions), repeat, lambda name, _: timed(functions[name]), shown=False)
 
 
 def timed(function: Callable[[], object], times: int = 1) -> float:

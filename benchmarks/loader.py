@@ -22,35 +22,54 @@ What makes it fair:
 """
 
 import argparse
-import functools
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from operator import itemgetter
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks.common import Result, finish, markdown, parser, summary, turns
-from benchmarks.loaders import Job, Loader, Missing, Turn, chart, cores, pinned
-from benchmarks.loaders.pipelines import Decode, Montages
-from benchmarks.loaders.workers import Workers, lightly, released, torchvision_v2
+from benchmarks import charts
+from benchmarks.common import Progress, Result, finish, parser, rounds, summary
+from benchmarks.common import table as markdown_table
+from benchmarks.loader_contenders import CONTENDERS, OURS, Job, Loader, Missing, Turn, cores, pinned
 from dali_pipelines.loader import default_threads
 from dali_pipelines.plan import Plan
 from dali_pipelines.source import open_source
 from mcl.config import AugmentConfig, ConfigError
 from mcl.montage import Geometry, nearest_legal
 
-CONTENDERS: dict[str, Callable[[Job, int], Loader]] = {
-    "decode": Decode,
-    "fused": functools.partial(Montages, engine="fused"),
-    "stock": functools.partial(Montages, engine="stock"),
-    "released": functools.partial(Workers, recipe=released),
-    "torchvision": functools.partial(Workers, recipe=torchvision_v2),
-    "lightly": functools.partial(Workers, recipe=lightly),
+_COLUMNS = {
+    "what": itemgetter("name"),
+    "images/s": itemgetter("images_per_s"),
+    "spread": "{spread:.0%}".format_map,
+    "x released": "{ratio:.2f}x".format_map,
+    "scaling": "{scaling:.2f}x".format_map,
+    "of decode's scaling": "{scaling_of_decode:.2f}x".format_map,
 }
-OURS = ("fused", "stock")
+_SHARES = {
+    "what": itemgetter("name"),
+    "core-ms per image": lambda r: r["seconds"] * r["threads"] * 1e3,
+    "decode": "{shares[decode]:.0%}".format_map,
+    "augmentation": "{shares[augmentation]:.0%}".format_map,
+    "wait": "{shares[wait]:.0%}".format_map,
+}
 
-Measured = dict[tuple[str, int], list[Turn]]
-"""Turns of a contender with a number of threads."""
+
+class Entry(NamedTuple):
+    """A contender with a number of threads."""
+
+    contender: str
+    threads: int
+
+    def __str__(self) -> str:
+        return f"{self.contender}, {self.threads} thread{'s' if self.threads > 1 else ''}"
+
+
+Measured = Mapping[tuple[str, int], Sequence[Turn]]
+"""Turns by contender and number of threads."""
 
 
 def measure(
@@ -61,29 +80,29 @@ def measure(
     Returns:
         all turns but those of the warm-up round, and why contenders are missing.
     """
-    loaders: dict[tuple[str, int], Loader] = {}
+    loaders: dict[Entry, Loader] = {}
     missing: dict[str, str] = {}
+    entries = [Entry(*entry) for entry in itertools.product(contenders, threads)]
     with ExitStack() as stack:
-        for name in contenders:
-            for count in threads:
+        with Progress(len(entries)) as progress:
+            for entry in entries:
+                progress.begin(f"starting {entry}")
                 try:
-                    loader = CONTENDERS[name](job, count)
+                    loaders[entry] = CONTENDERS[entry.contender][1](job, entry.threads)
+                    stack.callback(loaders[entry].close)
                 except Missing as error:
-                    missing[name] = str(error)
-                else:
-                    loaders[name, count] = loader
-                    stack.callback(loader.close)
-        measured: Measured = {key: [] for key in loaders}
-        batches = {(name, count): count for name, count in loaders}
-        for key, counts in turns(list(loaders), repeat):
-            name, count = key
-            with pinned(cores(count)):
-                turn = loaders[key].turn(batches[key])
-            if counts:
-                measured[key].append(turn)
-            else:
-                batches[key] = count * max(1, round(seconds / turn.seconds))
-    return measured, missing
+                    missing[entry.contender] = str(error)
+                progress.advance()
+        batches = {entry: entry.threads for entry in loaders}
+
+        def turn(entry: Entry, counts: bool) -> Turn:
+            with pinned(cores(entry.threads)):
+                taken = loaders[entry].turn(batches[entry])
+            if not counts:
+                batches[entry] = entry.threads * max(1, round(seconds / taken.seconds))
+            return taken
+
+        return rounds(list(loaders), repeat, turn), missing
 
 
 def evaluate(measured: Measured) -> list[Result]:
@@ -95,15 +114,12 @@ def evaluate(measured: Measured) -> list[Result]:
     rates: dict[tuple[str, int], float] = {}
     results = []
     for (name, threads), each in measured.items():
-        plural = "s" if threads > 1 else ""
-        result = summary(f"{name}, {threads} thread{plural}", [t.seconds / t.images for t in each])
+        result = summary(str(Entry(name, threads)), [t.seconds / t.images for t in each])
         rates[name, threads] = 1 / result["seconds"]
-        core_seconds = float(np.median([t.core_seconds / t.images for t in each]))
-        results.append(
-            result
-            | {"contender": name, "threads": threads, "images_per_s": rates[name, threads]}
-            | ({"core_seconds": core_seconds} if name in (*OURS, "decode") else {})
-        )
+        result |= {"contender": name, "threads": threads, "images_per_s": rates[name, threads]}
+        if name in (*OURS, "decode"):
+            result["core_seconds"] = float(np.median([t.core_seconds / t.images for t in each]))
+        results.append(result)
     fewest = min((threads for _, threads in measured), default=1)
     decoding = {r["threads"]: r["core_seconds"] for r in results if r["contender"] == "decode"}
     for result in results:
@@ -160,27 +176,24 @@ def prepare(options: argparse.Namespace) -> Job:
 
 def table(results: Sequence[Result]) -> str:
     """What was measured, as Markdown."""
-    rows = [
-        (
-            r["name"],
-            chart.rate(r["images_per_s"]),
-            f"{r['spread']:.0%}",
-            *(f"{r[key]:.2f}x" if key in r else "" for key in ("ratio", "scaling", "scaling_of_decode")),
-        )
-        for r in results
-    ]
-    tables = [markdown(["what", "images/s", "spread", "x released", "scaling", "of decode's scaling"], rows)]
     ours = [r for r in results if "shares" in r]
-    if ours:
-        rows = [
-            (r["name"], r["seconds"] * r["threads"] * 1e3, *(f"{part:.0%}" for part in r["shares"].values()))
-            for r in ours
-        ]
-        tables.append(markdown(["what", "core-ms per image", "decode", "augmentation", "wait"], rows))
-    return "\n\n".join(tables)
+    tables = [markdown_table(results, _COLUMNS)]
+    return "\n\n".join([*tables, markdown_table(ours, _SHARES)] if ours else tables)
 
 
-def report(job: Job, results: Sequence[Result], missing: dict[str, str]) -> str:
+def bars(results: Sequence[Result]) -> dict[str, list[charts.Bar]]:
+    """What the chart shows: a row per contender, a bar per number of threads."""
+    rows: dict[str, list[charts.Bar]] = {}
+    for r in results:
+        note = str(Entry("", r["threads"]))[2:]
+        if "ratio" in r and r["contender"] != "released":
+            note += f"   {r['ratio']:.1f}× released"
+        bar = charts.Bar(r["images_per_s"], note, r["contender"] in OURS)
+        rows.setdefault(CONTENDERS[r["contender"]][0], []).append(bar)
+    return rows
+
+
+def report(job: Job, results: Sequence[Result], missing: Mapping[str, str]) -> str:
     """What was measured, and on what."""
     size = job.source.sizes[: job.plan.size].mean(0)
     kilobytes = np.mean([Path(path).stat().st_size for path in job.paths]) / 1e3
@@ -201,21 +214,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = evaluate(measured)
     print(report(job, results, missing))
     if options.plot:
-        chart.draw(results, options.plot)
+        charts.bars("Unique images per second, eight augmented views each", bars(results), options.plot)
     finish(options, results)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     default = sorted({1, default_threads()})
-    options = parser(__doc__ or "")
-    options.formatter_class = argparse.RawDescriptionHelpFormatter
+    options = parser(__doc__, repeat=7)
     options.add_argument("--data", type=Path, default=Path("data/photos/train"), help="folder of images, or list file")
     options.add_argument("--images", type=int, default=0, help="use the first so many of them; 0: all")
     options.add_argument("--batch", type=int, default=128, help="images per batch")
     options.add_argument("--threads", type=int, nargs="+", default=default, help="cores")
     options.add_argument("--seconds", type=float, default=5, help="of a turn, at least one batch per thread")
     options.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="who takes part")
-    options.add_argument("--plot", type=Path, help="PNG file to draw the results to")
     return options.parse_args(arguments)
 
 

@@ -2,9 +2,7 @@
 
 A step is forward, backward, clip, optimiser and momentum network, on fixed inputs of noise:
 
-* ``released``: the preset of that name, at canvases of ``--cells`` cells, with PyTorch as it comes, which the authors'
-  code would run on: its layers, and memory as the C library hands it out by default, where all others keep it;
-* ``released_ours``: the same with our layers, and kept memory;
+* ``released``: the preset of that name, at canvases of ``--cells`` cells: the authors' way;
 * ``matched``: the preset, at the same canvases;
 * ``recompute``: ``matched`` with activation checkpointing;
 * ``bf16``: ``matched`` in bf16, whatever ``--precision``; slower than fp32 on a CPU without bf16 instructions, of which
@@ -12,7 +10,7 @@ A step is forward, backward, clip, optimiser and momentum network, on fixed inpu
 * ``budget``, ``budget_2x``: the preset of that name at every size of its own canvas schedule, whatever ``--cells``; a
   round is the mean of its sizes, weighted by their epochs;
 * ``supervised``: torchvision's model at 224 px, whatever ``--cells``: what ``mcl budget`` compares with;
-  ``supervised_canvas``: the same at canvas size; ``supervised_ours``: with our layers. Forward, backward, SGD.
+  ``supervised_canvas``: the same at canvas size. Forward, backward, SGD.
 
 Each has a process of its own. All take turns, one at a time, in rounds, with a step before the one that is timed; what
 is reported are medians over rounds. FLOPs and saved bytes are counted (``mcl.budget``); with ``--memory`` a fresh
@@ -22,40 +20,78 @@ process per contender does one step, the largest, and tells its peak.
 import argparse
 import functools
 import statistics
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from itertools import compress
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from operator import itemgetter
 
-from benchmarks import bars
-from benchmarks.common import Result, finish, interleave, markdown, parser, summary
-from benchmarks.loaders.chart import rate
-from benchmarks.steps import processes
-from benchmarks.steps.contenders import CONTENDERS, NAMES, Contender, Setting, Stage
+from benchmarks import charts
+from benchmarks.common import Progress, Result, digits, finish, parser, rounds, summary
+from benchmarks.common import table as markdown_table
+from benchmarks.step_contenders import CONTENDERS, Apart, Contender, Setting, Stage
 from mcl.montage import STRIDE
 
-Stages = dict[str, list[Stage]]
+Stages = Mapping[str, Sequence[Stage]]
 """What each contender is measured at."""
 
-Measured = dict[str, list[list[float]]]
-"""Of each contender, for each of its stages, the seconds of a step in every round."""
+_RATIOS = {
+    "x supervised": "{ratio_to_supervised:.2f}x".format_map,
+    "counted": "{counted_ratio:.2f}x".format_map,
+}
+_COLUMNS = {
+    "what": itemgetter("name"),
+    "images/s": itemgetter("images_per_s"),
+    "spread": "{spread:.0%}".format_map,
+    "GFLOP/s": itemgetter("gflop_per_s"),
+    **_RATIOS,
+    "faster than released": "{faster_than_released:.2f}x".format_map,
+    "GB saved": lambda r: f"{r['saved_bytes'] / 1e9:.2f}",
+    "of released's": "{saved_of_released:.2f}x".format_map,
+    "GB at peak": lambda r: f"{r['peak_bytes'] / 1e9:.2f}",
+}
+_STAGE_COLUMNS = {
+    "what": "{name}, {side} px".format_map,
+    "epochs": itemgetter("epochs"),
+    "s per step": itemgetter("seconds"),
+    **_RATIOS,
+}
 
 
-def measure(contenders: dict[str, Contender], stages: Stages, repeat: int) -> Measured:
-    """A step of every contender at each of its stages, round by round."""
-    apart = {name: processes.Apart(each) for name, each in contenders.items()}
+def prepare(contenders: Mapping[str, Contender], memory: bool) -> tuple[dict[str, list[Stage]], dict[str, int]]:
+    """Counts what is to be measured and, if asked to, measures peaks of memory in fresh processes.
+
+    Returns:
+        Stages, and bytes, of each contender.
+
+    Raises:
+        ConfigError: the setting makes no legal configuration.
+    """
+    stages, peaks = {}, {}
+    with Progress(len(contenders)) as progress:
+        for name, contender in contenders.items():
+            progress.begin(f"counting FLOPs{' and measuring memory' * memory}, {name}")
+            stages[name] = contender.stages()
+            if memory:
+                with Apart(contender) as apart:
+                    peaks[name] = apart.peak(max(stage.side for stage in stages[name]))
+            progress.advance()
+    return stages, peaks
+
+
+def measure(contenders: Mapping[str, Contender], stages: Stages, repeat: int) -> dict[str, list[list[float]]]:
+    """Of each contender, for each of its stages, the seconds of a step in every round."""
+    apart = functools.cache(lambda name: Apart(contenders[name]))
     sizes = {f"{name}, {stage.side} px": (name, stage.side) for name, each in stages.items() for stage in each}
-    turns = {turn: functools.partial(apart[name].step, side) for turn, (name, side) in sizes.items()}
 
-    def awake(turn: str) -> AbstractContextManager[None]:
-        name, side = sizes[turn]
-        return apart[name].awake(side)
+    def turn(label: str, counts: bool) -> float:
+        name, side = sizes[label]
+        return apart(name).seconds(side)
 
-    seconds = interleave(turns, repeat, around=awake)
+    seconds = rounds(list(sizes), repeat, turn)
     return {name: [seconds[f"{name}, {stage.side} px"] for stage in each] for name, each in stages.items()}
 
 
-def evaluate(stages: Stages, measured: Measured, peaks: dict[str, int], images: int) -> list[Result]:
+def evaluate(
+    stages: Stages, measured: Mapping[str, Sequence[Sequence[float]]], peaks: Mapping[str, int], images: int
+) -> list[Result]:
     """One result per contender; ``seconds`` are per step.
 
     ``ratio_to_supervised`` is the time of a step over that of a supervised one at 224 px, ``counted_ratio`` the same of
@@ -69,8 +105,8 @@ def evaluate(stages: Stages, measured: Measured, peaks: dict[str, int], images: 
     results = {}
     for name, each in stages.items():
         weights = [stage.epochs for stage in each]
-        rounds = [statistics.fmean(times, weights) for times in zip(*measured[name], strict=True)]
-        result = summary(NAMES.get(name, name), rounds, contender=name)
+        means = [statistics.fmean(times, weights) for times in zip(*measured[name], strict=True)]
+        result = summary(CONTENDERS[name][0], means, contender=name)
         gflop = statistics.fmean([stage.gflop_per_image for stage in each], weights)
         images_per_s = images / result["seconds"]
         result |= {"images_per_s": images_per_s, "gflop_per_image": gflop, "gflop_per_s": gflop * images_per_s}
@@ -92,7 +128,7 @@ def evaluate(stages: Stages, measured: Measured, peaks: dict[str, int], images: 
     return list(results.values())
 
 
-def _compare(results: dict[str, Result]) -> None:
+def _compare(results: Mapping[str, Result]) -> None:
     supervised, released = (results.get(name) for name in ("supervised", "released"))
     for result in results.values():
         if supervised is not None:
@@ -107,85 +143,41 @@ def _compare(results: dict[str, Result]) -> None:
 
 def table(results: Sequence[Result]) -> str:
     """What was measured, as Markdown."""
-    header = [
-        "what",
-        "images/s",
-        "spread",
-        "GFLOP/s",
-        "x supervised",
-        "counted",
-        "faster than released",
-    ]
-    rows = [
-        (
-            r["name"],
-            rate(r["images_per_s"]),
-            f"{r['spread']:.0%}",
-            rate(r["gflop_per_s"]),
-            *(
-                f"{r[key]:.2f}x" if key in r else ""
-                for key in ("ratio_to_supervised", "counted_ratio", "faster_than_released")
-            ),
-            f"{r['saved_bytes'] / 1e9:.2f}" if "saved_bytes" in r else "",
-            f"{r['saved_of_released']:.2f}x" if "saved_of_released" in r else "",
-            f"{r['peak_bytes'] / 1e9:.2f}" if "peak_bytes" in r else "",
-        )
-        for r in results
-    ]
-    header += ["GB saved", "of released's", "GB at peak"]
-    there = [any(row[i] for row in rows) for i in range(len(header))]  # who is not compared with has no column
-    tables = [markdown(list(compress(header, there)), [tuple(compress(row, there)) for row in rows])]
-    stages = [(r["name"], stage) for r in results for stage in r.get("stages", [])]
-    if stages:
-        rows = [
-            (
-                f"{name}, {s['side']} px",
-                s["epochs"],
-                f"{s['seconds']:.3g}",
-                *(f"{s[key]:.2f}x" if key in s else "" for key in ("ratio_to_supervised", "counted_ratio")),
-            )
-            for name, s in stages
-        ]
-        tables.append(markdown(["what", "epochs", "s per step", "x supervised", "counted"], rows))
-    return "\n\n".join(tables)
+    stages = [{"name": r["name"], **stage} for r in results for stage in r.get("stages", [])]
+    tables = [markdown_table(results, _COLUMNS)]
+    return "\n\n".join([*tables, markdown_table(stages, _STAGE_COLUMNS)] if stages else tables)
 
 
-def draw(results: Sequence[Result], title: str, path: Path) -> None:
-    """Writes the chart."""
-    chart = []
+def bars(results: Sequence[Result]) -> dict[str, list[charts.Bar]]:
+    """What the chart shows."""
+    rows = {}
     for r in results:
+        ours = not r["contender"].startswith(("supervised", "released"))
         notes = []
         if "ratio_to_supervised" in r and r["contender"] != "supervised":
-            notes.append(f"{r['ratio_to_supervised']:.1f}× a supervised step")
-        ours = not r["contender"].startswith(("supervised", "released"))
+            notes.append(f"{digits(r['ratio_to_supervised'])}× a supervised step")
         if "faster_than_released" in r and ours:
             notes.append(f"{r['faster_than_released']:.1f}× as fast as released")
-        chart.append(bars.Bar(r["name"], r["images_per_s"], ", ".join(notes), ours))
-    bars.draw(title, chart, path)
+        rows[r["name"]] = [charts.Bar(r["images_per_s"], ", ".join(notes), ours)]
+    return rows
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
     setting = Setting(options.backbone, options.cells, options.images, options.precision, options.device)
-    contenders = {name: CONTENDERS[name](setting) for name in options.contenders}
-    stages = {name: contender.stages() for name, contender in contenders.items()}
-    peaks = {}
-    if options.memory:
-        for name, contender in contenders.items():
-            peaks[name] = processes.peak(contender, max(stage.side for stage in stages[name]))
+    contenders = {name: CONTENDERS[name][1](setting) for name in options.contenders}
+    stages, peaks = prepare(contenders, options.memory)
     results = evaluate(stages, measure(contenders, stages, options.repeat), peaks, options.images)
     what = f"{setting.backbone}, {STRIDE * setting.cells} px, {setting.images} images per step, {setting.precision}"
     print(f"{what}\n\n{table(results)}")
     if options.plot:
-        draw(results, f"Images per second of training: {what}", options.plot)
+        charts.bars(f"Images per second of training: {what}", bars(results), options.plot)
     finish(options, results)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    default = ["supervised", "supervised_ours", "released", "matched", "recompute", "budget", "budget_2x"]
-    options = parser(__doc__ or "")
-    options.formatter_class = argparse.RawDescriptionHelpFormatter
-    options.set_defaults(repeat=5)
+    default = ["supervised", "released", "matched", "recompute", "budget", "budget_2x"]
+    options = parser(__doc__, repeat=5)
     options.add_argument("--backbone", default="resnet50", help="model.backbone")
     options.add_argument("--cells", type=int, default=7, help="montage.cells: canvases of 32 times as many pixels")
     options.add_argument("--images", type=int, default=32, help="of a step (trainer.global_batch)")
@@ -193,7 +185,6 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="trainer.device")
     options.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=default, help="who takes part")
     options.add_argument("--memory", action="store_true", help="measure peaks in fresh processes")
-    options.add_argument("--plot", type=Path, help="PNG file to draw the results to")
     return options.parse_args(arguments)
 
 
