@@ -5,6 +5,7 @@ all of them alike. Spread is the interquartile range relative to the median.
 """
 
 import argparse
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -14,9 +15,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from tqdm.auto import tqdm
@@ -28,46 +29,33 @@ Result = dict[str, Any]
 T = TypeVar("T")
 V = TypeVar("V")
 
+_LONG = 30.0  # seconds
 
-class Progress:
-    """Says on stderr what is being measured, how much is done, and how long the rest will take.
 
-    A bar on a terminal, lines elsewhere.
+def progress_line(what: str, done: int, total: int, start: float) -> str:
+    """What begins now, how much is done, and how long the rest will take.
 
     Args:
-        total: turns, or whatever is counted.
-        per_line: how many of them a line stands for; those that take long have a line of their own.
-        shown: whether anything is said.
+        start: when the first began, in seconds of :func:`time.monotonic`.
     """
+    shape = "{desc}{n_fmt} of {total_fmt} done, {elapsed} elapsed, {remaining} left"
+    return tqdm.format_meter(done, total, time.monotonic() - start, prefix=f"{what}: ", bar_format=shape)
 
-    _LONG = 30.0  # seconds
 
-    def __init__(self, total: int, per_line: int = 1, shown: bool = True) -> None:
-        self._total, self._per_line, self._done = total, per_line, 0
-        self._start, self._said = time.monotonic(), 0.0
-        self._bar = tqdm(total=total, smoothing=0, leave=False, disable=not (shown and sys.stderr.isatty()))
-        self._lines = shown and self._bar.disable
+def progress(items: Sequence[T], what: Callable[[T], str], per_line: int = 1) -> Iterator[T]:
+    """The items, one by one; on stderr stands what begins, and how long the rest will take.
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._bar.close()
-
-    def begin(self, what: str) -> None:
-        """Names what begins now."""
-        now = time.monotonic()
-        self._bar.set_description(what)
-        if self._lines and (self._done % self._per_line == 0 or now - self._said > self._LONG):
-            shape = "{desc}{n_fmt} of {total_fmt} done, {elapsed} elapsed, {remaining} left"
-            line = tqdm.format_meter(self._done, self._total, now - self._start, prefix=f"{what}: ", bar_format=shape)
-            print(line, file=sys.stderr, flush=True)
-            self._said = now
-
-    def advance(self) -> None:
-        """Counts what began last as done."""
-        self._done += 1
-        self._bar.update()
+    A bar on a terminal; elsewhere lines, one for every `per_line` items, and for those behind one that took long.
+    """
+    start, said = time.monotonic(), 0.0
+    with tqdm(total=len(items), smoothing=0, leave=False, disable=not sys.stderr.isatty()) as bar:
+        for done, item in enumerate(items):
+            bar.set_description(what(item))
+            if bar.disable and (done % per_line == 0 or time.monotonic() - said > _LONG):
+                print(progress_line(what(item), done, len(items), start), file=sys.stderr, flush=True)
+                said = time.monotonic()
+            yield item
+            bar.update()
 
 
 def rounds(names: Sequence[T], repeat: int, turn: Callable[[T, bool], V], shown: bool = True) -> dict[T, list[V]]:
@@ -79,16 +67,17 @@ def rounds(names: Sequence[T], repeat: int, turn: Callable[[T, bool], V], shown:
         turn: takes a turn; its arguments are the name and whether the turn counts.
         shown: whether progress is shown.
     """
+
+    def describe(entry: tuple[T, int]) -> str:
+        name, number = entry
+        return f"round {number} of {repeat}, {name}" if number else f"warm-up, {name}"
+
     values: dict[T, list[V]] = {name: [] for name in names}
-    with Progress(len(names) * (repeat + 1), per_line=len(names), shown=shown) as progress:
-        for number in range(repeat + 1):
-            for k in range(len(names)):
-                name = names[(number + k) % len(names)]
-                progress.begin(f"round {number} of {repeat}, {name}" if number else f"warm-up, {name}")
-                value = turn(name, number > 0)
-                progress.advance()
-                if number:
-                    values[name].append(value)
+    order = [(names[(number + k) % len(names)], number) for number in range(repeat + 1) for k in range(len(names))]
+    for name, number in progress(order, describe, len(names)) if shown else order:
+        value = turn(name, number > 0)
+        if number:
+            values[name].append(value)
     return values
 
 
@@ -99,18 +88,13 @@ def interleave(functions: Mapping[str, Callable[[], object]], repeat: int) -> di
 
 def timed(function: Callable[[], object], times: int = 1) -> float:
     """Seconds of `times` calls. Waits for the GPU, where there is one, before and after."""
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     synchronize()
     start = time.perf_counter()
     for _ in range(times):
         function()
     synchronize()
     return time.perf_counter() - start
-
-
-def synchronize() -> None:
-    """Waits for the GPU where there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def summary(name: str, seconds: Sequence[float], **more: Any) -> Result:
@@ -121,26 +105,34 @@ def summary(name: str, seconds: Sequence[float], **more: Any) -> Result:
     return {"name": name, **times, **more}
 
 
-def environment() -> dict[str, Any]:
-    """The machine and the versions that results depend on."""
+def environment(*libraries: str) -> dict[str, Any]:
+    """The machine and the versions that results depend on.
+
+    Args:
+        libraries: more of them than all benchmarks depend on.
+    """
     cpuinfo = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    versions = {}
+    for name in ("torch", "torchvision", "nvidia-dali-cuda130", "pillow", "lightly", *libraries):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
     return {
         "cpu": model[1] if model else "unknown",
         "cores": len(os.sched_getaffinity(0)),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "versions": {
-            name: _version(name) for name in ("torch", "torchvision", "nvidia-dali-cuda130", "pillow", "lightly")
-        },
+        "versions": versions,
         "commit": commit.stdout.strip() or "unknown",
         "date": datetime.date.today().isoformat(),
     }
 
 
-def parser(description: str | None, repeat: int, plot: bool = True) -> argparse.ArgumentParser:
+def argument_parser(description: str | None, repeat: int, plot: bool = True) -> argparse.ArgumentParser:
     """The options that every benchmark has; ends this process if it is one of several, which none can measure.
 
     Args:
@@ -152,14 +144,14 @@ def parser(description: str | None, repeat: int, plot: bool = True) -> argparse.
         sys.exit(
             "benchmarks measure a single process; start them without torchrun. A run's own speed is in its metrics"
         )
-    options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--repeat", type=int, default=repeat, help="rounds")
-    options.add_argument("--json", type=Path, help="file to write the results to")
-    options.add_argument("--gate", type=Path, help="earlier results: fail where a median is slower than there")
-    options.add_argument("--tolerance", type=float, default=5, help="by so many percent")
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeat", type=int, default=repeat, help="rounds")
+    parser.add_argument("--json", type=Path, help="file to write the results to")
+    parser.add_argument("--gate", type=Path, help="earlier results: fail where a median is slower than there")
+    parser.add_argument("--tolerance", type=float, default=5, help="by so many percent")
     if plot:
-        options.add_argument("--plot", type=Path, help="PNG file to draw the results to")
-    return options
+        parser.add_argument("--plot", type=Path, help="PNG file to draw the results to")
+    return parser
 
 
 def finish(options: argparse.Namespace, results: Sequence[Result]) -> None:
@@ -188,23 +180,22 @@ def slower(results: Sequence[Result], baseline: Sequence[Result], tolerance: flo
     return failures
 
 
-def table(results: Sequence[Result], columns: Mapping[str, Callable[[Result], object]]) -> str:
-    """A row per result, as Markdown; a column that no result has a value for is left out.
+def tables(*parts: tuple[Sequence[Result], Mapping[str, Callable[[Result], object]]]) -> str:
+    """Tables as Markdown. Those without a row are left out, and so are columns without a value.
 
     Args:
-        columns: by header, what makes a cell of a result, such as ``"{ratio:.2f}x".format_map``; a cell is empty where
-            that raises KeyError.
+        parts: of each table the results, a row each, and by header what makes a cell of a result, such as
+            ``"{ratio:.2f}x".format_map``; a cell is empty where that raises KeyError.
     """
-    cells = {header: [_cell(make, result) for result in results] for header, make in columns.items()}
-    filled = {header: column for header, column in cells.items() if any(cell != "" for cell in column)}
-    return markdown(list(filled), list(zip(*filled.values(), strict=True)))
-
-
-def _cell(make: Callable[[Result], object], result: Result) -> object:
-    try:
-        return make(result)
-    except KeyError:
-        return ""
+    made = []
+    for results, columns in parts:
+        cells: dict[str, list[object]] = {}
+        for header, make in columns.items():
+            for row, result in enumerate(results):
+                with contextlib.suppress(KeyError):
+                    cells.setdefault(header, [""] * len(results))[row] = make(result)
+        made += [markdown(list(cells), list(zip(*cells.values(), strict=True)))] if results else []
+    return "\n\n".join(made)
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -231,10 +222,3 @@ def write(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text)
     os.replace(partial, path)
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"

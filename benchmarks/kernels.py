@@ -5,7 +5,6 @@ loop over parameters and beside PyTorch's foreach. On the GPU where there is one
 ``python -m tests.kernels.ptxas`` prints what the compiler says of the CUDA kernels.
 """
 
-import argparse
 import functools
 import itertools
 import math
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from benchmarks.common import Progress, Result, finish, interleave, markdown, parser, summary
+from benchmarks.common import Result, argument_parser, finish, interleave, markdown, progress, summary
 from mcl import config, ema, montage, ops
 from mcl.models import MCL
 from mcl.montage import STRIDE, Geometry
@@ -30,6 +29,8 @@ from mcl.optim import LARS
 
 GEOMETRY = Geometry()
 STRIDES = [STRIDE / r for r in GEOMETRY.ratios]
+SIDES = [GEOMETRY.cells * r for r in GEOMETRY.ratios]
+"""Cells of a side of each map."""
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 NORMS = ((64, 112, False), (256, 56, True), (2048, 7, True))
@@ -87,11 +88,10 @@ def theirs(maps: list[Tensor], boxes: Tensor, index: Tensor) -> Tensor:
     return torch.cat(pooled)
 
 
-def _maps(canvases: Sequence[int], channels: int) -> list[Tensor]:
-    """One of noise for each level, on so many canvases."""
-    generator = torch.Generator().manual_seed(0)
-    sides = [GEOMETRY.cells * r for r in GEOMETRY.ratios]
-    return [torch.randn(n, channels, s, s, generator=generator) for n, s in zip(canvases, sides, strict=True)]
+def _noise(*shape: int, dtype: str = "fp32", layout: str = "NCHW") -> Tensor:
+    """On the device, with a gradient."""
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return noise.to(_device(), DTYPES[dtype]).contiguous(memory_format=LAYOUTS[layout]).requires_grad_()
 
 
 def _tiles(images: int) -> tuple[Tensor, Tensor]:
@@ -108,7 +108,7 @@ def region_pool(images: int, channels: int, dtype: str, layout: str, random: boo
     if random:
         corners = torch.rand(len(boxes), 2, 2, generator=torch.Generator().manual_seed(1)) * GEOMETRY.canvas
         boxes[:, 1:] = torch.cat([corners.amin(1), corners.amax(1)], 1)
-    maps = [_put(f, dtype, layout) for f in _maps(canvases, channels)]
+    maps = [_noise(n, channels, s, s, dtype=dtype, layout=layout) for n, s in zip(canvases, SIDES, strict=True)]
     inputs = maps, boxes.to(_device()), index.to(_device())
     ways = {"mcl": lambda: ours(*inputs), "torchvision": lambda: theirs(*inputs)}
     return Case(ways, maps, 1e-5 if dtype == "fp32" else 3e-2)
@@ -120,7 +120,7 @@ def multiscale(images: int, channels: int) -> Case:
     It pools without the half-pixel shift (aligned=False), so values differ; boxes and maps are the same.
     """
     number = sum(GEOMETRY.canvases(images))
-    maps = [_put(f) for f in _maps([number] * GEOMETRY.levels, channels)]
+    maps = [_noise(number, channels, s, s) for s in SIDES]
     boxes, index = (tensor.to(_device()) for tensor in _tiles(images))
     names = [f"P{5 - i}" for i in range(GEOMETRY.levels)][::-1]  # finest first
     pool = torchvision.ops.MultiScaleRoIAlign(names, GEOMETRY.cells, 0, canonical_scale=224, canonical_level=5)
@@ -135,10 +135,8 @@ def multiscale(images: int, channels: int) -> Case:
 
 def norm(images: int, dtype: str, channels: int, side: int, residual: bool) -> Case:
     """BatchNorm in training, with what follows it in a residual block."""
-    generator = torch.Generator().manual_seed(0)
-    shape = (images, channels, side, side)
-    maps = [_put(torch.randn(shape, generator=generator), dtype, "channels_last") for _ in range(1 + residual)]
-    weight, bias = _put(torch.ones(channels)), _put(torch.zeros(channels))
+    maps = [_noise(images, channels, side, side, dtype=dtype, layout="channels_last") for _ in range(1 + residual)]
+    weight, bias = (torch.full((channels,), value, device=_device(), requires_grad=True) for value in (1.0, 0.0))
     running = torch.zeros(channels, device=_device()), torch.ones(channels, device=_device())
 
     def plain() -> Tensor:
@@ -150,11 +148,6 @@ def norm(images: int, dtype: str, channels: int, side: int, residual: bool) -> C
 
     # Sums near zero round to different sides, and ReLU passes other gradients; tests are stricter.
     return Case({"mcl": fused, "PyTorch": plain}, [*maps, weight, bias], 1e-2 if dtype == "fp32" else 1e-1)
-
-
-def _put(tensor: Tensor, dtype: str = "fp32", layout: str = "NCHW") -> Tensor:
-    """On the device, with a gradient."""
-    return tensor.to(_device(), DTYPES[dtype]).contiguous(memory_format=LAYOUTS[layout]).requires_grad_()
 
 
 def loop(weights: Sequence[nn.Parameter], buffers: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
@@ -230,13 +223,9 @@ def measure(images: int, fewer: int, channels: int, repeat: int) -> list[Result]
             name = f"BatchNorm{', addition' * residual}, ReLU, {channels_} channels, {side} x {side}, {dtype}"
             cases[name] = functools.partial(norm, fewer, dtype, channels_, side, residual)
     results = []
-    with Progress(len(cases) + 1) as progress:
-        for name, make in cases.items():
-            progress.begin(f"{repeat} rounds of {name}")
-            results += race(name, make(), repeat)
-            progress.advance()
-        progress.begin(f"{repeat} rounds of LARS and momentum network")
-        return results + steps(repeat)
+    for name in progress([*cases, "LARS and momentum network"], str):
+        results += race(name, cases[name](), repeat) if name in cases else steps(repeat)
+    return results
 
 
 def _device() -> str:
@@ -256,7 +245,11 @@ def _ms(result: Result) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = _options(arguments)
+    parser = argument_parser(__doc__, repeat=7, plot=False)
+    parser.add_argument("--images", type=int, default=128, help="images per view")
+    parser.add_argument("--channels", type=int, default=256, help="of the maps")
+    parser.add_argument("--threads", type=int, default=0, help="of the CPU; 0: PyTorch's default")
+    options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
     fewer = max(math.lcm(*GEOMETRY.images_per_canvas), options.images // 4)
@@ -271,14 +264,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     moving = [r for r in results if "passes" in r]
     print(markdown(["way", "passes", "GB/s"], [(r["name"], r["passes"], r["bytes_per_s"] / 1e9) for r in moving]))
     finish(options, results)
-
-
-def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    options = parser(__doc__, repeat=7, plot=False)
-    options.add_argument("--images", type=int, default=128, help="images per view")
-    options.add_argument("--channels", type=int, default=256, help="of the maps")
-    options.add_argument("--threads", type=int, default=0, help="of the CPU; 0: PyTorch's default")
-    return options.parse_args(arguments)
 
 
 if __name__ == "__main__":

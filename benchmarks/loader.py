@@ -21,8 +21,8 @@ What makes it fair:
   instead of 4; that is part of what is compared.
 """
 
-import argparse
 import itertools
+import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from operator import itemgetter
@@ -32,9 +32,8 @@ from typing import NamedTuple
 import numpy as np
 
 from benchmarks import charts
-from benchmarks.common import Progress, Result, finish, parser, rounds, summary
-from benchmarks.common import table as markdown_table
-from benchmarks.loader_contenders import CONTENDERS, OURS, Job, Loader, Missing, Turn, cores, pinned
+from benchmarks.common import Result, argument_parser, finish, rounds, summary, tables
+from benchmarks.loader_contenders import CONTENDERS, OURS, Job, Missing, Take, Turn, cores, pinned
 from dali_pipelines.loader import default_threads
 from dali_pipelines.plan import Plan
 from dali_pipelines.source import open_source
@@ -68,36 +67,27 @@ class Entry(NamedTuple):
         return f"{self.contender}, {self.threads} thread{'s' if self.threads > 1 else ''}"
 
 
-Measured = Mapping[tuple[str, int], Sequence[Turn]]
-"""Turns by contender and number of threads."""
-
-
 def measure(
     job: Job, contenders: Sequence[str], threads: Sequence[int], repeat: int, seconds: float
-) -> tuple[Measured, dict[str, str]]:
+) -> tuple[dict[Entry, list[Turn]], dict[str, str]]:
     """Turns of about so many seconds, but of at least one batch per thread.
 
     Returns:
         all turns but those of the warm-up round, and why contenders are missing.
     """
-    loaders: dict[Entry, Loader] = {}
+    loaders: dict[Entry, Take] = {}
     missing: dict[str, str] = {}
-    entries = [Entry(*entry) for entry in itertools.product(contenders, threads)]
     with ExitStack() as stack:
-        with Progress(len(entries)) as progress:
-            for entry in entries:
-                progress.begin(f"starting {entry}")
-                try:
-                    loaders[entry] = CONTENDERS[entry.contender][1](job, entry.threads)
-                    stack.callback(loaders[entry].close)
-                except Missing as error:
-                    missing[entry.contender] = str(error)
-                progress.advance()
+        for entry in itertools.starmap(Entry, itertools.product(contenders, threads)):
+            try:
+                loaders[entry] = stack.enter_context(CONTENDERS[entry.contender][1](job, entry.threads))
+            except Missing as error:
+                missing[entry.contender] = str(error)
         batches = {entry: entry.threads for entry in loaders}
 
         def turn(entry: Entry, counts: bool) -> Turn:
             with pinned(cores(entry.threads)):
-                taken = loaders[entry].turn(batches[entry])
+                taken = loaders[entry](batches[entry])
             if not counts:
                 batches[entry] = entry.threads * max(1, round(seconds / taken.seconds))
             return taken
@@ -105,49 +95,39 @@ def measure(
         return rounds(list(loaders), repeat, turn), missing
 
 
-def evaluate(measured: Measured) -> list[Result]:
+def evaluate(measured: Mapping[Entry, Sequence[Turn]]) -> list[Result]:
     """One result per contender and number of threads; ``seconds`` are per image.
 
     ``ratio`` is to the released recipe with as many threads, ``scaling`` to the same contender with the fewest
     threads, ``scaling_of_decode`` is that over the scaling of decoding alone. Each is there where both sides are.
+    ``shares`` are what the cores do while ours runs, as parts of 1; they wait when they are idle, or taken by other
+    programs.
     """
-    rates: dict[tuple[str, int], float] = {}
-    results = []
-    for (name, threads), each in measured.items():
-        result = summary(str(Entry(name, threads)), [t.seconds / t.images for t in each])
-        rates[name, threads] = 1 / result["seconds"]
-        result |= {"contender": name, "threads": threads, "images_per_s": rates[name, threads]}
-        if name in (*OURS, "decode"):
-            result["core_seconds"] = float(np.median([t.core_seconds / t.images for t in each]))
-        results.append(result)
-    fewest = min((threads for _, threads in measured), default=1)
-    decoding = {r["threads"]: r["core_seconds"] for r in results if r["contender"] == "decode"}
-    for result in results:
-        name, threads = result["contender"], result["threads"]
+    results = {}
+    for entry, each in measured.items():
+        result = summary(str(entry), [t.seconds / t.images for t in each])
+        result |= {"contender": entry.contender, "threads": entry.threads, "images_per_s": 1 / result["seconds"]}
+        if entry.contender in (*OURS, "decode"):
+            result["core_seconds"] = statistics.median(t.core_seconds / t.images for t in each)
+        results[entry] = result
+    rates = {entry: result["images_per_s"] for entry, result in results.items()}
+    fewest = min((entry.threads for entry in results), default=1)
+    for (name, threads), result in results.items():
+        decode = results.get(Entry("decode", threads))
         if ("released", threads) in rates:
             result["ratio"] = rates[name, threads] / rates["released", threads]
         if threads > fewest:
             result["scaling"] = rates[name, threads] / rates[name, fewest]
-            if decoding:
+            if decode:
                 result["scaling_of_decode"] = result["scaling"] * rates["decode", fewest] / rates["decode", threads]
-        if name in OURS and decoding:
-            result["shares"] = shares(result["seconds"] * threads, result["core_seconds"], decoding[threads])
-    return results
+        if name in OURS and decode:
+            available, used, decoding = result["seconds"] * threads, result["core_seconds"], decode["core_seconds"]
+            parts = {"decode": decoding, "augmentation": used - decoding, "wait": available - used}
+            result["shares"] = {part: seconds / available for part, seconds in parts.items()}
+    return list(results.values())
 
 
-def shares(available: float, used: float, decoding: float) -> dict[str, float]:
-    """What the cores do while ours runs, as parts of 1. They wait when they are idle, or taken by other programs.
-
-    Args:
-        available: seconds per image, times cores.
-        used: seconds that the cores worked, per image.
-        decoding: the same of decoding alone.
-    """
-    parts = {"decode": decoding, "augmentation": used - decoding, "wait": available - used}
-    return {name: seconds / available for name, seconds in parts.items()}
-
-
-def prepare(options: argparse.Namespace) -> Job:
+def prepare(data: Path, images: int, batch: int, threads: Sequence[int]) -> Job:
     """The job that was asked for, its files read once.
 
     Raises:
@@ -155,19 +135,19 @@ def prepare(options: argparse.Namespace) -> Job:
         ConfigError: images that only mcl can read, too few of them, a batch that fills no whole canvases, or too many
             threads.
     """
-    for count in options.threads:
+    for count in threads:
         cores(count)
     geometry = Geometry()
-    if not geometry.legal(options.batch):
-        near = " or ".join(map(str, nearest_legal(geometry, options.batch)))
-        raise ConfigError(f"--batch: {options.batch} images fill no whole number of canvases; use {near}")
-    source = open_source(str(options.data), key="--data")
+    if not geometry.legal(batch):
+        near = " or ".join(map(str, nearest_legal(geometry, batch)))
+        raise ConfigError(f"--batch: {batch} images fill no whole number of canvases; use {near}")
+    source = open_source(str(data), key="--data")
     if source.paths is None:
-        raise ConfigError(f"--data: {options.data} is no folder of files on a disk, which is all that others read")
-    size = min(options.images or len(source), len(source))
-    if size < options.batch:
-        raise ConfigError(f"--batch: {options.batch} is more than the {size} images; lower it or add images")
-    plan = Plan(seed=0, size=size, images=options.batch, geometry=geometry, augment=AugmentConfig())
+        raise ConfigError(f"--data: {data} is no folder of files on a disk, which is all that others read")
+    size = min(images or len(source), len(source))
+    if size < batch:
+        raise ConfigError(f"--batch: {batch} is more than the {size} images; lower it or add images")
+    plan = Plan(seed=0, size=size, images=batch, geometry=geometry, augment=AugmentConfig())
     job = Job(source, source.paths[:size], plan)
     for path in job.paths:
         Path(path).read_bytes()
@@ -176,9 +156,7 @@ def prepare(options: argparse.Namespace) -> Job:
 
 def table(results: Sequence[Result]) -> str:
     """What was measured, as Markdown."""
-    ours = [r for r in results if "shares" in r]
-    tables = [markdown_table(results, _COLUMNS)]
-    return "\n\n".join([*tables, markdown_table(ours, _SHARES)] if ours else tables)
+    return tables((results, _COLUMNS), ([r for r in results if "shares" in r], _SHARES))
 
 
 def bars(results: Sequence[Result]) -> dict[str, list[charts.Bar]]:
@@ -193,41 +171,30 @@ def bars(results: Sequence[Result]) -> dict[str, list[charts.Bar]]:
     return rows
 
 
-def report(job: Job, results: Sequence[Result], missing: Mapping[str, str]) -> str:
-    """What was measured, and on what."""
-    size = job.source.sizes[: job.plan.size].mean(0)
-    kilobytes = np.mean([Path(path).stat().st_size for path in job.paths]) / 1e3
-    lines = [
-        f"{job.plan.size} files, on average {size[0]:.0f} x {size[1]:.0f} pixels and {kilobytes:.0f} kB; "
-        f"batches of {job.plan.images}. Unique images per second, eight views each.",
-        "",
-        table(results),
-    ]
-    lines += ["", *(f"Not measured: {name}: {reason}" for name, reason in missing.items())]
-    return "\n".join(lines).rstrip()
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = _options(arguments)
-    job = prepare(options)
+    default = sorted({1, default_threads()})
+    parser = argument_parser(__doc__, repeat=7)
+    parser.add_argument("--data", type=Path, default=Path("data/photos/train"), help="folder of images, or list file")
+    parser.add_argument("--images", type=int, default=0, help="use the first so many of them; 0: all")
+    parser.add_argument("--batch", type=int, default=128, help="images per batch")
+    parser.add_argument("--threads", type=int, nargs="+", default=default, help="cores")
+    parser.add_argument("--seconds", type=float, default=5, help="of a turn, at least one batch per thread")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="who takes part")
+    options = parser.parse_args(arguments)
+    job = prepare(options.data, options.images, options.batch, options.threads)
     measured, missing = measure(job, options.contenders, options.threads, options.repeat, options.seconds)
     results = evaluate(measured)
-    print(report(job, results, missing))
+    width, height = job.source.sizes[: job.plan.size].mean(0)[:2]
+    kilobytes = np.mean([Path(path).stat().st_size for path in job.paths]) / 1e3
+    print(
+        f"{job.plan.size} files, on average {width:.0f} x {height:.0f} pixels and {kilobytes:.0f} kB; "
+        f"batches of {job.plan.images}. Unique images per second, eight views each.\n\n{table(results)}\n"
+    )
+    for name, reason in missing.items():
+        print(f"Not measured: {name}: {reason}")
     if options.plot:
         charts.bars("Unique images per second, eight augmented views each", bars(results), options.plot)
     finish(options, results)
-
-
-def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    default = sorted({1, default_threads()})
-    options = parser(__doc__, repeat=7)
-    options.add_argument("--data", type=Path, default=Path("data/photos/train"), help="folder of images, or list file")
-    options.add_argument("--images", type=int, default=0, help="use the first so many of them; 0: all")
-    options.add_argument("--batch", type=int, default=128, help="images per batch")
-    options.add_argument("--threads", type=int, nargs="+", default=default, help="cores")
-    options.add_argument("--seconds", type=float, default=5, help="of a turn, at least one batch per thread")
-    options.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="who takes part")
-    return options.parse_args(arguments)
 
 
 if __name__ == "__main__":

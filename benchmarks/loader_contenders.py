@@ -19,9 +19,8 @@ import multiprocessing
 import os
 import random
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal
@@ -31,8 +30,8 @@ import torch
 import torchvision.transforms
 import torchvision.transforms.v2
 from PIL import Image, ImageFilter
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from torchvision.io import decode_image
 
 from dali_pipelines.loader import MontageLoader
@@ -72,16 +71,8 @@ class Turn:
     core_seconds: float  # of this process and all its threads, not of other processes
 
 
-class Loader(ABC):
-    """One contender with a number of threads (or worker processes)."""
-
-    @abstractmethod
-    def turn(self, batches: int) -> Turn:
-        """Loads so many batches, a multiple of the number of threads."""
-
-    def close(self) -> None:
-        """Ends what outlives a turn."""
-        return None
+Take = Callable[[int], Turn]
+"""Loads so many batches, a multiple of the number of threads."""
 
 
 def _timed(load: Callable[[], object], times: int, images: int) -> Turn:
@@ -120,49 +111,47 @@ def pinned(to: Sequence[int]) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------ DALI
 
 
-class Decode(Loader):
+@contextmanager
+def decode(job: Job, threads: int) -> Iterator[Take]:
     """The ceiling: DALI reads and decodes the files on the CPU, and nothing else."""
-
-    def __init__(self, job: Job, threads: int) -> None:
-        if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
-            raise Missing("NVIDIA DALI is not installed; pip install nvidia-dali-cuda130")
-        self._job, self._threads = job, threads
-        self._steps = itertools.count()
-
-    def turn(self, batches: int) -> Turn:
+    try:
         from nvidia.dali import Pipeline, fn, types
+    except ImportError:
+        raise Missing("NVIDIA DALI is not installed; pip install nvidia-dali-cuda130") from None
+    steps = itertools.count()
 
-        images = self._job.plan.images
-        pipeline = Pipeline(images, self._threads, None, prefetch_queue_depth=AHEAD, exec_dynamic=True)
+    def paths() -> list[np.ndarray]:
+        return [np.frombuffer(job.paths[i].encode(), np.uint8) for i in job.batch(next(steps))]
+
+    def take(batches: int) -> Turn:
+        pipeline = Pipeline(job.plan.images, threads, None, prefetch_queue_depth=AHEAD, exec_dynamic=True)
         with pipeline:
-            content = fn.io.file.read(fn.external_source(source=self._paths, batch=True))
+            content = fn.io.file.read(fn.external_source(source=paths, batch=True))
             pipeline.set_outputs(fn.decoders.image(content, output_type=types.RGB, adjust_orientation=False))
         pipeline.build()
-        turn = _ahead(pipeline.run, batches, images)
+        turn = _ahead(pipeline.run, batches, job.plan.images)
         del pipeline
         gc.collect()  # what Python keeps in a circle would go on decoding
         return turn
 
-    def _paths(self) -> list[np.ndarray]:
-        batch = self._job.batch(next(self._steps))
-        return [np.frombuffer(self._job.paths[i].encode(), np.uint8) for i in batch]
+    yield take
 
 
-class Montages(Loader):
+@contextmanager
+def montages(job: Job, threads: int, engine: Literal["fused", "stock"]) -> Iterator[Take]:
     """mcl: two views of four levels, tiled into canvases and normalised."""
+    try:
+        loader = MontageLoader(job.source, job.plan, DataConfig(engine=engine, device="cpu"), threads=threads)
+    except ConfigError as error:
+        raise Missing(str(error)) from error
 
-    def __init__(self, job: Job, threads: int, engine: Literal["fused", "stock"]) -> None:
-        data = DataConfig(engine=engine, device="cpu")
-        try:
-            self._loader = MontageLoader(job.source, job.plan, data, threads=threads)
-        except ConfigError as error:
-            raise Missing(str(error)) from error
-
-    def turn(self, batches: int) -> Turn:
-        with self._loader as loader:
-            turn = _ahead(lambda: next(loader), batches, loader.plan.images)
+    def take(batches: int) -> Turn:
+        with loader:
+            turn = _ahead(lambda: next(loader), batches, job.plan.images)
         gc.collect()
         return turn
+
+    yield take
 
 
 def _ahead(take: Callable[[], object], batches: int, images: int) -> Turn:
@@ -175,54 +164,37 @@ def _ahead(take: Callable[[], object], batches: int, images: int) -> Turn:
 # ------------------------------------------------------------------------------------------------ DataLoader
 
 
-class Workers(Loader):
+@contextmanager
+def workers(job: Job, threads: int, recipe: Callable[[Job], "Views"]) -> Iterator[Take]:
     """As many workers as threads, each on any of as many cores, with one thread of its own.
 
     Args:
         recipe: makes eight augmented views of canvas size of each image, which is decoded once.
     """
+    # Forking this process, which has threads, could hang; starting Python afresh for every worker takes long.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    steps = itertools.count()
+    planned = [[image] for image in job.batch(0)[:threads]]  # batches of the next turn
+    loader: DataLoader[list[Tensor]] = DataLoader(
+        recipe(job),
+        batch_sampler=planned,
+        num_workers=threads,
+        persistent_workers=True,
+        multiprocessing_context=context,
+        worker_init_fn=functools.partial(_pin, cores(threads)),
+    )
 
-    def __init__(self, job: Job, threads: int, recipe: Callable[[Job], "Views"]) -> None:
-        # Forking this process, which has threads, could hang; starting Python afresh for every worker takes long.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
-        self._job = job
-        self._steps = Steps(job, threads)
-        self._loader: DataLoader[list[Tensor]] = DataLoader(
-            recipe(job),
-            batch_sampler=self._steps,
-            num_workers=threads,
-            persistent_workers=True,
-            multiprocessing_context=context,
-            worker_init_fn=functools.partial(_pin, cores(threads)),
-        )
-        self._load()  # one image per worker: they have started when it is there
-
-    def turn(self, batches: int) -> Turn:
-        self._steps.batches = batches
-        return _timed(self._load, 1, batches * self._job.plan.images)
-
-    def _load(self) -> None:
-        for _ in self._loader:
+    def load() -> None:
+        for _ in loader:
             pass
 
-    def close(self) -> None:
-        del self._loader  # which ends its workers
+    def take(batches: int) -> Turn:
+        planned[:] = [job.batch(next(steps)) for _ in range(batches)]
+        return _timed(load, 1, batches * job.plan.images)
 
-
-class Steps(Sampler[list[int]]):
-    """Images of the next steps of the plan; the first time round, one image per worker."""
-
-    def __init__(self, job: Job, workers: int) -> None:
-        self._job, self._workers, self._step = job, workers, 0
-        self.batches = 0
-
-    def __iter__(self) -> Iterator[list[int]]:
-        if self.batches == 0:
-            yield from ([image] for image in self._job.batch(0)[: self._workers])
-        for _ in range(self.batches):
-            yield self._job.batch(self._step)
-            self._step += 1
+    load()  # one image per worker: they have started when it is there
+    yield take
 
 
 def _pin(to: Sequence[int], worker: int) -> None:
@@ -249,15 +221,16 @@ class Views(Dataset[list[Tensor]]):
 
 def released(job: Job) -> Views:
     """The authors' way: Pillow images and torchvision's transforms, as float32 tensors in [0, 1]."""
-    to_tensor = torchvision.transforms.ToTensor()
-    return _recipes(job, read_pillow, torchvision.transforms, PillowBlur, [to_tensor])
+    t = torchvision.transforms
+    return _recipes(job, read_pillow, t, functools.partial(blur_pillow, job.plan.augment.blur_sigma), [t.ToTensor()])
 
 
 def torchvision_v2(job: Job) -> Views:
     """A present-day user's way: uint8 tensors from the decoder to the end."""
     v2 = torchvision.transforms.v2
-    window = int(blur_window(np.array(job.plan.augment.blur_sigma[1], np.float32)))
-    return _recipes(job, read_tensor, v2, functools.partial(v2.GaussianBlur, window), [])
+    sigma = job.plan.augment.blur_sigma
+    window = int(blur_window(np.array(sigma[1], np.float32)))
+    return _recipes(job, read_tensor, v2, v2.GaussianBlur(window, sigma), [])
 
 
 def lightly(job: Job) -> Views:
@@ -293,19 +266,9 @@ def lightly(job: Job) -> Views:
     return Views(job.paths, read_pillow, transforms)
 
 
-class PillowBlur(nn.Module):
-    """Pillow's Gaussian blur.
-
-    Args:
-        sigma: bounds of its sigma, pixels.
-    """
-
-    def __init__(self, sigma: tuple[float, float]) -> None:
-        super().__init__()
-        self.sigma = sigma
-
-    def forward(self, image: Image.Image) -> Image.Image:
-        return image.filter(ImageFilter.GaussianBlur(random.uniform(*self.sigma)))
+def blur_pillow(sigma: tuple[float, float], image: Image.Image) -> Image.Image:
+    """Pillow's Gaussian blur, its sigma drawn between two bounds, in pixels."""
+    return image.filter(ImageFilter.GaussianBlur(random.uniform(*sigma)))
 
 
 def read_pillow(path: str) -> Image.Image:
@@ -319,13 +282,7 @@ def read_tensor(path: str) -> Tensor:
     return image
 
 
-def _recipes(
-    job: Job,
-    read: Read,
-    t: ModuleType,
-    blur: Callable[[tuple[float, float]], Transform],
-    last: Sequence[Transform],
-) -> Views:
+def _recipes(job: Job, read: Read, t: ModuleType, blur: Transform, last: Sequence[Transform]) -> Views:
     """One recipe per view and level, from torchvision's transforms, version 1 or 2."""
     a = job.plan.augment
     transforms = [
@@ -335,7 +292,7 @@ def _recipes(
                 t.RandomHorizontalFlip(a.flip),
                 t.RandomApply([t.ColorJitter(a.brightness, a.contrast, a.saturation, a.hue)], a.jitter),
                 t.RandomGrayscale(a.gray),
-                t.RandomApply([blur(a.blur_sigma)], a.blur[view]),
+                t.RandomApply([blur], a.blur[view]),
                 t.RandomSolarize(128, a.solarize[view]),
                 *last,
             ]
@@ -346,13 +303,13 @@ def _recipes(
     return Views(job.paths, read, transforms)
 
 
-CONTENDERS: dict[str, tuple[str, Callable[[Job, int], Loader]]] = {
-    "decode": ("decoding alone\n(DALI)", Decode),
-    "fused": ("mcl, fused operator", functools.partial(Montages, engine="fused")),
-    "stock": ("mcl, stock DALI", functools.partial(Montages, engine="stock")),
-    "released": ("released recipe\n(Pillow, DataLoader)", functools.partial(Workers, recipe=released)),
-    "torchvision": ("torchvision v2\n(DataLoader)", functools.partial(Workers, recipe=torchvision_v2)),
-    "lightly": ("lightly\n(DataLoader)", functools.partial(Workers, recipe=lightly)),
+CONTENDERS: dict[str, tuple[str, Callable[[Job, int], AbstractContextManager[Take]]]] = {
+    "decode": ("decoding alone\n(DALI)", decode),
+    "fused": ("mcl, fused operator", functools.partial(montages, engine="fused")),
+    "stock": ("mcl, stock DALI", functools.partial(montages, engine="stock")),
+    "released": ("released recipe\n(Pillow, DataLoader)", functools.partial(workers, recipe=released)),
+    "torchvision": ("torchvision v2\n(DataLoader)", functools.partial(workers, recipe=torchvision_v2)),
+    "lightly": ("lightly\n(DataLoader)", functools.partial(workers, recipe=lightly)),
 }
 """By key, each in words, and what makes it with a number of threads."""
 OURS = ("fused", "stock")

@@ -17,20 +17,283 @@ is reported are medians over rounds. FLOPs and saved bytes are counted (``mcl.bu
 process per contender does one step, the largest, and tells its peak.
 """
 
-import argparse
+import contextlib
+import ctypes
+import dataclasses
 import functools
+import multiprocessing
+import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from operator import itemgetter
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch.optim import SGD
 
 from benchmarks import charts
-from benchmarks.common import Progress, Result, digits, finish, parser, rounds, summary
-from benchmarks.common import table as markdown_table
-from benchmarks.step_contenders import CONTENDERS, Apart, Contender, Setting, Stage
-from mcl.montage import STRIDE
+from benchmarks.common import PRESETS, Result, argument_parser, digits, finish, progress, rounds, summary, tables, timed
+from mcl import config, montage
+from mcl.budget import budget, count
+from mcl.config import Config
+from mcl.models import MCL
+from mcl.montage import STRIDE, MontageBatch
+from mcl.optim import AUTOCAST
+from mcl.step import TrainingStep
+from mcl.trainer import resolve_device
+
+Step = Callable[[int], object]
+"""Does a step on images, or canvases, of so many pixels; the first one of a size makes the inputs."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all contenders have in common."""
+
+    backbone: str
+    cells: int  # of the canvases; canvas schedules keep their own
+    images: int  # of a step
+    precision: str  # as trainer.precision
+    device: str  # as trainer.device
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Epochs with images, or canvases, of one size."""
+
+    epochs: int
+    side: int  # pixels
+    gflop_per_image: float  # counted, of a step
+    saved_bytes: int | None  # counted, that autograd keeps for backward; None: not counted
+
+
+@dataclass(frozen=True)
+class Supervised:
+    """torchvision's model with its classifier: cross-entropy, SGD with momentum and weight decay, channels_last."""
+
+    setting: Setting
+    side: int
+
+    def stages(self) -> list[Stage]:
+        """What is to be measured, counted beforehand: takes seconds."""
+        return [Stage(1, self.side, count.supervised(self.setting.backbone, self.side) / 1e9, None)]
+
+    def start(self) -> Step:
+        """Makes the model."""
+        setting, device = self.setting, resolve_device(self.setting.device)
+        model = torchvision.models.get_model(setting.backbone).to(device, memory_format=torch.channels_last)
+        lr = 0.1 * setting.images / 256
+        optimizer = SGD(model.parameters(), lr, momentum=0.9, weight_decay=1e-4, foreach=True)
+        scaler = torch.amp.GradScaler(device.type, enabled=setting.precision == "fp16")
+        dtype = AUTOCAST.get(setting.precision)
+        labels = torch.zeros(setting.images, dtype=torch.int64, device=device)
+        pixels = functools.cache(lambda side: _noise(setting.images, side, seed=0).to(device))
+
+        def step(side: int) -> None:
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext():
+                loss = F.cross_entropy(model(pixels(side)), labels)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+
+        return step
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """A preset of this project, in one process: forward, backward, clip, optimiser, momentum network."""
+
+    config: Config
+
+    def stages(self) -> list[Stage]:
+        """As of :class:`Supervised`.
+
+        Raises:
+            ConfigError: the batch fills no whole canvases.
+        """
+        return [
+            Stage(s["epochs"], s["canvas"], s["gflop_per_image"], s["saved_bytes"])
+            for s in budget(self.config, gpus=1)["stages"]
+        ]
+
+    def start(self) -> Step:
+        """Makes the model."""
+        optim, device = self.config.optim, resolve_device(self.config.trainer.device)
+        update = TrainingStep(self.config, MCL(self.config.model, self.config.montage), device)
+        images = self.config.trainer.global_batch
+        lr = optim.base_lr * images / 256
+
+        @functools.cache
+        def views(side: int) -> tuple[MontageBatch, MontageBatch]:
+            geometry = dataclasses.replace(self.config.montage, cells=side // STRIDE, schedule=())
+            number = sum(geometry.canvases(images))
+            query, key = (montage.in_order(geometry, images, _noise(number, side, seed)) for seed in (0, 1))
+            return query.to(device), key.to(device)
+
+        return lambda side: update(*views(side), lr, optim.ema)
+
+
+def _noise(images: int, side: int, seed: int) -> torch.Tensor:
+    """(images, 3, side, side), channels_last."""
+    pixels = torch.randn(images, 3, side, side, generator=torch.Generator().manual_seed(seed))
+    return pixels.contiguous(memory_format=torch.channels_last)
+
+
+Contender = Supervised | Pretraining
+
+
+def _preset(name: str, *words: str, scheduled: bool = False) -> Callable[[Setting], Contender]:
+    """A preset with the backbone, batch, precision, device and size of the setting, and with `words`.
+
+    Args:
+        scheduled: it keeps the sizes of its own canvas schedule.
+    """
+
+    def make(setting: Setting) -> Contender:
+        common = [
+            f"model.backbone={setting.backbone}",
+            f"trainer.global_batch={setting.images}",
+            f"trainer.precision={setting.precision}",
+            f"trainer.device={setting.device}",
+        ]
+        sized = [] if scheduled else [f"montage.cells={setting.cells}"]
+        return Pretraining(config.load(PRESETS / f"mcl_r50_fpn_100e_{name}.yaml", [*common, *sized, *words]))
+
+    return make
+
+
+CONTENDERS: dict[str, tuple[str, Callable[[Setting], Contender]]] = {
+    "supervised": ("supervised, 224 px", lambda setting: Supervised(setting, 224)),
+    "supervised_canvas": ("supervised, canvas size", lambda setting: Supervised(setting, STRIDE * setting.cells)),
+    "released": ("released", _preset("in1k_released")),
+    "matched": ("matched", _preset("in1k")),
+    "recompute": ("matched, recompute", _preset("in1k", "trainer.recompute=true")),
+    "bf16": ("matched, bf16", _preset("in1k", "trainer.precision=bf16")),
+    "budget": ("budget", _preset("budget", scheduled=True)),
+    "budget_2x": ("budget_2x", _preset("budget_2x", scheduled=True)),
+}
+"""By key, each in words, and what makes it."""
+
+
+class Apart:
+    """A contender in a process of its own, so that one has the memory at a time and its peak can be found out."""
+
+    def __init__(self, contender: Contender) -> None:
+        self._process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        self._process.submit(_start, contender).result()
+
+    def seconds(self, side: int) -> float:
+        """Of a step on images, or canvases, of so many pixels, after one that is not timed."""
+        return self._process.submit(_seconds, side).result()
+
+    def peak(self, side: int) -> int:
+        """Ends it after another step; bytes at its peak: resident, or allocated by PyTorch on the GPU."""
+        with self._process as process:
+            return process.submit(_peak, side).result()
+
+
+_step: Step  # of such a process
+
+
+def _start(contender: Contender) -> None:
+    global _step
+    _step = contender.start()
+
+
+def _seconds(side: int) -> float:
+    _step(side)
+    elapsed = timed(lambda: _step(side))
+    # What is free goes back, for the other processes.
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    getattr(ctypes.CDLL(None), "malloc_trim", int)(0)  # glibc's
+    return elapsed
+
+
+def _peak(side: int) -> int:
+    timed(lambda: _step(side))
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    # Not getrusage's ru_maxrss: Linux hands a parent's peak down to the process that it starts.
+    return 1024 * int(re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[0])
+
 
 Stages = Mapping[str, Sequence[Stage]]
 """What each contender is measured at."""
+
+
+def prepare(contenders: Mapping[str, Contender], memory: bool) -> tuple[dict[str, list[Stage]], dict[str, int]]:
+    """Counts what is to be measured and, if asked to, measures peaks of memory in fresh processes.
+
+    Returns:
+        Stages, and bytes, of each contender.
+    """
+    stages, peaks = {}, {}
+    for name in progress(list(contenders), f"counting FLOPs{' and measuring memory' * memory}, {{}}".format):
+        stages[name] = contenders[name].stages()
+        if memory:
+            peaks[name] = Apart(contenders[name]).peak(max(stage.side for stage in stages[name]))
+    return stages, peaks
+
+
+def measure(contenders: Mapping[str, Contender], stages: Stages, repeat: int) -> dict[str, list[list[float]]]:
+    """Of each contender, for each of its stages, the seconds of a step in every round."""
+    apart = functools.cache(lambda name: Apart(contenders[name]))
+    entries = {f"{name}, {stage.side} px": (name, stage.side) for name, each in stages.items() for stage in each}
+
+    def turn(entry: str, counts: bool) -> float:
+        name, side = entries[entry]
+        return apart(name).seconds(side)
+
+    seconds = rounds(list(entries), repeat, turn)
+    return {name: [seconds[f"{name}, {stage.side} px"] for stage in each] for name, each in stages.items()}
+
+
+def evaluate(
+    stages: Stages, measured: Mapping[str, Sequence[Sequence[float]]], peaks: Mapping[str, int], images: int
+) -> list[Result]:
+    """One result per contender; ``seconds`` are per step.
+
+    ``ratio_to_supervised`` is the time of a step over that of a supervised one at 224 px, ``counted_ratio`` the same of
+    their FLOPs; ``faster_than_released`` is how many times, ``saved_of_released`` the part of its saved bytes. Each is
+    there where both sides are. The stages of a canvas schedule have the first two.
+
+    Args:
+        peaks: bytes, of those whose peak was measured.
+        images: of a step.
+    """
+    results = {}
+    for name, each in stages.items():
+        weights = [stage.epochs for stage in each]
+        means = [statistics.fmean(times, weights) for times in zip(*measured[name], strict=True)]
+        gflop = statistics.fmean([stage.gflop_per_image for stage in each], weights)
+        result = summary(CONTENDERS[name][0], means, contender=name, gflop_per_image=gflop)
+        result["images_per_s"] = images / result["seconds"]
+        result["gflop_per_s"] = gflop * result["images_per_s"]
+        saved = [stage.saved_bytes for stage in each if stage.saved_bytes is not None]
+        result |= {"saved_bytes": max(saved)} if saved else {}
+        result |= {"peak_bytes": peaks[name]} if name in peaks else {}
+        if len(each) > 1:
+            medians = map(statistics.median, measured[name])
+            result["stages"] = [{**vars(s), "seconds": t} for s, t in zip(each, medians, strict=True)]
+        results[name] = result
+    supervised, released = (results.get(name) for name in ("supervised", "released"))
+    for result in results.values():
+        if supervised is not None:
+            for r in (result, *result.get("stages", [])):
+                r["ratio_to_supervised"] = r["seconds"] / supervised["seconds"]
+                r["counted_ratio"] = r["gflop_per_image"] / supervised["gflop_per_image"]
+        if released is not None:
+            result["faster_than_released"] = released["seconds"] / result["seconds"]
+            if "saved_bytes" in result:
+                result["saved_of_released"] = result["saved_bytes"] / released["saved_bytes"]
+    return list(results.values())
+
 
 _RATIOS = {
     "x supervised": "{ratio_to_supervised:.2f}x".format_map,
@@ -55,97 +318,10 @@ _STAGE_COLUMNS = {
 }
 
 
-def prepare(contenders: Mapping[str, Contender], memory: bool) -> tuple[dict[str, list[Stage]], dict[str, int]]:
-    """Counts what is to be measured and, if asked to, measures peaks of memory in fresh processes.
-
-    Returns:
-        Stages, and bytes, of each contender.
-
-    Raises:
-        ConfigError: the setting makes no legal configuration.
-    """
-    stages, peaks = {}, {}
-    with Progress(len(contenders)) as progress:
-        for name, contender in contenders.items():
-            progress.begin(f"counting FLOPs{' and measuring memory' * memory}, {name}")
-            stages[name] = contender.stages()
-            if memory:
-                with Apart(contender) as apart:
-                    peaks[name] = apart.peak(max(stage.side for stage in stages[name]))
-            progress.advance()
-    return stages, peaks
-
-
-def measure(contenders: Mapping[str, Contender], stages: Stages, repeat: int) -> dict[str, list[list[float]]]:
-    """Of each contender, for each of its stages, the seconds of a step in every round."""
-    apart = functools.cache(lambda name: Apart(contenders[name]))
-    sizes = {f"{name}, {stage.side} px": (name, stage.side) for name, each in stages.items() for stage in each}
-
-    def turn(label: str, counts: bool) -> float:
-        name, side = sizes[label]
-        return apart(name).seconds(side)
-
-    seconds = rounds(list(sizes), repeat, turn)
-    return {name: [seconds[f"{name}, {stage.side} px"] for stage in each] for name, each in stages.items()}
-
-
-def evaluate(
-    stages: Stages, measured: Mapping[str, Sequence[Sequence[float]]], peaks: Mapping[str, int], images: int
-) -> list[Result]:
-    """One result per contender; ``seconds`` are per step.
-
-    ``ratio_to_supervised`` is the time of a step over that of a supervised one at 224 px, ``counted_ratio`` the same of
-    their FLOPs; ``faster_than_released`` is how many times, ``saved_of_released`` the part of its saved bytes. Each is
-    there where both sides are. The stages of a canvas schedule have the first two.
-
-    Args:
-        peaks: bytes, of those whose peak was measured.
-        images: of a step.
-    """
-    results = {}
-    for name, each in stages.items():
-        weights = [stage.epochs for stage in each]
-        means = [statistics.fmean(times, weights) for times in zip(*measured[name], strict=True)]
-        result = summary(CONTENDERS[name][0], means, contender=name)
-        gflop = statistics.fmean([stage.gflop_per_image for stage in each], weights)
-        images_per_s = images / result["seconds"]
-        result |= {"images_per_s": images_per_s, "gflop_per_image": gflop, "gflop_per_s": gflop * images_per_s}
-        saved = [stage.saved_bytes for stage in each if stage.saved_bytes is not None]
-        result |= {"saved_bytes": max(saved)} if saved else {}
-        result |= {"peak_bytes": peaks[name]} if name in peaks else {}
-        if len(each) > 1:
-            result["stages"] = [
-                {
-                    "side": stage.side,
-                    "epochs": stage.epochs,
-                    "seconds": statistics.median(times),
-                    "gflop_per_image": stage.gflop_per_image,
-                }
-                for stage, times in zip(each, measured[name], strict=True)
-            ]
-        results[name] = result
-    _compare(results)
-    return list(results.values())
-
-
-def _compare(results: Mapping[str, Result]) -> None:
-    supervised, released = (results.get(name) for name in ("supervised", "released"))
-    for result in results.values():
-        if supervised is not None:
-            for r in (result, *result.get("stages", [])):
-                r["ratio_to_supervised"] = r["seconds"] / supervised["seconds"]
-                r["counted_ratio"] = r["gflop_per_image"] / supervised["gflop_per_image"]
-        if released is not None:
-            result["faster_than_released"] = released["seconds"] / result["seconds"]
-            if "saved_bytes" in result:
-                result["saved_of_released"] = result["saved_bytes"] / released["saved_bytes"]
-
-
 def table(results: Sequence[Result]) -> str:
     """What was measured, as Markdown."""
     stages = [{"name": r["name"], **stage} for r in results for stage in r.get("stages", [])]
-    tables = [markdown_table(results, _COLUMNS)]
-    return "\n\n".join([*tables, markdown_table(stages, _STAGE_COLUMNS)] if stages else tables)
+    return tables((results, _COLUMNS), (stages, _STAGE_COLUMNS))
 
 
 def bars(results: Sequence[Result]) -> dict[str, list[charts.Bar]]:
@@ -163,7 +339,16 @@ def bars(results: Sequence[Result]) -> dict[str, list[charts.Bar]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = _options(arguments)
+    default = ["supervised", "released", "matched", "recompute", "budget", "budget_2x"]
+    parser = argument_parser(__doc__, repeat=5)
+    parser.add_argument("--backbone", default="resnet50", help="model.backbone")
+    parser.add_argument("--cells", type=int, default=7, help="montage.cells: canvases of 32 times as many pixels")
+    parser.add_argument("--images", type=int, default=32, help="of a step (trainer.global_batch)")
+    parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="trainer.precision")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="trainer.device")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=default, help="who takes part")
+    parser.add_argument("--memory", action="store_true", help="measure peaks in fresh processes")
+    options = parser.parse_args(arguments)
     setting = Setting(options.backbone, options.cells, options.images, options.precision, options.device)
     contenders = {name: CONTENDERS[name][1](setting) for name in options.contenders}
     stages, peaks = prepare(contenders, options.memory)
@@ -173,19 +358,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.plot:
         charts.bars(f"Images per second of training: {what}", bars(results), options.plot)
     finish(options, results)
-
-
-def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    default = ["supervised", "released", "matched", "recompute", "budget", "budget_2x"]
-    options = parser(__doc__, repeat=5)
-    options.add_argument("--backbone", default="resnet50", help="model.backbone")
-    options.add_argument("--cells", type=int, default=7, help="montage.cells: canvases of 32 times as many pixels")
-    options.add_argument("--images", type=int, default=32, help="of a step (trainer.global_batch)")
-    options.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="trainer.precision")
-    options.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="trainer.device")
-    options.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=default, help="who takes part")
-    options.add_argument("--memory", action="store_true", help="measure peaks in fresh processes")
-    return options.parse_args(arguments)
 
 
 if __name__ == "__main__":

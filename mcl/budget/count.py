@@ -198,12 +198,19 @@ def supervised(backbone: str, side: int = 224) -> int:
     images = 8
     with torch.device("meta"):
         model = torchvision.models.get_model(backbone)
-    with FakeTensorMode():
-        _make_fake(model, torch.float32)
         pixels, labels = torch.empty(images, 3, side, side), torch.empty(images, dtype=torch.int64)
-        meter = _Meter([])
-        _run(meter, "fp32", lambda: F.cross_entropy(model(pixels), labels))
-    return (meter.forward.total() + meter.backward.total()) // images
+    return flops(lambda: F.cross_entropy(model(pixels), labels)) // images
+
+
+def flops(loss: Callable[[], Tensor]) -> int:
+    """FLOPs of computing a loss in fp32 and of its backward.
+
+    Args:
+        loss: computes it from tensors without memory, such as those of the meta device.
+    """
+    meter = _Meter([])
+    _run(meter, "fp32", loss)
+    return meter.forward.total() + meter.backward.total()
 
 
 @dataclass(frozen=True)
