@@ -23,7 +23,7 @@ import torch
 from tqdm.auto import tqdm
 
 ROOT = Path(__file__).parents[1]
-PRESETS = ROOT / "configs" / "pretrain"
+PRESETS = ROOT / "mcl" / "presets"
 
 Result = dict[str, Any]
 T = TypeVar("T")

@@ -27,8 +27,8 @@ from benchmarks import charts
 from benchmarks.common import PRESETS, Result, argument_parser, finish, markdown, rounds, summary, tables, timed
 from mcl import config as configs
 from mcl.config import Config, ConfigError
-from mcl.metrics import Record, read
-from mcl.trainer import Trainer
+from mcl.records.metrics import Record, read
+from mcl.train.trainer import Trainer
 
 DEMO = PRESETS / "mcl_r18_fpn_demo.yaml"
 RECORDS = 6
@@ -53,7 +53,7 @@ def measure(config: Config, repeat: int, seconds: float) -> dict[str, list[float
         seconds: of a turn, about; at least one step.
 
     Raises:
-        ConfigError, SourceError: see :class:`~mcl.trainer.Trainer`.
+        ConfigError, SourceError: see :class:`~mcl.train.trainer.Trainer`.
     """
     trainer = Trainer(config)
     loader = trainer.loader

@@ -19,13 +19,15 @@ import torchvision
 from torch import Tensor, nn
 
 from benchmarks.common import Result, argument_parser, finish, interleave, markdown, progress, summary
-from mcl import config, ema, montage, ops
+from dali_pipelines import geometry
+from dali_pipelines.geometry import STRIDE, Geometry
+from mcl import config, ops
 from mcl.models import MCL
-from mcl.montage import STRIDE, Geometry
 from mcl.ops import fallback
 from mcl.ops.batch_norm import batch_norm
 from mcl.ops.library import compiled
-from mcl.optim import LARS
+from mcl.train import ema
+from mcl.train.optim import LARS
 
 GEOMETRY = Geometry()
 STRIDES = [STRIDE / r for r in GEOMETRY.ratios]
@@ -97,7 +99,7 @@ def _noise(*shape: int, dtype: str = "fp32", layout: str = "NCHW") -> Tensor:
 def _tiles(images: int) -> tuple[Tensor, Tensor]:
     """Boxes (R, 5) and the levels (R,) of all tiles; canvases are counted over all levels."""
     index = torch.arange(GEOMETRY.levels).repeat_interleave(torch.tensor(GEOMETRY.tiles(images)))
-    return torch.from_numpy(montage.boxes(GEOMETRY, images)), index
+    return torch.from_numpy(geometry.boxes(GEOMETRY, images)), index
 
 
 def region_pool(images: int, channels: int, dtype: str, layout: str, random: bool) -> Case:

@@ -34,11 +34,11 @@ import numpy as np
 from benchmarks import charts
 from benchmarks.common import Result, argument_parser, finish, rounds, summary, tables
 from benchmarks.loader_contenders import CONTENDERS, OURS, Job, Missing, Take, Turn, cores, pinned
+from dali_pipelines.geometry import Geometry, nearest_legal
 from dali_pipelines.loader import default_threads
 from dali_pipelines.plan import Plan
 from dali_pipelines.source import open_source
 from mcl.config import AugmentConfig, ConfigError
-from mcl.montage import Geometry, nearest_legal
 
 _COLUMNS = {
     "what": itemgetter("name"),

@@ -37,14 +37,15 @@ from torch.optim import SGD
 
 from benchmarks import charts
 from benchmarks.common import PRESETS, Result, argument_parser, digits, finish, progress, rounds, summary, tables, timed
-from mcl import config, montage
+from dali_pipelines.batch import MontageBatch, in_order
+from dali_pipelines.geometry import STRIDE
+from mcl import config
 from mcl.budget import budget, count
 from mcl.config import Config
 from mcl.models import MCL
-from mcl.montage import STRIDE, MontageBatch
-from mcl.optim import AUTOCAST
-from mcl.step import TrainingStep
-from mcl.trainer import resolve_device
+from mcl.train.optim import AUTOCAST
+from mcl.train.step import TrainingStep
+from mcl.train.trainer import resolve_device
 
 Step = Callable[[int], object]
 """Does a step on images, or canvases, of so many pixels; the first one of a size makes the inputs."""
@@ -132,7 +133,7 @@ class Pretraining:
         def views(side: int) -> tuple[MontageBatch, MontageBatch]:
             geometry = dataclasses.replace(self.config.montage, cells=side // STRIDE, schedule=())
             number = sum(geometry.canvases(images))
-            query, key = (montage.in_order(geometry, images, _noise(number, side, seed)) for seed in (0, 1))
+            query, key = (in_order(geometry, images, _noise(number, side, seed)) for seed in (0, 1))
             return query.to(device), key.to(device)
 
         return lambda side: update(*views(side), lr, optim.ema)

@@ -28,8 +28,9 @@ from benchmarks.transfer_baselines import KINDS as BASELINES
 from benchmarks.transfer_baselines import LOSSES, WEIGHTS, flops
 from benchmarks.transfer_protocol import Protocol, ProtocolError, Work
 from benchmarks.transfer_report import evaluate, table
-from mcl import checkpoint, metrics
-from mcl.signals import Signals
+from mcl.distributed.signals import Signals
+from mcl.records import metrics
+from mcl.train import checkpoint
 
 RESULTS = ROOT / "benchmarks" / "results" / "transfer"
 

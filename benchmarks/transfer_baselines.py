@@ -26,13 +26,13 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks.common import ROOT, write
 from benchmarks.transfer_protocol import Protocol, ProtocolError, Work
 from dali_pipelines.source import open_source
-from mcl import checkpoint
 from mcl.budget import count
 from mcl.config import Config, OptimConfig
 from mcl.export import files
 from mcl.export.mmdet import rename
 from mcl.models.backbones import Backbone
-from mcl.optim import build_optimizer, learning_rate, set_learning_rate
+from mcl.train import checkpoint
+from mcl.train.optim import build_optimizer, learning_rate, set_learning_rate
 
 KINDS = ("supervised", "moco")
 WEIGHTS, LOSSES = "backbone.pth", "losses.json"
@@ -180,7 +180,7 @@ def train(
 
     Raises:
         FloatingPointError: the loss is not finite.
-        CheckpointError: see :mod:`mcl.checkpoint`.
+        CheckpointError: see :mod:`mcl.train.checkpoint`.
     """
     learner.to(memory_format=torch.channels_last)
     optimizer = build_optimizer(optim, learner)

@@ -43,7 +43,7 @@ class Protocol:
     """Classes that are left out."""
     at_most: int = 0
     """Images, drawn evenly from the sorted ones; 0: all."""
-    preset: str = "configs/pretrain/mcl_r18_fpn_demo.yaml"
+    preset: str = "mcl/presets/mcl_r18_fpn_demo.yaml"
     epochs: int = 10
     pretraining: tuple[str, ...] = (
         "montage.cells=2",

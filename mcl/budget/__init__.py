@@ -24,10 +24,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dali_pipelines.geometry import Geometry
 from mcl.budget import communication, count, hardware
 from mcl.budget.count import PARTS, Count
 from mcl.config import Config, ConfigError
-from mcl.montage import Geometry
 
 _RELEASED_IMAGES = 128  # per GPU
 _GIGA = 1e9

@@ -27,12 +27,12 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from mcl import montage
+from dali_pipelines.batch import MontageBatch, in_order
+from dali_pipelines.geometry import Geometry
 from mcl.config import ModelConfig, OptimConfig
 from mcl.distributed import Gather
-from mcl.models import MCL, layers
-from mcl.montage import Geometry, MontageBatch
-from mcl.optim import AUTOCAST, build_optimizer
+from mcl.models import MCL
+from mcl.train.optim import AUTOCAST, build_optimizer
 
 PARTS = ("backbone", "FPN", "head", "projector", "predictors", "loss", "momentum network")
 """What a step consists of. `head` are its convolutions; everything of the momentum network is in the last."""
@@ -112,10 +112,12 @@ class _Meter(TorchDispatchMode):
     def watch_exchanges(self, model: nn.Module) -> None:
         """Notes calls of BatchNorms, and gradients as they come."""
 
-        def note(module: Any, inputs: tuple[Tensor], _: Any) -> None:
-            element = torch.promote_types(inputs[0].dtype, torch.float32).itemsize
+        def note(module: Any, inputs: tuple[Any, ...], _: Any) -> None:
+            x, *counts = inputs[:2]
+            element = torch.promote_types(x.dtype, torch.float32).itemsize
             returns = torch.is_grad_enabled() and self._returning is None
-            self.norms.append(Normalization(module.num_features, element, returns))
+            groups = max(1, len(counts[0]) if counts else 1)  # each is normalised by itself
+            self.norms += [Normalization(module.num_features, element, returns)] * groups
 
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -167,16 +169,14 @@ def step(
     """
     dtype = torch.float64 if precision == "fp64" else torch.float32
     with torch.device("meta"):
-        mcl = _Gathered(model, geometry)
-    layers.use(mcl, ours=False)  # what is counted does not depend on the device
+        mcl = _Gathered(model, geometry, recompute)
     mcl.processes = processes
-    mcl.online.backbone.recompute = recompute
     with FakeTensorMode():
         _make_fake(mcl, dtype)
         parts = _modules(mcl)
         owner = {id(p): part for part, modules in parts.items() for module in modules for p in module.parameters()}
         views = [_view(geometry, images, dtype) for _ in range(2)]
-        meter = _Meter([*mcl.parameters(), *mcl.buffers(), *(view.images for view in views)])
+        meter = _Meter([*mcl.parameters(), *mcl.buffers(), *(view.pixels for view in views)])
         for part, modules in parts.items():
             for module in modules:
                 meter.watch(part, module)
@@ -274,4 +274,4 @@ def _run(meter: _Meter, precision: str, loss: Callable[[], Tensor]) -> None:
 
 def _view(geometry: Geometry, images: int, dtype: torch.dtype) -> MontageBatch:
     side = geometry.canvas
-    return montage.in_order(geometry, images, torch.empty(sum(geometry.canvases(images)), 3, side, side, dtype=dtype))
+    return in_order(geometry, images, torch.empty(sum(geometry.canvases(images)), 3, side, side, dtype=dtype))

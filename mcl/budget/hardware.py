@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mcl import checkpoint
-from mcl.config import Config, fields, from_dict, value
-from mcl.metrics import read
+from mcl.config import Config, Trait, all_keys, from_dict, value
+from mcl.records.metrics import read
+from mcl.train import checkpoint
 
 IMAGENET = 1_281_167
 """Training images of ImageNet-1k."""
@@ -60,10 +60,6 @@ YARDSTICKS = (
 )
 GPUS = (1, NODE, 4 * NODE)
 
-_DECIDES_SPEED = (
-    *("model.", "montage.", "optim.name", "trainer.precision", "trainer.global_batch", "trainer.accumulate"),
-    *("trainer.recompute", "trainer.compile", "trainer.cuda_graph"),
-)
 _BENCHMARK_VIEWS = 2 * (1 + 1 / 4 + 1 / 16 + 1 / 64)
 """Of an image in the benchmark of loaders: both views, four levels, cut out at their own sizes."""
 _BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "results" / "loader.json"
@@ -103,7 +99,8 @@ def measurement(config: Config, flops: Mapping[int, float]) -> Measurement | Non
     if state is None:
         return None
     before = from_dict(state["config"])
-    if any(key.startswith(_DECIDES_SPEED) and value(before, key) != value(config, key) for key, _, _ in fields()):
+    decisive = [key.name for key in all_keys() if Trait.DECIDES_SPEED in key.traits]
+    if any(value(before, name) != value(config, name) for name in decisive):
         return None
     cells = [config.montage.at(math.ceil(r["epoch"]) - 1).cells for r in records]
     rates = [r["images_per_s"] * flops[c] for r, c in zip(records, cells, strict=True) if c in flops]

@@ -33,7 +33,7 @@ def lars_(
     trust_coefficient: float,
     adapt: bool = True,
 ) -> None:
-    """One step of LARS (see :class:`mcl.optim.LARS`), in place, on fp32 or fp64 tensors without gaps in memory.
+    """One step of LARS (see :class:`mcl.train.optim.LARS`), in place, on fp32 or fp64 tensors without gaps in memory.
 
     Args:
         weights: the parameters.

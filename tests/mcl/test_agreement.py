@@ -13,10 +13,11 @@ import torch
 import torch.distributed as dist
 
 from dali_pipelines import pipelines
-from mcl import agreement, config, distributed
+from mcl import config, distributed
 from mcl.config import Config, ConfigError
+from mcl.distributed import agreement
 from mcl.ops import library
-from mcl.trainer import Trainer
+from mcl.train.trainer import Trainer
 from tests.mcl.ranks import free_port, in_ranks
 from tests.mcl.tiny import TINY
 

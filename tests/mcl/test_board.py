@@ -15,8 +15,8 @@ import pytest
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from mcl import distributed
-from mcl.board import Board, BoardError
 from mcl.config import ConfigError
+from mcl.distributed.board import Board, BoardError
 from tests.mcl.ranks import free_port
 
 
@@ -44,7 +44,7 @@ def connection(port: int, seconds: float = 60) -> Store:
 def keeper() -> Iterator[tuple[int, int]]:
     """Process and port of a store."""
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["mcl.run", "tests.mcl.test_board"])
+    processes.set_forkserver_preload(["mcl.commands", "tests.mcl.test_board"])
     ours, theirs = processes.Pipe()
     process = processes.Process(target=keep, args=(theirs,))
     process.start()

@@ -14,15 +14,15 @@ from mcl import cli, distributed
 from mcl.budget import budget, communication, count, show
 from mcl.budget.communication import LINKS, Links
 from mcl.config import Config
+from mcl.distributed.signals import Consensus
 from mcl.models import MCL
 from mcl.models.sync_bn import synchronize
-from mcl.signals import Consensus
-from mcl.step import TrainingStep
+from mcl.train.step import TrainingStep
 from tests.conftest import ROOT, ThinBackbone
 from tests.mcl.ranks import in_ranks
 from tests.step import FOUR_LEVELS, configure, views
 
-DEMO = str(ROOT / "configs" / "pretrain" / "mcl_r18_fpn_demo.yaml")
+DEMO = str(ROOT / "mcl" / "presets" / "mcl_r18_fpn_demo.yaml")
 REAL = configure("trainer.global_batch=8", "trainer.recompute=true")
 THIN = [
     configure("trainer.global_batch=8", "trainer.precision=fp64", *FOUR_LEVELS),

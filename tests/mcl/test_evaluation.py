@@ -9,16 +9,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dali_pipelines.batch import MontageBatch
+from dali_pipelines.geometry import Geometry
 from dali_pipelines.source import open_source
 from mcl import config
 from mcl.config import Config, ConfigError
 from mcl.evaluation import evaluate
 from mcl.evaluation.classify import knn, linear
 from mcl.evaluation.retrieval import retrieval, top1
-from mcl.evaluation.run import _renumber
+from mcl.evaluation.scoring import _renumber
 from mcl.evaluation.statistics import fresh_statistics
 from mcl.models import MCL
-from mcl.montage import Geometry, MontageBatch
 from tests.conftest import random_view
 
 
@@ -47,8 +48,8 @@ class Oracle(nn.Module):
     def predictions(self, views: Sequence[MontageBatch]) -> list[list[Tensor]]:
         return [[self.codes, self.codes[:1].expand(len(view.index), -1)] for view in views]
 
-    def sources(self, view: MontageBatch) -> list[Tensor]:
-        return [view.sources[view.tiles(level)] for level in range(2)]
+    def positives(self, view: MontageBatch) -> list[Tensor]:
+        return [view.tile_images[view.tiles(level)] for level in range(2)]
 
 
 def test_top1_of_an_oracle() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mcl.graphs import CudaRecorder, Graphed
+from mcl.train.graphs import CudaRecorder, Graphed
 from tests.step import configure, views
 
 
@@ -24,7 +24,7 @@ def test_what_was_recorded_is_gone_before_the_next_is_recorded() -> None:
         before.append(weakref.ref(result))
         return result, lambda: None
 
-    graphed = Graphed(lambda query, key: query.images + key.images, record)
+    graphed = Graphed(lambda query, key: query.pixels + key.pixels, record)
     for cells in (1, 1, 2, 1):
         graphed(*views(configure(f"montage.cells={cells}")))
     assert alive == [False, False, False]

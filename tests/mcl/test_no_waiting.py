@@ -17,14 +17,15 @@ from torch._subclasses import FakeTensorMode
 from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mcl import ema, ops
+from dali_pipelines.batch import MontageBatch
+from mcl import ops
 from mcl.config import Config
-from mcl.meters import Meter
 from mcl.models import MCL
-from mcl.montage import MontageBatch
-from mcl.optim import build_optimizer
-from mcl.step import TrainingStep
-from mcl.undo import Undo
+from mcl.records.meters import Meter
+from mcl.train import ema
+from mcl.train.optim import build_optimizer
+from mcl.train.step import TrainingStep
+from mcl.train.undo import Undo
 from tests.step import FOUR_LEVELS, build, configure, views
 
 READS = {
@@ -205,7 +206,7 @@ def test_nor_does_one_that_is_skipped(optimizer: str) -> None:
     step(query, key, lr=0.1, momentum=0.99)
     before = {name: tensor.clone() for name, tensor in step.model.state_dict().items()}
     meter = Meter(len(cfg.montage.ratios), torch.device("cpu"), skips=True)
-    query = dataclasses.replace(query, images=query.images * float("nan"))
+    query = dataclasses.replace(query, pixels=query.pixels * float("nan"))
     counters = [state["step"] for state in step.optimizer.state.values()] if optimizer == "adamw" else []
     with Detector("cpu", counters) as detector:
         meter.add(1, *step(query, key, lr=0.1, momentum=0.99))
@@ -398,9 +399,9 @@ def test_views_go_to_the_device_from_pinned_memory(monkeypatch: pytest.MonkeyPat
         with Detector("cuda", pinned=pinned) as detector:
             moved = query.to(torch.device("cuda"))
             again = moved.to(torch.device("cuda"))
-    assert moved.images.device.type == "cuda"
-    assert moved.images.is_contiguous(memory_format=torch.channels_last)
-    assert again.images is moved.images
+    assert moved.pixels.device.type == "cuda"
+    assert moved.pixels.is_contiguous(memory_format=torch.channels_last)
+    assert again.pixels is moved.pixels
     assert len(pinned) == detector.seen["aten::_to_copy"] == 6
 
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from mcl import config, ema
-from mcl.optim import LARS, LossScaler, build_optimizer, excluded, learning_rate
+from mcl import config
+from mcl.train import ema
+from mcl.train.optim import LARS, LossScaler, build_optimizer, excluded, learning_rate
 
 
 def scalar_lars(w: float, g: float, buffer: float, lr: float, decay: float, adapt: bool) -> tuple[float, float]:

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from dali_pipelines.batch import MontageBatch
 from dali_pipelines.source import Source, open_source
-from mcl import config, trainer
-from mcl.meters import Stopwatch
-from mcl.metrics import Record, read
-from mcl.montage import MontageBatch
-from mcl.timers import HostClock, Timer
+from mcl import config
+from mcl.records.meters import Stopwatch
+from mcl.records.metrics import Record, read
+from mcl.records.timers import HostClock, Timer
+from mcl.train import trainer
 from tests.dali_pipelines.loading import make_loader
 from tests.mcl.tiny import TINY
 

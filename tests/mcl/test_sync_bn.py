@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dali_pipelines.batch import MontageBatch
+from dali_pipelines.geometry import Geometry
 from mcl import config, distributed
 from mcl.models import MCL
 from mcl.models.norm import BatchNorm1d, BatchNorm2d
 from mcl.models.sync_bn import Normalize, SyncBatchNorm, synchronize
-from mcl.montage import Geometry, MontageBatch
 from tests.conftest import ThinBackbone, random_view
 from tests.fp64 import fast_convolutions
 from tests.mcl.ranks import in_ranks, joined

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from dali_pipelines.batch import MontageBatch
 from mcl import distributed
 from mcl.config import Config
 from mcl.models.sync_bn import synchronize
-from mcl.montage import MontageBatch
-from mcl.step import TrainingStep
+from mcl.train.step import TrainingStep
 from tests.conftest import ThinBackbone
 from tests.mcl.ranks import in_ranks
 from tests.step import FOUR_LEVELS, build, configure, views
@@ -23,9 +23,9 @@ Views = tuple[MontageBatch, MontageBatch]
 
 def poisoned(pair: Views) -> Views:
     """One pixel is NaN: so become all statistics, the loss and every gradient."""
-    images = pair[0].images.clone()
+    images = pair[0].pixels.clone()
     images[0, 0, 0, 0] = math.nan
-    return dataclasses.replace(pair[0], images=images), pair[1]
+    return dataclasses.replace(pair[0], pixels=images), pair[1]
 
 
 def train(cfg: Config, steps: list[Views]) -> dict[str, Any]:

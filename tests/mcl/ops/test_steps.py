@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mcl import config, ema, ops
+from mcl import config, ops
 from mcl.ops import apex, fallback, steps
 from mcl.ops.library import compiled
-from mcl.optim import build_optimizer
+from mcl.train import ema
+from mcl.train.optim import build_optimizer
 from tests.mcl.ops import standin_apex
 
 SHAPES = [(1,), (3, 5), (), (64, 3, 7, 7), (32, 16, 3, 3), (0,), (70_001,), (2, 3, 1, 1)]
