@@ -32,28 +32,21 @@ V = TypeVar("V")
 _LONG = 30.0  # seconds
 
 
-def progress_line(what: str, done: int, total: int, start: float) -> str:
-    """What begins now, how much is done, and how long the rest will take.
-
-    Args:
-        start: when the first began, in seconds of :func:`time.monotonic`.
-    """
-    shape = "{desc}{n_fmt} of {total_fmt} done, {elapsed} elapsed, {remaining} left"
-    return tqdm.format_meter(done, total, time.monotonic() - start, prefix=f"{what}: ", bar_format=shape)
-
-
 def progress(items: Sequence[T], what: Callable[[T], str], per_line: int = 1) -> Iterator[T]:
     """The items, one by one; on stderr stands what begins, and how long the rest will take.
 
     A bar on a terminal; elsewhere lines, one for every `per_line` items, and for those behind one that took long.
     """
-    start, said = time.monotonic(), 0.0
-    with tqdm(total=len(items), smoothing=0, leave=False, disable=not sys.stderr.isatty()) as bar:
+    start, said, total = time.monotonic(), 0.0, len(items)
+    shape = "{desc}{n_fmt} of {total_fmt} done, {elapsed} elapsed, {remaining} left"
+    with tqdm(total=total, smoothing=0, leave=False, disable=not sys.stderr.isatty()) as bar:
         for done, item in enumerate(items):
-            bar.set_description(what(item))
-            if bar.disable and (done % per_line == 0 or time.monotonic() - said > _LONG):
-                print(progress_line(what(item), done, len(items), start), file=sys.stderr, flush=True)
-                said = time.monotonic()
+            now, name = time.monotonic(), what(item)
+            bar.set_description(name)
+            if bar.disable and (done % per_line == 0 or now - said > _LONG):
+                line = tqdm.format_meter(done, total, now - start, prefix=f"{name}: ", bar_format=shape)
+                print(line, file=sys.stderr, flush=True)
+                said = now
             yield item
             bar.update()
 
@@ -159,7 +152,7 @@ def finish(options: argparse.Namespace, results: Sequence[Result]) -> None:
     if options.json:
         config = {key: str(portable(v)) if isinstance(v, Path) else v for key, v in vars(options).items()}
         report = {"environment": environment(), "config": config, "results": list(results)}
-        write(options.json, json.dumps(report, indent=1) + "\n")
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
     if options.gate:
         failures = slower(results, json.loads(options.gate.read_text())["results"], options.tolerance)
         if failures:
@@ -215,10 +208,3 @@ def portable(path: Path) -> Path:
     """Relative to the checkout, where it lies in it."""
     path = path.resolve()
     return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
-
-
-def write(path: Path, text: str) -> None:
-    """Writes a file; whatever happens, `path` holds the old one or the whole new one."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)

@@ -78,15 +78,6 @@ def measure(config: Config, repeat: int, seconds: float) -> dict[str, list[float
     return rounds(list(contenders), repeat, turn)
 
 
-def train(config: Config, steps: int) -> list[Record]:
-    """What a run of so many steps records of itself."""
-    print(f"trainer, {steps} steps", file=sys.stderr, flush=True)  # it shows its own progress
-    trainer = Trainer(config)
-    trainer.steps = steps
-    trainer.fit()
-    return [record for record in read(trainer.folder / "metrics.jsonl") if record["kind"] == "train"]
-
-
 def evaluate(measured: Mapping[str, Sequence[float]], records: Sequence[Record], images: int) -> list[Result]:
     """Results; ``seconds`` are per image.
 
@@ -170,7 +161,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         words = [*options.overrides, *root, f"output={folder}"]
         config, options.steps = prepare(options.config, words, options.steps)
         measured = measure(config, options.repeat, options.seconds)
-        records = train(config, options.steps)
+        print(f"trainer, {options.steps} steps", file=sys.stderr, flush=True)  # it shows its own progress
+        trainer = Trainer(config)
+        trainer.steps = options.steps
+        trainer.fit()
+        records = [record for record in read(trainer.folder / "metrics.jsonl") if record["kind"] == "train"]
     images = config.trainer.global_batch
     results = evaluate(measured, records, images)
     what = f"{config.name}: {config.model.backbone}, {images} images per step, {config.trainer.precision}"

@@ -230,7 +230,7 @@ def torchvision_v2(job: Job) -> Views:
     v2 = torchvision.transforms.v2
     sigma = job.plan.augment.blur_sigma
     window = int(blur_window(np.array(sigma[1], np.float32)))
-    return _recipes(job, read_tensor, v2, v2.GaussianBlur(window, sigma), [])
+    return _recipes(job, functools.partial(decode_image, mode="RGB"), v2, v2.GaussianBlur(window, sigma), [])
 
 
 def lightly(job: Job) -> Views:
@@ -274,12 +274,6 @@ def blur_pillow(sigma: tuple[float, float], image: Image.Image) -> Image.Image:
 def read_pillow(path: str) -> Image.Image:
     with Image.open(path) as image:
         return image.convert("RGB")
-
-
-def read_tensor(path: str) -> Tensor:
-    """(3, H, W) uint8."""
-    image: Tensor = decode_image(path, mode="RGB")
-    return image
 
 
 def _recipes(job: Job, read: Read, t: ModuleType, blur: Transform, last: Sequence[Transform]) -> Views:

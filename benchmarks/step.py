@@ -13,8 +13,7 @@ A step is forward, backward, clip, optimiser and momentum network, on fixed inpu
   ``supervised_canvas``: the same at canvas size. Forward, backward, SGD.
 
 Each has a process of its own. All take turns, one at a time, in rounds, with a step before the one that is timed; what
-is reported are medians over rounds. FLOPs and saved bytes are counted (``mcl.budget``); with ``--memory`` a fresh
-process per contender does one step, the largest, and tells its peak.
+is reported are medians over rounds, and the peak of each process. FLOPs and saved bytes are counted (``mcl.budget``).
 """
 
 import contextlib
@@ -148,54 +147,38 @@ def _noise(images: int, side: int, seed: int) -> torch.Tensor:
 Contender = Supervised | Pretraining
 
 
-def _preset(name: str, *words: str, scheduled: bool = False) -> Callable[[Setting], Contender]:
+def _preset(setting: Setting, name: str, *words: str, scheduled: bool = False) -> Contender:
     """A preset with the backbone, batch, precision, device and size of the setting, and with `words`.
 
     Args:
         scheduled: it keeps the sizes of its own canvas schedule.
     """
-
-    def make(setting: Setting) -> Contender:
-        common = [
-            f"model.backbone={setting.backbone}",
-            f"trainer.global_batch={setting.images}",
-            f"trainer.precision={setting.precision}",
-            f"trainer.device={setting.device}",
-        ]
-        sized = [] if scheduled else [f"montage.cells={setting.cells}"]
-        return Pretraining(config.load(PRESETS / f"mcl_r50_fpn_100e_{name}.yaml", [*common, *sized, *words]))
-
-    return make
+    common = [
+        f"model.backbone={setting.backbone}",
+        f"trainer.global_batch={setting.images}",
+        f"trainer.precision={setting.precision}",
+        f"trainer.device={setting.device}",
+    ]
+    sized = [] if scheduled else [f"montage.cells={setting.cells}"]
+    return Pretraining(config.load(PRESETS / f"mcl_r50_fpn_100e_{name}.yaml", [*common, *sized, *words]))
 
 
 CONTENDERS: dict[str, tuple[str, Callable[[Setting], Contender]]] = {
     "supervised": ("supervised, 224 px", lambda setting: Supervised(setting, 224)),
     "supervised_canvas": ("supervised, canvas size", lambda setting: Supervised(setting, STRIDE * setting.cells)),
-    "released": ("released", _preset("in1k_released")),
-    "matched": ("matched", _preset("in1k")),
-    "recompute": ("matched, recompute", _preset("in1k", "trainer.recompute=true")),
-    "bf16": ("matched, bf16", _preset("in1k", "trainer.precision=bf16")),
-    "budget": ("budget", _preset("budget", scheduled=True)),
-    "budget_2x": ("budget_2x", _preset("budget_2x", scheduled=True)),
+    "released": ("released", lambda setting: _preset(setting, "in1k_released")),
+    "matched": ("matched", lambda setting: _preset(setting, "in1k")),
+    "recompute": ("matched, recompute", lambda setting: _preset(setting, "in1k", "trainer.recompute=true")),
+    "bf16": ("matched, bf16", lambda setting: _preset(setting, "in1k", "trainer.precision=bf16")),
+    "budget": ("budget", lambda setting: _preset(setting, "budget", scheduled=True)),
+    "budget_2x": ("budget_2x", lambda setting: _preset(setting, "budget_2x", scheduled=True)),
 }
 """By key, each in words, and what makes it."""
 
 
-class Apart:
-    """A contender in a process of its own, so that one has the memory at a time and its peak can be found out."""
-
-    def __init__(self, contender: Contender) -> None:
-        self._process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-        self._process.submit(_start, contender).result()
-
-    def seconds(self, side: int) -> float:
-        """Of a step on images, or canvases, of so many pixels, after one that is not timed."""
-        return self._process.submit(_seconds, side).result()
-
-    def peak(self, side: int) -> int:
-        """Ends it after another step; bytes at its peak: resident, or allocated by PyTorch on the GPU."""
-        with self._process as process:
-            return process.submit(_peak, side).result()
+def apart(contender: Contender) -> ProcessPoolExecutor:
+    """A process for a contender, so that one has the memory at a time and its peak can be found out."""
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _start, (contender,))
 
 
 _step: Step  # of such a process
@@ -206,18 +189,21 @@ def _start(contender: Contender) -> None:
     _step = contender.start()
 
 
-def _seconds(side: int) -> float:
+def seconds(side: int) -> float:
+    """Of a step on images, or canvases, of so many pixels, after one that is not timed; in a process of :func:`apart`.
+
+    Then what is free goes back, for the other processes.
+    """
     _step(side)
     elapsed = timed(lambda: _step(side))
-    # What is free goes back, for the other processes.
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     getattr(ctypes.CDLL(None), "malloc_trim", int)(0)  # glibc's
     return elapsed
 
 
-def _peak(side: int) -> int:
-    timed(lambda: _step(side))
+def peak() -> int:
+    """Bytes at the peak of a process of :func:`apart`: resident, or allocated by PyTorch on the GPU."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     # Not getrusage's ru_maxrss: Linux hands a parent's peak down to the process that it starts.
@@ -228,31 +214,24 @@ Stages = Mapping[str, Sequence[Stage]]
 """What each contender is measured at."""
 
 
-def prepare(contenders: Mapping[str, Contender], memory: bool) -> tuple[dict[str, list[Stage]], dict[str, int]]:
-    """Counts what is to be measured and, if asked to, measures peaks of memory in fresh processes.
+def measure(
+    contenders: Mapping[str, Contender], stages: Stages, repeat: int
+) -> tuple[dict[str, list[list[float]]], dict[str, int]]:
+    """Steps of all contenders, each in a process of its own.
 
     Returns:
-        Stages, and bytes, of each contender.
+        Of each contender, for each of its stages, the seconds of a step in every round; and the bytes at its peak.
     """
-    stages, peaks = {}, {}
-    for name in progress(list(contenders), f"counting FLOPs{' and measuring memory' * memory}, {{}}".format):
-        stages[name] = contenders[name].stages()
-        if memory:
-            peaks[name] = Apart(contenders[name]).peak(max(stage.side for stage in stages[name]))
-    return stages, peaks
-
-
-def measure(contenders: Mapping[str, Contender], stages: Stages, repeat: int) -> dict[str, list[list[float]]]:
-    """Of each contender, for each of its stages, the seconds of a step in every round."""
-    apart = functools.cache(lambda name: Apart(contenders[name]))
+    process = functools.cache(lambda name: apart(contenders[name]))
     entries = {f"{name}, {stage.side} px": (name, stage.side) for name, each in stages.items() for stage in each}
 
     def turn(entry: str, counts: bool) -> float:
         name, side = entries[entry]
-        return apart(name).seconds(side)
+        return process(name).submit(seconds, side).result()
 
-    seconds = rounds(list(entries), repeat, turn)
-    return {name: [seconds[f"{name}, {stage.side} px"] for stage in each] for name, each in stages.items()}
+    measured = rounds(list(entries), repeat, turn)
+    peaks = {name: process(name).submit(peak).result() for name in contenders}
+    return {name: [measured[f"{name}, {stage.side} px"] for stage in each] for name, each in stages.items()}, peaks
 
 
 def evaluate(
@@ -265,7 +244,7 @@ def evaluate(
     there where both sides are. The stages of a canvas schedule have the first two.
 
     Args:
-        peaks: bytes, of those whose peak was measured.
+        peaks: bytes, of each contender.
         images: of a step.
     """
     results = {}
@@ -278,7 +257,7 @@ def evaluate(
         result["gflop_per_s"] = gflop * result["images_per_s"]
         saved = [stage.saved_bytes for stage in each if stage.saved_bytes is not None]
         result |= {"saved_bytes": max(saved)} if saved else {}
-        result |= {"peak_bytes": peaks[name]} if name in peaks else {}
+        result["peak_bytes"] = peaks[name]
         if len(each) > 1:
             medians = map(statistics.median, measured[name])
             result["stages"] = [{**vars(s), "seconds": t} for s, t in zip(each, medians, strict=True)]
@@ -348,12 +327,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="trainer.precision")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="trainer.device")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=default, help="who takes part")
-    parser.add_argument("--memory", action="store_true", help="measure peaks in fresh processes")
     options = parser.parse_args(arguments)
     setting = Setting(options.backbone, options.cells, options.images, options.precision, options.device)
     contenders = {name: CONTENDERS[name][1](setting) for name in options.contenders}
-    stages, peaks = prepare(contenders, options.memory)
-    results = evaluate(stages, measure(contenders, stages, options.repeat), peaks, options.images)
+    stages = {name: contenders[name].stages() for name in progress(list(contenders), "counting FLOPs, {}".format)}
+    results = evaluate(stages, *measure(contenders, stages, options.repeat), options.images)
     what = f"{setting.backbone}, {STRIDE * setting.cells} px, {setting.images} images per step, {setting.precision}"
     print(f"{what}\n\n{table(results)}")
     if options.plot:

@@ -19,13 +19,12 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from operator import itemgetter
 from pathlib import Path
 
 from benchmarks import charts
-from benchmarks.common import ROOT, Result, environment, progress_line, write
+from benchmarks.common import ROOT, Result, environment, progress
 from benchmarks.transfer_baselines import KINDS as BASELINES
-from benchmarks.transfer_baselines import LOSSES, WEIGHTS, flops
+from benchmarks.transfer_baselines import WEIGHTS, flops
 from benchmarks.transfer_protocol import Protocol, ProtocolError, Work
 from benchmarks.transfer_report import evaluate, table
 from mcl.distributed.signals import Signals
@@ -36,6 +35,9 @@ RESULTS = ROOT / "benchmarks" / "results" / "transfer"
 
 ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 """Of the commands: a core for each."""
+
+LOGS = "commands"
+"""Folder, in the work folder, of what is known of commands."""
 
 _POLL = 0.5  # seconds
 _LOG_LINES = 12  # of a failed command, that are shown
@@ -147,78 +149,58 @@ def finetune(cell: Cell, work: Work) -> Command:
     return Command(f"finetune-{cell.name}", arguments)
 
 
-class Runner:
-    """Runs commands to their end, each once.
+def execute(command: Command, folder: Path, running: set[int]) -> None:
+    """Starts or continues a command that is not done yet, and waits for it.
 
-    Of every command there are a log, ``<name>.log``, and a record, ``<name>.jsonl``: a line for each start, with the
-    ``exit`` code, the seconds by the clock, ``wall_s``, and those of all its processes, ``cpu_s``.
+    It writes ``<name>.log`` and ``<name>.jsonl``: a line for each start, with the ``exit`` code, the seconds by the
+    clock, ``wall_s``, and those of all its processes, ``cpu_s``.
 
     Args:
-        folder: of logs and records.
+        folder: of log and record.
+        running: process ids of all running commands.
+
+    Raises:
+        RuntimeError: it failed.
     """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._running, self._stopped = folder, set[int](), False
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def run(self, command: Command) -> None:
-        """Starts or continues a command that is not done yet, and waits for it.
-
-        Raises:
-            RuntimeError: it failed, or :meth:`stop` was called.
-        """
-        if any(start["exit"] == 0 for start in self.starts(command)):
-            return
-        path, begun = self._folder / f"{command.name}.log", time.monotonic()
-        with open(path, "ab") as log:
-            log.write(f"$ {command.shell}\n".encode())
-            log.flush()
-            arguments, env = [sys.executable, *command.arguments], {**os.environ, **ENVIRONMENT}
-            process = subprocess.Popen(arguments, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        self._running.add(process.pid)
-        if self._stopped:
-            process.terminate()
-        _, status, usage = os.wait4(process.pid, 0)
-        self._running.discard(process.pid)
-        code = process.returncode = os.waitstatus_to_exitcode(status)
-        # The processor's time is the command's own and that of the processes that it waited for.
-        record = {"exit": code, "wall_s": time.monotonic() - begun, "cpu_s": usage.ru_utime + usage.ru_stime}
-        with open(path.with_suffix(".jsonl"), "a") as file:
-            file.write(json.dumps(record) + "\n")
-        if code:
-            tail = path.read_text(errors="replace").splitlines()[-_LOG_LINES:]
-            raise RuntimeError("\n    ".join([f"{command.name}: exit code {code}; the end of {path}:", *tail]))
-
-    def starts(self, command: Command) -> list[metrics.Record]:
-        """The record of a command."""
-        return metrics.read(self._folder / f"{command.name}.jsonl")
-
-    def stop(self) -> None:
-        """Ends what runs, and what is about to."""
-        self._stopped = True
-        for pid in list(self._running):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
+    if any(start["exit"] == 0 for start in starts(command, folder)):
+        return
+    path, begun = folder / f"{command.name}.log", time.monotonic()
+    print(f"{command.name}: started; see {path}", flush=True)
+    with open(path, "ab") as log:
+        log.write(f"$ {command.shell}\n".encode())
+        log.flush()
+        arguments, env = [sys.executable, *command.arguments], {**os.environ, **ENVIRONMENT}
+        process = subprocess.Popen(arguments, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    running.add(process.pid)
+    _, status, usage = os.wait4(process.pid, 0)
+    running.remove(process.pid)
+    code = process.returncode = os.waitstatus_to_exitcode(status)
+    # The processor's time is the command's own and that of the processes that it waited for.
+    record = {"exit": code, "wall_s": time.monotonic() - begun, "cpu_s": usage.ru_utime + usage.ru_stime}
+    with open(path.with_suffix(".jsonl"), "a") as file:
+        file.write(json.dumps(record) + "\n")
+    if code:
+        tail = path.read_text(errors="replace").splitlines()[-_LOG_LINES:]
+        raise RuntimeError("\n    ".join([f"{command.name}: exit code {code}; the end of {path}:", *tail]))
 
 
-def collect(cell: Cell, work: Work, runner: Runner, jobs: int) -> Result:
+def starts(command: Command, folder: Path) -> list[metrics.Record]:
+    """The record of a command."""
+    return metrics.read(folder / f"{command.name}.jsonl")
+
+
+def collect(cell: Cell, work: Work, jobs: int) -> Result:
     """The result of a cell whose commands are done."""
     folder = ROOT / work.folder
-    run = folder / "finetune" / cell.name
-    record = json.loads((run / "ap.json").read_text())[-1]
+    record = json.loads((folder / "finetune" / cell.name / "ap.json").read_text())[-1]
     commands = {"pretraining": pretrain(cell, work) if cell.kind else None, "finetuning": finetune(cell, work)}
-    losses = {
-        "pretraining": _pretraining_loss(folder / "pretrain" / cell.pretraining) if cell.kind else None,
-        "finetuning": _finetuning_losses(run),
-    }
     return {
         "method": cell.method,
         "seed": cell.seed,
         "protocol": work.protocol.plain(),
         "configurations": work.protocol.configurations,
         **{of: {name: record[of][name] for name in ("AP", "AP50", "AP75")} for of in ("box", "mask")},
-        "losses": losses,
-        "hours": {stage: command and _hours(runner.starts(command)) for stage, command in commands.items()},
+        "hours": {stage: command and _hours(starts(command, folder / LOGS)) for stage, command in commands.items()},
         "jobs": jobs,
         "supervised_epochs": supervised_epochs(cell.kind, work),
         "commands": [command.shell for command in commands.values() if command],
@@ -232,24 +214,10 @@ def supervised_epochs(kind: str | None, work: Work) -> float:
     return work.protocol.epochs * flops(kind, work) / flops("supervised", work) if kind else 0.0
 
 
-def _hours(starts: Sequence[metrics.Record]) -> dict[str, float]:
+def _hours(each: Sequence[metrics.Record]) -> dict[str, float]:
     """Of all starts of a command: by the clock, and of all its processes."""
-    wall, cpu = (sum(start[key] for start in starts) / 3600 for key in ("wall_s", "cpu_s"))
-    return {"wall": wall, "cpu": cpu, "starts": len(starts)}
-
-
-def _pretraining_loss(run: Path) -> float:
-    """Mean of the last epoch."""
-    if (run / LOSSES).exists():
-        return float(json.loads((run / LOSSES).read_text())[-1])
-    return float([r for r in metrics.read(run / "metrics.jsonl") if r["kind"] == "train"][-1]["loss"])
-
-
-def _finetuning_losses(run: Path) -> dict[str, float]:
-    """The last ones that MMEngine recorded, means over its window of steps."""
-    records = [r for log in sorted(run.glob("*/vis_data/scalars.json")) for r in metrics.read(log) if "loss" in r]
-    last = max(records, key=itemgetter("step"))
-    return {name: value for name, value in last.items() if name.startswith("loss")}
+    wall, cpu = (sum(start[key] for start in each) / 3600 for key in ("wall_s", "cpu_s"))
+    return {"wall": wall, "cpu": cpu, "starts": len(each)}
 
 
 def read(folder: Path, protocol: Protocol) -> dict[Cell, Result]:
@@ -287,33 +255,41 @@ def run(wanted: Sequence[Cell], protocol: Protocol, folder: Path, results: Path,
     missing = [cell for cell in wanted if cell not in there]
     if not missing:
         return 0
-    work, start, failed = Work(folder, protocol), time.monotonic(), 0
-    runner = Runner(folder / "commands")
-    results.mkdir(parents=True, exist_ok=True)
+    work, failed = Work(folder, protocol), 0
+    logs, running = ROOT / work.folder / LOGS, set[int]()
+    for made in (logs, results):
+        made.mkdir(parents=True, exist_ok=True)
 
     def do(cell: Cell, pretraining: Future[None] | None) -> None:
         if pretraining is not None:
             pretraining.result()
-        runner.run(finetune(cell, work))
-        write(results / f"{cell.name}.json", json.dumps(collect(cell, work, runner, jobs), indent=1) + "\n")
+        execute(finetune(cell, work), logs, running)
+        metrics.rewrite(results / f"{cell.name}.json", json.dumps(collect(cell, work, jobs), indent=1) + "\n")
 
     with ThreadPoolExecutor(jobs) as pool, Signals() as signals:
         pretrainings: dict[str, Future[None]] = {}
         pending: dict[Future[None], Cell] = {}
         for cell in missing:
             if cell.kind and cell.pretraining not in pretrainings:
-                pretrainings[cell.pretraining] = pool.submit(runner.run, pretrain(cell, work))
+                pretrainings[cell.pretraining] = pool.submit(execute, pretrain(cell, work), logs, running)
             pending[pool.submit(do, cell, pretrainings.get(cell.pretraining))] = cell
-        while pending and not signals.received:
-            for future in wait(pending, timeout=_POLL, return_when=FIRST_COMPLETED).done:
-                cell, error = pending.pop(future), future.exception()
-                failed += error is not None
-                what = f"{cell.name}: {f'failed: {error}' if error else 'done'}"
-                print(progress_line(what, len(missing) - len(pending), len(missing), start), flush=True)
-        if signals.received:
-            print(f"not done: {', '.join(cell.name for cell in pending.values())}; the same command continues")
-            pool.shutdown(wait=False, cancel_futures=True)
-            runner.stop()
+        for _ in progress(missing, lambda _: "cells"):
+            while not (done := wait(pending, _POLL, FIRST_COMPLETED).done) and not signals.received:
+                pass
+            if not done:
+                break
+            future = done.pop()
+            cell, error = pending.pop(future), future.exception()
+            failed += error is not None
+            print(f"{cell.name}: {f'failed: {error}' if error else 'done'}", flush=True)
+        pool.shutdown(wait=False, cancel_futures=True)
+        while not all(future.done() for future in (*pretrainings.values(), *pending)):
+            for process in running.copy():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGTERM)
+            time.sleep(_POLL)
+    if pending:
+        print(f"not done: {', '.join(cell.name for cell in pending.values())}; the same command continues")
     return 128 + signals.received if signals.received else int(failed > 0)
 
 
@@ -335,9 +311,9 @@ def publish(results: Path, protocol: Protocol) -> None:
     others = sorted(name for name, each in environments.items() if _machine(each) != _machine(newest))
     if others:
         print(f"\nOn another machine or by other versions: {', '.join(others)}.")
-    config = {"protocol": protocol.plain(), "cells": sorted(environments), "others": others}
+    config = {"protocol": next(iter(there.values()))["protocol"], "cells": sorted(environments), "others": others}
     report = {"environment": newest, "config": config, "results": evaluated}
-    write(results.with_name(f"{results.name}.json"), json.dumps(report, indent=1) + "\n")
+    metrics.rewrite(results.with_name(f"{results.name}.json"), json.dumps(report, indent=1) + "\n")
     rows = {r["name"]: r for r in evaluated if r["kind"] == "method"}
     charts.points(
         "Box AP50 on the cut-out set: a point per seed, a line at the mean",
@@ -357,17 +333,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--jobs", type=int, default=cores, help="commands at once, a core for each")
     parser.add_argument("--report", action="store_true", help="only report the cells that exist")
-    parser.add_argument("--quick", action="store_true", help="two steps of everything, to see that it works")
-    parser.add_argument("--work", type=Path, help="folder of runs, default runs/transfer; with --quick, ...-quick")
-    parser.add_argument("--results", type=Path, help="folder of the cells' files; with --quick, results in --work")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "transfer", help="folder of the runs")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the cells' files")
     options = parser.parse_args(arguments)
-    protocol = Protocol.quick() if options.quick else Protocol()
-    folder = options.work or ROOT / "runs" / ("transfer-quick" if options.quick else "transfer")
-    results = options.results or (folder / "results" if options.quick else RESULTS)
-    wanted = cells(options.methods, options.seeds)
+    wanted, protocol = cells(options.methods, options.seeds), Protocol()
     try:
-        status = 0 if options.report else run(wanted, protocol, folder, results, options.jobs)
-        publish(results, protocol)
+        status = 0 if options.report else run(wanted, protocol, options.work, options.results, options.jobs)
+        publish(options.results, protocol)
     except ProtocolError as error:
         sys.exit(str(error))
     sys.exit(status)

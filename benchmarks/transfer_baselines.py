@@ -1,14 +1,13 @@
 """The pre-trainings that MCL is compared with: supervised, and MoCo v2 of lightly's parts.
 
 ``python -m benchmarks.transfer_baselines moco --seed 0 --work runs/transfer`` writes ``pretrain/<method>-<seed>/`` in
-the work folder: ``checkpoints/``, one per epoch, from the last of which the same command continues; at the end
-``losses.json``, the mean of each epoch, and ``backbone.pth`` for ``mcl finetune``. What an epoch draws is a function of
-seed and epoch, so a run that was cut and continued computes what one that was not does.
+the work folder: ``checkpoints/``, one per epoch, from the last of which the same command continues, and at the end
+``backbone.pth`` for ``mcl finetune``. What an epoch draws is a function of seed and epoch, so a run that was cut and
+continued computes what one that was not does.
 """
 
 import argparse
 import copy
-import json
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -23,11 +22,11 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.common import ROOT, write
+from benchmarks.common import ROOT
 from benchmarks.transfer_protocol import Protocol, ProtocolError, Work
 from dali_pipelines.source import open_source
 from mcl.budget import count
-from mcl.config import Config, OptimConfig
+from mcl.config import Config
 from mcl.export import files
 from mcl.export.mmdet import rename
 from mcl.models.backbones import Backbone
@@ -35,7 +34,7 @@ from mcl.train import checkpoint
 from mcl.train.optim import build_optimizer, learning_rate, set_learning_rate
 
 KINDS = ("supervised", "moco")
-WEIGHTS, LOSSES = "backbone.pth", "losses.json"
+WEIGHTS = "backbone.pth"
 
 
 class Supervised(nn.Module):
@@ -166,13 +165,10 @@ class Photos(Dataset[tuple[Any, int]]):
             return self._transform(image.convert("RGB")), self._labels[i]
 
 
-def train(
-    learner: Supervised | MoCo, photos: Photos, optim: OptimConfig, batch: int, epochs: int, seed: int, folder: Path
-) -> list[float]:
-    """Trains, or continues, and writes the run's files.
+def train(learner: Supervised | MoCo, work: Work, seed: int, folder: Path) -> list[float]:
+    """Trains, or continues, and writes the run's files. Images that do not fill a batch are left out of an epoch.
 
     Args:
-        batch: images of a step; what does not fill one is left out of an epoch.
         folder: of the run.
 
     Returns:
@@ -182,6 +178,8 @@ def train(
         FloatingPointError: the loss is not finite.
         CheckpointError: see :mod:`mcl.train.checkpoint`.
     """
+    config, photos = work.config(seed), Photos(ROOT / work.images, learner.transform)
+    optim, batch, epochs = config.optim, config.trainer.global_batch, config.trainer.epochs
     learner.to(memory_format=torch.channels_last)
     optimizer = build_optimizer(optim, learner)
     parameters = [p for p in learner.parameters() if p.requires_grad]
@@ -211,7 +209,6 @@ def train(
         print(f"epoch {epoch + 1} of {epochs}: loss {losses[-1]:.4f}", flush=True)
         state = {"model": tensors(learner), "optimizer": optimizer.state_dict(), "losses": losses}
         checkpoint.save(folder / "checkpoints", {"step": len(losses) * per_epoch, **state}, keep=2)
-    write(folder / LOSSES, json.dumps(losses) + "\n")
     weights = {str(rename(f"backbone.body.{k}", 0)): v for k, v in learner.backbone.state_dict().items()}
     source = folder / "checkpoints" / checkpoint.LAST
     files.write(folder / WEIGHTS, source, lambda file: files.save_openmmlab(weights, {}, file))
@@ -232,18 +229,15 @@ def _seed(*key: int) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("method", choices=KINDS)
-    options.add_argument("--seed", type=int, required=True)
-    options.add_argument("--work", type=Path, required=True, help="work folder of benchmarks.transfer")
-    chosen = options.parse_args(arguments)
-    work = Work.open(ROOT / chosen.work)
-    config = work.config(chosen.seed)
-    torch.manual_seed(chosen.seed)
-    learner = make(chosen.method, work)
-    photos = Photos(ROOT / work.images, learner.transform)
-    folder = ROOT / work.folder / "pretrain" / f"{chosen.method}-{chosen.seed}"
-    train(learner, photos, config.optim, config.trainer.global_batch, config.trainer.epochs, chosen.seed, folder)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("method", choices=KINDS)
+    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--work", type=Path, required=True, help="work folder of benchmarks.transfer")
+    options = parser.parse_args(arguments)
+    work = Work.open(ROOT / options.work)
+    torch.manual_seed(options.seed)
+    learner = make(options.method, work)
+    train(learner, work, options.seed, ROOT / work.folder / "pretrain" / f"{options.method}-{options.seed}")
 
 
 if __name__ == "__main__":

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from benchmarks.common import ROOT, portable, write
+from benchmarks.common import ROOT, portable
 from dali_pipelines.source.layouts import is_image
 from mcl import config
 from mcl.config import Config
+from mcl.records.metrics import rewrite
 
 PLACES = (
     *("ancient_ruin", "building", "castle", "garden_or_plant", "indoor", "landscape", "palace", "road_or_pitch"),
@@ -79,36 +80,6 @@ class Protocol:
     )
     """The file says the same; here it is on record, and stays when the file changes."""
 
-    @classmethod
-    def quick(cls) -> Self:
-        """For tests: two steps of everything, on images of a few pixels."""
-        return cls(
-            images="data/photos/train",
-            without=(),
-            at_most=64,
-            epochs=1,
-            pretraining=(*cls.pretraining, "model.hidden=32"),
-            moco_bank=64,
-            moco_hidden=32,
-            finetuning=(
-                "train_cfg.max_iters=2",
-                "train_cfg.val_interval=2",
-                "custom_hooks.2.interval=2",
-                "custom_hooks.2.batches=2",
-                "global_batch=2",
-                "data.classes=[]",
-                "train_dataloader.num_workers=0",
-                "val_dataloader.num_workers=0",
-                "train_dataloader.dataset.dataset.pipeline.2.scales=[[96,64]]",
-                "val_dataloader.dataset.pipeline.1.scale=[96,64]",
-                "model.train_cfg.rpn_proposal.max_per_img=20",
-                "model.test_cfg.rpn.max_per_img=10",
-                "model.test_cfg.rcnn.max_per_img=5",
-                "default_hooks.logger.interval=1",
-                "default_hooks.checkpoint.interval=1",
-            ),
-        )
-
     def plain(self) -> dict[str, Any]:
         """As JSON gives it back."""
         values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
@@ -129,9 +100,8 @@ class Protocol:
         Raises:
             ProtocolError: it was; names the first entry that differs.
         """
-        before, now = (
-            {**p, **c} for p, c in ((result["protocol"], result["configurations"]), (self.plain(), self.configurations))
-        )
+        before = _entries(result["protocol"], result["configurations"])
+        now = _entries(self.plain(), self.configurations)
         differing = [key for key in {**now, **before} if now.get(key) != before.get(key)]
         if differing:
             key = differing[0]
@@ -139,6 +109,12 @@ class Protocol:
                 f"{file}: of another protocol: {key} is {before.get(key)!r} there and {now.get(key)!r} now "
                 f"({len(differing)} entries differ); move it away, or give another folder"
             )
+
+
+def _entries(protocol: Mapping[str, Any], configurations: Mapping[str, str]) -> dict[str, Any]:
+    """What decides a result. Configuration files are known by their names, for they may be moved."""
+    files = {Path(file).name: digest for file, digest in configurations.items()}
+    return {**protocol, **{key: Path(protocol[key]).name for key in ("preset", "detector")}, **files}
 
 
 def _digest(values: Mapping[str, Any], keys: tuple[str, ...]) -> str:
@@ -166,7 +142,7 @@ class Work:
         for name, text in (("protocol.json", json.dumps(protocol.plain(), indent=1) + "\n"), ("images.txt", lines)):
             path = ROOT / self.folder / name
             if not path.exists():
-                write(path, text)
+                rewrite(path, text)
             elif path.read_text() != text:
                 raise ProtocolError(f"{path}: of another protocol, or on other images; move {folder} away")
         self.steps_per_epoch = lines.count("\n") // self.config(0).trainer.global_batch
