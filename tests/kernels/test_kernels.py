@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import ptxas
 from mcl.ops.library import compiled
 from tests.conftest import ROOT
-from tests.kernels import programs
+from tests.kernels import programs, ptxas
 from tests.kernels.programs import EMULATION
 
 CUDA = ROOT / "kernels" / "csrc" / "cuda"
