@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed
 MMDET := .venv/.mmdet
 REQUIREMENTS := $(filter-out requirements/mmdet.txt,$(wildcard requirements/*.txt))
 KERNELS := $(shell find kernels/csrc kernels/dali -type f)
-CPP := $(shell find kernels -name '*.h' -o -name '*.cpp' -o -name '*.cc' -o -name '*.cu' -o -name '*.cuh')
+CPP := $(shell find kernels tests/kernels -name '*.h' -o -name '*.cpp' -o -name '*.cc' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: help demo test soak check format bench data setup mmdet clean
 
@@ -39,7 +39,7 @@ $(MMDET): $(INSTALLED) requirements/mmdet.txt scripts/install_mmdet.sh scripts/c
 	touch $@
 
 demo: setup
-	$(BIN)/mcl pretrain configs/pretrain/mcl_r18_fpn_demo.yaml
+	$(BIN)/mcl pretrain mcl_r18_fpn_demo
 
 # One thread per test process: many small tensors are faster that way, and results do not depend on the machine.
 test: setup mmdet
@@ -78,4 +78,4 @@ data: setup
 	$(BIN)/python scripts/build_data.py coco data/packages data/cutouts
 
 clean:
-	rm -rf .venv build mcl/_C* mcl/libmcl_dali* *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv build mcl/_C* dali_pipelines/libmcl_dali* *.egg-info .pytest_cache .mypy_cache .ruff_cache

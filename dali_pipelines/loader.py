@@ -1,4 +1,4 @@
-"""The loader: steps of a plan, carried out by an engine, as pairs of :class:`~mcl.montage.MontageBatch`."""
+"""The loader: steps of a plan, carried out by an engine, as pairs of :class:`~dali_pipelines.batch.MontageBatch`."""
 
 import functools
 import importlib.util
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
+from dali_pipelines.batch import MontageBatch
+from dali_pipelines.geometry import Geometry, boxes
 from dali_pipelines.plan import VIEWS, Plan, StepPlan
+from dali_pipelines.settings import ConfigError, DataConfig
 from dali_pipelines.source import Source
-from mcl import montage
-from mcl.config import ConfigError, DataConfig
-from mcl.montage import Geometry, MontageBatch
 
 if TYPE_CHECKING:
     from dali_pipelines import pipelines
@@ -199,7 +199,7 @@ def _obstacle(engine: str, device: str, cuda: bool) -> str | None:
 
 @functools.lru_cache(maxsize=4)
 def _boxes(geometry: Geometry, images: int) -> Tensor:
-    return torch.from_numpy(montage.boxes(geometry, images))
+    return torch.from_numpy(boxes(geometry, images))
 
 
 def default_threads(local_world_size: int = 1) -> int:
@@ -258,13 +258,13 @@ class MontageLoader:
             if self._engine is None:
                 self._engine = self._make_engine()
             try:
-                images = self._engine.collect()
+                views = self._engine.collect()
             except (RuntimeError, OSError) as error:
                 self._find_bad(error)
                 continue
             plan = self._ahead.popleft()
             self.position += 1
-            query, key = (self._batch(plan, view, canvases) for view, canvases in enumerate(images))
+            query, key = (self._batch(plan, view, pixels) for view, pixels in enumerate(views))
             return query, key
 
     def state_dict(self) -> dict[str, Any]:
@@ -351,22 +351,21 @@ class MontageLoader:
                 f"(data.max_bad_fraction={self._data.max_bad_fraction}); the first: {self.source.names[i]}: {reason}"
             )
 
-    def _batch(self, plan: StepPlan, view: int, images: Tensor) -> MontageBatch:
+    def _batch(self, plan: StepPlan, view: int, pixels: Tensor) -> MontageBatch:
         geometry = plan.geometry
-        canvases = geometry.canvases(self.plan.images)
         crops = []
-        for a, slots in zip(plan.augmentations[view], plan.sources[view], strict=True):
+        for a, tile_images in zip(plan.augmentations[view], plan.tile_images[view], strict=True):
             width_height = np.tile(self.source.sizes[plan.index], 2)
-            crops.append(np.column_stack([a.window / width_height, a.flip])[slots])
+            crops.append(np.column_stack([a.window / width_height, a.flip])[tile_images])
         return MontageBatch(
-            images=images,
+            pixels=pixels,
             labels=torch.from_numpy(self.source.labels[plan.index]),
             index=torch.from_numpy(plan.index),
-            sources=torch.from_numpy(np.concatenate(plan.sources[view])),
+            tile_images=torch.from_numpy(np.concatenate(plan.tile_images[view])),
             boxes=_boxes(geometry, self.plan.images),
             crops=torch.from_numpy(np.concatenate(crops).astype(np.float32)),
-            canvases=canvases,
-            queries=geometry.query_canvases(self.plan.images),
+            canvas_counts=geometry.canvases(self.plan.images),
+            query_counts=geometry.query_canvases(self.plan.images),
             ratios=geometry.ratios,
             cells=geometry.cells,
             epoch=plan.epoch,

@@ -16,13 +16,12 @@ import numpy.typing as npt
 from nvidia.dali import Pipeline, fn, pipeline_def, plugin_manager, types
 from nvidia.dali import ops as dali_ops
 
-import mcl
 from dali_pipelines import ops
+from dali_pipelines.geometry import Geometry, Paste, slabs
 from dali_pipelines.plan import VIEWS, Augmentation, StepPlan
-from mcl.config import AugmentConfig, DataConfig
-from mcl.montage import Geometry, Paste, slabs
+from dali_pipelines.settings import AugmentConfig, DataConfig
 
-PLUGIN = Path(mcl.__file__).parent / "libmcl_dali.so"
+PLUGIN = Path(__file__).parent / "libmcl_dali.so"
 """The fused operator, as setup.py builds it."""
 
 _DTYPES = {"float32": types.FLOAT, "float16": types.FLOAT16}
@@ -91,11 +90,11 @@ def fused_feed(plan: StepPlan, images: list[npt.NDArray[np.uint8]]) -> list[Any]
     """Images, recipes (N, VIEWS * levels, 17), slots (N, tiles of one image) and cells (N,), for the fused pipeline."""
     n = len(images)
     recipes, slots = [], []
-    for augmentations, sources in zip(plan.augmentations, plan.sources, strict=True):
-        for a, shown in zip(augmentations, sources, strict=True):
+    for augmentations, levels in zip(plan.augmentations, plan.tile_images, strict=True):
+        for a, tile_images in zip(augmentations, levels, strict=True):
             recipes.append(recipe_rows(a))
             # Every image is shown equally often, so the slots sorted by image are a row per image.
-            slots.append(np.argsort(shown, kind="stable").reshape(n, -1))
+            slots.append(np.argsort(tile_images, kind="stable").reshape(n, -1))
     return [
         images,
         np.stack(recipes, 1),
@@ -136,12 +135,12 @@ def stock_feed(plan: StepPlan, images: list[npt.NDArray[np.uint8]]) -> list[Any]
     """One array (or list of N arrays) per external input, in the order in which the stock pipeline takes them."""
     n, geometry = len(images), plan.geometry
     feed: list[Any] = [images]
-    for augmentations, sources in zip(plan.augmentations, plan.sources, strict=True):
-        for level, (a, slots) in enumerate(zip(augmentations, sources, strict=True)):
+    for augmentations, levels in zip(plan.augmentations, plan.tile_images, strict=True):
+        for level, (a, tile_images) in enumerate(zip(augmentations, levels, strict=True)):
             made = geometry.canvas if plan.released else geometry.tile(level)
             paste = _pastes(geometry, level, n)
             feed += [*_leaves(ops.recipe_arrays(a)), np.full((n, 2), made, np.int32)]
-            feed += [slots[paste.slots].astype(np.int32), paste.source, paste.shape, paste.target]
+            feed += [tile_images[paste.slots].astype(np.int32), paste.source, paste.shape, paste.target]
             feed.append(np.tile(np.array(paste.size, np.int32), (n, 1)))
     return feed
 

@@ -15,8 +15,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from mcl.config import AugmentConfig
-from mcl.montage import Geometry, IntArray
+from dali_pipelines.geometry import Geometry, IntArray
+from dali_pipelines.settings import AugmentConfig
 
 VIEWS = 2
 """Query view and key view."""
@@ -197,7 +197,7 @@ class StepPlan:
     released: bool  # tiles are made at canvas size, then every r-th pixel is taken
     index: IntArray  # (N,) dataset indices
     augmentations: tuple[tuple[Augmentation, ...], ...]  # [view][level]
-    sources: tuple[tuple[IntArray, ...], ...]  # [view][level] (slots,): which of the N images each tile slot shows
+    tile_images: tuple[tuple[IntArray, ...], ...]  # [view][level] (tiles,): which of the N images each tile shows
 
 
 @dataclass(frozen=True)
@@ -258,14 +258,14 @@ class Plan:
                 )
                 for view in range(VIEWS)
             ),
-            sources=tuple(tuple(self._slots(step, view, level) for level in levels) for view in range(VIEWS)),
+            tile_images=tuple(tuple(self._tile_images(step, view, level) for level in levels) for view in range(VIEWS)),
         )
 
     def _blur_scale(self, level: int) -> float:
         return 1.0 if self.tile_sampling == "released" else 1.0 / self.geometry.ratios[level]
 
-    def _slots(self, step: int, view: int, level: int) -> IntArray:
-        """Which image each slot of a level shows: a shuffle of all slots, modulo N; level 0 is not shuffled."""
+    def _tile_images(self, step: int, view: int, level: int) -> IntArray:
+        """Which image each tile of a level shows: a shuffle of all tiles, modulo N; level 0 is not shuffled."""
         count = self.geometry.tiles(self.images)[level]
         if level == 0:
             return np.arange(count)

@@ -14,10 +14,10 @@ import torchvision.transforms.v2.functional as F
 from PIL import Image
 from torch import Tensor
 
+from dali_pipelines.geometry import Geometry
 from dali_pipelines.plan import Augmentation, StepPlan, blur_window
+from dali_pipelines.settings import AugmentConfig, DataConfig
 from dali_pipelines.source import Source
-from mcl.config import AugmentConfig, DataConfig
-from mcl.montage import Geometry
 
 
 def decode(encoded: bytes) -> Tensor:
@@ -119,11 +119,11 @@ class TorchvisionEngine:
         plan, futures = self._pending.popleft()
         samples = [future.result() for future in futures]  # [image][view][level]
         views = []
-        for view, sources in enumerate(plan.sources):
+        for view, tile_images in enumerate(plan.tile_images):
             levels = []
-            for level, slots in enumerate(sources):
+            for level, shown in enumerate(tile_images):
                 tiles = torch.stack([sample[view][level] for sample in samples])
-                levels.append(assemble(tiles[torch.from_numpy(slots)], plan.geometry.ratios[level]))
+                levels.append(assemble(tiles[torch.from_numpy(shown)], plan.geometry.ratios[level]))
             canvases = (torch.cat(levels).float() - self._mean) / self._std
             views.append(canvases.to(self._dtype, memory_format=torch.channels_last))
         return views

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from mcl import __version__
-from mcl.config import fields
+from mcl.config import all_keys
 
 TARGETS = ["mmdet", "mmdet-retinanet", "mmpretrain", "detectron2", "torchvision", "torchvision-detection", "timm"]
 """Those of :data:`mcl.export.TARGETS`, which takes seconds to import."""
@@ -19,6 +19,8 @@ TARGETS = ["mmdet", "mmdet-retinanet", "mmpretrain", "detectron2", "torchvision"
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: parses, runs, and turns errors of our own into one line and their exit code, mostly 2."""
+    # Threads of OpenMP sleep while they wait: on a busy machine, spinning takes the cores from those that have work.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # is read when torch is imported
     parser = _parser()
     options, words = parser.parse_known_args(arguments)  # key=value may stand behind options, too
     if words and not ("overrides" in options and all("=" in word and not word.startswith("-") for word in words)):
@@ -56,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Pre-trains, or continues the run of that name. Writes output/name/.",
         epilog="keys (key=value overrides the YAML file):\n\n" + _keys(),
     )
-    pretrain.add_argument("config", type=Path, help="YAML file, e.g. configs/pretrain/mcl_r50_fpn_100e_in1k.yaml")
+    pretrain.add_argument("config", type=Path, help="preset, such as mcl_r50_fpn_100e_in1k, or YAML file")
     pretrain.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.root=/data/imagenet/train")
     pretrain.set_defaults(run=_pretrain)
 
@@ -152,11 +154,10 @@ def _numbers(text: str) -> list[float]:
 def _keys() -> str:
     """Documentation of every key, from the configuration's own fields."""
     lines = []
-    for key, field, documentation in fields():
-        kind = " | ".join(get_args(field.type)) if get_origin(field.type) is Literal else _type_name(field.type)
-        default = getattr(field.default, "default", field.default)  # bounded fields wrap their default
-        lines.append(f"  {key}  ({kind}, default {default!r})")
-        lines.append(textwrap.fill(documentation, 100, initial_indent=" " * 6, subsequent_indent=" " * 6))
+    for key in all_keys():
+        kind = " | ".join(get_args(key.kind)) if get_origin(key.kind) is Literal else _type_name(key.kind)
+        lines.append(f"  {key.name}  ({kind}, default {key.default!r})")
+        lines.append(textwrap.fill(key.documentation, 100, initial_indent=" " * 6, subsequent_indent=" " * 6))
     return "\n".join(lines)
 
 
@@ -165,15 +166,15 @@ def _type_name(kind: Any) -> str:
 
 
 def _pretrain(options: argparse.Namespace) -> None:
-    from mcl import config, run
+    from mcl import commands, config
 
-    run.pretrain(config.load(options.config, options.overrides))
+    commands.pretrain(config.load(options.config, options.overrides))
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from mcl import run
+    from mcl import commands
 
-    for text in run.evaluate(options.name, options.checkpoint, options.overrides):
+    for text in commands.evaluate(options.name, options.checkpoint, options.overrides):
         print(text, flush=True)
 
 
@@ -209,16 +210,16 @@ def _finetune(options: argparse.Namespace) -> None:
 
 
 def _preview(options: argparse.Namespace) -> None:
-    from mcl import run
+    from mcl import commands
 
-    for path in run.preview(options.config, options.overrides, options.step, options.output):
+    for path in commands.preview(options.config, options.overrides, options.step, options.output):
         print(path)
 
 
 def _index(options: argparse.Namespace) -> None:
-    from mcl import config, images
+    from mcl import commands, config
 
-    for line in images.make_index(config.load(options.config, options.overrides).data):
+    for line in commands.index(config.load(options.config, options.overrides).data):
         print(line, flush=True)
 
 

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dali_pipelines.batch import MontageBatch
 from mcl import config
 from mcl.config import Config
-from mcl.models import MCL, layers
-from mcl.montage import MontageBatch
-from mcl.step import TrainingStep
+from mcl.models import MCL
+from mcl.train.step import TrainingStep
 from tests.conftest import random_view
 
 SMALL: dict[str, Any] = {
@@ -34,7 +34,7 @@ def configure(*words: str) -> Config:
 def build(cfg: Config) -> TrainingStep:
     """A step on the CPU, of a model with the same weights every time."""
     torch.manual_seed(0)
-    return TrainingStep(cfg, MCL(cfg.model, cfg.montage), torch.device("cpu"))
+    return TrainingStep(cfg, MCL(cfg.model, cfg.montage, cfg.trainer.recompute), torch.device("cpu"))
 
 
 def views(cfg: Config, first_seed: int = 1, world: int = 1) -> tuple[MontageBatch, MontageBatch]:
@@ -44,8 +44,8 @@ def views(cfg: Config, first_seed: int = 1, world: int = 1) -> tuple[MontageBatc
     return tuple(  # type: ignore[return-value]
         dataclasses.replace(
             v,
-            images=v.images.contiguous(memory_format=torch.channels_last),
-            queries=cfg.montage.query_canvases(images),
+            pixels=v.pixels.contiguous(memory_format=torch.channels_last),
+            query_counts=cfg.montage.query_canvases(images),
         )
         for v in (random_view(cfg.montage, images, first_seed + side, dtype) for side in range(2))
     )
@@ -53,18 +53,23 @@ def views(cfg: Config, first_seed: int = 1, world: int = 1) -> tuple[MontageBatc
 
 def normalize_parts(model: MCL, canvases: Sequence[int], parts: int) -> None:
     """Lets every BatchNorm normalise the canvases, or the tiles of a level, of each of so many parts by themselves, as
-    it does where gradients are accumulated over micro-batches. Views go one by one, through PyTorch's BatchNorms."""
-    layers.use(model, ours=False)
-    model.together = False
+    it does where gradients are accumulated over micro-batches."""
 
     def in_groups(module: nn.Module) -> None:
         whole = module.forward
 
-        def forward(x: Tensor) -> Tensor:
+        def by_parts(x: Tensor) -> Tensor:
             levels = x.split(list(canvases)) if len(x) == sum(canvases) else [x]
             groups = zip(*(level.chunk(parts) for level in levels), strict=True)
             done = [whole(torch.cat(group)).split([len(piece) for piece in group]) for group in groups]
             return torch.cat([piece for level in zip(*done, strict=True) for piece in level])
+
+        def forward(
+            x: Tensor, counts: Sequence[int] = (), residual: Tensor | None = None, relu: bool = False
+        ) -> Tensor:
+            y = torch.cat([by_parts(rows) for rows in x.split(list(counts) or len(x))])
+            y = y if residual is None else y + residual
+            return y.relu() if relu else y
 
         module.forward = forward
 

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mcl import checkpoint
-from mcl.checkpoint import FORMAT, CheckpointError, reason
+from dali_pipelines.geometry import Geometry
 from mcl.config import Config, DataConfig, ModelConfig, OptimConfig, TrainerConfig, to_dict
 from mcl.export.files import write
 from mcl.models import MCL
-from mcl.montage import Geometry
+from mcl.train import checkpoint
+from mcl.train.checkpoint import FORMAT, CheckpointError, reason
 
 _PREFIXES = {"encoder_q": "online", "encoder_k": "target"}
 _FPN_MAPS = 4

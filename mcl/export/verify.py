@@ -7,12 +7,12 @@ from importlib.metadata import version
 import torch
 from torch import Tensor, nn
 
-from mcl.checkpoint import CheckpointError
 from mcl.config import ConfigError, ModelConfig
 from mcl.export.canonical import pyramid_map
-from mcl.export.report import Verified
+from mcl.export.summary import Verified
 from mcl.export.target import Target
 from mcl.models import Encoder
+from mcl.train.checkpoint import CheckpointError
 
 _TOLERANCE = 1e-5
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from dali_pipelines.source import SourceError
 from mcl.config import ConfigError
-from mcl.metrics import log
+from mcl.records.metrics import log
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from mmengine.logging import HistoryBuffer
 from mmengine.registry import HOOKS
 from torch import Tensor
 
+from mcl.distributed.signals import Consensus, Interrupted, Signals
 from mcl.evaluation.statistics import fresh_statistics
 from mcl.finetune.loading import seed_everything
-from mcl.metrics import rewrite
-from mcl.signals import Consensus, Interrupted, Signals
+from mcl.records.metrics import rewrite
 
 
 @HOOKS.register_module()

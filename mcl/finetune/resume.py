@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from mmengine.config import Config
 
-from mcl.checkpoint import CheckpointError, reason
 from mcl.config import ConfigError
 from mcl.finetune.data import Folder
 from mcl.finetune.hooks import Identity
 from mcl.finetune.settings import innermost
-from mcl.metrics import log
+from mcl.records.metrics import log
+from mcl.train.checkpoint import CheckpointError, reason
 
 _DECISIVE = ("model", "weights", "pretrained", "global_batch", "optim_wrapper", "param_scheduler", "randomness")
 """Sections that decide what a run computes, beside its data."""

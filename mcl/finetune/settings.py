@@ -12,7 +12,7 @@ from mmengine.config import Config
 
 from mcl import distributed
 from mcl.config import ConfigError
-from mcl.metrics import log
+from mcl.records.metrics import log
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:

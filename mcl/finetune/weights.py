@@ -11,11 +11,11 @@ from mmdet.registry import MODELS
 from mmengine.registry import DefaultScope
 from torch import Tensor, nn
 
-from mcl.checkpoint import CheckpointError, reason
 from mcl.config import ConfigError
 from mcl.export import export
-from mcl.export.run import TARGETS
+from mcl.export.convert import TARGETS
 from mcl.finetune.hooks import LoadWeights
+from mcl.train.checkpoint import CheckpointError, reason
 
 
 def load(

@@ -24,14 +24,12 @@ SCHEMAS = {
         "(Tensor grad, Tensor x, Tensor? y, Tensor? weight, Tensor? bias, Tensor mean, Tensor inverse, int[] counts,"
         " bool relu) -> (Tensor, Tensor, Tensor, Tensor)"
     ),
-    "winograd": "(Tensor x, Tensor weight, bool adjoint) -> Tensor",
-    "winograd_weight": "(Tensor grad, Tensor x) -> Tensor",
     "norms": "(Tensor[] tensors) -> Tensor",
     "lars_": (
         "(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] momenta, Tensor? norms, float lr, float momentum,"
-        " float weight_decay, float trust_coefficient, bool adapt) -> ()"
+        " float weight_decay, float trust_coefficient, bool adapt, Tensor? found_inf=None) -> ()"
     ),
-    "ema_": "(Tensor(a!)[] targets, Tensor[] onlines, float momentum) -> ()",
+    "ema_": "(Tensor(a!)[] targets, Tensor[] onlines, float momentum, Tensor? found_inf=None) -> ()",
 }
 _DEVICES = {"cpu": "CPU", "cuda": "CUDA"}
 

@@ -18,9 +18,9 @@ from PIL import Image
 from torch import Tensor
 
 from dali_pipelines import ops, pipelines, plan, reference
+from dali_pipelines.geometry import Geometry
 from dali_pipelines.plan import Augmentation
 from mcl.config import AugmentConfig
-from mcl.montage import Geometry
 from tests.dali_pipelines.images import choose
 
 GEOMETRY = Geometry()

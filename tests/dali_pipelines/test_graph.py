@@ -12,7 +12,7 @@ from dali_pipelines import pipelines
 from mcl import config
 from mcl.config import Config
 
-PRESETS = sorted((Path(__file__).parents[2] / "configs" / "pretrain").glob("*.yaml"))
+PRESETS = sorted((Path(__file__).parents[2] / "mcl" / "presets").glob("*.yaml"))
 DECODER = "decoders__Image"
 
 

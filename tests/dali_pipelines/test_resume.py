@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from dali_pipelines import plan as planning
+from dali_pipelines.geometry import Geometry
 from dali_pipelines.loader import DaliEngine
 from dali_pipelines.reference import TorchvisionEngine
 from dali_pipelines.source import Source
-from mcl.montage import Geometry
 from tests.dali_pipelines.loading import (
     ENGINES,
     GEOMETRY,
@@ -113,7 +113,7 @@ def test_an_epoch_is_the_same_at_every_world_size(sources: dict[str, Source], ki
         ]
         for _ in range(2 * loaders[0].plan.steps_per_epoch):
             views = list(zip(*map(next, loaders), strict=True))  # [view][rank]
-            fields = ("images", "crops", "index")
+            fields = ("pixels", "crops", "index")
             steps.append([torch.cat([getattr(batch, name) for batch in view]) for view in views for name in fields])
         for loader in loaders:
             loader.close()
@@ -153,7 +153,7 @@ def test_canvases_change_between_epochs_without_building_anything_anew(
     assert built == [engine]
     for step, pair in enumerate(run):
         assert all((batch.step, batch.epoch, batch.cells) == (step, step // 2, CELLS[step]) for batch in pair)
-        assert all(batch.images.shape == (10, 3, 32 * CELLS[step], 32 * CELLS[step]) for batch in pair)
+        assert all(batch.pixels.shape == (10, 3, 32 * CELLS[step], 32 * CELLS[step]) for batch in pair)
 
     for epoch, cells in [(1, 3), (2, 2)]:
         plain = replace(GEOMETRY, cells=cells)

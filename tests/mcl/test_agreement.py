@@ -15,10 +15,11 @@ import torch.distributed as dist
 
 import mcl
 from dali_pipelines import pipelines
-from mcl import agreement, config, distributed
+from mcl import config, distributed
 from mcl.config import Config, ConfigError
+from mcl.distributed import agreement, launch
 from mcl.ops import steps
-from mcl.trainer import Trainer
+from mcl.train.trainer import Trainer
 from tests.mcl.ranks import free_port, in_ranks
 from tests.mcl.tiny import TINY
 
@@ -138,7 +139,7 @@ def start(
         os.environ |= {"WORLD_SIZE": sizes[int(os.environ["RANK"])], "MASTER_PORT": str(port)}
         time.sleep(2 if late == int(os.environ["RANK"]) else 0)
         with (
-            mock.patch.object(distributed, "_ROLL_CALL", datetime.timedelta(seconds=patience)),
+            mock.patch.object(launch, "_ROLL_CALL", datetime.timedelta(seconds=patience)),
             mock.patch.object(torch.cuda, "set_device"),
             mock.patch.object(torch.cuda, "device_count", return_value=gpus),
         ):
@@ -197,7 +198,7 @@ def test_a_meeting_point_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="MASTER_PORT: not set; it must name the first machine"):
         distributed.setup("cpu")
     monkeypatch.setenv("MASTER_PORT", str(port))
-    monkeypatch.setattr(distributed, "_ANSWER", datetime.timedelta(seconds=1))
+    monkeypatch.setattr(launch, "_ANSWER", datetime.timedelta(seconds=1))
     with pytest.raises(ConfigError, match=rf"MASTER_ADDR, MASTER_PORT: nobody listens at 127\.0\.0\.1:{port} \("):
         distributed.setup("cpu")
 

@@ -12,16 +12,16 @@ import pytest
 from mcl import cli, config
 from tests.conftest import ROOT
 
-DEMO = str(ROOT / "configs" / "pretrain" / "mcl_r18_fpn_demo.yaml")
+DEMO = str(ROOT / "mcl" / "presets" / "mcl_r18_fpn_demo.yaml")
 
 
 def test_help_documents_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         cli.main(["pretrain", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    for key, _, documentation in config.fields():
-        assert f"{key} (" in text
-        assert documentation in text
+    for key in config.all_keys():
+        assert f"{key.name} (" in text
+        assert key.documentation in text
 
 
 def test_a_reader_that_has_enough_is_no_error(

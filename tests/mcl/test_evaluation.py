@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dali_pipelines.batch import MontageBatch
+from dali_pipelines.geometry import Geometry
 from dali_pipelines.source import open_source
 from mcl import config
 from mcl.config import Config, ConfigError
@@ -17,7 +19,6 @@ from mcl.evaluation.classify import knn, linear
 from mcl.evaluation.retrieval import retrieval, top1
 from mcl.evaluation.statistics import fresh_statistics
 from mcl.models import MCL
-from mcl.montage import Geometry, MontageBatch
 from tests.conftest import random_view
 
 
@@ -46,8 +47,8 @@ class Oracle(nn.Module):
     def predictions(self, views: Sequence[MontageBatch]) -> list[list[Tensor]]:
         return [[self.codes, self.codes[:1].expand(len(view.index), -1)] for view in views]
 
-    def sources(self, view: MontageBatch) -> list[Tensor]:
-        return [view.sources[view.tiles(level)] for level in range(2)]
+    def positives(self, view: MontageBatch) -> list[Tensor]:
+        return [view.tile_images[view.tiles(level)] for level in range(2)]
 
 
 def test_top1_of_an_oracle() -> None:

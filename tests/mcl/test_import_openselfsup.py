@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from mcl import checkpoint, config
-from mcl.checkpoint import CheckpointError
+from dali_pipelines.geometry import Geometry
+from mcl import config
 from mcl.config import ModelConfig
 from mcl.export.openselfsup import import_file, our_name, their_name
 from mcl.models import MCL
-from mcl.montage import Geometry
+from mcl.train import checkpoint
+from mcl.train.checkpoint import CheckpointError
 from tests.conftest import random_view
 
 REFERENCE = json.loads((Path(__file__).parent.parent / "data" / "step_r18.json").read_text())

@@ -2,19 +2,21 @@
 
 import copy
 import dataclasses
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from dali_pipelines.batch import MontageBatch
+from dali_pipelines.geometry import Geometry
 from mcl import config
-from mcl.loss import contrast, total_loss
-from mcl.models import MCL, layers
-from mcl.montage import Geometry, MontageBatch
+from mcl.models import MCL
 from mcl.ops.batch_norm import serves
+from mcl.train.loss import contrast, total_loss
 from tests.conftest import ThinBackbone, random_view
 from tests.fp64 import fast_convolutions
 
@@ -45,12 +47,12 @@ def models(backbone: str, geometry: Geometry) -> tuple[MCL, MCL]:
     torch.manual_seed(0)
     with mock.patch("mcl.models.mcl.Backbone", ThinBackbone) if backbone == "thin" else nullcontext():
         matched = MCL(cfg.model, cfg.montage).double()
+        released = MCL(dataclasses.replace(cfg.model, compute="released"), cfg.montage).double()
     for module in matched.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 1.5)
-    released = copy.deepcopy(matched)
-    released.config = dataclasses.replace(cfg.model, compute="released")
+    released.load_state_dict(matched.state_dict())
     return matched.eval(), released.eval()
 
 
@@ -131,13 +133,12 @@ def test_running_statistics_update_level_by_level() -> None:
     """In training mode each lateral, output, head and projector norm sees each level once per view, level 0 first."""
     geometry = Geometry(cells=2)
     matched, _ = models("thin", geometry)
-    layers.use(matched, ours=False)  # ours see all at once
     norms = {
         name: m for name, m in matched.online.head.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
     }
     order: dict[str, list[int]] = {name: [] for name in norms}
     for name, module in norms.items():
-        module.register_forward_hook(lambda _, inputs, output, name=name: order[name].append(len(inputs[0])))
+        module.register_forward_hook(lambda _, inputs, output, name=name: order[name].extend(inputs[1]))
     matched.train()
     with torch.no_grad():
         matched(*(random_view(geometry, 32, seed, torch.float64) for seed in (1, 2)))
@@ -146,6 +147,16 @@ def test_running_statistics_update_level_by_level() -> None:
     assert matched.online.fpn.laterals[0].norm.num_batches_tracked == 2 * geometry.levels
     assert matched.target.fpn.laterals[0].norm.num_batches_tracked == 2
     assert matched.target.head.convs[0].norm.num_batches_tracked == 2
+
+
+class OneByOne(MCL):
+    """Each view goes through the networks by itself."""
+
+    def targets(self, views: Sequence[MontageBatch]) -> list[Tensor]:
+        return [super(OneByOne, self).targets([view])[0] for view in views]
+
+    def predictions(self, views: Sequence[MontageBatch]) -> list[list[Tensor]]:
+        return [super(OneByOne, self).predictions([view])[0] for view in views]
 
 
 @pytest.mark.parametrize("compiled", [True, False])
@@ -163,11 +174,11 @@ def test_views_together_are_the_views_one_by_one(
     """Losses, gradients and running statistics, with and without the operator that normalises groups."""
     monkeypatch.setattr("mcl.models.norm.serves", serves if compiled else lambda x: False)
     views = [random_view(geometry, images, seed, torch.float64) for seed in (1, 2)]
-    views = [dataclasses.replace(view, queries=geometry.query_canvases(images)) for view in views]
-    one_by_one, _ = models(backbone, geometry)
-    one_by_one.train()
-    together = copy.deepcopy(one_by_one)
-    together.together = True
+    views = [dataclasses.replace(view, query_counts=geometry.query_canvases(images)) for view in views]
+    together, _ = models(backbone, geometry)
+    together.train()
+    one_by_one = copy.deepcopy(together)
+    one_by_one.__class__ = OneByOne
     for model in (one_by_one, together):
         model(*views).loss.backward()
     assert dict(together.named_buffers()).keys() == dict(one_by_one.named_buffers()).keys()
@@ -190,14 +201,14 @@ def test_gradients_of_fewer_queries_are_those_without_the_other_terms(compute: s
     model = {"matched": matched, "released": released}[compute]
     few = geometry.query_canvases(16)
     assert few == (4, 4)
-    output = model(*(dataclasses.replace(view, queries=few) for view in views))
+    output = model(*(dataclasses.replace(view, query_counts=few) for view in views))
     parameters = [p for p in model.parameters() if p.requires_grad]
     found = torch.autograd.grad(output.loss, parameters, allow_unused=True)  # maps finer than those of two levels
 
     banks = model.targets(views[::-1])
     losses = []
     for view, (full, tiles), bank in zip(views, matched.predictions(views), banks, strict=True):
-        own, others = matched.sources(view)
+        own, others = matched.positives(view)
         losses.append(contrast([full[:4], tiles], [own[:4], others], bank, model.config.temperature)[0])
     loss = total_loss(torch.stack(losses), model.config.loss_weights, model.config.temperature)
     expected = torch.autograd.grad(loss, [p for p in matched.parameters() if p.requires_grad], allow_unused=True)
@@ -217,10 +228,10 @@ def test_queries_take_the_first_canvases_of_each_level() -> None:
     query = random_view(geometry, 8, 1, torch.float64)
     with torch.no_grad():
         (full,) = matched.predictions([query])
-        part = dataclasses.replace(query, queries=(3, 1))
+        part = dataclasses.replace(query, query_counts=(3, 1))
         (few,) = matched.predictions([part])
-        rows = matched.sources(part)
+        rows = matched.positives(part)
     assert [len(p) for p in few] == [3, 4]
     torch.testing.assert_close(few[0], full[0][:3], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(few[1], full[1][:4], rtol=1e-12, atol=1e-12)
-    assert rows[1].tolist() == query.sources[8:12].tolist()
+    assert rows[1].tolist() == query.tile_images[8:12].tolist()

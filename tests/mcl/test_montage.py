@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from mcl.montage import Geometry, all_tiles, boxes, slabs
+from dali_pipelines.batch import all_tiles
+from dali_pipelines.geometry import Geometry, boxes, slabs
 from tests.conftest import random_view
 
 DEFAULT = Geometry()
@@ -97,17 +98,17 @@ def test_slabs_put_every_pixel_of_every_tile_where_it_belongs(cells: int, level:
 
 def test_regions_are_rows_of_their_own_level() -> None:
     batch = random_view(Geometry(cells=1), 64, 0)
-    regions = batch.regions((64, 16, 3, 1))
+    regions = batch.first((64, 16, 3, 1)).regions()
     assert [len(r) for r in regions] == [64, 64, 48, 64]
     assert torch.equal(regions[1][:, 0], torch.arange(16.0).repeat_interleave(4))
     assert regions[2][17].tolist() == [1, 8, 0, 16, 8]
     assert torch.equal(regions[3][:, 1:], batch.boxes[batch.tiles(3)][:64, 1:])
-    assert [len(r) for r in batch.regions((64,))] == [64]
+    assert [len(r) for r in batch.first((64,)).regions()] == [64]
 
 
 def test_all_tiles_are_the_boxes_of_each_level() -> None:
     geometry = Geometry(cells=2)
-    for level, tiles in enumerate(random_view(geometry, 32, 0).regions(geometry.canvases(32))):
+    for level, tiles in enumerate(random_view(geometry, 32, 0).regions()):
         ratio, canvases = geometry.ratios[level], geometry.canvases(32)[level]
         assert torch.equal(all_tiles(ratio, geometry.canvas, canvases, torch.device("cpu")), tiles)
 
@@ -116,7 +117,7 @@ def test_batch_slices_levels_and_moves() -> None:
     batch = random_view(Geometry(cells=1), 32, 0)
     assert [batch.tiles(i) for i in range(4)] == [slice(0, 32), slice(32, 64), slice(64, 96), slice(96, 160)]
     moved = batch.to(torch.device("cpu"), torch.float64)
-    assert moved.images.dtype == torch.float64
-    assert moved.images.is_contiguous(memory_format=torch.channels_last)
+    assert moved.pixels.dtype == torch.float64
+    assert moved.pixels.is_contiguous(memory_format=torch.channels_last)
     assert moved.boxes is batch.boxes
-    assert (moved.canvases, moved.ratios, moved.cells) == (batch.canvases, batch.ratios, batch.cells)
+    assert (moved.canvas_counts, moved.ratios, moved.cells) == (batch.canvas_counts, batch.ratios, batch.cells)

@@ -12,13 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from dali_pipelines.batch import MontageBatch
 from dali_pipelines.reference import assemble
-from mcl import config, ema
+from mcl import config
 from mcl.config import Config
 from mcl.export.openselfsup import our_name
 from mcl.models import MCL
-from mcl.montage import MontageBatch
-from mcl.optim import build_optimizer, excluded, set_learning_rate
+from mcl.train import ema
+from mcl.train.optim import build_optimizer, excluded, set_learning_rate
 from tests.conftest import view
 from tests.fp64 import fast_convolutions
 

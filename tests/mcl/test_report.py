@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import pytest
 from PIL import Image
 
-from mcl import report
+from mcl.records import report
 
 NAME = "<b>R&D</b>"
 RETRIEVAL = {

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from dali_pipelines.batch import MontageBatch
+from dali_pipelines.geometry import Geometry
 from mcl import distributed
 from mcl.config import Config, ConfigError
 from mcl.distributed import Gather
 from mcl.models import MCL, Output, backbones
 from mcl.models.sync_bn import synchronize
-from mcl.montage import Geometry, MontageBatch
-from mcl.step import TrainingStep
+from mcl.train.step import TrainingStep
 from tests.conftest import ThinBackbone, view
 from tests.fp64 import fast_convolutions
 from tests.mcl.ranks import in_ranks
@@ -85,7 +86,7 @@ def test_in_training_the_parts_differ_from_the_whole_by_batchnorm_alone() -> Non
     whole, parts = configure(*words), configure(*words, "trainer.accumulate=2")
     batch = views(parts)
     grouped = build(whole)
-    normalize_parts(grouped.model, batch[0].canvases, 2)
+    normalize_parts(grouped.model, batch[0].canvas_counts, 2)
     output, norm, expected = still(grouped, batch)
     other, other_norm, gradients = still(build(parts), batch)
     torch.testing.assert_close(other.losses, output.losses, rtol=1e-12, atol=0)
@@ -100,7 +101,7 @@ def numbered(geometry: Geometry, images: int) -> MontageBatch:
     pixels = torch.arange(float(canvases))[:, None, None, None].expand(-1, 3, geometry.canvas, geometry.canvas)
     whole = view(geometry, images, pixels.contiguous(memory_format=torch.channels_last), torch.arange(tiles) % images)
     return dataclasses.replace(
-        whole, crops=torch.arange(float(tiles))[:, None].expand(-1, 5), queries=geometry.query_canvases(images)
+        whole, crops=torch.arange(float(tiles))[:, None].expand(-1, 5), query_counts=geometry.query_canvases(images)
     )
 
 
@@ -115,13 +116,13 @@ def test_a_part_is_canvases_of_every_level_with_their_tiles() -> None:
     quarters = [[0, 0, 16, 16], [16, 0, 32, 16], [0, 16, 16, 32], [16, 16, 32, 32]]
     for i, (canvases, tiles) in enumerate(expected):
         part = whole.part(i, 2)
-        assert part.images[:, 0, 0, 0].tolist() == canvases
-        assert part.images.is_contiguous(memory_format=torch.channels_last)
+        assert part.pixels[:, 0, 0, 0].tolist() == canvases
+        assert part.pixels.is_contiguous(memory_format=torch.channels_last)
         assert part.crops[:, 0].tolist() == tiles
-        assert part.sources.tolist() == [tile % 8 for tile in tiles]
+        assert part.tile_images.tolist() == [tile % 8 for tile in tiles]
         assert part.boxes[:, 0].tolist() == [0, 1, 2, 3, 4, 4, 4, 4, 5, 5, 5, 5]
         assert part.boxes[:, 1:].tolist() == 4 * [[0, 0, 32, 32]] + 2 * quarters
-        assert (part.canvases, part.queries) == ((4, 2), (2, 1))
+        assert (part.canvas_counts, part.query_counts) == ((4, 2), (2, 1))
         assert part.labels is whole.labels
         assert part.index is whole.index
     assert whole.part(0, 1) is whole
@@ -141,21 +142,21 @@ def test_all_parts_together_are_the_whole(geometry: Geometry, images: int, parts
     whole = numbered(geometry, images)
     canvases, tiles = [], []
     for part in (whole.part(i, parts) for i in range(parts)):
-        numbers = part.images[:, 0, 0, 0]
+        numbers = part.pixels[:, 0, 0, 0]
         rows = part.crops[:, 0].long()
         assert torch.equal(numbers[part.boxes[:, 0].long()], whole.boxes[rows, 0])
         assert torch.equal(part.boxes[:, 1:], whole.boxes[rows, 1:])
-        assert torch.equal(part.sources, whole.sources[rows])
-        assert part.images.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(part.tile_images, whole.tile_images[rows])
+        assert part.pixels.is_contiguous(memory_format=torch.channels_last)
         first, first_of_whole = 0, 0
         for level in range(geometry.levels):
-            queries = numbers[first : first + part.queries[level]]
-            assert (queries < first_of_whole + whole.queries[level]).all()
-            first, first_of_whole = first + part.canvases[level], first_of_whole + whole.canvases[level]
+            queries = numbers[first : first + part.query_counts[level]]
+            assert (queries < first_of_whole + whole.query_counts[level]).all()
+            first, first_of_whole = first + part.canvas_counts[level], first_of_whole + whole.canvas_counts[level]
         canvases += numbers.tolist()
         tiles += rows.tolist()
-    assert sorted(canvases) == list(range(len(whole.images)))
-    assert sorted(tiles) == list(range(len(whole.sources)))
+    assert sorted(canvases) == list(range(len(whole.pixels)))
+    assert sorted(tiles) == list(range(len(whole.tile_images)))
 
 
 @pytest.mark.usefixtures("thin_backbone")
@@ -402,8 +403,8 @@ def together(batch: Sequence[MontageBatch], parts: int) -> MontageBatch:
     images = len(batch[0].index)
     pieces = [(rank, v.part(i, parts)) for i in range(parts) for rank, v in enumerate(batch)]
     levels = range(len(batch[0].ratios))
-    pixels = [piece.images.split(piece.canvases)[level] for level in levels for _, piece in pieces]
-    sources = [piece.sources[piece.tiles(level)] + rank * images for level in levels for rank, piece in pieces]
+    pixels = [piece.pixels.split(piece.canvas_counts)[level] for level in levels for _, piece in pieces]
+    sources = [piece.tile_images[piece.tiles(level)] + rank * images for level in levels for rank, piece in pieces]
     geometry = configure(*SHARED).montage
     return view(geometry, images * len(batch), torch.cat(pixels), torch.cat(sources))
 

@@ -5,8 +5,8 @@ import contextlib
 import pytest
 import torch
 
-from mcl.meters import Stopwatch
-from mcl.timers import HostClock, Timer
+from mcl.records.meters import Stopwatch
+from mcl.records.timers import HostClock, Timer
 
 
 class Clock:

@@ -19,12 +19,14 @@ import torch
 import yaml
 from PIL import Image
 
-from mcl import checkpoint, config, run
-from mcl.checkpoint import CheckpointError
+from mcl import commands as run
+from mcl import config
 from mcl.config import Config, ConfigError
-from mcl.metrics import RecordError, read
-from mcl.signals import Interrupted
-from mcl.trainer import Trainer
+from mcl.distributed.signals import Interrupted
+from mcl.records.metrics import RecordError, read
+from mcl.train import checkpoint
+from mcl.train.checkpoint import CheckpointError
+from mcl.train.trainer import Trainer
 from tests.conftest import ThinBackbone
 from tests.dali_pipelines.images import write_animated, write_huge, write_truncated
 from tests.dali_pipelines.shards import write_tar
@@ -128,7 +130,7 @@ def test_stopped_next_to_a_change_of_the_canvas_and_resumed(tiny: Config, stop: 
     tiny = config.override(tiny, ["montage.schedule=[[1, 2]]", "trainer.checkpoint_epochs=2"])
     undisturbed = Trainer(config.override(tiny, ["name=undisturbed"]))
     sides: list[int] = []
-    undisturbed.model.register_forward_pre_hook(lambda _, views: sides.append(views[0].images.shape[-1]))
+    undisturbed.model.register_forward_pre_hook(lambda _, views: sides.append(views[0].pixels.shape[-1]))
     undisturbed.fit()
     assert sides == [32] * 4 + [64] * 4
 
@@ -170,7 +172,7 @@ def test_killed_at_random_steps_and_resumed(
     words = [f"data.root={few_photos}", f"output={tmp_path}", f"trainer.epochs={epochs}"]
     words += ["trainer.checkpoint_epochs=1", "trainer.log_every=1", "trainer.threads=1"]
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["mcl.trainer", "dali_pipelines.pipelines"])
+    processes.set_forkserver_preload(["mcl.train.trainer", "dali_pipelines.pipelines"])
     chance = random.Random(0)
     log = tiny.run_folder / "metrics.jsonl"
     for kill in range(kills):
@@ -279,7 +281,7 @@ def test_a_driver_without_a_device_is_worth_a_word(
     tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "driver").touch()
-    monkeypatch.setattr("mcl.trainer._DRIVER", tmp_path / "driver")
+    monkeypatch.setattr("mcl.train.trainer._DRIVER", tmp_path / "driver")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     trainer = Trainer(tiny)
     trainer.fit()

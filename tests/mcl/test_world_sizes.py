@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from dali_pipelines.batch import MontageBatch
 from mcl import distributed
 from mcl.config import Config
 from mcl.models import MCL
 from mcl.models.sync_bn import synchronize
-from mcl.montage import MontageBatch
-from mcl.step import TrainingStep
+from mcl.train.step import TrainingStep
 from tests.conftest import ThinBackbone
 from tests.fp64 import fast_convolutions
 from tests.mcl.ranks import in_ranks, joined

@@ -15,16 +15,18 @@ import torch
 import torchvision
 from torch import nn
 
+from dali_pipelines.geometry import Geometry
 from dali_pipelines.source import SourceError, open_source
-from mcl import checkpoint, cli, run
-from mcl.checkpoint import CheckpointError
+from mcl import cli
+from mcl import commands as run
 from mcl.config import Config, ConfigError, DataConfig, ModelConfig, TrainerConfig
 from mcl.export import TARGETS, export
 from mcl.export.canonical import canonical_names, part_of
 from mcl.export.files import default_path, write
 from mcl.export.openselfsup import import_file, their_name
 from mcl.models import MCL
-from mcl.montage import Geometry
+from mcl.train import checkpoint
+from mcl.train.checkpoint import CheckpointError
 from tests.mcl.export.conftest import make_model, save_model
 
 
@@ -198,7 +200,7 @@ def test_verification_fails_where_the_library_differs(
 def test_target_network_gets_statistics_of_its_own(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mcl.export.run._STATISTICS_BATCHES", 2)
+    monkeypatch.setattr("mcl.export.convert._STATISTICS_BATCHES", 2)
     geometry = Geometry(cells=1)
     model = make_model(geometry, backbone="resnet18", width=8)
     path = save_model(model, geometry, tmp_path, root="/no/where")
@@ -223,7 +225,7 @@ def test_target_network_gets_statistics_of_its_own(
     config = Config(data=DataConfig(root=str(photos / "val")), model=model.config, montage=geometry, trainer=trainer)
     query, key = run.batch(config, 0, open_source(str(photos / "val")))
     with torch.no_grad():
-        stem = model.target.backbone.conv1(torch.cat([query.images, key.images]))
+        stem = model.target.backbone.conv1(torch.cat([query.pixels, key.pixels]))
     mean, variance = stem.mean((0, 2, 3)), stem.var((0, 2, 3))
     assert float(((weights["bn1.running_mean"] - mean) / variance.sqrt()).abs().max()) < 0.2
     assert float((weights["bn1.running_var"] / variance).log().abs().max()) < 0.5

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from mcl.metrics import log
-from mcl.montage import Geometry
+from dali_pipelines.geometry import Geometry
+from mcl.records.metrics import log
 from tests.conftest import PHOTOS, ROOT
 from tests.mcl.export.conftest import make_model, save_model
 

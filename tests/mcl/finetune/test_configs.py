@@ -16,9 +16,9 @@ from mmengine.registry import DefaultScope
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dali_pipelines.geometry import Geometry
 from mcl.finetune import weights
 from mcl.finetune.settings import innermost
-from mcl.montage import Geometry
 from tests.mcl.export.conftest import make_model, save_model
 from tests.mcl.finetune.conftest import CONFIGS
 

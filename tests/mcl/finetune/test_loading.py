@@ -15,7 +15,7 @@ from mmengine.runner import Runner
 
 from mcl.finetune import settings
 from mcl.finetune.data import open_folder
-from mcl.finetune.run import use
+from mcl.finetune.training import use
 from tests.mcl.finetune.conftest import MINI, TINY
 
 

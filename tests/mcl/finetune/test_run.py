@@ -23,9 +23,9 @@ pytest.importorskip("mmdet", reason="needs MMDetection: make mmdet")
 
 from mcl import cli
 from mcl.config import ConfigError
+from mcl.distributed.signals import Interrupted
 from mcl.finetune import finetune, hooks
 from mcl.finetune.metric import FolderMetric
-from mcl.signals import Interrupted
 from tests.conftest import ROOT
 from tests.mcl.finetune.conftest import MINI, TINY
 from tests.mcl.test_faults import children
