@@ -224,7 +224,7 @@ def test_times_depend_on_the_precision(precision: str, hours: float) -> None:
 def test_without_published_throughputs_there_are_no_estimates() -> None:
     said = budget(preset("mcl_r18_fpn_demo", "trainer.precision=fp64", "trainer.global_batch=64"), gpus=2)
     assert said["time"] == said["communication"]["scales"] == []
-    assert "no hours: no throughput in fp64 has been published" in show.tables(said)
+    assert "No estimate of hours: no throughput in fp64 has been published" in show.tables(said)
 
 
 def test_the_loader_must_feed_the_fastest_stage() -> None:
