@@ -222,12 +222,22 @@ def supervised(backbone: str, side: int = 224) -> int:
     Args:
         side: of the images, pixels.
     """
-    images, meter = 8, _Meter()
-    with FakeTensorMode():
+    images = 8
+    with torch.device("meta"):
         model = torchvision.models.get_model(backbone)
         pixels, labels = torch.empty(images, 3, side, side), torch.empty(images, dtype=torch.int64)
-        meter.run("fp32", lambda: F.cross_entropy(model(pixels), labels))
-    return (meter.forward.total() + meter.backward.total()) // images
+    return flops(lambda: F.cross_entropy(model(pixels), labels)) // images
+
+
+def flops(loss: Callable[[], Tensor]) -> int:
+    """FLOPs of computing a loss in fp32 and of its backward.
+
+    Args:
+        loss: computes it from tensors without memory, such as those of the meta device.
+    """
+    meter = _Meter()
+    meter.run("fp32", loss)
+    return meter.forward.total() + meter.backward.total()
 
 
 def state(model: ModelConfig, geometry: Geometry, optim: OptimConfig, precision: str) -> dict[str, int]:
@@ -242,6 +252,8 @@ def state(model: ModelConfig, geometry: Geometry, optim: OptimConfig, precision:
     for p in trainable:
         p.grad = torch.empty_like(p)
     optimizer = build_optimizer(optim, mcl)
+    for group in optimizer.param_groups:
+        group["fused"] = False  # PyTorch's fused kernels do not take meta tensors; the state is the same
     optimizer.step()
     target = _bytes(mcl.target.state_dict().values())
     held = [t for entry in optimizer.state.values() for t in entry.values() if isinstance(t, Tensor)]
