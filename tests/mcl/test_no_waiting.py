@@ -1,11 +1,10 @@
-"""A training step never waits for the device, and copies and allocates no more than it has to.
+"""A training step never waits for the device.
 
 Every operator passes a detector: once in whole steps on the CPU, which sees what would wait were this a GPU; once on
 tensors that claim to be on a GPU, which sees copies between it and the host, too.
 """
 
 import dataclasses
-import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
-from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dali_pipelines.batch import MontageBatch
@@ -25,7 +23,7 @@ from mcl.records.meters import Meter
 from mcl.train import ema
 from mcl.train.optim import build_optimizer
 from mcl.train.step import TrainingStep
-from tests.step import FOUR_LEVELS, build, configure, views
+from tests.step import build, configure, views
 
 READS = {
     *("_local_scalar_dense", "equal", "allclose", "nonzero", "masked_select", "bincount", "repeat_interleave"),
@@ -336,6 +334,17 @@ def test_forward_and_metrics_stay_on_the_device(compute: str) -> None:
     assert detector.seen["mcl::region_pool"] == (2 if compute == "matched" else 4)
 
 
+def test_the_backward_of_regions_stays_on_the_device() -> None:
+    """The operator alone, since the autograd engine needs a driver."""
+    with FakeTensorMode(), Detector("cuda") as detector:
+        f = torch.empty(2, 8, 4, 4, device="cuda", dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+        boxes, index = torch.empty(3, 5, device="cuda"), torch.empty(3, device="cuda", dtype=torch.int64)
+        grad = torch.empty(3, 8, 2, 2, device="cuda", dtype=torch.bfloat16)
+        (found,) = torch.ops.mcl.region_pool_backward(grad, list(f.shape), [8.0], boxes, index, 0, True)
+    assert (found.device.type, found.dtype, found.shape, found.stride()) == ("cuda", f.dtype, f.shape, f.stride())
+    assert detector.seen["mcl::region_pool_backward"] == 1
+
+
 @pytest.mark.usefixtures("thin_backbone")
 @pytest.mark.parametrize("optimizer", ["lars", "adamw", "sgd"])
 @pytest.mark.parametrize("skips", [False, True])
@@ -395,90 +404,3 @@ def test_views_go_to_the_device_from_pinned_memory(monkeypatch: pytest.MonkeyPat
     assert moved.pixels.is_contiguous(memory_format=torch.channels_last)
     assert again.pixels is moved.pixels
     assert len(pinned) == detector.seen["aten::_to_copy"] == 6
-
-
-# ---------------------------------------------------------------------------------------------------- copies, memory
-
-
-class Watched:
-    """What the profiler saw of a step."""
-
-    def __init__(self, work: Callable[[], None]) -> None:
-        with profile(profile_memory=True, record_shapes=True) as self._profiler:
-            work()
-        assert self._profiler.profiler is not None
-        events = self._profiler.profiler.kineto_results.events()
-        self.calls = Counter(e.name() for e in events)
-        self.kept = sum(e.nbytes() for e in events if e.name() == "[memory]")  # bytes allocated less bytes freed
-
-    def copies(self) -> Counter[str]:
-        """How many of more than a scalar, by the operator or the node of the backward graph that called for them."""
-        return Counter(
-            self._origin(e) for e in self._profiler.events() or [] if e.name == "aten::copy_" and e.input_shapes[0]
-        )
-
-    @staticmethod
-    def _origin(event: Any) -> str:
-        while event.cpu_parent is not None and not event.cpu_parent.name.startswith("autograd::engine"):
-            event = event.cpu_parent
-        return str(event.name)
-
-
-def test_steady_steps_copy_what_is_known_and_keep_nothing() -> None:
-    cfg = configure("montage.cells=2", "trainer.global_batch=2")
-    step = build(cfg)
-    query, key = views(cfg)
-
-    def work() -> None:
-        step(query, key, lr=0.1, momentum=0.99)
-        step.timer.read()
-
-    work()
-    Watched(work)  # it frees what was allocated unseen
-    first, second = Watched(work), Watched(work)
-    assert first.kept == second.kept == 0
-    assert first.calls == second.calls  # of operators, allocations among them
-
-    copies = second.copies()
-    # On a CPU a linear layer copies its bias to the output: two in each predictor, per view, and in both projectors.
-    assert copies.pop("aten::linear") == 2 * (2 * 2) + 2 * 2
-    # The library's layout of a weight's gradient becomes ours, or our layout of a weight the library's.
-    assert 0 < copies.pop("ConvolutionBackward0") <= second.calls["ConvolutionBackward0"]
-    assert copies.pop("AvgPool2DBackward0") == 2  # one value per tile and channel
-    assert not copies
-
-
-def out_of_order(cfg: Config) -> set[str]:
-    """What convolutions and norms read and write in a step, and its gradients, where it is not channels_last; and
-    parameters whose gradient lies otherwise in memory than they do."""
-    step = build(cfg)
-    found: set[str] = set()
-    watched: Counter[str] = Counter()
-
-    def note(what: str, name: str, x: Tensor) -> None:
-        watched[what] += 1
-        if x.shape[2:].numel() > 1 and not x.is_contiguous(memory_format=torch.channels_last):
-            found.add(f"{what} of {name}")
-
-    def watch(name: str, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        for what, x in (("input", inputs[0]), ("output", output)):
-            note(what, name, x)
-            if x.requires_grad:
-                x.register_hook(functools.partial(note, f"{what}'s gradient", name))
-
-    for name, module in step.model.named_modules():
-        if isinstance(module, nn.Conv2d | nn.BatchNorm2d):
-            module.register_forward_hook(functools.partial(watch, name))
-    step(*views(cfg), lr=0.1, momentum=0.99)
-    assert min(watched.values()) > 100
-    parameters = step.model.named_parameters()
-    return found | {name for name, p in parameters if p.grad is not None and p.grad.stride() != p.stride()}
-
-
-@pytest.mark.parametrize(
-    "words",
-    [("model.compute=released",), ("trainer.accumulate=2", "trainer.global_batch=4")],
-    ids=["released", "matched and accumulated"],
-)
-def test_everything_is_channels_last(words: tuple[str, ...]) -> None:
-    assert not out_of_order(configure("montage.cells=2", "trainer.global_batch=2", *FOUR_LEVELS, *words))
