@@ -180,14 +180,14 @@ def test_library_that_is_not_installed(saved: Path, tmp_path: Path, monkeypatch:
 def test_verification_fails_where_the_library_differs(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def other_epsilon(config: ModelConfig, channels: Sequence[int]) -> nn.Module:
+    def other_epsilon(config: ModelConfig) -> nn.Module:
         return torchvision.models.resnet18(norm_layer=lambda n: nn.BatchNorm2d(n, eps=1e-3))
 
     target = TARGETS["torchvision"]
     assert target.twin is not None
     for build, message in (
-        (lambda config, channels: torchvision.models.resnet34(), "96 tensors are missing, unexpected or of another"),
-        (lambda config, channels: torchvision.models.wide_resnet50_2(), r"unexpected.*the first: layer1\.0\.bn3\.bias"),
+        (lambda config: torchvision.models.resnet34(), "96 tensors are missing, unexpected or of another"),
+        (lambda config: torchvision.models.wide_resnet50_2(), r"unexpected.*the first: layer1\.0\.bn3\.bias"),
         (other_epsilon, r"features of the backbone differ by 0\.\d+ in torchvision"),
     ):
         twin = dataclasses.replace(target.twin, build=build)
