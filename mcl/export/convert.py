@@ -18,7 +18,7 @@ from mcl import __version__, config
 from mcl.config import Config, ConfigError
 from mcl.evaluation.statistics import fresh_statistics
 from mcl.export import detectron2, mmdet, mmpretrain, timm, torchvision
-from mcl.export.canonical import PARTS, canonical_names, part_of, pyramid_map
+from mcl.export.canonical import PARTS, canonical_names, part_of
 from mcl.export.files import default_path, write
 from mcl.export.summary import Mapped, Report
 from mcl.export.target import Target
@@ -114,22 +114,18 @@ def _parts(target: Target, wanted: Sequence[str]) -> list[str]:
 
 def _check_parts(target: Target, parts: Sequence[str], encoder: Encoder, cfg: Config) -> None:
     """Whether the encoder has what the target takes."""
-    trained = [pyramid_map(depth) for depth in encoder.fpn.depths]
-    lacking = [m for m in target.maps if m not in trained]
+    wanted, trained = [f"P{m + 2}" for m in target.maps], {f"P{5 - depth}" for depth in encoder.fpn.depths}
+    lacking = [name for name in wanted if name not in trained]
     if "fpn" in parts and lacking:
         others = ",".join(part for part in target.parts if part != "fpn")
         raise ConfigError(
-            f"--parts: {target.name} reads {_names(target.maps)} of an FPN; montage.ratios={list(cfg.montage.ratios)} "
-            f"trained no {_names(lacking)}. Leave the FPN out: --parts {others}"
+            f"--parts: {target.name} reads {', '.join(wanted)} of an FPN; montage.ratios={list(cfg.montage.ratios)} "
+            f"trained no {', '.join(lacking)}. Leave the FPN out: --parts {others}"
         )
     if "head" in parts and not cfg.model.head_convs:
         raise ConfigError(
             "--parts: model.head_convs=0, so there is no head to export; leave it out: --parts backbone,fpn"
         )
-
-
-def _names(maps: Sequence[int]) -> str:
-    return ", ".join(f"P{m + 2}" for m in maps)
 
 
 def _rename(

@@ -39,7 +39,7 @@ def depth(config: ModelConfig) -> int:
     return int(config.backbone.removeprefix("resnet"))
 
 
-def _build(file: str, config: ModelConfig, heads: Mapping[str, Any]) -> nn.Module:
+def _build(file: str, config: ModelConfig, heads: Mapping[str, Any]) -> Any:
     """A model as MMDetection ships it, with our backbone, an FPN with BatchNorm, and these changes of its heads."""
     import mmdet
     from mmdet.registry import MODELS
@@ -53,11 +53,10 @@ def _build(file: str, config: ModelConfig, heads: Mapping[str, Any]) -> nn.Modul
     backbone = {"depth": depth(config), "init_cfg": None}
     shipped.merge_from_dict({"model": {"backbone": backbone, "neck": neck, **heads}})
     with DefaultScope.overwrite_default_scope("mmdet"):
-        detector: nn.Module = MODELS.build(shipped.model)
-    return detector
+        return MODELS.build(shipped.model)
 
 
-def _build_rcnn(config: ModelConfig) -> nn.Module:
+def _build_rcnn(config: ModelConfig) -> Any:
     box_head = {
         "type": "ConvFCBBoxHead",
         "num_shared_convs": config.head_convs,
@@ -73,7 +72,7 @@ def _build_rcnn(config: ModelConfig) -> nn.Module:
     return _build("faster-rcnn_r50_fpn.py", config, heads)
 
 
-def _build_retinanet(config: ModelConfig) -> nn.Module:
+def _build_retinanet(config: ModelConfig) -> Any:
     heads = {"bbox_head": {"in_channels": config.width, "feat_channels": config.width}}
     return _build("retinanet_r50_fpn.py", config, heads)
 

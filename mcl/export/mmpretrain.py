@@ -1,6 +1,6 @@
 """mmpretrain: the backbone of its classifiers, and of MMDetection's detectors."""
 
-from torch import nn
+from typing import Any
 
 from mcl.config import ModelConfig
 from mcl.export.files import save_openmmlab
@@ -13,11 +13,10 @@ def rename(name: str) -> str | None:
     return name.replace("backbone.body.", "backbone.") if name.startswith("backbone.body.") else None
 
 
-def _build(config: ModelConfig) -> nn.Module:
+def _build(config: ModelConfig) -> Any:
     from mmpretrain.models import ImageClassifier
 
-    model: nn.Module = ImageClassifier({"type": "ResNet", "depth": depth(config), "out_indices": (0, 1, 2, 3)})
-    return model
+    return ImageClassifier({"type": "ResNet", "depth": depth(config), "out_indices": (0, 1, 2, 3)})
 
 
 TARGET = Target(

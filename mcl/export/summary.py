@@ -50,25 +50,24 @@ class Report:
     """None if it was not asked for."""
 
     def __str__(self) -> str:
-        about = self.metadata
+        about, verified = self.metadata, self.verified
         lines = [
             f"wrote     {self.path}",
             f"          {about['network']} network at step {about['step']}: {about['backbone']}, "
             f"width {about['width']}, {about['head_convs']} head convolutions",
             f"{'part':<9} {'tensors':>7} {'values':>11} {'dtype':<8} e.g.",
             *(self._row(part) for part in about["parts"]),
-            f"left      {_counts(self.unmapped) or 'nothing'}",
+            f"left      {_counts(self.unmapped)}",
         ]
-        if self.verified is None:
-            return "\n".join([*lines, "verified  no; --verify loads it into the library's own model and compares"])
-        return "\n".join(
-            [
-                *lines,
-                f"verified  in {self.verified.library}: no key missing or unexpected, features differ by at most "
-                f"{self.verified.difference:g}",
-                f"fresh     {_counts(self.verified.fresh) or 'nothing'}",
-            ]
-        )
+        if verified is None:
+            lines.append("verified  no; --verify loads it into the library's own model and compares")
+        else:
+            lines.append(
+                f"verified  in {verified.library}: no key missing or unexpected, features differ by at most "
+                f"{verified.difference:g}"
+            )
+            lines.append(f"fresh     {_counts(verified.fresh)}")
+        return "\n".join(lines)
 
     def _row(self, part: str) -> str:
         tensors = [m for m in self.mapped if m.part == part]
@@ -81,6 +80,6 @@ class Report:
 
 
 def _counts(names: tuple[str, ...]) -> str:
-    """How many names begin with the same two words."""
+    """How many of the names begin with the same two words."""
     counts = Counter(".".join([word for word in name.split(".")[:-1] if not word.isdigit()][:2]) for name in names)
-    return ", ".join(f"{beginning} {count}" for beginning, count in counts.items())
+    return ", ".join(f"{beginning} {count}" for beginning, count in counts.items()) or "nothing"

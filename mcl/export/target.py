@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from mcl.config import ModelConfig
 from mcl.export.files import Save
@@ -29,7 +29,7 @@ class Twin:
     """Name of the distribution."""
     install: str
     """Command that installs it."""
-    build: Callable[[ModelConfig], nn.Module]
+    build: Callable[[ModelConfig], Any]
     """Makes the model from our configuration; imports the package."""
     parts: Mapping[str, TwinPart]
 

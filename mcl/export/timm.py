@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from mcl.config import ModelConfig
 from mcl.export.files import save_plain, save_safetensors
@@ -10,11 +10,10 @@ from mcl.export.target import Target, Twin, TwinPart
 from mcl.export.torchvision import resnet_name
 
 
-def _build(config: ModelConfig) -> nn.Module:
+def _build(config: ModelConfig) -> Any:
     import timm
 
-    model: nn.Module = timm.create_model(config.backbone, num_classes=0)
-    return model
+    return timm.create_model(config.backbone, num_classes=0)
 
 
 def _maps(model: Any, image: Tensor) -> Any:

@@ -27,11 +27,6 @@ def resnet_name(name: str) -> str | None:
     return name.removeprefix("backbone.body.") if name.startswith("backbone.body.") else None
 
 
-def _build_resnet(config: ModelConfig) -> nn.Module:
-    model: nn.Module = models.get_model(config.backbone)
-    return model
-
-
 def _resnet_maps(model: nn.Module, image: Tensor) -> list[Tensor]:
     return list(create_feature_extractor(model, _STAGES)(image).values())
 
@@ -41,7 +36,12 @@ RESNET = Target(
     rename=resnet_name,
     parts=("backbone",),
     saves=_SAVES,
-    twin=Twin("torchvision", _INSTALL, _build_resnet, {"backbone": TwinPart(r"(?!fc\.)", _resnet_maps)}),
+    twin=Twin(
+        "torchvision",
+        _INSTALL,
+        lambda config: models.get_model(config.backbone),
+        {"backbone": TwinPart(r"(?!fc\.)", _resnet_maps)},
+    ),
 )
 
 
@@ -56,11 +56,6 @@ def _check_detection(config: ModelConfig, parts: Sequence[str]) -> None:
         )
 
 
-def _build_detector(config: ModelConfig) -> nn.Module:
-    model: nn.Module = models.detection.fasterrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None)
-    return model
-
-
 DETECTION = Target(
     name="torchvision-detection",
     rename=lambda name: name,
@@ -69,7 +64,7 @@ DETECTION = Target(
     twin=Twin(
         "torchvision",
         _INSTALL,
-        _build_detector,
+        lambda config: models.detection.fasterrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None),
         {
             "backbone": TwinPart(r"backbone\.body\.", lambda model, image: list(model.backbone.body(image).values())),
             "fpn": TwinPart(  # what follows P5 is P6

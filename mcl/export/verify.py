@@ -37,7 +37,7 @@ def verify(
     if twin is None:
         raise ConfigError(f"--verify: {target.name} is on no package index, so it cannot be tried; export without")
     try:
-        theirs = twin.build(config).eval()
+        theirs: nn.Module = twin.build(config).eval()
     except (ImportError, AssertionError) as error:  # the latter for a version of mmcv that they do not take
         raise ConfigError(f"--verify: needs {twin.package} ({error}); install it: {twin.install}") from None
     fresh = _load(theirs, weights, [twin.parts[part].names for part in parts], target.name)
