@@ -49,8 +49,8 @@ def use(config: Config, folder: Folder) -> None:
     config.data.classes = list(folder.classes)
     replace(config.model, "num_classes", ..., len(folder.classes))
     for split, dataset in (
-        (folder.layout.train, config.train_dataloader.dataset),
-        (folder.layout.val, config.val_dataloader.dataset),
+        (folder.train, config.train_dataloader.dataset),
+        (folder.val, config.val_dataloader.dataset),
     ):
         innermost(dataset).update(
             data_root=str(folder.root),
@@ -58,7 +58,7 @@ def use(config: Config, folder: Folder) -> None:
             data_prefix={"img": split.images},
             metainfo={"classes": folder.classes},
         )
-    config.val_evaluator.ann_file = str(folder.root / folder.layout.val.annotations)
+    config.val_evaluator.ann_file = str(folder.root / folder.val.annotations)
     config.train_dataloader.dataset.seed = config.randomness.seed
     for loader in (config.train_dataloader, config.val_dataloader):
         loader.worker_init_fn = {"type": "outlive_sigterm"}
