@@ -21,8 +21,7 @@ from torch import nn
 from mcl import cli
 from mcl.config import ConfigError
 from mcl.distributed.signals import Interrupted
-from mcl.finetune import finetune, hooks
-from mcl.finetune.metric import FolderMetric
+from mcl.finetune import finetune, hooks, metric
 from tests.conftest import ROOT
 from tests.mcl.finetune.conftest import MINI, TINY
 from tests.mcl.test_faults import children
@@ -65,12 +64,12 @@ def whole(folder: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFacto
 
 def test_table(whole: tuple[Path, str]) -> None:
     folder, table = whole
-    assert (folder / hooks.TABLE).read_text() == table
+    assert (folder / metric.TABLE).read_text() == table
     header, _, box, mask = table.splitlines()
     assert header == "| step | of | AP | AP50 | AP75 | APs | APm | APl |"
     assert box.startswith(f"| {STEPS} | box | ")
     assert mask.startswith(f"| {STEPS} | mask | ")
-    (record,) = json.loads((folder / hooks.RESULTS).read_text())
+    (record,) = json.loads((folder / metric.RESULTS).read_text())
     assert record["step"] == STEPS
     assert all(0 <= record[kind][name] <= 100 for kind in ("box", "mask") for name in ("AP", "AP50", "AP75"))
 
@@ -81,11 +80,13 @@ def test_from_scratch(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_detector_that_finds_nothing_has_an_ap_of_zero(folder: Path) -> None:
-    metric = FolderMetric(ann_file=str(folder / "instances_val.json"), metric=["bbox", "segm"])
-    metric.dataset_meta = {"classes": ("thing", "part")}
+    measured = metric.FolderMetric(ann_file=str(folder / "instances_val.json"), metric=["bbox", "segm"])
+    measured.dataset_meta = {"classes": ("thing", "part")}
     nothing = {"bboxes": np.empty((0, 4)), "scores": np.empty(0), "labels": np.empty(0, int), "masks": []}
-    found = metric.compute_metrics([({}, {"img_id": image, "mask_scores": np.empty(0), **nothing}) for image in (1, 2)])
-    aps = hooks._aps({f"coco/{name}": value for name, value in found.items()})
+    found = measured.compute_metrics(
+        [({}, {"img_id": image, "mask_scores": np.empty(0), **nothing}) for image in (1, 2)]
+    )
+    aps = metric._aps({f"coco/{name}": value for name, value in found.items()})
     assert set(aps["box"].values()) == set(aps["mask"].values()) == {0.0}
 
 
@@ -146,11 +147,11 @@ def test_stopped_by_a_signal_while_it_is_evaluated(
     """Only the evaluation is done again."""
     arguments = words(folder, tmp_path, "cut", f"weights={checkpoint}", "default_hooks.checkpoint.interval=100")
 
-    def signalled(self: hooks.APTable, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+    def signalled(self: metric.APTable, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(hooks.APTable, "before_val_iter", signalled)
+        patch.setattr(metric.APTable, "before_val_iter", signalled)
         with pytest.raises(Interrupted):
             finetune(MINI, arguments)
     assert (tmp_path / "cut" / f"iter_{STEPS}.pth").exists()
@@ -162,7 +163,7 @@ def test_run_that_was_cut_before_its_evaluation_is_evaluated(
     folder: Path, checkpoint: Path, whole: tuple[Path, str]
 ) -> None:
     """And not trained again."""
-    (whole[0] / hooks.RESULTS).unlink()
+    (whole[0] / metric.RESULTS).unlink()
     before = (whole[0] / f"iter_{STEPS}.pth").stat().st_mtime_ns
     assert finetune(MINI, words(folder, whole[0].parent, "whole", f"weights={checkpoint}")) == whole[1]
     assert (whole[0] / f"iter_{STEPS}.pth").stat().st_mtime_ns == before
@@ -239,6 +240,6 @@ def test_statistics_are_means_over_the_training_data() -> None:
 
 
 def test_table_of_boxes_alone_and_nothing_to_find() -> None:
-    records = [{"step": 5, "box": hooks._aps({"coco/bbox_mAP": 0.4251, "coco/bbox_mAP_s": -1.0})["box"]}]
+    records = [{"step": 5, "box": metric._aps({"coco/bbox_mAP": 0.4251, "coco/bbox_mAP_s": -1.0})["box"]}]
     assert records[0]["box"] == {"AP": 42.5, "APs": None}
-    assert hooks.table(records).splitlines()[-1] == "| 5 | box | 42.5 | - |"
+    assert metric.table(records).splitlines()[-1] == "| 5 | box | 42.5 | - |"
