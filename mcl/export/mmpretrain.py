@@ -4,13 +4,8 @@ from typing import Any
 
 from mcl.config import ModelConfig
 from mcl.export.files import save_openmmlab
-from mcl.export.mmdet import BACKBONE, INSTALL, depth
+from mcl.export.mmdet import BACKBONE, INSTALL, RCNN, depth
 from mcl.export.target import Target, Twin
-
-
-def rename(name: str) -> str | None:
-    """Canonical name to mmpretrain's."""
-    return name.replace("backbone.body.", "backbone.") if name.startswith("backbone.body.") else None
 
 
 def _build(config: ModelConfig) -> Any:
@@ -21,7 +16,7 @@ def _build(config: ModelConfig) -> Any:
 
 TARGET = Target(
     name="mmpretrain",
-    rename=rename,
+    rename=RCNN.rename,
     parts=("backbone",),
     saves={".pth": save_openmmlab},
     twin=Twin("mmpretrain", INSTALL, _build, {"backbone": BACKBONE}),

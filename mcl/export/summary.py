@@ -1,24 +1,12 @@
 """What an export did."""
 
-import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-
-@dataclass(frozen=True)
-class Mapped:
-    """One tensor of the file."""
-
-    part: str
-    ours: str
-    """Name in the checkpoint."""
-    theirs: str
-    """Name in the file."""
-    shape: tuple[int, ...]
-    dtype: str
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -42,8 +30,10 @@ class Report:
     """The file written."""
     metadata: Mapping[str, Any]
     """Stored in the file, too."""
-    mapped: tuple[Mapped, ...]
-    """Tensors written, in the order of the file."""
+    weights: Mapping[str, Tensor]
+    """Tensors written, by the target's names, in the order of the file."""
+    names: Mapping[str, str]
+    """The target's names by those in the checkpoint."""
     unmapped: tuple[str, ...]
     """Names of the checkpoint's other tensors."""
     verified: Verified | None
@@ -70,12 +60,13 @@ class Report:
         return "\n".join(lines)
 
     def _row(self, part: str) -> str:
-        tensors = [m for m in self.mapped if m.part == part]
-        values = sum(math.prod(m.shape) for m in tensors)
-        kinds = ", ".join(sorted({m.dtype for m in tensors} - {"int64"}))  # counts of batches
-        first = tensors[0]
+        names = {ours: theirs for ours, theirs in self.names.items() if ours.split(".")[1] == part}
+        tensors = [self.weights[theirs] for theirs in names.values()]
+        kinds = sorted({str(t.dtype).removeprefix("torch.") for t in tensors if t.is_floating_point()})
+        ours, theirs = next(iter(names.items()))
         return (
-            f"{part:<9} {len(tensors):>7} {values:>11,} {kinds:<8} {first.ours} -> {first.theirs} {list(first.shape)}"
+            f"{part:<9} {len(tensors):>7} {sum(t.numel() for t in tensors):>11,} {', '.join(kinds):<8} "
+            f"{ours} -> {theirs} {list(tensors[0].shape)}"
         )
 
 

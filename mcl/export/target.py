@@ -40,7 +40,7 @@ class Target:
 
     name: str
     rename: Callable[[str], str | None]
-    """Canonical name to the target's; None where the target has no place for a tensor."""
+    """Canonical name of a tensor of one of `parts` to the target's; None where the target has no place for it."""
     parts: tuple[str, ...]
     """Parts of the model that it takes."""
     saves: Mapping[str, Save]

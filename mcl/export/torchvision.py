@@ -22,9 +22,9 @@ _SIZES: dict[str, dict[str, Any]] = {
 """Of torchvision's detectors, by part."""
 
 
-def resnet_name(name: str) -> str | None:
+def resnet_name(name: str) -> str:
     """Canonical name to that of a ResNet on its own."""
-    return name.removeprefix("backbone.body.") if name.startswith("backbone.body.") else None
+    return name.removeprefix("backbone.body.")
 
 
 def _resnet_maps(model: nn.Module, image: Tensor) -> list[Tensor]:
