@@ -14,6 +14,7 @@ import torchvision.transforms.v2.functional as F
 from PIL import Image
 from torch import Tensor
 
+from dali_pipelines.batch import lay_out
 from dali_pipelines.geometry import Geometry
 from dali_pipelines.plan import Augmentation, StepPlan, blur_window
 from dali_pipelines.settings import AugmentConfig, DataConfig
@@ -81,13 +82,6 @@ def make_tile(image: Tensor, a: Augmentation, i: int, geometry: Geometry, level:
     return tile[:, :: geometry.ratios[level], :: geometry.ratios[level]] if released else tile
 
 
-def assemble(tiles: Tensor, ratio: int) -> Tensor:
-    """Lays (canvases * ratio^2, 3, tile, tile) out row-major: (canvases, 3, S, S)."""
-    _, channels, tile, _ = tiles.shape
-    grid = tiles.view(-1, ratio, ratio, channels, tile, tile)
-    return grid.permute(0, 3, 1, 4, 2, 5).reshape(-1, channels, ratio * tile, ratio * tile)
-
-
 class TorchvisionEngine:
     """Runs plans on a pool of threads; same interface as :class:`dali_pipelines.loader.DaliEngine`."""
 
@@ -120,12 +114,9 @@ class TorchvisionEngine:
         samples = [future.result() for future in futures]  # [image][view][level]
         views = []
         for view, tile_images in enumerate(plan.tile_images):
-            levels = []
-            for level, shown in enumerate(tile_images):
-                tiles = torch.stack([sample[view][level] for sample in samples])
-                levels.append(assemble(tiles[torch.from_numpy(shown)], plan.geometry.ratios[level]))
-            canvases = (torch.cat(levels).float() - self._mean) / self._std
-            views.append(canvases.to(self._dtype, memory_format=torch.channels_last))
+            tiles = [torch.stack(level) for level in zip(*(sample[view] for sample in samples), strict=True)]
+            canvases = lay_out(tiles, tile_images, plan.geometry.ratios)
+            views.append(((canvases.float() - self._mean) / self._std).to(self._dtype))
         return views
 
     def decodes(self, i: int) -> str | None:
