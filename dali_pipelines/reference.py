@@ -39,27 +39,22 @@ def decode(encoded: bytes) -> Tensor:
 
 def crop_and_resize(image: Tensor, window: Sequence[int], flip: bool, size: int) -> Tensor:
     """Pillow's crop, antialiased bilinear resize and mirror of (3, H, W) uint8, to (3, size, size)."""
-    picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
     x1, y1, x2, y2 = (int(v) for v in window)
-    picture = picture.crop((x1, y1, x2, y2)).resize((size, size), Image.Resampling.BILINEAR)
+    picture = F.to_pil_image(image).crop((x1, y1, x2, y2)).resize((size, size), Image.Resampling.BILINEAR)
     if flip:
         picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
+ADJUST = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
+"""Colour operations, in the order of ``Augmentation.factors``."""
+
+
 def colour(image: Tensor, a: Augmentation, i: int) -> Tensor:
     """Colour jitter in the plan's order, then grayscale, of (3, H, W) uint8."""
-    brightness, contrast, saturation, hue = (float(f) for f in a.factors[i])
     if a.jitter[i]:
         for operation in a.order[i]:
-            if operation == 0:
-                image = F.adjust_brightness(image, brightness)
-            elif operation == 1:
-                image = F.adjust_contrast(image, contrast)
-            elif operation == 2:
-                image = F.adjust_saturation(image, saturation)
-            else:
-                image = F.adjust_hue(image, hue)
+            image = ADJUST[operation](image, float(a.factors[i, operation]))
     if a.gray[i]:
         image = F.rgb_to_grayscale(image, num_output_channels=3)
     return image
