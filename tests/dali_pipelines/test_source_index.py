@@ -92,7 +92,7 @@ def test_only_new_and_changed_files_are_read_again(
     assert reads(root)[1] == 0
     (root / "000.jpg").unlink()
     assert reads(root)[1] == 0
-    assert np.load(next(reads.index.iterdir()))["counts"].sum() == 5
+    assert np.load(next(reads.index.iterdir()))["files_images"].sum() == 5
 
 
 def test_missing_files_are_looked_for_again(tmp_path: Path, folder_of: Write, reads: Reads) -> None:
