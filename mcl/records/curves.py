@@ -1,6 +1,5 @@
 """Curves of a run's records as inline SVG, for a page that gives them their text colour and font."""
 
-import html
 import io
 import math
 import re
@@ -10,6 +9,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -23,6 +23,19 @@ POINTS = 400
 
 _INK = "#010203"  # stands for the page's text colour in a figure, until it becomes currentColor
 _GRID = "#040506"
+_STYLE = {
+    **{"svg.fonttype": "none", "font.size": 10, "axes.labelsize": 10},
+    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), _INK),
+}
+
+
+@dataclass(frozen=True)
+class Curves:
+    """A figure for the page."""
+
+    title: str
+    note: str
+    svg: Markup
 
 
 @dataclass(frozen=True)
@@ -44,40 +57,38 @@ class Panel:
     from_zero: bool = False
 
 
-def number(record: Record, key: str) -> float | None:
-    """A number of a record; None where it is missing or something else."""
-    value = record.get(key)
+def number(record: Record, key: str, i: int | None = None) -> float | None:
+    """A number of a record, or the i-th one of a list; None where it is missing or something else."""
+    value: Any = record.get(key)
+    if i is not None:
+        value = value[i] if i < length(record, key) else None
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-def numbers(record: Record, key: str) -> list[float]:
-    """A list of numbers of a record; empty where it is missing or something else."""
+def length(record: Record, key: str) -> int:
+    """Of a list in a record; 0 where it is missing or something else."""
     value = record.get(key)
-    if isinstance(value, list) and all(isinstance(v, int | float) and not isinstance(v, bool) for v in value):
-        return [float(v) for v in value]
-    return []
+    return len(value) if isinstance(value, list) else 0
 
 
-def at(values: Sequence[float], i: int) -> float | None:
-    """An element; None past the end."""
-    return values[i] if i < len(values) else None
+def training_curves(train: Sequence[Record]) -> list[Curves]:
+    """Loss, cosines, schedules and speed from training records; at least two of them."""
 
+    def series(key: str, i: int | None = None) -> FloatSeries:
+        values = [number(record, key, i) for record in train]
+        return np.array([math.nan if value is None else value for value in values])
 
-def training_curves(train: Sequence[Record]) -> list[str]:
-    """Inline SVG figures of training records: loss, cosines, schedules and speed; at least two records."""
-    x = _series(train, "epoch")
-    label = "epoch"
-    if not np.isfinite(x).all():
-        x, label = _series(train, "step"), "step"
-    levels = max(len(numbers(r, "positive")) for r in train)
-    positive = [Line(_nth(train, "positive", i), PALETTE[i % len(PALETTE)], name=f"level {i}") for i in range(levels)]
-    negative = [Line(_nth(train, "negative", i), PALETTE[i % len(PALETTE)], style="--") for i in range(levels)]
-    loss = Panel("loss", [Line(_series(train, "loss"), PALETTE[0])])
+    label = "epoch" if np.isfinite(series("epoch")).all() else "step"
+    x = series(label)
+    colours = [PALETTE[i % len(PALETTE)] for i in range(max(length(record, "positive") for record in train))]
+    positive = [Line(series("positive", i), colour, f"level {i}") for i, colour in enumerate(colours)]
+    negative = [Line(series("negative", i), colour, style="--") for i, colour in enumerate(colours)]
+    loss = Panel("loss", [Line(series("loss"), PALETTE[0])])
     cosine = Panel("cosine", positive + negative)
-    lr = Panel("learning rate", [Line(_series(train, "lr"), _INK)])
-    ema = Panel("EMA momentum", [Line(_series(train, "ema"), _INK)])
-    speed = Panel("images / s", [Line(_series(train, "images_per_s"), PALETTE[0])], from_zero=True)
-    wait = Panel("data wait, %", [Line(100 * _series(train, "data_wait"), PALETTE[1])], from_zero=True)
+    lr = Panel("learning rate", [Line(series("lr"), _INK)])
+    ema = Panel("EMA momentum", [Line(series("ema"), _INK)])
+    speed = Panel("images / s", [Line(series("images_per_s"), PALETTE[0])], from_zero=True)
+    wait = Panel("data wait, %", [Line(100 * series("data_wait"), PALETTE[1])], from_zero=True)
     with_whom = "solid: with their own image; dashed: with the others"
     return [
         _figure("Loss", "", x, label, [loss]),
@@ -87,31 +98,15 @@ def training_curves(train: Sequence[Record]) -> list[str]:
     ]
 
 
-def _series(train: Sequence[Record], key: str) -> FloatSeries:
-    values = [number(r, key) for r in train]
-    return np.array([math.nan if v is None else v for v in values])
-
-
-def _nth(train: Sequence[Record], key: str, i: int) -> FloatSeries:
-    values = [at(numbers(r, key), i) for r in train]
-    return np.array([math.nan if v is None else v for v in values])
-
-
 def _thinned(values: FloatSeries) -> FloatSeries:
     """Means of equal stretches, at most :data:`POINTS`."""
-    stretch = -(-len(values) // POINTS)
-    whole = len(values) // stretch * stretch
-    parts = values[:whole].reshape(-1, stretch).mean(1)
-    return np.append(parts, values[whole:].mean()) if whole < len(values) else parts
+    return np.array([part.mean() for part in np.array_split(values, min(POINTS, len(values)))])
 
 
-def _figure(title: str, note: str, x: FloatSeries, x_label: str, panels: Sequence[Panel]) -> str:
-    """Panels above each other, as inline SVG that takes its text colour and font from the page."""
-    style: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 10, "axes.labelsize": 10}
-    colours: dict[Any, Any] = dict.fromkeys(
-        ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), _INK
-    )
-    with mpl.rc_context({**style, **colours}):
+def _figure(title: str, note: str, x: FloatSeries, x_label: str, panels: Sequence[Panel]) -> Curves:
+    """Panels above each other."""
+    style: dict[Any, Any] = {**_STYLE, "svg.hashsalt": title}
+    with mpl.rc_context(style):
         figure = Figure(figsize=(5.6, 3.5), layout="constrained")
         axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
         for ax, panel in zip(axes, panels, strict=True):
@@ -119,9 +114,9 @@ def _figure(title: str, note: str, x: FloatSeries, x_label: str, panels: Sequenc
         axes[-1].set_xlabel(x_label)
         figure.align_ylabels(list(axes))
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    caption = f"<b>{html.escape(title)}</b>" + (f" <span>{html.escape(note)}</span>" if note else "")
-    return f"<figure><figcaption>{caption}</figcaption>{_inline(buffer.getvalue(), title)}</figure>"
+        no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
+    return Curves(title, note, _inline(buffer.getvalue()))
 
 
 def _draw(ax: Axes, x: FloatSeries, panel: Panel) -> None:
@@ -142,15 +137,8 @@ def _draw(ax: Axes, x: FloatSeries, panel: Panel) -> None:
         ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=named, frameon=False, handlelength=1.2)
 
 
-def _inline(svg: str, title: str) -> str:
-    """Matplotlib's SVG without what only a file needs, and with the page's colours and font."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'\s(xmlns(:\w+)?|version)="[^"]*"', "", svg)
-    svg = svg.replace("xlink:href", "href").replace(_INK, "currentColor").replace(_GRID, "var(--line)")
-    svg = re.sub(r'\sid="\w+_\d+"', "", svg)  # would repeat from figure to figure
-    svg = re.sub(r"font:\s*([\d.]+)px[^;\"]*", r"font-size: \1px", svg)
-    svg = re.sub(r"font-family:[^;\"]*;?", "", svg)
-    svg = re.sub(r'(<svg[^>]*?)\swidth="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg[^>]*?)\sheight="[^"]*"', r"\1", svg, count=1)
-    return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(title)}"', 1)
+def _inline(svg: str) -> Markup:
+    """Matplotlib's SVG without what only a file needs, and with the page's colours."""
+    svg = svg[svg.index("<svg") :].replace("xlink:href", "href")
+    svg = re.sub(r'\s(xmlns(:\w+)?="[^"]*"|id="[\w.]+_\d+")', "", svg)  # such ids would repeat from figure to figure
+    return Markup(svg.replace(_INK, "currentColor").replace(_GRID, "var(--line)"))

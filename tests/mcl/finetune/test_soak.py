@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mcl.finetune import hooks, run, settings
+pytest.importorskip("mmdet", reason="needs MMDetection: make mmdet")
+
+from mcl.finetune import hooks, settings, training
 from tests.mcl.finetune.conftest import CONFIGS, make_folder
 
 REGIONS = 64
@@ -25,7 +27,7 @@ def test_a_step_of_every_configuration(path: Path, tmp_path: Path) -> None:
     if "rcnn" in config.model.train_cfg:
         config.model.train_cfg.rcnn.sampler.num = REGIONS
     config.custom_hooks[2].batches = 1
-    table = run.finetune(config)
+    table = training.finetune(config)
     (record,) = hooks.read(tmp_path / path.stem)
     assert record["step"] == 1
     assert ("mask" in record) == (config.model.type == "MaskRCNN")

@@ -80,6 +80,31 @@ def test_norms_and_momentum_network(torch_ops: None) -> None:
         torch.testing.assert_close(t, e, rtol=1e-14, atol=1e-16)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_found_inf_decides_on_the_device(torch_ops: None, dtype: torch.dtype) -> None:
+    """0 is as none; anything else leaves every bit alone, whatever the gradients are, and the host does not ask."""
+
+    def step(found_inf: Tensor | None, poison: bool = False) -> list[list[Tensor]]:
+        weights, grads, momenta = lists(dtype)
+        targets = [w + 1 for w in weights]
+        if poison:
+            grads[1].fill_(math.nan)
+        with NoHostReads():
+            for adapt in (True, False):
+                ops.lars_(weights, grads, momenta, **STEP, adapt=adapt, found_inf=found_inf)
+            ops.ema_(targets, grads, 0.9, found_inf)
+        return [weights, momenta, targets]
+
+    weights, _, momenta = lists(dtype)
+    untouched = [weights, momenta, [w + 1 for w in weights]]
+    plain = step(None)
+    for flag, expected in ((0.0, plain), (1.0, untouched), (0.5, untouched), (math.nan, untouched)):
+        for shape in ((), (1,)):
+            found = step(torch.full(shape, flag), poison=flag != 0)
+            assert all(torch.equal(a, b) for ours, theirs in zip(found, expected, strict=True)
+                       for a, b in zip(ours, theirs, strict=True))  # fmt: skip
+
+
 def test_results_do_not_depend_on_threads() -> None:
     results = []
     before = torch.get_num_threads()
@@ -98,7 +123,9 @@ def test_results_do_not_depend_on_threads() -> None:
         ("norms", lambda: (lists(torch.float32)[0],)),
         ("lars_", lambda: (*lists(torch.float32), None, 0.1, 0.9, 1e-4, 1e-3, True)),
         ("lars_", lambda: (*lists(torch.float32), torch.rand(2, len(SHAPES)), 0.1, 0.9, 1e-4, 1e-3, True)),
+        ("lars_", lambda: (*lists(torch.float32), None, 0.1, 0.9, 1e-4, 1e-3, True, torch.zeros(()))),
         ("ema_", lambda: (*lists(torch.float32, 2), 0.9)),
+        ("ema_", lambda: (*lists(torch.float32, 2), 0.9, torch.zeros(()))),
     ],
 )
 def test_opcheck(name: str, arguments: Callable[[], tuple[Any, ...]]) -> None:
@@ -116,6 +143,11 @@ def test_what_does_not_fit_is_refused() -> None:
     ):
         with pytest.raises(RuntimeError, match=message):
             ops.lars_(*wrong, **STEP)
+    for flag in (torch.zeros(2), torch.zeros((), dtype=torch.float64)):
+        with pytest.raises(RuntimeError, match="found_inf must be one float32"):
+            ops.lars_(weights, grads, momenta, **STEP, found_inf=flag)
+        with pytest.raises(RuntimeError, match="found_inf must be one float32"):
+            ops.ema_(weights, grads, 0.9, flag)
 
 
 # ------------------------------------------------------------------------------------------------------- host reads
@@ -238,6 +270,11 @@ def test_apex_is_called_by_its_contract_with_equal_results(stand_in: standin_ape
         torch.testing.assert_close(ours, theirs)
 
     stand_in.calls.clear()
+    before = [w.clone() for w in weights]
+    ops.ema_(targets, grads, 0.75, torch.ones(()))  # apex's kernel would not look at the flag
+    assert stand_in.calls == []
+    assert all(torch.equal(a, b) for a, b in zip(before, targets, strict=True))
+
     parameter = nn.Parameter(torch.ones(4))
     parameter.grad = torch.full((4,), 3.0)
     assert ops.clip_grad_norm_([parameter], 1.5).item() == 6
