@@ -165,7 +165,7 @@ def _draw_header(picture: Image.Image, batch: MontageBatch, focus: int) -> None:
         draw,
         (MARGIN, MARGIN + 58),
         f"{images} images, canvases of {canvas} px. Every tile has to find its own image among the full images of the "
-        f"other view: lines for image {focus} (number {int(batch.index[focus])} of the data set).",
+        f"other view. Lines show this for image {focus} (number {int(batch.index[focus])} of the data set).",
         26,
         GRAY,
     )

@@ -224,7 +224,7 @@ def test_times_depend_on_the_precision(precision: str, hours: float) -> None:
 def test_without_published_throughputs_there_are_no_estimates() -> None:
     said = budget(preset("mcl_r18_fpn_demo", "trainer.precision=fp64", "trainer.global_batch=64"), gpus=2)
     assert said["time"] == said["communication"]["scales"] == []
-    assert "no hours: no throughput in fp64 has been published" in show.tables(said)
+    assert "No estimate of hours: no throughput in fp64 has been published" in show.tables(said)
 
 
 def test_the_loader_must_feed_the_fastest_stage() -> None:
@@ -256,9 +256,10 @@ def test_loading_on_cpus_is_what_was_benchmarked(tmp_path: Path) -> None:
         "cpu": "EPYC",
         "source": "benchmarks/results/loader.json",
     }
-    assert hardware.cores(found, 80.0, views) == pytest.approx(1)  # what was measured
-    assert hardware.cores(found, 80.0, 3 * views) == pytest.approx(0.25 + 3 * 0.75)
-    assert hardware.cores(found, 160.0, 0) == pytest.approx(2 * 0.25)
+    for shown, expected in ((views, 1), (3 * views, 0.25 + 3 * 0.75), (0.0, 0.25)):  # the first is what was measured
+        row = hardware.times([stage(1, 1, shown)], 80 / 2_470, "bf16", cpu=found)[0]
+        assert row["loader_images_per_s_per_gpu"] == pytest.approx(80)
+        assert row["cpu_cores_per_gpu"] == pytest.approx(expected)
 
 
 def test_cores_to_load_follow_the_pixels_of_each_stage() -> None:

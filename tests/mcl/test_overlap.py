@@ -52,7 +52,7 @@ def thumbnails(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def slowed(folder: Path, seconds: float) -> Source:
     """Its images on a slow disk. Without paths, they are read by our threads and not by DALI's."""
     source = open_source(str(folder))
-    return dataclasses.replace(source, paths=None, reader=SlowDisk(source.reader, seconds))
+    return dataclasses.replace(source, paths=None, read=SlowDisk(source.read, seconds))
 
 
 @pytest.mark.parametrize(("load", "step"), [(0.16, 0.1), (0.1, 0.16)], ids=["slow loader", "slow step"])
