@@ -38,7 +38,6 @@ class TrainingStep:
         self._dtype = torch.float64 if trainer.precision == "fp64" else torch.float32
         model.to(device, self._dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         model.online.backbone.recompute = trainer.recompute
-        model.together = device.type == "cpu"
         if trainer.compile:
             model.compile_parts()
         self._skips = trainer.on_nonfinite == "skip"

@@ -10,7 +10,6 @@ from torch import Tensor
 from dali_pipelines.loader import MontageLoader, default_threads
 from dali_pipelines.plan import Plan
 from mcl import agreement, checkpoint, distributed, ema, ops
-from mcl.allocator import keep_freed_memory
 from mcl.checkpoint import CheckpointError
 from mcl.config import Config, ConfigError, changed_keys, from_dict, to_dict
 from mcl.evaluation import check_evaluations
@@ -71,8 +70,6 @@ class Trainer:
                 raise ConfigError(f"trainer.resume: never, but {self.folder} holds a run; choose another name")
             if config.trainer.threads:
                 torch.set_num_threads(config.trainer.threads)
-            if self.device.type == "cpu":
-                keep_freed_memory()
             self._prepare_folder()
 
             source = open_shared(config.data)

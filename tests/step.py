@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mcl import config
 from mcl.config import Config
-from mcl.models import MCL, layers
+from mcl.models import MCL
 from mcl.montage import MontageBatch
 from mcl.step import TrainingStep
 from tests.conftest import random_view
@@ -53,18 +53,23 @@ def views(cfg: Config, first_seed: int = 1, world: int = 1) -> tuple[MontageBatc
 
 def normalize_parts(model: MCL, canvases: Sequence[int], parts: int) -> None:
     """Lets every BatchNorm normalise the canvases, or the tiles of a level, of each of so many parts by themselves, as
-    it does where gradients are accumulated over micro-batches. Views go one by one, through PyTorch's BatchNorms."""
-    layers.use(model, ours=False)
-    model.together = False
+    it does where gradients are accumulated over micro-batches."""
 
     def in_groups(module: nn.Module) -> None:
         whole = module.forward
 
-        def forward(x: Tensor) -> Tensor:
+        def by_parts(x: Tensor) -> Tensor:
             levels = x.split(list(canvases)) if len(x) == sum(canvases) else [x]
             groups = zip(*(level.chunk(parts) for level in levels), strict=True)
             done = [whole(torch.cat(group)).split([len(piece) for piece in group]) for group in groups]
             return torch.cat([piece for level in zip(*done, strict=True) for piece in level])
+
+        def forward(
+            x: Tensor, counts: Sequence[int] = (), residual: Tensor | None = None, relu: bool = False
+        ) -> Tensor:
+            y = torch.cat([by_parts(rows) for rows in x.split(list(counts) or len(x))])
+            y = y if residual is None else y + residual
+            return y.relu() if relu else y
 
         module.forward = forward
 

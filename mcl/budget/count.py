@@ -30,7 +30,7 @@ from torch.utils.flop_counter import flop_registry
 from mcl import montage
 from mcl.config import ModelConfig, OptimConfig
 from mcl.distributed import Gather
-from mcl.models import MCL, layers
+from mcl.models import MCL
 from mcl.montage import Geometry, MontageBatch
 from mcl.optim import AUTOCAST, build_optimizer
 
@@ -112,10 +112,12 @@ class _Meter(TorchDispatchMode):
     def watch_exchanges(self, model: nn.Module) -> None:
         """Notes calls of BatchNorms, and gradients as they come."""
 
-        def note(module: Any, inputs: tuple[Tensor], _: Any) -> None:
-            element = torch.promote_types(inputs[0].dtype, torch.float32).itemsize
+        def note(module: Any, inputs: tuple[Any, ...], _: Any) -> None:
+            x, *counts = inputs[:2]
+            element = torch.promote_types(x.dtype, torch.float32).itemsize
             returns = torch.is_grad_enabled() and self._returning is None
-            self.norms.append(Normalization(module.num_features, element, returns))
+            groups = max(1, len(counts[0]) if counts else 1)  # each is normalised by itself
+            self.norms += [Normalization(module.num_features, element, returns)] * groups
 
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -168,7 +170,6 @@ def step(
     dtype = torch.float64 if precision == "fp64" else torch.float32
     with torch.device("meta"):
         mcl = _Gathered(model, geometry)
-    layers.use(mcl, ours=False)  # what is counted does not depend on the device
     mcl.processes = processes
     mcl.online.backbone.recompute = recompute
     with FakeTensorMode():

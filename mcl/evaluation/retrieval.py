@@ -112,7 +112,6 @@ def retrieval(models: Sequence[MCL], config: Config, source: Source, device: tor
         with contextlib.ExitStack() as stack:
             for model in models:
                 model.online = LevelwiseEncoder(model.online)  # type: ignore[assignment]
-                model.together = False  # it takes one view at a time
                 model.to(device, torch.float32)
                 stack.enter_context(fresh_statistics(model))
             for query, key in itertools.islice(batches, _STATISTICS_BATCHES):

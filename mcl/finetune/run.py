@@ -3,13 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from mmengine.config import Config
 from mmengine.dist import broadcast_object_list
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
-from mcl.allocator import keep_freed_memory
 from mcl.config import ConfigError
 from mcl.finetune import hooks, resume, weights
 from mcl.finetune.data import Folder, open_folder
@@ -19,8 +17,6 @@ from mcl.signals import Signals
 
 def finetune(config: Config) -> str:
     """Trains and evaluates, or continues; see :func:`mcl.finetune.finetune`."""
-    if not torch.cuda.is_available():
-        keep_freed_memory()
     masks = "segm" in config.val_evaluator.metric
     lvis = config.val_dataloader.dataset.type == "LVISFolder"
     folder = open_folder(config.data.root, config.data.classes, masks=masks, lvis=lvis)

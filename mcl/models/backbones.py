@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models import resnet
 from torchvision.models.resnet import ResNet
 
-from mcl.models import layers, norm
+from mcl.models import norm
 
 
 class BasicBlock(resnet.BasicBlock):  # type: ignore[misc]  # torchvision has no types
@@ -52,9 +52,8 @@ class Backbone(ResNet):  # type: ignore[misc]  # torchvision has no types
 
     def __init__(self, name: str) -> None:
         block, depths = _RESNETS[name]
-        super().__init__(block, depths)
+        super().__init__(block, depths, norm_layer=norm.BatchNorm2d)
         del self.avgpool, self.fc
-        layers.use(self)
         self.channels = tuple(64 * 2**i * block.expansion for i in (3, 2, 1, 0))
         """Channels of the maps that :meth:`forward` returns."""
         for module in self.modules():

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mcl.models.conv import Conv2d
 from mcl.models.norm import BatchNorm2d, normalize
 
 
@@ -16,7 +15,7 @@ class ConvNorm(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, kernel: int) -> None:
         super().__init__()
-        self.conv = Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
+        self.conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
         self.norm = BatchNorm2d(outputs)
 
     def forward(self, x: Tensor, counts: Sequence[int] = (), relu: bool = False) -> Tensor:

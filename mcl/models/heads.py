@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mcl.models.fpn import ConvNorm
-from mcl.models.linear import Linear
 from mcl.models.norm import BatchNorm1d, normalize
 
 
@@ -26,10 +25,10 @@ class RegionHead(nn.Module):
         super().__init__()
         self.convs = nn.ModuleList(ConvNorm(width, width, 3) for _ in range(convs))
         self.projector = Projector(
-            Linear(width, hidden),
+            nn.Linear(width, hidden),
             BatchNorm1d(hidden),
             nn.ReLU(inplace=True),
-            Linear(hidden, width),
+            nn.Linear(hidden, width),
             BatchNorm1d(width, affine=False),
         )
         for module in self.modules():
@@ -59,7 +58,7 @@ class Projector(nn.Sequential):
 
 def predictor(width: int, hidden: int) -> nn.Sequential:
     """MLP of the online side, (R, width) to (R, width)."""
-    mlp = nn.Sequential(Linear(width, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), Linear(hidden, width))
+    mlp = nn.Sequential(nn.Linear(width, hidden), BatchNorm1d(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, width))
     for module in mlp:
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.01)

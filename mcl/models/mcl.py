@@ -112,9 +112,6 @@ class MCL(nn.Module):
         self.online = Encoder(config, geometry.ratios)
         self.target = copy.deepcopy(self.online).requires_grad_(False)
         self.predictors = nn.ModuleList(predictor(config.width, config.hidden) for _ in geometry.ratios)
-        self.together = False
-        """Whether both views go through a network of ``compute: matched`` at once: for small canvases on CPUs, where
-        products of few rows are slow. The results are the same but for rounding."""
 
     def compile_parts(self) -> None:
         """Backbones and heads through ``torch.compile``, in place, when they are first called."""
@@ -172,8 +169,7 @@ class MCL(nn.Module):
         self, encoder: nn.Module, views: Sequence[MontageBatch], canvases: Sequence[tuple[int, ...]]
     ) -> list[list[Tensor]]:
         """Embeddings of the tiles of the first canvases[v][i] canvases of level i of view v, per view and level."""
-        together = self.together and self.config.compute == "matched" and len(set(canvases)) == 1
-        if len(views) > 1 and not together:
+        if len(views) > 1 and self.config.compute == "released":
             return [self._embed(encoder, [v], [c])[0] for v, c in zip(views, canvases, strict=True)]
         pieces = [piece for v, c in zip(views, canvases, strict=True) for piece in _first(v, c)]
         with torch.autocast(pieces[0].device.type, enabled=False):  # which takes no fp16 on a CPU

@@ -1,7 +1,6 @@
 """The Python face of kernels/: operators of the compiled extension, with PyTorch behind them where it is absent."""
 
 from mcl.ops import fallback  # noqa: F401  registers what the extension lacks
-from mcl.ops.conv import conv2d_small
 from mcl.ops.library import compiled, missing
 from mcl.ops.region_pool import region_pool
 from mcl.ops.steps import backends, clip_grad_norm_, cross_entropy, describe, ema_, lars_, norms
@@ -10,7 +9,6 @@ __all__ = [
     "backends",
     "clip_grad_norm_",
     "compiled",
-    "conv2d_small",
     "cross_entropy",
     "describe",
     "ema_",

@@ -5,14 +5,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from mcl.ops.library import compiled
 
 
 def serves(x: Tensor) -> bool:
-    """Whether the extension normalises this tensor: float32, float64 or bfloat16, on a CPU."""
+    """Whether the extension normalises this tensor: float32, float64 or bfloat16, on a CPU.
+
+    Fake tensors stand for those of a GPU, which PyTorch normalises.
+    """
     dtypes = (torch.float32, torch.float64, torch.bfloat16)
-    return compiled("batch_norm", x.device.type) and x.dtype in dtypes and x.dim() in (2, 4)
+    real = not isinstance(x, FakeTensor)
+    return real and compiled("batch_norm", x.device.type) and x.dtype in dtypes and x.dim() in (2, 4)
 
 
 def batch_norm(

@@ -24,8 +24,6 @@ SCHEMAS = {
         "(Tensor grad, Tensor x, Tensor? y, Tensor? weight, Tensor? bias, Tensor mean, Tensor inverse, int[] counts,"
         " bool relu) -> (Tensor, Tensor, Tensor, Tensor)"
     ),
-    "winograd": "(Tensor x, Tensor weight, bool adjoint) -> Tensor",
-    "winograd_weight": "(Tensor grad, Tensor x) -> Tensor",
     "norms": "(Tensor[] tensors) -> Tensor",
     "lars_": (
         "(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] momenta, Tensor? norms, float lr, float momentum,"

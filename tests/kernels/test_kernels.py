@@ -1,7 +1,6 @@
 """The CUDA kernels on the CPU: equal to its own, clean under sanitizers, every line executed; the CPU's alone; and the
 library."""
 
-import platform
 import re
 import shutil
 import subprocess
@@ -9,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from benchmarks import ptxas
 from mcl.ops.library import compiled
@@ -134,16 +132,3 @@ def test_without_the_extension_pytorch_does_everything_with_one_warning() -> Non
     command = [sys.executable, "-c", WITHOUT_EXTENSION]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")
-
-
-@pytest.mark.parametrize("architecture", ["x86-64", "x86-64-v3", "x86-64-v4"])
-def test_winograd_is_the_convolution_for_every_instruction_set(architecture: str, tmp_path: Path) -> None:
-    """In memory of exactly its size, under sanitizers."""
-    if platform.machine() != "x86_64":
-        pytest.skip("the instruction sets of another processor")
-    flags = [*emulation.SANITIZERS["address"], f"-march={architecture}"]
-    binary = emulation.build(EMULATION / "winograd.cpp", tmp_path / "winograd", *flags)
-    if architecture == "x86-64-v4" and not torch.cpu._is_avx512_supported():
-        pytest.skip("this CPU has no AVX-512; it compiles")
-    result = emulation.run(binary)
-    assert (result.returncode, result.stdout.strip(), result.stderr) == (0, "ok", "")

@@ -2,17 +2,18 @@
 
 import copy
 import dataclasses
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mcl import config
 from mcl.loss import contrast, total_loss
-from mcl.models import MCL, layers
+from mcl.models import MCL
 from mcl.montage import Geometry, MontageBatch
 from mcl.ops.batch_norm import serves
 from tests.conftest import ThinBackbone, random_view
@@ -131,13 +132,12 @@ def test_running_statistics_update_level_by_level() -> None:
     """In training mode each lateral, output, head and projector norm sees each level once per view, level 0 first."""
     geometry = Geometry(cells=2)
     matched, _ = models("thin", geometry)
-    layers.use(matched, ours=False)  # ours see all at once
     norms = {
         name: m for name, m in matched.online.head.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
     }
     order: dict[str, list[int]] = {name: [] for name in norms}
     for name, module in norms.items():
-        module.register_forward_hook(lambda _, inputs, output, name=name: order[name].append(len(inputs[0])))
+        module.register_forward_hook(lambda _, inputs, output, name=name: order[name].extend(inputs[1]))
     matched.train()
     with torch.no_grad():
         matched(*(random_view(geometry, 32, seed, torch.float64) for seed in (1, 2)))
@@ -146,6 +146,16 @@ def test_running_statistics_update_level_by_level() -> None:
     assert matched.online.fpn.laterals[0].norm.num_batches_tracked == 2 * geometry.levels
     assert matched.target.fpn.laterals[0].norm.num_batches_tracked == 2
     assert matched.target.head.convs[0].norm.num_batches_tracked == 2
+
+
+class OneByOne(MCL):
+    """Each view goes through the networks by itself."""
+
+    def targets(self, views: Sequence[MontageBatch]) -> list[Tensor]:
+        return [super(OneByOne, self).targets([view])[0] for view in views]
+
+    def predictions(self, views: Sequence[MontageBatch]) -> list[list[Tensor]]:
+        return [super(OneByOne, self).predictions([view])[0] for view in views]
 
 
 @pytest.mark.parametrize("compiled", [True, False])
@@ -164,10 +174,10 @@ def test_views_together_are_the_views_one_by_one(
     monkeypatch.setattr("mcl.models.norm.serves", serves if compiled else lambda x: False)
     views = [random_view(geometry, images, seed, torch.float64) for seed in (1, 2)]
     views = [dataclasses.replace(view, queries=geometry.query_canvases(images)) for view in views]
-    one_by_one, _ = models(backbone, geometry)
-    one_by_one.train()
-    together = copy.deepcopy(one_by_one)
-    together.together = True
+    together, _ = models(backbone, geometry)
+    together.train()
+    one_by_one = copy.deepcopy(together)
+    one_by_one.__class__ = OneByOne
     for model in (one_by_one, together):
         model(*views).loss.backward()
     assert dict(together.named_buffers()).keys() == dict(one_by_one.named_buffers()).keys()
