@@ -61,8 +61,7 @@ def points(title: str, rows: Mapping[str, Mapping[int, float]], path: Path) -> N
         heights = [row + 0.1 * (seeds.index(seed) - (len(seeds) - 1) / 2) for seed in values]
         ax.plot(list(values.values()), heights, "o", color=colour, markersize=5)
         ax.plot([mean] * 2, [row - 0.35, row + 0.35], color=colour, linewidth=2)
-        place = {"xytext": (8, 0), "textcoords": "offset points", "va": "center"}
-        ax.annotate(f"mean {mean:.1f}", (max(values.values()), row), fontsize=9, color=INK, **place)
+        ax.text(max(values.values()), row, f"   mean {mean:.1f}", va="center", fontsize=9, color=INK)
     ax.tick_params(axis="x", labelsize=9, colors=INK)
     ax.grid(axis="x", color=OTHERS, alpha=0.3)
     ax.set_axisbelow(True)

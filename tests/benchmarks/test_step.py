@@ -20,6 +20,11 @@ from tests.conftest import ROOT
 SETTING = Setting("resnet18", cells=2, images=32, precision="fp32", device="cpu")
 
 
+def stage(epochs: int, side: int, gflop_per_image: float, saved_bytes: int | None = None) -> Stage:
+    counted = {"epochs": epochs, "side": side, "gflop_per_image": gflop_per_image}
+    return counted if saved_bytes is None else {**counted, "saved_bytes": saved_bytes}
+
+
 @pytest.fixture
 def counted_anew(thin_backbone: None) -> Iterator[None]:
     """What was counted with another backbone is forgotten, before and after."""
@@ -52,17 +57,19 @@ def test_stages_of_a_schedule_have_its_epochs_and_what_was_counted() -> None:
     one_level = ["montage.ratios=[1]", "montage.images_per_canvas=[1]", "montage.queries=[4]", "model.loss_weights=[1]"]
     cfg = config.override(preset("budget_2x"), one_level)
     stages = Pretraining(cfg).stages()
-    assert [(stage.epochs, stage.side) for stage in stages] == [(21, 160), (79, 224)]
+    assert [(stage["epochs"], stage["side"]) for stage in stages] == [(21, 160), (79, 224)]
     counted = count.step(cfg.model, cfg.montage.at(50), 32, 1, "fp32")
-    assert stages[1].gflop_per_image == pytest.approx(counted.flops / 32 / 1e9)
-    assert stages[1].saved_bytes == sum(counted.saved.values())
+    assert stages[1]["gflop_per_image"] == pytest.approx(counted.flops / 32 / 1e9)
+    assert stages[1]["saved_bytes"] == sum(counted.saved.values())
 
 
 def test_supervised_is_counted_at_its_own_size() -> None:
     (whole,), (small,) = (CONTENDERS[name][1](SETTING).stages() for name in ("supervised", "supervised_canvas"))
-    assert (whole.side, small.side) == (224, 64)
-    assert whole.gflop_per_image == pytest.approx(3 * 3.628 - 0.236, rel=0.01)  # R18: 1.814 GMAC; no gradient to pixels
-    assert small.gflop_per_image == pytest.approx(whole.gflop_per_image * (64 / 224) ** 2, rel=0.01)
+    assert (whole["side"], small["side"]) == (224, 64)
+    assert whole["gflop_per_image"] == pytest.approx(
+        3 * 3.628 - 0.236, rel=0.01
+    )  # R18: 1.814 GMAC; no gradient to pixels
+    assert small["gflop_per_image"] == pytest.approx(whole["gflop_per_image"] * (64 / 224) ** 2, rel=0.01)
 
 
 @dataclass(frozen=True)
@@ -82,7 +89,7 @@ class Noting:
 
 def test_every_stage_has_its_turn_in_every_round_and_every_contender_a_process(tmp_path: Path) -> None:
     ballast = torch.ones(2**29)  # 2 GiB, which are none of theirs
-    stages = {"a": [Stage(1, 1, 1.0, None), Stage(2, 2, 1.0, None)], "b": [Stage(1, 256, 1.0, None)]}
+    stages = {"a": [stage(1, 1, 1.0), stage(2, 2, 1.0)], "b": [stage(1, 256, 1.0)]}
     contenders = {name: Noting(tmp_path / name) for name in stages}
     seconds, peaks = step.measure(contenders, stages, repeat=2)  # type: ignore[arg-type]
     assert [[len(rounds) for rounds in each] for each in seconds.values()] == [[2, 2], [2]]
@@ -98,10 +105,10 @@ def test_every_stage_has_its_turn_in_every_round_and_every_contender_a_process(t
 
 def test_results_by_hand() -> None:
     stages = {
-        "supervised": [Stage(1, 224, 10.0, None)],
-        "released": [Stage(100, 224, 160.0, 4000)],
-        "matched": [Stage(100, 224, 40.0, 2000)],
-        "budget": [Stage(75, 96, 4.0, 500), Stage(25, 224, 20.0, 900)],
+        "supervised": [stage(1, 224, 10.0)],
+        "released": [stage(100, 224, 160.0, 4000)],
+        "matched": [stage(100, 224, 40.0, 2000)],
+        "budget": [stage(75, 96, 4.0, 500), stage(25, 224, 20.0, 900)],
     }
     measured = {
         "supervised": [[2.0, 1.0, 3.0]],
