@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
-from dali_pipelines.source.files import Files, SourceError, window
+from PIL.ContainerIO import ContainerIO
+
+from dali_pipelines.source.files import Files, SourceError
 from dali_pipelines.source.headers import EXTENSIONS, Header, read_header
 from dali_pipelines.source.index import Image
 
@@ -21,10 +23,9 @@ NAMES = {
 """File names taken for shards of each kind; compressed ones are then refused, with a reason."""
 
 _COMPRESSED_NAME = re.compile(r"\.(tgz|gz|zst|xz|bz2|lz4|zip)$", re.IGNORECASE)
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ": "xz", b"BZh": "bzip2"}
+_COMPRESSED = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\xfd7zXZ", b"BZh")  # gzip, zstd, xz, bzip2
 _MAGIC = re.compile(r"[*?\[{]")
 _MAX_SHARDS = 1_000_000
-_HEADER = 1 << 14  # bytes of an image fetched at a time for its header
 _DAMAGED = "the shard is cut short or damaged here: what follows cannot be read"
 
 _Span = tuple[int, int]  # first byte, and the one behind the last
@@ -106,8 +107,7 @@ def scan_shard(files: Files, kind: str, path: str, size: int) -> list[Image]:
     """
     try:
         with files.open(path, size, files.block) as file:
-            start = file.read(8)
-            if any(start.startswith(magic) for magic in _COMPRESSED):
+            if file.read(8).startswith(_COMPRESSED):
                 raise _compressed(path)
             file.seek(0)
             return list((_tar_images if kind == "webdataset" else _tfrecord_images)(file, path, size))
@@ -116,11 +116,7 @@ def scan_shard(files: Files, kind: str, path: str, size: int) -> list[Image]:
 
 
 def _header(file: BinaryIO, offset: int, length: int) -> Header:
-    def read(start: int, end: int) -> bytes:
-        file.seek(start)
-        return file.read(end - start)
-
-    return read_header(window(read, offset, length, _HEADER)) if length else "empty"
+    return read_header(ContainerIO(file, offset, length)) if length else "empty"
 
 
 # -------------------------------------------------------------------------------------------------- WebDataset

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from mcl import distributed
 from mcl.config import Config, ConfigError, to_dict
@@ -171,7 +171,7 @@ def _run_id(path: Path) -> str:
 def read(path: Path) -> list[Record]:
     """Records of a ``metrics.jsonl``; a last line that was cut by a crash is left out."""
     records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:
@@ -247,11 +247,11 @@ class BadFiles:
 
 
 class ProgressBar:
-    """A bar on a terminal, lines elsewhere."""
+    """A bar on a terminal or in a notebook, lines elsewhere."""
 
     def __init__(self, config: Config, step: int, steps: int) -> None:
-        shown = config.log.progress and distributed.rank() == 0 and sys.stdout.isatty()
-        self._bar = tqdm(total=steps, initial=step, disable=not shown, file=sys.stdout, unit="step", dynamic_ncols=True)
+        hidden = None if config.log.progress and distributed.rank() == 0 else True  # None: unless it can be drawn
+        self._bar = tqdm(total=steps, initial=step, disable=hidden, file=sys.stdout, unit="step", dynamic_ncols=True)
 
     def __enter__(self) -> Self:
         return self

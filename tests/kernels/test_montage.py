@@ -26,6 +26,7 @@ def test_every_line_of_the_kernel_is_executed(tmp_path: Path) -> None:
     assert programs.uncovered_lines(PROGRAM, KERNELS / KERNEL, tmp_path) == []
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize(
     ("right", "wrong", "sanitizer", "report"),
     [
