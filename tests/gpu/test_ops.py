@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mcl import ops
 from mcl.ops.library import compiled
-from tests.mcl.ops.test_region_pool import LAYOUTS, STRIDES, check_errors, maps, random_boxes
+from tests.mcl.ops.regions import LAYOUTS, STRIDES, check_errors, maps, random_boxes
 from tests.mcl.ops.test_steps import STEP, lists
 from tests.mcl.test_optim import NAMES, build, check_equal, everything, set_gradients
 

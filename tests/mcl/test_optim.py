@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mcl import config
 from mcl.train import ema
 from mcl.train.optim import LARS, LossScaler, build_optimizer, excluded, learning_rate, load_state, set_learning_rate
-from tests.mcl.ops.test_steps import NoHostReads
+from tests.mcl.detector import Detector
 
 
 def scalar_lars(w: float, g: float, buffer: float, lr: float, decay: float, adapt: bool) -> tuple[float, float]:
@@ -109,7 +109,7 @@ def test_a_step_with_found_inf_never_was(name: str, dtype: torch.dtype) -> None:
         for p in model.parameters():
             p.grad = torch.full_like(p, math.nan)
         optimizer.found_inf = torch.ones(())  # type: ignore[attr-defined]
-        with NoHostReads():
+        with Detector("cpu"):
             optimizer.step()
         optimizer.found_inf = torch.zeros(()) if seed == 3 else None  # type: ignore[attr-defined]
         for each, its in ((model, optimizer), (twin, other)):
@@ -131,7 +131,7 @@ def test_gradscaler_hands_over_what_it_found(name: str, unscale: bool) -> None:
             for p in model.parameters():
                 assert p.grad is not None
                 p.grad *= math.nan if seed == 2 else scaler.get_scale()
-        with NoHostReads():
+        with Detector("cpu"):
             if unscale:
                 scaler.unscale_(optimizer)
             scaler.step(optimizer)

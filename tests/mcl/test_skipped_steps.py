@@ -94,10 +94,11 @@ def test_fp16_lowers_its_loss_scale_and_changes_nothing_else(choice: str, optimi
 @pytest.mark.usefixtures("thin_backbone")
 def test_a_norm_that_overflows_is_not_finite_either() -> None:
     """Every gradient is finite, the sum of their squares is not: optimiser and momentum network agree to skip."""
-    step = build(configure("trainer.precision=fp16", "trainer.max_loss_scale=1"))
+    cfg = configure("trainer.precision=fp16", "trainer.max_loss_scale=1")
+    step = build(cfg)
     before = {key: tensor.clone() for key, tensor in step.model.state_dict().items()}
     step.model.predictors[0][0].weight.register_hook(lambda grad: torch.full_like(grad, 1e30))
-    _, norm = step(*views(step._config), lr=0.1, momentum=0.9)
+    _, norm = step(*views(cfg), lr=0.1, momentum=0.9)
     assert norm.isinf()
     assert all(torch.equal(before[key], tensor) for key, tensor in step.model.state_dict().items())
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from mcl import ops
 from mcl.ops import apex, fallback, steps
 from mcl.ops.library import compiled
+from tests.mcl.detector import Detector
 from tests.mcl.ops import standin_apex
-from tests.mcl.test_no_waiting import Detector
 
 SHAPES = [(1,), (3, 5), (), (64, 3, 7, 7), (32, 16, 3, 3), (0,), (70_001,), (2, 3, 1, 1)]
 STEP = {"lr": 0.7, "momentum": 0.9, "weight_decay": 0.01, "trust_coefficient": 1e-3}
