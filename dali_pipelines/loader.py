@@ -136,7 +136,7 @@ class DaliEngine:
         if self._readers is None:
             plan = next(self._plans)
             assert self._source.paths is not None
-            images = [self._dali.encode_path(self._source.paths[i]) for i in plan.index]
+            images = [np.frombuffer(self._source.paths[i].encode(), np.uint8) for i in plan.index]
         else:
             while len(self._reading) <= READ_AHEAD:
                 plan = next(self._plans)

@@ -164,7 +164,3 @@ def decode_pipeline(encoded: bytes) -> Pipeline:
         return decode(image, Graph(Geometry(), AugmentConfig(), DataConfig(), files=False))
 
     return pipeline()
-
-
-def encode_path(path: str) -> npt.NDArray[np.uint8]:
-    return np.frombuffer(path.encode(), np.uint8)
