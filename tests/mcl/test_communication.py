@@ -63,7 +63,9 @@ def exchanged(cases: list[Config]) -> list[dict[str, list[int]]]:
     said = []
     for cfg in cases:
         with thin(cfg):
-            step = TrainingStep(cfg, synchronize(MCL(cfg.model, cfg.montage), "cpu"), torch.device("cpu"))
+            step = TrainingStep(
+                cfg, synchronize(MCL(cfg.model, cfg.montage, cfg.trainer.recompute), "cpu"), torch.device("cpu")
+            )
         query, key = views(cfg, world=distributed.world_size())
         consensus = Consensus()
         for _ in range(2):
