@@ -92,7 +92,7 @@ def architectures() -> str:
 
 
 def sources_digest() -> str:
-    """Short hash of all that is compiled; :mod:`mcl.agreement` compares it between the processes of a run."""
+    """Short hash of all that is compiled; :mod:`mcl.distributed.agreement` compares it between processes."""
     whole = hashlib.sha256(Path("setup.py").read_bytes())
     for file in sorted(path for folder in (SOURCES, PLUGIN) for path in folder.rglob("*") if path.is_file()):
         whole.update(f"{file} ".encode() + hashlib.sha256(file.read_bytes()).digest())
@@ -176,7 +176,7 @@ def plugin() -> Extension:
         half = [f"-U__CUDA_NO_HALF_{what}__" for what in ("OPERATORS", "CONVERSIONS")]
         compile_args["nvcc"] = [*flags, *half, "-fmad=false", "-Xcompiler", warnings, "-Xptxas", "-v"]
     return Extension(
-        "mcl.libmcl_dali",
+        "dali_pipelines.libmcl_dali",
         sorted(map(str, sources)),
         include_dirs=[str(PLUGIN.parent.resolve()), str(SOURCES.resolve())],
         extra_compile_args=compile_args,

@@ -1,4 +1,4 @@
-"""The loader: steps of a plan, carried out by an engine, as pairs of :class:`~mcl.montage.MontageBatch`."""
+"""The loader: steps of a plan, carried out by an engine, as pairs of :class:`~dali_pipelines.batch.MontageBatch`."""
 
 import functools
 import importlib.util
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from dali_pipelines.plan import VIEWS, Plan, StepPlan
+from dali_pipelines.batch import MontageBatch, lay_out
+from dali_pipelines.geometry import Geometry, boxes
+from dali_pipelines.plan import Plan, StepPlan
+from dali_pipelines.settings import ConfigError, DataConfig
 from dali_pipelines.source import Source
-from mcl import montage
-from mcl.config import ConfigError, DataConfig
-from mcl.montage import Geometry, MontageBatch
 
 if TYPE_CHECKING:
     from dali_pipelines import pipelines
@@ -75,7 +75,7 @@ class DaliEngine:
         self._feed = pipelines.fused_feed if self._fused else pipelines.stock_feed
         self._readers = None if source.paths is not None else ThreadPoolExecutor(max(threads, READERS))
         self._reading: deque[tuple[StepPlan, list[Future[bytes]]]] = deque()
-        self._sides: deque[int] = deque()  # of the canvases in flight, pixels
+        self._fed: deque[StepPlan] = deque()  # not yet collected
         self._lent: deque[tuple[list[Tensor], torch.cuda.Event]] = deque()
         define = pipelines.fused_pipeline if self._fused else pipelines.stock_pipeline
         self._pipeline = define(
@@ -97,16 +97,19 @@ class DaliEngine:
                 used any more.
         """
         outputs = [from_dlpack(output.as_tensor()) for output in self._pipeline.run()]
-        side = self._sides.popleft()
-        canvases = [output.view(-1, side, side, 3) for output in outputs]
+        plan = self._fed.popleft()
+        geometry = plan.geometry
         if self._fused:
-            views = canvases
+            views = [output.view(-1, geometry.canvas, geometry.canvas, 3).permute(0, 3, 1, 2) for output in outputs]
         else:
-            levels = len(canvases) // VIEWS
-            views = [torch.cat(canvases[view * levels : (view + 1) * levels]) for view in range(VIEWS)]
+            tiles = [output.permute(0, 3, 1, 2) for output in outputs]
+            views = [
+                lay_out(tiles[view * geometry.levels :][: geometry.levels], shown, geometry.ratios)
+                for view, shown in enumerate(plan.tile_images)
+            ]
         if self._gpu is not None:
             self._lend(outputs)
-        return [view.permute(0, 3, 1, 2) for view in views]
+        return views
 
     def _lend(self, outputs: list[Tensor]) -> None:
         """Keeps DALI's memory until the GPU has done with it: whoever drops a tensor does not wait for that."""
@@ -133,7 +136,7 @@ class DaliEngine:
         if self._readers is None:
             plan = next(self._plans)
             assert self._source.paths is not None
-            images = [self._dali.encode_path(self._source.paths[i]) for i in plan.index]
+            images = [np.frombuffer(self._source.paths[i].encode(), np.uint8) for i in plan.index]
         else:
             while len(self._reading) <= READ_AHEAD:
                 plan = next(self._plans)
@@ -141,7 +144,7 @@ class DaliEngine:
                 self._reading.append((plan, futures))
             plan, futures = self._reading.popleft()
             images = [np.frombuffer(future.result(), np.uint8) for future in futures]
-        self._sides.append(plan.geometry.canvas)
+        self._fed.append(plan)
         return self._feed(plan, images)
 
     def close(self) -> None:
@@ -199,7 +202,7 @@ def _obstacle(engine: str, device: str, cuda: bool) -> str | None:
 
 @functools.lru_cache(maxsize=4)
 def _boxes(geometry: Geometry, images: int) -> Tensor:
-    return torch.from_numpy(montage.boxes(geometry, images))
+    return torch.from_numpy(boxes(geometry, images))
 
 
 def default_threads(local_world_size: int = 1) -> int:
@@ -258,13 +261,13 @@ class MontageLoader:
             if self._engine is None:
                 self._engine = self._make_engine()
             try:
-                images = self._engine.collect()
+                views = self._engine.collect()
             except (RuntimeError, OSError) as error:
                 self._find_bad(error)
                 continue
             plan = self._ahead.popleft()
             self.position += 1
-            query, key = (self._batch(plan, view, canvases) for view, canvases in enumerate(images))
+            query, key = (self._batch(plan, view, pixels) for view, pixels in enumerate(views))
             return query, key
 
     def state_dict(self) -> dict[str, Any]:
@@ -351,22 +354,21 @@ class MontageLoader:
                 f"(data.max_bad_fraction={self._data.max_bad_fraction}); the first: {self.source.names[i]}: {reason}"
             )
 
-    def _batch(self, plan: StepPlan, view: int, images: Tensor) -> MontageBatch:
+    def _batch(self, plan: StepPlan, view: int, pixels: Tensor) -> MontageBatch:
         geometry = plan.geometry
-        canvases = geometry.canvases(self.plan.images)
         crops = []
-        for a, slots in zip(plan.augmentations[view], plan.sources[view], strict=True):
+        for a, tile_images in zip(plan.augmentations[view], plan.tile_images[view], strict=True):
             width_height = np.tile(self.source.sizes[plan.index], 2)
-            crops.append(np.column_stack([a.window / width_height, a.flip])[slots])
+            crops.append(np.column_stack([a.window / width_height, a.flip])[tile_images])
         return MontageBatch(
-            images=images,
+            pixels=pixels,
             labels=torch.from_numpy(self.source.labels[plan.index]),
             index=torch.from_numpy(plan.index),
-            sources=torch.from_numpy(np.concatenate(plan.sources[view])),
+            tile_images=torch.from_numpy(np.concatenate(plan.tile_images[view])),
             boxes=_boxes(geometry, self.plan.images),
             crops=torch.from_numpy(np.concatenate(crops).astype(np.float32)),
-            canvases=canvases,
-            queries=geometry.query_canvases(self.plan.images),
+            canvas_counts=geometry.canvases(self.plan.images),
+            query_counts=geometry.query_canvases(self.plan.images),
             ratios=geometry.ratios,
             cells=geometry.cells,
             epoch=plan.epoch,

@@ -6,12 +6,12 @@ import os
 import signal
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from mcl import __version__
-from mcl.config import fields
+from mcl.config import all_keys
 
 TARGETS = ["mmdet", "mmdet-retinanet", "mmpretrain", "detectron2", "torchvision", "torchvision-detection", "timm"]
 """Those of :data:`mcl.export.TARGETS`, which takes seconds to import."""
@@ -19,6 +19,8 @@ TARGETS = ["mmdet", "mmdet-retinanet", "mmpretrain", "detectron2", "torchvision"
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: parses, runs, and turns errors of our own into one line and their exit code, mostly 2."""
+    # Threads of OpenMP sleep while they wait: on a busy machine, spinning takes the cores from those that have work.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # is read when torch is imported
     parser = _parser()
     options, words = parser.parse_known_args(arguments)  # key=value may stand behind options, too
     if words and not ("overrides" in options and all("=" in word and not word.startswith("-") for word in words)):
@@ -49,21 +51,28 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    pretrain = verbs.add_parser(
+    def verb(name: str, run: Callable[[argparse.Namespace], None], help: str, **more: Any) -> argparse.ArgumentParser:
+        added = verbs.add_parser(name, help=help, formatter_class=argparse.RawDescriptionHelpFormatter, **more)
+        added.set_defaults(run=run)
+        return added
+
+    def add_overrides(verb: argparse.ArgumentParser, help: str) -> None:
+        verb.add_argument("overrides", nargs="*", metavar="key=value", help=help)
+
+    pretrain = verb(
         "pretrain",
-        help="pre-train from a configuration",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        _pretrain,
+        "pre-train from a configuration",
         description="Pre-trains, or continues the run of that name. Writes output/name/.",
         epilog="keys (key=value overrides the YAML file):\n\n" + _keys(),
     )
-    pretrain.add_argument("config", type=Path, help="YAML file, e.g. configs/pretrain/mcl_r50_fpn_100e_in1k.yaml")
-    pretrain.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.root=/data/imagenet/train")
-    pretrain.set_defaults(run=_pretrain)
+    pretrain.add_argument("config", type=Path, help="preset, such as mcl_r50_fpn_100e_in1k, or YAML file")
+    add_overrides(pretrain, "e.g. data.root=/data/imagenet/train")
 
-    evaluate = verbs.add_parser(
+    evaluate = verb(
         "evaluate",
-        help="score a checkpoint beside its random initialisation",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        _evaluate,
+        "score a checkpoint beside its random initialisation",
         description="Scores a checkpoint beside its random initialisation, on data.root and data.val_root.",
         epilog=textwrap.dedent("""\
             retrieval  whether a tile's embedding is nearest to that of its own image, among evaluation.gallery images
@@ -73,14 +82,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("name", choices=["retrieval", "knn", "linear"])
     evaluate.add_argument("checkpoint", type=Path, help="e.g. runs/demo/checkpoints/last.pt")
-    evaluate.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="e.g. data.root=FOLDER data.val_root=FOLDER"
-    )
-    evaluate.set_defaults(run=_evaluate)
+    add_overrides(evaluate, "e.g. data.root=FOLDER data.val_root=FOLDER")
 
-    export = verbs.add_parser("export", help="hand the weights to another library")
+    export = verb("export", _export, "hand the weights to another library")
     export.add_argument("checkpoint", type=Path, help="e.g. runs/demo/checkpoints/last.pt")
-    export.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.root=FOLDER, for --network target")
+    add_overrides(export, "e.g. data.root=FOLDER, for --network target")
     export.add_argument("--to", required=True, choices=TARGETS, help="the library that reads them")
     export.add_argument("--parts", type=_words, default=[], help="e.g. backbone,fpn,head; default: all that it takes")
     export.add_argument(
@@ -88,42 +94,33 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("--verify", action="store_true", help="load them into the library's model, compare features")
     export.add_argument("--output", type=Path, help="file to write; default: exports/ of the run folder")
-    export.set_defaults(run=_export)
 
-    importer = verbs.add_parser("import-openselfsup", help="turn the authors' released checkpoint into ours")
+    importer = verb("import-openselfsup", _import, "turn the authors' released checkpoint into ours")
     importer.add_argument("file", type=Path)
     importer.add_argument("--output", type=Path, help="file to write; default: FILE with the ending .mcl.pt")
-    importer.set_defaults(run=_import)
 
-    finetune = verbs.add_parser(
+    finetune = verb(
         "finetune",
-        help="train a detector in MMDetection",
+        _finetune,
+        "train a detector in MMDetection",
         description="Trains a detector from given weights, or continues the run of that name. Writes output/name/.",
     )
     finetune.add_argument("config", type=Path, help="Python file, e.g. configs/finetune/mask_rcnn_r50_fpn_1x.py")
-    finetune.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help="keys of that file, e.g. weights=runs/mcl/checkpoints/last.pt data.root=FOLDER name=NAME",
-    )
-    finetune.set_defaults(run=_finetune)
+    add_overrides(finetune, "keys of that file, e.g. weights=runs/mcl/checkpoints/last.pt data.root=FOLDER name=NAME")
 
-    preview = verbs.add_parser("preview", help="draw a step's montages, and a checkpoint's feature maps")
-    preview.add_argument("config", type=Path, help="YAML file, or a checkpoint (then with feature maps)")
-    preview.add_argument("overrides", nargs="*", metavar="key=value")
+    preview = verb("preview", _preview, "draw a step's montages, and a checkpoint's feature maps")
+    preview.add_argument("config", type=Path, help="preset, YAML file, or a checkpoint (then with feature maps)")
+    add_overrides(preview, "e.g. data.root=FOLDER")
     preview.add_argument("--step", type=int, default=0, help="step of the run to draw, from 0")
     preview.add_argument("--output", type=Path, default=Path("preview"), help="folder to write")
-    preview.set_defaults(run=_preview)
 
-    index = verbs.add_parser("index", help="read the sizes of all images once, so that runs start at once")
-    index.add_argument("config", type=Path, help="YAML file")
-    index.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.root=FOLDER data.index=FOLDER")
-    index.set_defaults(run=_index)
+    index = verb("index", _index, "read the sizes of all images once, so that runs start at once")
+    index.add_argument("config", type=Path, help="preset or YAML file")
+    add_overrides(index, "e.g. data.root=FOLDER data.index=FOLDER")
 
-    budget = verbs.add_parser("budget", help="what a configuration costs: FLOPs, memory, hours")
-    budget.add_argument("config", type=Path, help="YAML file")
-    budget.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. montage.queries=[4,1,1,1]")
+    budget = verb("budget", _budget, "what a configuration costs: FLOPs, memory, hours")
+    budget.add_argument("config", type=Path, help="preset or YAML file")
+    add_overrides(budget, "e.g. montage.queries=[4,1,1,1]")
     budget.add_argument("--gpus", type=int, help="processes; default: as many as make 128 images each")
     budget.add_argument("--nodes", type=int, help="machines that they are on; default: as few as have 8 each")
     budget.add_argument(
@@ -134,10 +131,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     budget.add_argument("--json", action="store_true", help="print JSON, and nothing else")
     budget.add_argument("--plot", type=Path, metavar="FILE.png", help="picture to write")
-    budget.set_defaults(run=_budget)
 
-    doctor = verbs.add_parser("doctor", help="what is installed, what is used, and why")
-    doctor.set_defaults(run=_doctor)
+    verb("doctor", _doctor, "what is installed, what is used, and why")
     return parser
 
 
@@ -152,11 +147,10 @@ def _numbers(text: str) -> list[float]:
 def _keys() -> str:
     """Documentation of every key, from the configuration's own fields."""
     lines = []
-    for key, field, documentation in fields():
-        kind = " | ".join(get_args(field.type)) if get_origin(field.type) is Literal else _type_name(field.type)
-        default = getattr(field.default, "default", field.default)  # bounded fields wrap their default
-        lines.append(f"  {key}  ({kind}, default {default!r})")
-        lines.append(textwrap.fill(documentation, 100, initial_indent=" " * 6, subsequent_indent=" " * 6))
+    for key in all_keys():
+        kind = " | ".join(get_args(key.kind)) if get_origin(key.kind) is Literal else _type_name(key.kind)
+        lines.append(f"  {key.name}  ({kind}, default {key.default!r})")
+        lines.append(textwrap.fill(key.documentation, 100, initial_indent=" " * 6, subsequent_indent=" " * 6))
     return "\n".join(lines)
 
 
@@ -165,15 +159,15 @@ def _type_name(kind: Any) -> str:
 
 
 def _pretrain(options: argparse.Namespace) -> None:
-    from mcl import config, run
+    from mcl import commands, config
 
-    run.pretrain(config.load(options.config, options.overrides))
+    commands.pretrain(config.load(options.config, options.overrides))
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from mcl import run
+    from mcl import commands
 
-    for text in run.evaluate(options.name, options.checkpoint, options.overrides):
+    for text in commands.evaluate(options.name, options.checkpoint, options.overrides):
         print(text, flush=True)
 
 
@@ -209,16 +203,16 @@ def _finetune(options: argparse.Namespace) -> None:
 
 
 def _preview(options: argparse.Namespace) -> None:
-    from mcl import run
+    from mcl import commands
 
-    for path in run.preview(options.config, options.overrides, options.step, options.output):
+    for path in commands.preview(options.config, options.overrides, options.step, options.output):
         print(path)
 
 
 def _index(options: argparse.Namespace) -> None:
-    from mcl import config, images
+    from mcl import commands, config
 
-    for line in images.make_index(config.load(options.config, options.overrides).data):
+    for line in commands.index(config.load(options.config, options.overrides).data):
         print(line, flush=True)
 
 

@@ -10,102 +10,40 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
-from mcl.montage import Geometry, nearest_legal
+from dali_pipelines.geometry import Geometry, nearest_legal
+from dali_pipelines.plan import Plan
+from dali_pipelines.settings import STRICT, AugmentConfig, ConfigError, DataConfig, Trait
 
-_MODEL = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True, coerce_numbers_to_str=True)
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the key and what would be right."""
-
-
-@dataclass(frozen=True, kw_only=True, config=_MODEL)
-class DataConfig:
-    root: str = ""
-    """Folder of images, list file, or shards (a folder of them, one, or a pattern such as train-{0000..0146}.tar); on a
-    disk, or a URL that fsspec reads, such as s3://bucket/train. Required."""
-    source: Literal["auto", "folders", "flat", "list", "coco", "webdataset", "tfrecord"] = "auto"
-    """What root is: a folder of class folders, a flat folder, a text file with a path (and class) per line, a folder
-    with COCO annotations, tar shards as WebDataset makes them, or TFRecord shards of tf.train.Example."""
-    annotations: str = ""
-    """COCO annotation file that names the images of root; boxes and categories in it are not used."""
-    allow_outside: bool = False
-    """Whether a list or annotation file may name files outside its root's folder, by absolute paths or through .. ."""
-    index: str = ""
-    """Folder of the indices of image sizes, which save reading all headers at every start; empty: mcl/index in
-    $XDG_CACHE_HOME or ~/.cache."""
-    val_root: str = ""
-    """Held-out images, same layout (for COCO: a folder); the end-of-run evaluation uses them when given."""
-    engine: Literal["auto", "fused", "stock", "torchvision"] = "auto"
-    """What carries the augmentation plan out: mcl's own DALI operator, stock DALI operators, or torchvision (slow,
-    needs no DALI). auto takes the first that is there."""
-    device: Literal["auto", "cpu", "gpu"] = "auto"
-    """Where images are decoded and augmented."""
-    threads: int = Field(default=0, ge=0)
-    """Loader threads per process; 0 takes the cores available, divided by the processes of this machine."""
-    prefetch: int = Field(default=2, ge=1)
-    """Batches prepared ahead."""
-    hardware_decoder: float = Field(default=0.65, ge=0, le=1)
-    """Share of the JPEGs that a GPU's decoding engine takes, where it has one; its other cores take the rest."""
-    dtype: Literal["float32", "float16"] = "float32"
-    """Element type of the images handed to the network."""
-    tile_sampling: Literal["direct", "released"] = "direct"
-    """direct: crop and rescale straight to the tile's size, blur scaled with it. released: augment at canvas size, then
-    take every r-th pixel, as the authors' code does."""
-    max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
-    """Stop when more than this fraction of the images cannot be decoded; below it they are replaced and listed."""
+__all__ = [
+    "PRESETS",
+    "AugmentConfig",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "EvaluationConfig",
+    "Key",
+    "LogConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "TrainerConfig",
+    "Trait",
+    "all_keys",
+    "changed_keys",
+    "from_dict",
+    "load",
+    "override",
+    "to_dict",
+    "value",
+]
 
 
-@dataclass(frozen=True, kw_only=True, config=_MODEL)
-class AugmentConfig:
-    crop_scale: tuple[float, float] = (0.2, 1.0)
-    """Area of the crop window as a fraction of the image's, lower and upper bound."""
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Aspect ratio (width / height) of the crop window, lower and upper bound."""
-    flip: float = Field(default=0.5, ge=0, le=1)
-    """Probability of a horizontal flip."""
-    jitter: float = Field(default=0.8, ge=0, le=1)
-    """Probability of colour jitter."""
-    brightness: float = Field(default=0.4, ge=0)
-    """Brightness factor is drawn from 1 - x to 1 + x."""
-    contrast: float = Field(default=0.4, ge=0)
-    """Contrast factor is drawn from 1 - x to 1 + x; the pivot is the image's mean gray."""
-    saturation: float = Field(default=0.2, ge=0)
-    """Saturation factor is drawn from 1 - x to 1 + x."""
-    hue: float = Field(default=0.1, ge=0, le=0.5)
-    """Hue is shifted by -x to x turns."""
-    gray: float = Field(default=0.2, ge=0, le=1)
-    """Probability of grayscale."""
-    blur: tuple[float, float] = (1.0, 0.1)
-    """Probability of Gaussian blur, for the query and the key view."""
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
-    """Blur sigma in canvas pixels, lower and upper bound; a tile of ratio r gets sigma / r."""
-    solarize: tuple[float, float] = (0.0, 0.2)
-    """Probability of solarising at threshold 128, for the query and the key view."""
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    """Subtracted from the RGB channels (0..1)."""
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    """Then divides them."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        for name in ("crop_scale", "crop_ratio", "blur_sigma"):
-            low, high = getattr(self, name)
-            if not 0 < low <= high:
-                raise ValueError(f"{name}: {low}, {high} must satisfy 0 < lower <= upper")
-        for name in ("blur", "solarize"):
-            if not all(0 <= p <= 1 for p in getattr(self, name)):
-                raise ValueError(f"{name}: probabilities lie between 0 and 1")
-        return self
-
-
-@dataclass(frozen=True, kw_only=True, config=_MODEL)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class ModelConfig:
     backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"
     """Backbone, named as in torchvision."""
@@ -124,9 +62,9 @@ class ModelConfig:
     """Weight of each level's loss."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_MODEL)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class OptimConfig:
-    name: Literal["lars", "sgd", "adamw"] = "lars"
+    name: Annotated[Literal["lars", "sgd", "adamw"], Trait.DECIDES_SPEED] = "lars"
     """Optimiser."""
     base_lr: float = Field(default=1.0, gt=0)
     """Learning rate per 256 images: lr = base_lr * trainer.global_batch / 256."""
@@ -153,54 +91,54 @@ class OptimConfig:
     """Momentum of the target network at the first step; it rises to 1 along a half cosine."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_MODEL)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class TrainerConfig:
     epochs: int = Field(default=100, ge=1)
     """Length of the run and of all schedules."""
-    global_batch: int = Field(default=4096, ge=1)
+    global_batch: Annotated[int, Trait.DECIDES_SPEED] = Field(default=4096, ge=1)
     """Images per step, over all processes."""
-    precision: Literal["fp32", "bf16", "fp16", "fp64"] = "bf16"
+    precision: Annotated[Literal["fp32", "bf16", "fp16", "fp64"], Trait.DECIDES_SPEED] = "bf16"
     """Arithmetic of the networks: autocast for bf16 and fp16 (with loss scaling); the loss is computed in fp32, or in
     fp64 there."""
-    accumulate: int = Field(default=1, ge=1)
+    accumulate: Annotated[int, Trait.DECIDES_SPEED] = Field(default=1, ge=1)
     """Micro-batches per step and process: memory of one of them, gradients of all, each against the targets of all.
     BatchNorm has the statistics of one."""
-    recompute: bool = False
+    recompute: Annotated[bool, Trait.RESUMABLE, Trait.DECIDES_SPEED] = False
     """Activation checkpointing: the insides of backbone blocks are not kept for backward, but computed again."""
-    compile: bool = False
+    compile: Annotated[bool, Trait.RESUMABLE, Trait.DECIDES_SPEED] = False
     """Backbones and heads through torch.compile, which on CUDA generates Triton kernels; new shapes compile anew."""
-    cuda_graph: bool = False
+    cuda_graph: Annotated[bool, Trait.RESUMABLE, Trait.DECIDES_SPEED] = False
     """Forward and backward as one recorded CUDA graph, for one process; recorded anew when montage.schedule changes
     the canvas."""
     max_loss_scale: float = Field(default=2.0**14, ge=1)
     """Upper bound of the fp16 loss scale."""
-    on_nonfinite: Literal["stop", "skip"] = "stop"
+    on_nonfinite: Annotated[Literal["stop", "skip"], Trait.RESUMABLE] = "stop"
     """What becomes of a step whose gradient is infinite or NaN. stop: the run ends before the next checkpoint, naming
     it; in fp16, where the loss scale is lowered instead, after 100 such steps in a row. skip: weights, optimiser,
     momentum network and running statistics stay as they were, the record counts it, and the run ends after 100 such
-    steps in a row; every step then costs a copy of them all."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    steps in a row."""
+    device: Annotated[Literal["auto", "cpu", "cuda"], Trait.RESUMABLE] = "auto"
     """Where the networks live."""
-    threads: int = Field(default=0, ge=0)
+    threads: Annotated[int, Trait.OF_A_MACHINE, Trait.RESUMABLE] = Field(default=0, ge=0)
     """CPU threads of PyTorch; 0 leaves its default."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of weights, order, crops, augmentations and montages."""
-    log_every: int = Field(default=10, ge=1)
+    log_every: Annotated[int, Trait.RESUMABLE] = Field(default=10, ge=1)
     """Steps between two records in metrics.jsonl."""
-    checkpoint_epochs: float = Field(default=4.0, gt=0)
+    checkpoint_epochs: Annotated[float, Trait.RESUMABLE] = Field(default=4.0, gt=0)
     """Epochs between two checkpoints."""
-    keep: int = Field(default=3, ge=1)
+    keep: Annotated[int, Trait.RESUMABLE] = Field(default=3, ge=1)
     """Checkpoints kept; older ones are deleted."""
-    resume: Literal["auto", "never"] = "auto"
+    resume: Annotated[Literal["auto", "never"], Trait.RESUMABLE] = "auto"
     """auto continues the run found in the run folder; never refuses to touch a folder that holds one."""
-    init_from: str = ""
+    init_from: Annotated[str, Trait.PATH] = ""
     """Checkpoint whose weights start a new run; not a resume."""
-    timeout: float = Field(default=600.0, gt=0)
+    timeout: Annotated[float, Trait.RESUMABLE] = Field(default=600.0, gt=0)
     """Seconds without progress after which a run of several processes ends and names the one that hangs; more than
     loading and computing a step, and saving, may take."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_MODEL)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class EvaluationConfig:
     at_end: tuple[Literal["retrieval", "knn", "linear"], ...] = ()
     """Evaluations at the end of a run."""
@@ -212,7 +150,7 @@ class EvaluationConfig:
     """Neighbours that vote in kNN."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_MODEL)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class LogConfig:
     tensorboard: bool = True
     """Write TensorBoard events."""
@@ -224,20 +162,20 @@ class LogConfig:
     """Write pictures of the first montages into the run folder."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_MODEL)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Config:
     name: str = "mcl"
     """Name of the run; its folder is output/name."""
-    output: str = "runs"
+    output: Annotated[str, Trait.PATH, Trait.RESUMABLE] = "runs"
     """Folder of all runs."""
     data: DataConfig = DataConfig()
     augment: AugmentConfig = AugmentConfig()
-    montage: Geometry = Geometry()
-    model: ModelConfig = ModelConfig()
+    montage: Annotated[Geometry, Trait.DECIDES_SPEED] = Geometry()
+    model: Annotated[ModelConfig, Trait.DECIDES_SPEED] = ModelConfig()
     optim: OptimConfig = OptimConfig()
     trainer: TrainerConfig = TrainerConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
-    log: LogConfig = LogConfig()
+    evaluation: Annotated[EvaluationConfig, Trait.RESUMABLE] = EvaluationConfig()
+    log: Annotated[LogConfig, Trait.RESUMABLE] = LogConfig()
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -253,6 +191,36 @@ class Config:
     @property
     def run_folder(self) -> Path:
         return Path(self.output) / self.name
+
+    def plan(
+        self,
+        size: int,
+        images: int,
+        rank: int = 0,
+        world_size: int = 1,
+        *,
+        geometry: Geometry | None = None,
+        seed: int | None = None,
+    ) -> Plan:
+        """What a process sees in every step.
+
+        Args:
+            size: images of the data set.
+            images: of them per process and step.
+            rank, world_size: of the process, and how many there are.
+            geometry: in place of ``montage``.
+            seed: in place of ``trainer.seed``.
+        """
+        return Plan(
+            seed=self.trainer.seed if seed is None else seed,
+            size=size,
+            images=images,
+            geometry=geometry or self.montage,
+            augment=self.augment,
+            tile_sampling=self.data.tile_sampling,
+            rank=rank,
+            world_size=world_size,
+        )
 
     def images_per_rank(self, world_size: int) -> int:
         """Images of a step per process.
@@ -312,27 +280,34 @@ class Config:
                 )
 
 
+PRESETS = Path(__file__).parent / "presets"
+"""Configurations that are known by their names."""
+
 _ADAPTER: TypeAdapter[Config] = TypeAdapter(Config)
 
 
-def fields(cls: type = Config, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any], str]]:
-    """Yields (dotted key, dataclass field, documentation) of every leaf, in the order of declaration."""
-    documented = cls.__pydantic_fields__  # type: ignore[attr-defined]
-    for field in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(field.type):
-            yield from fields(field.type, f"{prefix}{field.name}.")  # type: ignore[arg-type]
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """A key of the configuration, that is a leaf of the tree."""
+
+    name: str
+    """With its sections, as in data.root."""
+    kind: Any
+    """Its type."""
+    default: Any
+    documentation: str
+    traits: frozenset[Trait]
+
+
+def all_keys(section: type = Config, prefix: str = "", traits: frozenset[Trait] = frozenset()) -> Iterator[Key]:
+    """Yields every key, in the order of declaration; `traits` are those of the section."""
+    for name, field in section.__pydantic_fields__.items():  # type: ignore[attr-defined]
+        own = traits | {trait for trait in field.metadata if isinstance(trait, Trait)}
+        if dataclasses.is_dataclass(field.annotation):
+            yield from all_keys(field.annotation, f"{prefix}{name}.", own)  # type: ignore[arg-type]
         else:
-            yield f"{prefix}{field.name}", field, " ".join((documented[field.name].description or "").split())
-
-
-_RESUMABLE = (
-    *("output", "log.", "evaluation.", "data.threads", "data.prefetch", "data.device", "data.hardware_decoder"),
-    *("data.val_root", "data.max_bad_fraction", "data.index", "data.allow_outside"),
-    *(f"trainer.{key}" for key in ("device", "threads", "log_every", "checkpoint_epochs", "keep", "resume")),
-    *(f"trainer.{key}" for key in ("on_nonfinite", "timeout")),
-    *(f"trainer.{key}" for key in ("recompute", "compile", "cuda_graph")),
-)
-"""Keys that may change when a run is resumed: they do not touch what is computed."""
+            documentation = " ".join((field.description or "").split())
+            yield Key(f"{prefix}{name}", field.annotation, field.default, documentation, own)
 
 
 def value(config: Config, key: str) -> Any:
@@ -345,7 +320,11 @@ def value(config: Config, key: str) -> Any:
 
 def changed_keys(before: Config, now: Config) -> list[str]:
     """Keys whose values differ and decide what a run computes."""
-    return [k for k, _, _ in fields() if not k.startswith(_RESUMABLE) and value(before, k) != value(now, k)]
+    return [
+        key.name
+        for key in all_keys()
+        if Trait.RESUMABLE not in key.traits and value(before, key.name) != value(now, key.name)
+    ]
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -360,7 +339,7 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     Raises:
         ConfigError: unknown key (the nearest one is named), wrong type or illegal value.
     """
-    known = [key for key, _, _ in fields()]
+    known = [key.name for key in all_keys()]
     for key in _leaves(values):
         if key not in known and not any(k.startswith(key + ".") for k in known):
             raise ConfigError(f"{key}: no such key; {_nearest(key, known)}")
@@ -376,15 +355,19 @@ def from_dict(values: Mapping[str, Any]) -> Config:
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """Reads a YAML preset and applies ``key=value`` words to it; values are YAML too.
+    """Reads a YAML file, or a preset by its name, and applies ``key=value`` words to it; values are YAML too.
 
     Raises:
-        ConfigError: no such file, not YAML, or see :func:`from_dict`.
+        ConfigError: no such file or preset, not YAML, or see :func:`from_dict`.
     """
+    preset = PRESETS / f"{path}.yaml"
+    if not Path(path).exists() and preset.exists():
+        path = preset
     try:
         values = yaml.safe_load(Path(path).read_text())
     except OSError as error:
-        raise ConfigError(f"{path}: cannot read the configuration ({error.strerror})") from None
+        names = ", ".join(sorted(file.stem for file in PRESETS.glob("*.yaml")))
+        raise ConfigError(f"{path}: cannot read the configuration ({error.strerror}); presets are {names}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not a YAML file: {error}") from None
     if values is None:
@@ -426,16 +409,14 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
     node[leaf] = value
 
 
-_PATHS = ("output", "data.root", "data.annotations", "data.val_root", "data.index", "trainer.init_from")
-
-
 def _at_home(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """With ~ as the home folder in paths; the shell leaves data.root=~/images as it is."""
+    paths = {key.name for key in all_keys() if Trait.PATH in key.traits}
     result = dict(values)
     for key, value in values.items():
         if isinstance(value, Mapping):
             result[key] = _at_home(value, f"{prefix}{key}.")
-        elif f"{prefix}{key}" in _PATHS and isinstance(value, str):
+        elif f"{prefix}{key}" in paths and isinstance(value, str):
             result[key] = os.path.expanduser(value)
     return result
 

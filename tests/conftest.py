@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mcl import montage
-from mcl.montage import Geometry, MontageBatch
+from dali_pipelines.batch import MontageBatch, in_order
+from dali_pipelines.geometry import Geometry
 
 ROOT = Path(__file__).parent.parent
 PHOTOS = ROOT / "data" / "photos"
@@ -34,7 +34,7 @@ class ThinBackbone(nn.Module):
 
     channels = (8, 7, 6, 5)
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, recompute: bool = False) -> None:
         super().__init__()
         self.convs = nn.ModuleList(nn.Conv2d(3, c, 1, bias=False) for c in self.channels)
 
@@ -48,10 +48,11 @@ def thin_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mcl.models.mcl.Backbone", ThinBackbone)
 
 
-def view(geometry: Geometry, images: int, pixels: Tensor, sources: Tensor | None = None) -> MontageBatch:
-    """A view with given canvases (K, 3, S, S); without `sources`, slot i of a level shows image i modulo N."""
-    batch = montage.in_order(geometry, images, pixels)
-    return dataclasses.replace(batch, queries=batch.canvases, sources=batch.sources if sources is None else sources)
+def view(geometry: Geometry, images: int, pixels: Tensor, tile_images: Tensor | None = None) -> MontageBatch:
+    """A view with given canvases (K, 3, S, S); without `tile_images`, tile i of a level shows image i modulo N."""
+    batch = in_order(geometry, images, pixels)
+    tile_images = batch.tile_images if tile_images is None else tile_images
+    return dataclasses.replace(batch, query_counts=batch.canvas_counts, tile_images=tile_images)
 
 
 def random_view(
@@ -76,8 +77,9 @@ def _fault(request: pytest.FixtureRequest, record_property: Callable[[str, objec
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """A table of the faults that tests tried; what one recorded as "survived" stands for a mere yes."""
-    outcomes = ("passed", "failed", "error")  # the last one: of what a test needs
-    reports = [r for outcome in outcomes for r in terminalreporter.getreports(outcome) if r.when == "call" or r.failed]
+    outcomes = ("passed", "failed", "error")  # the last: a fixture failed, or a file could not be collected
+    reports = [r for outcome in outcomes for r in terminalreporter.getreports(outcome)]
+    reports = [r for r in reports if isinstance(r, pytest.TestReport) and (r.when == "call" or r.failed)]
     tried = [(dict(r.user_properties), r.passed) for r in reports if "fault" in dict(r.user_properties)]
     if tried:
         terminalreporter.section("faults tried and survived")

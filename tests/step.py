@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dali_pipelines.batch import MontageBatch
 from mcl import config
 from mcl.config import Config
 from mcl.models import MCL
-from mcl.montage import MontageBatch
-from mcl.step import TrainingStep
+from mcl.train.step import TrainingStep
 from tests.conftest import random_view
 
 SMALL: dict[str, Any] = {
@@ -34,7 +34,7 @@ def configure(*words: str) -> Config:
 def build(cfg: Config) -> TrainingStep:
     """A step on the CPU, of a model with the same weights every time."""
     torch.manual_seed(0)
-    return TrainingStep(cfg, MCL(cfg.model, cfg.montage), torch.device("cpu"))
+    return TrainingStep(cfg, MCL(cfg.model, cfg.montage, cfg.trainer.recompute), torch.device("cpu"))
 
 
 def views(cfg: Config, first_seed: int = 1, world: int = 1) -> tuple[MontageBatch, MontageBatch]:
@@ -44,8 +44,8 @@ def views(cfg: Config, first_seed: int = 1, world: int = 1) -> tuple[MontageBatc
     return tuple(  # type: ignore[return-value]
         dataclasses.replace(
             v,
-            images=v.images.contiguous(memory_format=torch.channels_last),
-            queries=cfg.montage.query_canvases(images),
+            pixels=v.pixels.contiguous(memory_format=torch.channels_last),
+            query_counts=cfg.montage.query_canvases(images),
         )
         for v in (random_view(cfg.montage, images, first_seed + side, dtype) for side in range(2))
     )

@@ -6,6 +6,7 @@ next opening reads only what is new. Broken images stay in the numbering: the pl
 that the order of the others does not depend on them.
 """
 
+from dali_pipelines.source.configured import open_images
 from dali_pipelines.source.files import SourceError
 from dali_pipelines.source.headers import EXTENSIONS, FORMATS, MAX_PIXELS, read_header
 from dali_pipelines.source.index import Progress, index_file
@@ -20,6 +21,7 @@ __all__ = [
     "Source",
     "SourceError",
     "index_file",
+    "open_images",
     "open_source",
     "read_header",
 ]

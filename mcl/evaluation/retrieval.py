@@ -15,20 +15,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dali_pipelines.batch import MontageBatch
+from dali_pipelines.geometry import nearest_legal
 from dali_pipelines.loader import MontageLoader
-from dali_pipelines.plan import Plan
 from dali_pipelines.source import Source
 from mcl.config import Config, ConfigError
 from mcl.evaluation.statistics import fresh_statistics
 from mcl.models import MCL, Encoder
-from mcl.montage import MontageBatch, nearest_legal
 
 _FRESH = 1 << 62  # added to the seed: crops and montages that training never drew
 _STATISTICS_BATCHES = 8
 
 
 class LevelwiseEncoder(nn.Module):
-    """An encoder whose FPN and head have BatchNorm statistics of their own for every level.
+    """An encoder as with ``compute: matched``, but with BatchNorm statistics of FPN and head for every level.
 
     In training each level is normalised by its own batch; one running mean over the levels would fit none of them.
     """
@@ -39,16 +39,24 @@ class LevelwiseEncoder(nn.Module):
         self.fpns = nn.ModuleList(copy.deepcopy(encoder.fpn) for _ in encoder.ratios)
         self.heads = nn.ModuleList(copy.deepcopy(encoder.head) for _ in encoder.ratios)
 
-    def forward(
-        self, images: Tensor, canvases: Sequence[int], boxes: Sequence[Sequence[Tensor]], cells: int, compute: str
-    ) -> list[list[Tensor]]:
-        """As :meth:`Encoder.forward` of one view, with the populations of ``compute: matched``."""
-        (regions,) = boxes
-        features = zip(*(f.split(list(canvases)) for f in self.encoder.backbone(images)), strict=True)
-        levels = range(len(canvases))
-        maps = [fpn(own, [i])[0] for i, fpn, own in zip(levels, self.fpns, features, strict=False)]
-        tiles = self.encoder.pool(maps, levels, regions, cells).split([len(b) for b in regions])
-        return [[head(own) for head, own in zip(self.heads, tiles, strict=False)]]
+    def forward(self, *views: MontageBatch) -> list[list[Tensor]]:
+        """As :meth:`Encoder.forward`."""
+        return [self._embeddings(view) for view in views]
+
+    def _embeddings(self, view: MontageBatch) -> list[Tensor]:
+        levels = range(len(view.canvas_counts))
+        features = zip(*(f.split(view.canvas_counts) for f in self.encoder.backbone(view.pixels)), strict=True)
+        maps = [fpn(own, [i])[0] for i, fpn, own in zip(levels, self.fpns, features, strict=True)]
+        regions = view.regions()
+        tiles = self.encoder.pool(maps, levels, regions, view.cells).split([len(b) for b in regions])
+        return [head(own) for head, own in zip(self.heads, tiles, strict=True)]
+
+
+def _levelwise(model: MCL) -> MCL:
+    """A copy whose online encoder is a :class:`LevelwiseEncoder`."""
+    model = copy.deepcopy(model)
+    model.add_module("online", LevelwiseEncoder(model.online))
+    return model
 
 
 @dataclass(frozen=True)
@@ -64,18 +72,14 @@ def top1(model: MCL, query: MontageBatch, key: MontageBatch) -> Tensor:
     """Share of the tiles, per level, whose nearest target is their own image's; both directions. (L,)."""
     views = (query, key)
     banks = [F.normalize(targets.float(), dim=1) for targets in reversed(model.targets(views))]
-    hits = []
-    for view, predictions, bank in zip(views, model.predictions(views), banks, strict=True):
-        rows = model.sources(view)
-        hits.append(
-            torch.stack(
-                [
-                    ((F.normalize(p.float(), dim=1) @ bank.t()).argmax(1) == r).float().mean()
-                    for p, r in zip(predictions, rows, strict=True)
-                ]
-            )
-        )
-    return torch.stack(hits).mean(0)
+    hits = [
+        [
+            ((F.normalize(p.float(), dim=1) @ bank.t()).argmax(1) == row).float().mean()
+            for p, row in zip(predictions, model.positives(view), strict=True)
+        ]
+        for view, predictions, bank in zip(views, model.predictions(views), banks, strict=True)
+    ]
+    return torch.tensor(hits).mean(0)
 
 
 def check_gallery(config: Config, source: Source) -> None:
@@ -97,28 +101,21 @@ def retrieval(models: Sequence[MCL], config: Config, source: Source, device: tor
         ConfigError: too few images for a gallery, or a gallery that makes no legal montage.
     """
     check_gallery(config, source)
-    plan = Plan(
-        seed=(config.trainer.seed + _FRESH) % 2**63,
-        size=len(source),
-        images=config.evaluation.gallery,
-        geometry=config.montage.final,
-        augment=config.augment,
-        tile_sampling=config.data.tile_sampling,
-    )
-    models = [copy.deepcopy(model) for model in models]
+    seed = (config.trainer.seed + _FRESH) % 2**63
+    plan = config.plan(len(source), config.evaluation.gallery, geometry=config.montage.final, seed=seed)
+    scored = [_levelwise(model).to(device, torch.float32) for model in models]
     data = dataclasses.replace(config.data, max_bad_fraction=1.0)  # training has listed and judged the bad files
     with MontageLoader(source, plan, data, gpu=device.index) as loader:
         batches = (tuple(view.to(device, torch.float32) for view in pair) for pair in loader)
         with contextlib.ExitStack() as stack:
-            for model in models:
-                model.online = LevelwiseEncoder(model.online)  # type: ignore[assignment]
-                model.to(device, torch.float32)
+            for model in scored:
                 stack.enter_context(fresh_statistics(model))
-            for query, key in itertools.islice(batches, _STATISTICS_BATCHES):
-                for model in models:
-                    model(query, key)
+            for views in itertools.islice(batches, _STATISTICS_BATCHES):
+                for model in scored:
+                    model.targets(views)
+                    model.predictions(views)
         tables = [
-            torch.stack([top1(model, query, key) for model in models])
+            torch.stack([top1(model, query, key) for model in scored])
             for query, key in itertools.islice(batches, config.evaluation.galleries)
         ]
     scores = torch.stack(tables, 1)  # (models, galleries, L)

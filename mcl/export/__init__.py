@@ -1,6 +1,6 @@
 """Weights to and from other libraries."""
 
-from mcl.export.report import Report
-from mcl.export.run import TARGETS, export
+from mcl.export.convert import TARGETS, export
+from mcl.export.summary import Report
 
 __all__ = ["TARGETS", "Report", "export"]

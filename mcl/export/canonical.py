@@ -8,7 +8,7 @@ laterals and outputs of the FPN (map 0 is C2 and P2), ``roi_heads.box_head.<i>``
 from mcl.models import Encoder
 
 PARTS = ("backbone", "fpn", "head")
-_PREFIXES = {"backbone.body.": "backbone", "backbone.fpn.": "fpn", "roi_heads.box_head.": "head"}
+"""First words of our names."""
 _KINDS = {"laterals": "inner_blocks", "outputs": "layer_blocks"}
 _MODULES = {"conv": "0", "norm": "1"}
 
@@ -31,8 +31,3 @@ def canonical_names(encoder: Encoder) -> dict[str, str]:
 def pyramid_map(depth: int) -> int:
     """Number of a map of the FPN, finest first (0 is P2), from its strides below the coarsest (0 is P5)."""
     return 3 - depth
-
-
-def part_of(name: str) -> str:
-    """Part of the model that a canonical name belongs to."""
-    return next(part for prefix, part in _PREFIXES.items() if name.startswith(prefix))

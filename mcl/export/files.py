@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from mcl.checkpoint import CheckpointError
+from mcl.train.checkpoint import CheckpointError
 
 Weights = Mapping[str, Tensor]
 Metadata = Mapping[str, Any]

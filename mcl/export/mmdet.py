@@ -1,16 +1,18 @@
 """MMDetection: Faster R-CNN and its kin, whose FPN starts at C2; RetinaNet, whose FPN starts at C3."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from mcl.config import ModelConfig
 from mcl.export.files import save_openmmlab
 from mcl.export.target import Target, Twin, TwinPart
+from mcl.models.backbones import Backbone
 
 INSTALL = "make mmdet, in a checkout of mcl"
 _CONVS = {"inner_blocks": "lateral_convs", "layer_blocks": "fpn_convs"}
@@ -37,62 +39,45 @@ def depth(config: ModelConfig) -> int:
     return int(config.backbone.removeprefix("resnet"))
 
 
-def _detector(file: str, config: ModelConfig, channels: Sequence[int]) -> Any:
-    """A model's configuration as MMDetection ships it, with our backbone and an FPN with BatchNorm."""
+def _build(file: str, config: ModelConfig, heads: Mapping[str, Any]) -> Any:
+    """A model as MMDetection ships it, with our backbone, an FPN with BatchNorm, and these changes of its heads."""
     import mmdet
+    from mmdet.registry import MODELS
     from mmengine.config import Config
-
-    model = Config.fromfile(Path(mmdet.__file__).parent / ".mim" / "configs" / "_base_" / "models" / file).model
-    model.backbone.update(depth=depth(config), init_cfg=None)
-    model.neck.update(in_channels=list(channels), out_channels=config.width, norm_cfg=_BATCH_NORM)
-    return model
-
-
-def _build(model: Any) -> nn.Module:
-    from mmdet.models import detectors
     from mmengine.registry import DefaultScope
 
+    shipped = Config.fromfile(Path(mmdet.__file__).parent / ".mim" / "configs" / "_base_" / "models" / file)
+    with torch.device("meta"):
+        channels = list(Backbone(config.backbone).channels[::-1])
+    neck = {"in_channels": channels, "out_channels": config.width, "norm_cfg": _BATCH_NORM}
+    backbone = {"depth": depth(config), "init_cfg": None}
+    shipped.merge_from_dict({"model": {"backbone": backbone, "neck": neck, **heads}})
     with DefaultScope.overwrite_default_scope("mmdet"):
-        detector: nn.Module = getattr(detectors, model.pop("type"))(**model)
-    return detector
+        return MODELS.build(shipped.model)
 
 
-def _build_rcnn(config: ModelConfig, channels: Sequence[int]) -> nn.Module:
-    model = _detector("faster-rcnn_r50_fpn.py", config, channels)
-    model.rpn_head.update(in_channels=config.width, feat_channels=config.width)
-    model.roi_head.bbox_roi_extractor.update(out_channels=config.width)
-    model.roi_head.bbox_head.update(
-        type="ConvFCBBoxHead",
-        num_shared_convs=config.head_convs,
-        num_shared_fcs=1,
-        in_channels=config.width,
-        conv_out_channels=config.width,
-        norm_cfg=_BATCH_NORM,
-    )
-    return _build(model)
+def _build_rcnn(config: ModelConfig) -> Any:
+    box_head = {
+        "type": "ConvFCBBoxHead",
+        "num_shared_convs": config.head_convs,
+        "num_shared_fcs": 1,
+        "in_channels": config.width,
+        "conv_out_channels": config.width,
+        "norm_cfg": _BATCH_NORM,
+    }
+    heads = {
+        "rpn_head": {"in_channels": config.width, "feat_channels": config.width},
+        "roi_head": {"bbox_roi_extractor": {"out_channels": config.width}, "bbox_head": box_head},
+    }
+    return _build("faster-rcnn_r50_fpn.py", config, heads)
 
 
-def _build_retinanet(config: ModelConfig, channels: Sequence[int]) -> nn.Module:
-    model = _detector("retinanet_r50_fpn.py", config, channels)
-    model.bbox_head.update(in_channels=config.width, feat_channels=config.width)
-    return _build(model)
+def _build_retinanet(config: ModelConfig) -> Any:
+    heads = {"bbox_head": {"in_channels": config.width, "feat_channels": config.width}}
+    return _build("retinanet_r50_fpn.py", config, heads)
 
 
-def _backbone(model: Any, images: Sequence[Tensor]) -> Sequence[Tensor]:
-    maps: Sequence[Tensor] = model.backbone(*images)
-    return maps
-
-
-def _fpn(count: int) -> Callable[[Any, Sequence[Tensor]], Sequence[Tensor]]:
-    return lambda model, maps: model.neck(maps)[:count]  # what follows is P6, P7
-
-
-def _head(model: Any, maps: Sequence[Tensor]) -> list[Tensor]:
-    (x,) = maps
-    for conv in model.roi_head.bbox_head.shared_convs:
-        x = conv(x)
-    return [x]
-
+BACKBONE = TwinPart(r"backbone\.", lambda model, image: model.backbone(image))
 
 RCNN = Target(
     name="mmdet",
@@ -104,9 +89,12 @@ RCNN = Target(
         INSTALL,
         _build_rcnn,
         {
-            "backbone": TwinPart(r"backbone\.", _backbone),
-            "fpn": TwinPart(r"neck\.", _fpn(4)),
-            "head": TwinPart(r"roi_head\.bbox_head\.shared_convs\.", _head),
+            "backbone": BACKBONE,
+            "fpn": TwinPart(r"neck\.", lambda model, maps: model.neck(maps)[:4]),
+            "head": TwinPart(
+                r"roi_head\.bbox_head\.shared_convs\.",
+                lambda model, p5: [nn.Sequential(*model.roi_head.bbox_head.shared_convs)(p5)],
+            ),
         },
     ),
 )
@@ -122,8 +110,11 @@ RETINANET = Target(
         INSTALL,
         _build_retinanet,
         {
-            "backbone": TwinPart(r"backbone\.", _backbone),
-            "fpn": TwinPart(r"neck\.(lateral_convs|fpn_convs\.[012])\.", _fpn(3)),
+            "backbone": BACKBONE,
+            "fpn": TwinPart(
+                r"neck\.(lateral_convs|fpn_convs\.[012])\.",
+                lambda model, maps: model.neck(maps)[:3],
+            ),
         },
     ),
 )

@@ -2,13 +2,12 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from mcl.config import ModelConfig
 from mcl.export.files import Save
-
-Forward = Callable[[nn.Module, Sequence[Tensor]], Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -17,8 +16,8 @@ class TwinPart:
 
     names: str
     """Regular expression of the beginning of its tensors' names: all these must be in the file."""
-    forward: Forward
-    """What the part computes: of the backbone C2 to C5 from the image, of the FPN the target's maps from C2 to C5, of
+    forward: Callable[[Any, Any], Sequence[Tensor]]
+    """What the part of a model computes: the backbone C2 to C5 from the image, the FPN the target's maps from C2 to C5,
     the head the last convolution's map from P5. Maps are (n, channels, h, w), finest first."""
 
 
@@ -30,8 +29,8 @@ class Twin:
     """Name of the distribution."""
     install: str
     """Command that installs it."""
-    build: Callable[[ModelConfig, Sequence[int]], nn.Module]
-    """Makes the model from our configuration and the channels of C2 to C5; imports the package."""
+    build: Callable[[ModelConfig], Any]
+    """Makes the model from our configuration; imports the package."""
     parts: Mapping[str, TwinPart]
 
 
@@ -41,7 +40,7 @@ class Target:
 
     name: str
     rename: Callable[[str], str | None]
-    """Canonical name to the target's; None where the target has no place for a tensor."""
+    """Canonical name of a tensor of one of `parts` to the target's; None where the target has no place for it."""
     parts: tuple[str, ...]
     """Parts of the model that it takes."""
     saves: Mapping[str, Save]

@@ -3,16 +3,17 @@
 import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mcl.checkpoint import CheckpointError
 from mcl.config import ConfigError, ModelConfig
 from mcl.export.canonical import pyramid_map
-from mcl.export.report import Verified
+from mcl.export.summary import Verified
 from mcl.export.target import Target
 from mcl.models import Encoder
+from mcl.train.checkpoint import CheckpointError
 
 _TOLERANCE = 1e-5
 
@@ -36,7 +37,7 @@ def verify(
     if twin is None:
         raise ConfigError(f"--verify: {target.name} is on no package index, so it cannot be tried; export without")
     try:
-        theirs = twin.build(config, encoder.backbone.channels[::-1]).eval()
+        theirs: nn.Module = twin.build(config).eval()
     except (ImportError, AssertionError) as error:  # the latter for a version of mmcv that they do not take
         raise ConfigError(f"--verify: needs {twin.package} ({error}); install it: {twin.install}") from None
     fresh = _load(theirs, weights, [twin.parts[part].names for part in parts], target.name)
@@ -68,15 +69,15 @@ def _load(theirs: nn.Module, weights: Mapping[str, Tensor], names: Sequence[str]
     return [name for name in own if name not in claimed]
 
 
-def _features(encoder: Encoder, maps: Sequence[int]) -> tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]]:
-    """Inputs and outputs of every part for one random image; `maps` are those of the FPN that are wanted."""
+def _features(encoder: Encoder, maps: Sequence[int]) -> tuple[dict[str, Any], dict[str, list[Tensor]]]:
+    """Input and output of every part for one random image; `maps` are those of the FPN that are wanted."""
     image = torch.randn(1, 3, 96, 64, generator=torch.Generator().manual_seed(0))
-    coarsest_first = encoder.backbone(image)
+    backbone = encoder.backbone(image)  # coarsest first
     depths = encoder.fpn.depths
-    pyramid = dict(zip(map(pyramid_map, depths), encoder.fpn(coarsest_first, range(len(depths))), strict=True))
+    pyramid = dict(zip(map(pyramid_map, depths), encoder.fpn(backbone, range(len(depths))), strict=True))
     p5 = head = pyramid[pyramid_map(0)]
     for conv in encoder.head.convs:
-        head = conv(head).relu()
-    backbone = coarsest_first[::-1]
-    inputs = {"backbone": [image], "fpn": backbone, "head": [p5]}
-    return inputs, {"backbone": backbone, "fpn": [pyramid[m] for m in maps if m in pyramid], "head": [head]}
+        head = conv(head, relu=True)
+    fpn = [pyramid[m] for m in maps if m in pyramid]
+    inputs = {"backbone": image, "fpn": backbone[::-1], "head": p5}
+    return inputs, {"backbone": backbone[::-1], "fpn": fpn, "head": [head]}

@@ -28,9 +28,9 @@ def finetune(path: Path, overrides: Sequence[str] = ()) -> str:
         import mmdet.apis  # noqa: F401  # whatever of mmcv and mmengine it needs, too
     except (ImportError, AssertionError) as error:  # the latter for a version of mmcv that it does not take
         raise ConfigError(f"mcl finetune needs MMDetection ({error}); install it: make mmdet") from None
-    from mcl.finetune import run, settings
+    from mcl.finetune import settings, training
 
-    return run.finetune(settings.load(path, overrides))
+    return training.finetune(settings.load(path, overrides))
 
 
 __all__ = ["finetune"]

@@ -4,20 +4,17 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-from mmengine.dist import get_rank, master_only
+from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
 from mmengine.registry import HOOKS
 from torch import Tensor
 
+from mcl.distributed.signals import Consensus, Interrupted, Signals
 from mcl.evaluation.statistics import fresh_statistics
 from mcl.finetune.loading import seed_everything
-from mcl.metrics import rewrite
-from mcl.signals import Consensus, Interrupted, Signals
 
 
 @HOOKS.register_module()
@@ -38,11 +35,8 @@ class PlainMessages(Hook):
             name: {"values": buffer.data[0].tolist(), "counts": buffer.data[1].tolist(), "longest": buffer.max_length}
             for name, buffer in hub["log_scalars"].items()
         }
-        checkpoint["message_hub"] = {
-            "log_scalars": scalars,
-            "runtime_info": {name: _plain(value) for name, value in hub["runtime_info"].items()},
-            "resumed_keys": dict(hub["resumed_keys"]),
-        }
+        plain = json.dumps({**hub, "log_scalars": scalars}, default=lambda value: value.tolist())  # arrays and numbers
+        checkpoint["message_hub"] = json.loads(plain)
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         scalars = checkpoint.get("message_hub", {}).get("log_scalars", {})
@@ -50,18 +44,6 @@ class PlainMessages(Hook):
             scalars[name] = HistoryBuffer(scalar["values"], scalar["counts"], scalar["longest"])
 
 
-def _plain(value: Any) -> Any:
-    """NumPy's arrays and numbers as Python's, at any depth."""
-    if isinstance(value, np.ndarray | np.generic):
-        return value.tolist()
-    if isinstance(value, Mapping):
-        return {key: _plain(child) for key, child in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(child) for child in value]
-    return value
-
-
-@HOOKS.register_module()
 class LoadWeights(Hook):
     """Puts pre-trained weights into a detector after it was initialised."""
 
@@ -80,7 +62,6 @@ class LoadWeights(Hook):
         )
 
 
-@HOOKS.register_module()
 class Identity(Hook):
     """Notes in checkpoints what decides the course of the run.
 
@@ -95,7 +76,6 @@ class Identity(Hook):
         checkpoint["meta"]["mcl"] = self.sections
 
 
-@HOOKS.register_module()
 class SaveOnSignal(Hook):
     """Ends a run that SIGTERM or Ctrl-C reached: it saves after the step, or the image of an evaluation, and leaves.
 
@@ -158,55 +138,3 @@ class PreciseBatchNorm(Hook):
         with fresh_statistics(model):
             for batch in itertools.islice(loader, self.batches):
                 model(**model.data_preprocessor(batch, training=True), mode="loss")
-
-
-_NAMES = {"mAP": "AP", "mAP_50": "AP50", "mAP_75": "AP75", "mAP_s": "APs", "mAP_m": "APm", "mAP_l": "APl"}
-_KINDS = {"bbox": "box", "segm": "mask"}
-RESULTS = "ap.json"
-TABLE = "ap.md"
-
-
-@HOOKS.register_module()
-class APTable(Hook):
-    """Writes what pycocotools measured into the run folder: ``ap.json``, a record per evaluation, and ``ap.md``."""
-
-    @master_only
-    def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
-        folder = Path(runner.work_dir)
-        record = {"step": runner.iter, **_aps(metrics or {})}
-        records = [other for other in read(folder) if other["step"] < runner.iter]
-        records.append(record)
-        rewrite(folder / RESULTS, json.dumps(records, indent=1) + "\n")
-        rewrite(folder / TABLE, table(records))
-        runner.logger.info("\n%s", table([record]))
-
-
-def _aps(metrics: Mapping[str, float]) -> dict[str, dict[str, float | None]]:
-    """AP by kind and name, in percent; None where there is nothing of that size to detect."""
-    aps: dict[str, dict[str, float | None]] = {}
-    for name, value in metrics.items():
-        kind, _, measure = name.removeprefix("coco/").partition("_")
-        if kind in _KINDS and measure in _NAMES:
-            aps.setdefault(_KINDS[kind], {})[_NAMES[measure]] = round(100 * value, 1) if value >= 0 else None
-    return aps
-
-
-def read(folder: Path) -> list[dict[str, Any]]:
-    """Records of the evaluations of a run, in their order."""
-    path = folder / RESULTS
-    records: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
-    return records
-
-
-def table(records: list[dict[str, Any]]) -> str:
-    """Markdown table of evaluations, AP in percent."""
-    lines = [
-        "| step | of | " + " | ".join(_NAMES.values()) + " |",
-        "|---|---|" + "---|" * len(_NAMES),
-    ]
-    for record in records:
-        for kind in _KINDS.values():
-            if kind in record:
-                values = ["-" if value is None else f"{value:.1f}" for value in record[kind].values()]
-                lines.append(f"| {record['step']} | {kind} | " + " | ".join(values) + " |")
-    return "\n".join(lines) + "\n"

@@ -11,11 +11,11 @@ from mmdet.registry import MODELS
 from mmengine.registry import DefaultScope
 from torch import Tensor, nn
 
-from mcl.checkpoint import CheckpointError, reason
 from mcl.config import ConfigError
 from mcl.export import export
-from mcl.export.run import TARGETS
+from mcl.export.convert import TARGETS
 from mcl.finetune.hooks import LoadWeights
+from mcl.train.checkpoint import CheckpointError, reason
 
 
 def load(
@@ -43,10 +43,15 @@ def load(
     missing = [name for name in expected if name not in weights]
     other = [name for name in expected if name in weights and weights[name].shape != own[name].shape]
     if missing or other:
+        if missing:
+            what = f"{len(missing)} are missing, the first: {missing[0]}"
+        else:
+            shapes = f"{list(weights[other[0]].shape)} instead of {list(own[other[0]].shape)}"
+            what = f"{len(other)} are of another shape, the first: {other[0]}, {shapes}"
         raise CheckpointError(
             f"weights: of the {len(expected)} tensors that the detector takes, {path} has "
-            f"{len(expected) - len(missing) - len(other)}; {_first(missing, other, weights, own)}. Take weights of "
-            f"this backbone, width and head, exported --to {target}, or set pretrained.names to what is to be loaded"
+            f"{len(expected) - len(missing) - len(other)}; {what}. Take weights of this backbone, width and head, "
+            f"exported --to {target}, or set pretrained.names to what is to be loaded"
         )
     return LoadWeights({name: weights[name] for name in expected})
 
@@ -92,12 +97,3 @@ def build(model: Mapping[str, Any]) -> nn.Module:
     with DefaultScope.overwrite_default_scope("mmdet"), torch.device("meta"):
         detector: nn.Module = MODELS.build(model)
     return detector
-
-
-def _first(
-    missing: Sequence[str], other: Sequence[str], weights: Mapping[str, Tensor], own: Mapping[str, Tensor]
-) -> str:
-    if missing:
-        return f"{len(missing)} are missing, the first: {missing[0]}"
-    shapes = f"{list(weights[other[0]].shape)} instead of {list(own[other[0]].shape)}"
-    return f"{len(other)} are of another shape, the first: {other[0]}, {shapes}"

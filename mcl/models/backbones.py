@@ -48,20 +48,22 @@ class Backbone(ResNet):  # type: ignore[misc]  # torchvision has no types
 
     Convolutions start from a Kaiming normal distribution over the fan-in, and no BatchNorm scale starts at zero, as in
     the released code.
+
+    Args:
+        name: as in torchvision.
+        recompute: whether backward computes the insides of blocks again, from their inputs, instead of keeping them.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, recompute: bool = False) -> None:
         block, depths = _RESNETS[name]
         super().__init__(block, depths, norm_layer=norm.BatchNorm2d)
         del self.avgpool, self.fc
+        self.recompute = recompute
         self.channels = tuple(64 * 2**i * block.expansion for i in (3, 2, 1, 0))
         """Channels of the maps that :meth:`forward` returns."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
-
-        self.recompute = False
-        """Whether backward computes the insides of blocks again, from their inputs, instead of keeping them."""
 
     def forward(self, x: Tensor, counts: Sequence[int] = ()) -> list[Tensor]:
         """(n, 3, S, S) to C5, C4, C3, C2: (n, channels[i], S / 32 * 2^i, S / 32 * 2^i), coarsest first.

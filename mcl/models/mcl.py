@@ -8,64 +8,64 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor, nn
 
+from dali_pipelines.batch import MontageBatch, all_tiles, join
+from dali_pipelines.geometry import STRIDE, Geometry
 from mcl import distributed
 from mcl.config import ModelConfig
 from mcl.distributed import Gather
-from mcl.loss import contrast, total_loss
 from mcl.models.backbones import Backbone
 from mcl.models.fpn import FPN
 from mcl.models.heads import RegionHead, predictor
-from mcl.montage import STRIDE, Geometry, MontageBatch, all_tiles
 from mcl.ops import region_pool
+from mcl.train.loss import contrast, total_loss
 
 
 class Encoder(nn.Module):
     """Backbone, FPN and region head: canvases to one embedding per tile.
 
     Args:
-        config: names and widths.
+        config: names and widths, and ``compute``: matched, where FPN and head see only each level's own canvases, or
+            released, where they see every canvas at every level. The embeddings differ only by BatchNorm's statistics.
         ratios: tiles per canvas side, per level.
+        recompute: activation checkpointing of the backbone.
     """
 
-    def __init__(self, config: ModelConfig, ratios: Sequence[int]) -> None:
+    def __init__(self, config: ModelConfig, ratios: Sequence[int], recompute: bool = False) -> None:
         super().__init__()
+        self.compute = config.compute
         self.ratios = tuple(ratios)
-        self.backbone = Backbone(config.backbone)
+        self.backbone = Backbone(config.backbone, recompute)
         depths = [r.bit_length() - 1 for r in ratios]  # a map twice as fine per doubling of the ratio
         self.fpn = FPN(self.backbone.channels, config.width, depths)
         self.head = RegionHead(config.width, config.head_convs, config.hidden)
 
-    def forward(
-        self, images: Tensor, canvases: Sequence[int], boxes: Sequence[Sequence[Tensor]], cells: int, compute: str
-    ) -> list[list[Tensor]]:
-        """Embeddings of the tiles of V views, which BatchNorm sees one by one.
-
-        Args:
-            images: (V * K, 3, S, S), K canvases of all levels per view, level 0 first.
-            canvases: canvases per level.
-            boxes: per view and level (R, 5) its tiles: row among the level's canvases, x1, y1, x2, y2 in canvas pixels.
-            cells: feature cells per tile side.
-            compute: matched, where FPN and head see only each level's own canvases, or released, where they see every
-                canvas at every level, of one view. The embeddings differ only by BatchNorm's statistics.
+    def forward(self, *views: MontageBatch) -> list[list[Tensor]]:
+        """Embeddings of the tiles of views with equal numbers of canvases, which BatchNorm sees one by one.
 
         Returns:
             Per view and level, (R, width).
         """
-        features = self.backbone(images, [sum(canvases)] * len(boxes))
-        levels = range(len(canvases))
-        if compute == "matched":
-            maps = self.fpn(features, [*levels] * len(boxes), [*canvases] * len(boxes))
-            regions = [b for view in boxes for b in view]
-            counts = [len(b) for b in regions]
-            embeddings = self.head(self.pool(maps, [*levels] * len(boxes), regions, cells), counts).split(counts)
-            return [list(embeddings[i : i + len(levels)]) for i in range(0, len(regions), len(levels))]
-        assert len(boxes) == 1
-        maps = self.fpn(features, levels)
-        everything = [all_tiles(r, STRIDE * cells, len(images), images.device) for r in self.ratios]
-        populations = self.pool(maps, levels, everything, cells).split([len(b) for b in everything])
+        return self._matched(views) if self.compute == "matched" else [self._released(view) for view in views]
+
+    def _matched(self, views: Sequence[MontageBatch]) -> list[list[Tensor]]:
+        """All views together: products of few rows are slow."""
+        canvases = views[0].canvas_counts
+        levels = [*range(len(canvases))] * len(views)
+        features = self.backbone(join([view.pixels for view in views]), [sum(canvases)] * len(views))
+        maps = self.fpn(features, levels, canvases * len(views))
+        regions = [boxes for view in views for boxes in view.regions()]
+        counts = [len(boxes) for boxes in regions]
+        embeddings = self.head(self.pool(maps, levels, regions, views[0].cells), counts).split(counts)
+        return [list(embeddings[i : i + len(canvases)]) for i in range(0, len(regions), len(canvases))]
+
+    def _released(self, view: MontageBatch) -> list[Tensor]:
+        levels = range(len(view.canvas_counts))
+        maps = self.fpn(self.backbone(view.pixels), levels)
+        everything = [all_tiles(r, STRIDE * view.cells, len(view.pixels), view.pixels.device) for r in view.ratios]
+        populations = self.pool(maps, levels, everything, view.cells).split([len(boxes) for boxes in everything])
         every = {i: self.head(populations[i]) for i in reversed(levels)}  # finest map first
-        bounds = list(itertools.accumulate(canvases, initial=0))
-        return [[every[i][bounds[i] * r**2 : bounds[i + 1] * r**2] for i, r in enumerate(self.ratios)]]
+        bounds = list(itertools.accumulate(view.canvas_counts, initial=0))
+        return [every[i][bounds[i] * r**2 : bounds[i + 1] * r**2] for i, r in enumerate(view.ratios)]
 
     def pool(self, maps: Sequence[Tensor], levels: Sequence[int], boxes: Sequence[Tensor], cells: int) -> Tensor:
         """(R, width, cells, cells), the tiles of each map, whose level is given, map after map; in one launch."""
@@ -98,18 +98,19 @@ class Output:
 class MCL(nn.Module):
     """The model of a training step.
 
-    The target encoder starts as a copy of the online one and is updated by :func:`mcl.ema.update` alone; it stays in
-    training mode, so its BatchNorms use the statistics of its own batches.
+    The target encoder starts as a copy of the online one and is updated by :func:`mcl.train.ema.update` alone; it stays
+    in training mode, so its BatchNorms use the statistics of its own batches.
 
     Args:
         config: section ``model`` of the configuration.
         geometry: section ``montage``.
+        recompute: activation checkpointing of the online backbone.
     """
 
-    def __init__(self, config: ModelConfig, geometry: Geometry) -> None:
+    def __init__(self, config: ModelConfig, geometry: Geometry, recompute: bool = False) -> None:
         super().__init__()
         self.config = config
-        self.online = Encoder(config, geometry.ratios)
+        self.online = Encoder(config, geometry.ratios, recompute)
         self.target = copy.deepcopy(self.online).requires_grad_(False)
         self.predictors = nn.ModuleList(predictor(config.width, config.hidden) for _ in geometry.ratios)
 
@@ -130,7 +131,7 @@ class MCL(nn.Module):
         of_query, of_key = banks or self.banks([(query, key)])
         predictions = self.predictions([query, key])
         directions = [
-            contrast(predicted, self.sources(view), bank.wait(), self.config.temperature)
+            contrast(predicted, self.positives(view), bank.wait(), self.config.temperature)
             for predicted, view, bank in zip(predictions, (query, key), (of_key, of_query), strict=True)
         ]
         losses, positive, negative = (torch.stack(values) for values in zip(*directions, strict=True))  # (V, L) each
@@ -142,13 +143,13 @@ class MCL(nn.Module):
         """Momentum embeddings of the full images of all ranks, on their way: per view (B, width), rank after rank.
 
         Args:
-            parts: both views of a step, or of all its parts (:meth:`~mcl.montage.MontageBatch.part`).
+            parts: both views of a step, or of all its parts (:meth:`~dali_pipelines.batch.MontageBatch.part`).
         """
         banks = []
         computed = zip(*(self.targets(views) for views in parts), strict=True)
         for embeddings_of_parts, views in zip(computed, zip(*parts, strict=True), strict=True):
             embeddings = torch.cat(embeddings_of_parts)
-            shown = torch.cat([view.sources[view.tiles(0)] for view in views])  # the image of each row
+            shown = torch.cat([view.tile_images[view.tiles(0)] for view in views])  # the image of each row
             banks.append(Gather(torch.empty_like(embeddings).index_copy_(0, shown, embeddings)))
         return banks
 
@@ -156,37 +157,17 @@ class MCL(nn.Module):
     def targets(self, views: Sequence[MontageBatch]) -> list[Tensor]:
         """Momentum embeddings of the canvases of level 0 of each view, (canvases, width)."""
         levels = 1 if self.config.compute == "matched" else None
-        return [embeddings[0] for embeddings in self._embed(self.target, views, [v.canvases[:levels] for v in views])]
+        return [embeddings[0] for embeddings in self.target(*(v.first(v.canvas_counts[:levels]) for v in views))]
 
     def predictions(self, views: Sequence[MontageBatch]) -> list[list[Tensor]]:
         """Online predictions of the tiles of each view and level: (R, width)."""
         return [
             [predict(z) for predict, z in zip(self.predictors, embeddings, strict=True)]
-            for embeddings in self._embed(self.online, views, [v.queries for v in views])
+            for embeddings in self.online(*(view.first(view.query_counts) for view in views))
         ]
 
-    def _embed(
-        self, encoder: nn.Module, views: Sequence[MontageBatch], canvases: Sequence[tuple[int, ...]]
-    ) -> list[list[Tensor]]:
-        """Embeddings of the tiles of the first canvases[v][i] canvases of level i of view v, per view and level."""
-        if len(views) > 1 and self.config.compute == "released":
-            return [self._embed(encoder, [v], [c])[0] for v, c in zip(views, canvases, strict=True)]
-        pieces = [piece for v, c in zip(views, canvases, strict=True) for piece in _first(v, c)]
-        with torch.autocast(pieces[0].device.type, enabled=False):  # which takes no fp16 on a CPU
-            images = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        boxes = [v.regions(c) for v, c in zip(views, canvases, strict=True)]
-        embeddings: list[list[Tensor]] = encoder(images, canvases[0], boxes, views[0].cells, self.config.compute)
-        return embeddings
-
-    def sources(self, view: MontageBatch) -> list[Tensor]:
+    def positives(self, view: MontageBatch) -> list[Tensor]:
         """Row in the bank of targets of each tile's own image: per level (R,) int64."""
         offset = distributed.rank() * len(view.index)
-        rows = [q * r * r for q, r in zip(view.queries, view.ratios, strict=True)]
-        return [view.sources[view.tiles(i)][: rows[i]] + offset for i in range(len(rows))]
-
-
-def _first(view: MontageBatch, canvases: tuple[int, ...]) -> list[Tensor]:
-    """The first canvases[i] canvases of each level, for as many levels as given, in as few pieces as there are."""
-    if canvases == view.canvases[: len(canvases)]:
-        return [view.images[: sum(canvases)]]
-    return [images[:count] for images, count in zip(view.images.split(view.canvases), canvases, strict=False)]
+        rows = [q * r * r for q, r in zip(view.query_counts, view.ratios, strict=True)]
+        return [view.tile_images[view.tiles(i)][: rows[i]] + offset for i in range(len(rows))]

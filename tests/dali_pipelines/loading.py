@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
+from dali_pipelines.batch import MontageBatch
+from dali_pipelines.geometry import Geometry
 from dali_pipelines.loader import MontageLoader
 from dali_pipelines.plan import Plan
 from dali_pipelines.source import Source, open_source
 from mcl.config import AugmentConfig, DataConfig
-from mcl.montage import Geometry, MontageBatch
 from tests.dali_pipelines.shards import example, write_tar, write_tfrecord
 
 ENGINES = ("fused", "stock", "torchvision")

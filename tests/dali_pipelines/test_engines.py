@@ -10,14 +10,14 @@ import torch
 import torchvision.transforms.v2.functional as F
 from PIL import Image
 
-from dali_pipelines import pipelines, reference
+from dali_pipelines import geometry, ops, pipelines, reference
 from dali_pipelines import plan as planning
+from dali_pipelines.batch import MontageBatch, assemble
+from dali_pipelines.geometry import Geometry
 from dali_pipelines.loader import MontageLoader
 from dali_pipelines.plan import VIEWS, Plan
 from dali_pipelines.source import Source, open_source
-from mcl import montage
 from mcl.config import AugmentConfig, DataConfig
-from mcl.montage import Geometry, MontageBatch
 from tests.dali_pipelines import parity
 from tests.dali_pipelines.images import write_corrupt
 
@@ -169,12 +169,12 @@ def test_all_engines_make_nearly_the_same_canvases(
     batches: dict[str, tuple[MontageBatch, MontageBatch]], engine: str, bounds: tuple[float, ...]
 ) -> None:
     for fast, slow in zip(batches[engine], batches["torchvision"], strict=True):
-        difference = (fast.images - slow.images).abs()
-        firsts = np.cumsum((0, *fast.canvases))
+        difference = (fast.pixels - slow.pixels).abs()
+        firsts = np.cumsum((0, *fast.canvas_counts))
         means = [difference[a:b].mean().item() for a, b in itertools.pairwise(firsts)]  # 8-bit levels
         assert all(mean <= bound for mean, bound in zip(means, bounds, strict=True)), means
         for f in dataclasses.fields(MontageBatch):
-            if f.name != "images":
+            if f.name != "pixels":
                 a, b = getattr(fast, f.name), getattr(slow, f.name)
                 assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, f.name
 
@@ -187,27 +187,27 @@ def test_batches_keep_their_contract(
     step = plan.step(0, source.sizes)
     tiles = sum(GEOMETRY.tiles(IMAGES))
     for view, batch in enumerate(batches[engine]):
-        assert batch.images.shape == (32 + 8 + 2 + 1, 3, 32, 32)
-        assert batch.images.dtype == torch.float32
-        assert batch.images.is_contiguous(memory_format=torch.channels_last)
-        assert batch.images.min() >= 0
-        assert 200 < batch.images.max() <= 255
+        assert batch.pixels.shape == (32 + 8 + 2 + 1, 3, 32, 32)
+        assert batch.pixels.dtype == torch.float32
+        assert batch.pixels.is_contiguous(memory_format=torch.channels_last)
+        assert batch.pixels.min() >= 0
+        assert 200 < batch.pixels.max() <= 255
         assert batch.index.tolist() == step.index.tolist()
         assert batch.labels.tolist() == source.labels[step.index].tolist()
-        assert (batch.labels.dtype, batch.index.dtype, batch.sources.dtype) == (torch.int64,) * 3
-        assert batch.sources.tolist() == np.concatenate(step.sources[view]).tolist()
-        assert torch.equal(batch.boxes, torch.from_numpy(montage.boxes(GEOMETRY, IMAGES)))
+        assert (batch.labels.dtype, batch.index.dtype, batch.tile_images.dtype) == (torch.int64,) * 3
+        assert batch.tile_images.tolist() == np.concatenate(step.tile_images[view]).tolist()
+        assert torch.equal(batch.boxes, torch.from_numpy(geometry.boxes(GEOMETRY, IMAGES)))
         assert batch.crops.shape == (tiles, 5)
         assert batch.crops.dtype == batch.boxes.dtype == torch.float32
         assert batch.crops.min() >= 0
         assert batch.crops.max() <= 1
         for level in range(4):
             rows = batch.tiles(level)
-            a, shown = step.augmentations[view][level], batch.sources[rows].numpy()
+            a, shown = step.augmentations[view][level], batch.tile_images[rows].numpy()
             sizes = np.tile(source.sizes[step.index], 2)[shown]
             np.testing.assert_allclose(batch.crops[rows, :4].numpy() * sizes, a.window[shown], atol=1e-3)
             assert batch.crops[rows, 4].tolist() == a.flip[shown].tolist()
-        assert batch.canvases == batch.queries == (32, 8, 2, 1)
+        assert batch.canvas_counts == batch.query_counts == (32, 8, 2, 1)
         assert (batch.ratios, batch.cells, batch.epoch, batch.step) == ((1, 2, 4, 8), 1, 0, 0)
 
 
@@ -219,10 +219,10 @@ def test_images_are_normalised_and_may_be_half_precision(
     views = first(source, make_plan(source, config), engine, dtype="float16")
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (config.mean, config.std))
     for batch, levels in zip(views, batches[engine], strict=True):
-        assert batch.images.dtype == torch.float16
-        assert batch.images.is_contiguous(memory_format=torch.channels_last)
-        expected = (levels.images / 255 - mean) / std
-        torch.testing.assert_close(batch.images.float(), expected, rtol=1e-3, atol=2e-3)
+        assert batch.pixels.dtype == torch.float16
+        assert batch.pixels.is_contiguous(memory_format=torch.channels_last)
+        expected = (levels.pixels / 255 - mean) / std
+        torch.testing.assert_close(batch.pixels.float(), expected, rtol=1e-3, atol=2e-3)
 
 
 def dali_tiles(source: Source, plan: Plan, view: int, engine: str) -> list[torch.Tensor]:
@@ -242,11 +242,11 @@ def test_dali_tiles_canvases_exactly(
     for view in range(VIEWS):
         tiles = dali_tiles(source, plan, view, engine)
         batch = batches[engine][view]
-        firsts = np.cumsum((0, *batch.canvases))
+        firsts = np.cumsum((0, *batch.canvas_counts))
         for level, ratio in enumerate(GEOMETRY.ratios):
-            slots = torch.from_numpy(step.sources[view][level])
-            expected = reference.assemble(tiles[level][slots], ratio)
-            assert torch.equal(batch.images[firsts[level] : firsts[level + 1]], expected.float()), ratio
+            slots = torch.from_numpy(step.tile_images[view][level])
+            expected = assemble(tiles[level][slots], ratio)
+            assert torch.equal(batch.pixels[firsts[level] : firsts[level + 1]], expected.float()), ratio
 
 
 def test_assembling_lays_tiles_out_row_major_where_the_boxes_are() -> None:
@@ -254,9 +254,9 @@ def test_assembling_lays_tiles_out_row_major_where_the_boxes_are() -> None:
         side, canvases = GEOMETRY.tile(level), GEOMETRY.canvases(IMAGES)[level]
         count = canvases * ratio * ratio
         tiles = torch.arange(count).view(-1, 1, 1, 1).expand(count, 3, side, side)
-        canvas = reference.assemble(tiles, ratio)
+        canvas = assemble(tiles, ratio)
         rows = slice(*np.cumsum((0, *GEOMETRY.tiles(IMAGES)))[level : level + 2])
-        boxes = montage.boxes(GEOMETRY, IMAGES)[rows].astype(int)
+        boxes = geometry.boxes(GEOMETRY, IMAGES)[rows].astype(int)
         boxes[:, 0] -= boxes[0, 0]
         for tile, (k, x1, y1, x2, y2) in enumerate(boxes):
             assert (canvas[k, :, y1:y2, x1:x2] == tile).all()
@@ -282,7 +282,7 @@ def test_released_sampling_is_augmenting_at_canvas_size_then_every_rth_pixel(
 def test_released_sampling_by_all_engines(source: Source, engine: str, bound: float) -> None:
     plan = make_plan(source, AugmentConfig(hue=0, **BYTES), "released")  # type: ignore[arg-type]
     for fast, slow in zip(*(first(source, plan, name) for name in (engine, "torchvision")), strict=True):
-        assert (fast.images - slow.images).abs().mean() < bound
+        assert (fast.pixels - slow.pixels).abs().mean() < bound
 
 
 @pytest.mark.parametrize("engine", parity.ENGINES.values(), ids=parity.ENGINES)
@@ -308,8 +308,8 @@ def test_blur_reaches_the_tiles_with_the_sigma_of_the_plan(
 def test_the_pipeline_takes_as_many_inputs_as_it_is_fed(source: Source) -> None:
     plan = make_plan(source, AugmentConfig())
     step = plan.step(0, source.sizes)
-    images = [pipelines.encode_path(source.names[i]) for i in step.index]
-    assert len(pipelines.stock_feed(step, images)) == pipelines.stock_inputs(GEOMETRY)
+    images = [np.frombuffer(source.names[i].encode(), np.uint8) for i in step.index]
+    assert len(pipelines.stock_feed(step, images)) == 2 + VIEWS * GEOMETRY.levels * ops.RECIPE_NODES
     assert len(pipelines.fused_feed(step, images)) == 4
 
 

@@ -8,9 +8,9 @@ import torch
 from torchvision.transforms import RandomResizedCrop
 
 from dali_pipelines import plan as planning
+from dali_pipelines.geometry import Geometry
 from dali_pipelines.plan import VIEWS, Augmentation, Plan, philox
 from mcl.config import AugmentConfig
-from mcl.montage import Geometry
 
 SMALL = Geometry(cells=1)
 SIZES = np.tile(np.array([[64, 48]], np.int32), (100, 1))
@@ -225,14 +225,14 @@ def test_slots_show_every_image_equally_often_and_are_shuffled_but_for_level_0()
     first, second = make(size=200).step(0, SIZES.repeat(2, 0)), make(size=200).step(1, SIZES.repeat(2, 0))
     other = make(size=200, images=32, rank=1, world_size=2).step(0, SIZES.repeat(2, 0))
     for view in range(VIEWS):
-        assert first.sources[view][0].tolist() == list(range(32))
+        assert first.tile_images[view][0].tolist() == list(range(32))
         for level, times in [(1, 1), (2, 1), (3, 2)]:
-            slots = first.sources[view][level]
+            slots = first.tile_images[view][level]
             assert np.bincount(slots, minlength=32).tolist() == [times] * 32
-            for another in (second.sources[view][level], other.sources[view][level]):
+            for another in (second.tile_images[view][level], other.tile_images[view][level]):
                 assert (slots == another).mean() < 0.3
     for level in (1, 2, 3):
-        assert (first.sources[0][level] == first.sources[1][level]).mean() < 0.3
+        assert (first.tile_images[0][level] == first.tile_images[1][level]).mean() < 0.3
 
 
 def test_a_scheduled_epoch_is_that_of_a_plan_that_has_its_cells_all_along() -> None:
@@ -247,7 +247,7 @@ def test_a_scheduled_epoch_is_that_of_a_plan_that_has_its_cells_all_along() -> N
             assert (a.epoch, a.step) == (b.epoch, b.step) == (epoch, step)
             assert np.array_equal(a.index, b.index)
             for view in range(VIEWS):
-                assert all(map(np.array_equal, a.sources[view], b.sources[view]))
+                assert all(map(np.array_equal, a.tile_images[view], b.tile_images[view]))
                 assert all(map(same, a.augmentations[view], b.augmentations[view]))
 
 
@@ -271,7 +271,7 @@ def test_a_bad_sample_leaves_the_others_alone() -> None:
     for view in range(VIEWS):
         for level in range(4):
             assert same(whole.augmentations[view][level], patched.augmentations[view][level], others)
-            assert np.array_equal(whole.sources[view][level], patched.sources[view][level])
+            assert np.array_equal(whole.tile_images[view][level], patched.tile_images[view][level])
 
 
 def test_one_more_bad_sample_does_not_change_the_substitutes_of_the_others() -> None:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+from dali_pipelines.geometry import Geometry
 from mcl.config import AugmentConfig
-from mcl.montage import Geometry
 
 pytest.importorskip("nvidia.dali")
 from nvidia.dali import fn, pipeline_def, types

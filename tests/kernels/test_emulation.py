@@ -5,15 +5,15 @@ from subprocess import CompletedProcess
 
 import pytest
 
-from tests.kernels import emulation
-from tests.kernels.emulation import KERNELS, SANITIZERS
+from tests.kernels import programs
+from tests.kernels.programs import EMULATION, SANITIZERS
 
-SELFTEST = KERNELS / "emulation" / "selftest.cpp"
+SELFTEST = EMULATION / "selftest.cpp"
 
 
 def selftest(out: Path, sanitizer: str, *flags: str) -> CompletedProcess[str]:
     # It takes longer to compile than to run, hence -O0.
-    return emulation.run(emulation.build(SELFTEST, out, "-O0", *SANITIZERS[sanitizer], *flags))
+    return programs.run(programs.build(SELFTEST, out, "-O0", *SANITIZERS[sanitizer], *flags))
 
 
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
@@ -55,7 +55,7 @@ __global__ void kernel(T* x, bool other) {
 """)
     source = tmp_path / "program.cpp"
     source.write_text("""\
-#include "emulation/cuda_emulation.h"
+#include "cuda_emulation.h"
 #include "kernel.cuh"
 int main() {
   float x[3] = {};
@@ -66,4 +66,4 @@ int main() {
 }
 """)
     missed = ["kernel.cuh:9: x[threadIdx.x] += 3;"]
-    assert emulation.uncovered_lines(source, tmp_path / "kernel.cuh", tmp_path / "work") == missed
+    assert programs.uncovered_lines(source, tmp_path / "kernel.cuh", tmp_path / "work") == missed

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import ptxas
 from mcl.ops.library import compiled
 from tests.conftest import ROOT
-from tests.kernels import emulation
+from tests.kernels import programs, ptxas
+from tests.kernels.programs import EMULATION
 
-EMULATION = ROOT / "kernels" / "emulation"
 CUDA = ROOT / "kernels" / "csrc" / "cuda"
 PROGRAMS = ["region_pool", "steps"]
 
@@ -22,15 +21,15 @@ PROGRAMS = ["region_pool", "steps"]
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_kernels_agree_with_the_cpu_and_sanitizers_find_nothing(program: str, sanitizer: str, tmp_path: Path) -> None:
-    flags = [*emulation.SANITIZERS[sanitizer], "-O0" if sanitizer == "address" else "-O1"]  # what compiles sooner
-    binary = emulation.build(EMULATION / f"{program}.cpp", tmp_path / program, *flags)
-    result = emulation.run(binary)
+    flags = [*programs.SANITIZERS[sanitizer], "-O0" if sanitizer == "address" else "-O1"]  # what compiles sooner
+    binary = programs.build(EMULATION / f"{program}.cpp", tmp_path / program, *flags)
+    result = programs.run(binary)
     assert (result.returncode, result.stdout.strip(), result.stderr) == (0, "ok", "")
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_every_line_of_the_kernels_is_executed(program: str, tmp_path: Path) -> None:
-    assert emulation.uncovered_lines(EMULATION / f"{program}.cpp", CUDA, tmp_path) == []
+    assert programs.uncovered_lines(EMULATION / f"{program}.cpp", CUDA, tmp_path) == []
 
 
 @pytest.mark.parametrize(
@@ -38,9 +37,10 @@ def test_every_line_of_the_kernels_is_executed(program: str, tmp_path: Path) -> 
     [
         ("lars.cuh", "  __syncthreads();\n", "", "thread", "data race"),
         ("tensor_table.cuh", ": table.size[low];", ": table.size[low] + 1;", "address", "heap-buffer-overflow"),
+        ("tensor_table.cuh", "*found_inf != 0;", "*found_inf > 1;", None, "weights of a skipped step: element 0 is"),
         ("lars.cuh", "distance > 0; distance /= 2", "distance > 1; distance /= 2", None, "norm: element 0 is"),
     ],
-    ids=["missing barrier", "out of bounds", "wrong sum"],
+    ids=["missing barrier", "out of bounds", "flag", "wrong sum"],
 )
 def test_faults_planted_in_the_kernels_are_found(
     file: str, right: str, wrong: str, sanitizer: str | None, report: str, tmp_path: Path
@@ -51,9 +51,9 @@ def test_faults_planted_in_the_kernels_are_found(
     text = faulty.read_text()
     assert text.count(right) == 1
     faulty.write_text(text.replace(right, wrong))
-    flags = emulation.SANITIZERS[sanitizer] if sanitizer else []
-    program = sources / "emulation" / "steps.cpp"
-    result = emulation.run(emulation.build(program, tmp_path / "faulty", f"-iquote{sources / 'csrc'}", *flags))
+    flags = programs.SANITIZERS[sanitizer] if sanitizer else []
+    program = EMULATION / "steps.cpp"
+    result = programs.run(programs.build(program, tmp_path / "faulty", f"-iquote{sources / 'csrc'}", *flags))
     assert result.returncode != 0
     assert report in result.stdout + result.stderr
 
@@ -109,7 +109,7 @@ pathlib.Path.glob = lambda self, pattern: iter(()) if pattern == "_C*.so" else f
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     from mcl import config, ops
-    from mcl.optim import LARS
+    from mcl.train.optim import LARS
     assert ops.missing and not ops.compiled("region_pool", "cpu")
     features = [torch.rand(1, 2, 4, 4, requires_grad=True)]
     boxes = torch.tensor([[0, 0, 0, 16, 16.], [0, 16, 0, 32, 16.]])

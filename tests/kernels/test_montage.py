@@ -5,28 +5,28 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import ptxas
 from mcl.ops.library import compiled
 from tests.conftest import ROOT
-from tests.kernels import emulation
+from tests.kernels import programs, ptxas
+from tests.kernels.programs import EMULATION, KERNELS
 
-PROGRAM = Path("emulation", "montage.cpp")
+PROGRAM = EMULATION / "montage.cpp"
 KERNEL = Path("dali", "cuda", "montage.cuh")
 
 
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
 def test_tiles_equal_the_cpus_and_sanitizers_find_nothing(sanitizer: str, tmp_path: Path) -> None:
     """Also of recipes that no plan has, NaN, infinite, negative, huge: both devices' kernels stay in their memory."""
-    flags = [*emulation.SANITIZERS[sanitizer], "-O0" if sanitizer == "address" else "-O1"]  # what compiles sooner
-    result = emulation.run(emulation.build(emulation.KERNELS / PROGRAM, tmp_path / "montage", *flags))
+    flags = [*programs.SANITIZERS[sanitizer], "-O0" if sanitizer == "address" else "-O1"]  # what compiles sooner
+    result = programs.run(programs.build(PROGRAM, tmp_path / "montage", *flags))
     assert (result.returncode, result.stdout.strip(), result.stderr) == (0, "ok", "")
 
 
 def test_every_line_of_the_kernel_is_executed(tmp_path: Path) -> None:
-    source = emulation.KERNELS / PROGRAM
-    assert emulation.uncovered_lines(source, emulation.KERNELS / KERNEL, tmp_path) == []
+    assert programs.uncovered_lines(PROGRAM, KERNELS / KERNEL, tmp_path) == []
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize(
     ("right", "wrong", "sanitizer", "report"),
     [
@@ -40,12 +40,12 @@ def test_faults_planted_in_the_kernel_are_found(
     right: str, wrong: str, sanitizer: str | None, report: str, tmp_path: Path
 ) -> None:
     """The same program with one line of the kernel changed."""
-    sources = shutil.copytree(emulation.KERNELS, tmp_path / "kernels")
+    sources = shutil.copytree(KERNELS, tmp_path / "kernels")
     text = (sources / KERNEL).read_text()
     assert text.count(right) == 1
     (sources / KERNEL).write_text(text.replace(right, wrong))
-    flags = emulation.SANITIZERS[sanitizer] if sanitizer else ()
-    result = emulation.run(emulation.build(sources / PROGRAM, tmp_path / "faulty", f"-iquote{sources}", "-O0", *flags))
+    flags = programs.SANITIZERS[sanitizer] if sanitizer else ()
+    result = programs.run(programs.build(PROGRAM, tmp_path / "faulty", f"-iquote{sources}", "-O0", *flags))
     assert result.returncode != 0
     assert report in result.stdout + result.stderr
 
@@ -56,5 +56,5 @@ def test_the_kernel_is_in_the_plugin_and_spills_no_registers() -> None:
     kernels = [k for k in ptxas.parse(ptxas.REPORT.read_text()) if "make_tiles" in k.name]
     assert {"sm_80", "sm_90"} <= {k.architecture for k in kernels}
     assert [k for k in kernels if k.spill_stores or k.spill_loads or k.stack] == []
-    names = (ROOT / "mcl" / "libmcl_dali.so").read_bytes()
+    names = (ROOT / "dali_pipelines" / "libmcl_dali.so").read_bytes()
     assert all(k.name.encode() in names for k in kernels)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mcl import config
-from mcl.trainer import Trainer
+from mcl.train.trainer import Trainer
 from tests.conftest import PHOTOS, ROOT
 
 FILE = ROOT / "tests" / "data" / "golden_r18.txt"

@@ -9,15 +9,16 @@ from typing import Any
 
 import torch
 
+from dali_pipelines.batch import MontageBatch
+from dali_pipelines.geometry import Geometry
 from mcl import distributed
-from mcl.montage import Geometry, MontageBatch
 from tests.conftest import view
 
 
 def in_ranks(world: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
     """What `work` returns in each of `world` processes; it and its arguments are pickled."""
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["mcl.trainer", "dali_pipelines.pipelines"])
+    processes.set_forkserver_preload(["mcl.train.trainer", "dali_pipelines.pipelines"])
     port = free_port()
     with ProcessPoolExecutor(world, processes) as pool:
         futures = [pool.submit(_join, rank, world, port, work, arguments) for rank in range(world)]
@@ -34,10 +35,10 @@ def free_port() -> int:
 def joined(geometry: Geometry, views: Sequence[MontageBatch]) -> MontageBatch:
     """One view with the canvases of all ranks' views, which lie level by level, then rank by rank."""
     images = len(views[0].index)
-    pixels = zip(*(v.images.split(v.canvases) for v in views), strict=True)
-    sources = [v.sources[v.tiles(i)] + rank * images for i in range(geometry.levels) for rank, v in enumerate(views)]
+    pixels = zip(*(v.pixels.split(v.canvas_counts) for v in views), strict=True)
+    shown = [v.tile_images[v.tiles(i)] + rank * images for i in range(geometry.levels) for rank, v in enumerate(views)]
     canvases = torch.cat([canvases for level in pixels for canvases in level])
-    return view(geometry, images * len(views), canvases, torch.cat(sources))
+    return view(geometry, images * len(views), canvases, torch.cat(shown))
 
 
 def _join(rank: int, world: int, port: int, work: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:

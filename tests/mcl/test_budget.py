@@ -12,16 +12,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mcl import checkpoint, cli, config, run
+from dali_pipelines.geometry import Geometry
+from dali_pipelines.source import open_images
+from mcl import cli, config
+from mcl import commands as run
 from mcl.budget import budget, count, hardware, show
 from mcl.config import Config, ModelConfig, OptimConfig
-from mcl.images import open_images
 from mcl.models import MCL
-from mcl.montage import Geometry
-from mcl.optim import build_optimizer
+from mcl.train import checkpoint
+from mcl.train.optim import build_optimizer
 from tests.conftest import ROOT, random_view
 
-PRESETS = ROOT / "configs" / "pretrain"
+PRESETS = ROOT / "mcl" / "presets"
 SMALL = ModelConfig(backbone="resnet18", width=16, head_convs=2, hidden=32)
 TWO_LEVELS = dataclasses.replace(SMALL, loss_weights=(0.5, 0.5))
 FEWER = Geometry(cells=1, ratios=(1, 2), images_per_canvas=(1, 4), queries=(2, 1))
@@ -29,6 +31,12 @@ FEWER = Geometry(cells=1, ratios=(1, 2), images_per_canvas=(1, 4), queries=(2, 1
 
 def preset(name: str, *words: str) -> Config:
     return config.load(PRESETS / f"{name}.yaml", words)
+
+
+def stage(epochs: int, flops: int, views: float) -> count.Stage:
+    """Of steps of one image."""
+    counted = count.Count({"backbone": flops}, {}, {}, {}, [], [], [])
+    return count.Stage(0, epochs, Geometry(), counted, images=1, accumulate=1, views=views)
 
 
 def gflop_per_image(compute: str, geometry: Geometry) -> float:
@@ -111,8 +119,8 @@ def test_the_count_is_what_a_real_step_computes_and_saves(
     model = dataclasses.replace(TWO_LEVELS, compute=compute)
     mcl = MCL(model, FEWER).to(dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     few = FEWER.query_canvases(8)
-    views = [dataclasses.replace(random_view(FEWER, 8, seed, dtype), queries=few) for seed in (1, 2)]
-    known = {t.data_ptr() for t in [*mcl.parameters(), *mcl.buffers(), *(v.images for v in views)]}
+    views = [dataclasses.replace(random_view(FEWER, 8, seed, dtype), query_counts=few) for seed in (1, 2)]
+    known = {t.data_ptr() for t in [*mcl.parameters(), *mcl.buffers(), *(v.pixels for v in views)]}
     saved: dict[int, Tensor] = {}
     normalised: list[int] = []  # channels of every call of a BatchNorm, where autograd watches
 
@@ -175,22 +183,22 @@ def test_memory_of_the_state_is_that_of_a_real_one(name: str) -> None:
     optimizer.step()
     found = count.state(SMALL, Geometry(), optim, "bf16")
     states = [t for state in optimizer.state_dict()["state"].values() for t in state.values()]
-    assert found.optimizer == sum(t.nbytes for t in states)
-    assert found.gradients == sum(p.nbytes for p in trainable)
+    assert found["optimizer"] == sum(t.nbytes for t in states)
+    assert found["gradients"] == sum(p.nbytes for p in trainable)
     whole = sum(t.nbytes for t in mcl.state_dict().values())
-    assert found.parameters + found.momentum_network == whole
-    assert found.momentum_network == sum(t.nbytes for t in mcl.target.state_dict().values())
+    assert found["parameters"] + found["momentum_network"] == whole
+    assert found["momentum_network"] == sum(t.nbytes for t in mcl.target.state_dict().values())
 
 
 def test_a_loaded_step_has_the_queries_of_its_configuration(photos: Path) -> None:
     cfg = preset("mcl_r18_fpn_demo", f"data.root={photos / 'train'}", "montage.queries=[4,1,2,1]", "data.threads=1")
     for view in run.batch(cfg, 0, open_images(cfg.data)):
-        assert view.canvases == (32, 8, 2, 1)
-        assert view.queries == (8, 8, 1, 1)
+        assert view.canvas_counts == (32, 8, 2, 1)
+        assert view.query_counts == (8, 8, 1, 1)
 
 
 def test_times_of_one_supervised_step_are_the_published_ones() -> None:
-    rows = hardware.times([hardware.Stage(epochs=90, flops=5.0, views=1.0)], 5.0, "bf16", None)
+    rows = hardware.times([stage(90, 5, views=1.0)], 5.0, "bf16")
     by = {(row["hardware"], row["gpus"]): row for row in rows}
     assert len(by) == 9
     a100 = by["A100", 8]
@@ -206,7 +214,7 @@ def test_times_of_one_supervised_step_are_the_published_ones() -> None:
 
 @pytest.mark.parametrize(("precision", "hours"), [("fp16", 100 * 1_281_167 / 2_470), ("fp32", 100 * 1_281_167 / 938)])
 def test_times_depend_on_the_precision(precision: str, hours: float) -> None:
-    rows = hardware.times([hardware.Stage(90, 5.0, 1.0)], 5.0, precision, None)
+    rows = hardware.times([stage(90, 5, views=1.0)], 5.0, precision)
     assert rows[0]["hardware"] == "A100"
     assert rows[0]["hours"] == pytest.approx(hours / 3600)
     assert ("TF32" in rows[0]["source"]) == (precision == "fp32")
@@ -216,12 +224,12 @@ def test_times_depend_on_the_precision(precision: str, hours: float) -> None:
 def test_without_published_throughputs_there_are_no_estimates() -> None:
     said = budget(preset("mcl_r18_fpn_demo", "trainer.precision=fp64", "trainer.global_batch=64"), gpus=2)
     assert said["time"] == said["communication"]["scales"] == []
-    assert "no hours: no throughput in fp64 has been published" in show.tables(said)
+    assert "No estimate of hours: no throughput in fp64 has been published" in show.tables(said)
 
 
 def test_the_loader_must_feed_the_fastest_stage() -> None:
-    stages = [hardware.Stage(50, 1.0, views=0.5), hardware.Stage(50, 4.0, views=3.0)]
-    row = next(r for r in hardware.times(stages, 1.0, "bf16", None) if (r["hardware"], r["gpus"]) == ("H100", 1))
+    stages = [stage(50, 1, views=0.5), stage(50, 4, views=3.0)]
+    row = next(r for r in hardware.times(stages, 1.0, "bf16") if (r["hardware"], r["gpus"]) == ("H100", 1))
     fastest = 2_470 * 28.7 / 13.466
     assert row["images_per_s"] == pytest.approx(fastest / 2.5)
     assert row["loader_images_per_s_per_gpu"] == pytest.approx(fastest)
@@ -248,16 +256,17 @@ def test_loading_on_cpus_is_what_was_benchmarked(tmp_path: Path) -> None:
         "cpu": "EPYC",
         "source": "benchmarks/results/loader.json",
     }
-    assert hardware.cores(found, 80.0, views) == pytest.approx(1)  # what was measured
-    assert hardware.cores(found, 80.0, 3 * views) == pytest.approx(0.25 + 3 * 0.75)
-    assert hardware.cores(found, 160.0, 0) == pytest.approx(2 * 0.25)
+    for shown, expected in ((views, 1), (3 * views, 0.25 + 3 * 0.75), (0.0, 0.25)):  # the first is what was measured
+        row = hardware.times([stage(1, 1, shown)], 80 / 2_470, "bf16", cpu=found)[0]
+        assert row["loader_images_per_s_per_gpu"] == pytest.approx(80)
+        assert row["cpu_cores_per_gpu"] == pytest.approx(expected)
 
 
-def test_cores_to_load_follow_the_pixels_of_each_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cores_to_load_follow_the_pixels_of_each_stage() -> None:
     """The first stage needs more images, the second more pixels."""
-    monkeypatch.setattr(hardware, "loading_on_cpu", lambda: {"decode_s": 1e-3, "view_s": 1e-3})
-    stages = [hardware.Stage(50, 1.0, views=0.5), hardware.Stage(50, 2.0, views=3.0)]
-    row = next(r for r in hardware.times(stages, 1.0, "bf16", None) if (r["hardware"], r["gpus"]) == ("A100", 1))
+    cpu = {"decode_s": 1e-3, "view_s": 1e-3}
+    stages = [stage(50, 1, views=0.5), stage(50, 2, views=3.0)]
+    row = next(r for r in hardware.times(stages, 1.0, "bf16", cpu=cpu) if (r["hardware"], r["gpus"]) == ("A100", 1))
     assert row["cpu_cores_per_gpu"] == pytest.approx(max(2_470 * 1.5e-3, 1_235 * 4e-3))
 
 
@@ -279,9 +288,9 @@ def test_measurements_take_the_place_of_estimates(tmp_path: Path) -> None:
     record_run(cfg, "NVIDIA A100-SXM4-80GB", [1.0, 400.0, 100.0, 101.0, 99.0])
     found = hardware.measurement(cfg, flops)
     assert found is not None
-    assert (found.flops_per_s, found.device, found.processes) == (400.0, "NVIDIA A100-SXM4-80GB", 8)
-    rows = hardware.times([hardware.Stage(20, 4.0, 1.0)], 5.0, "bf16", found)
-    assert (rows[0]["kind"], rows[0]["hardware"], rows[0]["images_per_s"]) == ("measured", found.device, 100.0)
+    assert (found.flops_per_s, found.hardware, found.gpus) == (400.0, "NVIDIA A100-SXM4-80GB", 8)
+    rows = hardware.times([stage(20, 4, views=1.0)], 5.0, "bf16", found)
+    assert (rows[0]["kind"], rows[0]["hardware"], rows[0]["images_per_s"]) == ("measured", found.hardware, 100.0)
     assert rows[0]["source"] == str(tmp_path / "demo" / "metrics.jsonl")
     assert [r["gpus"] for r in rows if r["hardware"] == "A100"] == [1, 32]
     assert hardware.measurement(config.override(cfg, ["trainer.epochs=9"]), flops) == found

@@ -12,9 +12,9 @@ from unittest import mock
 import pytest
 import torch
 
-from mcl import checkpoint
-from mcl.checkpoint import CheckpointError
-from mcl.saving import Saver
+from mcl.train import checkpoint
+from mcl.train.checkpoint import CheckpointError
+from mcl.train.saving import Saver
 
 
 def state(step: int, size: int = 100) -> dict[str, Any]:

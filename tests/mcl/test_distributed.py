@@ -16,11 +16,12 @@ import yaml
 from dali_pipelines.loader import BadDataError
 from dali_pipelines.plan import order
 from dali_pipelines.source import SourceError, headers
-from mcl import checkpoint, config, distributed
+from mcl import config, distributed
 from mcl.config import ConfigError, DataConfig
-from mcl.images import open_shared
-from mcl.metrics import read
-from mcl.trainer import Trainer
+from mcl.distributed.agreement import open_shared
+from mcl.records.metrics import read
+from mcl.train import checkpoint
+from mcl.train.trainer import Trainer
 from tests.conftest import ROOT, ThinBackbone
 from tests.mcl.ranks import free_port, in_ranks
 from tests.mcl.tiny import TINY

@@ -23,9 +23,10 @@ from unittest import mock
 import pytest
 import yaml
 
-from mcl import checkpoint, cli, config
-from mcl.metrics import read
-from mcl.trainer import Trainer
+from mcl import cli, config
+from mcl.records.metrics import read
+from mcl.train import checkpoint
+from mcl.train.trainer import Trainer
 from tests.conftest import ROOT, ThinBackbone
 from tests.mcl.ranks import free_port
 from tests.mcl.tiny import TINY, equal
@@ -87,7 +88,7 @@ class Run:
         self, preset: Path, output: Path, *words: str, plant: Callable[[int], Any] | None = None, of_second: str = ""
     ) -> None:
         processes = multiprocessing.get_context("forkserver")
-        processes.set_forkserver_preload(["mcl.run", "dali_pipelines.pipelines", "tests.mcl.test_faults"])
+        processes.set_forkserver_preload(["mcl.commands", "dali_pipelines.pipelines", "tests.mcl.test_faults"])
         port = free_port()
         arguments = [str(preset), f"output={output}", *words]
         self.folder = output / "tiny"
@@ -242,7 +243,8 @@ def test_what_ends_one_rank_as_training_begins_is_told_to_the_others(preset: Pat
 
 def hang_while_saving(rank: int) -> None:
     """The disk does not answer the first save."""
-    from mcl import saving, watchdog
+    from mcl.distributed import watchdog
+    from mcl.train import saving
 
     def write(*_: Any) -> None:
         time.sleep(1000)
@@ -386,7 +388,7 @@ def children(parent: int) -> list[int]:
 def test_saving_takes_less_than_a_fiftieth_of_the_time_between_saves(tmp_path: Path, record_property: Record) -> None:
     """The demo's network, saved five times as often as there."""
     words = [f"output={tmp_path}", "trainer.epochs=4", "trainer.checkpoint_epochs=1", "trainer.log_every=7"]
-    Trainer(config.load(ROOT / "configs" / "pretrain" / "mcl_r18_fpn_demo.yaml", words)).fit()
+    Trainer(config.load(ROOT / "mcl" / "presets" / "mcl_r18_fpn_demo.yaml", words)).fit()
     records = read(tmp_path / "demo" / "metrics.jsonl")
     shares = [record["saving"] for record in records[1:]]  # each holds the save after the record before
     assert len(shares) == 3

@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from mcl import checkpoint, config
-from mcl.checkpoint import CheckpointError
+from dali_pipelines.geometry import Geometry
+from mcl import config
 from mcl.config import ModelConfig
-from mcl.export.openselfsup import import_file, our_name, their_name
+from mcl.export.openselfsup import import_file, their_name
 from mcl.models import MCL
-from mcl.montage import Geometry
+from mcl.train import checkpoint
+from mcl.train.checkpoint import CheckpointError
 from tests.conftest import random_view
 
 REFERENCE = json.loads((Path(__file__).parent.parent / "data" / "step_r18.json").read_text())
@@ -40,11 +41,10 @@ def model() -> MCL:
 @pytest.fixture(scope="module")
 def authors(model: MCL) -> dict[str, Tensor]:
     """The model under the names that the authors' own code gave its tensors; the backbone comes first, and twice."""
-    own = model.state_dict()
-    online = {name: own[our_name(name) or ""] for name in REFERENCE["shapes"]}
-    target = {n.replace("_q.", "_k.", 1): own[(our_name(n) or "").replace("online.", "target.", 1)] for n in online}
+    own = {their_name(name): tensor for name, tensor in model.state_dict().items()}
+    online = {name: own[name] for name in REFERENCE["shapes"]}
     backbone = {n.replace("encoder_q.0.", "backbone."): t for n, t in online.items() if n.startswith("encoder_q.0.")}
-    return backbone | online | {n: t for n, t in target.items() if n.startswith("encoder_k.")}
+    return backbone | online | {name: tensor for name, tensor in own.items() if name.startswith("encoder_k.")}
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +69,12 @@ def save(tmp_path: Path) -> Save:
     return write
 
 
-def test_names_are_inverted_exactly(model: MCL) -> None:
-    names = [name for name in model.state_dict() if not name.startswith("target.")]
-    assert {their_name(name) for name in names} == set(REFERENCE["shapes"])
-    assert all(our_name(their_name(name)) == name for name in model.state_dict())
+def test_names_are_the_authors(model: MCL) -> None:
+    names = {name: their_name(name) for name in model.state_dict()}
+    assert {theirs for name, theirs in names.items() if not name.startswith("target.")} == set(REFERENCE["shapes"])
+    assert len(set(names.values())) == len(names)
+    online = {name: theirs for name, theirs in names.items() if name.startswith("online.")}
+    assert all(names[n.replace("online.", "target.")] == t.replace("_q.", "_k.") for n, t in online.items())
 
 
 def test_imported_model_gives_the_same_loss(model: MCL, authors: dict[str, Tensor], save: Save, tmp_path: Path) -> None:
@@ -102,11 +104,9 @@ def test_all_forms_of_the_file(form: str, hollow: dict[str, Tensor], save: Save,
     report = import_file(source, tmp_path / "ours.pt")
     content = checkpoint.load(report.path)
     assert content["step"] == 0
-    weights = content["model"]
-    for name, tensor in hollow.items():
-        ours = our_name(name)
-        assert ours is None or torch.equal(weights[ours], tensor)
-        assert ours is None or weights[ours].dtype == tensor.dtype
+    for name, tensor in content["model"].items():
+        assert torch.equal(tensor, hollow[their_name(name)])
+        assert tensor.dtype == hollow[their_name(name)].dtype
 
     backbone = sum(name.startswith("backbone.") for name in hollow)
     assert (report.mapped, report.repeated, report.unplaced) == (len(hollow) - backbone, backbone, ())

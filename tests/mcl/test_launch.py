@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import yaml
 
-from mcl import checkpoint, distributed
+from mcl import distributed
 from mcl.config import ConfigError
-from mcl.metrics import read
+from mcl.records.metrics import read
+from mcl.train import checkpoint
 from tests.conftest import ROOT
 from tests.mcl.tiny import TINY
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pytest
 
 from mcl import config
-from mcl.trainer import Trainer
+from mcl.train.trainer import Trainer
 
 Curve = npt.NDArray[np.float64]
 

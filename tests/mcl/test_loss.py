@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mcl.loss import contrast, info_nce, total_loss
+from mcl.train.loss import contrast, info_nce, total_loss
 
 
 def test_two_tiles_by_hand() -> None:

@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dali_pipelines.batch import MontageBatch
+from dali_pipelines.geometry import Geometry
 from mcl import config
-from mcl.loss import contrast, total_loss
 from mcl.models import MCL
-from mcl.montage import Geometry, MontageBatch
 from mcl.ops.batch_norm import serves
+from mcl.train.loss import contrast, total_loss
 from tests.conftest import ThinBackbone, random_view
 from tests.fp64 import fast_convolutions
 
@@ -46,12 +47,12 @@ def models(backbone: str, geometry: Geometry) -> tuple[MCL, MCL]:
     torch.manual_seed(0)
     with mock.patch("mcl.models.mcl.Backbone", ThinBackbone) if backbone == "thin" else nullcontext():
         matched = MCL(cfg.model, cfg.montage).double()
+        released = MCL(dataclasses.replace(cfg.model, compute="released"), cfg.montage).double()
     for module in matched.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 1.5)
-    released = copy.deepcopy(matched)
-    released.config = dataclasses.replace(cfg.model, compute="released")
+    released.load_state_dict(matched.state_dict())
     return matched.eval(), released.eval()
 
 
@@ -173,7 +174,7 @@ def test_views_together_are_the_views_one_by_one(
     """Losses, gradients and running statistics, with and without the operator that normalises groups."""
     monkeypatch.setattr("mcl.models.norm.serves", serves if compiled else lambda x: False)
     views = [random_view(geometry, images, seed, torch.float64) for seed in (1, 2)]
-    views = [dataclasses.replace(view, queries=geometry.query_canvases(images)) for view in views]
+    views = [dataclasses.replace(view, query_counts=geometry.query_canvases(images)) for view in views]
     together, _ = models(backbone, geometry)
     together.train()
     one_by_one = copy.deepcopy(together)
@@ -200,14 +201,14 @@ def test_gradients_of_fewer_queries_are_those_without_the_other_terms(compute: s
     model = {"matched": matched, "released": released}[compute]
     few = geometry.query_canvases(16)
     assert few == (4, 4)
-    output = model(*(dataclasses.replace(view, queries=few) for view in views))
+    output = model(*(dataclasses.replace(view, query_counts=few) for view in views))
     parameters = [p for p in model.parameters() if p.requires_grad]
     found = torch.autograd.grad(output.loss, parameters, allow_unused=True)  # maps finer than those of two levels
 
     banks = model.targets(views[::-1])
     losses = []
     for view, (full, tiles), bank in zip(views, matched.predictions(views), banks, strict=True):
-        own, others = matched.sources(view)
+        own, others = matched.positives(view)
         losses.append(contrast([full[:4], tiles], [own[:4], others], bank, model.config.temperature)[0])
     loss = total_loss(torch.stack(losses), model.config.loss_weights, model.config.temperature)
     expected = torch.autograd.grad(loss, [p for p in matched.parameters() if p.requires_grad], allow_unused=True)
@@ -227,10 +228,10 @@ def test_queries_take_the_first_canvases_of_each_level() -> None:
     query = random_view(geometry, 8, 1, torch.float64)
     with torch.no_grad():
         (full,) = matched.predictions([query])
-        part = dataclasses.replace(query, queries=(3, 1))
+        part = dataclasses.replace(query, query_counts=(3, 1))
         (few,) = matched.predictions([part])
-        rows = matched.sources(part)
+        rows = matched.positives(part)
     assert [len(p) for p in few] == [3, 4]
     torch.testing.assert_close(few[0], full[0][:3], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(few[1], full[1][:4], rtol=1e-12, atol=1e-12)
-    assert rows[1].tolist() == query.sources[8:12].tolist()
+    assert rows[1].tolist() == query.tile_images[8:12].tolist()

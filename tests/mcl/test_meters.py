@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from mcl.meters import Meter, Stopwatch
-from mcl.metrics import eta
 from mcl.models import Output
-from mcl.timers import HostClock, Timer
+from mcl.records.meters import Meter, Stopwatch
+from mcl.records.metrics import eta
+from mcl.records.timers import HostClock, Timer
 
 
 def test_stopwatch() -> None:

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from mcl.montage import Geometry, all_tiles, boxes, slabs
+from dali_pipelines.batch import all_tiles
+from dali_pipelines.geometry import Geometry, boxes
 from tests.conftest import random_view
 
 DEFAULT = Geometry()
@@ -75,39 +76,19 @@ def test_illegal_schedules(schedule: tuple[tuple[int, int], ...], message: str) 
         Geometry(cells=2, images_per_canvas=(1, 4, 16, 64), schedule=schedule)
 
 
-@pytest.mark.parametrize("cells", [1, 3, 7])
-@pytest.mark.parametrize("level", range(4))
-def test_slabs_put_every_pixel_of_every_tile_where_it_belongs(cells: int, level: int) -> None:
-    """Pasting numbered tiles slab by slab gives the canvases that a reshape gives."""
-    geometry = Geometry(cells=cells)
-    images, ratio, tile = 32, geometry.ratios[level], geometry.tile(level)
-    count = geometry.tiles(images)[level]
-    tiles = np.arange(count * tile * tile).reshape(count, tile, tile)
-    paste = slabs(geometry, level, images)
-    result = np.full((images, *paste.size), -1)
-    for slab in range(images):
-        for slot, (sy, sx), (ty, tx), (h, w) in zip(
-            paste.slots[slab], paste.source[slab], paste.target[slab], paste.shape[slab], strict=True
-        ):
-            result[slab, ty : ty + h, tx : tx + w] = tiles[slot, sy : sy + h, sx : sx + w]
-    grid = tiles.reshape(-1, ratio, ratio, tile, tile).transpose(0, 1, 3, 2, 4)
-    expected = grid.reshape(-1, geometry.canvas, geometry.canvas)
-    assert (result.reshape(expected.shape) == expected).all()
-
-
 def test_regions_are_rows_of_their_own_level() -> None:
     batch = random_view(Geometry(cells=1), 64, 0)
-    regions = batch.regions((64, 16, 3, 1))
+    regions = batch.first((64, 16, 3, 1)).regions()
     assert [len(r) for r in regions] == [64, 64, 48, 64]
     assert torch.equal(regions[1][:, 0], torch.arange(16.0).repeat_interleave(4))
     assert regions[2][17].tolist() == [1, 8, 0, 16, 8]
     assert torch.equal(regions[3][:, 1:], batch.boxes[batch.tiles(3)][:64, 1:])
-    assert [len(r) for r in batch.regions((64,))] == [64]
+    assert [len(r) for r in batch.first((64,)).regions()] == [64]
 
 
 def test_all_tiles_are_the_boxes_of_each_level() -> None:
     geometry = Geometry(cells=2)
-    for level, tiles in enumerate(random_view(geometry, 32, 0).regions(geometry.canvases(32))):
+    for level, tiles in enumerate(random_view(geometry, 32, 0).regions()):
         ratio, canvases = geometry.ratios[level], geometry.canvases(32)[level]
         assert torch.equal(all_tiles(ratio, geometry.canvas, canvases, torch.device("cpu")), tiles)
 
@@ -116,7 +97,7 @@ def test_batch_slices_levels_and_moves() -> None:
     batch = random_view(Geometry(cells=1), 32, 0)
     assert [batch.tiles(i) for i in range(4)] == [slice(0, 32), slice(32, 64), slice(64, 96), slice(96, 160)]
     moved = batch.to(torch.device("cpu"), torch.float64)
-    assert moved.images.dtype == torch.float64
-    assert moved.images.is_contiguous(memory_format=torch.channels_last)
+    assert moved.pixels.dtype == torch.float64
+    assert moved.pixels.is_contiguous(memory_format=torch.channels_last)
     assert moved.boxes is batch.boxes
-    assert (moved.canvases, moved.ratios, moved.cells) == (batch.canvases, batch.ratios, batch.cells)
+    assert (moved.canvas_counts, moved.ratios, moved.cells) == (batch.canvas_counts, batch.ratios, batch.cells)

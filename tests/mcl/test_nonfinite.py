@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from mcl import checkpoint, config, report
+from dali_pipelines.batch import MontageBatch
+from mcl import config
 from mcl.config import Config
-from mcl.metrics import read
-from mcl.montage import MontageBatch
-from mcl.trainer import NonFiniteLossError, Trainer
+from mcl.records import report
+from mcl.records.metrics import read
+from mcl.train import checkpoint
+from mcl.train.trainer import NonFiniteLossError, Trainer
 from tests.mcl.tiny import STEPS
 
 pytestmark = pytest.mark.usefixtures("thin_backbone")
@@ -48,7 +50,7 @@ def test_infinite_gradient_is_a_failure_too(tiny: Config) -> None:
 
 def test_fp16_ends_when_no_finite_gradient_comes(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step that is left out now and then is how the loss scale is found; nothing but such steps trains nothing."""
-    monkeypatch.setattr("mcl.trainer._SKIPPED_IN_A_ROW", 3)
+    monkeypatch.setattr("mcl.train.trainer._SKIPPED_IN_A_ROW", 3)
     trainer = Trainer(config.override(tiny, ["trainer.precision=fp16", "trainer.log_every=1"]))
 
     def overflow(module: torch.nn.Module, inputs: Any, output: Any) -> None:
@@ -67,7 +69,7 @@ def poison(trainer: Trainer, steps: set[int]) -> None:
 
     def bad(query: MontageBatch, key: MontageBatch) -> Any:
         if trainer.step in steps:
-            query = dataclasses.replace(query, images=query.images * math.nan)
+            query = dataclasses.replace(query, pixels=query.pixels * math.nan)
         return train_step(query, key)
 
     trainer.train_step = bad  # type: ignore[method-assign]
@@ -87,7 +89,7 @@ def test_a_run_counts_what_it_skips(tiny: Config) -> None:
 
 
 def test_a_run_that_skips_everything_ends(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mcl.trainer._SKIPPED_IN_A_ROW", 3)
+    monkeypatch.setattr("mcl.train.trainer._SKIPPED_IN_A_ROW", 3)
     trainer = Trainer(config.override(tiny, ["trainer.on_nonfinite=skip"]))
     poison(trainer, set(range(1, STEPS)))
     with pytest.raises(NonFiniteLossError, match=r"gradient was not finite in the last 3 steps; last good .*none"):

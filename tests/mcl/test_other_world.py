@@ -8,11 +8,12 @@ from unittest import mock
 
 import pytest
 
-from mcl import checkpoint, config, distributed
+from dali_pipelines.batch import MontageBatch
+from mcl import config, distributed
 from mcl.config import Config
-from mcl.montage import MontageBatch
-from mcl.signals import Interrupted
-from mcl.trainer import Trainer
+from mcl.distributed.signals import Interrupted
+from mcl.train import checkpoint
+from mcl.train.trainer import Trainer
 from tests.conftest import ThinBackbone
 from tests.mcl.ranks import in_ranks
 from tests.mcl.tiny import TINY
@@ -30,7 +31,7 @@ def tiles(view: MontageBatch) -> set[Tile]:
     return {
         (int(view.index[source]), level, *crop.tolist())
         for level in range(len(view.ratios))
-        for source, crop in zip(view.sources[view.tiles(level)], view.crops[view.tiles(level)], strict=True)
+        for source, crop in zip(view.tile_images[view.tiles(level)], view.crops[view.tiles(level)], strict=True)
     }
 
 

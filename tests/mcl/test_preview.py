@@ -9,10 +9,12 @@ import pytest
 import torch
 from PIL import Image, ImageColor, ImageDraw
 
-from mcl import montage, preview
+from dali_pipelines import geometry
+from dali_pipelines.batch import MontageBatch, in_order
+from dali_pipelines.geometry import Geometry
 from mcl.config import AugmentConfig, ConfigError, ModelConfig
 from mcl.models import Encoder
-from mcl.montage import Geometry, MontageBatch
+from mcl.records import preview
 
 AUGMENT = AugmentConfig()
 GEOMETRY = Geometry(cells=1)
@@ -34,13 +36,13 @@ def view(seed: int) -> MontageBatch:
     counts = GEOMETRY.tiles(IMAGES)
     shuffled = [torch.randperm(n, generator=generator) % IMAGES for n in counts[1:]]
     sources = torch.cat([torch.arange(counts[0]), *shuffled])
-    boxes = torch.from_numpy(montage.boxes(GEOMETRY, IMAGES))
+    boxes = torch.from_numpy(geometry.boxes(GEOMETRY, IMAGES))
     pixels = torch.zeros(sum(GEOMETRY.canvases(IMAGES)), 3, GEOMETRY.canvas, GEOMETRY.canvas)
     for source, (row, x1, y1, x2, y2) in zip(sources.tolist(), boxes.int().tolist(), strict=True):
         pixels[row, :, y1:y2, x1:x2] = gray_of(source) / 255
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (AUGMENT.mean, AUGMENT.std))
-    batch = montage.in_order(GEOMETRY, IMAGES, (pixels - mean) / std)
-    return replace(batch, index=batch.index + 100, sources=sources, step=3)
+    batch = in_order(GEOMETRY, IMAGES, (pixels - mean) / std)
+    return replace(batch, index=batch.index + 100, tile_images=sources, step=3)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +90,7 @@ def test_every_tile_is_outlined_in_its_colour_and_shows_its_image(
                 corners = [(x1, y1), (x2, y1), (x1, y2), (x2, y2)]
                 if any(hidden[y, x] for x, y in (centre, *corners)):
                     continue
-                assert picture[centre[1], centre[0]].tolist() == [gray_of(int(batch.sources[i]))] * 3
+                assert picture[centre[1], centre[0]].tolist() == [gray_of(int(batch.tile_images[i]))] * 3
                 for x, y in corners:
                     assert tuple(picture[y, x]) == PALETTE[canvas.level]
                 checked[canvas.level] += 1
@@ -129,7 +131,7 @@ def test_pictures_stay_readable_at_any_canvas_size(cells: int) -> None:
     batch = replace(
         view(2),
         cells=cells,
-        boxes=torch.from_numpy(montage.boxes(Geometry(cells=cells), images)),
+        boxes=torch.from_numpy(geometry.boxes(Geometry(cells=cells), images)),
     )
     layout = preview.arrange(batch, batch, 5)
     assert 1800 < layout.width <= 2400

@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from dali_pipelines.reference import assemble
-from mcl import config, ema
+from dali_pipelines.batch import MontageBatch, assemble
+from mcl import config
 from mcl.config import Config
-from mcl.export.openselfsup import our_name
+from mcl.export.openselfsup import their_name
 from mcl.models import MCL
-from mcl.montage import MontageBatch
-from mcl.optim import build_optimizer, excluded, set_learning_rate
+from mcl.train import ema
+from mcl.train.optim import build_optimizer, excluded, set_learning_rate
 from tests.conftest import view
 from tests.fp64 import fast_convolutions
 
@@ -58,13 +58,17 @@ def draw(seed: int, name: str, shape: list[int]) -> Tensor:
     return 1 + 0.1 * values if name.endswith("weight") else 0.1 * values
 
 
+def our_names(model: MCL) -> dict[str, str]:
+    """The authors' names of a model's tensors to ours."""
+    return {their_name(name): name for name in model.state_dict()}
+
+
 def build(reference: dict[str, Any], dtype: torch.dtype) -> tuple[MCL, Config]:
     cfg = configure(reference["config"])
     model = MCL(cfg.model, cfg.montage)
-    state = model.state_dict()
+    state, names = model.state_dict(), our_names(model)
     for name, shape in reference["shapes"].items():
-        ours = our_name(name)
-        assert ours is not None
+        ours = names[name]
         assert list(state[ours].shape) == shape
         if not name.endswith("num_batches_tracked"):
             state[ours] = draw(reference["config"]["seed"], name, shape)
@@ -110,7 +114,7 @@ def test_every_value_of_every_step(name: str, steps: int) -> None:
     model, cfg = build(reference, torch.float64)
     optimizer = build_optimizer(cfg.optim, model)
     set_learning_rate(optimizer, c["lr"])
-    parameters = dict(model.named_parameters())
+    parameters, names = dict(model.named_parameters()), our_names(model)
     for step, expected in enumerate(reference["steps"][:steps]):
         with fast_convolutions():
             output = model(*views(reference, cfg, step, torch.float64))
@@ -126,13 +130,13 @@ def test_every_value_of_every_step(name: str, steps: int) -> None:
                 ours |= {f"neg_cos_dist_{key}": output.negative[v, level].item()}
         theirs |= expected["losses"]
         for key, value in expected["grad_norm"].items():
-            gradient = parameters[our_name(key)].grad
+            gradient = parameters[names[key]].grad
             ours[f"gradient of {key}"], theirs[f"gradient of {key}"] = gradient.norm().item(), value
         optimizer.step()
         ema.update(model.target.parameters(), model.online.parameters(), c["ema"])
         state = model.state_dict()
         for key, value in expected["norm_after"].items():
-            ours[f"{key} after"], theirs[f"{key} after"] = state[our_name(key)].norm().item(), value
+            ours[f"{key} after"], theirs[f"{key} after"] = state[names[key]].norm().item(), value
         assert ours.keys() == theirs.keys()
         assert not {key: (ours[key], theirs[key]) for key in ours if differs(ours[key], theirs[key])}, f"step {step}"
 
@@ -160,4 +164,5 @@ def test_released_exclusion_finds_the_same_parameters(name: str) -> None:
     with torch.device("meta"):
         model = MCL(cfg.model, cfg.montage)
     found = {n for n, p in model.named_parameters() if p.requires_grad and excluded(n, p, "released")}
-    assert found == {our_name(n) for n in reference["excluded"]}
+    names = our_names(model)
+    assert found == {names[n] for n in reference["excluded"]}

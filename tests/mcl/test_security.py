@@ -15,11 +15,13 @@ from typing import Any
 import pytest
 import torch
 
-from mcl import checkpoint, config, run
-from mcl.checkpoint import CheckpointError
+from mcl import commands as run
+from mcl import config
 from mcl.config import ConfigError
 from mcl.export import TARGETS, export, openselfsup
 from mcl.models import MCL
+from mcl.train import checkpoint
+from mcl.train.checkpoint import CheckpointError
 from tests.conftest import ROOT
 from tests.mcl.tiny import TINY
 

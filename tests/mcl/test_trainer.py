@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,14 @@ import torch
 import yaml
 from PIL import Image
 
-from mcl import checkpoint, config, run
-from mcl.checkpoint import CheckpointError
+from mcl import commands as run
+from mcl import config
 from mcl.config import Config, ConfigError
-from mcl.metrics import RecordError, read
-from mcl.signals import Interrupted
-from mcl.trainer import Trainer
+from mcl.distributed.signals import Interrupted
+from mcl.records.metrics import RecordError, read
+from mcl.train import checkpoint
+from mcl.train.checkpoint import CheckpointError
+from mcl.train.trainer import Trainer
 from tests.conftest import ThinBackbone
 from tests.dali_pipelines.images import write_animated, write_huge, write_truncated
 from tests.dali_pipelines.shards import write_tar
@@ -37,6 +40,18 @@ def _thin(request: pytest.FixtureRequest) -> None:
     """A backbone that costs nothing, but where the network itself matters."""
     if not request.node.get_closest_marker("real_backbone"):
         request.getfixturevalue("thin_backbone")
+
+
+def before_step(trainer: Trainer, step: int, do: Callable[[], object]) -> None:
+    """Lets something happen right before a step."""
+    train_step = trainer.train_step
+
+    def wrapped(*views: Any) -> Any:
+        if trainer.step == step:
+            do()
+        return train_step(*views)
+
+    trainer.train_step = wrapped  # type: ignore[method-assign]
 
 
 def last_weights(cfg: Config) -> dict[str, Any]:
@@ -93,14 +108,7 @@ def test_stopped_by_a_signal_and_resumed(tiny: Config) -> None:
     Trainer(undisturbed).fit()
 
     trainer = Trainer(tiny)
-    train_step = trainer.train_step
-
-    def stop_in_third(*views: Any) -> Any:
-        if trainer.step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return train_step(*views)
-
-    trainer.train_step = stop_in_third  # type: ignore[method-assign]
+    before_step(trainer, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(Interrupted) as stop:
         trainer.fit()
     assert stop.value.code == 128 + signal.SIGTERM
@@ -128,19 +136,12 @@ def test_stopped_next_to_a_change_of_the_canvas_and_resumed(tiny: Config, stop: 
     tiny = config.override(tiny, ["montage.schedule=[[1, 2]]", "trainer.checkpoint_epochs=2"])
     undisturbed = Trainer(config.override(tiny, ["name=undisturbed"]))
     sides: list[int] = []
-    undisturbed.model.register_forward_pre_hook(lambda _, views: sides.append(views[0].images.shape[-1]))
+    undisturbed.model.register_forward_pre_hook(lambda _, views: sides.append(views[0].pixels.shape[-1]))
     undisturbed.fit()
     assert sides == [32] * 4 + [64] * 4
 
     trainer = Trainer(tiny)
-    train_step = trainer.train_step
-
-    def interrupt(*views: Any) -> Any:
-        if trainer.step == stop - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return train_step(*views)
-
-    trainer.train_step = interrupt  # type: ignore[method-assign]
+    before_step(trainer, stop - 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(Interrupted):
         trainer.fit()
     resumed = Trainer(tiny)
@@ -170,7 +171,7 @@ def test_killed_at_random_steps_and_resumed(
     words = [f"data.root={few_photos}", f"output={tmp_path}", f"trainer.epochs={epochs}"]
     words += ["trainer.checkpoint_epochs=1", "trainer.log_every=1", "trainer.threads=1"]
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["mcl.trainer", "dali_pipelines.pipelines"])
+    processes.set_forkserver_preload(["mcl.train.trainer", "dali_pipelines.pipelines"])
     chance = random.Random(0)
     log = tiny.run_folder / "metrics.jsonl"
     for kill in range(kills):
@@ -228,16 +229,14 @@ def test_checkpoint_of_another_model(tiny: Config) -> None:
 def test_a_failed_save_keeps_the_checkpoint_before(tiny: Config) -> None:
     """The disk is full when the second checkpoint is written; when there is space again, the run goes on."""
     trainer = Trainer(tiny)
-    train_step = trainer.train_step
     with ExitStack() as disk:
 
-        def fill(*views: Any) -> Any:
-            if trainer.step == 6:
-                trainer._saver.wait()
-                disk.enter_context(small_disk(20_000))
-            return train_step(*views)
+        def fill() -> None:
+            while not (tiny.run_folder / "checkpoints" / "last.pt").exists():
+                time.sleep(0.005)
+            disk.enter_context(small_disk(20_000))
 
-        trainer.train_step = fill  # type: ignore[method-assign]
+        before_step(trainer, 6, fill)
         with pytest.raises(CheckpointError, match=r"step_00000008\.pt: cannot save .*too large.* untouched"):
             trainer.fit()
     assert [p.name for p in sorted((tiny.run_folder / "checkpoints").iterdir())] == ["last.pt", "step_00000004.pt"]
@@ -245,14 +244,13 @@ def test_a_failed_save_keeps_the_checkpoint_before(tiny: Config) -> None:
     assert last_weights(tiny)["step"] == STEPS
 
 
-def test_a_record_that_finds_no_room_is_named(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the file, not by a traceback; the command that follows goes on."""
+def test_a_record_that_finds_no_room_is_named(tiny: Config) -> None:
+    """By the file, not by a traceback."""
     trainer = Trainer(tiny)
-    (tiny.run_folder / "metrics.jsonl").symlink_to("/dev/full")
-    monkeypatch.setattr("mcl.metrics._keep_until", lambda path, step: None)
-    with pytest.raises(RecordError, match=r"metrics\.jsonl: cannot be written \(.*\); make room, and the same command"):
-        trainer.fit()
-    assert RecordError.__module__.startswith("mcl")  # so that the command line prints one line
+    with ExitStack() as disk:
+        before_step(trainer, 1, lambda: disk.enter_context(small_disk(100)))
+        with pytest.raises(RecordError, match=r"metrics\.jsonl: cannot be written \(.*\); make room, and the same com"):
+            trainer.fit()
 
 
 @pytest.mark.fault("a disk that is still full when the run is started again")
@@ -272,10 +270,10 @@ def test_a_driver_without_a_device_is_worth_a_word(
     tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "driver").touch()
-    monkeypatch.setattr("mcl.trainer._DRIVER", tmp_path / "driver")
+    monkeypatch.setattr("mcl.train.trainer._DRIVER", tmp_path / "driver")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     trainer = Trainer(tiny)
-    trainer._describe()
+    trainer.fit()
     assert "training on the CPU, since PyTorch sees no CUDA device" in (trainer.folder / "train.log").read_text()
 
 

@@ -17,8 +17,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mcl import distributed, watchdog
-from mcl.watchdog import PeerError, Watchdog
+from mcl import distributed
+from mcl.distributed import watchdog
+from mcl.distributed.watchdog import PeerError, Watchdog
 from tests.mcl.ranks import free_port
 
 Ends = list[tuple[int | None, str]]
@@ -56,7 +57,7 @@ class _Telling(logging.Handler):
 def ends(world: int, work: Callable[[int, Watchdog], None], pause: float = 0.0) -> Ends:
     """How they end; all are stopped three times if there is a `pause`, seconds, once they are under way."""
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["mcl.run", "tests.mcl.test_watchdog"])
+    processes.set_forkserver_preload(["mcl.commands", "tests.mcl.test_watchdog"])
     port, said = free_port(), [processes.SimpleQueue() for _ in range(world)]
     ranks: list[BaseProcess] = [
         processes.Process(target=rank_main, args=(rank, world, port, work, said[rank])) for rank in range(world)

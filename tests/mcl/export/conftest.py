@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mcl.checkpoint import FORMAT
+from dali_pipelines.geometry import Geometry
 from mcl.config import Config, DataConfig, ModelConfig, to_dict
 from mcl.models import MCL
-from mcl.montage import Geometry
+from mcl.train.checkpoint import FORMAT
 
 
 def make_model(geometry: Geometry, **model: Any) -> MCL:

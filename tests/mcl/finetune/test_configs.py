@@ -7,15 +7,18 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+
+pytest.importorskip("mmdet", reason="needs MMDetection: make mmdet")
+
 from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dali_pipelines.geometry import Geometry
 from mcl.finetune import weights
 from mcl.finetune.settings import innermost
-from mcl.montage import Geometry
 from tests.mcl.export.conftest import make_model, save_model
 from tests.mcl.finetune.conftest import CONFIGS
 

@@ -5,13 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
+
+pytest.importorskip("mmdet", reason="needs MMDetection: make mmdet")
+
 from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 
 from mcl.finetune import settings
 from mcl.finetune.data import open_folder
-from mcl.finetune.run import use
+from mcl.finetune.training import use
 from tests.mcl.finetune.conftest import MINI, TINY
 
 

@@ -6,16 +6,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
+pytest.importorskip("mmdet", reason="needs MMDetection: make mmdet")
+
 from mmdet.registry import MODELS
 from mmengine.registry import DefaultScope
 
-from mcl import checkpoint as checkpoints
-from mcl.checkpoint import CheckpointError
+from dali_pipelines.geometry import Geometry
 from mcl.config import ConfigError
 from mcl.export import export
 from mcl.finetune import settings, weights
 from mcl.finetune.hooks import LoadWeights
-from mcl.montage import Geometry
+from mcl.train import checkpoint as checkpoints
+from mcl.train.checkpoint import CheckpointError
 from tests.mcl.export.conftest import make_model, save_model
 from tests.mcl.finetune.conftest import MINI
 

@@ -1,0 +1,165 @@
+"""What the verbs do: a whole run from its configuration, and what is done with its checkpoints."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from dali_pipelines.batch import MontageBatch
+from dali_pipelines.geometry import nearest_legal
+from dali_pipelines.loader import BadDataError, MontageLoader
+from dali_pipelines.source import Source, SourceError, index_file, open_images
+from mcl import config, distributed, evaluation
+from mcl.config import Config, ConfigError, DataConfig
+from mcl.evaluation.features import load_photo
+from mcl.evaluation.scoring import describe
+from mcl.models import MCL
+from mcl.records import preview as pictures
+from mcl.records import report
+from mcl.records.metrics import Metrics, log, read, recorded_errors
+from mcl.train import checkpoint
+from mcl.train.trainer import Trainer, resolve_device
+
+_PREVIEW_PHOTOS = 6
+_BAD_EXAMPLES = 5
+
+
+def pretrain(cfg: Config) -> None:
+    """Trains, then evaluates, draws and reports into the run folder.
+
+    Raises:
+        ConfigError, SourceError, CheckpointError: wrong input.
+        NonFiniteLossError, PeerError, Interrupted: see :meth:`mcl.train.trainer.Trainer.fit`.
+    """
+    try:
+        with recorded_errors():
+            trainer = Trainer(cfg)
+            first = distributed.rank() == 0
+            if first:
+                _draw(cfg, lambda folder: montages(cfg, trainer.step, folder, trainer.loader.source))
+            trainer.fit()
+    finally:
+        distributed.teardown()  # what follows is the first process's alone
+    if first:
+        _finish(trainer)
+
+
+def _finish(trainer: Trainer) -> None:
+    cfg, folder = trainer.config, trainer.folder
+    done = {r["name"] for r in read(folder / "metrics.jsonl") if r["kind"] == "eval" and r["step"] == trainer.step}
+    metrics = Metrics(cfg, trainer.step)
+    for name in (name for name in cfg.evaluation.at_end if name not in done):
+        try:
+            records = list(evaluation.evaluate(name, trainer.model, cfg, trainer.device))  # all of its splits or none
+        except (ConfigError, SourceError, BadDataError) as error:  # the images changed; the weights are none the worse
+            log.warning("no %s: %s", name, error)
+            continue
+        for record in records:
+            metrics.write({**record, "step": trainer.step})
+            log.info("%s", describe(record))
+    metrics.close()
+    _draw(cfg, lambda pictures_folder: features(trainer.model, cfg, pictures_folder))
+    log.info("report: %s", report.write(folder))
+    log.info("weights: %s", folder / "checkpoints" / checkpoint.LAST)
+
+
+def _draw(cfg: Config, picture: Callable[[Path], Path]) -> None:
+    """Draws into the run folder, if pictures are wanted; a run never ends for want of one."""
+    try:
+        if cfg.log.preview:
+            picture(cfg.run_folder / "preview")
+    except Exception as error:  # a picture meets the disk, the images and DALI; none of them may cost a run
+        log.warning("no picture: %s: %s", type(error).__name__, error)
+
+
+def evaluate(name: str, path: Path, overrides: Sequence[str]) -> Iterator[str]:
+    """Scores a checkpoint; yields a line or two per split.
+
+    Raises:
+        CheckpointError, ConfigError, SourceError: wrong input.
+    """
+    model, cfg = checkpoint.load_model(path)
+    cfg = config.override(cfg, overrides)
+    for record in evaluation.evaluate(name, model, cfg, resolve_device(cfg.trainer.device)):
+        yield describe(record)
+
+
+def preview(path: Path, overrides: Sequence[str], step: int, output: Path) -> Iterator[Path]:
+    """Draws what a configuration, or a checkpoint, makes of its images; yields the files written.
+
+    Raises:
+        CheckpointError, ConfigError, SourceError: wrong input.
+    """
+    model = None
+    if path.suffix == ".pt":
+        model, cfg = checkpoint.load_model(path)
+        cfg = config.override(cfg, overrides)
+    else:
+        cfg = config.load(path, overrides)
+    source = open_images(cfg.data)
+    steps = cfg.trainer.epochs * (len(source) // cfg.trainer.global_batch)
+    if not 0 <= step < max(1, steps):
+        raise ConfigError(f"--step: {step} is none of the run's {steps} steps, which count from 0")
+    yield montages(cfg, step, output, source)
+    if model is not None:
+        yield features(model, cfg, output)
+
+
+def montages(cfg: Config, step: int, folder: Path, source: Source) -> Path:
+    """Draws both views of the first images of a step; returns the picture's path."""
+    query, key = batch(cfg, step, source)
+    path = folder / f"montage_{step:06d}.png"
+    pictures.montages(query, key, cfg.augment, path)
+    return path
+
+
+def batch(cfg: Config, step: int, source: Source) -> tuple[MontageBatch, MontageBatch]:
+    """Both views of the first images of a step, as many as make the smallest montage, on the CPU.
+
+    Images, crops and colours are those of the run; their neighbours in the montages are not, where the batch is larger.
+    """
+    images = nearest_legal(cfg.montage, 1)[0]
+    plan = cfg.plan(len(source), images, world_size=max(1, cfg.trainer.global_batch // images))
+    with MontageLoader(source, plan, dataclasses.replace(cfg.data, device="cpu")) as loader:
+        loader.load_state_dict({"position": step, "bad": {}})
+        return next(loader)
+
+
+def features(model: MCL, cfg: Config, folder: Path) -> Path:
+    """Draws feature maps of some photographs, held-out ones if there are any; returns the picture's path."""
+    source = open_images(cfg.data, held_out=bool(cfg.data.val_root))
+    load = partial(load_photo, source, size=cfg.montage.final.canvas, mean=cfg.augment.mean, std=cfg.augment.std)
+    spread = range(0, len(source), max(1, len(source) // _PREVIEW_PHOTOS))
+    images = [image for image in map(load, spread[:_PREVIEW_PHOTOS]) if image is not None]
+    path = folder / "features.png"
+    parameter = next(model.parameters())
+    pictures.feature_maps(model.online, torch.stack(images).to(parameter), path, cfg.augment)
+    return path
+
+
+def index(data: DataConfig) -> Iterator[str]:
+    """Brings the index up to date; yields what there is to say, in lines.
+
+    Raises:
+        SourceError: see :func:`dali_pipelines.source.open_source`.
+    """
+    yield from _index(data, held_out=False)
+    if data.val_root:
+        yield from _index(data, held_out=True)
+
+
+def _index(data: DataConfig, held_out: bool) -> Iterator[str]:
+    read = [0]
+    start = time.perf_counter()
+    source = open_images(data, held_out, lambda done, of, images: read.append(images))
+    seconds = time.perf_counter() - start
+    classes = f" in {len(source.classes)} classes" if source.classes else ""
+    yield f"{source.root}: {len(source)} images{classes}, {len(source.bad)} of them bad ({source.kind})"
+    for i, reason in list(source.bad.items())[:_BAD_EXAMPLES]:
+        yield f"  {source.names[i]}: {reason}"
+    yield f"  {read[-1]} headers read in {seconds:.1f} s, {read[-1] / seconds:.0f} per second"
+    path = index_file(data.index, source.root, source.kind, "" if held_out else data.annotations)
+    yield f"  index: {path if path.exists() else 'could not be written'}"

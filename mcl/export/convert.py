@@ -1,0 +1,184 @@
+"""``mcl export``: a checkpoint in, a file for another library out."""
+
+import copy
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dali_pipelines.geometry import nearest_legal
+from dali_pipelines.loader import MontageLoader
+from dali_pipelines.source import open_images
+from mcl import __version__, config
+from mcl.config import Config, ConfigError
+from mcl.evaluation.statistics import fresh_statistics
+from mcl.export import detectron2, mmdet, mmpretrain, timm, torchvision
+from mcl.export.canonical import PARTS, canonical_names
+from mcl.export.files import default_path, write
+from mcl.export.summary import Report
+from mcl.export.target import Target
+from mcl.export.verify import verify
+from mcl.models import MCL, Encoder
+from mcl.train import checkpoint
+from mcl.train.checkpoint import CheckpointError
+from mcl.train.trainer import resolve_device
+
+TARGETS = {
+    target.name: target
+    for target in (
+        mmdet.RCNN,
+        mmdet.RETINANET,
+        mmpretrain.TARGET,
+        detectron2.TARGET,
+        torchvision.RESNET,
+        torchvision.DETECTION,
+        timm.TARGET,
+    )
+}
+_STATISTICS_BATCHES = 8
+_STATISTICS_IMAGES = 64
+
+Network = Literal["online", "target"]
+
+
+def export(
+    path: Path,
+    to: str,
+    *,
+    parts: Sequence[str] = (),
+    network: Network = "online",
+    check: bool = False,
+    output: Path | None = None,
+    overrides: Sequence[str] = (),
+) -> Report:
+    """Writes the weights of a checkpoint for another library.
+
+    Args:
+        path: checkpoint of mcl.
+        to: one of ``TARGETS``.
+        parts: of the model, among backbone, fpn and head; empty for all that the target takes.
+        network: online, or target: the momentum network, whose BatchNorm statistics are re-estimated on data.root,
+            since it has none that belong to its weights.
+        check: load the weights into the library's own model first, and compare features.
+        output: file to write; by default ``<run folder>/exports/<to>.<ending>``, or ``<stem>.<to>.<ending>`` next to a
+            checkpoint that lies in no run folder.
+        overrides: ``key=value`` words, for where the images of data.root are now.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read, cannot be verified, or `output` cannot be written.
+        ConfigError: parts that the target does not take or the checkpoint does not have, an ending that it does not
+            read, a library that is not installed.
+        SourceError: no images to re-estimate statistics on.
+    """
+    target = TARGETS[to]
+    parts = _parts(target, parts)
+    output = output or default_path(path, target.name + next(iter(target.saves)))
+    if output.suffix not in target.saves:
+        raise ConfigError(f"--output: {output} is no file for {to}, which reads {' or '.join(target.saves)}")
+    state = checkpoint.load(path)
+    cfg = config.override(config.from_dict(state["config"]), overrides)
+    with torch.device("meta"):  # initial values would take longer than all the rest
+        model = MCL(cfg.model, cfg.montage)
+    checkpoint.restore(model.to_empty(device="cpu"), state["model"], path)
+    target.check(cfg.model, parts)
+    _check_parts(target, parts, model.online, cfg)
+
+    encoder = model.online if network == "online" else reestimated(model.target, cfg)
+    weights, names = _rename(encoder, network, target, parts)
+    infinite = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
+    if infinite:
+        raise CheckpointError(
+            f"{path}: weights are not finite, e.g. {infinite[0]}; export an earlier checkpoint of the run"
+        )
+    verified = verify(target, weights, parts, encoder, cfg.model) if check else None
+    metadata = _metadata(cfg, network, parts, state["step"])
+    write(output, path, partial(target.saves[output.suffix], weights, metadata))
+    unmapped = tuple(name for name in model.state_dict() if name not in names)
+    return Report(output, metadata, weights, names, unmapped, verified)
+
+
+def _parts(target: Target, wanted: Sequence[str]) -> list[str]:
+    """In our order, all of the target's if none are named."""
+    for part in wanted:
+        if part not in PARTS:
+            raise ConfigError(f"--parts: no part {part!r}; parts are {', '.join(PARTS)}")
+        if part not in target.parts:
+            raise ConfigError(f"--parts: {target.name} has no place for the {part}; it takes {', '.join(target.parts)}")
+    return [part for part in target.parts if part in wanted or not wanted]
+
+
+def _check_parts(target: Target, parts: Sequence[str], encoder: Encoder, cfg: Config) -> None:
+    """Whether the encoder has what the target takes."""
+    wanted, trained = [f"P{m + 2}" for m in target.maps], {f"P{5 - depth}" for depth in encoder.fpn.depths}
+    lacking = [name for name in wanted if name not in trained]
+    if "fpn" in parts and lacking:
+        others = ",".join(part for part in target.parts if part != "fpn")
+        raise ConfigError(
+            f"--parts: {target.name} reads {', '.join(wanted)} of an FPN; montage.ratios={list(cfg.montage.ratios)} "
+            f"trained no {', '.join(lacking)}. Leave the FPN out: --parts {others}"
+        )
+    if "head" in parts and not cfg.model.head_convs:
+        raise ConfigError(
+            "--parts: model.head_convs=0, so there is no head to export; leave it out: --parts backbone,fpn"
+        )
+
+
+def _rename(
+    encoder: Encoder, network: str, target: Target, parts: Sequence[str]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of these parts by the target's names, and these by the checkpoint's."""
+    weights, names = {}, {}
+    state = encoder.state_dict()
+    for ours, canonical in canonical_names(encoder).items():
+        theirs = target.rename(canonical) if ours.partition(".")[0] in parts else None
+        if theirs is not None:
+            names[f"{network}.{ours}"] = theirs
+            weights[theirs] = state[ours].detach().contiguous().clone()
+    return weights, names
+
+
+def _metadata(cfg: Config, network: str, parts: Sequence[str], step: int) -> Mapping[str, Any]:
+    return {
+        "method": "MCL (arXiv 2304.02010)",
+        "mcl": __version__,
+        "step": step,
+        "network": network,
+        "parts": list(parts),
+        "backbone": cfg.model.backbone,
+        "width": cfg.model.width,
+        "head_convs": cfg.model.head_convs,
+        "input": "RGB",
+        "mean": list(cfg.augment.mean),
+        "std": list(cfg.augment.std),
+        "range": "mean and std are of pixel values from 0 to 1",
+        "stride": "in the 3x3 convolutions (STRIDE_IN_1X1 False)",
+    }
+
+
+def reestimated(encoder: Encoder, cfg: Config) -> Encoder:
+    """A copy whose BatchNorm statistics are means over fresh montages of data.root, at every level.
+
+    Raises:
+        ConfigError, SourceError: no images, or too few for a montage.
+    """
+    source = open_images(cfg.data)
+    geometry = cfg.montage.final
+    images = nearest_legal(geometry, min(_STATISTICS_IMAGES, len(source)))[0]
+    if images > len(source):
+        raise ConfigError(
+            f"data.root: {source.root} has only {len(source)} images; re-estimating BatchNorm's statistics takes "
+            f"{images} at least"
+        )
+    plan = cfg.plan(len(source), images, geometry=geometry)
+    device = resolve_device(cfg.trainer.device)
+    encoder = copy.deepcopy(encoder).to(device)
+    data = dataclasses.replace(cfg.data, max_bad_fraction=1.0)  # training has judged the bad files
+    with MontageLoader(source, plan, data, gpu=device.index) as loader, fresh_statistics(encoder):
+        for view in itertools.chain.from_iterable(itertools.islice(loader, _STATISTICS_BATCHES)):
+            encoder(view.to(device, torch.float32))
+    return encoder.cpu()

@@ -1,0 +1,76 @@
+"""What an export did."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What loading into the target's own model has shown."""
+
+    library: str
+    """Name and version."""
+    difference: float
+    """Largest absolute difference of a feature between the two models on one image, relative to the largest feature of
+    its map."""
+    fresh: tuple[str, ...]
+    """The model's tensors beside the parts exported, which keep their initial values."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an export did; ``str()`` of it is meant for the console."""
+
+    path: Path
+    """The file written."""
+    metadata: Mapping[str, Any]
+    """Stored in the file, too."""
+    weights: Mapping[str, Tensor]
+    """Tensors written, by the target's names, in the order of the file."""
+    names: Mapping[str, str]
+    """The target's names by those in the checkpoint."""
+    unmapped: tuple[str, ...]
+    """Names of the checkpoint's other tensors."""
+    verified: Verified | None
+    """None if it was not asked for."""
+
+    def __str__(self) -> str:
+        about, verified = self.metadata, self.verified
+        lines = [
+            f"wrote     {self.path}",
+            f"          {about['network']} network at step {about['step']}: {about['backbone']}, "
+            f"width {about['width']}, {about['head_convs']} head convolutions",
+            f"{'part':<9} {'tensors':>7} {'values':>11} {'dtype':<8} e.g.",
+            *(self._row(part) for part in about["parts"]),
+            f"left      {_counts(self.unmapped)}",
+        ]
+        if verified is None:
+            lines.append("verified  no; --verify loads it into the library's own model and compares")
+        else:
+            lines.append(
+                f"verified  in {verified.library}: no key missing or unexpected, features differ by at most "
+                f"{verified.difference:g}"
+            )
+            lines.append(f"fresh     {_counts(verified.fresh)}")
+        return "\n".join(lines)
+
+    def _row(self, part: str) -> str:
+        names = {ours: theirs for ours, theirs in self.names.items() if ours.split(".")[1] == part}
+        tensors = [self.weights[theirs] for theirs in names.values()]
+        kinds = sorted({str(t.dtype).removeprefix("torch.") for t in tensors if t.is_floating_point()})
+        ours, theirs = next(iter(names.items()))
+        return (
+            f"{part:<9} {len(tensors):>7} {sum(t.numel() for t in tensors):>11,} {', '.join(kinds):<8} "
+            f"{ours} -> {theirs} {list(tensors[0].shape)}"
+        )
+
+
+def _counts(names: tuple[str, ...]) -> str:
+    """How many of the names begin with the same two words."""
+    counts = Counter(".".join([word for word in name.split(".")[:-1] if not word.isdigit()][:2]) for name in names)
+    return ", ".join(f"{beginning} {count}" for beginning, count in counts.items()) or "nothing"

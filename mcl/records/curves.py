@@ -1,0 +1,124 @@
+"""Curves of a run's records as inline SVG, for a page that gives them their text colour and font."""
+
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from mcl.records.preview import PALETTE
+
+Record = Mapping[str, Any]
+FloatSeries = np.ndarray[Any, np.dtype[np.float64]]
+
+POINTS = 400
+"""Points of a curve; longer series are averaged down to as many."""
+
+_INK = "#010203"  # stands for the page's text colour in a figure, until it becomes currentColor
+_GRID = "#040506"
+_STYLE = {
+    **{"svg.fonttype": "none", "font.size": 10, "axes.labelsize": 10},
+    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), _INK),
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One series; a name without an underscore before it is put into the legend."""
+
+    values: FloatSeries
+    colour: str
+    name: str = "_"
+    style: str = "-"
+
+
+Panels = Mapping[str, Sequence[Line]]
+"""What is drawn above each other: the lines of each pair of axes, by the label of its vertical axis."""
+
+
+def number(record: Record, key: str, i: int | None = None) -> float | None:
+    """A number of a record, or the i-th one of a list; None where it is missing or something else."""
+    value: Any = record.get(key)
+    if i is not None:
+        value = value[i] if i < length(record, key) else None
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def length(record: Record, key: str) -> int:
+    """Of a list in a record; 0 where it is missing or something else."""
+    value = record.get(key)
+    return len(value) if isinstance(value, list) else 0
+
+
+def training_curves(train: Sequence[Record]) -> list[tuple[str, str, Markup]]:
+    """Loss, cosines, schedules and speed from training records, at least two of them: title, note and inline SVG."""
+
+    def series(key: str, i: int | None = None) -> FloatSeries:
+        values = [number(record, key, i) for record in train]
+        return np.array([math.nan if value is None else value for value in values])
+
+    x_label = "epoch" if np.isfinite(series("epoch")).all() else "step"
+    x = series(x_label)
+    colours = [PALETTE[i % len(PALETTE)] for i in range(max(length(record, "positive") for record in train))]
+    positive = [Line(series("positive", i), colour, f"level {i}") for i, colour in enumerate(colours)]
+    negative = [Line(series("negative", i), colour, style="--") for i, colour in enumerate(colours)]
+    schedules = {"learning rate": [Line(series("lr"), _INK)], "EMA momentum": [Line(series("ema"), _INK)]}
+    speed = {
+        "images / s": [Line(series("images_per_s"), PALETTE[0])],
+        "data wait, %": [Line(100 * series("data_wait"), PALETTE[1])],
+    }
+    with_whom = "solid: with their own image; dashed: with the others"
+    return [
+        ("Loss", "", _svg("Loss", x, x_label, {"loss": [Line(series("loss"), PALETTE[0])]})),
+        ("Cosine of tiles and targets", with_whom, _svg("Cosine", x, x_label, {"cosine": positive + negative})),
+        ("Schedules", "", _svg("Schedules", x, x_label, schedules)),
+        ("Speed", "", _svg("Speed", x, x_label, speed, from_zero=True)),
+    ]
+
+
+def _thinned(values: FloatSeries) -> FloatSeries:
+    """Means of equal stretches, at most :data:`POINTS`."""
+    return np.array([part.mean() for part in np.array_split(values, min(POINTS, len(values)))])
+
+
+def _svg(salt: str, x: FloatSeries, x_label: str, panels: Panels, from_zero: bool = False) -> Markup:
+    """Inline SVG that takes its text colour and font from the page; `salt` tells its ids from those of others."""
+    style: dict[Any, Any] = {**_STYLE, "svg.hashsalt": salt}
+    with mpl.rc_context(style):
+        figure = Figure(figsize=(5.6, 3.5), layout="constrained")
+        axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+        for ax, (label, lines) in zip(axes, panels.items(), strict=True):
+            _draw(ax, x, label, lines, from_zero)
+        axes[-1].set_xlabel(x_label)
+        figure.align_ylabels(list(axes))
+        buffer = io.StringIO()
+        no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :].replace("xlink:href", "href")
+    svg = re.sub(r'\s(xmlns(:\w+)?="[^"]*"|id="[\w.]+_\d+")', "", svg)  # such ids would repeat from figure to figure
+    return Markup(svg.replace(_INK, "currentColor").replace(_GRID, "var(--line)"))
+
+
+def _draw(ax: Axes, x: FloatSeries, label: str, lines: Sequence[Line], from_zero: bool) -> None:
+    for line in lines:
+        ax.plot(_thinned(x), _thinned(line.values), line.style, color=line.colour, linewidth=1.6, label=line.name)
+    ax.set_ylabel(label)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(color=_GRID, linewidth=0.6)
+    ax.set_axisbelow(True)
+    ax.margins(x=0.01)
+    ax.ticklabel_format(axis="y", useOffset=False)
+    if not any(np.isfinite(line.values).any() for line in lines):
+        ax.text(0.5, 0.5, "not recorded", ha="center", va="center", transform=ax.transAxes)
+    elif from_zero:
+        ax.set_ylim(bottom=0)
+    if named := sum(not line.name.startswith("_") for line in lines):
+        ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=named, frameon=False, handlelength=1.2)

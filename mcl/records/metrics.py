@@ -1,0 +1,256 @@
+"""One record, many sinks: JSON lines, log, TensorBoard, Weights & Biases, progress bar."""
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from tqdm.auto import tqdm
+from tqdm.contrib import DummyTqdmFile
+
+from mcl import distributed
+from mcl.config import Config, ConfigError, to_dict
+
+log = logging.getLogger("mcl")
+
+Record = dict[str, Any]
+"""Numbers, lists with a number per level, and ``kind`` and ``step``."""
+
+
+class RecordError(RuntimeError):
+    """A record that could not be written; the message names the file and the remedy."""
+
+
+def setup_logging(folder: Path) -> None:
+    """Messages of a run go to the console and to ``train.log``; from all ranks but the first, only what went wrong.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
+    rank = distributed.rank()
+    log.handlers.clear()
+    log.propagate = False
+    log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    console = logging.StreamHandler(DummyTqdmFile(sys.stdout))  # keeps messages and the progress bar apart
+    console.addFilter(lambda record: getattr(record, "console", True))
+    console.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"rank {rank}: %(message)s"))
+    file = logging.FileHandler(folder / "train.log", delay=rank != 0)
+    file.setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    who = "" if rank == 0 else f" rank {rank}:"
+    file.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s{who} %(message)s"))
+    log.addHandler(console)
+    log.addHandler(file)
+    logging.captureWarnings(True)
+    logging.getLogger("py.warnings").handlers = log.handlers
+
+
+@contextlib.contextmanager
+def recorded_errors() -> Iterator[None]:
+    """The traceback of what ends the run goes to ``train.log``; the console has it from whoever catches it."""
+    try:
+        yield
+    except Exception as error:
+        if log.handlers:  # there is a train.log
+            log.error("the run ends: %s", type(error).__name__, exc_info=True, extra={"console": False})
+        raise
+
+
+class Metrics:
+    """Writes records of a run; used by rank 0 alone.
+
+    Args:
+        config: the run's configuration.
+        step: steps already done; older records in the folder are kept, newer ones (of a run that was cut) dropped.
+    """
+
+    def __init__(self, config: Config, step: int) -> None:
+        folder = config.run_folder
+        self._path = folder / "metrics.jsonl"
+        _keep_until(self._path, step)
+        with _reporting(self._path):
+            self._file = open(self._path, "a")  # noqa: SIM115  # open as long as the run
+        self._tensorboard: Any = None
+        self._wandb: Any = None
+        if config.log.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        if config.log.wandb:
+            try:
+                import wandb
+            except ImportError:
+                raise ConfigError("log.wandb: the package is not installed; pip install wandb, or log.wandb=") from None
+            self._wandb = wandb.init(
+                project=config.log.wandb,
+                id=_run_id(folder / "wandb_id"),
+                name=config.name,
+                dir=str(folder),
+                config=to_dict(config),
+                resume="allow",
+            )
+
+    def write(self, record: Record) -> None:
+        """Appends one record to every sink.
+
+        Raises:
+            RecordError: the disk is full, or gone.
+        """
+        with _reporting(self._path):
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        numbers = _numbers(record)
+        if self._tensorboard is not None:
+            for name, value in numbers.items():
+                self._tensorboard.add_scalar(name, value, record["step"])
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=record["step"])
+
+    def close(self) -> None:
+        """Ends all sinks.
+
+        Raises:
+            RecordError: what was written last has not reached the disk.
+        """
+        with _reporting(self._path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+@contextlib.contextmanager
+def _reporting(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RecordError(
+            f"{path}: cannot be written ({error.strerror}); make room, and the same command continues"
+        ) from error
+
+
+def rewrite(path: Path, text: str) -> None:
+    """Writes a file of the run folder; whatever happens, `path` holds the old one or the whole new one.
+
+    Raises:
+        RecordError: the disk is full, or gone.
+    """
+    partial = path.with_name(path.name + ".partial")
+    with _reporting(path):
+        partial.write_text(text)
+        os.replace(partial, path)
+
+
+def _run_id(path: Path) -> str:
+    """The id under which Weights & Biases continues a run, kept in the run folder."""
+    if not path.exists():
+        path.write_text(uuid.uuid4().hex)
+    return path.read_text()
+
+
+def read(path: Path) -> list[Record]:
+    """Records of a ``metrics.jsonl``; a last line that was cut by a crash is left out."""
+    records = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
+    return records
+
+
+def describe(record: Record) -> str:
+    """A training record in one line."""
+    return (
+        f"step {record['step']:>6}  epoch {record['epoch']:7.2f}  loss {record['loss']:8.4f}  "
+        f"cos +/- {_cosines(record)}  lr {record['lr']:.2e}  {record['images_per_s']:7.1f} img/s  "
+        f"wait {record['data_wait']:4.0%}  eta {eta(record['eta_s'])}"
+    )
+
+
+def _cosines(record: Record) -> str:
+    """Positive and negative cosine per level."""
+    return " ".join(f"{p:+.2f}/{n:+.2f}" for p, n in zip(record["positive"], record["negative"], strict=True))
+
+
+def eta(seconds: float) -> str:
+    """Hours, minutes and seconds, as 1:02:03."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Drops records of steps after `step`: a resumed run writes them again."""
+    if path.exists():
+        rewrite(path, "".join(json.dumps(r) + "\n" for r in read(path) if r["step"] <= step))
+
+
+def _numbers(record: Record) -> dict[str, float]:
+    """Its numbers by path, such as train/loss, train/loss_level_0 or eval/knn_val/accuracy."""
+    prefix = f"eval/{record['name']}_{record['split']}" if record["kind"] == "eval" else record["kind"]
+    numbers: dict[str, float] = {}
+    for name, value in record.items():
+        if isinstance(value, list):
+            numbers |= {f"{prefix}/{name}_{i}": v for i, v in enumerate(value)}
+        elif name not in ("kind", "step", "name", "split"):
+            numbers[f"{prefix}/{name}"] = value
+    return numbers
+
+
+class BadFiles:
+    """``bad_files.jsonl``: every file that could not be used, once, with the reason.
+
+    Args:
+        path: of the list.
+        elsewhere: files that another process lists: what the headers revealed is the same for all.
+    """
+
+    def __init__(self, path: Path, elsewhere: Mapping[int, str]) -> None:
+        self._path, self._elsewhere = path, elsewhere
+        self._known: set[str] = set()
+        self._size = 0  # of the list when it was last read or written here, bytes
+
+    def __call__(self, index: int, path: str, reason: str) -> None:
+        """Notes a file, and says so once."""
+        if index in self._elsewhere:
+            return
+        size = self._path.stat().st_size if self._path.exists() else 0
+        if size != self._size:  # an earlier run or another process has written to it
+            self._known, self._size = {record["path"] for record in read(self._path)}, size
+        if path not in self._known:
+            self._known.add(path)
+            log.warning("bad file, replaced: %s: %s", path, reason)
+            with _reporting(self._path), open(self._path, "a") as file:
+                file.write(json.dumps({"index": index, "path": path, "reason": reason}) + "\n")
+                self._size = file.tell()
+
+
+class ProgressBar:
+    """A bar on a terminal or in a notebook, lines elsewhere."""
+
+    def __init__(self, config: Config, step: int, steps: int) -> None:
+        hidden = None if config.log.progress and distributed.rank() == 0 else True  # None: unless it can be drawn
+        self._bar = tqdm(total=steps, initial=step, disable=hidden, file=sys.stdout, unit="step", dynamic_ncols=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()
+
+    def advance(self) -> None:
+        """Counts a step."""
+        self._bar.update()
+
+    def show(self, record: Record) -> None:
+        """Shows a training record."""
+        log.info(describe(record))
+        self._bar.set_postfix_str(
+            f"loss {record['loss']:.4f}, cos {_cosines(record)}, "
+            f"{record['images_per_s']:.1f} img/s, wait {record['data_wait']:.0%}"
+        )

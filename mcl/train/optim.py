@@ -1,0 +1,181 @@
+"""LARS, parameter groups, schedules. Nothing here reads a number back from the device."""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+
+from mcl import ops
+from mcl.config import OptimConfig
+
+_RELEASED_EXCLUSION = re.compile(r"(bn|gn)\d+\.(weight|bias)|\.bn\.(weight|bias)|bias")
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""What ``trainer.precision`` computes in, where that is not the type of the weights."""
+
+
+class LARS(Optimizer):
+    """Layer-wise adaptive rate scaling (arXiv 1708.03888), as in the released code.
+
+    With w a parameter and g its gradient:
+        trust = trust_coefficient * |w| / (|g| + weight_decay * |w|)
+        buffer = momentum * buffer + lr * trust * (g + weight_decay * w)
+        w = w - buffer
+    Groups with ``adapt=False`` use trust = 1. A zero weight gives trust = 0, so it never moves.
+
+    Like PyTorch's fused optimisers, it heeds two attributes that :class:`torch.amp.GradScaler` sets, one float32 each:
+    a step changes nothing if ``found_inf`` is not 0, and divides gradients by ``grad_scale``, in place.
+
+    Args:
+        params: parameters, or groups of them with their own ``weight_decay`` and ``adapt``.
+    """
+
+    _step_supports_amp_scaling = True  # read by GradScaler
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        trust_coefficient: float = 1e-3,
+        adapt: bool = True,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "trust_coefficient": trust_coefficient,
+            "adapt": adapt,
+        }
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Updates all parameters that have a gradient."""
+        loss = closure() if closure is not None else None
+        for group in self.param_groups:
+            weights = [p for p in group["params"] if p.grad is not None]
+            if weights:
+                self._update(weights, group)
+        return loss
+
+    def _update(self, weights: list[Tensor], group: dict[str, Any]) -> None:
+        grads = [_in_order_of(w, w.grad) for w in weights if w.grad is not None]
+        if (scale := getattr(self, "grad_scale", None)) is not None:
+            torch._foreach_div_(grads, scale)
+        ops.lars_(
+            weights,
+            grads,
+            _momenta(self, weights),
+            lr=group["lr"],
+            momentum=group["momentum"],
+            weight_decay=group["weight_decay"],
+            trust_coefficient=group["trust_coefficient"],
+            adapt=group["adapt"],
+            found_inf=getattr(self, "found_inf", None),
+        )
+
+
+def _momenta(optimizer: Optimizer, weights: Sequence[Tensor]) -> list[Tensor]:
+    """The momentum buffers of weights; zeros for those that have none yet."""
+    states = [optimizer.state[w] for w in weights]
+    for w, state in zip(weights, states, strict=True):
+        if state.get("momentum_buffer") is None:
+            state["momentum_buffer"] = torch.zeros_like(w)
+    return [state["momentum_buffer"] for state in states]
+
+
+def _in_order_of(weight: Tensor, grad: Tensor) -> Tensor:
+    """The gradient, its elements in memory in the order of the weight's; autograd nearly always makes it so."""
+    return grad if grad.stride() == weight.stride() else torch.empty_like(weight).copy_(grad)
+
+
+def excluded(name: str, parameter: Tensor, rule: str) -> bool:
+    """Whether a parameter takes neither weight decay nor trust ratio; `rule` is ``optim.exclude``."""
+    if rule == "released":
+        return _RELEASED_EXCLUSION.search(_released_name(name)) is not None
+    return parameter.ndim <= 1
+
+
+def _released_name(name: str) -> str:
+    """The authors call the norms of FPN and head convolutions `bn`."""
+    return re.sub(r"^(online\.fpn\..*|online\.head\.convs\..*)\.norm\.", r"\1.bn.", name)
+
+
+def build_optimizer(config: OptimConfig, model: nn.Module) -> Optimizer:
+    """Optimiser over the trainable parameters of `model`, in two groups: the usual, and the excluded ones.
+
+    Each of them leaves a step out if its attribute ``found_inf``, () float32 on the device, is 1.
+    """
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    usual = [p for name, p in trainable if not excluded(name, p, config.exclude)]
+    vectors = [p for name, p in trainable if excluded(name, p, config.exclude)]
+    groups: list[dict[str, Any]] = [
+        {"params": usual, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    if config.name == "lars":
+        groups[1]["adapt"] = False
+        return LARS(groups, lr=0.0, momentum=config.momentum, trust_coefficient=config.trust_coefficient)
+    if config.name == "sgd":
+        sgd = SGD(groups, lr=0.0, momentum=config.momentum, fused=True)
+        if config.momentum:
+            sgd.register_step_pre_hook(_create_momenta)
+        return sgd
+    return AdamW(groups, lr=0.0, betas=config.betas, fused=True)
+
+
+def _create_momenta(optimizer: Optimizer, *_: Any) -> None:
+    """Fused SGD would leave the momentum buffers of a first step that is skipped uninitialised."""
+    for group in optimizer.param_groups:
+        _momenta(optimizer, [p for p in group["params"] if p.grad is not None])
+
+
+def load_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Takes up the state per parameter that ``state_dict`` gave. Settings of groups stay the optimiser's own: they
+    follow from the configuration, and which of PyTorch's implementations computes may differ."""
+    groups = [
+        own | {"params": saved["params"]}
+        for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    optimizer.load_state_dict({**state, "param_groups": groups})
+
+
+def learning_rate(config: OptimConfig, global_batch: int, step: int, steps: int, steps_per_epoch: int) -> float:
+    """Learning rate of a step: a cosine over the whole run from the first step on, times a linear warm-up.
+
+    Args:
+        step: from 0.
+        steps: of the whole run.
+    """
+    peak = config.base_lr * global_batch / 256
+    lr = config.final_lr + (peak - config.final_lr) * (math.cos(math.pi * step / steps) + 1) / 2
+    warmup = round(config.warmup_epochs * steps_per_epoch)
+    if step < warmup:
+        lr *= config.warmup_start + (1 - config.warmup_start) * step / warmup
+    return lr
+
+
+def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+class LossScaler(torch.amp.GradScaler):
+    """Loss scaling for fp16 with an upper bound of the scale, as the released code has one."""
+
+    def __init__(self, device: str, maximum: float, enabled: bool) -> None:
+        super().__init__(device, init_scale=maximum, enabled=enabled)
+        self._maximum = maximum
+
+    def update(self, new_scale: float | Tensor | None = None) -> None:
+        """Adapts the scale after a step."""
+        super().update(new_scale)
+        if self.is_enabled():
+            assert self._scale is not None  # the first step has made it
+            self._scale.clamp_(max=self._maximum)

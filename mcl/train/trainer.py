@@ -1,0 +1,314 @@
+"""The training loop, readable top to bottom."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from dali_pipelines.batch import MontageBatch
+from dali_pipelines.loader import MontageLoader, default_threads
+from mcl import distributed, ops
+from mcl.config import Config, ConfigError, changed_keys, from_dict, to_dict
+from mcl.distributed import agreement
+from mcl.distributed.signals import Consensus, Interrupted, Signals
+from mcl.distributed.watchdog import Watchdog
+from mcl.evaluation import check_evaluations
+from mcl.models import MCL, Output
+from mcl.models.sync_bn import synchronize
+from mcl.records.meters import Meter, Stopwatch
+from mcl.records.metrics import BadFiles, Metrics, ProgressBar, log, rewrite, setup_logging
+from mcl.train import checkpoint, ema
+from mcl.train.checkpoint import CheckpointError
+from mcl.train.optim import learning_rate
+from mcl.train.saving import Saver
+from mcl.train.step import TrainingStep
+
+_DRIVER = Path("/proc/driver/nvidia/version")
+
+_BUSY = 0.5
+"""Load per core, before a run has added its own, that is worth a warning."""
+
+_SKIPPED_IN_A_ROW = 100
+"""Steps left out one after the other, as in fp16 or by trainer.on_nonfinite, that end a run: no finite gradient will
+come."""
+
+
+class NonFiniteLossError(RuntimeError):
+    """Loss or gradient became infinite or NaN; the message names step, level and last good checkpoint."""
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of this process for ``trainer.device``.
+
+    Raises:
+        ConfigError: cuda was asked for and is not there.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("trainer.device: cuda was asked for, but PyTorch sees no CUDA device; use trainer.device=cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", distributed.local_rank())
+
+
+class Trainer:
+    """A run: built from its configuration, continued from its folder if that holds a checkpoint.
+
+    Raises:
+        ConfigError, SourceError, CheckpointError: wrong input, before any work starts.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        distributed.adopt_slurm()
+        self.device = resolve_device(config.trainer.device)
+        distributed.setup(self.device.type, config.trainer.timeout)
+        self._watchdog = Watchdog(config.trainer.timeout)
+        with self._watchdog.starting():
+            agreement.check(config, self.device.type)
+            self.images = config.images_per_rank(distributed.world_size())
+            self.folder = config.run_folder
+            if config.trainer.resume == "never" and checkpoint.steps(self.folder / "checkpoints"):
+                raise ConfigError(f"trainer.resume: never, but {self.folder} holds a run; choose another name")
+            if config.trainer.threads:
+                torch.set_num_threads(config.trainer.threads)
+            self._prepare_folder()
+
+            source = agreement.open_shared(config.data)
+            distributed.in_turn(lambda: check_evaluations(config, source))
+            plan = config.plan(len(source), self.images, distributed.rank(), distributed.world_size())
+            self.loader = MontageLoader(
+                source,
+                plan,
+                config.data,
+                gpu=self.device.index,
+                threads=config.data.threads or default_threads(distributed.local_world_size()),
+                on_bad=BadFiles(self.folder / "bad_files.jsonl", {} if distributed.rank() == 0 else source.bad),
+            )
+            self.steps_per_epoch = plan.steps_per_epoch
+            self.steps = config.trainer.epochs * self.steps_per_epoch
+            self.step = 0
+
+            torch.manual_seed(config.trainer.seed)  # the same weights on every rank
+            self.model = MCL(config.model, config.montage, config.trainer.recompute)
+            if config.trainer.init_from:
+                state = checkpoint.load(config.trainer.init_from)
+                checkpoint.restore(self.model, state["model"], config.trainer.init_from)
+            self.model = synchronize(self.model, self.device.type)
+            self._update = TrainingStep(config, self.model, self.device)
+            self._saver = Saver(self.folder / "checkpoints", config.trainer.keep)
+            self._resume()
+            if distributed.rank() == 0:
+                rewrite(self.folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
+            self._skips = config.trainer.on_nonfinite == "skip"
+            scaled = config.trainer.precision == "fp16"
+            self._meter = Meter(len(config.montage.ratios), self.device, scaled, self._skips)
+
+    # ------------------------------------------------------------------------------------------------ the loop
+
+    def fit(self) -> None:
+        """Trains to the end, or until a signal.
+
+        Raises:
+            CheckpointError: a checkpoint could not be saved.
+            NonFiniteLossError: see there.
+            PeerError: another process failed.
+            Interrupted: SIGINT or SIGTERM arrived; a checkpoint was saved.
+        """
+        with self._watchdog.starting():
+            metrics = Metrics(self.config, self.step) if distributed.rank() == 0 else None
+            self._describe()
+            consensus, stop = Consensus(), 0
+        trainer = self.config.trainer
+        every = max(1, round(trainer.checkpoint_epochs * self.steps_per_epoch))
+        stopwatch = Stopwatch(self.steps - self.step, self._update.timer)
+        self._watchdog.advance(self.step)
+        try:
+            with (
+                Signals() as signals,
+                self._watchdog.training(self._saver.settle),
+                ProgressBar(self.config, self.step, self.steps) as bar,
+            ):
+                while self.step < self.steps and not stop:
+                    with stopwatch.waiting():
+                        query, key = next(self.loader)
+                    output, grad_norm = self.train_step(query, key)
+                    self._meter.add(self.step, output, grad_norm)
+                    self.step += 1
+                    self._watchdog.advance(self.step)
+                    stopwatch.lap(trainer.global_batch)
+                    bar.advance()
+                    stop = consensus(signals.received)
+                    if self.step % trainer.log_every == 0 or self.step == self.steps:
+                        record = self._record(stopwatch)
+                        if metrics is not None:
+                            metrics.write(record)
+                            bar.show(record)
+                    if self.step % every == 0 or self.step == self.steps or stop:
+                        with stopwatch.saving():
+                            self.save()
+                    self._saver.check()
+                self._saver.wait()
+                distributed.barrier()  # torchrun ends the others as soon as one has left
+            if stop:
+                log.warning("stopped by signal %d at step %d; the same command continues", stop, self.step)
+                raise Interrupted(128 + stop)
+        finally:
+            with self._watchdog.leaving():
+                self._saver.settle()
+                self.loader.close()
+                if metrics is not None:
+                    metrics.close()
+
+    def train_step(self, query: MontageBatch, key: MontageBatch) -> tuple[Output, Tensor]:
+        """The next step (:class:`~mcl.train.step.TrainingStep`), at its place in the schedules."""
+        optim, trainer = self.config.optim, self.config.trainer
+        lr = learning_rate(optim, trainer.global_batch, self.step, self.steps, self.steps_per_epoch)
+        return self._update(query, key, lr, ema.momentum(optim.ema, self.step, self.steps))
+
+    # ------------------------------------------------------------------------------------------------ state
+
+    def save(self) -> None:
+        """Hands a checkpoint to the thread that writes it, unless the loss is no longer finite."""
+        self._check_finite()
+        for bad in distributed.gather_objects(self.loader.bad):
+            self.loader.share(bad)
+        if distributed.rank() == 0:
+            self._saver.save(self.state_dict())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step depends on."""
+        rng = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        return {
+            "config": to_dict(self.config),
+            "step": self.step,
+            "model": self.model.state_dict(),
+            **self._update.state_dict(),
+            "loader": self.loader.state_dict(),
+            "files": self.loader.source.digest(),
+            "rng": rng,
+            "environment": self._environment(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], origin: str) -> None:
+        """Takes up where :meth:`state_dict` was called; `origin` names the file in errors."""
+        checkpoint.restore(self.model, state["model"], origin)
+        self._update.load_state_dict(state)
+        self.loader.load_state_dict(state["loader"])
+        self.step = state["step"]
+        torch.set_rng_state(state["rng"]["cpu"])
+        if "cuda" in state["rng"] and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
+        before, now = state["environment"], self._environment()
+        changed = [f"{k} was {before.get(k)}, is {now[k]}" for k in now if before.get(k) != now[k]]
+        if changed:
+            log.warning("resuming, but not bit for bit: %s", "; ".join(changed))
+
+    def _resume(self) -> None:
+        state = checkpoint.latest(self.folder / "checkpoints")
+        found = distributed.gather_objects(None if state is None else state["step"])
+        if len(set(found)) > 1:
+            raise CheckpointError(
+                f"{self.folder}: the newest checkpoint that ranks can read is of step {', '.join(map(str, found))}; "
+                "look into their warnings, then mend the machine that reads badly or remove the newer checkpoints"
+            )
+        if state is None:
+            return
+        changes = changed_keys(from_dict(state["config"]), self.config)
+        if changes:
+            raise ConfigError(
+                f"{changes[0]}: the run in {self.folder} was started with another value; keep it to resume, or choose "
+                f"another name for a new run ({len(changes)} keys differ: {', '.join(changes)})"
+            )
+        if state["files"] != self.loader.source.digest():
+            raise ConfigError(
+                f"data.root: the files in {self.config.data.root} are not those that the run in {self.folder} was "
+                "started with; put them back (broken ones may stay), or choose another name for a new run"
+            )
+        self.load_state_dict(state, str(self.folder))
+        log.info("resumed at step %d of %d", self.step, self.steps)
+
+    def _environment(self) -> dict[str, Any]:
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        return {
+            "torch": str(torch.__version__),
+            "device": name,
+            "threads": torch.get_num_threads(),
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "world_size": distributed.world_size(),
+            "engine": f"{self.loader.engine_name} on {self.loader.device}",
+            "operators": ops.describe(self.device.type),
+            "compiled": self.config.trainer.compile,
+        }
+
+    # ------------------------------------------------------------------------------------------------ set-up and words
+
+    def _prepare_folder(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            setup_logging(self.folder)
+        except OSError as error:
+            raise ConfigError(f"output: cannot write to {self.folder} ({error.strerror}); set output=FOLDER") from None
+        distributed.barrier()
+
+    def _describe(self) -> None:
+        source, plan, config = self.loader.source, self.loader.plan, self.config
+        names = "" if not source.classes else f" in {len(source.classes)} classes"
+        log.info("%d images%s in %s, %d of them bad", len(source), names, source.root, len(self.loader.bad))
+        log.info("loader: %s on %s (%s)", self.loader.engine_name, self.loader.device, self.loader.reason)
+        log.info("operators: %s", ops.describe(self.device.type))
+        load, cores = os.getloadavg()[0], os.cpu_count() or 1
+        if load > _BUSY * cores:
+            log.warning("the machine is busy: its load is %.1f on %d cores, so steps will be slower", load, cores)
+        if config.trainer.device == "auto" and self.device.type == "cpu" and _DRIVER.exists():
+            log.warning("training on the CPU, since PyTorch sees no CUDA device, though there is a driver: mcl doctor")
+        log.info(
+            "%s, canvas %d px, %s, %s on %s x %d; %d images per step, %d steps per epoch, %d steps",
+            config.model.backbone,
+            plan.geometry.canvas,
+            config.model.compute,
+            config.trainer.precision,
+            self.device,
+            distributed.world_size(),
+            plan.global_batch,
+            self.steps_per_epoch,
+            self.steps,
+        )
+
+    def _record(self, stopwatch: "Stopwatch") -> dict[str, Any]:
+        self._check_finite()
+        optim, trainer = self.config.optim, self.config.trainer
+        last = self.step - 1
+        means = self._meter.read()
+        if self._skips and means["skipped"]:
+            log.warning("%d steps without a finite gradient since the last record, left out", means["skipped"])
+        return {
+            "kind": "train",
+            "step": self.step,
+            "epoch": self.step / self.steps_per_epoch,
+            "lr": learning_rate(optim, trainer.global_batch, last, self.steps, self.steps_per_epoch),
+            "ema": ema.momentum(optim.ema, last, self.steps),
+            **stopwatch.read(),
+            **means,
+        }
+
+    def _check_finite(self) -> None:
+        failure = self._meter.failure()
+        if failure is not None:
+            step, levels = failure
+            what = f"loss of level {', '.join(map(str, levels))}" if levels else "gradient"
+            what = f"{what} was not finite at step {step}"
+        elif (skipped := self._meter.skipped_in_a_row()) >= _SKIPPED_IN_A_ROW:
+            what = f"gradient was not finite in the last {skipped} steps"
+        else:
+            return
+        self._saver.settle()  # the checkpoint to name may still be under way
+        good = checkpoint.steps(self.folder / "checkpoints")
+        raise NonFiniteLossError(
+            f"the {what}; last good checkpoint: {good[-1] if good else 'none'}. "
+            "Lower optim.base_lr or lengthen optim.warmup_epochs"
+        )

@@ -1,0 +1,84 @@
+"""What the compiler says of the CUDA kernels: registers, spills, shared memory; and the occupancy that follows.
+
+``python -m tests.kernels.ptxas`` prints it for the library that was built.
+"""
+
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import mcl
+from benchmarks.common import markdown
+
+REPORT = Path(mcl.__file__).parent / "_C.ptxas.txt"
+THREADS = 256
+"""Of a block; those of make_tiles have 384, with the same occupancy."""
+
+_SHARED = {"sm_80": 164, "sm_90": 228, "sm_100": 228}
+"""KiB of shared memory of a multiprocessor; all have 65,536 registers, 64 warps, 32 blocks."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel on one architecture."""
+
+    name: str
+    architecture: str
+    registers: int
+    stack: int  # bytes
+    spill_stores: int  # bytes
+    spill_loads: int  # bytes
+    shared: int  # bytes
+
+    @property
+    def occupancy(self) -> float:
+        """Resident warps of 64, for blocks of 256 threads: computed from registers and shared memory, not measured."""
+        warps = THREADS // 32
+        registers = -(-self.registers * 32 // 256) * 256  # are given to warps in units of 256
+        shared = _SHARED.get(self.architecture, 164) * 1024 // (self.shared + 1024)  # 1 KiB of each block is reserved
+        return min(65536 // (registers * warps), shared, 64 // warps, 32) * warps / 64
+
+
+def parse(text: str) -> list[Kernel]:
+    """Kernels in the output of ``nvcc -Xptxas -v``."""
+    kernels = []
+    for part in text.split("Compiling entry function ")[1:]:
+        name, architecture = re.findall(r"'([^']+)' for '(\w+)'", part)[0]
+        stack, stores, loads = map(int, re.findall(r"(\d+) bytes (?:stack frame|spill \w+)", part)[:3])
+        registers = int(re.findall(r"Used (\d+) registers", part)[0])
+        shared = sum(map(int, re.findall(r"(\d+) bytes smem", part)))
+        kernels.append(Kernel(name, architecture, registers, stack, stores, loads, shared))
+    return kernels
+
+
+def table() -> str:
+    """The report of the library that was built, as Markdown.
+
+    Raises:
+        FileNotFoundError: it was built without CUDA.
+    """
+    if not REPORT.exists():
+        raise FileNotFoundError(f"{REPORT}: not there; MCL_BUILD_CUDA=1 pip install --no-build-isolation -e . makes it")
+    kernels = sorted(parse(REPORT.read_text()), key=lambda k: (k.name, len(k.architecture), k.architecture))
+    names = _demangle([k.name for k in kernels])
+    rows = [
+        (name, k.architecture, k.registers, k.stack, k.spill_stores + k.spill_loads, k.shared, f"{k.occupancy:.0%}")
+        for name, k in zip(names, kernels, strict=True)
+    ]
+    return markdown(
+        ["kernel", "for", "registers", "stack", "spilled bytes", "shared bytes", "occupancy (computed)"], rows
+    )
+
+
+def _demangle(names: list[str]) -> list[str]:
+    """C++ names without arguments, where c++filt is there."""
+    try:
+        done = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return names
+    return [re.sub(r"^(?:void )?(?:mcl::(?:\w+::)*)?(.*?)\(.*$", r"\1", line) for line in done.stdout.splitlines()]
+
+
+if __name__ == "__main__":
+    print(table())
