@@ -128,20 +128,6 @@ def in_order(geometry: Geometry, images: int, pixels: Tensor) -> MontageBatch:
     )
 
 
-def all_tiles(ratio: int, side: int, canvases: int, device: torch.device) -> Tensor:
-    """The grid of tiles of every canvas, whatever its level: (canvases * ratio^2, 5) as ``MontageBatch.boxes``.
-
-    Args:
-        ratio: tiles per canvas side.
-        side: of a canvas, pixels.
-    """
-    # Made on the device: a copy from the host would wait for it.
-    steps = torch.arange(canvases * ratio * ratio, device=device)
-    x, y = steps % ratio, steps // ratio % ratio
-    corners = torch.stack([x, y, x + 1, y + 1], 1) * (side // ratio)
-    return torch.cat([(steps // ratio**2)[:, None], corners], 1).float()
-
-
 def lay_out(tiles: Sequence[Tensor], tile_images: Sequence[IntArray], ratios: Sequence[int]) -> Tensor:
     """The canvases of a view, (K, 3, S, S) channels_last, from a tile of every image at every level.
 
@@ -161,6 +147,14 @@ def assemble(tiles: Tensor, ratio: int) -> Tensor:
     _, channels, tile, _ = tiles.shape
     grid = tiles.view(-1, ratio, ratio, channels, tile, tile)
     return grid.permute(0, 3, 1, 4, 2, 5).reshape(-1, channels, ratio * tile, ratio * tile)
+
+
+def cut(canvases: Tensor, ratio: int) -> Tensor:
+    """The inverse of :func:`assemble`, of any maps: (n, C, S, S) to (n * ratio^2, C, tile, tile), channels_last."""
+    n, channels, side, _ = canvases.shape
+    tile = side // ratio
+    grid = canvases.permute(0, 2, 3, 1).reshape(n, ratio, tile, ratio, tile, channels)
+    return grid.transpose(2, 3).reshape(-1, tile, tile, channels).permute(0, 3, 1, 2)
 
 
 def join(pieces: Sequence[Tensor]) -> Tensor:
