@@ -9,12 +9,12 @@ from functools import partial
 import torch
 import torchvision.transforms.v2.functional as F
 from torch import Tensor
+from torch.optim.swa_utils import update_bn
 
 from dali_pipelines.loader import default_threads
 from dali_pipelines.reference import decode
 from dali_pipelines.source import Source
 from mcl.config import Config
-from mcl.evaluation.statistics import fresh_statistics
 from mcl.models.backbones import Backbone
 
 _BATCH = 64
@@ -39,11 +39,11 @@ def photos(config: Config, source: Source) -> Iterator[tuple[Tensor, Tensor]]:
     )
     with ThreadPoolExecutor(config.data.threads or default_threads()) as pool:
         for start in range(0, len(source), _BATCH):
-            loaded = list(pool.map(load, range(start, min(start + _BATCH, len(source)))))
-            good = [i for i, image in enumerate(loaded) if image is not None]
-            if good:
+            loaded = enumerate(pool.map(load, range(start, min(start + _BATCH, len(source)))))
+            images = {i: image for i, image in loaded if image is not None}
+            if images:
                 labels = torch.from_numpy(source.labels[start : start + _BATCH])
-                yield torch.stack([image for image in loaded if image is not None]), labels[good]
+                yield torch.stack(list(images.values())), labels[list(images)]
 
 
 @torch.no_grad()
@@ -58,8 +58,6 @@ def extract(backbone: Backbone, config: Config, source: Source, device: torch.de
 
 def prepare(backbone: Backbone, config: Config, source: Source, device: torch.device) -> Backbone:
     """A copy on `device`, its BatchNorm statistics re-estimated on plain photographs of `source`."""
-    backbone = copy.deepcopy(backbone).to(device, torch.float32)
-    with fresh_statistics(backbone):
-        for images, _ in itertools.islice(photos(config, source), _STATISTICS_BATCHES):
-            backbone(images.to(device))
+    backbone = copy.deepcopy(backbone).to(device, torch.float32).eval()
+    update_bn(itertools.islice(photos(config, source), _STATISTICS_BATCHES), backbone, device)
     return backbone

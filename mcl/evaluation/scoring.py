@@ -77,15 +77,15 @@ def _retrieval(
     for split, source in sources.items():
         if split == "val" and len(source) < config.evaluation.gallery:
             continue
-        trained, untrained = retrieval(networks, config, source, device)
+        (levels, errors), (random, random_errors) = retrieval(networks, config, source, device)
         yield {
             "split": split,
             "gallery": config.evaluation.gallery,
             "chance": 1 / config.evaluation.gallery,
-            "levels": trained.levels,
-            "levels_se": trained.errors,
-            "random": untrained.levels,
-            "random_se": untrained.errors,
+            "levels": levels,
+            "levels_se": errors,
+            "random": random,
+            "random_se": random_errors,
         }
 
 
