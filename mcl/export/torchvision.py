@@ -9,7 +9,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 from mcl.config import ConfigError, ModelConfig
 from mcl.export.files import save_plain, save_safetensors
-from mcl.export.target import Target, Twin, TwinPart
+from mcl.export.target import Target, Twin
 
 _SAVES = {".pth": save_plain, ".safetensors": save_safetensors}
 _INSTALL = "pip install torchvision"
@@ -34,14 +34,9 @@ def _resnet_maps(model: nn.Module, image: Tensor) -> list[Tensor]:
 RESNET = Target(
     name="torchvision",
     rename=resnet_name,
-    parts=("backbone",),
+    parts={"backbone": r"(?!fc\.)"},
     saves=_SAVES,
-    twin=Twin(
-        "torchvision",
-        _INSTALL,
-        lambda config: models.get_model(config.backbone),
-        {"backbone": TwinPart(r"(?!fc\.)", _resnet_maps)},
-    ),
+    twin=Twin("torchvision", _INSTALL, lambda config: models.get_model(config.backbone), {"backbone": _resnet_maps}),
 )
 
 
@@ -59,21 +54,20 @@ def _check_detection(config: ModelConfig, parts: Sequence[str]) -> None:
 DETECTION = Target(
     name="torchvision-detection",
     rename=lambda name: name,
-    parts=("backbone", "fpn", "head"),
+    parts={
+        "backbone": r"backbone\.body\.",
+        "fpn": r"backbone\.fpn\.",
+        "head": r"roi_heads\.box_head\.\d\.[01]\.",
+    },
     saves=_SAVES,
     twin=Twin(
         "torchvision",
         _INSTALL,
         lambda config: models.detection.fasterrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None),
         {
-            "backbone": TwinPart(r"backbone\.body\.", lambda model, image: list(model.backbone.body(image).values())),
-            "fpn": TwinPart(  # what follows P5 is P6
-                r"backbone\.fpn\.", lambda model, maps: list(model.backbone.fpn(dict(enumerate(maps))).values())[:4]
-            ),
-            "head": TwinPart(
-                r"roi_heads\.box_head\.\d\.[01]\.",
-                lambda model, p5: [nn.Sequential(*list(model.roi_heads.box_head)[:4])(p5)],
-            ),
+            "backbone": lambda model, image: list(model.backbone.body(image).values()),
+            "fpn": lambda model, maps: list(model.backbone.fpn(dict(enumerate(maps))).values())[:4],
+            "head": lambda model, p5: [nn.Sequential(*list(model.roi_heads.box_head)[:4])(p5)],
         },
     ),
     check=_check_detection,

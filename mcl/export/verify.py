@@ -40,11 +40,11 @@ def verify(
         theirs: nn.Module = twin.build(config).eval()
     except (ImportError, AssertionError) as error:  # the latter for a version of mmcv that they do not take
         raise ConfigError(f"--verify: needs {twin.package} ({error}); install it: {twin.install}") from None
-    fresh = _load(theirs, weights, [twin.parts[part].names for part in parts], target.name)
+    fresh = _load(theirs, weights, [target.parts[part] for part in parts], target.name)
     inputs, ours = _features(encoder.eval(), target.maps)
     difference = 0.0
     for part in parts:
-        got = twin.parts[part].forward(theirs, inputs[part])
+        got = twin.forward[part](theirs, inputs[part])
         for mine, other in zip(ours[part], got, strict=True):
             difference = max(difference, float((other - mine).abs().max() / mine.abs().max()))
             if not difference <= _TOLERANCE:  # NaN too
