@@ -48,12 +48,17 @@ def photos(config: Config, source: Source) -> Iterator[tuple[Tensor, Tensor]]:
 
 @torch.no_grad()
 def extract(backbone: Backbone, config: Config, source: Source, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean of C5 over space: (n, channels) float32 and (n,) labels, on the CPU. The backbone is in evaluation mode."""
+    """Mean of C5 over space of photographs of known class, by a backbone in evaluation mode.
+
+    Returns:
+        (n, channels) float32 and (n,) labels, on the CPU.
+    """
     features, labels = [], []
     for images, label in photos(config, source):
         features.append(backbone(images.to(device))[0].mean((2, 3)).float().cpu())
         labels.append(label)
-    return torch.cat(features), torch.cat(labels)
+    classes = torch.cat(labels)
+    return torch.cat(features)[classes >= 0], classes[classes >= 0]
 
 
 def prepare(backbone: Backbone, config: Config, source: Source, device: torch.device) -> Backbone:

@@ -112,7 +112,7 @@ def _parts(target: Target, wanted: Sequence[str]) -> list[str]:
 
 def _check_parts(target: Target, parts: Sequence[str], encoder: Encoder, cfg: Config) -> None:
     """Whether the encoder has what the target takes."""
-    wanted, trained = [f"P{m + 2}" for m in target.maps], {f"P{5 - depth}" for depth in encoder.fpn.depths}
+    wanted, trained = [f"P{n}" for n in target.maps], {f"P{5 - depth}" for depth in encoder.fpn.depths}
     lacking = [name for name in wanted if name not in trained]
     if "fpn" in parts and lacking:
         others = ",".join(part for part in target.parts if part != "fpn")

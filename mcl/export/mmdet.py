@@ -107,5 +107,5 @@ RETINANET = Target(
     twin=Twin(
         "mmdet", INSTALL, _build_retinanet, {"backbone": backbone, "fpn": lambda model, maps: model.neck(maps)[:3]}
     ),
-    maps=(1, 2, 3),
+    maps=(3, 4, 5),
 )

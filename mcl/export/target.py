@@ -39,7 +39,7 @@ class Target:
     """By the ending of a file; the first one is the default."""
     twin: Twin | None
     """None for a library that no package index has."""
-    maps: tuple[int, ...] = (0, 1, 2, 3)
-    """Maps of the FPN that it takes, 0 is P2."""
+    maps: tuple[int, ...] = (2, 3, 4, 5)
+    """Maps of the FPN that it takes, 2 is P2."""
     check: Callable[[ModelConfig, Sequence[str]], None] = lambda config, parts: None
     """Raises ConfigError for a model whose parts have other shapes than the target's."""

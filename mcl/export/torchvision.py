@@ -13,7 +13,6 @@ from mcl.export.target import Target, Twin
 
 _SAVES = {".pth": save_plain, ".safetensors": save_safetensors}
 _INSTALL = "pip install torchvision"
-_STAGES = ["layer1", "layer2", "layer3", "layer4"]
 _SIZES: dict[str, dict[str, Any]] = {
     "backbone": {"backbone": "resnet50"},
     "fpn": {"width": 256},
@@ -28,7 +27,7 @@ def resnet_name(name: str) -> str:
 
 
 def _resnet_maps(model: nn.Module, image: Tensor) -> list[Tensor]:
-    return list(create_feature_extractor(model, _STAGES)(image).values())
+    return list(create_feature_extractor(model, ["layer1", "layer2", "layer3", "layer4"])(image).values())
 
 
 RESNET = Target(

@@ -89,10 +89,7 @@ class SaveOnSignal(Hook):
     priority = "LOWEST"  # all others are done with the step
 
     def __init__(self, signals: Signals) -> None:
-        self.signals = signals
-
-    def before_run(self, runner: Any) -> None:
-        self._consensus = Consensus()
+        self.signals, self._consensus = signals, Consensus()
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         self._leave(runner, runner.iter + 1)
