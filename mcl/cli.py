@@ -191,12 +191,11 @@ def _import(options: argparse.Namespace) -> Iterable[object]:
 
 
 def _finetune(options: argparse.Namespace) -> Iterable[str]:
+    from mcl import distributed
     from mcl.finetune import finetune
 
     table = finetune(options.config, options.overrides)
-    from mmengine.dist import is_main_process  # finetune has said so if it is not there
-
-    if is_main_process():
+    if distributed.rank() == 0:
         yield table.rstrip()
 
 

@@ -2,7 +2,7 @@
 
 import copy
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -21,22 +21,21 @@ _BATCH = 64
 _STATISTICS_BATCHES = 8
 
 
-def load_photo(source: Source, i: int, size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor | None:
-    """(3, size, size) normalised: short side to 8/7 of `size`, then the centre; None if image i cannot be decoded."""
+def load_photo(config: Config, source: Source, i: int) -> Tensor | None:
+    """(3, S, S) normalised: short side to 8/7 of the canvas S, then the centre; None if image i cannot be decoded."""
+    size = config.montage.final.canvas
     try:
         image = decode(source.read(i))
     except OSError:  # training has listed it already
         return None
     image = F.center_crop(F.resize(image, [round(size * 8 / 7)], antialias=True), [size, size])
-    photo: Tensor = F.normalize(image.float() / 255, list(mean), list(std))
+    photo: Tensor = F.normalize(image.float() / 255, list(config.augment.mean), list(config.augment.std))
     return photo
 
 
 def photos(config: Config, source: Source) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of (n, 3, S, S) photographs and (n,) labels, in the source's order, without undecodable ones."""
-    load = partial(
-        load_photo, source, size=config.montage.final.canvas, mean=config.augment.mean, std=config.augment.std
-    )
+    load = partial(load_photo, config, source)
     with ThreadPoolExecutor(config.data.threads or default_threads()) as pool:
         for start in range(0, len(source), _BATCH):
             loaded = enumerate(pool.map(load, range(start, min(start + _BATCH, len(source)))))
