@@ -92,7 +92,7 @@ def architectures() -> str:
 
 
 def sources_digest() -> str:
-    """Short hash of all that is compiled; :mod:`mcl.distributed.agreement` compares it between the processes of a run."""
+    """Short hash of all that is compiled; :mod:`mcl.distributed.agreement` compares it between processes."""
     whole = hashlib.sha256(Path("setup.py").read_bytes())
     for file in sorted(path for folder in (SOURCES, PLUGIN) for path in folder.rglob("*") if path.is_file()):
         whole.update(f"{file} ".encode() + hashlib.sha256(file.read_bytes()).digest())

@@ -1,7 +1,7 @@
-"""What all benchmarks share: interleaved timing, the machine, results as JSON, and a gate against an earlier result.
+"""What all benchmarks share: rounds of turns, the machine, results as JSON, tables, and a gate against earlier results.
 
-Results are medians over rounds; a round calls everything that is compared once, so that what disturbs the machine
-disturbs all alike. Spread is the interquartile range relative to the median.
+Results are medians over rounds. In a round every contender has one turn, so that whatever disturbs the machine disturbs
+all of them alike. Spread is the interquartile range relative to the median.
 """
 
 import argparse
@@ -10,74 +10,84 @@ import datetime
 import importlib.metadata
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from tqdm.auto import tqdm
+
+ROOT = Path(__file__).parents[1]
+PRESETS = ROOT / "mcl" / "presets"
 
 Result = dict[str, Any]
 T = TypeVar("T")
+V = TypeVar("V")
+
+_LONG = 30.0  # seconds
 
 
-def turns(names: Sequence[T], repeat: int, warmup: int = 1) -> Iterator[tuple[T, bool]]:
-    """Whose turn it is, and whether it counts: `repeat` rounds after `warmup` ones.
+def progress(items: Sequence[T], what: Callable[[T], str], per_line: int = 1) -> Iterator[T]:
+    """The items, one by one; on stderr stands what begins, and how long the rest will take.
 
-    The order rotates, so that none always comes first.
+    A bar on a terminal; elsewhere lines, one for every `per_line` items, and for those behind one that took long.
     """
-    for turn in range(-warmup, repeat):
-        first = turn % len(names)
-        for name in [*names[first:], *names[:first]]:
-            yield name, turn >= 0
+    start, said, total = time.monotonic(), 0.0, len(items)
+    shape = "{desc}{n_fmt} of {total_fmt} done, {elapsed} elapsed, {remaining} left"
+    with tqdm(total=total, smoothing=0, leave=False, disable=not sys.stderr.isatty()) as bar:
+        for done, item in enumerate(items):
+            now, name = time.monotonic(), what(item)
+            bar.set_description(name)
+            if bar.disable and (done % per_line == 0 or now - said > _LONG):
+                line = tqdm.format_meter(done, total, now - start, prefix=f"{name}: ", bar_format=shape)
+                print(line, file=sys.stderr, flush=True)
+                said = now
+            yield item
+            bar.update()
 
 
-def interleave(
-    functions: dict[str, Callable[[], object]],
-    repeat: int,
-    warmup: int = 1,
-    around: Callable[[str], AbstractContextManager[object]] = contextlib.nullcontext,
-) -> dict[str, list[float]]:
-    """Seconds of every call, in the order of :func:`turns`.
+def rounds(names: Sequence[T], repeat: int, turn: Callable[[T, bool], V], shown: bool = True) -> dict[T, list[V]]:
+    """What the turns of each contender returned in `repeat` rounds, after one round of warm-up.
+
+    The order rotates, so that no contender always comes first.
 
     Args:
-        around: made of a name, it is entered before each call of that function and left after it, and not timed.
+        turn: takes a turn; its arguments are the name and whether the turn counts.
+        shown: whether progress is shown.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for name, counts in turns(list(functions), repeat, warmup):
-        with around(name):
-            synchronize()
-            start = time.perf_counter()
-            functions[name]()
-            synchronize()
-            end = time.perf_counter()
-        if counts:
-            seconds[name].append(end - start)
-    return seconds
+
+    def describe(entry: tuple[T, int]) -> str:
+        name, number = entry
+        return f"round {number} of {repeat}, {name}" if number else f"warm-up, {name}"
+
+    values: dict[T, list[V]] = {name: [] for name in names}
+    order = [(names[(number + k) % len(names)], number) for number in range(repeat + 1) for k in range(len(names))]
+    for name, number in progress(order, describe, len(names)) if shown else order:
+        value = turn(name, number > 0)
+        if number:
+            values[name].append(value)
+    return values
 
 
-def race(
-    case: str, forwards: dict[str, Callable[[], object]], backwards: dict[str, Callable[[], object]], repeat: int
-) -> list[Result]:
-    """Results of each, by name: forward and backward together, and their ratio to the first's."""
-    with torch.no_grad():
-        forward = interleave(forwards, repeat)
-    backward = interleave(backwards, repeat)
-    results = []
-    for name, seconds in forward.items():
-        both = [a + b for a, b in zip(seconds, backward[name], strict=True)]
-        results.append(summary(f"{case}: {name}", both, forward=statistics.median(seconds)))
-    return [{**result, "ratio": result["seconds"] / results[0]["seconds"]} for result in results]
+def interleave(functions: Mapping[str, Callable[[], object]], repeat: int) -> dict[str, list[float]]:
+    """Seconds of the calls of each function, in rounds that show no progress."""
+    return rounds(list(functions), repeat, lambda name, _: timed(functions[name]), shown=False)
 
 
-def synchronize() -> None:
-    """Waits for the GPU where there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def timed(function: Callable[[], object], times: int = 1) -> float:
+    """Seconds of `times` calls. Waits for the GPU, where there is one, before and after."""
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    synchronize()
+    start = time.perf_counter()
+    for _ in range(times):
+        function()
+    synchronize()
+    return time.perf_counter() - start
 
 
 def summary(name: str, seconds: Sequence[float], **more: Any) -> Result:
@@ -88,50 +98,59 @@ def summary(name: str, seconds: Sequence[float], **more: Any) -> Result:
     return {"name": name, **times, **more}
 
 
-def environment() -> dict[str, Any]:
-    """The machine and the versions that results depend on."""
-    cpu = next(
-        (
-            line.split(":", 1)[1].strip()
-            for line in _read("/proc/cpuinfo").splitlines()
-            if line.startswith("model name")
-        ),
-        "unknown",
-    )
+def environment(*libraries: str) -> dict[str, Any]:
+    """The machine and the versions that results depend on.
+
+    Args:
+        libraries: more of them than all benchmarks depend on.
+    """
+    cpuinfo = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    versions = {}
+    for name in ("torch", "torchvision", "nvidia-dali-cuda130", "pillow", "lightly", *libraries):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
     return {
-        "cpu": cpu,
+        "cpu": model[1] if model else "unknown",
         "cores": len(os.sched_getaffinity(0)),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "gpu": gpu,
-        "versions": {
-            name: _version(name) for name in ("torch", "torchvision", "nvidia-dali-cuda130", "pillow", "lightly")
-        },
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "versions": versions,
         "commit": commit.stdout.strip() or "unknown",
         "date": datetime.date.today().isoformat(),
     }
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    """The options that every benchmark has; ends this process if it is one of several, which none can measure."""
+def argument_parser(description: str | None, repeat: int, plot: bool = True) -> argparse.ArgumentParser:
+    """The options that every benchmark has; ends this process if it is one of several, which none can measure.
+
+    Args:
+        description: the docstring of the script.
+        repeat: rounds by default.
+        plot: whether the benchmark draws a chart.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.exit(
             "benchmarks measure a single process; start them without torchrun. A run's own speed is in its metrics"
         )
-    options = argparse.ArgumentParser(description=description)
-    options.add_argument("--repeat", type=int, default=7, help="rounds")
-    options.add_argument("--json", type=Path, help="file to write the results to")
-    options.add_argument("--gate", type=Path, help="earlier results: fail where a median is slower than there")
-    options.add_argument("--tolerance", type=float, default=5, help="by so many percent")
-    return options
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeat", type=int, default=repeat, help="rounds")
+    parser.add_argument("--json", type=Path, help="file to write the results to")
+    parser.add_argument("--gate", type=Path, help="earlier results: fail where a median is slower than there")
+    parser.add_argument("--tolerance", type=float, default=5, help="by so many percent")
+    if plot:
+        parser.add_argument("--plot", type=Path, help="PNG file to draw the results to")
+    return parser
 
 
 def finish(options: argparse.Namespace, results: Sequence[Result]) -> None:
     """Writes the JSON file and applies the gate that were asked for; exits with status 1 if it fails."""
     if options.json:
-        config = {k: _portable(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
+        config = {key: str(portable(v)) if isinstance(v, Path) else v for key, v in vars(options).items()}
         report = {"environment": environment(), "config": config, "results": list(results)}
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     if options.gate:
@@ -154,29 +173,38 @@ def slower(results: Sequence[Result], baseline: Sequence[Result], tolerance: flo
     return failures
 
 
+def tables(*parts: tuple[Sequence[Result], Mapping[str, Callable[[Result], object]]]) -> str:
+    """Tables as Markdown. Those without a row are left out, and so are columns without a value.
+
+    Args:
+        parts: of each table the results, a row each, and by header what makes a cell of a result, such as
+            ``"{ratio:.2f}x".format_map``; a cell is empty where that raises KeyError.
+    """
+    made = []
+    for results, columns in parts:
+        cells: dict[str, list[object]] = {}
+        for header, make in columns.items():
+            for row, result in enumerate(results):
+                with contextlib.suppress(KeyError):
+                    cells.setdefault(header, [""] * len(results))[row] = make(result)
+        made += [markdown(list(cells), list(zip(*cells.values(), strict=True)))] if results else []
+    return "\n\n".join(made)
+
+
 def markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table; numbers get three digits."""
+    """A table; floats are written by :func:`digits`."""
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for row in rows:
-        lines.append("| " + " | ".join(f"{c:.3g}" if isinstance(c, float) else str(c) for c in row) + " |")
+        lines.append("| " + " | ".join(digits(c) if isinstance(c, float) else str(c) for c in row) + " |")
     return "\n".join(lines)
 
 
-def _portable(path: Path) -> str:
-    """A path as it is in any checkout."""
-    root = Path(__file__).parents[1]
-    return str(path.relative_to(root) if path.is_relative_to(root) else path)
+def digits(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text()
-    except OSError:
-        return ""
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+def portable(path: Path) -> Path:
+    """Relative to the checkout, where it lies in it."""
+    path = path.resolve()
+    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path

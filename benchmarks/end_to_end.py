@@ -15,28 +15,35 @@ Where loader and model share the cores, the best that can be is to take turns, 1
 second; where each has a device of its own, it is the slower one's rate.
 """
 
-import argparse
 import gc
 import itertools
+import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 
-from benchmarks import bars
-from benchmarks.common import Result, finish, markdown, parser, summary, synchronize, turns
-from benchmarks.loaders.chart import rate
+from benchmarks import charts
+from benchmarks.common import PRESETS, Result, argument_parser, finish, markdown, rounds, summary, tables, timed
 from mcl import config as configs
 from mcl.config import Config, ConfigError
 from mcl.records.metrics import Record, read
 from mcl.train.trainer import Trainer
 
-DEMO = Path(__file__).parents[1] / "configs" / "pretrain" / "mcl_r18_fpn_demo.yaml"
+DEMO = PRESETS / "mcl_r18_fpn_demo.yaml"
 RECORDS = 6
 """Of the trainer's run, by default."""
 
 _PHASES = ("data_wait", "forward", "backward", "graph", "optimizer")
 """What a record says of time; a CUDA graph is forward and backward in one."""
+_COLUMNS = {
+    "what": itemgetter("name"),
+    "images/s": itemgetter("images_per_s"),
+    "spread": "{spread:.0%}".format_map,
+    "of taking turns": "{of_turns:.0%}".format_map,
+    "of the slower": "{of_slower:.0%}".format_map,
+    "bound by": itemgetter("bound_by"),
+}
 
 
 def measure(config: Config, repeat: int, seconds: float) -> dict[str, list[float]]:
@@ -49,7 +56,7 @@ def measure(config: Config, repeat: int, seconds: float) -> dict[str, list[float
         ConfigError, SourceError: see :class:`~mcl.train.trainer.Trainer`.
     """
     trainer = Trainer(config)
-    loader, images = trainer.loader, config.trainer.global_batch
+    loader = trainer.loader
     with loader:
         query, key = (view.to(trainer.device) for view in next(loader))
     contenders: dict[str, Callable[[], object]] = {
@@ -58,39 +65,20 @@ def measure(config: Config, repeat: int, seconds: float) -> dict[str, list[float
         "together": lambda: trainer.train_step(*next(loader)),
     }
     steps = dict.fromkeys(contenders, 1)
-    measured: dict[str, list[float]] = {name: [] for name in contenders}
-    for name, counts in turns(list(contenders), repeat):
+
+    def turn(name: str, counts: bool) -> float:
         with loader:
-            per_step = _turn(contenders[name], config.data.prefetch, steps[name])
+            timed(contenders[name], config.data.prefetch)  # as many as the loader works ahead
+            per_step = timed(contenders[name], steps[name]) / steps[name]
         gc.collect()  # what Python keeps in a circle would go on decoding
-        if counts:
-            measured[name].append(per_step / images)
-        else:
+        if not counts:
             steps[name] = max(1, round(seconds / per_step))
-    return measured
+        return per_step / config.trainer.global_batch
+
+    return rounds(list(contenders), repeat, turn)
 
 
-def _turn(step: Callable[[], object], ahead: int, steps: int) -> float:
-    """Seconds per step, after `ahead` steps that are not counted."""
-    for _ in range(ahead):
-        step()
-    synchronize()
-    start = time.perf_counter()
-    for _ in range(steps):
-        step()
-    synchronize()
-    return (time.perf_counter() - start) / steps
-
-
-def train(config: Config, steps: int) -> list[Record]:
-    """What a run of so many steps records of itself."""
-    trainer = Trainer(config)
-    trainer.steps = steps
-    trainer.fit()
-    return [record for record in read(trainer.folder / "metrics.jsonl") if record["kind"] == "train"]
-
-
-def evaluate(measured: dict[str, list[float]], records: Sequence[Record], images: int) -> list[Result]:
+def evaluate(measured: Mapping[str, Sequence[float]], records: Sequence[Record], images: int) -> list[Result]:
     """Results; ``seconds`` are per image.
 
     ``together`` has ``of_turns`` and ``of_slower``: the parts that it reaches of the rate of loader and model taking
@@ -108,8 +96,8 @@ def evaluate(measured: dict[str, list[float]], records: Sequence[Record], images
         "of_slower": max(loader, model) / together,
         "bound_by": "loader" if loader > model else "model",
     }
-    later = records[1:]
-    results["trainer"] = summary("trainer", [1 / r["images_per_s"] for r in later], shares=shares(records, images))
+    per_image = [1 / record["images_per_s"] for record in records[1:]]
+    results["trainer"] = summary("trainer", per_image, shares=shares(records, images))
     for result in results.values():
         result["images_per_s"] = 1 / result["seconds"]
     return list(results.values())
@@ -131,78 +119,60 @@ def shares(records: Sequence[Record], images: int) -> dict[str, float]:
 
 def table(results: Sequence[Result]) -> str:
     """What was measured, as Markdown."""
-    rows = [
-        (
-            r["name"],
-            rate(r["images_per_s"]),
-            f"{r['spread']:.0%}",
-            *(f"{r[key]:.0%}" if key in r else "" for key in ("of_turns", "of_slower")),
-            r.get("bound_by", ""),
-        )
-        for r in results
-    ]
-    first = markdown(["what", "images/s", "spread", "of taking turns", "of the slower", "bound by"], rows)
     parts = next(r["shares"] for r in results if "shares" in r)
     header = ["share of the trainer's time", *(name.replace("_", " ") for name in parts)]
-    return first + "\n\n" + markdown(header, [["", *(f"{part:.1%}" for part in parts.values())]])
+    shown = markdown(header, [["", *(f"{part:.1%}" for part in parts.values())]])
+    return f"{tables((results, _COLUMNS))}\n\n{shown}"
 
 
-def draw(results: Sequence[Result], title: str, path: Path) -> None:
-    """Writes the chart."""
-    names = {"loader": "loader alone", "model": "model alone", "together": "together", "trainer": "trainer"}
-    notes = dict.fromkeys(names, "")
-    for r in results:
-        if "bound_by" in r:
-            notes["together"] = f"{r['of_turns']:.0%} of taking turns, {r['of_slower']:.0%} of the {r['bound_by']}'s"
-        if "shares" in r:
-            notes["trainer"] = f"{r['shares']['overhead']:.1%} of its time is its own work"
-    ours = ("together", "trainer")
-    chart = [bars.Bar(names[r["name"]], r["images_per_s"], notes[r["name"]], r["name"] in ours) for r in results]
-    bars.draw(title, chart, path)
+def bars(results: Sequence[Result]) -> dict[str, list[charts.Bar]]:
+    """What the chart shows."""
+    notes = {
+        "together": "{of_turns:.0%} of taking turns, {of_slower:.0%} of the {bound_by}'s",
+        "trainer": "{shares[overhead]:.1%} of its time is its own work",
+    }
+    each = {r["name"]: (r["images_per_s"], notes.get(r["name"], "").format_map(r)) for r in results}
+    return {name: [charts.Bar(*values, ours=name in notes)] for name, values in each.items()}
 
 
-def prepare(options: argparse.Namespace, folder: str) -> Config:
-    """The configuration that was asked for, its runs kept in `folder`.
+def prepare(path: Path, words: Sequence[str], steps: int) -> tuple[Config, int]:
+    """The configuration that was asked for, without its canvas schedule, and the steps of the trainer.
 
     Raises:
         ConfigError: a wrong key, or fewer than two records.
     """
-    words = [f"data.root={options.data}"] if options.data else []
-    words += [f"output={folder}", "evaluation.at_end=[]", "montage.schedule=[]"]
-    config = configs.load(options.config, [*options.overrides, *words])
+    config = configs.load(path, [*words, "evaluation.at_end=[]", "montage.schedule=[]"])
     every = config.trainer.log_every
-    options.steps = options.steps or RECORDS * every
-    if options.steps <= every:
-        raise ConfigError(f"--steps: {options.steps} make a single record; use more than trainer.log_every={every}")
-    return config
+    if 0 < steps <= every:
+        raise ConfigError(f"--steps: {steps} make a single record; use more than trainer.log_every={every}")
+    return config, steps or RECORDS * every
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = _options(arguments)
+    parser = argument_parser(__doc__, repeat=5)
+    parser.add_argument("config", type=Path, nargs="?", default=DEMO, help="YAML file; the demo's without it")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. trainer.threads=2")
+    parser.add_argument("--data", type=Path, help="images (data.root)")
+    parser.add_argument("--seconds", type=float, default=5, help="of a turn, at least one step")
+    parser.add_argument("--steps", type=int, default=0, help=f"of the trainer; 0: {RECORDS} times trainer.log_every")
+    options = parser.parse_intermixed_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        config = prepare(options, folder)
+        root = [f"data.root={options.data}"] if options.data else []
+        words = [*options.overrides, *root, f"output={folder}"]
+        config, options.steps = prepare(options.config, words, options.steps)
         measured = measure(config, options.repeat, options.seconds)
-        records = train(config, options.steps)
+        print(f"trainer, {options.steps} steps", file=sys.stderr, flush=True)  # it shows its own progress
+        trainer = Trainer(config)
+        trainer.steps = options.steps
+        trainer.fit()
+        records = [record for record in read(trainer.folder / "metrics.jsonl") if record["kind"] == "train"]
     images = config.trainer.global_batch
     results = evaluate(measured, records, images)
     what = f"{config.name}: {config.model.backbone}, {images} images per step, {config.trainer.precision}"
     print(f"\n{what}\n\n{table(results)}")
     if options.plot:
-        draw(results, f"Images per second, {what}", options.plot)
+        charts.bars(f"Images per second, {what}", bars(results), options.plot)
     finish(options, results)
-
-
-def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    options = parser(__doc__ or "")
-    options.formatter_class = argparse.RawDescriptionHelpFormatter
-    options.set_defaults(repeat=5)
-    options.add_argument("config", type=Path, nargs="?", default=DEMO, help="YAML file; the demo's without it")
-    options.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. trainer.threads=2")
-    options.add_argument("--data", type=Path, help="images (data.root)")
-    options.add_argument("--seconds", type=float, default=5, help="of a turn, at least one step")
-    options.add_argument("--steps", type=int, default=0, help=f"of the trainer; 0: {RECORDS} times trainer.log_every")
-    options.add_argument("--plot", type=Path, help="PNG file to draw the results to")
-    return options.parse_intermixed_args(arguments)
 
 
 if __name__ == "__main__":

@@ -21,117 +21,115 @@ What makes it fair:
   instead of 4; that is part of what is compared.
 """
 
-import argparse
-import functools
-from collections.abc import Callable, Sequence
+import itertools
+import statistics
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from operator import itemgetter
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks.common import Result, finish, markdown, parser, summary, turns
-from benchmarks.loaders import Job, Loader, Missing, Turn, chart, cores, pinned
-from benchmarks.loaders.pipelines import Decode, Montages
-from benchmarks.loaders.workers import Workers, lightly, released, torchvision_v2
+from benchmarks import charts
+from benchmarks.common import Result, argument_parser, finish, rounds, summary, tables
+from benchmarks.loader_contenders import CONTENDERS, OURS, Job, Missing, Take, Turn, cores, pinned
 from dali_pipelines.geometry import Geometry, nearest_legal
 from dali_pipelines.loader import default_threads
 from dali_pipelines.plan import Plan
 from dali_pipelines.source import open_source
 from mcl.config import AugmentConfig, ConfigError
 
-CONTENDERS: dict[str, Callable[[Job, int], Loader]] = {
-    "decode": Decode,
-    "fused": functools.partial(Montages, engine="fused"),
-    "stock": functools.partial(Montages, engine="stock"),
-    "released": functools.partial(Workers, recipe=released),
-    "torchvision": functools.partial(Workers, recipe=torchvision_v2),
-    "lightly": functools.partial(Workers, recipe=lightly),
+_COLUMNS = {
+    "what": itemgetter("name"),
+    "images/s": itemgetter("images_per_s"),
+    "spread": "{spread:.0%}".format_map,
+    "x released": "{ratio:.2f}x".format_map,
+    "scaling": "{scaling:.2f}x".format_map,
+    "of decode's scaling": "{scaling_of_decode:.2f}x".format_map,
 }
-OURS = ("fused", "stock")
+_SHARES = {
+    "what": itemgetter("name"),
+    "core-ms per image": lambda r: r["seconds"] * r["threads"] * 1e3,
+    "decode": "{shares[decode]:.0%}".format_map,
+    "augmentation": "{shares[augmentation]:.0%}".format_map,
+    "wait": "{shares[wait]:.0%}".format_map,
+}
 
-Measured = dict[tuple[str, int], list[Turn]]
-"""Turns of a contender with a number of threads."""
+
+class Entry(NamedTuple):
+    """A contender with a number of threads."""
+
+    contender: str
+    threads: int
+
+    def __str__(self) -> str:
+        return f"{self.contender}, {self.threads} thread{'s' if self.threads > 1 else ''}"
 
 
 def measure(
     job: Job, contenders: Sequence[str], threads: Sequence[int], repeat: int, seconds: float
-) -> tuple[Measured, dict[str, str]]:
+) -> tuple[dict[Entry, list[Turn]], dict[str, str]]:
     """Turns of about so many seconds, but of at least one batch per thread.
 
     Returns:
         all turns but those of the warm-up round, and why contenders are missing.
     """
-    loaders: dict[tuple[str, int], Loader] = {}
+    loaders: dict[Entry, Take] = {}
     missing: dict[str, str] = {}
     with ExitStack() as stack:
-        for name in contenders:
-            for count in threads:
-                try:
-                    loader = CONTENDERS[name](job, count)
-                except Missing as error:
-                    missing[name] = str(error)
-                else:
-                    loaders[name, count] = loader
-                    stack.callback(loader.close)
-        measured: Measured = {key: [] for key in loaders}
-        batches = {(name, count): count for name, count in loaders}
-        for key, counts in turns(list(loaders), repeat):
-            name, count = key
-            with pinned(cores(count)):
-                turn = loaders[key].turn(batches[key])
-            if counts:
-                measured[key].append(turn)
-            else:
-                batches[key] = count * max(1, round(seconds / turn.seconds))
-    return measured, missing
+        for entry in itertools.starmap(Entry, itertools.product(contenders, threads)):
+            try:
+                loaders[entry] = stack.enter_context(CONTENDERS[entry.contender][1](job, entry.threads))
+            except Missing as error:
+                missing[entry.contender] = str(error)
+        batches = {entry: entry.threads for entry in loaders}
+
+        def turn(entry: Entry, counts: bool) -> Turn:
+            with pinned(cores(entry.threads)):
+                taken = loaders[entry](batches[entry])
+            if not counts:
+                batches[entry] = entry.threads * max(1, round(seconds / taken.seconds))
+            return taken
+
+        return rounds(list(loaders), repeat, turn), missing
 
 
-def evaluate(measured: Measured) -> list[Result]:
+def evaluate(measured: Mapping[Entry, Sequence[Turn]]) -> list[Result]:
     """One result per contender and number of threads; ``seconds`` are per image.
 
     ``ratio`` is to the released recipe with as many threads, ``scaling`` to the same contender with the fewest
     threads, ``scaling_of_decode`` is that over the scaling of decoding alone. Each is there where both sides are.
+    ``shares`` are what the cores do while ours runs, as parts of 1; they wait when they are idle, or taken by other
+    programs.
     """
-    rates: dict[tuple[str, int], float] = {}
-    results = []
-    for (name, threads), each in measured.items():
-        plural = "s" if threads > 1 else ""
-        result = summary(f"{name}, {threads} thread{plural}", [t.seconds / t.images for t in each])
-        rates[name, threads] = 1 / result["seconds"]
-        core_seconds = float(np.median([t.core_seconds / t.images for t in each]))
-        results.append(
-            result
-            | {"contender": name, "threads": threads, "images_per_s": rates[name, threads]}
-            | ({"core_seconds": core_seconds} if name in (*OURS, "decode") else {})
-        )
-    fewest = min((threads for _, threads in measured), default=1)
-    decoding = {r["threads"]: r["core_seconds"] for r in results if r["contender"] == "decode"}
-    for result in results:
-        name, threads = result["contender"], result["threads"]
-        if ("released", threads) in rates:
-            result["ratio"] = rates[name, threads] / rates["released", threads]
+    results = {}
+    for entry, each in measured.items():
+        result = summary(str(entry), [t.seconds / t.images for t in each])
+        result |= {"contender": entry.contender, "threads": entry.threads, "images_per_s": 1 / result["seconds"]}
+        if entry.contender in (*OURS, "decode"):
+            result["core_seconds"] = statistics.median(t.core_seconds / t.images for t in each)
+        results[entry] = result
+    rates = {entry: result["images_per_s"] for entry, result in results.items()}
+    fewest = min((entry.threads for entry in results), default=1)
+    for (name, threads), result in results.items():
+        decode = results.get(Entry("decode", threads))
+        if Entry("released", threads) in rates:
+            result["ratio"] = result["images_per_s"] / rates[Entry("released", threads)]
         if threads > fewest:
-            result["scaling"] = rates[name, threads] / rates[name, fewest]
-            if decoding:
-                result["scaling_of_decode"] = result["scaling"] * rates["decode", fewest] / rates["decode", threads]
-        if name in OURS and decoding:
-            result["shares"] = shares(result["seconds"] * threads, result["core_seconds"], decoding[threads])
-    return results
+            result["scaling"] = result["images_per_s"] / rates[Entry(name, fewest)]
+            if decode:
+                result["scaling_of_decode"] = (
+                    result["scaling"] * rates[Entry("decode", fewest)] / decode["images_per_s"]
+                )
+        if name in OURS and decode:
+            available, used, decoding = result["seconds"] * threads, result["core_seconds"], decode["core_seconds"]
+            parts = {"decode": decoding, "augmentation": used - decoding, "wait": available - used}
+            result["shares"] = {part: seconds / available for part, seconds in parts.items()}
+    return list(results.values())
 
 
-def shares(available: float, used: float, decoding: float) -> dict[str, float]:
-    """What the cores do while ours runs, as parts of 1. They wait when they are idle, or taken by other programs.
-
-    Args:
-        available: seconds per image, times cores.
-        used: seconds that the cores worked, per image.
-        decoding: the same of decoding alone.
-    """
-    parts = {"decode": decoding, "augmentation": used - decoding, "wait": available - used}
-    return {name: seconds / available for name, seconds in parts.items()}
-
-
-def prepare(options: argparse.Namespace) -> Job:
+def prepare(data: Path, images: int, batch: int, threads: Sequence[int]) -> Job:
     """The job that was asked for, its files read once.
 
     Raises:
@@ -139,19 +137,19 @@ def prepare(options: argparse.Namespace) -> Job:
         ConfigError: images that only mcl can read, too few of them, a batch that fills no whole canvases, or too many
             threads.
     """
-    for count in options.threads:
+    for count in threads:
         cores(count)
     geometry = Geometry()
-    if not geometry.legal(options.batch):
-        near = " or ".join(map(str, nearest_legal(geometry, options.batch)))
-        raise ConfigError(f"--batch: {options.batch} images fill no whole number of canvases; use {near}")
-    source = open_source(str(options.data), key="--data")
+    if not geometry.legal(batch):
+        near = " or ".join(map(str, nearest_legal(geometry, batch)))
+        raise ConfigError(f"--batch: {batch} images fill no whole number of canvases; use {near}")
+    source = open_source(str(data), key="--data")
     if source.paths is None:
-        raise ConfigError(f"--data: {options.data} is no folder of files on a disk, which is all that others read")
-    size = min(options.images or len(source), len(source))
-    if size < options.batch:
-        raise ConfigError(f"--batch: {options.batch} is more than the {size} images; lower it or add images")
-    plan = Plan(seed=0, size=size, images=options.batch, geometry=geometry, augment=AugmentConfig())
+        raise ConfigError(f"--data: {data} is no folder of files on a disk, which is all that others read")
+    size = min(images or len(source), len(source))
+    if size < batch:
+        raise ConfigError(f"--batch: {batch} is more than the {size} images; lower it or add images")
+    plan = Plan(seed=0, size=size, images=batch, geometry=geometry, augment=AugmentConfig())
     job = Job(source, source.paths[:size], plan)
     for path in job.paths:
         Path(path).read_bytes()
@@ -160,63 +158,45 @@ def prepare(options: argparse.Namespace) -> Job:
 
 def table(results: Sequence[Result]) -> str:
     """What was measured, as Markdown."""
-    rows = [
-        (
-            r["name"],
-            chart.rate(r["images_per_s"]),
-            f"{r['spread']:.0%}",
-            *(f"{r[key]:.2f}x" if key in r else "" for key in ("ratio", "scaling", "scaling_of_decode")),
-        )
-        for r in results
-    ]
-    tables = [markdown(["what", "images/s", "spread", "x released", "scaling", "of decode's scaling"], rows)]
-    ours = [r for r in results if "shares" in r]
-    if ours:
-        rows = [
-            (r["name"], r["seconds"] * r["threads"] * 1e3, *(f"{part:.0%}" for part in r["shares"].values()))
-            for r in ours
-        ]
-        tables.append(markdown(["what", "core-ms per image", "decode", "augmentation", "wait"], rows))
-    return "\n\n".join(tables)
+    return tables((results, _COLUMNS), ([r for r in results if "shares" in r], _SHARES))
 
 
-def report(job: Job, results: Sequence[Result], missing: dict[str, str]) -> str:
-    """What was measured, and on what."""
-    size = job.source.sizes[: job.plan.size].mean(0)
-    kilobytes = np.mean([Path(path).stat().st_size for path in job.paths]) / 1e3
-    lines = [
-        f"{job.plan.size} files, on average {size[0]:.0f} x {size[1]:.0f} pixels and {kilobytes:.0f} kB; "
-        f"batches of {job.plan.images}. Unique images per second, eight views each.",
-        "",
-        table(results),
-    ]
-    lines += ["", *(f"Not measured: {name}: {reason}" for name, reason in missing.items())]
-    return "\n".join(lines).rstrip()
+def bars(results: Sequence[Result]) -> dict[str, list[charts.Bar]]:
+    """What the chart shows: a row per contender, a bar per number of threads."""
+    rows: dict[str, list[charts.Bar]] = {}
+    for r in results:
+        note = r["name"].partition(", ")[2]  # the number of threads
+        if "ratio" in r and r["contender"] != "released":
+            note += f"   {r['ratio']:.1f}× released"
+        bar = charts.Bar(r["images_per_s"], note, r["contender"] in OURS)
+        rows.setdefault(CONTENDERS[r["contender"]][0], []).append(bar)
+    return rows
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = _options(arguments)
-    job = prepare(options)
+    default = sorted({1, default_threads()})
+    parser = argument_parser(__doc__, repeat=7)
+    parser.add_argument("--data", type=Path, default=Path("data/photos/train"), help="folder of images, or list file")
+    parser.add_argument("--images", type=int, default=0, help="use the first so many of them; 0: all")
+    parser.add_argument("--batch", type=int, default=128, help="images per batch")
+    parser.add_argument("--threads", type=int, nargs="+", default=default, help="cores")
+    parser.add_argument("--seconds", type=float, default=5, help="of a turn, at least one batch per thread")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="who takes part")
+    options = parser.parse_args(arguments)
+    job = prepare(options.data, options.images, options.batch, options.threads)
     measured, missing = measure(job, options.contenders, options.threads, options.repeat, options.seconds)
     results = evaluate(measured)
-    print(report(job, results, missing))
+    width, height = job.source.sizes[: job.plan.size].mean(0)[:2]
+    kilobytes = np.mean([Path(path).stat().st_size for path in job.paths]) / 1e3
+    print(
+        f"{job.plan.size} files, on average {width:.0f} x {height:.0f} pixels and {kilobytes:.0f} kB; "
+        f"batches of {job.plan.images}. Unique images per second, eight views each.\n\n{table(results)}\n"
+    )
+    for name, reason in missing.items():
+        print(f"Not measured: {name}: {reason}")
     if options.plot:
-        chart.draw(results, options.plot)
+        charts.bars("Unique images per second, eight augmented views each", bars(results), options.plot)
     finish(options, results)
-
-
-def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    default = sorted({1, default_threads()})
-    options = parser(__doc__ or "")
-    options.formatter_class = argparse.RawDescriptionHelpFormatter
-    options.add_argument("--data", type=Path, default=Path("data/photos/train"), help="folder of images, or list file")
-    options.add_argument("--images", type=int, default=0, help="use the first so many of them; 0: all")
-    options.add_argument("--batch", type=int, default=128, help="images per batch")
-    options.add_argument("--threads", type=int, nargs="+", default=default, help="cores")
-    options.add_argument("--seconds", type=float, default=5, help="of a turn, at least one batch per thread")
-    options.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="who takes part")
-    options.add_argument("--plot", type=Path, help="PNG file to draw the results to")
-    return options.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,7 @@
 
 A step is forward, backward, clip, optimiser and momentum network, on fixed inputs of noise:
 
-* ``released``: the preset of that name, at canvases of ``--cells`` cells, with PyTorch as it comes, which the authors'
-  code would run on: its layers, and memory as the C library hands it out by default, where all others keep it;
-* ``released_ours``: the same with our layers, and kept memory;
+* ``released``: the preset of that name, at canvases of ``--cells`` cells: the authors' way;
 * ``matched``: the preset, at the same canvases;
 * ``recompute``: ``matched`` with activation checkpointing;
 * ``bf16``: ``matched`` in bf16, whatever ``--precision``; slower than fp32 on a CPU without bf16 instructions, of which
@@ -12,50 +10,229 @@ A step is forward, backward, clip, optimiser and momentum network, on fixed inpu
 * ``budget``, ``budget_2x``: the preset of that name at every size of its own canvas schedule, whatever ``--cells``; a
   round is the mean of its sizes, weighted by their epochs;
 * ``supervised``: torchvision's model at 224 px, whatever ``--cells``: what ``mcl budget`` compares with;
-  ``supervised_canvas``: the same at canvas size; ``supervised_ours``: with our layers. Forward, backward, SGD.
+  ``supervised_canvas``: the same at canvas size. Forward, backward, SGD.
 
 Each has a process of its own. All take turns, one at a time, in rounds, with a step before the one that is timed; what
-is reported are medians over rounds. FLOPs and saved bytes are counted (``mcl.budget``); with ``--memory`` a fresh
-process per contender does one step, the largest, and tells its peak.
+is reported are medians over rounds, and the peak of each process. FLOPs and saved bytes are counted (``mcl.budget``).
 """
 
-import argparse
+import contextlib
+import ctypes
+import dataclasses
 import functools
+import multiprocessing
+import re
 import statistics
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from itertools import compress
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
-from benchmarks import bars
-from benchmarks.common import Result, finish, interleave, markdown, parser, summary
-from benchmarks.loaders.chart import rate
-from benchmarks.steps import processes
-from benchmarks.steps.contenders import CONTENDERS, NAMES, Contender, Setting, Stage
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch.optim import SGD
+
+from benchmarks import charts
+from benchmarks.common import PRESETS, Result, argument_parser, finish, progress, rounds, summary, tables, timed
+from dali_pipelines.batch import MontageBatch, in_order
 from dali_pipelines.geometry import STRIDE
+from mcl import config
+from mcl.budget import budget, count
+from mcl.config import Config
+from mcl.models import MCL
+from mcl.train.optim import AUTOCAST
+from mcl.train.step import TrainingStep
+from mcl.train.trainer import resolve_device
 
-Stages = dict[str, list[Stage]]
+Step = Callable[[int], object]
+"""Does a step on images, or canvases, of so many pixels; the first one of a size makes the inputs."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all contenders have in common."""
+
+    backbone: str
+    cells: int  # of the canvases; canvas schedules keep their own
+    images: int  # of a step
+    precision: str  # as trainer.precision
+    device: str  # as trainer.device
+
+
+Stage = dict[str, Any]
+"""Epochs with images, or canvases, of one size: ``epochs``, ``side`` (pixels), and, counted, ``gflop_per_image`` and
+``saved_bytes``, which autograd keeps for backward; the latter not of supervised training."""
+
+
+@dataclass(frozen=True)
+class Supervised:
+    """torchvision's model with its classifier: cross-entropy, SGD with momentum and weight decay, channels_last."""
+
+    setting: Setting
+    side: int
+
+    def stages(self) -> list[Stage]:
+        """What is to be measured, counted beforehand: takes seconds."""
+        flops = count.supervised(self.setting.backbone, self.side)
+        return [{"epochs": 1, "side": self.side, "gflop_per_image": flops / 1e9}]
+
+    def start(self) -> Step:
+        """Makes the model."""
+        setting, device = self.setting, resolve_device(self.setting.device)
+        model = torchvision.models.get_model(setting.backbone).to(device, memory_format=torch.channels_last)
+        lr = 0.1 * setting.images / 256
+        optimizer = SGD(model.parameters(), lr, momentum=0.9, weight_decay=1e-4, foreach=True)
+        scaler = torch.amp.GradScaler(device.type, enabled=setting.precision == "fp16")
+        dtype = AUTOCAST.get(setting.precision)
+        labels = torch.zeros(setting.images, dtype=torch.int64, device=device)
+        pixels = functools.cache(lambda side: _noise(setting.images, side, seed=0).to(device))
+
+        def step(side: int) -> None:
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext():
+                loss = F.cross_entropy(model(pixels(side)), labels)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+
+        return step
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """A preset of this project, in one process: forward, backward, clip, optimiser, momentum network."""
+
+    config: Config
+
+    def stages(self) -> list[Stage]:
+        """As of :class:`Supervised`.
+
+        Raises:
+            ConfigError: the batch fills no whole canvases.
+        """
+        counted = ("epochs", "gflop_per_image", "saved_bytes")
+        stages = budget(self.config, gpus=1)["stages"]
+        return [{"side": stage["canvas"], **{key: stage[key] for key in counted}} for stage in stages]
+
+    def start(self) -> Step:
+        """Makes the model."""
+        optim, device = self.config.optim, resolve_device(self.config.trainer.device)
+        update = TrainingStep(self.config, MCL(self.config.model, self.config.montage), device)
+        images = self.config.trainer.global_batch
+        lr = optim.base_lr * images / 256
+
+        @functools.cache
+        def views(side: int) -> tuple[MontageBatch, MontageBatch]:
+            geometry = dataclasses.replace(self.config.montage, cells=side // STRIDE, schedule=())
+            number = sum(geometry.canvases(images))
+            query, key = (in_order(geometry, images, _noise(number, side, seed)) for seed in (0, 1))
+            return query.to(device), key.to(device)
+
+        return lambda side: update(*views(side), lr, optim.ema)
+
+
+def _noise(images: int, side: int, seed: int) -> torch.Tensor:
+    """(images, 3, side, side), channels_last."""
+    pixels = torch.randn(images, 3, side, side, generator=torch.Generator().manual_seed(seed))
+    return pixels.contiguous(memory_format=torch.channels_last)
+
+
+Contender = Supervised | Pretraining
+
+
+def _preset(setting: Setting, name: str, *words: str, scheduled: bool = False) -> Contender:
+    """A preset with the backbone, batch, precision, device and size of the setting, and with `words`.
+
+    Args:
+        scheduled: it keeps the sizes of its own canvas schedule.
+    """
+    common = [
+        f"model.backbone={setting.backbone}",
+        f"trainer.global_batch={setting.images}",
+        f"trainer.precision={setting.precision}",
+        f"trainer.device={setting.device}",
+    ]
+    sized = [] if scheduled else [f"montage.cells={setting.cells}"]
+    return Pretraining(config.load(PRESETS / f"mcl_r50_fpn_100e_{name}.yaml", [*common, *sized, *words]))
+
+
+CONTENDERS: dict[str, tuple[str, Callable[[Setting], Contender]]] = {
+    "supervised": ("supervised, 224 px", lambda setting: Supervised(setting, 224)),
+    "supervised_canvas": ("supervised, canvas size", lambda setting: Supervised(setting, STRIDE * setting.cells)),
+    "released": ("released", lambda setting: _preset(setting, "in1k_released")),
+    "matched": ("matched", lambda setting: _preset(setting, "in1k")),
+    "recompute": ("matched, recompute", lambda setting: _preset(setting, "in1k", "trainer.recompute=true")),
+    "bf16": ("matched, bf16", lambda setting: _preset(setting, "in1k", "trainer.precision=bf16")),
+    "budget": ("budget", lambda setting: _preset(setting, "budget", scheduled=True)),
+    "budget_2x": ("budget_2x", lambda setting: _preset(setting, "budget_2x", scheduled=True)),
+}
+"""By key, each in words, and what makes it."""
+
+
+def apart(contender: Contender) -> ProcessPoolExecutor:
+    """A process for a contender, so that one has the memory at a time and its peak can be found out."""
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _start, (contender,))
+
+
+_step: Step  # of such a process
+
+
+def _start(contender: Contender) -> None:
+    global _step
+    _step = contender.start()
+
+
+def seconds(side: int) -> float:
+    """Of a step on images, or canvases, of so many pixels, after one that is not timed; in a process of :func:`apart`.
+
+    Then what is free goes back, for the other processes.
+    """
+    _step(side)
+    elapsed = timed(lambda: _step(side))
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    getattr(ctypes.CDLL(None), "malloc_trim", int)(0)  # glibc's
+    return elapsed
+
+
+def peak() -> int:
+    """Bytes at the peak of a process of :func:`apart`: resident, or allocated by PyTorch on the GPU."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    # Not getrusage's ru_maxrss: Linux hands a parent's peak down to the process that it starts.
+    return 1024 * int(re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[0])
+
+
+Stages = Mapping[str, Sequence[Stage]]
 """What each contender is measured at."""
 
-Measured = dict[str, list[list[float]]]
-"""Of each contender, for each of its stages, the seconds of a step in every round."""
+
+def measure(
+    contenders: Mapping[str, Contender], stages: Stages, repeat: int
+) -> tuple[dict[str, list[list[float]]], dict[str, int]]:
+    """Steps of all contenders, each in a process of its own.
+
+    Returns:
+        Of each contender, for each of its stages, the seconds of a step in every round; and the bytes at its peak.
+    """
+    process = functools.cache(lambda name: apart(contenders[name]))
+    entries = {f"{name}, {s['side']} px": (name, s["side"]) for name, each in stages.items() for s in each}
+
+    def turn(entry: str, counts: bool) -> float:
+        name, side = entries[entry]
+        return process(name).submit(seconds, side).result()
+
+    measured = rounds(list(entries), repeat, turn)
+    peaks = {name: process(name).submit(peak).result() for name in contenders}
+    return {name: [measured[f"{name}, {s['side']} px"] for s in each] for name, each in stages.items()}, peaks
 
 
-def measure(contenders: dict[str, Contender], stages: Stages, repeat: int) -> Measured:
-    """A step of every contender at each of its stages, round by round."""
-    apart = {name: processes.Apart(each) for name, each in contenders.items()}
-    sizes = {f"{name}, {stage.side} px": (name, stage.side) for name, each in stages.items() for stage in each}
-    turns = {turn: functools.partial(apart[name].step, side) for turn, (name, side) in sizes.items()}
-
-    def awake(turn: str) -> AbstractContextManager[None]:
-        name, side = sizes[turn]
-        return apart[name].awake(side)
-
-    seconds = interleave(turns, repeat, around=awake)
-    return {name: [seconds[f"{name}, {stage.side} px"] for stage in each] for name, each in stages.items()}
-
-
-def evaluate(stages: Stages, measured: Measured, peaks: dict[str, int], images: int) -> list[Result]:
+def evaluate(
+    stages: Stages, measured: Mapping[str, Sequence[Sequence[float]]], peaks: Mapping[str, int], images: int
+) -> list[Result]:
     """One result per contender; ``seconds`` are per step.
 
     ``ratio_to_supervised`` is the time of a step over that of a supervised one at 224 px, ``counted_ratio`` the same of
@@ -63,36 +240,24 @@ def evaluate(stages: Stages, measured: Measured, peaks: dict[str, int], images: 
     there where both sides are. The stages of a canvas schedule have the first two.
 
     Args:
-        peaks: bytes, of those whose peak was measured.
+        peaks: bytes, of each contender.
         images: of a step.
     """
     results = {}
     for name, each in stages.items():
-        weights = [stage.epochs for stage in each]
-        rounds = [statistics.fmean(times, weights) for times in zip(*measured[name], strict=True)]
-        result = summary(NAMES.get(name, name), rounds, contender=name)
-        gflop = statistics.fmean([stage.gflop_per_image for stage in each], weights)
-        images_per_s = images / result["seconds"]
-        result |= {"images_per_s": images_per_s, "gflop_per_image": gflop, "gflop_per_s": gflop * images_per_s}
-        saved = [stage.saved_bytes for stage in each if stage.saved_bytes is not None]
-        result |= {"saved_bytes": max(saved)} if saved else {}
-        result |= {"peak_bytes": peaks[name]} if name in peaks else {}
+        weights = [stage["epochs"] for stage in each]
+        means = [statistics.fmean(times, weights) for times in zip(*measured[name], strict=True)]
+        gflop = statistics.fmean([stage["gflop_per_image"] for stage in each], weights)
+        result = summary(CONTENDERS[name][0], means, contender=name, gflop_per_image=gflop)
+        result["images_per_s"] = images / result["seconds"]
+        result["gflop_per_s"] = gflop * result["images_per_s"]
+        result["peak_bytes"] = peaks[name]
+        if "saved_bytes" in each[0]:
+            result["saved_bytes"] = max(stage["saved_bytes"] for stage in each)
         if len(each) > 1:
-            result["stages"] = [
-                {
-                    "side": stage.side,
-                    "epochs": stage.epochs,
-                    "seconds": statistics.median(times),
-                    "gflop_per_image": stage.gflop_per_image,
-                }
-                for stage, times in zip(each, measured[name], strict=True)
-            ]
+            medians = map(statistics.median, measured[name])
+            result["stages"] = [{**stage, "seconds": s} for stage, s in zip(each, medians, strict=True)]
         results[name] = result
-    _compare(results)
-    return list(results.values())
-
-
-def _compare(results: dict[str, Result]) -> None:
     supervised, released = (results.get(name) for name in ("supervised", "released"))
     for result in results.values():
         if supervised is not None:
@@ -103,98 +268,71 @@ def _compare(results: dict[str, Result]) -> None:
             result["faster_than_released"] = released["seconds"] / result["seconds"]
             if "saved_bytes" in result:
                 result["saved_of_released"] = result["saved_bytes"] / released["saved_bytes"]
+    return list(results.values())
+
+
+_RATIOS = {
+    "x supervised": "{ratio_to_supervised:.2f}x".format_map,
+    "counted": "{counted_ratio:.2f}x".format_map,
+}
+_COLUMNS = {
+    "what": itemgetter("name"),
+    "images/s": itemgetter("images_per_s"),
+    "spread": "{spread:.0%}".format_map,
+    "GFLOP/s": itemgetter("gflop_per_s"),
+    **_RATIOS,
+    "faster than released": "{faster_than_released:.2f}x".format_map,
+    "GB saved": lambda r: f"{r['saved_bytes'] / 1e9:.2f}",
+    "of released's": "{saved_of_released:.2f}x".format_map,
+    "GB at peak": lambda r: f"{r['peak_bytes'] / 1e9:.2f}",
+}
+_STAGE_COLUMNS = {
+    "what": "{name}, {side} px".format_map,
+    "epochs": itemgetter("epochs"),
+    "s per step": itemgetter("seconds"),
+    **_RATIOS,
+}
 
 
 def table(results: Sequence[Result]) -> str:
     """What was measured, as Markdown."""
-    header = [
-        "what",
-        "images/s",
-        "spread",
-        "GFLOP/s",
-        "x supervised",
-        "counted",
-        "faster than released",
-    ]
-    rows = [
-        (
-            r["name"],
-            rate(r["images_per_s"]),
-            f"{r['spread']:.0%}",
-            rate(r["gflop_per_s"]),
-            *(
-                f"{r[key]:.2f}x" if key in r else ""
-                for key in ("ratio_to_supervised", "counted_ratio", "faster_than_released")
-            ),
-            f"{r['saved_bytes'] / 1e9:.2f}" if "saved_bytes" in r else "",
-            f"{r['saved_of_released']:.2f}x" if "saved_of_released" in r else "",
-            f"{r['peak_bytes'] / 1e9:.2f}" if "peak_bytes" in r else "",
-        )
-        for r in results
-    ]
-    header += ["GB saved", "of released's", "GB at peak"]
-    there = [any(row[i] for row in rows) for i in range(len(header))]  # who is not compared with has no column
-    tables = [markdown(list(compress(header, there)), [tuple(compress(row, there)) for row in rows])]
-    stages = [(r["name"], stage) for r in results for stage in r.get("stages", [])]
-    if stages:
-        rows = [
-            (
-                f"{name}, {s['side']} px",
-                s["epochs"],
-                f"{s['seconds']:.3g}",
-                *(f"{s[key]:.2f}x" if key in s else "" for key in ("ratio_to_supervised", "counted_ratio")),
-            )
-            for name, s in stages
-        ]
-        tables.append(markdown(["what", "epochs", "s per step", "x supervised", "counted"], rows))
-    return "\n\n".join(tables)
+    stages = [{"name": r["name"], **stage} for r in results for stage in r.get("stages", [])]
+    return tables((results, _COLUMNS), (stages, _STAGE_COLUMNS))
 
 
-def draw(results: Sequence[Result], title: str, path: Path) -> None:
-    """Writes the chart."""
-    chart = []
+def bars(results: Sequence[Result]) -> dict[str, list[charts.Bar]]:
+    """What the chart shows."""
+    rows = {}
     for r in results:
+        ours = not r["contender"].startswith(("supervised", "released"))
         notes = []
         if "ratio_to_supervised" in r and r["contender"] != "supervised":
             notes.append(f"{r['ratio_to_supervised']:.1f}× a supervised step")
-        ours = not r["contender"].startswith(("supervised", "released"))
         if "faster_than_released" in r and ours:
             notes.append(f"{r['faster_than_released']:.1f}× as fast as released")
-        chart.append(bars.Bar(r["name"], r["images_per_s"], ", ".join(notes), ours))
-    bars.draw(title, chart, path)
+        rows[r["name"]] = [charts.Bar(r["images_per_s"], ", ".join(notes), ours)]
+    return rows
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = _options(arguments)
+    default = ["supervised", "released", "matched", "recompute", "budget", "budget_2x"]
+    parser = argument_parser(__doc__, repeat=5)
+    parser.add_argument("--backbone", default="resnet50", help="model.backbone")
+    parser.add_argument("--cells", type=int, default=7, help="montage.cells: canvases of 32 times as many pixels")
+    parser.add_argument("--images", type=int, default=32, help="of a step (trainer.global_batch)")
+    parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="trainer.precision")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="trainer.device")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=default, help="who takes part")
+    options = parser.parse_args(arguments)
     setting = Setting(options.backbone, options.cells, options.images, options.precision, options.device)
-    contenders = {name: CONTENDERS[name](setting) for name in options.contenders}
-    stages = {name: contender.stages() for name, contender in contenders.items()}
-    peaks = {}
-    if options.memory:
-        for name, contender in contenders.items():
-            peaks[name] = processes.peak(contender, max(stage.side for stage in stages[name]))
-    results = evaluate(stages, measure(contenders, stages, options.repeat), peaks, options.images)
+    contenders = {name: CONTENDERS[name][1](setting) for name in options.contenders}
+    stages = {name: contenders[name].stages() for name in progress(list(contenders), "counting FLOPs, {}".format)}
+    results = evaluate(stages, *measure(contenders, stages, options.repeat), options.images)
     what = f"{setting.backbone}, {STRIDE * setting.cells} px, {setting.images} images per step, {setting.precision}"
     print(f"{what}\n\n{table(results)}")
     if options.plot:
-        draw(results, f"Images per second of training: {what}", options.plot)
+        charts.bars(f"Images per second of training: {what}", bars(results), options.plot)
     finish(options, results)
-
-
-def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    default = ["supervised", "supervised_ours", "released", "matched", "recompute", "budget", "budget_2x"]
-    options = parser(__doc__ or "")
-    options.formatter_class = argparse.RawDescriptionHelpFormatter
-    options.set_defaults(repeat=5)
-    options.add_argument("--backbone", default="resnet50", help="model.backbone")
-    options.add_argument("--cells", type=int, default=7, help="montage.cells: canvases of 32 times as many pixels")
-    options.add_argument("--images", type=int, default=32, help="of a step (trainer.global_batch)")
-    options.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="trainer.precision")
-    options.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="trainer.device")
-    options.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=default, help="who takes part")
-    options.add_argument("--memory", action="store_true", help="measure peaks in fresh processes")
-    options.add_argument("--plot", type=Path, help="PNG file to draw the results to")
-    return options.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dali_pipelines.geometry import Geometry, boxes
+from dali_pipelines.geometry import Geometry, IntArray, boxes
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,27 @@ def all_tiles(ratio: int, side: int, canvases: int, device: torch.device) -> Ten
     x, y = steps % ratio, steps // ratio % ratio
     corners = torch.stack([x, y, x + 1, y + 1], 1) * (side // ratio)
     return torch.cat([(steps // ratio**2)[:, None], corners], 1).float()
+
+
+def lay_out(tiles: Sequence[Tensor], tile_images: Sequence[IntArray], ratios: Sequence[int]) -> Tensor:
+    """The canvases of a view, (K, 3, S, S) channels_last, from a tile of every image at every level.
+
+    Args:
+        tiles: per level, (N, 3, tile, tile).
+        tile_images: per level, which of the N images each tile of the canvases shows.
+        ratios: per level, tiles per canvas side.
+    """
+    device = tiles[0].device
+    slots = [_staged(torch.from_numpy(shown), device).to(device, non_blocking=True) for shown in tile_images]
+    levels = [assemble(tile[slot], ratio) for tile, slot, ratio in zip(tiles, slots, ratios, strict=True)]
+    return torch.cat(levels).contiguous(memory_format=torch.channels_last)
+
+
+def assemble(tiles: Tensor, ratio: int) -> Tensor:
+    """Lays (canvases * ratio^2, 3, tile, tile) out row-major: (canvases, 3, S, S)."""
+    _, channels, tile, _ = tiles.shape
+    grid = tiles.view(-1, ratio, ratio, channels, tile, tile)
+    return grid.permute(0, 3, 1, 4, 2, 5).reshape(-1, channels, ratio * tile, ratio * tile)
 
 
 def join(pieces: Sequence[Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Geometry of montages as pure functions: levels, canvases, tiles, boxes, slabs, legal batch sizes.
+"""Geometry of montages as pure functions: levels, canvases, tiles, boxes, legal batch sizes.
 
 A canvas is ``32 * cells`` pixels square. Level i cuts it into ``ratios[i]`` x ``ratios[i]`` tiles, so that on the
 feature map of stride ``32 / ratios[i]`` every tile is ``cells`` x ``cells``. N images fill ``N / images_per_canvas[i]``
@@ -8,7 +8,6 @@ Shape letters: N images, K canvases of all levels, T tiles of all levels, S canv
 """
 
 import dataclasses
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -125,43 +124,6 @@ def nearest_legal(geometry: Geometry, images: int) -> tuple[int, ...]:
     return tuple(n for n in (below, below + step) if n > 0)
 
 
-@dataclass(frozen=True)
-class Paste:
-    """Where the rows of one level's tiles go, for every slab.
-
-    DALI keeps one batch size per iteration, so a level of N / k canvases leaves it as N slabs: slab j is rows
-    (j mod k) * S/k to (j mod k + 1) * S/k of canvas j div k. P pastes fill one slab.
-    """
-
-    slots: IntArray  # (N, P) tile slot of the level
-    source: npt.NDArray[np.int32]  # (N, P, 2) y, x of the piece in the tile, pixels
-    target: npt.NDArray[np.int32]  # (N, P, 2) y, x of the piece in the slab, pixels
-    shape: npt.NDArray[np.int32]  # (N, P, 2) height, width of the piece, pixels
-    size: tuple[int, int]  # slab height, width, pixels
-
-
-def slabs(geometry: Geometry, level: int, images: int) -> Paste:
-    """Pieces of tiles that make the slabs of one level."""
-    ratio, per_canvas = geometry.ratios[level], geometry.images_per_canvas[level]
-    tile, height = geometry.tile(level), geometry.canvas // per_canvas
-    rows: list[list[tuple[int, int, int, int, int]]] = []
-    for i in range(per_canvas):
-        top, bottom = i * height, (i + 1) * height
-        pieces = []
-        for row in range(top // tile, -(-bottom // tile)):
-            y0, y1 = max(top, row * tile), min(bottom, (row + 1) * tile)
-            pieces += [(row * ratio + c, y0 - row * tile, y0 - top, y1 - y0, c * tile) for c in range(ratio)]
-        rows.append(pieces)
-    piece = np.array(rows, np.int64)  # (k, P, 5); k divides r^2, both powers of two, so every slab has as many pieces
-    part = np.arange(images) % per_canvas
-    slots = piece[part, :, 0] + (np.arange(images) // per_canvas * ratio * ratio)[:, None]
-    zero = np.zeros_like(piece[..., 0])
-    source = np.stack([piece[..., 1], zero], -1)[part].astype(np.int32)
-    target = np.stack([piece[..., 2], piece[..., 4]], -1)[part].astype(np.int32)
-    shape = np.stack([piece[..., 3], np.full_like(zero, tile)], -1)[part].astype(np.int32)
-    return Paste(slots=slots, source=source, target=target, shape=shape, size=(height, geometry.canvas))
-
-
 def boxes(geometry: Geometry, images: int) -> FloatArray:
     """Tile boxes of all levels.
 
@@ -170,12 +132,9 @@ def boxes(geometry: Geometry, images: int) -> FloatArray:
     """
     parts, first = [], 0
     for level, canvases in enumerate(geometry.canvases(images)):
-        parts.append(_grid(canvases, geometry.ratios[level], geometry.tile(level), first))
+        ratio, tile = geometry.ratios[level], geometry.tile(level)
+        canvas, row, column = np.indices((canvases, ratio, ratio)).reshape(3, -1)
+        corners = [column * tile, row * tile, (column + 1) * tile, (row + 1) * tile]
+        parts.append(np.stack([canvas + first, *corners], 1))
         first += canvases
-    return np.concatenate(parts)
-
-
-def _grid(canvases: int, ratio: int, tile: int, first: int) -> FloatArray:
-    canvas, row, column = np.meshgrid(np.arange(canvases) + first, np.arange(ratio), np.arange(ratio), indexing="ij")
-    corners = [canvas, column * tile, row * tile, (column + 1) * tile, (row + 1) * tile]
-    return np.stack([c.ravel() for c in corners], 1).astype(np.float32)
+    return np.concatenate(parts).astype(np.float32)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from dali_pipelines.batch import MontageBatch
+from dali_pipelines.batch import MontageBatch, lay_out
 from dali_pipelines.geometry import Geometry, boxes
-from dali_pipelines.plan import VIEWS, Plan, StepPlan
+from dali_pipelines.plan import Plan, StepPlan
 from dali_pipelines.settings import ConfigError, DataConfig
 from dali_pipelines.source import Source
 
@@ -75,7 +75,7 @@ class DaliEngine:
         self._feed = pipelines.fused_feed if self._fused else pipelines.stock_feed
         self._readers = None if source.paths is not None else ThreadPoolExecutor(max(threads, READERS))
         self._reading: deque[tuple[StepPlan, list[Future[bytes]]]] = deque()
-        self._sides: deque[int] = deque()  # of the canvases in flight, pixels
+        self._fed: deque[StepPlan] = deque()  # not yet collected
         self._lent: deque[tuple[list[Tensor], torch.cuda.Event]] = deque()
         define = pipelines.fused_pipeline if self._fused else pipelines.stock_pipeline
         self._pipeline = define(
@@ -97,16 +97,19 @@ class DaliEngine:
                 used any more.
         """
         outputs = [from_dlpack(output.as_tensor()) for output in self._pipeline.run()]
-        side = self._sides.popleft()
-        canvases = [output.view(-1, side, side, 3) for output in outputs]
+        plan = self._fed.popleft()
+        geometry = plan.geometry
         if self._fused:
-            views = canvases
+            views = [output.view(-1, geometry.canvas, geometry.canvas, 3).permute(0, 3, 1, 2) for output in outputs]
         else:
-            levels = len(canvases) // VIEWS
-            views = [torch.cat(canvases[view * levels : (view + 1) * levels]) for view in range(VIEWS)]
+            tiles = [output.permute(0, 3, 1, 2) for output in outputs]
+            views = [
+                lay_out(tiles[view * geometry.levels :][: geometry.levels], shown, geometry.ratios)
+                for view, shown in enumerate(plan.tile_images)
+            ]
         if self._gpu is not None:
             self._lend(outputs)
-        return [view.permute(0, 3, 1, 2) for view in views]
+        return views
 
     def _lend(self, outputs: list[Tensor]) -> None:
         """Keeps DALI's memory until the GPU has done with it: whoever drops a tensor does not wait for that."""
@@ -133,7 +136,7 @@ class DaliEngine:
         if self._readers is None:
             plan = next(self._plans)
             assert self._source.paths is not None
-            images = [self._dali.encode_path(self._source.paths[i]) for i in plan.index]
+            images = [np.frombuffer(self._source.paths[i].encode(), np.uint8) for i in plan.index]
         else:
             while len(self._reading) <= READ_AHEAD:
                 plan = next(self._plans)
@@ -141,7 +144,7 @@ class DaliEngine:
                 self._reading.append((plan, futures))
             plan, futures = self._reading.popleft()
             images = [np.frombuffer(future.result(), np.uint8) for future in futures]
-        self._sides.append(plan.geometry.canvas)
+        self._fed.append(plan)
         return self._feed(plan, images)
 
     def close(self) -> None:

@@ -5,10 +5,12 @@ on the CPU. The ``if`` statements over nodes are DALI conditionals: they split t
 are processed.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from nvidia.dali import fn, types
 
 from dali_pipelines.plan import Augmentation, blur_window
@@ -22,8 +24,7 @@ LUMA = (0.299, 0.587, 0.114)
 COLOUR_STEPS = 4
 
 
-@dataclass(frozen=True)
-class ColourStep:
+class ColourStep(NamedTuple):
     """Parameters of one of the four colour operations; the factors of the other three are neutral."""
 
     chroma: Node  # bool: saturation or hue, else brightness or contrast
@@ -33,16 +34,15 @@ class ColourStep:
     hue: Node  # degrees
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """An Augmentation as nodes (or, before they become nodes, as arrays in the same fields)."""
+class Recipe(NamedTuple):
+    """An Augmentation as nodes."""
 
+    colour: tuple[ColourStep, ...]
     window_start: Node  # y, x, pixels
     window_shape: Node  # height, width, pixels
     roi_start: Node  # y, x, fractions of the window; x runs from 1 to 0 where the image is flipped
     roi_end: Node
     jitter: Node
-    colour: tuple[ColourStep, ...]
     gray: Node
     blur: Node
     sigma: Node
@@ -50,7 +50,17 @@ class Recipe:
     solarize: Node
 
 
-def recipe_arrays(a: Augmentation) -> Recipe:
+RECIPE_NODES = COLOUR_STEPS * len(ColourStep._fields) + len(Recipe._fields) - 1
+"""External inputs that a recipe takes."""
+
+
+def recipe_of(nodes: Iterator[Node]) -> Recipe:
+    """The recipe of the next ``RECIPE_NODES`` nodes, to which :func:`recipe_arrays` are fed."""
+    steps = tuple(ColourStep(*(next(nodes) for _ in ColourStep._fields)) for _ in range(COLOUR_STEPS))
+    return Recipe(steps, *(next(nodes) for _ in Recipe._fields[1:]))
+
+
+def recipe_arrays(a: Augmentation) -> list[npt.NDArray[Any]]:
     """The arrays, (n, ...) each, that are fed to the nodes of a recipe."""
     x1, y1, x2, y2 = a.window.T
     flip = a.flip.astype(np.float32)
@@ -61,27 +71,30 @@ def recipe_arrays(a: Augmentation) -> Recipe:
         now = a.order[:, position, None] == np.arange(COLOUR_STEPS)  # (n, 4) which operation comes now
         brightness, contrast, saturation, hue = np.where(now, a.factors, neutral).T.copy()
         steps.append(ColourStep(now[:, 2] | now[:, 3], brightness, contrast, saturation, hue * 360))
-    return Recipe(
+    recipe = Recipe(
+        colour=tuple(steps),
         window_start=np.stack([y1, x1], 1),
         window_shape=np.stack([y2 - y1, x2 - x1], 1),
         roi_start=np.stack([zero, flip], 1),
         roi_end=np.stack([one, one - flip], 1),
         jitter=a.jitter,
-        colour=tuple(steps),
         gray=a.gray,
         blur=a.sigma > 0,
         sigma=np.maximum(a.sigma, 1e-3),  # the operator checks the sigma of the samples that it leaves out, too
         blur_window=blur_window(a.sigma),
         solarize=a.solarize,
     )
+    return [*chain(*recipe.colour), *recipe[1:]]
 
 
-def crop_and_resize(image: Node, r: Recipe, size: Node) -> Node:
-    """Cuts the window out, then rescales it to `size` (height, width) and flips it; nothing beyond it is seen."""
+def crop_and_resize(image: Node, r: Recipe, side: Node) -> Node:
+    """Cuts the window out, then rescales it to a square of `side` pixels and flips it; nothing beyond it is seen."""
     window = fn.slice(image, r.window_start, r.window_shape, axes=[0, 1])
+    side = fn.cast(side, dtype=types.FLOAT)
     return fn.resize(
         window,
-        size=fn.cast(size, dtype=types.FLOAT),
+        resize_x=side,
+        resize_y=side,
         roi_start=r.roi_start,
         roi_end=r.roi_end,
         roi_relative=True,
@@ -107,10 +120,8 @@ def colour_step(image: Node, step: ColourStep) -> Node:
 def colour(image: Node, r: Recipe) -> Node:
     """Jitter in the plan's order, each step rounded to 8 bits as in Pillow and torchvision, then grayscale."""
     if r.jitter:
-        image = colour_step(image, r.colour[0])
-        image = colour_step(image, r.colour[1])
-        image = colour_step(image, r.colour[2])
-        image = colour_step(image, r.colour[3])
+        for step in r.colour:
+            image = colour_step(image, step)
     if r.gray:
         image = fn.hsv(image, saturation=0.0)
     return image
@@ -125,8 +136,7 @@ def blur_and_solarize(image: Node, r: Recipe) -> Node:
     return image
 
 
-def every_rth_pixel(image: Node, size: Node, ratio: int) -> Node:
-    """``image[::ratio, ::ratio]``, the authors' downsampling: DALI slices have no stride, reshapes do."""
-    side = size[0] // ratio
+def every_rth_pixel(image: Node, side: Node, ratio: int) -> Node:
+    """``image[::ratio, ::ratio]``, `side` pixels square: DALI slices have no stride, reshapes do."""
     blocks = fn.reshape(image, shape=fn.stack(side, ratio, side, ratio, 3), layout="")
     return fn.reshape(blocks[:, 0, :, 0, :], shape=fn.stack(side, side, 3), layout="HWC")

@@ -1,13 +1,14 @@
-"""The DALI pipelines: encoded images in, normalised canvases out.
+"""The DALI pipelines: encoded images in, normalised canvases or tiles out.
 
-``fused_pipeline`` makes all tiles of an image in one operator of our own (``kernels/dali``), ``stock_pipeline`` in
+``fused_pipeline`` makes canvases in one operator of our own (``kernels/dali``), ``stock_pipeline`` makes their tiles in
 DALI's. Both decode every image once. One graph for both devices: on the CPU everything runs there; on a GPU the decoder
 is ``mixed`` and what follows runs on that GPU. What is fed to a graph, the ``*_feed`` functions compute from a plan.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from nvidia.dali import Pipeline, fn, pipeline_def, plugin_manager, types
 from nvidia.dali import ops as dali_ops
 
 from dali_pipelines import ops
-from dali_pipelines.geometry import Geometry, Paste, slabs
+from dali_pipelines.geometry import Geometry
 from dali_pipelines.plan import VIEWS, Augmentation, StepPlan
 from dali_pipelines.settings import AugmentConfig, DataConfig
 
@@ -111,47 +112,23 @@ def recipe_rows(a: Augmentation) -> npt.NDArray[np.float32]:
 
 @pipeline_def(enable_conditionals=True)
 def stock_pipeline(feed: Feed, graph: Graph) -> tuple[ops.Node, ...]:
-    """Slabs of every view and level: VIEWS * levels outputs of (S / images_per_canvas, S, 3)."""
-    nodes = iter(fn.external_source(source=feed, num_outputs=stock_inputs(graph.geometry), batch=True))
-    images = decode(next(nodes), graph)
+    """The tiles of every view and level: VIEWS * levels outputs of (N, tile, tile, 3), for PyTorch to lay out."""
+    inputs = 2 + VIEWS * graph.geometry.levels * ops.RECIPE_NODES
+    encoded, canvas, *rest = fn.external_source(source=feed, num_outputs=inputs, batch=True)
+    images, nodes = decode(encoded, graph), iter(rest)
     result = []
     for _ in range(VIEWS):
         for ratio in graph.geometry.ratios:
-            tile = make_tile(images, _take(ops.Recipe, nodes), next(nodes), ratio, graph.released)
-            slab = fn.multi_paste(
-                tile,
-                in_ids=next(nodes),
-                in_anchors=next(nodes),
-                shapes=next(nodes),
-                out_anchors=next(nodes),
-                output_size=next(nodes),
-            )
-            normalised = fn.crop_mirror_normalize(slab, output_layout="HWC", **graph.normalisation())
+            tile = make_tile(images, ops.recipe_of(nodes), canvas, ratio, graph.released)
+            normalised = fn.crop_mirror_normalize(tile, output_layout="HWC", **graph.normalisation())
             result.append(normalised.gpu() if graph.upload else normalised)
     return tuple(result)
 
 
 def stock_feed(plan: StepPlan, images: list[npt.NDArray[np.uint8]]) -> list[Any]:
-    """One array (or list of N arrays) per external input, in the order in which the stock pipeline takes them."""
-    n, geometry = len(images), plan.geometry
-    feed: list[Any] = [images]
-    for augmentations, levels in zip(plan.augmentations, plan.tile_images, strict=True):
-        for level, (a, tile_images) in enumerate(zip(augmentations, levels, strict=True)):
-            made = geometry.canvas if plan.released else geometry.tile(level)
-            paste = _pastes(geometry, level, n)
-            feed += [*_leaves(ops.recipe_arrays(a)), np.full((n, 2), made, np.int32)]
-            feed += [tile_images[paste.slots].astype(np.int32), paste.source, paste.shape, paste.target]
-            feed.append(np.tile(np.array(paste.size, np.int32), (n, 1)))
-    return feed
-
-
-_pastes: Callable[[Geometry, int, int], Paste] = functools.lru_cache(maxsize=16)(slabs)
-
-
-def stock_inputs(geometry: Geometry) -> int:
-    """Number of external inputs of the stock pipeline."""
-    recipe = len(dataclasses.fields(ops.Recipe)) - 1 + ops.COLOUR_STEPS * len(dataclasses.fields(ops.ColourStep))
-    return 1 + VIEWS * geometry.levels * (recipe + 6)
+    """Images, sides of the canvas (N,), and the arrays of all recipes, for the stock pipeline."""
+    canvas = np.full(len(images), plan.geometry.canvas, np.int32)
+    return [images, canvas, *chain(*(ops.recipe_arrays(a) for levels in plan.augmentations for a in levels))]
 
 
 def decode(image: ops.Node, graph: Graph) -> ops.Node:
@@ -169,12 +146,13 @@ def decode(image: ops.Node, graph: Graph) -> ops.Node:
     )
 
 
-def make_tile(image: ops.Node, recipe: ops.Recipe, size: ops.Node, ratio: int, released: bool) -> ops.Node:
-    """One level's tile of one view, 8 bits per channel; `size` (height, width) is that of the canvas if `released`."""
-    tile = ops.crop_and_resize(image, recipe, size)
+def make_tile(image: ops.Node, recipe: ops.Recipe, canvas: ops.Node, ratio: int, released: bool) -> ops.Node:
+    """One level's tile of one view, 8 bits per channel; `canvas` is the side of a canvas, pixels."""
+    side = canvas // ratio
+    tile = ops.crop_and_resize(image, recipe, canvas if released else side)
     tile = ops.colour(tile, recipe)
     tile = ops.blur_and_solarize(tile, recipe)
-    return ops.every_rth_pixel(tile, size, ratio) if released and ratio > 1 else tile
+    return ops.every_rth_pixel(tile, side, ratio) if released and ratio > 1 else tile
 
 
 def decode_pipeline(encoded: bytes) -> Pipeline:
@@ -186,27 +164,3 @@ def decode_pipeline(encoded: bytes) -> Pipeline:
         return decode(image, Graph(Geometry(), AugmentConfig(), DataConfig(), files=False))
 
     return pipeline()
-
-
-def encode_path(path: str) -> npt.NDArray[np.uint8]:
-    return np.frombuffer(path.encode(), np.uint8)
-
-
-def _leaves(value: Any) -> list[Any]:
-    """The arrays of a Recipe in order of declaration."""
-    if isinstance(value, tuple):
-        return [leaf for item in value for leaf in _leaves(item)]
-    if dataclasses.is_dataclass(value):
-        return [leaf for f in dataclasses.fields(value) for leaf in _leaves(getattr(value, f.name))]
-    return [value]
-
-
-def _take(cls: type[ops.Recipe], nodes: Iterator[ops.Node]) -> ops.Recipe:
-    """A Recipe of the next nodes: the inverse of :func:`_leaves`."""
-
-    def colour() -> tuple[ops.ColourStep, ...]:
-        return tuple(
-            ops.ColourStep(*(next(nodes) for _ in dataclasses.fields(ops.ColourStep))) for _ in range(ops.COLOUR_STEPS)
-        )
-
-    return cls(*(colour() if f.name == "colour" else next(nodes) for f in dataclasses.fields(cls)))

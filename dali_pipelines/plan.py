@@ -7,6 +7,7 @@ step. Purposes are numbered once and for all; a new one takes the next number.
 """
 
 import functools
+import itertools
 from collections.abc import Collection
 from dataclasses import dataclass
 from enum import IntEnum
@@ -89,11 +90,9 @@ def order(seed: int, epoch: int, size: int) -> IntArray:
 def substitute(seed: int, epoch: int, position: int, size: int, bad: Collection[int]) -> int:
     """The sample shown at `position` of an epoch in place of one that cannot be decoded: the first good one drawn."""
     draws = _uniform(_words(seed, epoch, position, Purpose.SUBSTITUTE, _SUBSTITUTE_DRAWS // 4))[0]
-    for candidate in (draws * size).astype(np.int64):
-        if candidate not in bad:
-            return int(candidate)
-    start = int(draws[-1] * size)
-    return next(i for i in ((start + k) % size for k in range(size)) if i not in bad)
+    drawn: list[int] = (draws * size).astype(np.int64).tolist()
+    behind = ((drawn[-1] + k) % size for k in range(size))
+    return next(i for i in itertools.chain(drawn, behind) if i not in bad)
 
 
 @dataclass(frozen=True)
@@ -242,27 +241,23 @@ class Plan:
         """
         epoch = step // self.steps_per_epoch
         index = self.samples(step, bad)
-        levels = range(self.geometry.levels)
+        released = self.tile_sampling == "released"
+        blur_scales = [1.0 if released else 1.0 / ratio for ratio in self.geometry.ratios]
+        draw = functools.partial(augmentation, self.augment, self.seed, epoch, index, sizes[index])
         return StepPlan(
             epoch=epoch,
             step=step,
             geometry=_geometry_at(self.geometry, epoch),
-            released=self.tile_sampling == "released",
+            released=released,
             index=index,
             augmentations=tuple(
-                tuple(
-                    augmentation(
-                        self.augment, self.seed, epoch, index, sizes[index], view, level, self._blur_scale(level)
-                    )
-                    for level in levels
-                )
+                tuple(draw(view, level, scale) for level, scale in enumerate(blur_scales)) for view in range(VIEWS)
+            ),
+            tile_images=tuple(
+                tuple(self._tile_images(step, view, level) for level in range(self.geometry.levels))
                 for view in range(VIEWS)
             ),
-            tile_images=tuple(tuple(self._tile_images(step, view, level) for level in levels) for view in range(VIEWS)),
         )
-
-    def _blur_scale(self, level: int) -> float:
-        return 1.0 if self.tile_sampling == "released" else 1.0 / self.geometry.ratios[level]
 
     def _tile_images(self, step: int, view: int, level: int) -> IntArray:
         """Which image each tile of a level shows: a shuffle of all tiles, modulo N; level 0 is not shuffled."""

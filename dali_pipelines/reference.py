@@ -14,6 +14,7 @@ import torchvision.transforms.v2.functional as F
 from PIL import Image
 from torch import Tensor
 
+from dali_pipelines.batch import lay_out
 from dali_pipelines.geometry import Geometry
 from dali_pipelines.plan import Augmentation, StepPlan, blur_window
 from dali_pipelines.settings import AugmentConfig, DataConfig
@@ -38,27 +39,22 @@ def decode(encoded: bytes) -> Tensor:
 
 def crop_and_resize(image: Tensor, window: Sequence[int], flip: bool, size: int) -> Tensor:
     """Pillow's crop, antialiased bilinear resize and mirror of (3, H, W) uint8, to (3, size, size)."""
-    picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
     x1, y1, x2, y2 = (int(v) for v in window)
-    picture = picture.crop((x1, y1, x2, y2)).resize((size, size), Image.Resampling.BILINEAR)
+    picture = F.to_pil_image(image).crop((x1, y1, x2, y2)).resize((size, size), Image.Resampling.BILINEAR)
     if flip:
         picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
+ADJUST = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
+"""Colour operations, in the order of ``Augmentation.factors``."""
+
+
 def colour(image: Tensor, a: Augmentation, i: int) -> Tensor:
     """Colour jitter in the plan's order, then grayscale, of (3, H, W) uint8."""
-    brightness, contrast, saturation, hue = (float(f) for f in a.factors[i])
     if a.jitter[i]:
         for operation in a.order[i]:
-            if operation == 0:
-                image = F.adjust_brightness(image, brightness)
-            elif operation == 1:
-                image = F.adjust_contrast(image, contrast)
-            elif operation == 2:
-                image = F.adjust_saturation(image, saturation)
-            else:
-                image = F.adjust_hue(image, hue)
+            image = ADJUST[operation](image, float(a.factors[i, operation]))
     if a.gray[i]:
         image = F.rgb_to_grayscale(image, num_output_channels=3)
     return image
@@ -79,13 +75,6 @@ def make_tile(image: Tensor, a: Augmentation, i: int, geometry: Geometry, level:
     tile = crop_and_resize(image, a.window[i], bool(a.flip[i]), geometry.canvas if released else geometry.tile(level))
     tile = blur_and_solarize(colour(tile, a, i), a, i)
     return tile[:, :: geometry.ratios[level], :: geometry.ratios[level]] if released else tile
-
-
-def assemble(tiles: Tensor, ratio: int) -> Tensor:
-    """Lays (canvases * ratio^2, 3, tile, tile) out row-major: (canvases, 3, S, S)."""
-    _, channels, tile, _ = tiles.shape
-    grid = tiles.view(-1, ratio, ratio, channels, tile, tile)
-    return grid.permute(0, 3, 1, 4, 2, 5).reshape(-1, channels, ratio * tile, ratio * tile)
 
 
 class TorchvisionEngine:
@@ -120,12 +109,9 @@ class TorchvisionEngine:
         samples = [future.result() for future in futures]  # [image][view][level]
         views = []
         for view, tile_images in enumerate(plan.tile_images):
-            levels = []
-            for level, shown in enumerate(tile_images):
-                tiles = torch.stack([sample[view][level] for sample in samples])
-                levels.append(assemble(tiles[torch.from_numpy(shown)], plan.geometry.ratios[level]))
-            canvases = (torch.cat(levels).float() - self._mean) / self._std
-            views.append(canvases.to(self._dtype, memory_format=torch.channels_last))
+            tiles = [torch.stack(level) for level in zip(*(sample[view] for sample in samples), strict=True)]
+            canvases = lay_out(tiles, tile_images, plan.geometry.ratios)
+            views.append(((canvases.float() - self._mean) / self._std).to(self._dtype))
         return views
 
     def decodes(self, i: int) -> str | None:

@@ -116,7 +116,7 @@ class TrainerConfig:
     """What becomes of a step whose gradient is infinite or NaN. stop: the run ends before the next checkpoint, naming
     it; in fp16, where the loss scale is lowered instead, after 100 such steps in a row. skip: weights, optimiser,
     momentum network and running statistics stay as they were, the record counts it, and the run ends after 100 such
-    steps in a row; every step then costs a copy of them all."""
+    steps in a row."""
     device: Annotated[Literal["auto", "cpu", "cuda"], Trait.RESUMABLE] = "auto"
     """Where the networks live."""
     threads: Annotated[int, Trait.OF_A_MACHINE, Trait.RESUMABLE] = Field(default=0, ge=0)

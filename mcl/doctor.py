@@ -5,23 +5,20 @@ Imports nothing heavy itself, and survives whatever is absent or broken.
 
 import importlib
 import importlib.machinery
-import importlib.metadata
 import importlib.util
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import textwrap
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import mcl
 
-_PACKAGE = Path(__file__).parent
 _WIDTH = 100
 _ABSENT = "not installed"
 _MARKS = {"ok": "ok", "note": "-", "missing": "MISSING"}
@@ -30,13 +27,15 @@ _BUILD = "pip install --no-build-isolation -e ."
 _PYTHON = (3, 11)
 _TORCH = (2, 10)
 
+Status = Literal["ok", "missing", "note"]
+
 
 @dataclass(frozen=True)
 class Check:
     """One line of the report."""
 
     name: str
-    status: Literal["ok", "missing", "note"]
+    status: Status
     """ok: works. missing: needed, and absent or broken. note: absent or limited, and mcl runs without it."""
     detail: str
     """What was found."""
@@ -50,7 +49,7 @@ class Check:
 
 def checks() -> list[Check]:
     """Looks at everything that decides how mcl runs on this machine. Never raises."""
-    probes: dict[str, Callable[[], list[Check]]] = {
+    probes: dict[str, Callable[[], Iterator[Check]]] = {
         "Python": _python,
         "packages": _packages,
         "PyTorch": _pytorch,
@@ -60,10 +59,9 @@ def checks() -> list[Check]:
         "extensions": _extensions,
         "loader": _loader,
         "apex": _apex,
-        "MMDetection": _mmdetection,
-        "logging": _logging,
+        "others": _others,
     }
-    found = []
+    found = list[Check]()
     for name, probe in probes.items():
         try:
             found += probe()
@@ -94,161 +92,187 @@ def report(found: list[Check] | None = None) -> str:
     return "\n".join(lines)
 
 
-def _python() -> list[Check]:
-    right = sys.version_info >= _PYTHON
-    need = ".".join(map(str, _PYTHON))
-    return [
-        Check("Python", "ok" if right else "missing", platform.python_version(), True, f"{need} or newer is needed"),
-        Check("mcl", "ok", mcl.__version__, True, f"imported from {_PACKAGE}"),
-    ]
+def _needed(name: str, detail: str, why: str, problem: str = "", remedy: str = "") -> Check:
+    """A check of what mcl needs; `problem` is why it does not work, empty where it does."""
+    if problem:
+        return Check(name, "missing", detail, False, problem, remedy)
+    return Check(name, "ok", detail, True, why)
 
 
-def _packages() -> list[Check]:
+def _python() -> Iterator[Check]:
+    status: Status = "ok" if sys.version_info >= _PYTHON else "missing"
+    yield Check("Python", status, platform.python_version(), True, f"{_dotted(_PYTHON)} or newer is needed")
+    yield Check("mcl", "ok", mcl.__version__, True, f"imported from {Path(mcl.__file__).parent}")
+
+
+def _packages() -> Iterator[Check]:
     modules = {"numpy": "numpy", "pillow": "PIL", "pydantic": "pydantic", "pyyaml": "yaml", "tqdm": "tqdm"}
-    states = {name: _probe(module) for name, module in modules.items()}
-    bad = [name for name, (module, _) in states.items() if module is None]
-    detail = ", ".join(
-        f"{name} {_version(name, module) if module is not None else reason}"
-        for name, (module, reason) in states.items()
-    )
-    remedy = f"pip install --force-reinstall {' '.join(bad)}" if bad else ""
-    return [Check("packages", "missing" if bad else "ok", detail, not bad, "mcl is built on them", remedy)]
+    found = {name: _probe(module) for name, module in modules.items()}
+    bad = [name for name, (module, _) in found.items() if module is None]
+    detail = ", ".join(f"{name} {reason or _version(module)}" for name, (module, reason) in found.items())
+    why = "mcl is built on them"
+    yield _needed("packages", detail, why, why if bad else "", f"pip install --force-reinstall {' '.join(bad)}")
 
 
-def _pytorch() -> list[Check]:
-    torch, torch_reason = _probe("torch")
-    vision, vision_reason = _probe("torchvision")
-    need = ".".join(map(str, _TORCH))
-    both = f'pip install --upgrade "torch>={need}" torchvision'
-    if torch is None:
-        first = Check("torch", "missing", torch_reason, False, "everything needs it", both)
-    elif _release(torch) < _TORCH:
-        first = Check("torch", "missing", torch.__version__, False, f"{need} or newer is needed", both)
-    else:
-        first = Check("torch", "ok", torch.__version__, True, "networks, losses, optimisers")
-    if vision is None:
-        # A torchvision made for another torch fails at its import.
-        remedy = both.replace("--upgrade", "--force-reinstall")
-        return [first, Check("torchvision", "missing", vision_reason, False, "the backbones come from it", remedy)]
-    if torch is None:
-        return [first, Check("torchvision", "missing", vision.__version__, False, "it needs torch", both)]
-    pair = f"0.{_release(torch)[1] + 15}"  # torch 2.n goes with torchvision 0.(n + 15)
-    if _release(torch)[0] == 2 and not vision.__version__.startswith(f"{pair}."):
-        why = f"torch {torch.__version__} goes with torchvision {pair}"
-        remedy = f'pip install "torchvision=={pair}.*"'
-        return [first, Check("torchvision", "missing", vision.__version__, False, why, remedy)]
-    return [
-        first,
-        Check("torchvision", "ok", vision.__version__, True, f"backbones; goes with torch {torch.__version__}"),
-    ]
+def _pytorch() -> Iterator[Check]:
+    need = _dotted(_TORCH)
+    remedy = f'pip install --upgrade "torch>={need}" torchvision'
+    torch, reason = _probe("torch")
+    release = torch.__version__ if torch is not None else "0.0"
+    major, minor = map(int, release.split(".")[:2])
+    problem = "" if (major, minor) >= _TORCH else f"{need} or newer is needed" if torch else "everything needs it"
+    yield _needed("torch", reason or release, "networks, losses, optimisers", problem, remedy)
+    vision, reason = _probe("torchvision")
+    pair, problem = f"0.{minor + 15}", ""  # torch 2.n goes with torchvision 0.(n + 15)
+    if vision is None:  # as one that was made for another torch, whose import fails
+        problem, remedy = "the backbones come from it", remedy.replace("--upgrade", "--force-reinstall")
+    elif torch is None:
+        problem = "it needs torch"
+    elif major == 2 and not vision.__version__.startswith(f"{pair}."):
+        problem, remedy = f"torch {release} goes with torchvision {pair}", f'pip install "torchvision=={pair}.*"'
+    why = f"backbones; goes with torch {release}"
+    yield _needed("torchvision", reason or vision.__version__, why, problem, remedy)
 
 
-def _capability(architecture: str) -> int:
-    """75 for sm_75, 90 for sm_90a."""
-    return int("".join(filter(str.isdigit, architecture)))
-
-
-def _cuda() -> list[Check]:
+def _cuda() -> Iterator[Check]:
     torch, _ = _probe("torch")
+    driver, on_cpu = _driver(), "the networks run on the CPU"
     if torch is None:
-        return [Check("CUDA", "note", "unknown", False, "torch cannot tell")]
-    driver = _driver()
-    if torch.cuda.is_available():
-        found = []
+        yield Check("CUDA", "note", "unknown", False, "torch cannot tell")
+    elif torch.cuda.is_available():
+        least = min(int("".join(filter(str.isdigit, name))) for name in torch.cuda.get_arch_list())  # 90 for sm_90a
+        why, remedy = f"torch is built for CUDA {torch.version.cuda}", "use another GPU, or trainer.device=cpu"
         for index in range(torch.cuda.device_count()):
             device = torch.cuda.get_device_properties(index)
+            own = 10 * device.major + device.minor
             detail = f"{device.name}, {device.total_memory / 2**30:.0f} GiB, driver {driver or 'unknown'}"
-            name, built = f"CUDA {index}", f"torch is built for CUDA {torch.version.cuda}"
-            own, least = 10 * device.major + device.minor, min(map(_capability, torch.cuda.get_arch_list()))
-            if own < least:
-                why = f"{built}, compute capability {least / 10} or later; this GPU has {own / 10}"
-                found.append(Check(name, "missing", detail, False, why, "use another GPU, or trainer.device=cpu"))
-            else:
-                found.append(Check(name, "ok", detail, True, built))
-        return found
-    if driver and torch.version.cuda is None:
-        why = "this torch is built for CPUs; the networks run on the CPU"
-        remedy = "pip install --force-reinstall torch torchvision"
-        return [Check("CUDA", "note", f"driver {driver}", False, why, remedy)]
-    if driver:
-        why = f"torch, built for CUDA {torch.version.cuda}, finds no device it can use; the networks run on the CPU"
-        return [Check("CUDA", "note", f"driver {driver}", False, why, "nvidia-smi")]
-    return [Check("CUDA", "note", "no device", False, "the networks run on the CPU")]
+            problem = f"{why}, compute capability {least / 10} or later; this GPU has {own / 10}" if own < least else ""
+            yield _needed(f"CUDA {index}", detail, why, problem, remedy)
+    elif not driver:
+        yield Check("CUDA", "note", "no device", False, on_cpu)
+    elif torch.version.cuda is None:
+        why, remedy = f"this torch is built for CPUs; {on_cpu}", "pip install --force-reinstall torch torchvision"
+        yield Check("CUDA", "note", f"driver {driver}", False, why, remedy)
+    else:
+        why = f"torch, built for CUDA {torch.version.cuda}, finds no device it can use; {on_cpu}"
+        yield Check("CUDA", "note", f"driver {driver}", False, why, "nvidia-smi")
 
 
-def _cpu() -> list[Check]:
+def _cpu() -> Iterator[Check]:
     torch, _ = _probe("torch")
-    model, flags = _processor()
+    model, flags = processor()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     capability = torch.backends.cpu.get_cpu_capability() if torch is not None else "capability unknown"
     detail = f"{model}, {cores} core{'s' if cores != 1 else ''}, {capability}"
-    if torch is not None and torch.cuda.is_available():
-        return [Check("CPU", "ok", detail, True, "prepares what the GPU does not")]
-    if flags & {"avx512_bf16", "amx_bf16", "bf16"}:
-        return [Check("CPU", "ok", detail, True, "networks and loader; it has bf16 instructions")]
-    why = "networks and loader; without bf16 instructions trainer.precision=bf16 is slower than fp32"
-    return [Check("CPU", "note", detail, True, why, "mcl pretrain CONFIG trainer.precision=fp32 ...")]
+    if _device() == "cuda":
+        yield Check("CPU", "ok", detail, True, "prepares what the GPU does not")
+    elif flags & {"avx512_bf16", "amx_bf16", "bf16"}:
+        yield Check("CPU", "ok", detail, True, "networks and loader; it has bf16 instructions")
+    else:
+        why = "networks and loader; without bf16 instructions trainer.precision=bf16 is slower than fp32"
+        yield Check("CPU", "note", detail, True, why, "mcl pretrain CONFIG trainer.precision=fp32 ...")
 
 
-def _dali() -> list[Check]:
+def _dali() -> Iterator[Check]:
     """DALI, and who decodes JPEG files."""
     dali, reason = _probe("nvidia.dali")
-    if dali is not None:
-        torch, _ = _probe("torch")
-        if torch is not None and torch.cuda.is_available():
-            why = "decodes and augments on the GPU"
-            jpeg = Check(
-                "JPEG decoder", "ok", "nvJPEG, in DALI", True, "on the GPU, and its decoding engine if it has one"
+    if dali is not None and _device() == "cuda":
+        yield Check("DALI", "ok", dali.__version__, True, "decodes and augments on the GPU")
+        why = "on the GPU, and its decoding engine if it has one"
+        yield Check("JPEG decoder", "ok", "nvJPEG, in DALI", True, why)
+    elif dali is not None:
+        why = "decodes and augments on the CPU, as there is no CUDA device"
+        yield Check("DALI", "ok", dali.__version__, True, why)
+        yield Check("JPEG decoder", "ok", "libjpeg-turbo, in DALI", True, "nvJPEG needs a CUDA device")
+    else:
+        if reason == _ABSENT:
+            yield Check(
+                "DALI", "note", reason, False, "the torchvision engine is used, at a fraction of the speed", _DALI
             )
         else:
-            why = "decodes and augments on the CPU, as there is no CUDA device"
-            jpeg = Check("JPEG decoder", "ok", "libjpeg-turbo, in DALI", True, "nvJPEG needs a CUDA device")
-        return [Check("DALI", "ok", dali.__version__, True, why), jpeg]
-    pillow, _ = _probe("PIL.features")
-    turbo = pillow is not None and pillow.check_feature("libjpeg_turbo")
-    library = f"libjpeg{'-turbo' if turbo else ''}, in Pillow"
-    jpeg = Check("JPEG decoder", "ok", library, True, "DALI is not used")
-    if pillow is None:
-        jpeg = Check("JPEG decoder", "missing", "none", False, "neither DALI nor Pillow is there", "pip install pillow")
-    if reason == _ABSENT:
-        why = "the torchvision engine is used, at a fraction of the speed"
-        return [Check("DALI", "note", reason, False, why, _DALI), jpeg]
-    why = "installed but unusable; mend it, or remove it and the slower torchvision engine is used"
-    return [Check("DALI", "missing", reason, False, why, _DALI.replace("install", "install --force-reinstall")), jpeg]
+            why = "installed but unusable; mend it, or remove it and the slower torchvision engine is used"
+            yield Check("DALI", "missing", reason, False, why, _DALI.replace("install", "install --force-reinstall"))
+        pillow, _ = _probe("PIL.features")
+        if pillow is None:
+            why = "neither DALI nor Pillow is there"
+            yield Check("JPEG decoder", "missing", "none", False, why, "pip install pillow")
+        else:
+            turbo = "-turbo" if pillow.check_feature("libjpeg_turbo") else ""
+            yield Check("JPEG decoder", "ok", f"libjpeg{turbo}, in Pillow", True, "DALI is not used")
 
 
-def _extensions() -> list[Check]:
+def _extensions() -> Iterator[Check]:
     """The compiled operators, and who does what in a step."""
     ops, reason = _probe("mcl.ops")
     if ops is None:
-        return [Check("C++ extension", "missing", reason, False, "the operators cannot be imported", _BUILD)]
-    device = _device()
+        yield Check("C++ extension", "missing", reason, False, "the operators cannot be imported", _BUILD)
+        return
     if ops.missing:
-        found = [Check("C++ extension", "note", "not built", False, ops.missing, _BUILD)]
+        yield Check("C++ extension", "note", "not built", False, ops.missing, _BUILD)
     else:
         built = " and ".join(d.upper() for d in ("cpu", "cuda") if ops.compiled("region_pool", d))
-        found = [
-            Check("C++ extension", "ok", f"built for {built}", True, "region pooling, layers on CPUs, optimiser steps")
-        ]
+        why = "region pooling, BatchNorm on CPUs, optimiser steps"
+        yield Check("C++ extension", "ok", f"built for {built}", True, why)
+    device = _device()
     tasks: dict[tuple[str, str], list[str]] = {}
     for task, backend in ops.backends(device).items():
         tasks.setdefault(backend, []).append(task)
     for (library, why), names in tasks.items():
         detail = f"{library} on {device.upper()}: {', '.join(names)}"
-        found.append(Check("operators", "note" if library == "PyTorch" else "ok", detail, True, why))
-    return found
+        yield Check("operators", "note" if library == "PyTorch" else "ok", detail, True, why)
 
 
-def _loader() -> list[Check]:
+def _loader() -> Iterator[Check]:
     """Which engine loads images, and why not a faster one."""
     loader, reason = _probe("dali_pipelines.loader")
     if loader is None:
-        return [Check("loader", "missing", reason, False, "the loader cannot be imported", _BUILD)]
+        yield Check("loader", "missing", reason, False, "the loader cannot be imported", _BUILD)
+        return
     engine, device, why = loader.choose_engine(loader.DataConfig(), _device() == "cuda")
-    fastest = engine == "fused" and device == _device().replace("cuda", "gpu")
-    why = "the fastest there is" if fastest else why
-    status: Literal["ok", "note"] = "ok" if fastest else "note"
-    return [Check("loader", status, f"{engine} engine on {device.upper()}", True, why, "" if fastest else _BUILD)]
+    detail = f"{engine} engine on {device.upper()}"
+    if engine == "fused" and device == _device().replace("cuda", "gpu"):
+        yield Check("loader", "ok", detail, True, "the fastest there is")
+    else:
+        yield Check("loader", "note", detail, True, why, _BUILD)
+
+
+def _apex() -> Iterator[Check]:
+    """Not imported by its bare name: PyPI's project of the name has requirements of its own and fails without them."""
+    spec = _find("apex")
+    without = "the extension or PyTorch does its work"
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()] if spec else []
+    if spec is None:
+        yield Check("apex", "note", _ABSENT, False, without)
+    elif not any((folder / "multi_tensor_apply").is_dir() for folder in folders):
+        why = f"it has no apex.multi_tensor_apply; {without}"
+        yield Check("apex", "note", "another project of this name, from PyPI", False, why, "pip uninstall apex")
+    elif _find("amp_C") is None:
+        yield Check("apex", "note", "NVIDIA apex without its CUDA kernels (amp_C)", False, without)
+    elif _device() == "cpu":
+        why = f"it serves CUDA devices only; {without}"
+        yield Check("apex", "note", "NVIDIA apex with its CUDA kernels (amp_C)", False, why)
+    else:
+        yield Check("apex", "ok", "NVIDIA apex with its CUDA kernels (amp_C)", True, "see operators")
+
+
+def _others() -> Iterator[Check]:
+    """Packages that draw, log or fine-tune, and what each is for."""
+    for name in ("mmengine", "mmcv", "mmdet"):
+        yield _package(name, "note", "only mcl finetune needs it", "make mmdet")
+    for name, why in (
+        ("tensorboard", "log.tensorboard is on by default"),
+        ("matplotlib", "draws the curves of a report"),
+        ("jinja2", "writes the report of a run"),
+    ):
+        yield _package(name, "missing", why, f"pip install --force-reinstall {name}")
+    yield _package("wandb", "note", "only log.wandb needs it", "pip install wandb")
+
+
+def _package(name: str, absent: Status, why: str, remedy: str) -> Check:
+    module, reason = _probe(name)
+    if module is None:
+        return Check(name, absent, reason, False, why, remedy)
+    return Check(name, "ok", _version(module), absent == "missing", why)
 
 
 def _device() -> str:
@@ -256,51 +280,8 @@ def _device() -> str:
     return "cuda" if torch is not None and torch.cuda.is_available() else "cpu"
 
 
-def _apex() -> list[Check]:
-    """Not imported by its bare name: PyPI's project of the name has requirements of its own and fails without them."""
-    spec = _find("apex")
-    without = "the extension or PyTorch does its work"
-    if spec is None:
-        return [Check("apex", "note", _ABSENT, False, without)]
-    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
-    if not any((folder / "multi_tensor_apply").is_dir() for folder in folders):
-        why = f"it has no apex.multi_tensor_apply; {without}"
-        return [Check("apex", "note", "another project of this name, from PyPI", False, why, "pip uninstall apex")]
-    if _find("amp_C") is None:
-        return [Check("apex", "note", "NVIDIA apex without its CUDA kernels (amp_C)", False, without)]
-    detail = "NVIDIA apex with its CUDA kernels (amp_C)"
-    if _device() == "cpu":
-        return [Check("apex", "note", detail, False, f"it serves CUDA devices only; {without}")]
-    return [Check("apex", "ok", detail, True, "see operators")]
-
-
-def _mmdetection() -> list[Check]:
-    found = []
-    for name in ("mmengine", "mmcv", "mmdet"):
-        module, reason = _probe(name)
-        detail = _version(name, module) if module is not None else reason
-        remedy = "" if module is not None else "make mmdet"
-        found.append(Check(name, "note", detail, False, "only mcl finetune needs it", remedy))
-    return found
-
-
-def _logging() -> list[Check]:
-    found = []
-    for name, why in (
-        ("tensorboard", "log.tensorboard is on by default"),
-        ("matplotlib", "draws previews and reports"),
-    ):
-        module, reason = _probe(name)
-        if module is not None:
-            found.append(Check(name, "ok", _version(name, module), True, why))
-        else:
-            found.append(Check(name, "missing", reason, False, why, f"pip install --force-reinstall {name}"))
-    module, reason = _probe("wandb")
-    if module is not None:
-        found.append(Check("wandb", "ok", _version("wandb", module), False, "used once log.wandb names a project"))
-    else:
-        found.append(Check("wandb", "note", reason, False, "only log.wandb needs it", "pip install wandb"))
-    return found
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
 
 
 def _probe(name: str) -> tuple[Any, str]:
@@ -327,39 +308,24 @@ def _reason(error: Exception) -> str:
     return textwrap.shorten(f"{type(error).__name__}: {lines[0] if lines else 'no message'}", 200)
 
 
-def _version(distribution: str, module: Any) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return str(getattr(module, "__version__", "of unknown version"))
+def _version(module: Any) -> str:
+    return str(getattr(module, "__version__", "of unknown version"))
 
 
-def _release(torch: Any) -> tuple[int, int]:
-    """(major, minor)."""
-    major, minor = torch.__version__.split(".")[:2]
-    return int(major), int(minor)
-
-
-def _processor() -> tuple[str, set[str]]:
+def processor() -> tuple[str, set[str]]:
     """Name and feature flags of the CPU."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor() or platform.machine(), set()
-    entries = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
-    fields = {key.strip().lower(): value.strip() for key, value in entries.items()}
-    model = fields.get("model name") or platform.processor() or platform.machine()
-    return model, set(fields.get("flags", fields.get("features", "")).split())
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    entries = {key.strip().lower(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    model = entries.get("model name") or platform.processor() or platform.machine()
+    return model, set(entries.get("flags", entries.get("features", "")).split())
 
 
 def _driver() -> str:
     """Version of the NVIDIA driver; empty if there is none."""
-    command = shutil.which("nvidia-smi")
-    if command is None:
-        return ""
-    query = [command, "--query-gpu=driver_version", "--format=csv,noheader"]
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, subprocess.SubprocessError):  # the tool is absent, or has no driver to talk to
         return ""
     return next(iter(answer.stdout.split()), "")

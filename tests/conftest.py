@@ -77,8 +77,9 @@ def _fault(request: pytest.FixtureRequest, record_property: Callable[[str, objec
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """A table of the faults that tests tried; what one recorded as "survived" stands for a mere yes."""
-    outcomes = ("passed", "failed", "error")  # the last one: of what a test needs
-    reports = [r for outcome in outcomes for r in terminalreporter.getreports(outcome) if r.when == "call" or r.failed]
+    outcomes = ("passed", "failed", "error")  # the last: a fixture failed, or a file could not be collected
+    reports = [r for outcome in outcomes for r in terminalreporter.getreports(outcome)]
+    reports = [r for r in reports if isinstance(r, pytest.TestReport) and (r.when == "call" or r.failed)]
     tried = [(dict(r.user_properties), r.passed) for r in reports if "fault" in dict(r.user_properties)]
     if tried:
         terminalreporter.section("faults tried and survived")

@@ -9,7 +9,7 @@ import os
 import threading
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import Any, BinaryIO, Literal, Protocol, TypeVar, cast
+from typing import Any, BinaryIO, Literal, TypeVar, cast
 
 T = TypeVar("T")
 S = TypeVar("S")
@@ -25,55 +25,29 @@ class SourceError(ValueError):
     """Images that cannot be used; the message names the folder or file and the remedy."""
 
 
-class Files(Protocol):
-    """A place for files; its methods are thread-safe."""
-
-    base: str
-    """Folder that names are relative to, without a slash at its end."""
-    local: bool
-    """Whether other libraries can open the paths, too."""
-    threads: int
-    """Fewest threads to read many files with."""
-    block: int
-    """Bytes fetched at a time where a shard is read from one end to the other."""
-
-    def kind(self, path: str) -> Literal["file", "folder", ""]:
-        """What the path is; "" if nothing is there."""
-        ...
-
-    def entries(self, folder: str) -> tuple[list[str], list[str]]:
-        """Names of the files and of the folders in a folder, each sorted; without those that start with a dot."""
-        ...
-
-    def glob(self, pattern: str) -> list[str]:
-        """Paths that match, sorted."""
-        ...
-
-    def stamp(self, path: str) -> Stamp: ...
-
-    def read(self, path: str, start: int = 0, end: int | None = None) -> bytes:
-        """Bytes `start` to `end` (default: the rest), fewer where the file ends before."""
-        ...
-
-    def open(self, path: str, size: int, block: int) -> BinaryIO:
-        """A file of `size` bytes, of which at least `block` bytes are fetched at a time."""
-        ...
-
-
 class Local:
-    """Files on a disk."""
+    """Files on a disk; the methods are thread-safe.
+
+    Args:
+        base: folder that names are relative to, without a slash at its end.
+    """
 
     local = True
+    """Whether other libraries can open the paths, too."""
     threads = 1
+    """Fewest threads to read many files with."""
     block = 1 << 16
+    """Bytes fetched at a time where a shard is read from one end to the other."""
 
     def __init__(self, base: str) -> None:
         self.base = base
 
     def kind(self, path: str) -> Literal["file", "folder", ""]:
+        """What the path is; "" if nothing is there."""
         return "folder" if os.path.isdir(path) else "file" if os.path.exists(path) else ""
 
     def entries(self, folder: str) -> tuple[list[str], list[str]]:
+        """Names of the files and of the folders in a folder, each sorted; without those that start with a dot."""
         files: list[str] = []
         folders: list[str] = []
         with os.scandir(folder) as entries:
@@ -83,9 +57,11 @@ class Local:
         return sorted(files), sorted(folders)
 
     def glob(self, pattern: str) -> list[str]:
+        """Paths that match, sorted."""
         return sorted(glob.glob(pattern))
 
     def stamp(self, path: str) -> Stamp:
+        """The stamp of a file, ``MISSING`` if it is not there."""
         try:
             status = os.stat(path)
         except (FileNotFoundError, NotADirectoryError):
@@ -95,19 +71,13 @@ class Local:
         return status.st_mtime_ns, status.st_size
 
     def read(self, path: str, start: int = 0, end: int | None = None) -> bytes:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            if end is None:
-                end = os.fstat(descriptor).st_size
-            parts = []
-            while start < end and (part := os.pread(descriptor, end - start, start)):
-                parts.append(part)
-                start += len(part)
-            return b"".join(parts)
-        finally:
-            os.close(descriptor)
+        """Bytes `start` to `end` (default: the rest), fewer where the file ends before."""
+        with open(path, "rb") as file:
+            file.seek(start)
+            return file.read(-1 if end is None else end - start)
 
     def open(self, path: str, size: int, block: int) -> BinaryIO:
+        """A file of `size` bytes, of which at least `block` bytes are fetched at a time."""
         return open(path, "rb", buffering=block)
 
 
@@ -124,7 +94,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 class Remote:
-    """Files in an object store, or wherever else fsspec reads.
+    """Files in an object store, or wherever else fsspec reads; the methods are those of :class:`Local`.
 
     Raises:
         SourceError: no such protocol, or its package is not installed.
@@ -195,7 +165,7 @@ class Remote:
         return cast(bytes, self._call(self._fs.cat_file, path, start=start, end=end))
 
     def open(self, path: str, size: int, block: int) -> BinaryIO:
-        return window(functools.partial(self.read, path), 0, size, block)
+        return io.BufferedReader(RangeFile(functools.partial(self.read, path), size), block)
 
     def _inner(self, path: str) -> str:
         """The path as the file system knows it."""
@@ -219,6 +189,9 @@ def _version(entry: dict[str, Any]) -> int:
     return int.from_bytes(hashlib.blake2b(str(value).encode(), digest_size=7).digest(), "big")
 
 
+Files = Local | Remote
+
+
 def open_files(root: str, base: str) -> Files:
     """The place where `root` lies; `base` is the folder that names are relative to."""
     return Remote(root, base) if is_remote(root) else Local(base)
@@ -228,9 +201,13 @@ def is_remote(path: str) -> bool:
     return "://" in path
 
 
-class _Window(io.RawIOBase):
-    def __init__(self, read: Callable[[int, int], bytes], start: int, length: int) -> None:
-        self._read, self._start, self._length, self._position = read, start, length, 0
+class RangeFile(io.RawIOBase):
+    """A file of `size` bytes, of which `read(start, end)` fetches what is asked for."""
+
+    mode = "rb"
+
+    def __init__(self, read: Callable[[int, int], bytes], size: int) -> None:
+        self._read, self._size, self._position = read, size, 0
 
     def readable(self) -> bool:
         return True
@@ -239,33 +216,18 @@ class _Window(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._position = max(0, offset + (0, self._position, self._length)[whence])
-        return self._position
-
-    def tell(self) -> int:
+        self._position = max(0, offset + (0, self._position, self._size)[whence])
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        start = self._start + self._position
-        end = min(start + len(buffer), self._start + self._length)
-        data = self._read(start, end) if start < end else b""
+        end = min(self._position + len(buffer), self._size)
+        data = self._read(self._position, end) if self._position < end else b""
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)
 
-    def readall(self) -> bytes:
-        data = self._read(self._start + self._position, self._start + self._length)
-        self._position += len(data)
-        return data
-
-
-def window(read: Callable[[int, int], bytes], start: int, length: int, block: int) -> BinaryIO:
-    """`length` bytes behind `start` of what `read(start, end)` reads, as a file of its own.
-
-    Args:
-        block: bytes fetched at a time, or more where more is asked for.
-    """
-    return io.BufferedReader(_Window(read, start, length), block)
+    def readall(self) -> bytes:  # at once: a request takes long
+        return self.read(max(0, self._size - self._position))
 
 
 def parallel(function: Callable[[S], T], items: Iterable[S], threads: int) -> Generator[T, None, None]:

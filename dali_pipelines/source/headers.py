@@ -1,6 +1,6 @@
 """Headers of images: sizes without pixels."""
 
-from typing import BinaryIO
+from typing import IO
 
 from PIL import Image, UnidentifiedImageError
 
@@ -17,7 +17,7 @@ Header = tuple[int, int] | str
 """(width, height) in pixels as stored, before any EXIF rotation; or why the image cannot be used."""
 
 
-def read_header(file: BinaryIO) -> Header:
+def read_header(file: IO[bytes]) -> Header:
     """Reads as little of an encoded image as tells its size.
 
     Raises:

@@ -1,14 +1,13 @@
 """The index: what reading the files of a source revealed, kept in a file so that it need not be read again."""
 
 import hashlib
+import json
 import os
 import time
 import uuid
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -21,11 +20,20 @@ from dali_pipelines.source.headers import Header
 Progress = Callable[[int, int, int], None]
 """Called with files read, files to read, images in those read."""
 
-_FORMAT = 1
+_FORMAT = 2
 _SAVE_SECONDS = 5.0
 _UNREAD: Stamp = (-1, -2)  # of no file: what could not be read is tried again at the next opening
 
 Int64s = npt.NDArray[np.int64]
+Records = npt.NDArray[np.void]
+
+FILE = np.dtype([("name", object), ("stamp", np.int64, 2), ("images", np.int64)])
+"""A file of a source, and the number of images in it."""
+
+IMAGE = np.dtype(
+    [("name", object), ("extent", np.int64, 2), ("label", np.int64), ("size", np.int32, 2), ("problem", object)]
+)
+"""An :class:`Image`; its size is 0, 0 where there is a problem."""
 
 
 class Image(NamedTuple):
@@ -38,74 +46,46 @@ class Image(NamedTuple):
     header: Header
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """f files and their n images, in order: a plain file is one image, a shard holds any number."""
 
-    files: list[str]
-    stamps: Int64s  # (f, 2)
-    counts: Int64s  # (f,) images in each
-    names: list[str]  # (n) within the shard
-    extents: Int64s  # (n, 2) offset, length
-    labels: Int64s  # (n,)
-    sizes: npt.NDArray[np.int32]  # (n, 2) width, height
-    bad: dict[int, str]
+    files: Records  # (f,) of FILE
+    images: Records  # (n,) of IMAGE
 
     @classmethod
-    def of(cls, files: list[str], stamps: Sequence[Stamp], images: Sequence[Sequence[Image]]) -> Self:
-        flat = list(chain.from_iterable(images))
-        return cls(
-            files=files,
-            stamps=np.array(stamps, np.int64).reshape(-1, 2),
-            counts=np.array([len(each) for each in images], np.int64),
-            names=[image.name for image in flat],
-            extents=np.array([(image.offset, image.length) for image in flat], np.int64).reshape(-1, 2),
-            labels=np.array([image.label for image in flat], np.int64),
-            sizes=np.array(
-                [(0, 0) if isinstance(image.header, str) else image.header for image in flat], np.int32
-            ).reshape(-1, 2),
-            bad={i: image.header for i, image in enumerate(flat) if isinstance(image.header, str)},
-        )
+    def of(cls, files: Sequence[tuple[str, Stamp, Sequence[Image]]]) -> Self:
+        """From names and stamps of files, and the images in them."""
+        images = [
+            (name, (offset, length), label, *(((0, 0), header) if isinstance(header, str) else (header, "")))
+            for *_, found in files
+            for name, offset, length, label, header in found
+        ]
+        return cls(np.array([(*file, len(found)) for *file, found in files], FILE), np.array(images, IMAGE))
 
-    @classmethod
-    def concatenate(cls, tables: Sequence[Self]) -> Self:
-        starts = np.cumsum([0, *(len(table.names) for table in tables)]).tolist()
-        return cls(
-            files=list(chain.from_iterable(table.files for table in tables)),
-            stamps=np.concatenate([table.stamps for table in tables]),
-            counts=np.concatenate([table.counts for table in tables]),
-            names=list(chain.from_iterable(table.names for table in tables)),
-            extents=np.concatenate([table.extents for table in tables]),
-            labels=np.concatenate([table.labels for table in tables]),
-            sizes=np.concatenate([table.sizes for table in tables]),
-            bad={start + i: why for start, table in zip(starts, tables, strict=False) for i, why in table.bad.items()},
-        )
+    @property
+    def sizes(self) -> npt.NDArray[np.int32]:
+        """(n, 2) width, height, pixels; 0, 0 for a bad image."""
+        return self.images["size"].copy()
+
+    @property
+    def bad(self) -> dict[int, str]:
+        """Why images cannot be used."""
+        return {i: problem for i, problem in enumerate(self.images["problem"]) if problem}
 
     def take(self, files: Int64s) -> Self:
         """The files of these numbers, in this order."""
-        counts = self.counts[files]
+        counts = self.files["images"][files]
         # Number of a file's first image here, less that of its first image there, for every image there.
-        shift = (np.cumsum(self.counts) - self.counts)[files] - (np.cumsum(counts) - counts)
-        rows = np.repeat(shift, counts) + np.arange(counts.sum())
-        bad = np.zeros(len(self.names), bool)
-        bad[list(self.bad)] = True
-        return type(self)(
-            files=[self.files[i] for i in files.tolist()],
-            stamps=self.stamps[files],
-            counts=counts,
-            names=[self.names[i] for i in rows.tolist()],
-            extents=self.extents[rows],
-            labels=self.labels[rows],
-            sizes=self.sizes[rows],
-            bad={int(i): self.bad[int(rows[i])] for i in np.flatnonzero(bad[rows])},
-        )
+        shift = (np.cumsum(self.files["images"]) - self.files["images"])[files] - (np.cumsum(counts) - counts)
+        return type(self)(self.files[files], self.images[np.repeat(shift, counts) + np.arange(counts.sum())])
 
 
 def index_file(folder: str, root: str, kind: str, annotations: str) -> Path:
     """Where the index of a source lies; `folder` is ``data.index``."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     place = Path(folder) if folder else cache / "mcl" / "index"
-    return place / f"{hashlib.sha256(_identity(root, kind, annotations).encode(*_TEXT)).hexdigest()[:24]}.npz"
+    digest = hashlib.sha256(_identity(root, kind, annotations).encode("utf-8", "surrogateescape")).hexdigest()
+    return place / f"{digest[:24]}.npz"
 
 
 def _identity(root: str, kind: str, annotations: str) -> str:
@@ -149,28 +129,29 @@ class Index:
             The table of `files`.
         """
         known = self._load()
-        rows = {name: i for i, name in enumerate(known.files)}
+        rows = {name: i for i, name in enumerate(known.files["name"])}
         found = np.array([rows.get(name, -1) for name in files], np.int64)
         fresh = found >= 0
-        fresh[fresh] = (known.stamps[found[fresh]] == stamps[fresh]).all(1)
+        fresh[fresh] = (known.files["stamp"][found[fresh]] == stamps[fresh]).all(1)
         kept = np.unique(found[fresh])
         if fresh.all() and len(kept) == len(known.files):
             return known.take(found)
         parts = [known.take(kept)]
-        now = {files[i]: stamps[i] for i in np.flatnonzero(~fresh).tolist()}
+        now: dict[str, Stamp] = {files[i]: tuple(stamps[i].tolist()) for i in np.flatnonzero(~fresh).tolist()}
         stale = list(now)
         chunks = [stale[i : i + chunk] for i in range(0, len(stale), chunk)]
         done, images, saved, pause = 0, 0, time.monotonic(), _SAVE_SECONDS
 
-        def save() -> None:
-            parts[:] = [Table.concatenate(parts)]
+        def save() -> Table:
+            parts[:] = [Table(*map(np.concatenate, zip(*parts, strict=True)))]
             self._save(parts[0])
+            return parts[0]
 
         try:
             with closing(parallel(lambda names: _scan(names, now, scan), chunks, threads)) as results:
                 for part in results:
                     parts.append(part)
-                    done, images = done + len(part.files), images + len(part.names)
+                    done, images = done + len(part.files), images + len(part.images)
                     if progress is not None:
                         progress(done, len(stale), images)
                     if done < len(stale) and (begun := time.monotonic()) > saved + pause:
@@ -178,19 +159,26 @@ class Index:
                         saved = time.monotonic()
                         pause = max(_SAVE_SECONDS, 10 * (saved - begun))
         finally:
-            save()
-        rows = {name: i for i, name in enumerate(parts[0].files)}
-        return parts[0].take(np.array([rows[name] for name in files], np.int64))
+            whole = save()
+        rows = {name: i for i, name in enumerate(whole.files["name"])}
+        return whole.take(np.array([rows[name] for name in files], np.int64))
 
     def _load(self) -> Table:
         try:
             with np.load(self.path, allow_pickle=False) as arrays:
-                return _unpack(arrays, self._identity)
+                if arrays["format"] != _FORMAT:
+                    raise ValueError("written by another version")
+                if arrays["identity"] != self._identity:
+                    raise ValueError("the index of other images")
+                table = Table(_unpack("files", FILE, arrays), _unpack("images", IMAGE, arrays))
+            if table.files["images"].sum() != len(table.images):
+                raise ValueError("its parts do not fit together")
+            return table
         except (FileNotFoundError, NotADirectoryError):
-            return Table.of([], [], [])
+            pass
         except Exception as error:  # a damaged file makes zip and NumPy raise nearly anything
             warnings.warn(f"{self.path} cannot be used and is built anew ({error})", stacklevel=2)
-            return Table.of([], [], [])
+        return Table.of([])
 
     def _save(self, table: Table) -> None:
         """Writes the file, or says that it cannot be written; a run can do without."""
@@ -201,13 +189,13 @@ class Index:
             partial = self.path.with_name(f"{self.path.name}.{uuid.uuid4().hex}.partial")  # others may write, too
             try:
                 with open(partial, "xb") as file:
-                    np.savez(file, allow_pickle=False, **_pack(table, self._identity))
+                    columns = _pack("files", table.files) | _pack("images", table.images)
+                    np.savez(file, allow_pickle=False, format=_FORMAT, identity=self._identity, **columns)
                     file.flush()
                     os.fsync(file.fileno())
                 os.replace(partial, self.path)
-            except BaseException:
+            finally:
                 partial.unlink(missing_ok=True)
-                raise
         except OSError as error:
             self._writable = False
             warnings.warn(
@@ -217,52 +205,30 @@ class Index:
             )
 
 
-def _scan(names: list[str], stamps: Mapping[str, Int64s], scan: Callable[[str, int], list[Image]]) -> Table:
-    seen: list[Stamp] = []
-    images: list[list[Image]] = []
+def _scan(names: list[str], stamps: Mapping[str, Stamp], scan: Callable[[str, int], list[Image]]) -> Table:
+    files = []
     for name in names:
-        version, size = stamps[name].tolist()
-        stamp = version, size
+        stamp = stamps[name]
         try:
-            found = [Image("", 0, 0, -1, "no such file")] if stamp == MISSING else scan(name, size)
+            images = [Image("", 0, 0, -1, "no such file")] if stamp == MISSING else scan(name, stamp[1])
         except OSError as error:
-            found, stamp = [Image("", 0, 0, -1, f"cannot read it: {error.strerror or error}")], _UNREAD
-        seen.append(stamp)
-        images.append(found)
-    return Table.of(names, seen, images)
+            images, stamp = [Image("", 0, 0, -1, f"cannot read it: {error.strerror or error}")], _UNREAD
+        files.append((name, stamp, images))
+    return Table.of(files)
 
 
-# Any bytes may be a file name; arrays of NumPy's own strings would take the length of the longest for each.
-_TEXT = ("utf-8", "surrogateescape")
+def _pack(part: str, records: Records) -> dict[str, npt.NDArray[Any]]:
+    """A column for every field; texts as JSON: NumPy's own strings would all take the length of the longest."""
+    columns = {f"{part}_{name}": records[name] for name in records.dtype.names or ()}
+    return {
+        name: np.frombuffer(json.dumps(column.tolist()).encode(), np.uint8) if column.dtype.hasobject else column
+        for name, column in columns.items()
+    }
 
 
-def _pack(table: Table, identity: str) -> dict[str, npt.NDArray[Any]]:
-    texts = {"identity": [identity], "files": table.files, "names": table.names, "reasons": list(table.bad.values())}
-    arrays: dict[str, npt.NDArray[Any]] = {"format": np.array(_FORMAT), "bad": np.array(list(table.bad), np.int64)}
-    for name, values in texts.items():
-        encoded = [value.encode(*_TEXT) for value in values]
-        arrays[name] = np.frombuffer(b"".join(encoded), np.uint8)
-        arrays[f"{name}_ends"] = np.cumsum([len(each) for each in encoded], dtype=np.int64)
-    for name in ("stamps", "counts", "extents", "labels", "sizes"):
-        arrays[name] = getattr(table, name)
-    return arrays
-
-
-def _unpack(arrays: Mapping[str, npt.NDArray[Any]], identity: str) -> Table:
-    if arrays["format"] != _FORMAT:
-        raise ValueError("written by another version")
-
-    def text(name: str) -> list[str]:
-        whole, ends = arrays[name].tobytes(), arrays[f"{name}_ends"].tolist()
-        return [whole[start:end].decode(*_TEXT) for start, end in zip([0, *ends], ends, strict=False)]
-
-    if text("identity") != [identity]:
-        raise ValueError("the index of other images")
-    files, names = text("files"), text("names")
-    f, n = len(files), len(names)
-    numbers = {name: arrays[name] for name in ("stamps", "counts", "extents", "labels", "sizes")}
-    shapes = {"stamps": (f, 2), "counts": (f,), "extents": (n, 2), "labels": (n,), "sizes": (n, 2)}
-    if any(numbers[name].shape != shape for name, shape in shapes.items()) or numbers["counts"].sum() != n:
-        raise ValueError("its parts do not fit together")
-    bad = dict(zip(arrays["bad"].tolist(), text("reasons"), strict=True))
-    return Table(files=files, names=names, bad=bad, **numbers)
+def _unpack(part: str, dtype: np.dtype[np.void], arrays: Mapping[str, npt.NDArray[Any]]) -> Records:
+    columns = []
+    for name in dtype.names or ():
+        column = arrays[f"{part}_{name}"]
+        columns.append(np.array(json.loads(column.tobytes()), object) if dtype[name].hasobject else column)
+    return np.rec.fromarrays(columns, dtype).view(np.ndarray)

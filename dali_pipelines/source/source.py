@@ -2,10 +2,10 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -23,10 +23,6 @@ _HEADER = 1 << 14  # bytes of a file fetched at a time for its header
 _MOST_CLASSES = 100_000  # beyond, integers are names (dates, perhaps) and no class numbers
 
 
-class Reader(Protocol):
-    def __call__(self, i: int) -> bytes: ...
-
-
 @dataclass(frozen=True)
 class Source:
     """n images: what they are called, their classes and sizes, and their bytes."""
@@ -37,21 +33,14 @@ class Source:
     labels: npt.NDArray[np.int64]  # (n,) class, -1 unknown
     sizes: npt.NDArray[np.int32]  # (n, 2) width, height, pixels as stored; 0, 0 for a bad image
     base: str  # folder that digest() leaves out of the names
-    reader: Reader = field(repr=False)
+    read: Callable[[int], bytes] = field(repr=False)
+    """The encoded image of a number; thread-safe. It raises an OSError that says why it cannot be read (any more)."""
     classes: tuple[str, ...] = ()
     bad: dict[int, str] = field(default_factory=dict)  # what the headers revealed: index -> reason
     paths: tuple[str, ...] | None = None  # local files, which others can open; None where only `read` can
 
     def __len__(self) -> int:
         return len(self.names)
-
-    def read(self, i: int) -> bytes:
-        """The encoded image; thread-safe.
-
-        Raises:
-            OSError: it cannot be read (any more); the message says why.
-        """
-        return self.reader(i)
 
     def digest(self) -> str:
         """Hash of the names below the root, in order: two sources with the same one number the same images."""
@@ -65,31 +54,6 @@ class Source:
         for array in (self.labels, self.sizes, np.array(sorted(self.bad), np.int64)):
             whole.update(array.tobytes())
         return whole.hexdigest()
-
-
-@dataclass(frozen=True)
-class _WholeFiles:
-    files: Files
-    paths: tuple[str, ...]
-
-    def __call__(self, i: int) -> bytes:
-        return self.files.read(self.paths[i])
-
-
-@dataclass(frozen=True)
-class _Shards:
-    files: Files
-    paths: list[str]
-    ends: Int64s  # (shards,) number of images in this shard and those before
-    extents: Int64s  # (n, 2) offset, length
-
-    def __call__(self, i: int) -> bytes:
-        path = self.paths[int(np.searchsorted(self.ends, i, "right"))]
-        offset, length = self.extents[i].tolist()
-        data = self.files.read(path, offset, offset + length)
-        if len(data) < length or not length:
-            raise OSError(f"{path} is cut short or damaged: {len(data)} of {length} bytes at {offset}")
-        return data
 
 
 def open_source(
@@ -172,7 +136,7 @@ def _open(
         labels=labels,
         sizes=table.sizes,
         base=base,
-        reader=_WholeFiles(files, paths),
+        read=lambda i: files.read(paths[i]),
         classes=numbered,
         bad=table.bad,
         paths=paths if files.local else None,
@@ -193,18 +157,28 @@ def _open_shards(
         return shards.scan_shard(files, kind, f"{files.base}/{name}", size)
 
     table = place.update(found, stamps, scan, threads=threads, chunk=1, progress=progress)
-    if not table.names:
+    if not len(table.images):
         raise SourceError(f"no images in the {len(paths)} shards of {root} (data.source={kind})")
-    shard = np.repeat(np.arange(len(paths)), table.counts).tolist()
-    labels, classes = _number_integers(table.labels)
+    counts, ends = table.files["images"], np.cumsum(table.files["images"])
+    extents = table.images["extent"].copy()
+
+    def read(i: int) -> bytes:
+        path = paths[int(np.searchsorted(ends, i, "right"))]
+        offset, length = extents[i].tolist()
+        data = files.read(path, offset, offset + length)
+        if len(data) < length or not length:
+            raise OSError(f"{path} is cut short or damaged: {len(data)} of {length} bytes at {offset}")
+        return data
+
+    labels, classes = _number_integers(table.images["label"].copy())
     return Source(
         root=root,
         kind=kind,
-        names=tuple(f"{paths[i]}/{name}" for i, name in zip(shard, table.names, strict=True)),
+        names=tuple(map("{}/{}".format, np.repeat(np.array(paths, object), counts), table.images["name"])),
         labels=labels,
         sizes=table.sizes,
         base=files.base,
-        reader=_Shards(files, paths, np.cumsum(table.counts), table.extents),
+        read=read,
         classes=classes,
         bad=table.bad,
     )

@@ -46,4 +46,12 @@ void check_lists(const char* name, std::initializer_list<const TensorList*> list
   }
 }
 
+const float* flag_of(const char* name, const std::optional<Tensor>& found_inf, const TensorList& tensors) {
+  if (!found_inf) return nullptr;
+  STD_TORCH_CHECK(found_inf->numel() == 1 && found_inf->scalar_type() == ScalarType::Float &&
+                      found_inf->device() == tensors[0].device(),
+                  name, ": found_inf must be one float32 on the tensors' device");
+  return static_cast<const float*>(found_inf->const_data_ptr());
+}
+
 }  // namespace mcl

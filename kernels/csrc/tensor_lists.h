@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <initializer_list>
+#include <optional>
 #include <vector>
 
 namespace mcl {
@@ -18,6 +19,10 @@ using TensorList = std::vector<Tensor>;
 // Raises unless the lists are equally long, all tensors share one device and one dtype (float32 or float64), none has
 // gaps, and the t-th of each list has the same sizes and the same order of elements in memory.
 void check_lists(const char* name, std::initializer_list<const TensorList*> lists);
+
+// The address of `found_inf`, a float of which anything but 0 leaves the tensors as they are; null where none is given.
+// Raises unless it is one float32 on the tensors' device.
+const float* flag_of(const char* name, const std::optional<Tensor>& found_inf, const TensorList& tensors);
 
 // Calls f with a value of the dtype's C++ type.
 template <typename F>

@@ -21,38 +21,15 @@ what is not, and :mod:`mcl.budget.communication`), times are estimates unless th
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from dali_pipelines.geometry import Geometry
 from mcl.budget import communication, count, hardware
-from mcl.budget.count import PARTS, Count
+from mcl.budget.count import PARTS, Stage
 from mcl.config import Config, ConfigError
 
 _RELEASED_IMAGES = 128  # per GPU
 _GIGA = 1e9
 _BATCH_BYTES = {"float32": 4, "float16": 2}
-
-
-@dataclass(frozen=True)
-class _Stage:
-    """Epochs of one geometry."""
-
-    first: int
-    epochs: int
-    geometry: Geometry
-    count: Count
-    images: int  # per process and micro-batch
-
-    @property
-    def flops(self) -> float:
-        """Per image."""
-        return self.count.flops / self.images
-
-    @property
-    def saved(self) -> int:
-        """Bytes, all parts."""
-        return sum(self.count.saved.values())
 
 
 def budget(
@@ -73,18 +50,16 @@ def budget(
         raise ConfigError(f"--gpus: {gpus} must be at least 1")
     gpus = gpus or _processes(config)
     nodes, links = communication.nodes_of(gpus, nodes), communication.links_of(bandwidth)
-    stages = _stages(config, gpus)
-    supervised = count.supervised(config.model.backbone)
+    stages, precision = _stages(config, gpus), config.trainer.precision
+    supervised, resnet50 = count.supervised(config.model.backbone), count.supervised("resnet50")
     mean = sum(s.epochs * s.flops for s in stages) / config.trainer.epochs
-    found = hardware.measurement(config, {s.geometry.cells: s.flops for s in stages})
-    accumulate, resnet50 = config.trainer.accumulate, count.supervised("resnet50")
-    exchanging = [communication.Stage(s.epochs, s.images * accumulate, accumulate, s.count) for s in stages]
-    work = [hardware.Stage(s.epochs, s.flops, _views(config, s.geometry)) for s in stages]
+    measured = hardware.measurement(config, {s.geometry.cells: s.flops for s in stages})
+    loading = hardware.loading_on_cpu()
     return {
         "name": config.name,
         "backbone": config.model.backbone,
         "compute": config.model.compute,
-        "precision": config.trainer.precision,
+        "precision": precision,
         "epochs": config.trainer.epochs,
         "gpus": gpus,
         "images_per_gpu": config.images_per_rank(gpus),
@@ -94,12 +69,12 @@ def budget(
         "parts": _parts(stages),
         "stages": [_describe(s, supervised) for s in stages],
         "memory": _memory(config, stages),
-        "time": hardware.times(work, resnet50, config.trainer.precision, found),
-        "communication": communication.describe(exchanging, resnet50, config.trainer.precision, gpus, nodes, links),
+        "time": hardware.times(stages, resnet50, precision, measured, loading),
+        "communication": communication.describe(stages, resnet50, precision, gpus, nodes, links),
         "loader": {
-            "views": max(s.views for s in work),
+            "views": max(s.views for s in stages),
             "gate": {"images_per_s": hardware.GATE, "source": hardware.GATE_SOURCE},
-            "cpu": hardware.loading_on_cpu(),
+            "cpu": loading,
         },
     }
 
@@ -113,23 +88,22 @@ def _processes(config: Config) -> int:
     return 1
 
 
-def _stages(config: Config, gpus: int) -> list[_Stage]:
-    trainer, montage = config.trainer, config.montage
-    images, epochs = config.images_per_rank(gpus), trainer.epochs
-    firsts = [0, *(epoch for epoch, _ in montage.schedule if epoch < epochs)]
+def _stages(config: Config, gpus: int) -> list[Stage]:
+    trainer, epochs = config.trainer, config.trainer.epochs
+    images, processes = config.images_per_rank(gpus) // trainer.accumulate, gpus * trainer.accumulate
+    firsts = [0, *(epoch for epoch, _ in config.montage.schedule if epoch < epochs)]
     stages = []
     for first, end in zip(firsts, [*firsts[1:], epochs], strict=True):
-        geometry = montage.at(first)
-        counted = count.step(
-            *(config.model, geometry, images // trainer.accumulate, gpus * trainer.accumulate),
-            *(trainer.precision, trainer.recompute),
-        )
-        stages.append(_Stage(first, end - first, geometry, counted, images // trainer.accumulate))
+        geometry = config.montage.at(first)
+        counted = count.step(config.model, geometry, images, processes, trainer.precision, trainer.recompute)
+        crops = [1.0 if config.data.tile_sampling == "released" else 1 / r**2 for r in geometry.ratios]
+        views = 2 * sum(crops) * (geometry.canvas / 224) ** 2
+        stages.append(Stage(first, end - first, geometry, counted, images, trainer.accumulate, views))
     return stages
 
 
-def _parts(stages: list[_Stage]) -> dict[str, dict[str, float]]:
-    largest = max(stages, key=lambda s: s.saved).count
+def _parts(stages: list[Stage]) -> dict[str, dict[str, float]]:
+    largest = _largest(stages).count
     images = sum(s.epochs * s.images for s in stages)  # a step of every epoch
     return {
         part: {
@@ -142,7 +116,7 @@ def _parts(stages: list[_Stage]) -> dict[str, dict[str, float]]:
     }
 
 
-def _describe(stage: _Stage, supervised: float) -> dict[str, Any]:
+def _describe(stage: Stage, supervised: float) -> dict[str, Any]:
     counted = stage.count
     return {
         "first_epoch": stage.first,
@@ -156,24 +130,17 @@ def _describe(stage: _Stage, supervised: float) -> dict[str, Any]:
     }
 
 
-def _memory(config: Config, stages: list[_Stage]) -> dict[str, int]:
-    largest = max(stages, key=lambda s: s.saved)
-    state = count.state(config.model, config.montage, config.optim, config.trainer.precision)
-    canvases = sum(largest.geometry.canvases(largest.images * config.trainer.accumulate))
+def _memory(config: Config, stages: list[Stage]) -> dict[str, int]:
+    largest = _largest(stages)
+    canvases = sum(largest.geometry.canvases(largest.images * largest.accumulate))
     batch = 2 * canvases * 3 * largest.geometry.canvas**2 * _BATCH_BYTES[config.data.dtype]
     memory = {
-        "parameters": state.parameters,
-        "gradients": state.gradients,
-        "optimizer": state.optimizer,
-        "momentum_network": state.momentum_network,
+        **count.state(config.model, config.montage, config.optim, config.trainer.precision),
         "canvases": (config.data.prefetch + 2) * batch,
         "activations": largest.saved,
     }
     return {**memory, "total": sum(memory.values())}
 
 
-def _views(config: Config, geometry: Geometry) -> float:
-    """Pixels that the loader makes per image, in views of 224 px."""
-    released = config.data.tile_sampling == "released"
-    levels = sum(1.0 if released else 1 / r**2 for r in geometry.ratios)
-    return 2 * levels * (geometry.canvas / 224) ** 2
+def _largest(stages: list[Stage]) -> Stage:
+    return max(stages, key=lambda s: s.saved)

@@ -15,15 +15,15 @@ Calls and bytes are counted: they are those of a real step. Times are estimates,
 """
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel.distributed import _DEFAULT_BUCKET_CAP_MB
 
-from mcl.budget.count import Count
+from mcl.budget.count import Count, Stage
 from mcl.budget.hardware import NODE, yardsticks
 from mcl.config import ConfigError
 
@@ -50,8 +50,8 @@ class Links:
     """What connects GPUs, in one direction, GB/s (10^9 bytes)."""
 
     hardware: str
-    within: float  # from one GPU to the others of its node
-    between: float  # from one node to the others, over all its adapters
+    within_gb_per_s: float  # from one GPU to the others of its node
+    between_gb_per_s: float  # from one node to the others, over all its adapters
     source: str
 
 
@@ -62,16 +62,6 @@ LINKS = (
 )
 
 
-@dataclass(frozen=True)
-class Stage:
-    """Steps of one geometry; of each process."""
-
-    epochs: int
-    images: int  # of a step
-    accumulate: int  # micro-batches
-    count: Count  # of one of them
-
-
 def exchanges(count: Count, accumulate: int, device: str) -> list[Exchange]:
     """What a step exchanges, whatever the number of processes, if they are more than one.
 
@@ -80,23 +70,25 @@ def exchanges(count: Count, accumulate: int, device: str) -> list[Exchange]:
         accumulate: micro-batches of a step.
         device: cuda, where BatchNorm is PyTorch's, or cpu, where it is ours.
     """
-    if device == "cuda":  # mean, inverse deviation and count of every process; then the two sums of the gradient
-        forward = [n.element * (2 * n.channels + 1) for n in count.norms]
-        backward = [n.element * 2 * n.channels for n in count.norms if n.returns]
-    else:  # sums in float64
-        forward = [8 * (2 * n.channels + 1) for n in count.norms]
-        backward = [8 * 2 * n.channels for n in count.norms if n.returns]
+    gathered = device == "cuda"  # mean, inverse deviation and count of every process; ours adds sums, in float64
+    elements = [(n.element if gathered else 8, n) for n in count.norms]
+    forward = [element * (2 * n.channels + 1) for element, n in elements]
+    backward = [element * 2 * n.channels for element, n in elements if n.returns]  # the two sums of the gradient
     return [
         Exchange("targets", "all-gather", [size * accumulate for size in count.targets]),
-        Exchange("BatchNorm forward", "all-gather" if device == "cuda" else "all-reduce", forward * accumulate),
+        Exchange("BatchNorm forward", "all-gather" if gathered else "all-reduce", forward * accumulate),
         Exchange("BatchNorm backward", "all-reduce", backward * accumulate),
-        Exchange("gradients", "all-reduce", _buckets(count.gradients)),
+        Exchange("gradients", "all-reduce", buckets(count.gradients)),
         Exchange("signals", "all-reduce", [8]),  # between hosts, beside the training: mcl.distributed.signals.Consensus
     ]
 
 
-def _buckets(gradients: Sequence[int]) -> list[int]:
-    """Bytes of the buckets into which DistributedDataParallel puts gradients, from the second step on."""
+def buckets(gradients: Sequence[int]) -> list[int]:
+    """Bytes of the buckets into which DistributedDataParallel puts gradients, from the second step on.
+
+    Args:
+        gradients: bytes of each, in the order in which backward computes them.
+    """
     tensors = [torch.empty(size, dtype=torch.uint8, device="meta") for size in gradients]
     assigned, _ = dist._compute_bucket_assignment_by_size(tensors, _BUCKETS)  # type: ignore[attr-defined]
     return [sum(gradients[i] for i in bucket) for bucket in assigned]
@@ -139,85 +131,84 @@ def describe(
         supervised: FLOPs per image of a supervised ResNet-50 step at 224 px.
         precision: as trainer.precision; without published throughputs for it there are no scales.
     """
-    largest, rates = stages[-1], {y.hardware: y.one * supervised for y in yardsticks(precision)}
-    return {
+    said: dict[str, Any] = {
         "nodes": nodes,
-        "per_step": {
-            device: [
-                {"purpose": e.purpose, "operation": e.operation, "calls": len(e.sizes), "bytes": sum(e.sizes)}
-                for e in exchanges(largest.count, largest.accumulate, device)
-                if gpus > 1
-            ]
-            for device in ("cuda", "cpu")
-        },
-        "links": [
-            {"hardware": k.hardware, "within_gb_per_s": k.within, "between_gb_per_s": k.between, "source": k.source}
-            for k in links
-        ],
+        "per_step": {"cuda": [], "cpu": []},
+        "links": [asdict(k) for k in links],
         "latency": LATENCY_SOURCE,
-        "scales": [
-            _scale(stages, rates[k.hardware], gpus, gpus // nodes, n, k)
-            for k in links
-            for n in _doubling(nodes)
-            if gpus > 1 and k.hardware in rates
-        ],
+        "scales": [],
     }
+    if gpus == 1:
+        return said
+    for device, calls in said["per_step"].items():
+        for e in exchanges(stages[-1].count, stages[-1].accumulate, device):
+            sizes = {"calls": len(e.sizes), "bytes": sum(e.sizes)}
+            calls.append({"purpose": e.purpose, "operation": e.operation, **sizes})
+    rates = {y.hardware: y.one * supervised for y in yardsticks(precision)}
+    doubling = [*(1 << i for i in range(nodes.bit_length()) if 1 << i < nodes), nodes]
+    said["scales"] = [
+        _scale(stages, rates[k.hardware], gpus, gpus // nodes * n, n, k)
+        for k in links
+        for n in doubling
+        if k.hardware in rates
+    ]
+    return said
 
 
-def _doubling(most: int) -> Iterable[int]:
-    return [*(1 << i for i in range(most.bit_length()) if 1 << i < most), most]
-
-
-def _scale(stages: Sequence[Stage], rate: float, gpus: int, per_node: int, nodes: int, links: Links) -> dict[str, Any]:
-    """A mean step on so many nodes, of as many images per GPU; `rate` is FLOP/s of one."""
-    world = per_node * nodes
+def _scale(stages: Sequence[Stage], rate: float, gpus: int, world: int, nodes: int, links: Links) -> dict[str, Any]:
+    """A mean step of so many processes, of as many images per GPU; `rate` is FLOP/s of one."""
     epochs = sum(stage.epochs for stage in stages)
-    means = dict.fromkeys(("compute_s", "gradients_s", "targets_s", "batchnorm_s", "exposed_s"), 0.0)
-    for stage in stages:
-        for name, seconds in zip(means, _step(stage, rate, world / gpus, world, nodes, links), strict=True):
-            means[name] += seconds * stage.epochs / epochs
+    steps = [(step_times(stage, rate, world / gpus, world, nodes, links), stage.epochs / epochs) for stage in stages]
+    means = {name: sum(seconds[name] * share for seconds, share in steps) for name in steps[0][0]}
     return {
         "hardware": links.hardware,
         "gpus": world,
         "nodes": nodes,
-        "global_batch": world * stages[0].images,
+        "global_batch": world * stages[0].images * stages[0].accumulate,
         **means,
         "efficiency": means["compute_s"] / (means["compute_s"] + means["exposed_s"]),
     }
 
 
-def _step(
-    stage: Stage, rate: float, share: float, world: int, nodes: int, links: Links
-) -> tuple[float, float, float, float, float]:
-    """Seconds of arithmetic, of gradients, targets and BatchNorm, and what of these three the arithmetic does not hide.
+def step_times(stage: Stage, rate: float, share: float, world: int, nodes: int, links: Links) -> dict[str, float]:
+    """Seconds of a step's arithmetic, of its exchanges, and of these what the arithmetic does not hide.
 
     Args:
+        stage: of the configuration.
         rate: FLOP/s of a GPU.
         share: of the processes that the stage was counted for: the loss compares with as much of its targets.
+        world: processes, on as many GPUs.
+        nodes: that these are on.
+        links: between them.
     """
 
-    def time(parts: Iterable[tuple[str, int]]) -> float:
-        flops = sum(value * (share if part == "loss" else 1) for part, value in parts)
-        return flops * stage.accumulate / rate
+    def time(flops: Mapping[str, int]) -> float:
+        """Of one micro-batch."""
+        return sum(value * (share if part == "loss" else 1) for part, value in flops.items()) / rate
 
-    forward, backward = stage.count.forward, stage.count.backward
-    compute = time([*forward.items(), *backward.items()])
-    online = time((part, value) for part, value in forward.items() if part != "momentum network")
+    forward, backward = time(stage.count.forward), time(stage.count.backward)
+    online = time({part: value for part, value in stage.count.forward.items() if part != "momentum network"})
     took = {
-        e.purpose: [_seconds(e.operation, size, world, nodes, links) for size in e.sizes]
+        e.purpose: [collective_time(e.operation, size, world, nodes, links) for size in e.sizes]
         for e in exchanges(stage.count, stage.accumulate, "cuda")
     }
     norms = sum(took["BatchNorm forward"]) + sum(took["BatchNorm backward"])
     targets, gradients = sum(took["targets"]), sum(took["gradients"])
     # Only the last micro-batch's backward has finished gradients to send.
-    hidden = time(backward.items()) / stage.accumulate
-    exposed = norms + max(0.0, targets - online) + max(took["gradients"][-1], gradients - hidden)
-    return compute, gradients, targets, norms, exposed
+    late = max(took["gradients"][-1], gradients - backward)
+    return {
+        "compute_s": stage.accumulate * (forward + backward),
+        "gradients_s": gradients,
+        "targets_s": targets,
+        "batchnorm_s": norms,
+        "exposed_s": norms + max(0.0, targets - stage.accumulate * online) + late,
+    }
 
 
-def _seconds(operation: str, size: int, world: int, nodes: int, links: Links) -> float:
-    """Of one collective to which every process hands `size` bytes."""
-    bandwidth = 1e9 * (links.within if nodes == 1 else min(links.within, links.between))
+def collective_time(operation: str, size: int, world: int, nodes: int, links: Links) -> float:
+    """Seconds of an all-reduce or all-gather to which each of so many processes hands `size` bytes."""
+    within, between = links.within_gb_per_s, links.between_gb_per_s
+    bandwidth = 1e9 * (within if nodes == 1 else min(within, between))
     passes = 2 if operation == "all-reduce" else 1
     sent = size * (passes * (world - 1) / world if operation == "all-reduce" else world - 1)
     ring = _latency("ring", passes * (world - nodes), passes * (nodes - 1), nodes) + sent / bandwidth
@@ -228,5 +219,6 @@ def _seconds(operation: str, size: int, world: int, nodes: int, links: Links) ->
 
 
 def _latency(algorithm: str, within: int, between: int, nodes: int) -> float:
+    """Seconds of a call's hops, within nodes and from node to node."""
     hop = _HOP[algorithm] * (_SHARED if nodes > 1 else 1)
     return _BASE[algorithm] + within * hop + between * _HOP_BETWEEN[algorithm]

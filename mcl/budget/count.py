@@ -12,10 +12,9 @@ takes seconds. What is counted is what runs, forward and backward, both views:
 * What several processes would have to exchange: calls of BatchNorm, gradients in the order in which they come, targets.
 """
 
-import contextlib
 import functools
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +26,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from dali_pipelines.batch import MontageBatch, in_order
+from dali_pipelines.batch import in_order
 from dali_pipelines.geometry import Geometry
 from mcl.config import ModelConfig, OptimConfig
 from mcl.distributed import Gather
@@ -36,6 +35,20 @@ from mcl.train.optim import AUTOCAST, build_optimizer
 
 PARTS = ("backbone", "FPN", "head", "projector", "predictors", "loss", "momentum network")
 """What a step consists of. `head` are its convolutions; everything of the momentum network is in the last."""
+
+_OWNERS = {  # names of modules begin so; the first that fits
+    "online.head.projector": "projector",
+    "online.head": "head",
+    "online.fpn": "FPN",
+    "online.backbone": "backbone",
+    "predictors.": "predictors",
+    "target": "momentum network",
+}
+
+
+def _owner(name: str) -> str:
+    """The part that a module or a parameter belongs to; empty for a module of several parts."""
+    return next((part for start, part in _OWNERS.items() if name.startswith(start)), "")
 
 
 @dataclass(frozen=True)
@@ -64,6 +77,29 @@ class Count:
         return sum(self.forward.values()) + sum(self.backward.values())
 
 
+@dataclass(frozen=True)
+class Stage:
+    """Epochs of one geometry: what the canvas schedule consists of."""
+
+    first: int
+    epochs: int
+    geometry: Geometry
+    count: Count  # of a micro-batch
+    images: int  # per process and micro-batch
+    accumulate: int  # micro-batches of a step
+    views: float  # pixels that the loader makes per image, in views of 224 px
+
+    @property
+    def flops(self) -> float:
+        """Per image."""
+        return self.count.flops / self.images
+
+    @property
+    def saved(self) -> int:
+        """Bytes, all parts."""
+        return sum(self.count.saved.values())
+
+
 class _Meter(TorchDispatchMode):
     """Books what runs and what is saved on the part of the step that it belongs to.
 
@@ -73,7 +109,7 @@ class _Meter(TorchDispatchMode):
         known: tensors that exist anyway, and are not counted as saved.
     """
 
-    def __init__(self, known: Sequence[Tensor]) -> None:
+    def __init__(self, known: Sequence[Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.forward: Counter[str] = Counter()
         self.backward: Counter[str] = Counter()
@@ -97,38 +133,38 @@ class _Meter(TorchDispatchMode):
                 self.backward[self._returning] += flops
         return out
 
-    def watch(self, part: str, module: nn.Module) -> None:
-        """What this module does belongs to `part`, unless a module within it is watched itself."""
-
-        def enter(*_: Any) -> None:
-            self._inside.append(part)
-
-        def leave(*_: Any) -> None:
-            self._inside.pop()
-
-        module.register_forward_pre_hook(enter)
-        module.register_forward_hook(leave)
-
-    def watch_exchanges(self, model: nn.Module) -> None:
-        """Notes calls of BatchNorms, and gradients as they come."""
-
-        def note(module: Any, inputs: tuple[Any, ...], _: Any) -> None:
-            x, *counts = inputs[:2]
-            element = torch.promote_types(x.dtype, torch.float32).itemsize
-            returns = torch.is_grad_enabled() and self._returning is None
-            groups = max(1, len(counts[0]) if counts else 1)  # each is normalised by itself
-            self.norms += [Normalization(module.num_features, element, returns)] * groups
-
-        for module in model.modules():
+    def watch(self, model: nn.Module) -> None:
+        """Follows which part is running, calls of BatchNorms, and gradients as they come."""
+        for name, module in model.named_modules():
+            if (part := _owner(name)) != _owner(name.rpartition(".")[0]):
+                self._watch(module, part)
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.register_forward_hook(note)
+                module.register_forward_pre_hook(self._note)  # not all that is computed again comes to its end
         for p in model.parameters():
             if p.requires_grad:
-                p.register_post_accumulate_grad_hook(lambda p: self.gradients.append(_bytes([p])))
+                p.register_post_accumulate_grad_hook(lambda p: self.gradients.append(p.nbytes))
 
-    def saving(self) -> contextlib.AbstractContextManager[None]:
-        """Within it, what autograd saves is counted."""
-        return torch.autograd.graph.saved_tensors_hooks(self._save, self._take_out)
+    def _watch(self, module: nn.Module, part: str) -> None:
+        def leave(*_: Any) -> None:  # what a hook returns would take the place of the output
+            self._inside.pop()
+
+        module.register_forward_pre_hook(lambda *_: self._inside.append(part))
+        module.register_forward_hook(leave)
+
+    def _note(self, module: Any, inputs: tuple[Any, ...]) -> None:
+        x, *counts = inputs[:2]
+        element = torch.promote_types(x.dtype, torch.float32).itemsize
+        returns = torch.is_grad_enabled() and self._returning is None
+        groups = max(1, len(counts[0]) if counts else 1)  # each is normalised by itself
+        self.norms += [Normalization(module.num_features, element, returns)] * groups
+
+    def run(self, precision: str, loss: Callable[[], Tensor]) -> None:
+        """Counts forward and backward; `precision` as trainer.precision."""
+        dtype = AUTOCAST.get(precision)
+        with self, torch.autograd.graph.saved_tensors_hooks(self._save, self._take_out):
+            with torch.autocast("cpu", dtype, enabled=dtype is not None):
+                value = loss()
+            value.backward()
 
     def _save(self, tensor: Tensor) -> tuple[str, Tensor]:
         part, storage = self._inside[-1], tensor.untyped_storage()
@@ -140,18 +176,6 @@ class _Meter(TorchDispatchMode):
     def _take_out(self, saved: tuple[str, Tensor]) -> Tensor:
         self._returning, tensor = saved
         return tensor
-
-
-class _Gathered(MCL):
-    """MCL as one of several processes: its banks of targets are as large as those of all."""
-
-    processes = 1
-    own: Sequence[int] = ()  # bytes of its own part of them
-
-    def banks(self, parts: Sequence[tuple[MontageBatch, MontageBatch]]) -> list[Gather]:
-        banks = [bank.wait() for bank in super().banks(parts)]
-        self.own = [_bytes([bank]) for bank in banks]
-        return [Gather(bank.repeat(self.processes, 1)) for bank in banks]
 
 
 @functools.cache
@@ -167,25 +191,28 @@ def step(
         processes: whose targets are compared with; times micro-batches.
         precision, recompute: of section ``trainer``.
     """
-    dtype = torch.float64 if precision == "fp64" else torch.float32
+    dtype, side = torch.float64 if precision == "fp64" else torch.float32, geometry.canvas
     with torch.device("meta"):
-        mcl = _Gathered(model, geometry, recompute)
-    mcl.processes = processes
-    with FakeTensorMode():
-        _make_fake(mcl, dtype)
-        parts = _modules(mcl)
-        owner = {id(p): part for part, modules in parts.items() for module in modules for p in module.parameters()}
-        views = [_view(geometry, images, dtype) for _ in range(2)]
-        meter = _Meter([*mcl.parameters(), *mcl.buffers(), *(view.pixels for view in views)])
-        for part, modules in parts.items():
-            for module in modules:
-                meter.watch(part, module)
-        meter.watch_exchanges(mcl)
-        _run(meter, precision, lambda: mcl(*views).loss)
+        mcl = MCL(model, geometry, recompute).to(dtype)
+    targets: list[int] = []
+
+    def loss() -> Tensor:
+        banks = [bank.wait() for bank in mcl.banks([(query, key)])]
+        targets.extend(bank.nbytes for bank in banks)
+        total: Tensor = mcl(query, key, [Gather(bank.repeat(processes, 1)) for bank in banks]).loss
+        return total
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        mcl.to_empty(device="cpu")
+        canvases = (sum(geometry.canvases(images)), 3, side, side)
+        query, key = (in_order(geometry, images, torch.empty(canvases, dtype=dtype)) for _ in range(2))
+        meter = _Meter([*mcl.parameters(), *mcl.buffers(), query.pixels, key.pixels])
+        meter.watch(mcl)
+        meter.run(precision, loss)
     parameters = Counter[str]()
-    for p in mcl.parameters():
-        parameters[owner[id(p)]] += p.numel()
-    return Count(meter.forward, meter.backward, meter.saved, parameters, meter.norms, meter.gradients, mcl.own)
+    for name, p in mcl.named_parameters():
+        parameters[_owner(name)] += p.numel()
+    return Count(meter.forward, meter.backward, meter.saved, parameters, meter.norms, meter.gradients, targets)
 
 
 @functools.cache
@@ -198,73 +225,45 @@ def supervised(backbone: str, side: int = 224) -> int:
     images = 8
     with torch.device("meta"):
         model = torchvision.models.get_model(backbone)
-    with FakeTensorMode():
-        _make_fake(model, torch.float32)
         pixels, labels = torch.empty(images, 3, side, side), torch.empty(images, dtype=torch.int64)
-        meter = _Meter([])
-        _run(meter, "fp32", lambda: F.cross_entropy(model(pixels), labels))
-    return (meter.forward.total() + meter.backward.total()) // images
+    return flops(lambda: F.cross_entropy(model(pixels), labels)) // images
 
 
-@dataclass(frozen=True)
-class State:
-    """Bytes that a process holds at all times."""
+def flops(loss: Callable[[], Tensor]) -> int:
+    """FLOPs of computing a loss in fp32 and of its backward.
 
-    parameters: int  # of the online network, with its buffers
-    gradients: int
-    optimizer: int
-    momentum_network: int  # with its buffers
+    Args:
+        loss: computes it from tensors without memory, such as those of the meta device.
+    """
+    meter = _Meter()
+    meter.run("fp32", loss)
+    return meter.forward.total() + meter.backward.total()
 
 
-def state(model: ModelConfig, geometry: Geometry, optim: OptimConfig, precision: str) -> State:
-    """Measures what a step leaves behind: every gradient, and the optimiser's state, on the meta device."""
+def state(model: ModelConfig, geometry: Geometry, optim: OptimConfig, precision: str) -> dict[str, int]:
+    """Bytes that a process holds at all times, measured on the meta device after a step of the optimiser.
+
+    Returns:
+        ``parameters`` and ``momentum_network`` (with their buffers), ``gradients``, ``optimizer``.
+    """
     with torch.device("meta"):
         mcl = MCL(model, geometry).to(torch.float64 if precision == "fp64" else torch.float32)
     trainable = [p for p in mcl.parameters() if p.requires_grad]
     for p in trainable:
         p.grad = torch.empty_like(p)
     optimizer = build_optimizer(optim, mcl)
+    for group in optimizer.param_groups:
+        group["fused"] = False  # PyTorch's fused kernels do not take meta tensors; the state is the same
     optimizer.step()
-    buffers = [value for entry in optimizer.state.values() for value in entry.values() if isinstance(value, Tensor)]
-    target = [*mcl.target.parameters(), *mcl.target.buffers()]
-    everything = [*mcl.parameters(), *mcl.buffers()]
-    return State(_bytes(everything) - _bytes(target), _bytes(trainable), _bytes(buffers), _bytes(target))
-
-
-def _bytes(tensors: Sequence[Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def _modules(mcl: MCL) -> dict[str, list[nn.Module]]:
-    """Modules of each part; those within others come later."""
-    online = mcl.online
+    target = _bytes(mcl.target.state_dict().values())
+    held = [t for entry in optimizer.state.values() for t in entry.values() if isinstance(t, Tensor)]
     return {
-        "backbone": [online.backbone],
-        "FPN": [online.fpn],
-        "head": [online.head],
-        "projector": [online.head.projector],
-        "predictors": list(mcl.predictors),
-        "momentum network": [mcl.target],
+        "parameters": _bytes(mcl.state_dict().values()) - target,
+        "gradients": _bytes(trainable),
+        "optimizer": _bytes(held),
+        "momentum_network": target,
     }
 
 
-def _make_fake(model: nn.Module, dtype: torch.dtype) -> None:
-    """Gives a model tensors of the mode that is active, in place of its own."""
-    for module in model.modules():
-        for name, p in list(module.named_parameters(recurse=False)):
-            module.register_parameter(name, nn.Parameter(torch.empty(p.shape, dtype=dtype), p.requires_grad))
-        for name, b in list(module.named_buffers(recurse=False)):
-            module.register_buffer(name, torch.empty(b.shape, dtype=dtype if b.is_floating_point() else b.dtype))
-
-
-def _run(meter: _Meter, precision: str, loss: Callable[[], Tensor]) -> None:
-    dtype = AUTOCAST.get(precision)
-    with meter, meter.saving():
-        with torch.autocast("cpu", dtype) if dtype else contextlib.nullcontext():
-            value = loss()
-        value.backward()
-
-
-def _view(geometry: Geometry, images: int, dtype: torch.dtype) -> MontageBatch:
-    side = geometry.canvas
-    return in_order(geometry, images, torch.empty(sum(geometry.canvases(images)), 3, side, side, dtype=dtype))
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(t.nbytes for t in tensors)

@@ -4,7 +4,6 @@ Estimates assume that MCL reaches the FLOP/s that the cited supervised ResNet-50
 that nodes of 8 GPUs work side by side without loss. Only measurements say what is true.
 """
 
-import functools
 import json
 import math
 import statistics
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mcl.budget.count import Stage
 from mcl.config import Config, Trait, all_keys, from_dict, value
 from mcl.records.metrics import read
 from mcl.train import checkpoint
@@ -66,25 +66,17 @@ _BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "results" / "loader.json
 
 
 @dataclass(frozen=True)
-class Stage:
-    """Epochs with one geometry, as the loader and the clock see them."""
+class Speed:
+    """What some GPUs, or the device of a run, compute per second."""
 
-    epochs: int
-    flops: float  # per image
-    views: float  # pixels made per image, in views of 224 x 224
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """What the run of a configuration has reached."""
-
-    flops_per_s: float  # all processes together; median over the records
-    device: str
-    processes: int
+    kind: str  # measured or estimate
+    hardware: str
+    gpus: int
+    flops_per_s: float  # all of them together
     source: str
 
 
-def measurement(config: Config, flops: Mapping[int, float]) -> Measurement | None:
+def measurement(config: Config, flops: Mapping[int, float]) -> Speed | None:
     """What the run folder of a configuration holds, if its run computed the same; None if it holds nothing.
 
     Args:
@@ -106,18 +98,10 @@ def measurement(config: Config, flops: Mapping[int, float]) -> Measurement | Non
     rates = [r["images_per_s"] * flops[c] for r, c in zip(records, cells, strict=True) if c in flops]
     if not rates:
         return None
-    environment = state["environment"]
-    device, processes = environment["device"], environment["world_size"]
-    return Measurement(statistics.median(rates), device, processes, str(folder / "metrics.jsonl"))
+    device, processes = state["environment"]["device"], state["environment"]["world_size"]
+    return Speed("measured", device, processes, statistics.median(rates), str(folder / "metrics.jsonl"))
 
 
-def cores(cpu: Mapping[str, Any], rate: float, views: float) -> float:
-    """To load `rate` images per second: each is decoded once, and its pixels are made in proportion to `views`."""
-    seconds: float = cpu["decode_s"] + cpu["view_s"] * views
-    return rate * seconds
-
-
-@functools.cache
 def loading_on_cpu(path: Path = _BENCHMARK) -> dict[str, Any] | None:
     """What the fused engine takes on a CPU, as benchmarked here; None where it was not.
 
@@ -125,9 +109,7 @@ def loading_on_cpu(path: Path = _BENCHMARK) -> dict[str, Any] | None:
         decode_s (core-seconds to decode an image), view_s (to make a view of 224 px of it), views (of an image in the
         benchmark), threads, cpu, source.
     """
-    if not path.exists():
-        return None
-    report = json.loads(path.read_text())
+    report = json.loads(path.read_text()) if path.exists() else {"results": []}
     fused = [r for r in report["results"] if r.get("contender") == "fused"]
     if not fused:
         return None
@@ -149,7 +131,11 @@ def yardsticks(precision: str) -> list[Yardstick]:
 
 
 def times(
-    stages: Sequence[Stage], supervised: float, precision: str, found: Measurement | None
+    stages: Sequence[Stage],
+    supervised: float,
+    precision: str,
+    measured: Speed | None = None,
+    cpu: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Speed and duration by hardware and number of GPUs, measured (first) and estimated.
 
@@ -159,37 +145,34 @@ def times(
         stages: of the configuration.
         supervised: FLOPs per image of a supervised ResNet-50 step at 224 px.
         precision: as trainer.precision; without published throughputs for it there are no estimates.
-        found: takes the place of the estimate for its device and number of processes.
+        measured: takes the place of the estimate for its device and number of processes.
+        cpu: as :func:`loading_on_cpu` returns it.
     """
-    rows = []
-    if found:
-        rows.append(_row("measured", found.device, found.processes, found.flops_per_s, found.source, stages))
+    speeds = [measured] if measured else []
     for yardstick in yardsticks(precision):
         for gpus in GPUS:
-            if not (found and yardstick.hardware in found.device and gpus == found.processes):
+            if not (measured and yardstick.hardware in measured.hardware and gpus == measured.gpus):
                 rate = yardstick.images_per_s(gpus) * supervised
-                rows.append(_row("estimate", yardstick.hardware, gpus, rate, yardstick.source, stages))
-    return rows
+                speeds.append(Speed("estimate", yardstick.hardware, gpus, rate, yardstick.source))
+    return [_row(speed, stages, cpu) for speed in speeds]
 
 
-def _row(
-    kind: str, hardware: str, gpus: int, flops_per_s: float, source: str, stages: Sequence[Stage]
-) -> dict[str, Any]:
+def _row(speed: Speed, stages: Sequence[Stage], cpu: Mapping[str, Any] | None) -> dict[str, Any]:
     epochs = sum(stage.epochs for stage in stages)
-    seconds = EPOCHS / epochs * sum(IMAGENET * stage.epochs * stage.flops for stage in stages) / flops_per_s
-    needed = [flops_per_s / stage.flops / gpus for stage in stages]  # images per second and GPU
-    share = max(rate * max(1, stage.views) / GATE for rate, stage in zip(needed, stages, strict=True))
-    cpu = loading_on_cpu()
+    seconds = EPOCHS / epochs * sum(IMAGENET * stage.epochs * stage.flops for stage in stages) / speed.flops_per_s
+    needed = [(speed.flops_per_s / stage.flops / speed.gpus, stage.views) for stage in stages]  # images per s and GPU
+    gate = max(rate * max(1, views) / GATE for rate, views in needed)
+    cores = max(rate * (cpu["decode_s"] + cpu["view_s"] * views) for rate, views in needed) if cpu else None
     return {
-        "kind": kind,
-        "hardware": hardware,
-        "gpus": gpus,
+        "kind": speed.kind,
+        "hardware": speed.hardware,
+        "gpus": speed.gpus,
         "images_per_s": IMAGENET * EPOCHS / seconds,
         "hours": seconds / 3600,
-        "gpu_hours": seconds / 3600 * gpus,
-        "tflop_per_s_per_gpu": flops_per_s / gpus / 1e12,
-        "loader_images_per_s_per_gpu": max(needed),
-        "gate_share": share if "H100" in hardware else None,
-        "cpu_cores_per_gpu": max(cores(cpu, n, s.views) for n, s in zip(needed, stages, strict=True)) if cpu else None,
-        "source": source,
+        "gpu_hours": seconds / 3600 * speed.gpus,
+        "tflop_per_s_per_gpu": speed.flops_per_s / speed.gpus / 1e12,
+        "loader_images_per_s_per_gpu": max(rate for rate, _ in needed),
+        "gate_share": gate if "H100" in speed.hardware else None,
+        "cpu_cores_per_gpu": cores,
+        "source": speed.source,
     }

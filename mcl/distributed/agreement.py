@@ -3,7 +3,6 @@
 World size and device are compared where processes meet (:func:`mcl.distributed.setup`), everything else here.
 """
 
-import functools
 import hashlib
 from pathlib import Path
 
@@ -94,7 +93,6 @@ def _engine(config: Config, device: str) -> str:
     return f"{engine} on {on} (DALI {dali.__version__})"
 
 
-@functools.cache
 def _code() -> str:
     """Hash of the sources of our packages, short enough to be read out."""
     whole = hashlib.sha256()

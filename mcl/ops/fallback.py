@@ -1,5 +1,6 @@
 """The operators in PyTorch and NumPy, for machines where the extension was not built: right, and slow for regions."""
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -137,7 +138,7 @@ def norms(tensors: list[Tensor]) -> Tensor:
 @fallback("lars_")
 def lars_(
     weights: list[Tensor], grads: list[Tensor], momenta: list[Tensor], given: Tensor | None, lr: float,
-    momentum: float, weight_decay: float, trust_coefficient: float, adapt: bool,
+    momentum: float, weight_decay: float, trust_coefficient: float, adapt: bool, found_inf: Tensor | None = None,
 ) -> None:  # fmt: skip
     steps = torch._foreach_add(grads, weights, alpha=weight_decay)
     if adapt:
@@ -147,12 +148,26 @@ def lars_(
         torch._foreach_mul_(steps, list((trust * lr).unbind()))
     else:
         torch._foreach_mul_(steps, lr)
-    torch._foreach_mul_(momenta, momentum)
-    torch._foreach_add_(momenta, steps)
-    torch._foreach_sub_(weights, momenta)
+    with _unless(found_inf, [*weights, *momenta]):
+        torch._foreach_mul_(momenta, momentum)
+        torch._foreach_add_(momenta, steps)
+        torch._foreach_sub_(weights, momenta)
 
 
 @fallback("ema_")
-def ema_(targets: list[Tensor], onlines: list[Tensor], momentum: float) -> None:
-    torch._foreach_mul_(targets, momentum)
-    torch._foreach_add_(targets, onlines, alpha=1 - momentum)
+def ema_(targets: list[Tensor], onlines: list[Tensor], momentum: float, found_inf: Tensor | None = None) -> None:
+    with _unless(found_inf, targets):
+        torch._foreach_mul_(targets, momentum)
+        torch._foreach_add_(targets, onlines, alpha=1 - momentum)
+
+
+@contextlib.contextmanager
+def _unless(found_inf: Tensor | None, tensors: list[Tensor]) -> Iterator[None]:
+    """Puts the tensors back as they were, without asking on the host, where `found_inf` is not 0."""
+    if found_inf is None:
+        yield
+        return
+    kept = [t.clone() for t in tensors]
+    yield
+    for now, before in zip(tensors, kept, strict=True):
+        torch.where(found_inf.reshape(()) == 0, now, before, out=now)

@@ -27,9 +27,9 @@ SCHEMAS = {
     "norms": "(Tensor[] tensors) -> Tensor",
     "lars_": (
         "(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] momenta, Tensor? norms, float lr, float momentum,"
-        " float weight_decay, float trust_coefficient, bool adapt) -> ()"
+        " float weight_decay, float trust_coefficient, bool adapt, Tensor? found_inf=None) -> ()"
     ),
-    "ema_": "(Tensor(a!)[] targets, Tensor[] onlines, float momentum) -> ()",
+    "ema_": "(Tensor(a!)[] targets, Tensor[] onlines, float momentum, Tensor? found_inf=None) -> ()",
 }
 _DEVICES = {"cpu": "CPU", "cuda": "CUDA"}
 

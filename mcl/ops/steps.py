@@ -32,6 +32,7 @@ def lars_(
     weight_decay: float,
     trust_coefficient: float,
     adapt: bool = True,
+    found_inf: Tensor | None = None,
 ) -> None:
     """One step of LARS (see :class:`mcl.train.optim.LARS`), in place, on fp32 or fp64 tensors without gaps in memory.
 
@@ -40,20 +41,22 @@ def lars_(
         grads: their gradients, with elements in the same order in memory.
         momenta: their momentum buffers, likewise.
         adapt: by the trust ratio, which is 1 otherwise.
+        found_inf: one float32 on the tensors' device; if it is not 0, nothing changes. The host does not read it.
     """
     both = [*weights, *grads]
     given = apex.norms(both).view(2, -1) if adapt and apex.serves("norms", both) else None
-    torch.ops.mcl.lars_(
-        list(weights), list(grads), list(momenta), given, lr, momentum, weight_decay, trust_coefficient, adapt
-    )
+    settings = (lr, momentum, weight_decay, trust_coefficient, adapt)
+    torch.ops.mcl.lars_(list(weights), list(grads), list(momenta), given, *settings, found_inf)
 
 
-def ema_(targets: Sequence[Tensor], onlines: Sequence[Tensor], momentum: float) -> None:
-    """target = momentum * target + (1 - momentum) * online, in place; tensors as for :func:`lars_`."""
-    if apex.serves("ema_", [*targets, *onlines]):
+def ema_(
+    targets: Sequence[Tensor], onlines: Sequence[Tensor], momentum: float, found_inf: Tensor | None = None
+) -> None:
+    """target = momentum * target + (1 - momentum) * online, in place; tensors and `found_inf` as for :func:`lars_`."""
+    if found_inf is None and apex.serves("ema_", [*targets, *onlines]):  # apex's kernel does not heed its flag
         apex.ema_(targets, onlines, momentum)
     else:
-        torch.ops.mcl.ema_(list(targets), list(onlines), momentum)
+        torch.ops.mcl.ema_(list(targets), list(onlines), momentum, found_inf)
 
 
 def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
@@ -111,11 +114,11 @@ def _fake_norms(tensors: list[Tensor]) -> Tensor:
 @torch.library.register_fake("mcl::lars_", lib=library)
 def _fake_lars(
     weights: list[Tensor], grads: list[Tensor], momenta: list[Tensor], given: Tensor | None, lr: float,
-    momentum: float, weight_decay: float, trust_coefficient: float, adapt: bool,
+    momentum: float, weight_decay: float, trust_coefficient: float, adapt: bool, found_inf: Tensor | None = None,
 ) -> None:  # fmt: skip
     return None
 
 
 @torch.library.register_fake("mcl::ema_", lib=library)
-def _fake_ema(targets: list[Tensor], onlines: list[Tensor], momentum: float) -> None:
+def _fake_ema(targets: list[Tensor], onlines: list[Tensor], momentum: float, found_inf: Tensor | None = None) -> None:
     return None

@@ -3,8 +3,8 @@
 A picture of montages is first arranged, by pure functions, then drawn. Coordinates are pixels of the picture.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor, nn
+from torch import Tensor
 
 from dali_pipelines.batch import MontageBatch
 from dali_pipelines.geometry import STRIDE
@@ -95,27 +95,25 @@ def montages(query: MontageBatch, key: MontageBatch, augment: AugmentConfig, pat
 
 def arrange(query: MontageBatch, key: MontageBatch, focus: int) -> Layout:
     """Chooses and places canvases: one row per level, as many canvases as fit, and all those with the focus image."""
-    canvas = STRIDE * query.cells
-    sides = [_shown_side(canvas, SMALL if level == 0 else LARGE) for level in range(len(query.ratios))]
-    gaps = [GAP if level == 0 else 3 * GAP for level in range(len(query.ratios))]
-    counts = [
-        min((MAX_VIEW + gap) // (side + gap), n) for side, gap, n in zip(sides, gaps, query.canvas_counts, strict=True)
-    ]
-    half = max(MIN_VIEW, *(n * (side + gap) - gap for side, gap, n in zip(sides, gaps, counts, strict=True)))
+    canvas, rows = STRIDE * query.cells, []
+    for level, total in enumerate(query.canvas_counts):
+        side = _shown_side(canvas, LARGE if level else SMALL)
+        gap = 3 * GAP if level else GAP
+        rows.append((side, gap, min((MAX_VIEW + gap) // (side + gap), total)))
+    half = max(MIN_VIEW, *(count * (side + gap) - gap for side, gap, count in rows))
     inner = MARGIN + half, MARGIN + half + GUTTER  # edges of the gutter
     views = []
     for view, batch in enumerate((query, key)):
         placed, y = [], HEADER + HEADING
-        for level, side in enumerate(sides):
-            for i, row in enumerate(_choose(batch, level, focus, counts[level])):
-                offset = i * (side + gaps[level])
+        for level, (side, gap, count) in enumerate(rows):
+            for i, row in enumerate(_choose(batch, level, focus, count)):
+                offset = i * (side + gap)
                 x = inner[1] + offset if view else inner[0] - side - offset
                 placed.append(Placed(row, level, x, y, side, side / canvas))
             y += side + HEADING
         views.append(tuple(placed))
-    height = HEADER + sum(side + HEADING for side in sides) + MARGIN
     links = (*_links(query, views[0], views[1], focus, 1), *_links(key, views[1], views[0], focus, 0))
-    return Layout(2 * (MARGIN + half) + GUTTER, height, tuple(views), links)
+    return Layout(2 * (MARGIN + half) + GUTTER, y - HEADING + MARGIN, tuple(views), links)
 
 
 def _shown_side(side: int, limit: int) -> int:
@@ -167,7 +165,7 @@ def _draw_header(picture: Image.Image, batch: MontageBatch, focus: int) -> None:
         draw,
         (MARGIN, MARGIN + 58),
         f"{images} images, canvases of {canvas} px. Every tile has to find its own image among the full images of the "
-        f"other view: lines for image {focus} (number {int(batch.index[focus])} of the data set).",
+        f"other view. Lines show this for image {focus} (number {int(batch.index[focus])} of the data set).",
         26,
         GRAY,
     )
@@ -235,11 +233,14 @@ def feature_maps(encoder: Encoder, images: Tensor, path: Path, augment: AugmentC
     Raises:
         OSError: the file cannot be written; the message names it.
     """
-    side = _shown_side(images.shape[-1], SMALL)
-    maps = _pyramid(encoder, images)
-    columns = [to_rgb(images, augment), *(pca_rgb(m) for m in maps)]
-    names = [f"Input, {images.shape[-1]} px", *(_map_name(r, m) for r, m in zip(encoder.ratios, maps, strict=True))]
-    top = 180
+    network, weight = copy.deepcopy(encoder).eval(), next(encoder.parameters())
+    with torch.no_grad():
+        features = network.backbone(images.to(weight.device, weight.dtype))
+        maps = network.fpn(features, range(len(encoder.ratios)))
+    columns = [to_rgb(images, augment), *map(pca_rgb, maps)]
+    names = [f"Input, {images.shape[-1]} px"]
+    names += [f"{pyramid_name(r)}, {m.shape[-1]} x {m.shape[-2]}" for r, m in zip(encoder.ratios, maps, strict=True)]
+    side, top = _shown_side(images.shape[-1], SMALL), 180
     width = max(2 * MARGIN + len(columns) * (side + 2 * GAP) - 2 * GAP, 2 * MARGIN + 1060)
     picture = Image.new("RGB", (width, top + len(images) * (side + GAP) - GAP + MARGIN), PAPER)
     draw = ImageDraw.Draw(picture)
@@ -288,31 +289,6 @@ def pca_rgb(features: Tensor) -> npt.NDArray[np.uint8]:
     rgb = np.full((len(components), 3), 0.5)
     rgb[:, : components.shape[1]] = ((components - low) / spread + middle).clip(0, 1)
     return (rgb * 255).round().astype(np.uint8).reshape(n, h, w, 3)
-
-
-@torch.no_grad()
-def _pyramid(encoder: Encoder, images: Tensor) -> list[Tensor]:
-    weight = next(encoder.parameters())
-    with _evaluating(encoder):
-        features = encoder.backbone(images.to(weight.device, weight.dtype))
-        maps: list[Tensor] = encoder.fpn(features, range(len(encoder.ratios)))
-    return maps
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards every submodule is back in its own mode."""
-    modes = [(m, m.training) for m in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for m, training in modes:
-            m.training = training
-
-
-def _map_name(ratio: int, features: Tensor) -> str:
-    return f"{pyramid_name(ratio)}, {features.shape[-1]} x {features.shape[-2]}"
 
 
 def _resized(pixels: npt.NDArray[np.uint8], side: int) -> Image.Image:

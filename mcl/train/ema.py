@@ -15,6 +15,12 @@ def momentum(base: float, step: int, steps: int) -> float:
 
 
 @torch.no_grad()
-def update(target: Iterable[Tensor], online: Iterable[Tensor], m: float) -> None:
-    """Moves target parameters towards the online ones, in place. Buffers are not averaged, as in the released code."""
-    ops.ema_(list(target), list(online), m)
+def update(target: Iterable[Tensor], online: Iterable[Tensor], m: float, found_inf: Tensor | None = None) -> None:
+    """Moves target parameters towards the online ones, in place. Buffers are not averaged, as in the released code.
+
+    Args:
+        target, online: parameters of both networks.
+        m: momentum.
+        found_inf: one float32 on their device; if it is not 0, nothing moves.
+    """
+    ops.ema_(list(target), list(online), m, found_inf)

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -27,9 +27,14 @@ class LARS(Optimizer):
         w = w - buffer
     Groups with ``adapt=False`` use trust = 1. A zero weight gives trust = 0, so it never moves.
 
+    Like PyTorch's fused optimisers, it heeds two attributes that :class:`torch.amp.GradScaler` sets, one float32 each:
+    a step changes nothing if ``found_inf`` is not 0, and divides gradients by ``grad_scale``, in place.
+
     Args:
         params: parameters, or groups of them with their own ``weight_decay`` and ``adapt``.
     """
+
+    _step_supports_amp_scaling = True  # read by GradScaler
 
     def __init__(
         self,
@@ -60,19 +65,29 @@ class LARS(Optimizer):
         return loss
 
     def _update(self, weights: list[Tensor], group: dict[str, Any]) -> None:
-        for w in weights:
-            if "momentum_buffer" not in self.state[w]:
-                self.state[w]["momentum_buffer"] = torch.zeros_like(w)
+        grads = [_in_order_of(w, w.grad) for w in weights if w.grad is not None]
+        if (scale := getattr(self, "grad_scale", None)) is not None:
+            torch._foreach_div_(grads, scale)
         ops.lars_(
             weights,
-            [_in_order_of(w, w.grad) for w in weights if w.grad is not None],
-            [self.state[w]["momentum_buffer"] for w in weights],
+            grads,
+            _momenta(self, weights),
             lr=group["lr"],
             momentum=group["momentum"],
             weight_decay=group["weight_decay"],
             trust_coefficient=group["trust_coefficient"],
             adapt=group["adapt"],
+            found_inf=getattr(self, "found_inf", None),
         )
+
+
+def _momenta(optimizer: Optimizer, weights: Sequence[Tensor]) -> list[Tensor]:
+    """The momentum buffers of weights; zeros for those that have none yet."""
+    states = [optimizer.state[w] for w in weights]
+    for w, state in zip(weights, states, strict=True):
+        if state.get("momentum_buffer") is None:
+            state["momentum_buffer"] = torch.zeros_like(w)
+    return [state["momentum_buffer"] for state in states]
 
 
 def _in_order_of(weight: Tensor, grad: Tensor) -> Tensor:
@@ -92,11 +107,10 @@ def _released_name(name: str) -> str:
     return re.sub(r"^(online\.fpn\..*|online\.head\.convs\..*)\.norm\.", r"\1.bn.", name)
 
 
-def build_optimizer(config: OptimConfig, model: nn.Module, on_device: bool = False) -> Optimizer:
+def build_optimizer(config: OptimConfig, model: nn.Module) -> Optimizer:
     """Optimiser over the trainable parameters of `model`, in two groups: the usual, and the excluded ones.
 
-    Args:
-        on_device: keeps AdamW's count of steps on the GPU, where a step can be undone; otherwise the host counts.
+    Each of them leaves a step out if its attribute ``found_inf``, () float32 on the device, is 1.
     """
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     usual = [p for name, p in trainable if not excluded(name, p, config.exclude)]
@@ -109,14 +123,24 @@ def build_optimizer(config: OptimConfig, model: nn.Module, on_device: bool = Fal
         groups[1]["adapt"] = False
         return LARS(groups, lr=0.0, momentum=config.momentum, trust_coefficient=config.trust_coefficient)
     if config.name == "sgd":
-        return SGD(groups, lr=0.0, momentum=config.momentum, foreach=True)
-    return AdamW(groups, lr=0.0, betas=config.betas, foreach=True, capturable=on_device)
+        sgd = SGD(groups, lr=0.0, momentum=config.momentum, fused=True)
+        if config.momentum:
+            sgd.register_step_pre_hook(_create_momenta)
+        return sgd
+    return AdamW(groups, lr=0.0, betas=config.betas, fused=True)
+
+
+def _create_momenta(optimizer: Optimizer, *_: Any) -> None:
+    """Fused SGD would leave the momentum buffers of a first step that is skipped uninitialised."""
+    for group in optimizer.param_groups:
+        _momenta(optimizer, [p for p in group["params"] if p.grad is not None])
 
 
 def load_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Takes up what ``state_dict`` gave; where AdamW counts its steps is this run's own affair."""
+    """Takes up the state per parameter that ``state_dict`` gave. Settings of groups stay the optimiser's own: they
+    follow from the configuration, and which of PyTorch's implementations computes may differ."""
     groups = [
-        saved | {key: own[key] for key in ("capturable",) if key in own}
+        own | {"params": saved["params"]}
         for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True)
     ]
     optimizer.load_state_dict({**state, "param_groups": groups})

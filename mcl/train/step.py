@@ -17,8 +17,7 @@ from mcl.models import MCL, Output
 from mcl.records.timers import Timer
 from mcl.train import ema
 from mcl.train.graphs import CudaRecorder, Graphed
-from mcl.train.optim import AUTOCAST, LossScaler, build_optimizer, set_learning_rate
-from mcl.train.undo import Undo
+from mcl.train.optim import AUTOCAST, LossScaler, build_optimizer, load_state, set_learning_rate
 
 
 class TrainingStep:
@@ -40,11 +39,13 @@ class TrainingStep:
         model.to(device, self._dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if trainer.compile:
             model.compile_parts()
-        self._skips = trainer.on_nonfinite == "skip"
-        self.optimizer = build_optimizer(config.optim, model, on_device=self._skips and device.type == "cuda")
+        self._skips = trainer.on_nonfinite == "skip" or trainer.precision == "fp16"
+        self.optimizer = build_optimizer(config.optim, model)
         self.scaler = LossScaler(device.type, trainer.max_loss_scale, trainer.precision == "fp16")
         self.timer = Timer.on(device)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
+        buffers = list(model.buffers()) if self._skips else []
+        self._buffers = [[b for b in buffers if b.dtype == dtype] for dtype in {b.dtype for b in buffers}]
         self._target, self._online = list(model.target.parameters()), list(model.online.parameters())
         self._module = model if distributed.world_size() == 1 else self._parallel()
         self._gradients = Graphed(self._backward, self._recorder()) if trainer.cuda_graph else self._backward
@@ -59,28 +60,44 @@ class TrainingStep:
 
         Returns:
             The model's output, its loss detached, and the norm of the gradient before clipping, (). Where that is not
-            finite and ``trainer.on_nonfinite`` is skip, nothing has changed.
+            finite, and ``trainer.on_nonfinite`` is skip or the precision fp16, nothing but the loss scale has changed.
         """
         dtype = None if self._config.trainer.precision in AUTOCAST else self._dtype
         query, key = query.to(self._device, dtype), key.to(self._device, dtype)
         set_learning_rate(self.optimizer, lr)
         if not self._config.trainer.cuda_graph:  # a graph writes to the gradients that it was recorded with
             self.optimizer.zero_grad(set_to_none=True)
-        undo = Undo(self.model.buffers()) if self._skips else None
+        before = [_joined(buffers) for buffers in self._buffers]
         with self.timer.phase("graph") if self._config.trainer.cuda_graph else contextlib.nullcontext():
             output = self._gradients(query, key)
         with self.timer.phase("optimizer"):
             self.scaler.unscale_(self.optimizer)
             grad_norm = ops.clip_grad_norm_(self._parameters, self._config.optim.clip_norm or float("inf"))
-            if undo:
-                undo.keep(self.model.parameters(), self.optimizer)
-            self.scaler.step(self.optimizer)
+            # Gradients are averages over all processes, which therefore decide alike. Unlike the scaler's own flag, the
+            # norm also tells where squares of finite gradients overflow, which clipping turns into zeros.
+            found_inf = (~grad_norm.isfinite()).float() if self._skips else None
+            self.optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # as torch.amp.GradScaler does
+            self.optimizer.step()
             self.scaler.update()
-            ema.update(self._target, self._online, momentum)
-            if undo:
-                # The gradient is the average over all processes, so one that is not finite on any is so on all.
-                undo.unless(grad_norm.isfinite())
+            ema.update(self._target, self._online, momentum, found_inf)
+            if found_inf is not None:
+                self._restore_buffers(before, found_inf)
         return output, grad_norm
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next step depends on besides the model: ``optimizer`` and ``scaler``."""
+        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up what :meth:`state_dict` gave, now or in an earlier version; other keys are ignored."""
+        load_state(self.optimizer, state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+
+    def _restore_buffers(self, before: list[Tensor], found_inf: Tensor) -> None:
+        """Puts back what forward has changed, if `found_inf` is not 0; all buffers of a dtype in few launches."""
+        for buffers, joined in zip(self._buffers, before, strict=True):
+            parts = torch.where(found_inf == 0, _joined(buffers), joined).split([b.numel() for b in buffers])
+            torch._foreach_copy_(buffers, [part.view_as(b) for part, b in zip(parts, buffers, strict=True)])
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The arithmetic of ``trainer.precision``."""
@@ -126,3 +143,7 @@ class TrainingStep:
         if distributed.world_size() > 1:
             raise ConfigError("trainer.cuda_graph: records one process alone so far; use trainer.cuda_graph=false")
         return CudaRecorder(self.model.buffers(), lambda: self.optimizer.zero_grad(set_to_none=True))
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([t.flatten() for t in tensors])

@@ -22,7 +22,7 @@ from mcl.records.meters import Meter, Stopwatch
 from mcl.records.metrics import BadFiles, Metrics, ProgressBar, log, rewrite, setup_logging
 from mcl.train import checkpoint, ema
 from mcl.train.checkpoint import CheckpointError
-from mcl.train.optim import learning_rate, load_state
+from mcl.train.optim import learning_rate
 from mcl.train.saving import Saver
 from mcl.train.step import TrainingStep
 
@@ -187,8 +187,7 @@ class Trainer:
             "config": to_dict(self.config),
             "step": self.step,
             "model": self.model.state_dict(),
-            "optimizer": self._update.optimizer.state_dict(),
-            "scaler": self._update.scaler.state_dict(),
+            **self._update.state_dict(),
             "loader": self.loader.state_dict(),
             "files": self.loader.source.digest(),
             "rng": rng,
@@ -198,8 +197,7 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any], origin: str) -> None:
         """Takes up where :meth:`state_dict` was called; `origin` names the file in errors."""
         checkpoint.restore(self.model, state["model"], origin)
-        load_state(self._update.optimizer, state["optimizer"])
-        self._update.scaler.load_state_dict(state["scaler"])
+        self._update.load_state_dict(state)
         self.loader.load_state_dict(state["loader"])
         self.step = state["step"]
         torch.set_rng_state(state["rng"]["cpu"])
@@ -308,6 +306,7 @@ class Trainer:
             what = f"gradient was not finite in the last {skipped} steps"
         else:
             return
+        self._saver.settle()  # the checkpoint to name may still be under way
         good = checkpoint.steps(self.folder / "checkpoints")
         raise NonFiniteLossError(
             f"the {what}; last good checkpoint: {good[-1] if good else 'none'}. "

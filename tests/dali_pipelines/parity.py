@@ -119,31 +119,27 @@ def read(path: str | Path) -> Tensor:
 def stock_operations(tiles: Sequence[Tensor], a: Augmentation) -> list[Tensor]:
     def graph(nodes: Any) -> ops.Node:
         tile = fn.reshape(next(nodes), layout="HWC")
-        recipe = pipelines._take(ops.Recipe, nodes)
+        recipe = ops.recipe_of(nodes)
         return ops.blur_and_solarize(ops.colour(tile, recipe), recipe)
 
-    return _run(graph, [_pixels(tiles), *pipelines._leaves(ops.recipe_arrays(a))], len(tiles))[0]
+    return _run(graph, [_pixels(tiles), *ops.recipe_arrays(a)], len(tiles))[0]
 
 
 def stock_tiles(
     images: Sequence[Tensor], levels: Sequence[Augmentation], geometry: Geometry, released: bool = False
 ) -> list[list[Tensor]]:
-    n, sizes = len(images), []
-    for level in range(len(levels)):
-        size = geometry.canvas if released else geometry.tile(level)
-        sizes.append(np.full((n, 2), size, np.int32))
+    n = len(images)
 
     def graph(nodes: Any) -> tuple[ops.Node, ...]:
-        image = fn.reshape(next(nodes), layout="HWC")
-        recipes = [(pipelines._take(ops.Recipe, nodes), next(nodes)) for _ in levels]
+        image, canvas = fn.reshape(next(nodes), layout="HWC"), next(nodes)
         return tuple(
-            pipelines.make_tile(image, recipe, size, geometry.ratios[level], released)
-            for level, (recipe, size) in enumerate(recipes)
+            pipelines.make_tile(image, ops.recipe_of(nodes), canvas, ratio, released)
+            for ratio in geometry.ratios[: len(levels)]
         )
 
-    feed = [_pixels(images)]
-    for a, size in zip(levels, sizes, strict=True):
-        feed += [*pipelines._leaves(ops.recipe_arrays(a)), size]
+    feed = [_pixels(images), np.full(n, geometry.canvas, np.int32)]
+    for a in levels:
+        feed += ops.recipe_arrays(a)
     return _run(graph, feed, n)
 
 

@@ -10,9 +10,9 @@ import torch
 import torchvision.transforms.v2.functional as F
 from PIL import Image
 
-from dali_pipelines import geometry, pipelines, reference
+from dali_pipelines import geometry, ops, pipelines, reference
 from dali_pipelines import plan as planning
-from dali_pipelines.batch import MontageBatch
+from dali_pipelines.batch import MontageBatch, assemble
 from dali_pipelines.geometry import Geometry
 from dali_pipelines.loader import MontageLoader
 from dali_pipelines.plan import VIEWS, Plan
@@ -245,7 +245,7 @@ def test_dali_tiles_canvases_exactly(
         firsts = np.cumsum((0, *batch.canvas_counts))
         for level, ratio in enumerate(GEOMETRY.ratios):
             slots = torch.from_numpy(step.tile_images[view][level])
-            expected = reference.assemble(tiles[level][slots], ratio)
+            expected = assemble(tiles[level][slots], ratio)
             assert torch.equal(batch.pixels[firsts[level] : firsts[level + 1]], expected.float()), ratio
 
 
@@ -254,7 +254,7 @@ def test_assembling_lays_tiles_out_row_major_where_the_boxes_are() -> None:
         side, canvases = GEOMETRY.tile(level), GEOMETRY.canvases(IMAGES)[level]
         count = canvases * ratio * ratio
         tiles = torch.arange(count).view(-1, 1, 1, 1).expand(count, 3, side, side)
-        canvas = reference.assemble(tiles, ratio)
+        canvas = assemble(tiles, ratio)
         rows = slice(*np.cumsum((0, *GEOMETRY.tiles(IMAGES)))[level : level + 2])
         boxes = geometry.boxes(GEOMETRY, IMAGES)[rows].astype(int)
         boxes[:, 0] -= boxes[0, 0]
@@ -308,8 +308,8 @@ def test_blur_reaches_the_tiles_with_the_sigma_of_the_plan(
 def test_the_pipeline_takes_as_many_inputs_as_it_is_fed(source: Source) -> None:
     plan = make_plan(source, AugmentConfig())
     step = plan.step(0, source.sizes)
-    images = [pipelines.encode_path(source.names[i]) for i in step.index]
-    assert len(pipelines.stock_feed(step, images)) == pipelines.stock_inputs(GEOMETRY)
+    images = [np.frombuffer(source.names[i].encode(), np.uint8) for i in step.index]
+    assert len(pipelines.stock_feed(step, images)) == 2 + VIEWS * GEOMETRY.levels * ops.RECIPE_NODES
     assert len(pipelines.fused_feed(step, images)) == 4
 
 

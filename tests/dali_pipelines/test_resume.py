@@ -11,6 +11,8 @@ import torch
 
 from dali_pipelines import plan as planning
 from dali_pipelines.geometry import Geometry
+from dali_pipelines.loader import DaliEngine
+from dali_pipelines.reference import TorchvisionEngine
 from dali_pipelines.source import Source
 from tests.dali_pipelines.loading import (
     ENGINES,
@@ -134,14 +136,21 @@ CELLS = [1, 1, 3, 3, 2, 2]  # of the steps of three epochs
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_canvases_change_between_epochs_without_building_anything_anew(sources: dict[str, Source], engine: str) -> None:
+def test_canvases_change_between_epochs_without_building_anything_anew(
+    sources: dict[str, Source], engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Larger, then smaller ones; steps on both sides of a change are in flight at the same time."""
+    built: list[str] = []
+    for kind in (DaliEngine, TorchvisionEngine):
+
+        def build(self: Any, *arguments: Any, make: Callable[..., None] = kind.__init__) -> None:
+            built.append(engine)
+            make(self, *arguments)
+
+        monkeypatch.setattr(kind, "__init__", build)
     with make_loader(sources["folders"], engine, geometry=SCHEDULED, prefetch=3) as loader:
-        run = take(loader, 1)
-        built = loader._engine
-        assert {plan.geometry.cells for plan in loader._ahead} == {1, 3}
-        run += take(loader, 5)
-        assert loader._engine is built
+        run = take(loader, 6)
+    assert built == [engine]
     for step, pair in enumerate(run):
         assert all((batch.step, batch.epoch, batch.cells) == (step, step // 2, CELLS[step]) for batch in pair)
         assert all(batch.pixels.shape == (10, 3, 32 * CELLS[step], 32 * CELLS[step]) for batch in pair)

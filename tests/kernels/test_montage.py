@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import ptxas
 from mcl.ops.library import compiled
 from tests.conftest import ROOT
-from tests.kernels import programs
+from tests.kernels import programs, ptxas
 from tests.kernels.programs import EMULATION, KERNELS
 
 PROGRAM = EMULATION / "montage.cpp"
@@ -27,6 +26,7 @@ def test_every_line_of_the_kernel_is_executed(tmp_path: Path) -> None:
     assert programs.uncovered_lines(PROGRAM, KERNELS / KERNEL, tmp_path) == []
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize(
     ("right", "wrong", "sanitizer", "report"),
     [

@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import tempfile
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,11 +13,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import mcl
 from dali_pipelines import pipelines
 from mcl import config, distributed
 from mcl.config import Config, ConfigError
-from mcl.distributed import agreement
-from mcl.ops import library
+from mcl.distributed import agreement, launch
+from mcl.ops import steps
 from mcl.train.trainer import Trainer
 from tests.mcl.ranks import free_port, in_ranks
 from tests.mcl.tiny import TINY
@@ -66,18 +68,25 @@ def test_configurations_must_be_the_same(tmp_path: Path) -> None:
 
 
 def other_machine(root: str) -> list[str]:
-    """What all are told when the last ranks have other code, other libraries, and a run folder of their own."""
+    """What all are told when the last ranks have other code, other libraries, and a run folder of their own.
+
+    A changed line, and a file of another name, are other code; what Python compiles is not.
+    """
     own = distributed.rank() > 1
     folder = Path(root) / ("own" if own else "shared")
     (folder / "tiny" / "checkpoints").mkdir(parents=True, exist_ok=True)
     said = [refusal(config.from_dict(TINY))]
-    with mock.patch.object(agreement, "_code", return_value="0123abcd") if own else nullcontext():
-        said.append(refusal(config.from_dict(TINY)))
+    for file, value in (("a.py", 1), ("a.py", 2), ("b.py", 1)) if own else [("a.py", 1)] * 3:
+        code = Path(tempfile.mkdtemp(dir=folder))
+        (code / file).write_text(f"x = {value}\n")
+        (code / f"{os.getpid()}.pyc").write_text("compiled")
+        with mock.patch.object(mcl, "__path__", [str(code)]):
+            said.append(refusal(config.from_dict(TINY)))
     with mock.patch.object(torch, "__version__", "2.10.0") if own else nullcontext():
         said.append(refusal(config.from_dict(TINY)))
     with mock.patch.object(agreement, "_BUILT_FROM", Path("nowhere")) if own else nullcontext():
         said.append(refusal(config.from_dict(TINY)))
-    with mock.patch.dict(library._compiled, {"lars_": set()}) if own else nullcontext():
+    with mock.patch.object(steps, "compiled", lambda name, device: name != "lars_") if own else nullcontext():
         said.append(refusal(config.from_dict(TINY)))
     with mock.patch("nvidia.dali.__version__", "1.50.0") if own else nullcontext():
         said.append(refusal(config.from_dict(TINY)))
@@ -94,10 +103,12 @@ def other_machine(root: str) -> list[str]:
 def test_code_pytorch_and_run_folder_must_be_the_same(tmp_path: Path) -> None:
     said = in_ranks(4, other_machine, str(tmp_path))
     assert said[0] == said[1] == said[2] == said[3]
-    allowed, code, version, sources, operators, dali, plugin, folder = said[0]
-    assert allowed == ""
-    assert code.startswith("the code of mcl: 0123abcd on rank 2, 3, ")
-    assert code.endswith(" on rank 0; install the same commit on all machines")
+    allowed, same_code, changed, renamed, version, sources, operators, dali, plugin, folder = said[0]
+    assert allowed == same_code == ""
+    for code in (changed, renamed):
+        assert code.startswith("the code of mcl: ")
+        assert " on rank 2, 3, " in code
+        assert code.endswith(" on rank 0; install the same commit on all machines")
     assert version == f"PyTorch: 2.10.0 on rank 2, 3, {torch.__version__} on rank 0; " + (
         "install the same version on all machines"
     )
@@ -117,30 +128,6 @@ def test_code_pytorch_and_run_folder_must_be_the_same(tmp_path: Path) -> None:
     )
 
 
-def test_code_is_what_the_sources_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A changed line, and a file of another name, are other code; what Python compiles is not."""
-    monkeypatch.setattr("dali_pipelines.__path__", [])
-    monkeypatch.setattr("mcl.__path__", [str(tmp_path)])
-    monkeypatch.setattr("dali_pipelines.__path__", [str(tmp_path / "none")])
-    seen = []
-
-    def look() -> None:
-        agreement._code.cache_clear()
-        seen.append(agreement._code())
-
-    (tmp_path / "a.py").write_text("x = 1\n")
-    look()
-    (tmp_path / "a.pyc").write_text("compiled")
-    look()
-    (tmp_path / "a.py").write_text("x = 2\n")
-    look()
-    (tmp_path / "a.py").rename(tmp_path / "b.py")
-    look()
-    agreement._code.cache_clear()
-    assert seen[0] == seen[1]
-    assert len(set(seen)) == 3
-
-
 def start(
     cases: list[tuple[list[str], int]], devices: list[str], patience: float, gpus: int = 8, late: int | None = None
 ) -> list[str]:
@@ -152,7 +139,7 @@ def start(
         os.environ |= {"WORLD_SIZE": sizes[int(os.environ["RANK"])], "MASTER_PORT": str(port)}
         time.sleep(2 if late == int(os.environ["RANK"]) else 0)
         with (
-            mock.patch.object(distributed, "_ROLL_CALL", datetime.timedelta(seconds=patience)),
+            mock.patch.object(launch, "_ROLL_CALL", datetime.timedelta(seconds=patience)),
             mock.patch.object(torch.cuda, "set_device"),
             mock.patch.object(torch.cuda, "device_count", return_value=gpus),
         ):
@@ -211,7 +198,7 @@ def test_a_meeting_point_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="MASTER_PORT: not set; it must name the first machine"):
         distributed.setup("cpu")
     monkeypatch.setenv("MASTER_PORT", str(port))
-    monkeypatch.setattr(distributed, "_ANSWER", datetime.timedelta(seconds=1))
+    monkeypatch.setattr(launch, "_ANSWER", datetime.timedelta(seconds=1))
     with pytest.raises(ConfigError, match=rf"MASTER_ADDR, MASTER_PORT: nobody listens at 127\.0\.0\.1:{port} \("):
         distributed.setup("cpu")
 

@@ -14,8 +14,8 @@ from threading import Barrier, Thread
 import pytest
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
-from mcl import distributed
 from mcl.config import ConfigError
+from mcl.distributed import launch
 from mcl.distributed.board import Board, BoardError
 from tests.mcl.ranks import free_port
 
@@ -120,7 +120,7 @@ def meet(port: int, late: int, size: int = 2) -> list[str]:
             time.sleep(0.3)
         else:
             Thread(target=others_came.wait).start()
-        here = distributed._roll_call(store, rank, size, "cpu")
+        here = launch.roll_call(store, rank, size, "cpu")
         here.set(f"from {rank}", f"{here.compare_set('first', '', f'start of {late}').decode()}")
         found[rank] = " ".join(here.get(f"from {other}").decode() for other in range(size))
 
@@ -142,15 +142,15 @@ def test_a_start_that_came_to_nothing_is_left_behind(keeper: tuple[int, int]) ->
     """Rank 0 was killed before it had seen everyone."""
     store = connection(keeper[1])
     PrefixStore("unfinished", store).set("rank 0", "2 processes on cpu")
-    store.set(distributed._CALL, "unfinished")
+    store.set(launch._CALL, "unfinished")
     assert meet(keeper[1], 0) == ["start of 0 start of 0"] * 2
 
 
 def test_a_start_without_rank_0(keeper: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody called, or only in a start that is over."""
     with pytest.raises(ConfigError, match="WORLD_SIZE: rank 0 did not answer; look into its log"):
-        distributed._roll_call(connection(keeper[1], 1), 1, 2, "cpu")
+        launch.roll_call(connection(keeper[1], 1), 1, 2, "cpu")
     meet(keeper[1], 1)
-    monkeypatch.setattr(distributed, "_ANSWER", timedelta(seconds=1))
+    monkeypatch.setattr(launch, "_ANSWER", timedelta(seconds=1))
     with pytest.raises(ConfigError, match="WORLD_SIZE: rank 0 did not answer; look into its log"):
-        distributed._roll_call(connection(keeper[1], 1), 1, 2, "cpu")
+        launch.roll_call(connection(keeper[1], 1), 1, 2, "cpu")

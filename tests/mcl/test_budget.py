@@ -33,6 +33,12 @@ def preset(name: str, *words: str) -> Config:
     return config.load(PRESETS / f"{name}.yaml", words)
 
 
+def stage(epochs: int, flops: int, views: float) -> count.Stage:
+    """Of steps of one image."""
+    counted = count.Count({"backbone": flops}, {}, {}, {}, [], [], [])
+    return count.Stage(0, epochs, Geometry(), counted, images=1, accumulate=1, views=views)
+
+
 def gflop_per_image(compute: str, geometry: Geometry) -> float:
     """Of a step at 128 images on each of 32 GPUs."""
     model = ModelConfig(compute=compute)  # type: ignore[arg-type]
@@ -177,11 +183,11 @@ def test_memory_of_the_state_is_that_of_a_real_one(name: str) -> None:
     optimizer.step()
     found = count.state(SMALL, Geometry(), optim, "bf16")
     states = [t for state in optimizer.state_dict()["state"].values() for t in state.values()]
-    assert found.optimizer == sum(t.nbytes for t in states)
-    assert found.gradients == sum(p.nbytes for p in trainable)
+    assert found["optimizer"] == sum(t.nbytes for t in states)
+    assert found["gradients"] == sum(p.nbytes for p in trainable)
     whole = sum(t.nbytes for t in mcl.state_dict().values())
-    assert found.parameters + found.momentum_network == whole
-    assert found.momentum_network == sum(t.nbytes for t in mcl.target.state_dict().values())
+    assert found["parameters"] + found["momentum_network"] == whole
+    assert found["momentum_network"] == sum(t.nbytes for t in mcl.target.state_dict().values())
 
 
 def test_a_loaded_step_has_the_queries_of_its_configuration(photos: Path) -> None:
@@ -192,7 +198,7 @@ def test_a_loaded_step_has_the_queries_of_its_configuration(photos: Path) -> Non
 
 
 def test_times_of_one_supervised_step_are_the_published_ones() -> None:
-    rows = hardware.times([hardware.Stage(epochs=90, flops=5.0, views=1.0)], 5.0, "bf16", None)
+    rows = hardware.times([stage(90, 5, views=1.0)], 5.0, "bf16")
     by = {(row["hardware"], row["gpus"]): row for row in rows}
     assert len(by) == 9
     a100 = by["A100", 8]
@@ -208,7 +214,7 @@ def test_times_of_one_supervised_step_are_the_published_ones() -> None:
 
 @pytest.mark.parametrize(("precision", "hours"), [("fp16", 100 * 1_281_167 / 2_470), ("fp32", 100 * 1_281_167 / 938)])
 def test_times_depend_on_the_precision(precision: str, hours: float) -> None:
-    rows = hardware.times([hardware.Stage(90, 5.0, 1.0)], 5.0, precision, None)
+    rows = hardware.times([stage(90, 5, views=1.0)], 5.0, precision)
     assert rows[0]["hardware"] == "A100"
     assert rows[0]["hours"] == pytest.approx(hours / 3600)
     assert ("TF32" in rows[0]["source"]) == (precision == "fp32")
@@ -218,12 +224,12 @@ def test_times_depend_on_the_precision(precision: str, hours: float) -> None:
 def test_without_published_throughputs_there_are_no_estimates() -> None:
     said = budget(preset("mcl_r18_fpn_demo", "trainer.precision=fp64", "trainer.global_batch=64"), gpus=2)
     assert said["time"] == said["communication"]["scales"] == []
-    assert "no hours: no throughput in fp64 has been published" in show.tables(said)
+    assert "No estimate of hours: no throughput in fp64 has been published" in show.tables(said)
 
 
 def test_the_loader_must_feed_the_fastest_stage() -> None:
-    stages = [hardware.Stage(50, 1.0, views=0.5), hardware.Stage(50, 4.0, views=3.0)]
-    row = next(r for r in hardware.times(stages, 1.0, "bf16", None) if (r["hardware"], r["gpus"]) == ("H100", 1))
+    stages = [stage(50, 1, views=0.5), stage(50, 4, views=3.0)]
+    row = next(r for r in hardware.times(stages, 1.0, "bf16") if (r["hardware"], r["gpus"]) == ("H100", 1))
     fastest = 2_470 * 28.7 / 13.466
     assert row["images_per_s"] == pytest.approx(fastest / 2.5)
     assert row["loader_images_per_s_per_gpu"] == pytest.approx(fastest)
@@ -250,16 +256,17 @@ def test_loading_on_cpus_is_what_was_benchmarked(tmp_path: Path) -> None:
         "cpu": "EPYC",
         "source": "benchmarks/results/loader.json",
     }
-    assert hardware.cores(found, 80.0, views) == pytest.approx(1)  # what was measured
-    assert hardware.cores(found, 80.0, 3 * views) == pytest.approx(0.25 + 3 * 0.75)
-    assert hardware.cores(found, 160.0, 0) == pytest.approx(2 * 0.25)
+    for shown, expected in ((views, 1), (3 * views, 0.25 + 3 * 0.75), (0.0, 0.25)):  # the first is what was measured
+        row = hardware.times([stage(1, 1, shown)], 80 / 2_470, "bf16", cpu=found)[0]
+        assert row["loader_images_per_s_per_gpu"] == pytest.approx(80)
+        assert row["cpu_cores_per_gpu"] == pytest.approx(expected)
 
 
-def test_cores_to_load_follow_the_pixels_of_each_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cores_to_load_follow_the_pixels_of_each_stage() -> None:
     """The first stage needs more images, the second more pixels."""
-    monkeypatch.setattr(hardware, "loading_on_cpu", lambda: {"decode_s": 1e-3, "view_s": 1e-3})
-    stages = [hardware.Stage(50, 1.0, views=0.5), hardware.Stage(50, 2.0, views=3.0)]
-    row = next(r for r in hardware.times(stages, 1.0, "bf16", None) if (r["hardware"], r["gpus"]) == ("A100", 1))
+    cpu = {"decode_s": 1e-3, "view_s": 1e-3}
+    stages = [stage(50, 1, views=0.5), stage(50, 2, views=3.0)]
+    row = next(r for r in hardware.times(stages, 1.0, "bf16", cpu=cpu) if (r["hardware"], r["gpus"]) == ("A100", 1))
     assert row["cpu_cores_per_gpu"] == pytest.approx(max(2_470 * 1.5e-3, 1_235 * 4e-3))
 
 
@@ -281,9 +288,9 @@ def test_measurements_take_the_place_of_estimates(tmp_path: Path) -> None:
     record_run(cfg, "NVIDIA A100-SXM4-80GB", [1.0, 400.0, 100.0, 101.0, 99.0])
     found = hardware.measurement(cfg, flops)
     assert found is not None
-    assert (found.flops_per_s, found.device, found.processes) == (400.0, "NVIDIA A100-SXM4-80GB", 8)
-    rows = hardware.times([hardware.Stage(20, 4.0, 1.0)], 5.0, "bf16", found)
-    assert (rows[0]["kind"], rows[0]["hardware"], rows[0]["images_per_s"]) == ("measured", found.device, 100.0)
+    assert (found.flops_per_s, found.hardware, found.gpus) == (400.0, "NVIDIA A100-SXM4-80GB", 8)
+    rows = hardware.times([stage(20, 4, views=1.0)], 5.0, "bf16", found)
+    assert (rows[0]["kind"], rows[0]["hardware"], rows[0]["images_per_s"]) == ("measured", found.hardware, 100.0)
     assert rows[0]["source"] == str(tmp_path / "demo" / "metrics.jsonl")
     assert [r["gpus"] for r in rows if r["hardware"] == "A100"] == [1, 32]
     assert hardware.measurement(config.override(cfg, ["trainer.epochs=9"]), flops) == found

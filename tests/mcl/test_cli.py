@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -25,14 +24,18 @@ def test_help_documents_every_key(capsys: pytest.CaptureFixture[str]) -> None:
         assert key.documentation in text
 
 
-def test_a_reader_that_has_enough_is_no_error() -> None:
-    """As in mcl budget CONFIG | head."""
+def test_a_reader_that_has_enough_is_no_error(
+    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As in mcl index CONFIG | head."""
+    arguments = ["index", DEMO, f"data.root={photos / 'val'}", "data.val_root=", f"data.index={tmp_path}"]
     reads, writes = os.pipe()
     os.close(reads)
-    command = [sys.executable, "-m", "mcl", "budget", DEMO]
-    done = subprocess.run(command, cwd=ROOT, stdout=writes, stderr=subprocess.PIPE, text=True, check=False)
-    os.close(writes)
-    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+    with os.fdopen(writes, "w") as pipe:  # and its end flushes once more, as that of a process does
+        monkeypatch.setattr(sys, "stdout", pipe)
+        with pytest.raises(SystemExit, match=str(128 + signal.SIGPIPE)):
+            cli.main(arguments)
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

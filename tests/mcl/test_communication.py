@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dali_pipelines.geometry import Geometry
 from mcl import cli, distributed
 from mcl.budget import budget, communication, count, show
 from mcl.budget.communication import LINKS, Links
@@ -62,7 +63,9 @@ def exchanged(cases: list[Config]) -> list[dict[str, list[int]]]:
     said = []
     for cfg in cases:
         with thin(cfg):
-            step = TrainingStep(cfg, synchronize(MCL(cfg.model, cfg.montage), "cpu"), torch.device("cpu"))
+            step = TrainingStep(
+                cfg, synchronize(MCL(cfg.model, cfg.montage, cfg.trainer.recompute), "cpu"), torch.device("cpu")
+            )
         query, key = views(cfg, world=distributed.world_size())
         consensus = Consensus()
         for _ in range(2):
@@ -109,7 +112,7 @@ def test_on_gpus_it_is_what_pytorchs_batchnorm_exchanges() -> None:
 def test_gradients_fill_buckets_in_their_order() -> None:
     """One of a MiB at least, then of 25."""
     mib = 2**20
-    assert communication._buckets([mib // 2, mib // 2, 20 * mib, 4 * mib, 2 * mib, 30 * mib, 7]) == [
+    assert communication.buckets([mib // 2, mib // 2, 20 * mib, 4 * mib, 2 * mib, 30 * mib, 7]) == [
         mib,
         26 * mib,
         30 * mib,
@@ -119,10 +122,10 @@ def test_gradients_fill_buckets_in_their_order() -> None:
 
 def test_seconds_of_a_collective() -> None:
     """Long ones go at the speed of the slowest link, short ones at that of the hops; a tree has fewer of them."""
-    links = Links("H100", within=400.0, between=100.0, source="")
+    links = Links("H100", within_gb_per_s=400.0, between_gb_per_s=100.0, source="")
 
     def seconds(operation: str, size: int, world: int, nodes: int) -> float:
-        return communication._seconds(operation, size, world, nodes, links)
+        return communication.collective_time(operation, size, world, nodes, links)
 
     giga = 10**9
     assert seconds("all-reduce", 400 * giga, 8, 1) == pytest.approx(2 * 7 / 8, rel=1e-3)
@@ -140,7 +143,8 @@ def test_what_arithmetic_hides() -> None:
 
     def step(gradients: list[int], targets: int, share: float = 1.0) -> tuple[float, ...]:
         counted = count.Count(flops, {"backbone": 8 * 10**12}, {}, {}, norms, gradients, [targets])
-        return communication._step(communication.Stage(1, 8, 1, counted), 1e13, share, 16, 2, LINKS[0])
+        stage = count.Stage(0, 1, Geometry(), counted, images=8, accumulate=1, views=1.0)
+        return tuple(communication.step_times(stage, 1e13, share, 16, 2, LINKS[0]).values())
 
     gib = 2**30
     compute, gradients, targets, batchnorm, exposed = step([gib, gib], 1000)

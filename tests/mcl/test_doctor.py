@@ -16,7 +16,7 @@ from mcl import doctor
 from mcl.doctor import Check
 
 Machine = Callable[..., dict[str, Check]]
-REQUIRED = ["torch", "torchvision", "numpy", "PIL", "pydantic", "yaml", "tqdm", "tensorboard", "matplotlib"]
+REQUIRED = ["torch", "torchvision", "numpy", "PIL", "pydantic", "yaml", "tqdm", "jinja2", "tensorboard", "matplotlib"]
 OPTIONAL = ["nvidia", "nvidia.dali", "apex", "amp_C", "mmengine", "mmcv", "mmdet", "wandb"]
 
 
@@ -109,12 +109,12 @@ def test_everything_broken_at_import(error: Exception, machine: Machine) -> None
     assert found["mmcv"].status == "note"
 
 
-def test_a_check_that_fails_is_a_line(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail() -> list[Check]:
+def test_a_check_that_fails_is_a_line(machine: Machine) -> None:
+    def fail() -> bool:
         raise RuntimeError("driver shut down")
 
-    monkeypatch.setattr(doctor, "_cuda", fail)
-    assert machine()["CUDA"].detail == "cannot be examined: RuntimeError: driver shut down"
+    found = machine(stands={"torch": torch_with_gpu(is_available=fail)})
+    assert found["CUDA"].detail == "cannot be examined: RuntimeError: driver shut down"
 
 
 def test_dali_absent_and_broken(machine: Machine) -> None:
@@ -137,8 +137,8 @@ def test_jpeg_decoder_follows_the_device(machine: Machine) -> None:
     assert "libjpeg-turbo" in cpu["JPEG decoder"].detail
 
 
-def test_cuda_devices_and_their_absence(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_driver", lambda: "580.95")
+def test_cuda_devices_and_their_absence(machine: Machine, nvidia_smi: Callable[[str], None]) -> None:
+    nvidia_smi("echo 580.95")
     found = machine(stands={"torch": torch_with_gpu()})
     assert found["CUDA 1"] == Check(
         "CUDA 1", "ok", "NVIDIA H100, 80 GiB, driver 580.95", True, "torch is built for CUDA 13.0"
@@ -151,18 +151,24 @@ def test_cuda_devices_and_their_absence(machine: Machine, monkeypatch: pytest.Mo
     assert machine(stands={"torch": without})["CUDA"].remedy == "nvidia-smi"
     without.version.cuda = None
     assert "built for CPUs" in machine(stands={"torch": without})["CUDA"].why
-    monkeypatch.setattr(doctor, "_driver", lambda: "")
-    assert machine(stands={"torch": without})["CUDA"].detail == "no device"
+    for answer in ("exit 9", "true", ""):
+        nvidia_smi(answer)
+        assert machine(stands={"torch": without})["CUDA"].detail == "no device"
 
 
-@pytest.mark.parametrize(("answer", "version"), [("echo 580.95", "580.95"), ("exit 9", ""), ("true", "")])
-def test_driver_version(answer: str, version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Puts a shell command in the place of the tool; an empty one removes it."""
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert doctor._driver() == ""
     tool = tmp_path / "nvidia-smi"
-    tool.write_text(f"#!/bin/sh\n{answer}\n")
-    tool.chmod(0o755)
-    assert doctor._driver() == version
+
+    def answer(command: str) -> None:
+        tool.write_text(f"#!/bin/sh\n{command}\n")
+        tool.chmod(0o755)
+        if not command:
+            tool.unlink()
+
+    return answer
 
 
 def test_versions_that_do_not_go_together(machine: Machine) -> None:
@@ -181,7 +187,7 @@ def fake_torch(version: str) -> SimpleNamespace:
 
 @pytest.mark.parametrize(("flags", "status"), [({"avx2"}, "note"), ({"avx2", "amx_bf16"}, "ok")])
 def test_slow_bf16_is_said(flags: set[str], status: str, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_processor", lambda: ("A CPU", flags))
+    monkeypatch.setattr(doctor, "processor", lambda: ("A CPU", flags))
     check = machine(stands={"torch": torch_with_gpu(is_available=lambda: False)})["CPU"]
     assert check.status == status
     assert ("trainer.precision=fp32" in check.remedy) == (status == "note")

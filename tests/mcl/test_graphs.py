@@ -1,6 +1,8 @@
 """CUDA graphs without a GPU: what is kept, and what is done around a recording."""
 
 import contextlib
+import dataclasses
+import itertools
 import weakref
 from collections.abc import Callable, Iterator
 from unittest import mock
@@ -9,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dali_pipelines.batch import MontageBatch
 from mcl.train.graphs import CudaRecorder, Graphed
 from tests.step import configure, views
 
@@ -28,6 +31,30 @@ def test_what_was_recorded_is_gone_before_the_next_is_recorded() -> None:
     for cells in (1, 1, 2, 1):
         graphed(*views(configure(f"montage.cells={cells}")))
     assert alive == [False, False, False]
+
+
+def test_work_reads_memory_that_stays_as_long_as_views_have_one_size() -> None:
+    """A graph reads the addresses that it was recorded with, and the caller's memory may be gone by then."""
+    places: list[set[int]] = []
+
+    def memory(*batch: MontageBatch) -> set[int]:
+        values = [getattr(view, field.name) for view in batch for field in dataclasses.fields(view)]
+        return {value.data_ptr() for value in values if isinstance(value, Tensor)}
+
+    def record(work: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], object]]:
+        result = work()
+        return result, lambda: result.copy_(work())
+
+    def work(query: MontageBatch, key: MontageBatch) -> Tensor:
+        places.append(memory(query, key))
+        return query.pixels.sum() + key.pixels.sum() + query.tile_images.sum()
+
+    graphed = Graphed(work, record)  # type: ignore[arg-type]
+    for seed, cells in enumerate((1, 1, 1, 2, 2, 1)):
+        query, key = views(configure(f"montage.cells={cells}"), seed)
+        assert torch.equal(graphed(query, key), query.pixels.sum() + key.pixels.sum() + query.tile_images.sum())
+        assert not places[-1] & memory(query, key)
+    assert [a == b for a, b in itertools.pairwise(places)] == [True, True, False, True, False]
 
 
 class FakeGraph:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dali_pipelines.batch import all_tiles
-from dali_pipelines.geometry import Geometry, boxes, slabs
+from dali_pipelines.geometry import Geometry, boxes
 from tests.conftest import random_view
 
 DEFAULT = Geometry()
@@ -74,26 +74,6 @@ def test_illegal_queries(queries: tuple[int, ...], message: str) -> None:
 def test_illegal_schedules(schedule: tuple[tuple[int, int], ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Geometry(cells=2, images_per_canvas=(1, 4, 16, 64), schedule=schedule)
-
-
-@pytest.mark.parametrize("cells", [1, 3, 7])
-@pytest.mark.parametrize("level", range(4))
-def test_slabs_put_every_pixel_of_every_tile_where_it_belongs(cells: int, level: int) -> None:
-    """Pasting numbered tiles slab by slab gives the canvases that a reshape gives."""
-    geometry = Geometry(cells=cells)
-    images, ratio, tile = 32, geometry.ratios[level], geometry.tile(level)
-    count = geometry.tiles(images)[level]
-    tiles = np.arange(count * tile * tile).reshape(count, tile, tile)
-    paste = slabs(geometry, level, images)
-    result = np.full((images, *paste.size), -1)
-    for slab in range(images):
-        for slot, (sy, sx), (ty, tx), (h, w) in zip(
-            paste.slots[slab], paste.source[slab], paste.target[slab], paste.shape[slab], strict=True
-        ):
-            result[slab, ty : ty + h, tx : tx + w] = tiles[slot, sy : sy + h, sx : sx + w]
-    grid = tiles.reshape(-1, ratio, ratio, tile, tile).transpose(0, 1, 3, 2, 4)
-    expected = grid.reshape(-1, geometry.canvas, geometry.canvas)
-    assert (result.reshape(expected.shape) == expected).all()
 
 
 def test_regions_are_rows_of_their_own_level() -> None:

@@ -1,12 +1,10 @@
-"""A training step never waits for the device, and copies and allocates no more than it has to.
+"""A training step never waits for the device.
 
 Every operator passes a detector: once in whole steps on the CPU, which sees what would wait were this a GPU; once on
 tensors that claim to be on a GPU, which sees copies between it and the host, too.
 """
 
 import dataclasses
-import functools
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,8 +12,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
-from torch.profiler import profile
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dali_pipelines.batch import MontageBatch
 from mcl import ops
@@ -25,65 +21,8 @@ from mcl.records.meters import Meter
 from mcl.train import ema
 from mcl.train.optim import build_optimizer
 from mcl.train.step import TrainingStep
-from mcl.train.undo import Undo
-from tests.step import FOUR_LEVELS, build, configure, views
-
-READS = {
-    *("_local_scalar_dense", "equal", "allclose", "nonzero", "masked_select", "bincount", "repeat_interleave"),
-    *("_unique", "_unique2", "unique_dim", "unique_dim_consecutive", "unique_consecutive"),
-}
-"""Operators whose result, or its shape, the host must know; item(), bool(), tolist() and where(x) are made of them."""
-
-INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
-"""Those that count the Trues of a mask."""
-
-
-class Waited(AssertionError):
-    """The host would have waited for the device."""
-
-
-class Detector(TorchDispatchMode):
-    """Raises where the host would wait for a device, and counts the operators that have passed.
-
-    Args:
-        device: whose tensors are computed with; "cpu" stands for a GPU.
-        host: tensors that are on the host all the same.
-        pinned: those from which a copy to the device need not wait.
-    """
-
-    def __init__(self, device: str, host: Sequence[Tensor] = (), pinned: Sequence[Tensor] = ()) -> None:
-        super().__init__()
-        self._device, self._host, self._pinned = device, {id(t) for t in host}, pinned
-        self.seen: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = func._opname
-        if name in READS and any(map(self._on_device, args)):
-            raise Waited(str(func))
-        if name in INDEXING and any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]):
-            raise Waited(f"{func} by a mask")
-        if name.startswith(("index_put", "_index_put", "_unsafe_index_put")) and args[2].device != args[0].device:
-            raise Waited(f"{func} of a value on the host")
-        out = func(*args, **kwargs)
-        if name in ("_to_copy", "copy_"):
-            into = name == "copy_"  # (target, source, non_blocking)
-            asynchronous = kwargs.get("non_blocking", into and args[2:] == (True,))
-            self._check_copy(str(func), args[1] if into else args[0], out, asynchronous)
-        self.seen[f"{func.namespace}::{name}"] += 1
-        return out
-
-    def _on_device(self, x: object) -> bool:
-        return isinstance(x, Tensor) and x.device.type == self._device and id(x) not in self._host
-
-    def _check_copy(self, name: str, source: Tensor, target: Tensor, asynchronous: bool) -> None:
-        if source.device == target.device:
-            return
-        if target.device.type == "cpu":
-            raise Waited(f"{name} to the host")
-        if not (asynchronous and any(source is p for p in self._pinned)):
-            raise Waited(f"{name} from pageable memory")
-
+from tests.mcl.detector import Detector, Waited
+from tests.step import build, configure, views
 
 # ---------------------------------------------------------------------------------------------------- the detector
 
@@ -149,12 +88,11 @@ def test_the_detector_lets_pass_what_does_not_wait() -> None:
 # ---------------------------------------------------------------------------------------------------- whole steps
 
 
-def step_under_watch(step: TrainingStep, host: Sequence[Tensor] = ()) -> Detector:
+def step_under_watch(cfg: Config, step: TrainingStep) -> Detector:
     """A whole step and its metrics."""
-    cfg = step._config
     meter = Meter(len(cfg.montage.ratios), torch.device("cpu"), scaled=cfg.trainer.precision == "fp16")
     query, key = views(cfg)
-    with Detector("cpu", host) as detector:
+    with Detector("cpu") as detector:
         meter.add(0, *step(query, key, lr=0.1, momentum=0.99))
     assert meter.failure() is None
     return detector
@@ -163,17 +101,14 @@ def step_under_watch(step: TrainingStep, host: Sequence[Tensor] = ()) -> Detecto
 def check_whole_step(words: Sequence[str]) -> None:
     cfg = configure(*words)
     step = build(cfg)
-    counters: list[Tensor] = []
-    if cfg.optim.name == "adamw":  # it counts its steps on the host
-        step(*views(cfg), lr=0.1, momentum=0.99)
-        counters = [state["step"] for state in step.optimizer.state.values()]
-    seen = step_under_watch(step, counters).seen
+    seen = step_under_watch(cfg, step).seen
     passes = cfg.trainer.accumulate * (1 if cfg.model.compute == "matched" else 2)
     norms = sum(isinstance(m, nn.BatchNorm2d) for m in step.model.online.backbone.modules())
     assert seen["mcl::batch_norm_backward"] >= passes * norms
     assert seen["mcl::region_pool_backward"] == passes
     assert seen["aten::_foreach_norm"] == 1  # clipping
-    assert seen["mcl::lars_"] == (2 if cfg.optim.name == "lars" else 0)  # its two groups
+    operator = {"lars": "mcl::lars_", "sgd": "aten::_fused_sgd_", "adamw": "aten::_fused_adamw_"}[cfg.optim.name]
+    assert seen[operator] == 2  # groups
     assert seen["mcl::ema_"] == 1
 
 
@@ -191,45 +126,59 @@ def test_a_whole_step_reads_nothing_back(words: tuple[str, ...]) -> None:
 
 @pytest.mark.usefixtures("thin_backbone")
 @pytest.mark.parametrize("optimizer", ["lars", "adamw", "sgd"])
-@pytest.mark.parametrize("compute", ["matched", "released"])
-def test_nor_does_it_with_any_optimiser(compute: str, optimizer: str) -> None:
-    words = [f"model.compute={compute}", f"optim.name={optimizer}", "trainer.precision=bf16", "optim.clip_norm=1"]
-    check_whole_step([*words, "trainer.accumulate=2", "trainer.global_batch=8"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("model.compute=matched", "trainer.precision=bf16"),
+        ("model.compute=released", "trainer.precision=bf16"),
+        ("trainer.precision=fp16", "trainer.max_loss_scale=1"),
+        ("trainer.precision=fp16", "trainer.max_loss_scale=1", "trainer.on_nonfinite=skip"),
+    ],
+    ids=" ".join,
+)
+def test_nor_does_it_with_any_optimiser(words: tuple[str, ...], optimizer: str) -> None:
+    words = (*words, f"optim.name={optimizer}", "optim.clip_norm=1", "trainer.accumulate=2", "trainer.global_batch=8")
+    check_whole_step(words)
 
 
 @pytest.mark.usefixtures("thin_backbone")
 @pytest.mark.parametrize("optimizer", ["lars", "adamw", "sgd"])
-def test_nor_does_one_that_is_skipped(optimizer: str) -> None:
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("trainer.on_nonfinite=skip",),
+        ("trainer.on_nonfinite=skip", "trainer.precision=fp16", "trainer.max_loss_scale=1"),
+    ],
+    ids=["fp32", "fp16"],
+)
+def test_nor_does_one_that_is_skipped(words: tuple[str, ...], optimizer: str) -> None:
     """Whether it is, the host never learns."""
-    cfg = configure(f"optim.name={optimizer}", "trainer.on_nonfinite=skip", "optim.clip_norm=1")
+    cfg = configure(*words, f"optim.name={optimizer}", "optim.clip_norm=1")
     step, (query, key) = build(cfg), views(cfg)
     step(query, key, lr=0.1, momentum=0.99)
     before = {name: tensor.clone() for name, tensor in step.model.state_dict().items()}
     meter = Meter(len(cfg.montage.ratios), torch.device("cpu"), skips=True)
     query = dataclasses.replace(query, pixels=query.pixels * float("nan"))
-    counters = [state["step"] for state in step.optimizer.state.values()] if optimizer == "adamw" else []
-    with Detector("cpu", counters) as detector:
+    with Detector("cpu"):
         meter.add(1, *step(query, key, lr=0.1, momentum=0.99))
-    assert detector.seen["aten::where"] > len(before)
     assert all(torch.equal(before[name], tensor) for name, tensor in step.model.state_dict().items())
     assert (meter.failure(), meter.read()["skipped"]) == (None, 1)
 
 
 @pytest.mark.usefixtures("thin_backbone")
-def test_fp16_reads_one_flag_of_its_loss_scaler() -> None:
-    """Whether a gradient overflowed decides on the host whether the optimiser steps: so does PyTorch's GradScaler."""
-    cfg = configure("trainer.precision=fp16", "trainer.max_loss_scale=1")
-    with pytest.raises(Waited, match="_local_scalar_dense"):
-        step_under_watch(build(cfg))
-    step, flags = build(cfg), []
-
-    def do_not_look(optimizer: Any, state: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        flags.extend(state["found_inf_per_device"].values())
-        optimizer.step()
-
-    step.scaler._maybe_opt_step = do_not_look  # type: ignore[method-assign]
-    assert step_under_watch(step).seen["mcl::lars_"] == 2
-    assert [flag.numel() for flag in flags] == [1]
+@pytest.mark.parametrize("optimizer", ["lars", "adamw", "sgd"])
+def test_a_step_that_may_be_skipped_copies_buffers_alone(optimizer: str) -> None:
+    """The others may not be, and have everything else in common with it."""
+    seen = {}
+    for choice in ("stop", "skip"):
+        cfg = configure(f"optim.name={optimizer}", f"trainer.on_nonfinite={choice}")
+        seen[choice] = step_under_watch(cfg, build(cfg)).seen
+    dtypes = 2  # fp32 and int64
+    more = seen["skip"] - seen["stop"]
+    assert not seen["stop"] - seen["skip"]
+    assert more["aten::cat"] == 2 * dtypes  # before and after
+    assert more["aten::where"] == more["aten::_foreach_copy_"] == dtypes
+    assert not {"aten::clone", "aten::copy_", "aten::_foreach_clone"} & more.keys()
 
 
 class Peeking(torch.autograd.Function):
@@ -273,11 +222,12 @@ def item_in_the_optimizer(step: TrainingStep) -> None:
     ],
 )
 def test_one_planted_wait_is_found(plant: Callable[[TrainingStep], None], operator: str) -> None:
-    step = build(configure())
-    assert step_under_watch(step).seen["mcl::lars_"] == 2
+    cfg = configure()
+    step = build(cfg)
+    assert step_under_watch(cfg, step).seen["mcl::lars_"] == 2
     plant(step)
     with pytest.raises(Waited, match=operator):
-        step_under_watch(step)
+        step_under_watch(cfg, step)
 
 
 # ---------------------------------------------------------------------------------------------------- no real GPU
@@ -322,12 +272,25 @@ def test_forward_and_metrics_stay_on_the_device(compute: str) -> None:
             output = model(query, key)
             meter.add(0, output, output.loss.detach())
     assert output.loss.device.type == "cuda"
-    assert detector.seen["mcl::region_pool"] == 4
+    # Of both networks; only the authors' computation takes views one by one.
+    assert detector.seen["mcl::region_pool"] == (2 if compute == "matched" else 4)
+
+
+def test_the_backward_of_regions_stays_on_the_device() -> None:
+    """The operator alone, since the autograd engine needs a driver."""
+    with FakeTensorMode(), Detector("cuda") as detector:
+        f = torch.empty(2, 8, 4, 4, device="cuda", dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+        boxes, index = torch.empty(3, 5, device="cuda"), torch.empty(3, device="cuda", dtype=torch.int64)
+        grad = torch.empty(3, 8, 2, 2, device="cuda", dtype=torch.bfloat16)
+        (found,) = torch.ops.mcl.region_pool_backward(grad, list(f.shape), [8.0], boxes, index, 0, True)
+    assert (found.device.type, found.dtype, found.shape, found.stride()) == ("cuda", f.dtype, f.shape, f.stride())
+    assert detector.seen["mcl::region_pool_backward"] == 1
 
 
 @pytest.mark.usefixtures("thin_backbone")
 @pytest.mark.parametrize("optimizer", ["lars", "adamw", "sgd"])
-def test_clipping_optimiser_and_momentum_network_stay_on_the_device(optimizer: str) -> None:
+@pytest.mark.parametrize("skips", [False, True])
+def test_clipping_optimiser_and_momentum_network_stay_on_the_device(optimizer: str, skips: bool) -> None:
     """With gradients set by hand. PyTorch takes lists of fake tensors one by one; above they passed as lists."""
     cfg = configure(f"optim.name={optimizer}")
     model = without_memory(cfg)
@@ -340,33 +303,13 @@ def test_clipping_optimiser_and_momentum_network_stay_on_the_device(optimizer: s
                 for p in trained:
                     p.grad = torch.empty_like(p)
                 norm = ops.clip_grad_norm_(trained, 1.0)
+                found_inf = (~norm.isfinite()).float() if skips else None
+                update.found_inf = found_inf  # type: ignore[attr-defined]
                 update.step()
-                ema.update(model.target.parameters(), model.online.parameters(), 0.99)
+                ema.update(model.target.parameters(), model.online.parameters(), 0.99, found_inf)
     assert norm.device.type == "cuda"
-    assert {tensor.device.type for state in update.state.values() for tensor in state.values()} >= {"cuda"}
-    assert detector.seen["mcl::ema_"] == 2
-
-
-@pytest.mark.usefixtures("thin_backbone")
-@pytest.mark.parametrize("optimizer", ["lars", "adamw", "sgd"])
-def test_undoing_a_step_stays_on_the_device(optimizer: str) -> None:
-    """So does, then, AdamW's count of steps."""
-    cfg = configure(f"optim.name={optimizer}")
-    model = without_memory(cfg)
-    with FakeTensorMode():
-        pretend(model)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        update = build_optimizer(cfg.optim, model, on_device=True)
-        with Detector("cuda") as detector:
-            for _ in range(2):
-                undo = Undo(model.buffers())
-                for p in trained:
-                    p.grad = torch.empty_like(p)
-                undo.keep(model.parameters(), update)
-                update.step()
-                undo.unless(ops.clip_grad_norm_(trained, 1.0).isfinite())
     assert {tensor.device.type for state in update.state.values() for tensor in state.values()} == {"cuda"}
-    assert detector.seen["aten::where"] > 2 * len(trained)
+    assert detector.seen["mcl::ema_"] == 2
 
 
 @pytest.mark.usefixtures("thin_backbone")
@@ -403,90 +346,3 @@ def test_views_go_to_the_device_from_pinned_memory(monkeypatch: pytest.MonkeyPat
     assert moved.pixels.is_contiguous(memory_format=torch.channels_last)
     assert again.pixels is moved.pixels
     assert len(pinned) == detector.seen["aten::_to_copy"] == 6
-
-
-# ---------------------------------------------------------------------------------------------------- copies, memory
-
-
-class Watched:
-    """What the profiler saw of a step."""
-
-    def __init__(self, work: Callable[[], None]) -> None:
-        with profile(profile_memory=True, record_shapes=True) as self._profiler:
-            work()
-        assert self._profiler.profiler is not None
-        events = self._profiler.profiler.kineto_results.events()
-        self.calls = Counter(e.name() for e in events)
-        self.kept = sum(e.nbytes() for e in events if e.name() == "[memory]")  # bytes allocated less bytes freed
-
-    def copies(self) -> Counter[str]:
-        """How many of more than a scalar, by the operator or the node of the backward graph that called for them."""
-        return Counter(
-            self._origin(e) for e in self._profiler.events() or [] if e.name == "aten::copy_" and e.input_shapes[0]
-        )
-
-    @staticmethod
-    def _origin(event: Any) -> str:
-        while event.cpu_parent is not None and not event.cpu_parent.name.startswith("autograd::engine"):
-            event = event.cpu_parent
-        return str(event.name)
-
-
-def test_steady_steps_copy_what_is_known_and_keep_nothing() -> None:
-    cfg = configure("montage.cells=2", "trainer.global_batch=2")
-    step = build(cfg)
-    query, key = views(cfg)
-
-    def work() -> None:
-        step(query, key, lr=0.1, momentum=0.99)
-        step.timer.read()
-
-    work()
-    Watched(work)  # it frees what was allocated unseen
-    first, second = Watched(work), Watched(work)
-    assert first.kept == second.kept == 0
-    assert first.calls == second.calls  # of operators, allocations among them
-
-    copies = second.copies()
-    # The product that is a weight's gradient turns its first factor round.
-    assert copies.pop("_LinearBackward") == 2 * (2 * 2) + 2  # per view the predictors of both levels; the projector
-    # The library's layout of a weight's gradient becomes ours, or our layout of a weight the library's.
-    assert 0 < copies.pop("ConvolutionBackward0") <= second.calls["ConvolutionBackward0"]
-    assert copies.pop("AvgPool2DBackward0") == 2  # one value per tile and channel
-    assert not copies
-
-
-def out_of_order(cfg: Config) -> set[str]:
-    """What convolutions and norms read and write in a step, and its gradients, where it is not channels_last; and
-    parameters whose gradient lies otherwise in memory than they do."""
-    step = build(cfg)
-    found: set[str] = set()
-    watched: Counter[str] = Counter()
-
-    def note(what: str, name: str, x: Tensor) -> None:
-        watched[what] += 1
-        if x.shape[2:].numel() > 1 and not x.is_contiguous(memory_format=torch.channels_last):
-            found.add(f"{what} of {name}")
-
-    def watch(name: str, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        for what, x in (("input", inputs[0]), ("output", output)):
-            note(what, name, x)
-            if x.requires_grad:
-                x.register_hook(functools.partial(note, f"{what}'s gradient", name))
-
-    for name, module in step.model.named_modules():
-        if isinstance(module, nn.Conv2d | nn.BatchNorm2d):
-            module.register_forward_hook(functools.partial(watch, name))
-    step(*views(cfg), lr=0.1, momentum=0.99)
-    assert min(watched.values()) > 100
-    parameters = step.model.named_parameters()
-    return found | {name for name, p in parameters if p.grad is not None and p.grad.stride() != p.stride()}
-
-
-@pytest.mark.parametrize(
-    "words",
-    [("model.compute=released",), ("trainer.accumulate=2", "trainer.global_batch=4")],
-    ids=["released", "matched and accumulated"],
-)
-def test_everything_is_channels_last(words: tuple[str, ...]) -> None:
-    assert not out_of_order(configure("montage.cells=2", "trainer.global_batch=2", *FOUR_LEVELS, *words))

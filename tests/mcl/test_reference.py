@@ -12,8 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dali_pipelines.batch import MontageBatch
-from dali_pipelines.reference import assemble
+from dali_pipelines.batch import MontageBatch, assemble
 from mcl import config
 from mcl.config import Config
 from mcl.export.openselfsup import their_name

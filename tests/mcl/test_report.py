@@ -204,6 +204,13 @@ def test_missing_pieces_are_named(tmp_path: Path, content: str) -> None:
     assert ("cannot be read" in text) == bool(content)
 
 
+@pytest.mark.parametrize("text", ["trainer: [1]", "trainer: {epochs: x}\nmodel: 3\nmontage: {ratios: {a: 1}}", "- 1"])
+def test_a_strange_configuration_is_shown(tmp_path: Path, text: str) -> None:
+    fill(tmp_path, [train_record(1), train_record(2), {**RETRIEVAL, "step": 2, "levels": ["a"], "random": 3}])
+    (tmp_path / "config.yaml").write_text(text)
+    assert text.splitlines()[0] in report.write(tmp_path).read_text()
+
+
 def test_an_empty_folder_has_a_report_and_no_folder_is_an_error(tmp_path: Path) -> None:
     assert "No config.yaml in the run folder." in text_of(report.write(tmp_path).read_text())
     with pytest.raises(report.ReportError, match="no such run folder"):

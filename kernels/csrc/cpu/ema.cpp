@@ -7,9 +7,10 @@ namespace {
 
 using namespace cpu;
 
-void ema_(TensorList targets, TensorList onlines, double momentum) {
+void ema_(TensorList targets, TensorList onlines, double momentum, std::optional<Tensor> found_inf) {
   if (targets.empty()) return;
   check_lists("ema_", {&targets, &onlines});
+  if (const float* flag = flag_of("ema_", found_inf, targets); flag && *flag != 0) return;
   dispatch_float(targets, [&](auto zero) {
     using T = decltype(zero);
     for_each_chunk(chunks_of(targets, 0, targets.size()), [&](int64_t, const Chunk& chunk) {

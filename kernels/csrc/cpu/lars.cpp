@@ -44,7 +44,8 @@ Tensor norms(TensorList tensors) {
 constexpr int64_t kTogether = 1 << 20;
 
 void lars_(TensorList weights, TensorList grads, TensorList momenta, std::optional<Tensor> given, double lr,
-           double momentum, double weight_decay, double trust_coefficient, bool adapt) {
+           double momentum, double weight_decay, double trust_coefficient, bool adapt,
+           std::optional<Tensor> found_inf) {
   if (weights.empty()) return;
   check_lists("lars_", {&weights, &grads, &momenta});
   const size_t number = weights.size();
@@ -52,6 +53,7 @@ void lars_(TensorList weights, TensorList grads, TensorList momenta, std::option
     STD_TORCH_CHECK(given->numel() == static_cast<int64_t>(2 * number) && given->is_contiguous() &&
                         given->scalar_type() == weights[0].scalar_type() && given->is_cpu(),
                     "lars_: norms must be (2, tensors), contiguous, of the tensors' dtype and device");
+  if (const float* flag = flag_of("lars_", found_inf, weights); flag && *flag != 0) return;
   dispatch_float(weights, [&](auto zero) {
     using T = decltype(zero);
     for (size_t first = 0, last = 0; first < number; first = last) {

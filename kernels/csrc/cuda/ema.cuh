@@ -5,9 +5,11 @@
 
 namespace mcl::cuda {
 
-// target = momentum * target + (1 - momentum) * online. Lists: target, online. Grid: chunks.
+// target = momentum * target + (1 - momentum) * online, unless skipped. Lists: target, online. Grid: chunks.
 template <typename T>
-__global__ void __launch_bounds__(kTableThreads) ema_update(TensorTable<T, 2> table, T momentum, T rest) {
+__global__ void __launch_bounds__(kTableThreads)
+    ema_update(TensorTable<T, 2> table, T momentum, T rest, const float* found_inf) {
+  if (skipped(found_inf)) return;
   const Chunk chunk = find_chunk(table, blockIdx.x);
   T *target = table.data[0][chunk.tensor], *online = table.data[1][chunk.tensor];
   for_each_element(

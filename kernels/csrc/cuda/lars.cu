@@ -38,7 +38,8 @@ Tensor norms(TensorList tensors) {
 }
 
 void lars_(TensorList weights, TensorList grads, TensorList momenta, std::optional<Tensor> given, double lr,
-           double momentum, double weight_decay, double trust_coefficient, bool adapt) {
+           double momentum, double weight_decay, double trust_coefficient, bool adapt,
+           std::optional<Tensor> found_inf) {
   if (weights.empty()) return;
   check_lists("lars_", {&weights, &grads, &momenta});
   const auto number = static_cast<int64_t>(weights.size());
@@ -51,6 +52,7 @@ void lars_(TensorList weights, TensorList grads, TensorList momenta, std::option
     STD_TORCH_CHECK(given->numel() == 2 * number && given->is_contiguous() &&
                         given->scalar_type() == weights[0].scalar_type() && given->device() == weights[0].device(),
                     "lars_: norms must be (2, tensors), contiguous, of the tensors' dtype and device");
+  const float* flag = flag_of("lars_", found_inf, weights);
   const cuda::Stream stream(weights[0]);
   dispatch_float(weights, [&](auto zero) {
     using T = decltype(zero);
@@ -59,7 +61,7 @@ void lars_(TensorList weights, TensorList grads, TensorList momenta, std::option
       if (chunks == 0) return;
       cuda::lars_update<T><<<chunks, kTableThreads, 0, stream.get()>>>(
           table, adapt ? values + first : nullptr, adapt ? values + number + first : nullptr, static_cast<T>(lr),
-          static_cast<T>(momentum), static_cast<T>(weight_decay), static_cast<T>(trust_coefficient));
+          static_cast<T>(momentum), static_cast<T>(weight_decay), static_cast<T>(trust_coefficient), flag);
     });
   });
   cuda::check_launch("lars_");

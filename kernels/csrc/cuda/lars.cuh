@@ -49,11 +49,12 @@ __global__ void __launch_bounds__(kTableThreads)
 }
 
 // buffer = momentum * buffer + lr * trust * (g + weight_decay * w); w = w - buffer. Lists: w, g, buffer. Grid: chunks.
-// `weight_norms` and `grad_norms` are those of the table's tensors; null: trust is 1.
+// `weight_norms` and `grad_norms` are those of the table's tensors; null: trust is 1. Nothing changes if it is skipped.
 template <typename T>
 __global__ void __launch_bounds__(kTableThreads)
     lars_update(TensorTable<T, 3> table, const T* weight_norms, const T* grad_norms, T lr, T momentum, T weight_decay,
-                T trust_coefficient) {
+                T trust_coefficient, const float* found_inf) {
+  if (skipped(found_inf)) return;
   const Chunk chunk = find_chunk(table, blockIdx.x);
   T *w = table.data[0][chunk.tensor], *g = table.data[1][chunk.tensor], *buffer = table.data[2][chunk.tensor];
   T rate = lr;

@@ -41,6 +41,11 @@ __device__ __forceinline__ Chunk find_chunk(const TensorTable<T, DEPTH>& table, 
   return {low, begin, end};
 }
 
+// Whether an update leaves its tensors as they are; `found_inf` may be null.
+__device__ __forceinline__ bool skipped(const float* found_inf) {
+  return found_inf != nullptr && *found_inf != 0;
+}
+
 // A word of 16 bytes.
 template <typename T>
 struct alignas(16) Word {

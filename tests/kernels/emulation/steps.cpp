@@ -55,38 +55,54 @@ std::vector<T> norms_of(List<T>& list) {
 }
 
 template <typename T>
+void same(const std::string& name, const List<T>& got, const List<T>& expected, double tolerance) {
+  for (size_t t = 0; t < got.memory.size(); ++t) check::close(name, got.memory[t], expected.memory[t], tolerance);
+}
+
+template <typename T>
 void compare(const std::string& name, double tolerance) {
   const T lr = T(0.3), momentum = T(0.9), decay = T(0.01), coefficient = T(0.5);
+  const float found = 1, not_found = 0;
   for (const bool adapt : {true, false}) {
     List<T> w(1), g(2), buffer(3);
     for (T& x : w.memory[0]) x = 0;  // no weight, no gradient: a ratio of nothing to nothing
     for (T& x : g.memory[0]) x = 0;
     List<T> w_cpu = w, buffer_cpu = buffer;
     const std::vector<T> weight_norms = norms_of(w), grad_norms = norms_of(g);
+    cuda::TensorTable<T, 3> table{};
+    const int chunks = fill(&table, {&w, &g, &buffer});
+    const auto update = [&](const float* found_inf) {
+      emulation::launch(chunks, cuda::kTableThreads, cuda::lars_update<T>, table, adapt ? weight_norms.data() : nullptr,
+                        adapt ? grad_norms.data() : nullptr, lr, momentum, decay, coefficient, found_inf);
+    };
+    update(&found);
+    same(name + " weights of a skipped step", w, w_cpu, 0);
+    same(name + " momenta of a skipped step", buffer, buffer_cpu, 0);
     for (int t = 0; t < w.number(); ++t) {
       const double norm = std::sqrt(cpu::sum_of_squares(w.data(t), w.size(t)));
       check::close(name + " norm", std::vector<T>{weight_norms[t]}, std::vector<double>{norm}, tolerance);
       const T rate = lr * (adapt ? cpu::trust_ratio<T>(weight_norms[t], grad_norms[t], decay, coefficient) : T(1));
       cpu::lars_update(w_cpu.data(t), g.data(t), buffer_cpu.data(t), w.size(t), rate, momentum, decay);
     }
-    cuda::TensorTable<T, 3> table{};
-    const int chunks = fill(&table, {&w, &g, &buffer});
-    emulation::launch(chunks, cuda::kTableThreads, cuda::lars_update<T>, table, adapt ? weight_norms.data() : nullptr,
-                      adapt ? grad_norms.data() : nullptr, lr, momentum, decay, coefficient);
-    for (int t = 0; t < w.number(); ++t) {
-      check::close(name + " weights", w.memory[t], w_cpu.memory[t], tolerance);
-      check::close(name + " momenta", buffer.memory[t], buffer_cpu.memory[t], tolerance);
-    }
+    update(adapt ? nullptr : &not_found);
+    same(name + " weights", w, w_cpu, tolerance);
+    same(name + " momenta", buffer, buffer_cpu, tolerance);
   }
 
   List<T> target(4), online(5);
   List<T> target_cpu = target;
   cuda::TensorTable<T, 2> table{};
   const int chunks = fill(&table, {&target, &online});
-  emulation::launch(chunks, cuda::kTableThreads, cuda::ema_update<T>, table, momentum, 1 - momentum);
-  for (int t = 0; t < target.number(); ++t) {
-    cpu::ema_update(target_cpu.data(t), online.data(t), target.size(t), momentum, 1 - momentum);
-    check::close(name + " momentum network", target.memory[t], target_cpu.memory[t], tolerance);
+  const auto update = [&](const float* found_inf) {
+    emulation::launch(chunks, cuda::kTableThreads, cuda::ema_update<T>, table, momentum, 1 - momentum, found_inf);
+  };
+  update(&found);
+  same(name + " momentum network of a skipped step", target, target_cpu, 0);
+  for (const float* found_inf : {&not_found, static_cast<const float*>(nullptr)}) {
+    update(found_inf);
+    for (int t = 0; t < target.number(); ++t)
+      cpu::ema_update(target_cpu.data(t), online.data(t), target.size(t), momentum, 1 - momentum);
+    same(name + " momentum network", target, target_cpu, tolerance);
   }
 }
 

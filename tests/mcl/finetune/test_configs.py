@@ -7,6 +7,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+
+pytest.importorskip("mmdet", reason="needs MMDetection: make mmdet")
+
 from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.registry import DefaultScope

@@ -1,11 +1,36 @@
-"""What ``make mmdet`` says where it cannot go on."""
+"""Tests with and without MMDetection; what ``make mmdet`` says where it cannot go on."""
 
+import importlib
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import ROOT
+
+WITHOUT = """
+import sys
+import pytest
+sys.modules |= dict.fromkeys(("mmcv", "mmdet", "mmengine", "mmpretrain"))
+sys.exit(pytest.main(["--collect-only", "-p", "no:cacheprovider", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.parametrize("folder", ["tests/mcl/finetune", pytest.param("tests", marks=pytest.mark.soak)])
+def test_without_mmdetection_all_other_tests_are_collected(folder: str) -> None:
+    command = [sys.executable, "-c", WITHOUT, folder]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert "needs MMDetection: make mmdet" in done.stdout
+
+
+@pytest.mark.skipif(not Path(sys.prefix, ".mmdet").exists(), reason="needs MMDetection: make mmdet")
+@pytest.mark.parametrize("name", ["mmdet.apis", "mmpretrain"])
+def test_what_make_mmdet_has_installed_can_be_imported(name: str) -> None:
+    """Otherwise the tests that need it would be skipped where they must run."""
+    assert importlib.import_module(name)
 
 
 def install(python: str, **environment: str) -> "subprocess.CompletedProcess[str]":

@@ -5,7 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
+
+pytest.importorskip("mmdet", reason="needs MMDetection: make mmdet")
+
 from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 

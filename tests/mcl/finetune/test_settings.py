@@ -4,6 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
+pytest.importorskip("mmdet", reason="needs MMDetection: make mmdet")
+
 from mmengine.config import Config
 
 from mcl.config import ConfigError

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest.importorskip("mmdet", reason="needs MMDetection: make mmdet")
+
 from mcl.finetune import metric, settings, training
 from tests.mcl.finetune.conftest import CONFIGS, make_folder
 

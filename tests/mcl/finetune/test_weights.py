@@ -6,6 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
+pytest.importorskip("mmdet", reason="needs MMDetection: make mmdet")
+
 from mmdet.registry import MODELS
 from mmengine.registry import DefaultScope
 

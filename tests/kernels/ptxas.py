@@ -1,4 +1,7 @@
-"""What the compiler says of the CUDA kernels: registers, spills, shared memory; and the occupancy that follows."""
+"""What the compiler says of the CUDA kernels: registers, spills, shared memory; and the occupancy that follows.
+
+``python -m tests.kernels.ptxas`` prints it for the library that was built.
+"""
 
 import re
 import subprocess
@@ -75,3 +78,7 @@ def _demangle(names: list[str]) -> list[str]:
     except (OSError, subprocess.CalledProcessError):
         return names
     return [re.sub(r"^(?:void )?(?:mcl::(?:\w+::)*)?(.*?)\(.*$", r"\1", line) for line in done.stdout.splitlines()]
+
+
+if __name__ == "__main__":
+    print(table())

@@ -1,4 +1,4 @@
-"""A step without a finite gradient that is skipped leaves no trace but in the count."""
+"""A step without a finite gradient that is skipped leaves no trace but in the count, and in the loss scale of fp16."""
 
 import dataclasses
 import math
@@ -66,6 +66,41 @@ def test_a_skipped_step_never_was(words: list[str]) -> None:
     disturbed = train(skip, [bad, first, bad, second])
     assert disturbed["finite"] == [False, True, False, True]
     check_equal(disturbed, train(configure(*words), [first, second]))
+
+
+@pytest.mark.usefixtures("thin_backbone")
+@pytest.mark.parametrize("optimizer", ["lars", "sgd", "adamw"])
+@pytest.mark.parametrize("choice", ["stop", "skip"])
+def test_fp16_lowers_its_loss_scale_and_changes_nothing_else(choice: str, optimizer: str) -> None:
+    words = ["trainer.precision=fp16", "trainer.max_loss_scale=4", f"trainer.on_nonfinite={choice}"]
+    cfg = configure(*words, f"optim.name={optimizer}")
+    step, good = build(cfg), views(cfg)
+    for scale in (2, 1):  # the first step, and one that finds momenta
+        before = {key: tensor.clone() for key, tensor in step.model.state_dict().items()}
+        momenta = [{key: tensor.clone() for key, tensor in each.items()} for each in state(step)]
+        step(*poisoned(good), lr=0.1, momentum=0.9)
+        now = state(step)
+        assert step.scaler.get_scale() == scale
+        assert all(torch.equal(before[key], tensor) for key, tensor in step.model.state_dict().items())
+        assert all(torch.equal(old[key], new[key]) for old, new in zip(momenta, now, strict=False) for key in old)
+        assert momenta or not any(tensor.any() for each in now for tensor in each.values())
+        step(*good, lr=0.1, momentum=0.9)
+        assert not torch.equal(
+            before["target.backbone.convs.0.weight"], step.model.state_dict()["target.backbone.convs.0.weight"]
+        )
+        assert all(tensor.isfinite().all() for tensor in step.model.state_dict().values())
+
+
+@pytest.mark.usefixtures("thin_backbone")
+def test_a_norm_that_overflows_is_not_finite_either() -> None:
+    """Every gradient is finite, the sum of their squares is not: optimiser and momentum network agree to skip."""
+    cfg = configure("trainer.precision=fp16", "trainer.max_loss_scale=1")
+    step = build(cfg)
+    before = {key: tensor.clone() for key, tensor in step.model.state_dict().items()}
+    step.model.predictors[0][0].weight.register_hook(lambda grad: torch.full_like(grad, 1e30))
+    _, norm = step(*views(cfg), lr=0.1, momentum=0.9)
+    assert norm.isinf()
+    assert all(torch.equal(before[key], tensor) for key, tensor in step.model.state_dict().items())
 
 
 @pytest.mark.usefixtures("thin_backbone")

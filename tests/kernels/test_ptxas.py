@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import ptxas
-from benchmarks.ptxas import Kernel
+from tests.kernels import ptxas
+from tests.kernels.ptxas import Kernel
 
 REPORT = """\
 ptxas info    : 0 bytes gmem, 24 bytes cmem[4]

@@ -1,4 +1,4 @@
-"""What decides the results, in one place."""
+"""What decides the results of :mod:`benchmarks.transfer`, and the folder in which it works."""
 
 import dataclasses
 import functools
@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from benchmarks.common import ROOT, portable
 from dali_pipelines.source.layouts import is_image
 from mcl import config
 from mcl.config import Config
-
-ROOT = Path(__file__).parents[2]
+from mcl.records.metrics import rewrite
 
 PLACES = (
     *("ancient_ruin", "building", "castle", "garden_or_plant", "indoor", "landscape", "palace", "road_or_pitch"),
@@ -22,12 +22,12 @@ PLACES = (
 )
 """Classes with photographs that are backgrounds of the detection set."""
 
-
+_OF_PRESET = ("montage", "augment", "model", "optim")
 _OF_DETECTOR = (
     *("model", "optim_wrapper", "param_scheduler", "train_cfg", "global_batch", "auto_scale_lr", "custom_hooks"),
     *("train_dataloader", "val_dataloader"),
 )
-"""Sections of a detector's configuration that decide a result."""
+"""Sections of a configuration that decide a result."""
 
 
 class ProtocolError(ValueError):
@@ -80,80 +80,51 @@ class Protocol:
     )
     """The file says the same; here it is on record, and stays when the file changes."""
 
-    @classmethod
-    def quick(cls) -> Self:
-        """For tests: two steps of everything, on images of a few pixels."""
-        return cls(
-            images="data/photos/train",
-            without=(),
-            at_most=64,
-            epochs=1,
-            pretraining=(*cls.pretraining, "model.hidden=32"),
-            moco_bank=64,
-            moco_hidden=32,
-            finetuning=(
-                "train_cfg.max_iters=2",
-                "train_cfg.val_interval=2",
-                "custom_hooks.2.interval=2",
-                "custom_hooks.2.batches=2",
-                "global_batch=2",
-                "data.classes=[]",
-                "train_dataloader.num_workers=0",
-                "val_dataloader.num_workers=0",
-                "train_dataloader.dataset.dataset.pipeline.2.scales=[[96,64]]",
-                "val_dataloader.dataset.pipeline.1.scale=[96,64]",
-                "model.train_cfg.rpn_proposal.max_per_img=20",
-                "model.test_cfg.rpn.max_per_img=10",
-                "model.test_cfg.rcnn.max_per_img=5",
-                "default_hooks.logger.interval=1",
-                "default_hooks.checkpoint.interval=1",
-            ),
-        )
-
     def plain(self) -> dict[str, Any]:
         """As JSON gives it back."""
         values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
         return values
 
+    @functools.cached_property
     def configurations(self) -> dict[str, str]:
         """Digests of what the files `preset` and `detector` come to, with the words, as far as it decides a result."""
-        return _configurations(self)
+        from mcl.finetune import settings  # needs MMEngine, which a table of results does not
 
-    def check(self, other: Mapping[str, Any], file: Path) -> None:
-        """Refuses what was made by another protocol.
+        preset = config.to_dict(config.load(ROOT / self.preset, self.pretraining))
+        detector = settings.load(ROOT / self.detector, self.finetuning).to_dict()
+        return {self.preset: _digest(preset, _OF_PRESET), self.detector: _digest(detector, _OF_DETECTOR)}
+
+    def check(self, result: Mapping[str, Any], file: Path) -> None:
+        """Refuses a result that was made by another protocol, or with other configuration files.
 
         Raises:
             ProtocolError: it was; names the first entry that differs.
         """
-        own = self.plain()
-        differing = [key for key in {**own, **other} if own.get(key) != other.get(key)]
+        before = _entries(result["protocol"], result["configurations"])
+        now = _entries(self.plain(), self.configurations)
+        differing = [key for key in {**now, **before} if now.get(key) != before.get(key)]
         if differing:
             key = differing[0]
             raise ProtocolError(
-                f"{file}: of another protocol: {key} is {other.get(key)!r} there and {own.get(key)!r} now "
+                f"{file}: of another protocol: {key} is {before.get(key)!r} there and {now.get(key)!r} now "
                 f"({len(differing)} entries differ); move it away, or give another folder"
             )
 
 
-@functools.cache
-def _configurations(protocol: Protocol) -> dict[str, str]:
-    from mcl.finetune import settings  # needs MMEngine, which a table of results does not
-
-    preset = config.to_dict(config.load(ROOT / protocol.preset, protocol.pretraining))
-    detector = settings.load(ROOT / protocol.detector, protocol.finetuning).to_dict()
-    return {
-        protocol.preset: _digest({key: preset[key] for key in ("montage", "augment", "model", "optim")}),
-        protocol.detector: _digest({key: detector[key] for key in _OF_DETECTOR}),
-    }
+def _entries(protocol: Mapping[str, Any], configurations: Mapping[str, str]) -> dict[str, Any]:
+    """What decides a result. Configuration files are known by their names, for they may be moved."""
+    files = {Path(file).name: digest for file, digest in configurations.items()}
+    return {**protocol, **{key: Path(protocol[key]).name for key in ("preset", "detector")}, **files}
 
 
-def _digest(values: Any) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+def _digest(values: Mapping[str, Any], keys: tuple[str, ...]) -> str:
+    text = json.dumps({key: values[key] for key in keys}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 class Work:
     """The work folder: ``protocol.json``, the list ``images.txt``, runs in ``pretrain/`` and ``finetune/``, and what
-    is known of tasks in ``tasks/``.
+    is known of commands in ``commands/``.
 
     Args:
         folder: made where it is not there.
@@ -168,16 +139,12 @@ class Work:
         self.images = self.folder / "images.txt"
         self.classes, lines = _list_images(protocol, ROOT / self.folder)
         (ROOT / self.folder).mkdir(parents=True, exist_ok=True)
-        record = ROOT / self.folder / "protocol.json"
-        if record.exists():
-            protocol.check(json.loads(record.read_text()), record)
-        images = ROOT / self.images
-        if images.exists() and images.read_text() != lines:
-            raise ProtocolError(f"{images}: not the images of {protocol.images} now; move {folder} away")
-        for path, text in ((images, lines), (record, json.dumps(protocol.plain(), indent=1) + "\n")):
-            if not path.exists():  # commands that run at once open the folder, too
-                write(path, text)
-        self.count = lines.count("\n")
+        for name, text in (("protocol.json", json.dumps(protocol.plain(), indent=1) + "\n"), ("images.txt", lines)):
+            path = ROOT / self.folder / name
+            if not path.exists():
+                rewrite(path, text)
+            elif path.read_text() != text:
+                raise ProtocolError(f"{path}: of another protocol, or on other images; move {folder} away")
 
     @classmethod
     def open(cls, folder: Path) -> Self:
@@ -203,10 +170,6 @@ class Work:
         """The configuration of a pre-training; batch, optimiser and size of images are those of all methods."""
         return config.load(ROOT / self.protocol.preset, [*self.words(seed), *words])
 
-    @property
-    def steps_per_epoch(self) -> int:
-        return self.count // self.config(0).trainer.global_batch
-
 
 def _list_images(protocol: Protocol, folder: Path) -> tuple[list[str], str]:
     """Classes, and the lines of a list in `folder`."""
@@ -219,16 +182,3 @@ def _list_images(protocol: Protocol, folder: Path) -> tuple[list[str], str]:
         files = [files[i * len(files) // protocol.at_most] for i in range(min(protocol.at_most, len(files)))]
     names = sorted({name for _, name in files})
     return names, "".join(f"{os.path.relpath(path, folder)}\t{name}\n" for path, name in files)
-
-
-def portable(path: Path) -> Path:
-    """Relative to the checkout, where it lies in it."""
-    path = path.resolve()
-    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
-
-
-def write(path: Path, text: str) -> None:
-    """Writes a file; whatever happens, `path` holds the old one or the whole new one."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)

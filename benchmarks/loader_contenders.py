@@ -1,0 +1,309 @@
+"""What :mod:`benchmarks.loader` compares: DALI in this process, others in worker processes of PyTorch's DataLoader.
+
+Every batch of a contender shows the images of the next step of one plan, the same for all. Contenders are idle between
+turns:
+
+* A DALI pipeline always works some batches ahead, so it is built anew for every turn and gone after it. The batches
+  that fill its queue are not counted: as many are then in the making when the clock starts as when it stops.
+* A DataLoader's workers wait. A turn is one epoch, so nothing is loaded before its clock starts or after it stops, and
+  its batches are a multiple of the workers, so no worker waits for the others. Views are neither normalised nor tiled,
+  which is left to the device. Batches are handed over in shared memory: 0.6 GB for 128 images as float32, up to two
+  batches per worker.
+"""
+
+import functools
+import gc
+import importlib.util
+import itertools
+import multiprocessing
+import os
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torchvision.transforms
+import torchvision.transforms.v2
+from PIL import Image, ImageFilter
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.io import decode_image
+
+from dali_pipelines.loader import MontageLoader
+from dali_pipelines.plan import VIEWS, Plan, blur_window
+from dali_pipelines.source import Source
+from mcl.config import ConfigError, DataConfig
+
+AHEAD = DataConfig().prefetch
+
+Read = Callable[[str], Any]
+Transform = Callable[[Any], Any]
+
+
+class Missing(ValueError):
+    """A contender that is not installed; the message says how to get it."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is loaded, and how it is augmented."""
+
+    source: Source
+    paths: tuple[str, ...]  # of the images that the plan shows
+    plan: Plan
+
+    def batch(self, step: int) -> list[int]:
+        """The images of a step, without those that are known to be broken."""
+        return [int(i) for i in self.plan.samples(step, self.source.bad)]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What some batches took."""
+
+    images: int
+    seconds: float
+    core_seconds: float  # of this process and all its threads, not of other processes
+
+
+Take = Callable[[int], Turn]
+"""Loads so many batches, a multiple of the number of threads."""
+
+
+def _timed(load: Callable[[], object], times: int, images: int) -> Turn:
+    """What so many calls take, which load so many images together."""
+    start, core_start = time.perf_counter(), time.process_time()
+    for _ in range(times):
+        load()
+    return Turn(images, time.perf_counter() - start, time.process_time() - core_start)
+
+
+def cores(threads: int) -> list[int]:
+    """The first ones that this process may use.
+
+    Raises:
+        ConfigError: it may not use so many.
+    """
+    allowed = sorted(os.sched_getaffinity(0))
+    if not 0 < threads <= len(allowed):
+        raise ConfigError(f"--threads: {threads} is not between 1 and the {len(allowed)} cores of this process")
+    return allowed[:threads]
+
+
+@contextmanager
+def pinned(to: Sequence[int]) -> Iterator[None]:
+    """Keeps this thread, and those that it starts meanwhile, on some cores, and PyTorch to one thread."""
+    affinity, threads = os.sched_getaffinity(0), torch.get_num_threads()
+    os.sched_setaffinity(0, to)
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, affinity)
+        torch.set_num_threads(threads)
+
+
+# ------------------------------------------------------------------------------------------------ DALI
+
+
+@contextmanager
+def decode(job: Job, threads: int) -> Iterator[Take]:
+    """The ceiling: DALI reads and decodes the files on the CPU, and nothing else."""
+    try:
+        from nvidia.dali import Pipeline, fn, types
+    except ImportError:
+        raise Missing("NVIDIA DALI is not installed; pip install nvidia-dali-cuda130") from None
+    steps = itertools.count()
+
+    def paths() -> list[np.ndarray]:
+        return [np.frombuffer(job.paths[i].encode(), np.uint8) for i in job.batch(next(steps))]
+
+    def take(batches: int) -> Turn:
+        pipeline = Pipeline(job.plan.images, threads, None, prefetch_queue_depth=AHEAD, exec_dynamic=True)
+        with pipeline:
+            content = fn.io.file.read(fn.external_source(source=paths, batch=True))
+            pipeline.set_outputs(fn.decoders.image(content, output_type=types.RGB, adjust_orientation=False))
+        pipeline.build()
+        turn = _ahead(pipeline.run, batches, job.plan.images)
+        del pipeline
+        gc.collect()  # what Python keeps in a circle would go on decoding
+        return turn
+
+    yield take
+
+
+@contextmanager
+def montages(job: Job, threads: int, engine: Literal["fused", "stock"]) -> Iterator[Take]:
+    """mcl: two views of four levels, tiled into canvases and normalised."""
+    try:
+        loader = MontageLoader(job.source, job.plan, DataConfig(engine=engine, device="cpu"), threads=threads)
+    except ConfigError as error:
+        raise Missing(str(error)) from error
+
+    def take(batches: int) -> Turn:
+        with loader:
+            turn = _ahead(lambda: next(loader), batches, job.plan.images)
+        gc.collect()
+        return turn
+
+    yield take
+
+
+def _ahead(take: Callable[[], object], batches: int, images: int) -> Turn:
+    """A turn of what works ahead, timed when its queue has been filled."""
+    for _ in range(AHEAD):
+        take()
+    return _timed(take, batches, batches * images)
+
+
+# ------------------------------------------------------------------------------------------------ DataLoader
+
+
+@contextmanager
+def workers(job: Job, threads: int, recipe: Callable[[Job], "Views"]) -> Iterator[Take]:
+    """As many workers as threads, each on any of as many cores, with one thread of its own.
+
+    Args:
+        recipe: makes eight augmented views of canvas size of each image, which is decoded once.
+    """
+    # Forking this process, which has threads, could hang; starting Python afresh for every worker takes long.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    steps = itertools.count()
+    planned = [[image] for image in job.batch(0)[:threads]]  # batches of the next turn
+    loader: DataLoader[list[Tensor]] = DataLoader(
+        recipe(job),
+        batch_sampler=planned,
+        num_workers=threads,
+        persistent_workers=True,
+        multiprocessing_context=context,
+        worker_init_fn=functools.partial(_pin, cores(threads)),
+    )
+
+    def load() -> None:
+        for _ in loader:
+            pass
+
+    def take(batches: int) -> Turn:
+        planned[:] = [job.batch(next(steps)) for _ in range(batches)]
+        return _timed(load, 1, batches * job.plan.images)
+
+    load()  # one image per worker: they have started when it is there
+    yield take
+
+
+def _pin(to: Sequence[int], worker: int) -> None:
+    os.sched_setaffinity(0, to)
+
+
+class Views(Dataset[list[Tensor]]):
+    """Views of each image.
+
+    Args:
+        paths: the files.
+        read: decodes one.
+        transforms: one per view.
+    """
+
+    def __init__(self, paths: Sequence[str], read: Read, transforms: Sequence[Transform]) -> None:
+        self._paths, self._read, self._transforms = paths, read, transforms
+
+    def __getitem__(self, index: int) -> list[Tensor]:
+        """[(3, S, S), ...]"""
+        image = self._read(self._paths[index])
+        return [transform(image) for transform in self._transforms]
+
+
+def released(job: Job) -> Views:
+    """The authors' way: Pillow images and torchvision's transforms, as float32 tensors in [0, 1]."""
+    t = torchvision.transforms
+    return _recipes(job, read_pillow, t, functools.partial(blur_pillow, job.plan.augment.blur_sigma), [t.ToTensor()])
+
+
+def torchvision_v2(job: Job) -> Views:
+    """A present-day user's way: uint8 tensors from the decoder to the end."""
+    v2 = torchvision.transforms.v2
+    sigma = job.plan.augment.blur_sigma
+    window = int(blur_window(np.array(sigma[1], np.float32)))
+    return _recipes(job, functools.partial(decode_image, mode="RGB"), v2, v2.GaussianBlur(window, sigma), [])
+
+
+def lightly(job: Job) -> Views:
+    """lightly's BYOL views, given the same strengths, without their normalisation: float32 tensors in [0, 1].
+
+    Raises:
+        Missing: lightly is not installed.
+    """
+    if importlib.util.find_spec("lightly") is None:
+        raise Missing("lightly is not installed; pip install -r benchmarks/requirements.txt")
+    from lightly.transforms.byol_transform import BYOLView1Transform, BYOLView2Transform
+
+    a = job.plan.augment
+    transforms = [
+        make(
+            input_size=job.plan.geometry.canvas,
+            cj_prob=a.jitter,
+            cj_bright=a.brightness,
+            cj_contrast=a.contrast,
+            cj_sat=a.saturation,
+            cj_hue=a.hue,
+            min_scale=a.crop_scale[0],
+            random_gray_scale=a.gray,
+            gaussian_blur=a.blur[view],
+            solarization_prob=a.solarize[view],
+            sigmas=a.blur_sigma,
+            hf_prob=a.flip,
+            normalize=None,
+        )
+        for view, make in enumerate((BYOLView1Transform, BYOLView2Transform))
+        for _ in range(job.plan.geometry.levels)
+    ]
+    return Views(job.paths, read_pillow, transforms)
+
+
+def blur_pillow(sigma: tuple[float, float], image: Image.Image) -> Image.Image:
+    """Pillow's Gaussian blur, its sigma drawn between two bounds, in pixels."""
+    return image.filter(ImageFilter.GaussianBlur(random.uniform(*sigma)))
+
+
+def read_pillow(path: str) -> Image.Image:
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def _recipes(job: Job, read: Read, t: ModuleType, blur: Transform, last: Sequence[Transform]) -> Views:
+    """One recipe per view and level, from torchvision's transforms, version 1 or 2."""
+    a = job.plan.augment
+    transforms = [
+        t.Compose(
+            [
+                t.RandomResizedCrop(job.plan.geometry.canvas, a.crop_scale, a.crop_ratio),
+                t.RandomHorizontalFlip(a.flip),
+                t.RandomApply([t.ColorJitter(a.brightness, a.contrast, a.saturation, a.hue)], a.jitter),
+                t.RandomGrayscale(a.gray),
+                t.RandomApply([blur], a.blur[view]),
+                t.RandomSolarize(128, a.solarize[view]),
+                *last,
+            ]
+        )
+        for view in range(VIEWS)
+        for _ in range(job.plan.geometry.levels)
+    ]
+    return Views(job.paths, read, transforms)
+
+
+CONTENDERS: dict[str, tuple[str, Callable[[Job, int], AbstractContextManager[Take]]]] = {
+    "decode": ("decoding alone\n(DALI)", decode),
+    "fused": ("mcl, fused operator", functools.partial(montages, engine="fused")),
+    "stock": ("mcl, stock DALI", functools.partial(montages, engine="stock")),
+    "released": ("released recipe\n(Pillow, DataLoader)", functools.partial(workers, recipe=released)),
+    "torchvision": ("torchvision v2\n(DataLoader)", functools.partial(workers, recipe=torchvision_v2)),
+    "lightly": ("lightly\n(DataLoader)", functools.partial(workers, recipe=lightly)),
+}
+"""By key, each in words, and what makes it with a number of threads."""
+OURS = ("fused", "stock")
