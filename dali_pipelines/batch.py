@@ -57,9 +57,20 @@ class MontageBatch:
 
     def first(self, counts: Sequence[int]) -> "MontageBatch":
         """The view with the first counts[i] canvases of level i alone, for as many levels as given; all are queries."""
-        if tuple(counts) == self.canvas_counts == self.query_counts:
-            return self
-        return self._select([[(0, count)] for count in counts], counts)
+        counts = tuple(counts)
+        if counts != self.canvas_counts[: len(counts)]:
+            return self._select([[(0, count)] for count in counts], counts)
+        tiles = slice(self.tiles(len(counts) - 1).stop)  # nothing is copied
+        return dataclasses.replace(
+            self,
+            pixels=self.pixels[: sum(counts)],
+            tile_images=self.tile_images[tiles],
+            boxes=self.boxes[tiles],
+            crops=self.crops[tiles],
+            canvas_counts=counts,
+            query_counts=counts,
+            ratios=self.ratios[: len(counts)],
+        )
 
     def _select(self, ranges: Sequence[Sequence[tuple[int, int]]], queries: Sequence[int]) -> "MontageBatch":
         """The canvases of some ranges (start, count) of each level, with their tiles."""

@@ -148,6 +148,8 @@ class DaliEngine:
         return self._feed(plan, images)
 
     def close(self) -> None:
+        if self._lent:
+            torch.cuda.current_stream(self._gpu).synchronize()  # it may still read DALI's memory
         self._pipeline = None
         if self._readers is not None:
             self._readers.shutdown(cancel_futures=True)

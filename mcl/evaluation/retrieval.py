@@ -74,13 +74,11 @@ def top1(model: MCL, query: MontageBatch, key: MontageBatch) -> Tensor:
     views = (query, key)
     banks = [F.normalize(targets.float(), dim=1) for targets in reversed(model.targets(views))]
     hits = [
-        [
-            ((F.normalize(p.float(), dim=1) @ bank.t()).argmax(1) == row).float().mean()
-            for p, row in zip(predictions, model.positives(view), strict=True)
-        ]
+        ((F.normalize(p.float(), dim=1) @ bank.t()).argmax(1) == row).float().mean()
         for view, predictions, bank in zip(views, model.predictions(views), banks, strict=True)
+        for p, row in zip(predictions, model.positives(view), strict=True)
     ]
-    return torch.tensor(hits).mean(0)
+    return torch.stack(hits).view(len(views), -1).mean(0)
 
 
 def check_gallery(config: Config, source: Source) -> None:
