@@ -111,8 +111,8 @@ def retrieval(
     data = dataclasses.replace(config.data, max_bad_fraction=1.0)  # training has listed and judged the bad files
     with MontageLoader(source, plan, data, gpu=device.index) as loader:
         batches = (tuple(view.to(device, torch.float32) for view in pair) for pair in loader)
-        seen = ([views] for views in itertools.islice(batches, _STATISTICS_BATCHES))  # of a list, the first is taken
-        update_bn(seen, _All(scored).eval())
+        first = itertools.islice(batches, _STATISTICS_BATCHES)
+        update_bn(([views] for views in first), _All(scored).eval())  # it passes on the first entry of a list
         tables = [
             torch.stack([top1(model, query, key) for model in scored])
             for query, key in itertools.islice(batches, config.evaluation.galleries)
