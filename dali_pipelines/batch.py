@@ -4,6 +4,8 @@ Shape letters: N images, K canvases of all levels, T tiles of all levels, L leve
 """
 
 import dataclasses
+import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dali_pipelines.geometry import Geometry, IntArray, boxes
+from dali_pipelines.geometry import Geometry, IntArray
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ def in_order(geometry: Geometry, images: int, pixels: Tensor) -> MontageBatch:
         labels=torch.full((images,), -1),
         index=torch.arange(images),
         tile_images=torch.cat([torch.arange(count) % images for count in tiles]),
-        boxes=torch.from_numpy(boxes(geometry, images)),
+        boxes=tile_boxes(geometry, images),
         crops=torch.zeros(sum(tiles), 5),
         canvas_counts=geometry.canvases(images),
         query_counts=geometry.query_canvases(images),
@@ -137,6 +139,19 @@ def in_order(geometry: Geometry, images: int, pixels: Tensor) -> MontageBatch:
         epoch=0,
         step=0,
     )
+
+
+@functools.lru_cache(maxsize=4)
+def tile_boxes(geometry: Geometry, images: int) -> Tensor:
+    """Tile boxes of all levels for N images: (T, 5) as ``MontageBatch.boxes``."""
+    counts = geometry.canvases(images)
+    levels = [
+        all_tiles(ratio, geometry.canvas, count, torch.device("cpu"))
+        for ratio, count in zip(geometry.ratios, counts, strict=True)
+    ]
+    for first, level in zip(itertools.accumulate(counts, initial=0), levels, strict=False):
+        level[:, 0] += first
+    return torch.cat(levels)
 
 
 def all_tiles(ratio: int, side: int, canvases: int, device: torch.device) -> Tensor:

@@ -1,6 +1,5 @@
 """The loader: steps of a plan, carried out by an engine, as pairs of :class:`~dali_pipelines.batch.MontageBatch`."""
 
-import functools
 import importlib.util
 import itertools
 import os
@@ -14,8 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from dali_pipelines.batch import MontageBatch, lay_out
-from dali_pipelines.geometry import Geometry, boxes
+from dali_pipelines.batch import MontageBatch, lay_out, tile_boxes
 from dali_pipelines.plan import Plan, StepPlan
 from dali_pipelines.settings import ConfigError, DataConfig
 from dali_pipelines.source import Source
@@ -202,11 +200,6 @@ def _obstacle(engine: str, device: str, cuda: bool) -> str | None:
     return None if device in devices else "mcl's DALI plugin was built without CUDA; MCL_BUILD_CUDA=1 builds it with"
 
 
-@functools.lru_cache(maxsize=4)
-def _boxes(geometry: Geometry, images: int) -> Tensor:
-    return torch.from_numpy(boxes(geometry, images))
-
-
 def default_threads(local_world_size: int = 1) -> int:
     """Cores this process may use, shared among the processes of the machine."""
     return max(1, len(os.sched_getaffinity(0)) // local_world_size)
@@ -367,7 +360,7 @@ class MontageLoader:
             labels=torch.from_numpy(self.source.labels[plan.index]),
             index=torch.from_numpy(plan.index),
             tile_images=torch.from_numpy(np.concatenate(plan.tile_images[view])),
-            boxes=_boxes(geometry, self.plan.images),
+            boxes=tile_boxes(geometry, self.plan.images),
             crops=torch.from_numpy(np.concatenate(crops).astype(np.float32)),
             canvas_counts=geometry.canvases(self.plan.images),
             query_counts=geometry.query_canvases(self.plan.images),

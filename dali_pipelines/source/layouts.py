@@ -22,9 +22,9 @@ def folders(files: Files, flat: bool, threads: int) -> Listing:
     """A folder of class folders, or a flat folder of images, searched to any depth."""
     names: list[str] = []
     classes: list[str] = []
-    folders = [""] if flat else files.entries(files.base)[1]
+    below = [""] if flat else files.entries(files.base)[1]
     with ThreadPoolExecutor(threads) as pool:
-        for folder, found in zip(folders, pool.map(lambda f: list(_images_below(files, f)), folders), strict=True):
+        for folder, found in zip(below, pool.map(lambda f: list(_images_below(files, f)), below), strict=True):
             names += found
             classes += [folder] * len(found)
     return names, classes
