@@ -1,4 +1,4 @@
-"""The loader: steps of a plan, carried out by an engine, as pairs of :class:`~dali_pipelines.batch.MontageBatch`."""
+"""The loader: steps of a plan, carried out by an engine, as pairs of :class:`~dali_pipelines.montage.MontageBatch`."""
 
 import importlib.util
 import itertools
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from dali_pipelines.batch import MontageBatch, lay_out, tile_boxes
+from dali_pipelines.montage import MontageBatch, lay_out, tile_boxes
 from dali_pipelines.plan import Plan, StepPlan
 from dali_pipelines.settings import ConfigError, DataConfig
 from dali_pipelines.source import Source

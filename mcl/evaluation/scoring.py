@@ -9,7 +9,7 @@ import torch
 
 from dali_pipelines.source import Source, open_images
 from mcl.config import Config, ConfigError
-from mcl.evaluation import classify
+from mcl.evaluation import knn_linear
 from mcl.evaluation.features import extract, prepare
 from mcl.evaluation.retrieval import check_gallery, retrieval
 from mcl.models import MCL
@@ -102,9 +102,9 @@ def _classes(
         if val_source is not None:
             test, truth = extract(backbone, config, _renumber(val_source, train_source), device)
         if name == "knn":
-            guess = classify.knn(train, labels, test, k, classes, same=val_source is None)
+            guess = knn_linear.knn(train, labels, test, k, classes, same=val_source is None)
         else:
-            guess = classify.linear(train, labels, test, classes)
+            guess = knn_linear.linear(train, labels, test, classes)
         accuracies.append((guess == truth).float().mean().item())
     yield {
         "split": "train" if val_source is None else "val",

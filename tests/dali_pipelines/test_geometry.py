@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dali_pipelines.batch import all_tiles, tile_boxes
 from dali_pipelines.geometry import Geometry
+from dali_pipelines.montage import all_tiles, tile_boxes
 from tests.conftest import random_view
 
 DEFAULT = Geometry()

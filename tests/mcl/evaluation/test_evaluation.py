@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dali_pipelines.batch import MontageBatch
 from dali_pipelines.geometry import Geometry
+from dali_pipelines.montage import MontageBatch
 from dali_pipelines.source import open_source
 from mcl import config
 from mcl.config import Config, ConfigError
 from mcl.evaluation import evaluate
-from mcl.evaluation.classify import knn, linear
 from mcl.evaluation.features import photos as photos_of
 from mcl.evaluation.features import prepare
+from mcl.evaluation.knn_linear import knn, linear
 from mcl.evaluation.retrieval import retrieval, top1
 from mcl.models import MCL
 from tests.conftest import random_view
