@@ -4,9 +4,9 @@
 PyTorch and torchvision in their default memory format. It has no layer of :mod:`mcl` in it, and its tensors have the
 names of the released ``state_dict``.
 
-Three things of the released code have nothing to do with the method, and only cost time. They are left out, in favour of
-the authors: LARS reads two norms per parameter from the device and updates parameters one by one, as the momentum
-network is updated; logging reads every loss; and montages are assembled within the step, which are given here.
+What takes time in the released code without being part of the method is left out, in favour of the authors: LARS and
+the momentum network go through the parameters one by one, and LARS reads two norms of each from the device; logging
+reads every loss; and montages, which are given here, are assembled within the step.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torchvision.models import get_model
 from torchvision.models._utils import IntermediateLayerGetter
 
-from dali_pipelines.batch import MontageBatch
+from dali_pipelines.montage import MontageBatch
 from mcl.config import Config, ModelConfig
 from mcl.train.optim import AUTOCAST
 
@@ -111,7 +111,7 @@ class Authors(nn.Module):
         self.head = Predictors(config)
 
     def forward(self, query: MontageBatch, key: MontageBatch) -> dict[str, Tensor]:
-        """Losses, which add up to the step's, and cosines, of both directions and all levels, as the authors log them."""
+        """What the authors log of each direction and level: cosines, and losses, which add up to the step's."""
         views = {"q": query, "k": key}
         pixels = {name: view.pixels.contiguous() for name, view in views.items()}
         online = {name: self.encoder_q(x) for name, x in pixels.items()}

@@ -19,8 +19,8 @@ import torchvision
 from torch import Tensor, nn
 
 from benchmarks.common import Result, argument_parser, finish, interleave, markdown, progress, summary
-from dali_pipelines import geometry
 from dali_pipelines.geometry import STRIDE, Geometry
+from dali_pipelines.montage import tile_boxes
 from mcl import config, ops
 from mcl.models import MCL
 from mcl.ops import fallback
@@ -100,7 +100,7 @@ def _noise(*shape: int, dtype: str = "fp32", layout: str = "NCHW") -> Tensor:
 def _tiles(images: int) -> tuple[Tensor, Tensor]:
     """Boxes (R, 5) and the levels (R,) of all tiles; canvases are counted over all levels."""
     index = torch.arange(GEOMETRY.levels).repeat_interleave(torch.tensor(GEOMETRY.tiles(images)))
-    return torch.from_numpy(geometry.boxes(GEOMETRY, images)), index
+    return tile_boxes(GEOMETRY, images).clone(), index
 
 
 def region_pool(images: int, channels: int, dtype: str, layout: str, random: bool) -> Case:

@@ -1,6 +1,5 @@
-"""The loader: steps of a plan, carried out by an engine, as pairs of :class:`~dali_pipelines.batch.MontageBatch`."""
+"""The loader: steps of a plan, carried out by an engine, as pairs of :class:`~dali_pipelines.montage.MontageBatch`."""
 
-import functools
 import importlib.util
 import itertools
 import os
@@ -14,8 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from dali_pipelines.batch import MontageBatch, lay_out
-from dali_pipelines.geometry import Geometry, boxes
+from dali_pipelines.montage import MontageBatch, lay_out, tile_boxes
 from dali_pipelines.plan import Plan, StepPlan
 from dali_pipelines.settings import ConfigError, DataConfig
 from dali_pipelines.source import Source
@@ -148,6 +146,8 @@ class DaliEngine:
         return self._feed(plan, images)
 
     def close(self) -> None:
+        if self._lent:
+            torch.cuda.current_stream(self._gpu).synchronize()  # it may still read DALI's memory
         self._pipeline = None
         if self._readers is not None:
             self._readers.shutdown(cancel_futures=True)
@@ -198,11 +198,6 @@ def _obstacle(engine: str, device: str, cuda: bool) -> str | None:
         reason = str(error).strip().splitlines()[-1]
         return f"mcl's DALI plugin cannot be loaded ({reason}); pip install --no-build-isolation -e . builds it anew"
     return None if device in devices else "mcl's DALI plugin was built without CUDA; MCL_BUILD_CUDA=1 builds it with"
-
-
-@functools.lru_cache(maxsize=4)
-def _boxes(geometry: Geometry, images: int) -> Tensor:
-    return torch.from_numpy(boxes(geometry, images))
 
 
 def default_threads(local_world_size: int = 1) -> int:
@@ -365,7 +360,7 @@ class MontageLoader:
             labels=torch.from_numpy(self.source.labels[plan.index]),
             index=torch.from_numpy(plan.index),
             tile_images=torch.from_numpy(np.concatenate(plan.tile_images[view])),
-            boxes=_boxes(geometry, self.plan.images),
+            boxes=tile_boxes(geometry, self.plan.images),
             crops=torch.from_numpy(np.concatenate(crops).astype(np.float32)),
             canvas_counts=geometry.canvases(self.plan.images),
             query_counts=geometry.query_canvases(self.plan.images),

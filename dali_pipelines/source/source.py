@@ -84,10 +84,9 @@ def open_source(
         SourceError: no such folder, nothing in it, or something unreadable.
     """
     try:
-        try:
-            return _open(root, kind, threads, annotations, index, allow_outside, progress)
-        except OSError as error:
-            raise SourceError(f"cannot read {error.filename or root} ({error.strerror or error})") from error
+        return _open(root, kind, threads, annotations, index, allow_outside, progress)
+    except OSError as error:
+        raise SourceError(f"{key}: cannot read {error.filename or root} ({error.strerror or error})") from error
     except SourceError as error:
         raise SourceError(f"{key}: {error}") from error.__cause__
 
@@ -114,7 +113,7 @@ def _open(
     elif kind == "list":
         names, classes = layouts.list_file(files, path, allow_outside)
     else:
-        names, classes = {"folders": layouts.class_folders, "flat": layouts.flat_folder}[kind](files, threads)
+        names, classes = layouts.folders(files, kind == "flat", threads)
     if not names:
         raise SourceError(f"no images in {root} (looked for {', '.join(EXTENSIONS)}; data.source={kind})")
 
@@ -157,10 +156,10 @@ def _open_shards(
         return shards.scan_shard(files, kind, f"{files.base}/{name}", size)
 
     table = place.update(found, stamps, scan, threads=threads, chunk=1, progress=progress)
-    if not len(table.images):
+    if not len(table.entries):
         raise SourceError(f"no images in the {len(paths)} shards of {root} (data.source={kind})")
     counts, ends = table.files["images"], np.cumsum(table.files["images"])
-    extents = table.images["extent"].copy()
+    extents = table.entries["extent"].copy()
 
     def read(i: int) -> bytes:
         path = paths[int(np.searchsorted(ends, i, "right"))]
@@ -170,11 +169,11 @@ def _open_shards(
             raise OSError(f"{path} is cut short or damaged: {len(data)} of {length} bytes at {offset}")
         return data
 
-    labels, classes = _number_integers(table.images["label"].copy())
+    labels, classes = _number_integers(table.entries["label"].copy())
     return Source(
         root=root,
         kind=kind,
-        names=tuple(map("{}/{}".format, np.repeat(np.array(paths, object), counts), table.images["name"])),
+        names=tuple(map("{}/{}".format, np.repeat(np.array(paths, object), counts), table.entries["name"])),
         labels=labels,
         sizes=table.sizes,
         base=files.base,

@@ -4,7 +4,7 @@ from typing import Any
 
 from mcl.config import ModelConfig
 from mcl.export.files import save_openmmlab
-from mcl.export.mmdet import BACKBONE, INSTALL, RCNN, depth
+from mcl.export.mmdet import INSTALL, RCNN, backbone, depth
 from mcl.export.target import Target, Twin
 
 
@@ -17,7 +17,7 @@ def _build(config: ModelConfig) -> Any:
 TARGET = Target(
     name="mmpretrain",
     rename=RCNN.rename,
-    parts=("backbone",),
+    parts={"backbone": r"backbone\."},
     saves={".pth": save_openmmlab},
-    twin=Twin("mmpretrain", INSTALL, _build, {"backbone": BACKBONE}),
+    twin=Twin("mmpretrain", INSTALL, _build, {"backbone": backbone}),
 )

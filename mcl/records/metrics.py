@@ -33,16 +33,16 @@ def setup_logging(folder: Path) -> None:
         OSError: the folder cannot be written to.
     """
     rank = distributed.rank()
+    who = "" if rank == 0 else f"rank {rank}: "
     log.handlers.clear()
     log.propagate = False
     log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     console = logging.StreamHandler(DummyTqdmFile(sys.stdout))  # keeps messages and the progress bar apart
     console.addFilter(lambda record: getattr(record, "console", True))
-    console.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"rank {rank}: %(message)s"))
+    console.setFormatter(logging.Formatter(f"{who}%(message)s"))
     file = logging.FileHandler(folder / "train.log", delay=rank != 0)
     file.setLevel(logging.INFO if rank == 0 else logging.ERROR)
-    who = "" if rank == 0 else f" rank {rank}:"
-    file.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s{who} %(message)s"))
+    file.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {who}%(message)s"))
     log.addHandler(console)
     log.addHandler(file)
     logging.captureWarnings(True)

@@ -2,19 +2,18 @@
 
 import statistics
 import time
-from collections.abc import Callable
 
 import pytest
 import torch
 
 from benchmarks.authors import Authors, AuthorsStep
-from benchmarks.step import CONTENDERS, Setting
+from benchmarks.step import CONTENDERS, Setting, Step
 from mcl import config
 from mcl.export.openselfsup import their_name
 from mcl.models import MCL
 from tests.conftest import random_view
 from tests.fp64 import fast_convolutions
-from tests.mcl.test_reference import configure, differs, draw, read, views
+from tests.mcl.train.test_reference import configure, differs, draw, read, views
 
 
 @pytest.mark.parametrize(
@@ -70,3 +69,24 @@ def test_released_computes_the_same() -> None:
     state = authors.state_dict()
     for name, value in released.named_buffers():
         torch.testing.assert_close(value, state[their_name(name)], rtol=1e-9, atol=1e-12, msg=name)
+
+
+@pytest.mark.soak
+def test_released_takes_no_longer() -> None:
+    """Paired steps of ResNet-18 at 64 px on one thread, by CPU time, which other processes hardly disturb."""
+    setting = Setting("resnet18", cells=2, images=32, precision="fp32", device="cpu")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        steps = [CONTENDERS[name][1](setting).start() for name in ("authors", "released")]
+        rounds = [[_cpu_seconds(step) for step in steps] for _ in range(10)]
+    finally:
+        torch.set_num_threads(threads)
+    ratios = [released / authors for authors, released in rounds[1:]]  # the first one warms up
+    assert statistics.median(ratios) < 1.1, ratios
+
+
+def _cpu_seconds(step: Step) -> float:
+    start = time.process_time()
+    step(64)
+    return time.process_time() - start

@@ -324,7 +324,7 @@ def test_json_is_all_that_is_printed(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert result["loader"]["views"] == pytest.approx(2 * (1 + 1 / 4 + 1 / 16 + 1 / 64) * (64 / 224) ** 2)
     assert picture.read_bytes().startswith(b"\x89PNG")
 
-    documented = Path(sys.modules["mcl.budget"].__file__ or "").read_text()
+    documented = Path(sys.modules["mcl.budget.cost"].__file__ or "").read_text()
     assert all(key in documented for key in [*result, *result["time"][0], *result["memory"], *result["stages"][0]])
 
     text = show.tables(result)

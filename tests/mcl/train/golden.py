@@ -1,4 +1,6 @@
-"""Twenty steps in float64 on photographs of the repository, kept as text; ``python -m tests.mcl.golden`` writes it.
+"""Twenty steps in float64 on photographs of the repository, kept as text.
+
+``python -m tests.mcl.train.golden`` writes the file.
 
 It is written anew only when what a run computes is meant to change; the change is then said in the changelog. Canvases
 have two cells, since with one BatchNorm sees so few values that rounding grows by five orders of magnitude on the way.

@@ -31,8 +31,8 @@ from mcl.train.trainer import Trainer
 from tests.conftest import ThinBackbone
 from tests.dali_pipelines.images import write_animated, write_huge, write_truncated
 from tests.dali_pipelines.shards import write_tar
-from tests.mcl.test_checkpoint import small_disk
 from tests.mcl.tiny import STEPS, TINY, equal
+from tests.mcl.train.test_checkpoint import small_disk
 
 
 @pytest.fixture(autouse=True)

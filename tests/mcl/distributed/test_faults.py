@@ -88,7 +88,9 @@ class Run:
         self, preset: Path, output: Path, *words: str, plant: Callable[[int], Any] | None = None, of_second: str = ""
     ) -> None:
         processes = multiprocessing.get_context("forkserver")
-        processes.set_forkserver_preload(["mcl.commands", "dali_pipelines.pipelines", "tests.mcl.test_faults"])
+        processes.set_forkserver_preload(
+            ["mcl.commands", "dali_pipelines.pipelines", "tests.mcl.distributed.test_faults"]
+        )
         port = free_port()
         arguments = [str(preset), f"output={output}", *words]
         self.folder = output / "tiny"

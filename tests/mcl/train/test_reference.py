@@ -5,24 +5,23 @@ How weights and images are drawn is part of the files' definition; see tests/dat
 
 import json
 import zlib
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from dali_pipelines.batch import MontageBatch, assemble
+from dali_pipelines.montage import MontageBatch, assemble
 from mcl import config
 from mcl.config import Config
 from mcl.export.openselfsup import their_name
 from mcl.models import MCL
 from mcl.train import ema
 from mcl.train.optim import build_optimizer, excluded, set_learning_rate
-from tests.conftest import view
+from tests.conftest import ROOT, view
 from tests.fp64 import fast_convolutions
 
-DATA = Path(__file__).parent.parent / "data"
+DATA = ROOT / "tests" / "data"
 
 
 def read(name: str) -> dict[str, Any]:

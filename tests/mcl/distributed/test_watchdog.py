@@ -57,7 +57,7 @@ class _Telling(logging.Handler):
 def ends(world: int, work: Callable[[int, Watchdog], None], pause: float = 0.0) -> Ends:
     """How they end; all are stopped three times if there is a `pause`, seconds, once they are under way."""
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["mcl.commands", "tests.mcl.test_watchdog"])
+    processes.set_forkserver_preload(["mcl.commands", "tests.mcl.distributed.test_watchdog"])
     port, said = free_port(), [processes.SimpleQueue() for _ in range(world)]
     ranks: list[BaseProcess] = [
         processes.Process(target=rank_main, args=(rank, world, port, work, said[rank])) for rank in range(world)

@@ -1,6 +1,7 @@
 """Evaluation: scores that are known beforehand."""
 
 import dataclasses
+import itertools
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,15 +10,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dali_pipelines.batch import MontageBatch
 from dali_pipelines.geometry import Geometry
+from dali_pipelines.montage import MontageBatch
 from dali_pipelines.source import open_source
 from mcl import config
 from mcl.config import Config, ConfigError
 from mcl.evaluation import evaluate
-from mcl.evaluation.classify import knn, linear
+from mcl.evaluation.features import photos as photos_of
+from mcl.evaluation.features import prepare
+from mcl.evaluation.knn_linear import knn, linear
 from mcl.evaluation.retrieval import retrieval, top1
-from mcl.evaluation.statistics import fresh_statistics
 from mcl.models import MCL
 from tests.conftest import random_view
 
@@ -64,8 +66,8 @@ def test_retrieval_of_random_networks_is_reproducible(small: Config) -> None:
     source = open_source(small.data.root)
     first, same = retrieval([model, model], small, source, torch.device("cpu"))
     assert first == same
-    assert all(0 <= value <= 0.5 for value in first.levels)
-    assert len(first.errors) == 2
+    assert all(0 <= value <= 0.5 for value in first[0])
+    assert len(first[1]) == 2
 
 
 @pytest.mark.usefixtures("thin_backbone")
@@ -114,15 +116,17 @@ def test_linear_probe_separates_what_can_be_separated() -> None:
     assert (linear(features[:30], labels[:30], features[30:], 3) == labels[30:]).float().mean() > 0.9
 
 
-def test_fresh_statistics_are_plain_means() -> None:
-    norm = nn.BatchNorm1d(2)
-    batches = [torch.randn(16, 2) + i for i in range(3)]
-    with fresh_statistics(norm):
-        for batch in batches:
-            norm(batch)
-    torch.testing.assert_close(norm.running_mean, torch.stack([b.mean(0) for b in batches]).mean(0))
-    torch.testing.assert_close(norm.running_var, torch.stack([b.var(0) for b in batches]).mean(0))
-    assert (norm.momentum, norm.training) == (0.1, False)
+def test_statistics_are_plain_means_over_photographs(small: Config) -> None:
+    """Of a copy; in evaluation mode afterwards, with its momentum."""
+    model = MCL(small.model, small.montage).online.backbone
+    source = open_source(small.data.root)
+    prepared = prepare(model, small, source, torch.device("cpu"))
+    with torch.no_grad():
+        batches = [model.conv1(images) for images, _ in itertools.islice(photos_of(small, source), 8)]
+    torch.testing.assert_close(prepared.bn1.running_mean, torch.stack([b.mean((0, 2, 3)) for b in batches]).mean(0))
+    torch.testing.assert_close(prepared.bn1.running_var, torch.stack([b.var((0, 2, 3)) for b in batches]).mean(0))
+    assert (prepared.bn1.momentum, prepared.training) == (0.1, False)
+    assert model.bn1.num_batches_tracked == 0
 
 
 @pytest.mark.parametrize("name", ["knn", "linear"])

@@ -44,7 +44,7 @@ def connection(port: int, seconds: float = 60) -> Store:
 def keeper() -> Iterator[tuple[int, int]]:
     """Process and port of a store."""
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["mcl.commands", "tests.mcl.test_board"])
+    processes.set_forkserver_preload(["mcl.commands", "tests.mcl.distributed.test_board"])
     ours, theirs = processes.Pipe()
     process = processes.Process(target=keep, args=(theirs,))
     process.start()

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from tests.fp64 import fast_convolutions
-from tests.mcl import golden
+from tests.mcl.train import golden
 
 
 def test_twenty_steps_in_float64(tmp_path: Path) -> None:

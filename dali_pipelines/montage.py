@@ -4,6 +4,7 @@ Shape letters: N images, K canvases of all levels, T tiles of all levels, L leve
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dali_pipelines.geometry import Geometry, IntArray, boxes
+from dali_pipelines.geometry import Geometry, IntArray
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,20 @@ class MontageBatch:
 
     def first(self, counts: Sequence[int]) -> "MontageBatch":
         """The view with the first counts[i] canvases of level i alone, for as many levels as given; all are queries."""
-        if tuple(counts) == self.canvas_counts == self.query_counts:
-            return self
-        return self._select([[(0, count)] for count in counts], counts)
+        counts = tuple(counts)
+        if counts != self.canvas_counts[: len(counts)]:
+            return self._select([[(0, count)] for count in counts], counts)
+        tiles = slice(self.tiles(len(counts) - 1).stop)  # nothing is copied
+        return dataclasses.replace(
+            self,
+            pixels=self.pixels[: sum(counts)],
+            tile_images=self.tile_images[tiles],
+            boxes=self.boxes[tiles],
+            crops=self.crops[tiles],
+            canvas_counts=counts,
+            query_counts=counts,
+            ratios=self.ratios[: len(counts)],
+        )
 
     def _select(self, ranges: Sequence[Sequence[tuple[int, int]]], queries: Sequence[int]) -> "MontageBatch":
         """The canvases of some ranges (start, count) of each level, with their tiles."""
@@ -117,7 +129,7 @@ def in_order(geometry: Geometry, images: int, pixels: Tensor) -> MontageBatch:
         labels=torch.full((images,), -1),
         index=torch.arange(images),
         tile_images=torch.cat([torch.arange(count) % images for count in tiles]),
-        boxes=torch.from_numpy(boxes(geometry, images)),
+        boxes=tile_boxes(geometry, images),
         crops=torch.zeros(sum(tiles), 5),
         canvas_counts=geometry.canvases(images),
         query_counts=geometry.query_canvases(images),
@@ -126,6 +138,19 @@ def in_order(geometry: Geometry, images: int, pixels: Tensor) -> MontageBatch:
         epoch=0,
         step=0,
     )
+
+
+@functools.lru_cache(maxsize=4)
+def tile_boxes(geometry: Geometry, images: int) -> Tensor:
+    """Tile boxes of all levels for N images: (T, 5) as ``MontageBatch.boxes``."""
+    levels, first = [], 0
+    for ratio, canvases in zip(geometry.ratios, geometry.canvases(images), strict=True):
+        tiles = torch.arange(canvases * ratio**2)
+        x, y = tiles % ratio, tiles // ratio % ratio
+        corners = torch.stack([x, y, x + 1, y + 1], 1) * (geometry.canvas // ratio)
+        levels.append(torch.cat([first + (tiles // ratio**2)[:, None], corners], 1).float())
+        first += canvases
+    return torch.cat(levels)
 
 
 def lay_out(tiles: Sequence[Tensor], tile_images: Sequence[IntArray], ratios: Sequence[int]) -> Tensor:

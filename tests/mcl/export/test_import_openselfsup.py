@@ -18,9 +18,9 @@ from mcl.export.openselfsup import import_file, their_name
 from mcl.models import MCL
 from mcl.train import checkpoint
 from mcl.train.checkpoint import CheckpointError
-from tests.conftest import random_view
+from tests.conftest import ROOT, random_view
 
-REFERENCE = json.loads((Path(__file__).parent.parent / "data" / "step_r18.json").read_text())
+REFERENCE = json.loads((ROOT / "tests" / "data" / "step_r18.json").read_text())
 RELEASED = ModelConfig(backbone="resnet18", width=64, hidden=128, compute="released")
 Save = Callable[..., Path]
 

@@ -244,3 +244,21 @@ def test_loss_scale_is_bounded() -> None:
         scaler.step(optimizer)
         scaler.update()
         assert scaler.get_scale() == 8.0
+
+
+@pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
+def test_gradients_may_lie_in_another_order_than_their_weights(name: str) -> None:
+    """As libraries return them now and then; PyTorch's fused kernels take the order for granted."""
+    ends = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        model = nn.Conv2d(3, 4, 3)
+        optimizer = build_optimizer(config.from_dict({"optim": {"name": name}}).optim, model)
+        optimizer.param_groups[0]["lr"] = 0.1
+        for _ in range(2):
+            grad = torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(1))
+            model.weight.grad = grad.contiguous(memory_format=layout)
+            optimizer.step()
+            assert model.weight.grad.is_contiguous(memory_format=layout)
+        ends.append(model.weight.detach().clone())
+    torch.testing.assert_close(ends[1], ends[0])

@@ -1,11 +1,10 @@
 """Geometry, by hand-computed cases."""
 
-import numpy as np
 import pytest
 import torch
 
-from dali_pipelines.batch import assemble, cut
-from dali_pipelines.geometry import Geometry, boxes
+from dali_pipelines.geometry import Geometry
+from dali_pipelines.montage import assemble, cut, tile_boxes
 from tests.conftest import random_view
 
 DEFAULT = Geometry()
@@ -13,8 +12,8 @@ DEFAULT = Geometry()
 
 def test_boxes_of_two_levels_by_hand() -> None:
     geometry = Geometry(cells=1, ratios=(1, 2), images_per_canvas=(1, 4))
-    found = boxes(geometry, 4)
-    assert found.dtype == np.float32
+    found = tile_boxes(geometry, 4)
+    assert found.dtype == torch.float32
     assert found[:4].tolist() == [[i, 0, 0, 32, 32] for i in range(4)]
     assert found[4:].tolist() == [[4, 0, 0, 16, 16], [4, 16, 0, 32, 16], [4, 0, 16, 16, 32], [4, 16, 16, 32, 32]]
 

@@ -9,9 +9,8 @@ import pytest
 import torch
 from PIL import Image, ImageColor, ImageDraw
 
-from dali_pipelines import geometry
-from dali_pipelines.batch import MontageBatch, in_order
 from dali_pipelines.geometry import Geometry
+from dali_pipelines.montage import MontageBatch, in_order, tile_boxes
 from mcl.config import AugmentConfig, ConfigError, ModelConfig
 from mcl.models import Encoder
 from mcl.records import preview
@@ -36,7 +35,7 @@ def view(seed: int) -> MontageBatch:
     counts = GEOMETRY.tiles(IMAGES)
     shuffled = [torch.randperm(n, generator=generator) % IMAGES for n in counts[1:]]
     sources = torch.cat([torch.arange(counts[0]), *shuffled])
-    boxes = torch.from_numpy(geometry.boxes(GEOMETRY, IMAGES))
+    boxes = tile_boxes(GEOMETRY, IMAGES)
     pixels = torch.zeros(sum(GEOMETRY.canvases(IMAGES)), 3, GEOMETRY.canvas, GEOMETRY.canvas)
     for source, (row, x1, y1, x2, y2) in zip(sources.tolist(), boxes.int().tolist(), strict=True):
         pixels[row, :, y1:y2, x1:x2] = gray_of(source) / 255
@@ -131,7 +130,7 @@ def test_pictures_stay_readable_at_any_canvas_size(cells: int) -> None:
     batch = replace(
         view(2),
         cells=cells,
-        boxes=torch.from_numpy(geometry.boxes(Geometry(cells=cells), images)),
+        boxes=tile_boxes(Geometry(cells=cells), images),
     )
     layout = preview.arrange(batch, batch, 5)
     assert 1800 < layout.width <= 2400
