@@ -38,9 +38,7 @@ def is_pattern(path: str) -> bool:
 
 def pattern_base(pattern: str) -> str:
     """The folder in front of a pattern's first component that is one."""
-    magic = _MAGIC.search(pattern)
-    assert magic is not None
-    return pattern[: magic.start()].rpartition("/")[0]
+    return _MAGIC.split(pattern, maxsplit=1)[0].rpartition("/")[0]
 
 
 def expand_braces(pattern: str) -> list[str]:

@@ -9,9 +9,11 @@ from mcl.export.target import Target, Twin
 
 
 def _build(config: ModelConfig) -> Any:
+    from mmengine.registry import DefaultScope
     from mmpretrain.models import ImageClassifier
 
-    return ImageClassifier({"type": "ResNet", "depth": depth(config), "out_indices": (0, 1, 2, 3)})
+    with DefaultScope.overwrite_default_scope("mmpretrain"):  # a fine-tuning before it leaves MMDetection's
+        return ImageClassifier({"type": "ResNet", "depth": depth(config), "out_indices": (0, 1, 2, 3)})
 
 
 TARGET = Target(
