@@ -1,4 +1,4 @@
-"""The loader: steps of a plan, carried out by an engine, as pairs of :class:`~dali_pipelines.batch.MontageBatch`."""
+"""The loader: steps of a plan, carried out by an engine, as pairs of :class:`~dali_pipelines.montage.MontageBatch`."""
 
 import dataclasses
 import importlib.util
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from dali_pipelines.batch import MontageBatch, in_order, lay_out
+from dali_pipelines.montage import MontageBatch, in_order, lay_out
 from dali_pipelines.plan import Plan, StepPlan
 from dali_pipelines.settings import ConfigError, DataConfig
 from dali_pipelines.source import Source
@@ -138,6 +138,8 @@ class DaliEngine:
         return self._feed(plan, encoded)
 
     def close(self) -> None:
+        if self._lent:
+            torch.cuda.current_stream(self._gpu).synchronize()  # it may still read DALI's memory
         self._pipeline = None
         if self._readers is not None:
             self._readers.shutdown(cancel_futures=True)

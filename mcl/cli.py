@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -15,6 +15,9 @@ from mcl.config import all_keys
 
 TARGETS = ["mmdet", "mmdet-retinanet", "mmpretrain", "detectron2", "torchvision", "torchvision-detection", "timm"]
 """Those of :data:`mcl.export.TARGETS`, which takes seconds to import."""
+
+Run = Callable[[argparse.Namespace], Iterable[object]]
+"""What a verb does; what it yields is printed."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -29,21 +32,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if words:
         options.overrides += words
     try:
-        options.run(options)
+        for text in options.run(options):
+            print(text, flush=True)
         sys.stdout.flush()
     except BrokenPipeError:  # who read the output, such as head, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more in the end
         sys.exit(128 + signal.SIGPIPE)
     except (ValueError, RuntimeError, OSError) as error:
-        if not _is_ours(error):
-            raise
+        if type(error).__module__.split(".")[0] not in ("mcl", "dali_pipelines"):
+            raise  # those that we raise for users are classes of our own
         print(f"mcl {options.verb}: error: {error}", file=sys.stderr)
         sys.exit(getattr(error, "exit_code", 2))
-
-
-def _is_ours(error: Exception) -> bool:
-    """Errors that we raise for users are classes of our own."""
-    return type(error).__module__.split(".")[0] in ("mcl", "dali_pipelines")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -51,21 +50,28 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    pretrain = verbs.add_parser(
+    def verb(name: str, run: Run, help: str, **more: Any) -> argparse.ArgumentParser:
+        added = verbs.add_parser(name, help=help, formatter_class=argparse.RawDescriptionHelpFormatter, **more)
+        added.set_defaults(run=run)
+        return added
+
+    def add_overrides(verb: argparse.ArgumentParser, help: str) -> None:
+        verb.add_argument("overrides", nargs="*", metavar="key=value", help=help)
+
+    pretrain = verb(
         "pretrain",
-        help="pre-train from a configuration",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        _pretrain,
+        "pre-train from a configuration",
         description="Pre-trains, or continues the run of that name. Writes output/name/.",
         epilog="keys (key=value overrides the YAML file):\n\n" + _keys(),
     )
     pretrain.add_argument("config", type=Path, help="preset, such as mcl_r50_fpn_100e_in1k, or YAML file")
-    pretrain.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.root=/data/imagenet/train")
-    pretrain.set_defaults(run=_pretrain)
+    add_overrides(pretrain, "e.g. data.root=/data/imagenet/train")
 
-    evaluate = verbs.add_parser(
+    evaluate = verb(
         "evaluate",
-        help="score a checkpoint beside its random initialisation",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        _evaluate,
+        "score a checkpoint beside its random initialisation",
         description="Scores a checkpoint beside its random initialisation, on data.root and data.val_root.",
         epilog=textwrap.dedent("""\
             retrieval  whether a tile's embedding is nearest to that of its own image, among evaluation.gallery images
@@ -75,14 +81,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("name", choices=["retrieval", "knn", "linear"])
     evaluate.add_argument("checkpoint", type=Path, help="e.g. runs/demo/checkpoints/last.pt")
-    evaluate.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="e.g. data.root=FOLDER data.val_root=FOLDER"
-    )
-    evaluate.set_defaults(run=_evaluate)
+    add_overrides(evaluate, "e.g. data.root=FOLDER data.val_root=FOLDER")
 
-    export = verbs.add_parser("export", help="hand the weights to another library")
+    export = verb("export", _export, "hand the weights to another library")
     export.add_argument("checkpoint", type=Path, help="e.g. runs/demo/checkpoints/last.pt")
-    export.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.root=FOLDER, for --network target")
+    add_overrides(export, "e.g. data.root=FOLDER, for --network target")
     export.add_argument("--to", required=True, choices=TARGETS, help="the library that reads them")
     export.add_argument("--parts", type=_words, default=[], help="e.g. backbone,fpn,head; default: all that it takes")
     export.add_argument(
@@ -90,42 +93,33 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("--verify", action="store_true", help="load them into the library's model, compare features")
     export.add_argument("--output", type=Path, help="file to write; default: exports/ of the run folder")
-    export.set_defaults(run=_export)
 
-    importer = verbs.add_parser("import-openselfsup", help="turn the authors' released checkpoint into ours")
+    importer = verb("import-openselfsup", _import, "turn the authors' released checkpoint into ours")
     importer.add_argument("file", type=Path)
     importer.add_argument("--output", type=Path, help="file to write; default: FILE with the ending .mcl.pt")
-    importer.set_defaults(run=_import)
 
-    finetune = verbs.add_parser(
+    finetune = verb(
         "finetune",
-        help="train a detector in MMDetection",
+        _finetune,
+        "train a detector in MMDetection",
         description="Trains a detector from given weights, or continues the run of that name. Writes output/name/.",
     )
     finetune.add_argument("config", type=Path, help="Python file, e.g. configs/finetune/mask_rcnn_r50_fpn_1x.py")
-    finetune.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help="keys of that file, e.g. weights=runs/mcl/checkpoints/last.pt data.root=FOLDER name=NAME",
-    )
-    finetune.set_defaults(run=_finetune)
+    add_overrides(finetune, "keys of that file, e.g. weights=runs/mcl/checkpoints/last.pt data.root=FOLDER name=NAME")
 
-    preview = verbs.add_parser("preview", help="draw a step's montages, and a checkpoint's feature maps")
-    preview.add_argument("config", type=Path, help="YAML file, or a checkpoint (then with feature maps)")
-    preview.add_argument("overrides", nargs="*", metavar="key=value")
+    preview = verb("preview", _preview, "draw a step's montages, and a checkpoint's feature maps")
+    preview.add_argument("config", type=Path, help="preset, YAML file, or a checkpoint (then with feature maps)")
+    add_overrides(preview, "e.g. data.root=FOLDER")
     preview.add_argument("--step", type=int, default=0, help="step of the run to draw, from 0")
     preview.add_argument("--output", type=Path, default=Path("preview"), help="folder to write")
-    preview.set_defaults(run=_preview)
 
-    index = verbs.add_parser("index", help="read the sizes of all images once, so that runs start at once")
-    index.add_argument("config", type=Path, help="YAML file")
-    index.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.root=FOLDER data.index=FOLDER")
-    index.set_defaults(run=_index)
+    index = verb("index", _index, "read the sizes of all images once, so that runs start at once")
+    index.add_argument("config", type=Path, help="preset or YAML file")
+    add_overrides(index, "e.g. data.root=FOLDER data.index=FOLDER")
 
-    budget = verbs.add_parser("budget", help="what a configuration costs: FLOPs, memory, hours")
-    budget.add_argument("config", type=Path, help="YAML file")
-    budget.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. montage.queries=[4,1,1,1]")
+    budget = verb("budget", _budget, "what a configuration costs: FLOPs, memory, hours")
+    budget.add_argument("config", type=Path, help="preset or YAML file")
+    add_overrides(budget, "e.g. montage.queries=[4,1,1,1]")
     budget.add_argument("--gpus", type=int, help="processes; default: as many as make 128 images each")
     budget.add_argument("--nodes", type=int, help="machines that they are on; default: as few as have 8 each")
     budget.add_argument(
@@ -136,10 +130,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     budget.add_argument("--json", action="store_true", help="print JSON, and nothing else")
     budget.add_argument("--plot", type=Path, metavar="FILE.png", help="picture to write")
-    budget.set_defaults(run=_budget)
 
-    doctor = verbs.add_parser("doctor", help="what is installed, what is used, and why")
-    doctor.set_defaults(run=_doctor)
+    verb("doctor", _doctor, "what is installed, what is used, and why")
     return parser
 
 
@@ -165,23 +157,23 @@ def _type_name(kind: Any) -> str:
     return kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind).replace("typing.", "")
 
 
-def _pretrain(options: argparse.Namespace) -> None:
+def _pretrain(options: argparse.Namespace) -> Iterable[str]:
     from mcl import commands, config
 
     commands.pretrain(config.load(options.config, options.overrides))
+    return ()
 
 
-def _evaluate(options: argparse.Namespace) -> None:
+def _evaluate(options: argparse.Namespace) -> Iterable[str]:
     from mcl import commands
 
-    for text in commands.evaluate(options.name, options.checkpoint, options.overrides):
-        print(text, flush=True)
+    return commands.evaluate(options.name, options.checkpoint, options.overrides)
 
 
-def _export(options: argparse.Namespace) -> None:
+def _export(options: argparse.Namespace) -> Iterable[object]:
     from mcl.export import export
 
-    report = export(
+    yield export(
         options.checkpoint,
         options.to,
         parts=options.parts,
@@ -190,40 +182,36 @@ def _export(options: argparse.Namespace) -> None:
         output=options.output,
         overrides=options.overrides,
     )
-    print(report)
 
 
-def _import(options: argparse.Namespace) -> None:
+def _import(options: argparse.Namespace) -> Iterable[object]:
     from mcl.export import openselfsup
 
-    print(openselfsup.import_file(options.file, options.output or options.file.with_suffix(".mcl.pt")))
+    yield openselfsup.import_file(options.file, options.output or options.file.with_suffix(".mcl.pt"))
 
 
-def _finetune(options: argparse.Namespace) -> None:
+def _finetune(options: argparse.Namespace) -> Iterable[str]:
+    from mcl import distributed
     from mcl.finetune import finetune
 
     table = finetune(options.config, options.overrides)
-    from mmengine.dist import is_main_process  # finetune has said so if it is not there
-
-    if is_main_process():
-        print(table, end="")
+    if distributed.rank() == 0:
+        yield table.rstrip()
 
 
-def _preview(options: argparse.Namespace) -> None:
+def _preview(options: argparse.Namespace) -> Iterable[object]:
     from mcl import commands
 
-    for path in commands.preview(options.config, options.overrides, options.step, options.output):
-        print(path)
+    return commands.preview(options.config, options.overrides, options.step, options.output)
 
 
-def _index(options: argparse.Namespace) -> None:
+def _index(options: argparse.Namespace) -> Iterable[str]:
     from mcl import commands, config
 
-    for line in commands.index(config.load(options.config, options.overrides).data):
-        print(line, flush=True)
+    return commands.index(config.load(options.config, options.overrides).data)
 
 
-def _budget(options: argparse.Namespace) -> None:
+def _budget(options: argparse.Namespace) -> Iterable[str]:
     from mcl import budget, config
     from mcl.budget import show
 
@@ -231,14 +219,14 @@ def _budget(options: argparse.Namespace) -> None:
         show.check_picture(options.plot)
     cfg = config.load(options.config, options.overrides)
     result = budget.budget(cfg, options.gpus, options.nodes, options.bandwidth)
-    print(json.dumps(result, indent=1) if options.json else show.tables(result))
+    yield json.dumps(result, indent=1) if options.json else show.tables(result)
     if options.plot:
         show.plot(result, options.plot)
 
 
-def _doctor(options: argparse.Namespace) -> None:
+def _doctor(options: argparse.Namespace) -> Iterable[str]:
     from mcl import doctor
 
     checks = doctor.checks()
-    print(doctor.report(checks))
+    yield doctor.report(checks)
     sys.exit(0 if doctor.ok(checks) else 1)

@@ -5,7 +5,6 @@ Imports nothing heavy itself, and survives whatever is absent or broken.
 
 import importlib
 import importlib.machinery
-import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -93,6 +92,13 @@ def report(found: list[Check] | None = None) -> str:
     return "\n".join(lines)
 
 
+def _needed(name: str, detail: str, why: str, problem: str = "", remedy: str = "") -> Check:
+    """A check of what mcl needs; `problem` is why it does not work, empty where it does."""
+    if problem:
+        return Check(name, "missing", detail, False, problem, remedy)
+    return Check(name, "ok", detail, True, why)
+
+
 def _python() -> Iterator[Check]:
     status: Status = "ok" if sys.version_info >= _PYTHON else "missing"
     yield Check("Python", status, platform.python_version(), True, f"{_dotted(_PYTHON)} or newer is needed")
@@ -103,34 +109,29 @@ def _packages() -> Iterator[Check]:
     modules = {"numpy": "numpy", "pillow": "PIL", "pydantic": "pydantic", "pyyaml": "yaml", "tqdm": "tqdm"}
     found = {name: _probe(module) for name, module in modules.items()}
     bad = [name for name, (module, _) in found.items() if module is None]
-    detail = ", ".join(f"{name} {reason or _version(name, module)}" for name, (module, reason) in found.items())
-    remedy = f"pip install --force-reinstall {' '.join(bad)}" if bad else ""
-    yield Check("packages", "missing" if bad else "ok", detail, not bad, "mcl is built on them", remedy)
+    detail = ", ".join(f"{name} {reason or _version(module)}" for name, (module, reason) in found.items())
+    why = "mcl is built on them"
+    yield _needed("packages", detail, why, why if bad else "", f"pip install --force-reinstall {' '.join(bad)}")
 
 
 def _pytorch() -> Iterator[Check]:
-    both = f'pip install --upgrade "torch>={_dotted(_TORCH)}" torchvision'
+    need = _dotted(_TORCH)
+    remedy = f'pip install --upgrade "torch>={need}" torchvision'
     torch, reason = _probe("torch")
-    major, minor = map(int, torch.__version__.split(".")[:2]) if torch is not None else (0, 0)
-    if torch is None:
-        yield Check("torch", "missing", reason, False, "everything needs it", both)
-    elif (major, minor) < _TORCH:
-        yield Check("torch", "missing", torch.__version__, False, f"{_dotted(_TORCH)} or newer is needed", both)
-    else:
-        yield Check("torch", "ok", torch.__version__, True, "networks, losses, optimisers")
+    release = torch.__version__ if torch is not None else "0.0"
+    major, minor = map(int, release.split(".")[:2])
+    problem = "" if (major, minor) >= _TORCH else f"{need} or newer is needed" if torch else "everything needs it"
+    yield _needed("torch", reason or release, "networks, losses, optimisers", problem, remedy)
     vision, reason = _probe("torchvision")
-    pair = f"0.{minor + 15}"  # torch 2.n goes with torchvision 0.(n + 15)
+    pair, problem = f"0.{minor + 15}", ""  # torch 2.n goes with torchvision 0.(n + 15)
     if vision is None:  # as one that was made for another torch, whose import fails
-        remedy = both.replace("--upgrade", "--force-reinstall")
-        yield Check("torchvision", "missing", reason, False, "the backbones come from it", remedy)
+        problem, remedy = "the backbones come from it", remedy.replace("--upgrade", "--force-reinstall")
     elif torch is None:
-        yield Check("torchvision", "missing", vision.__version__, False, "it needs torch", both)
+        problem = "it needs torch"
     elif major == 2 and not vision.__version__.startswith(f"{pair}."):
-        why, remedy = f"torch {torch.__version__} goes with torchvision {pair}", f'pip install "torchvision=={pair}.*"'
-        yield Check("torchvision", "missing", vision.__version__, False, why, remedy)
-    else:
-        why = f"backbones; goes with torch {torch.__version__}"
-        yield Check("torchvision", "ok", vision.__version__, True, why)
+        problem, remedy = f"torch {release} goes with torchvision {pair}", f'pip install "torchvision=={pair}.*"'
+    why = f"backbones; goes with torch {release}"
+    yield _needed("torchvision", reason or vision.__version__, why, problem, remedy)
 
 
 def _cuda() -> Iterator[Check]:
@@ -140,16 +141,13 @@ def _cuda() -> Iterator[Check]:
         yield Check("CUDA", "note", "unknown", False, "torch cannot tell")
     elif torch.cuda.is_available():
         least = min(int("".join(filter(str.isdigit, name))) for name in torch.cuda.get_arch_list())  # 90 for sm_90a
-        why = f"torch is built for CUDA {torch.version.cuda}"
+        why, remedy = f"torch is built for CUDA {torch.version.cuda}", "use another GPU, or trainer.device=cpu"
         for index in range(torch.cuda.device_count()):
             device = torch.cuda.get_device_properties(index)
             own = 10 * device.major + device.minor
             detail = f"{device.name}, {device.total_memory / 2**30:.0f} GiB, driver {driver or 'unknown'}"
-            if own >= least:
-                yield Check(f"CUDA {index}", "ok", detail, True, why)
-            else:
-                limit = f"{why}, compute capability {least / 10} or later; this GPU has {own / 10}"
-                yield Check(f"CUDA {index}", "missing", detail, False, limit, "use another GPU, or trainer.device=cpu")
+            problem = f"{why}, compute capability {least / 10} or later; this GPU has {own / 10}" if own < least else ""
+            yield _needed(f"CUDA {index}", detail, why, problem, remedy)
     elif not driver:
         yield Check("CUDA", "note", "no device", False, on_cpu)
     elif torch.version.cuda is None:
@@ -274,7 +272,7 @@ def _package(name: str, absent: Status, why: str, remedy: str) -> Check:
     module, reason = _probe(name)
     if module is None:
         return Check(name, absent, reason, False, why, remedy)
-    return Check(name, "ok", _version(name, module), absent == "missing", why)
+    return Check(name, "ok", _version(module), absent == "missing", why)
 
 
 def _device() -> str:
@@ -310,11 +308,8 @@ def _reason(error: Exception) -> str:
     return textwrap.shorten(f"{type(error).__name__}: {lines[0] if lines else 'no message'}", 200)
 
 
-def _version(distribution: str, module: Any) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return str(getattr(module, "__version__", "of unknown version"))
+def _version(module: Any) -> str:
+    return str(getattr(module, "__version__", "of unknown version"))
 
 
 def processor() -> tuple[str, set[str]]:

@@ -102,12 +102,6 @@ def measurement(config: Config, flops: Mapping[int, float]) -> Speed | None:
     return Speed("measured", device, processes, statistics.median(rates), str(folder / "metrics.jsonl"))
 
 
-def cores(cpu: Mapping[str, Any], rate: float, views: float) -> float:
-    """To load `rate` images per second: each is decoded once, and its pixels are made in proportion to `views`."""
-    seconds: float = cpu["decode_s"] + cpu["view_s"] * views
-    return rate * seconds
-
-
 def loading_on_cpu(path: Path = _BENCHMARK) -> dict[str, Any] | None:
     """What the fused engine takes on a CPU, as benchmarked here; None where it was not.
 
@@ -168,6 +162,7 @@ def _row(speed: Speed, stages: Sequence[Stage], cpu: Mapping[str, Any] | None) -
     seconds = EPOCHS / epochs * sum(IMAGENET * stage.epochs * stage.flops for stage in stages) / speed.flops_per_s
     needed = [(speed.flops_per_s / stage.flops / speed.gpus, stage.views) for stage in stages]  # images per s and GPU
     gate = max(rate * max(1, views) / GATE for rate, views in needed)
+    cores = max(rate * (cpu["decode_s"] + cpu["view_s"] * views) for rate, views in needed) if cpu else None
     return {
         "kind": speed.kind,
         "hardware": speed.hardware,
@@ -178,6 +173,6 @@ def _row(speed: Speed, stages: Sequence[Stage], cpu: Mapping[str, Any] | None) -
         "tflop_per_s_per_gpu": speed.flops_per_s / speed.gpus / 1e12,
         "loader_images_per_s_per_gpu": max(rate for rate, _ in needed),
         "gate_share": gate if "H100" in speed.hardware else None,
-        "cpu_cores_per_gpu": max(cores(cpu, rate, views) for rate, views in needed) if cpu else None,
+        "cpu_cores_per_gpu": cores,
         "source": speed.source,
     }

@@ -1,16 +1,15 @@
 """The evaluations as a user meets them: trained beside random, on photographs trained on and on held-out ones."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from dali_pipelines.source import Source, open_images
 from mcl.config import Config, ConfigError
-from mcl.evaluation import classify
+from mcl.evaluation import knn_linear
 from mcl.evaluation.features import extract, prepare
 from mcl.evaluation.retrieval import check_gallery, retrieval
 from mcl.models import MCL
@@ -23,9 +22,11 @@ def evaluate(name: str, model: MCL, config: Config, device: torch.device) -> Ite
     Raises:
         ConfigError: an evaluation that these images cannot serve.
     """
+    sources = _sources(config, open_images(config.data))
     torch.manual_seed(config.trainer.seed)
-    random = MCL(config.model, config.montage)  # the same network, untrained
-    for record in EVALUATIONS[name](model, random, config, device):
+    networks = (model, MCL(config.model, config.montage))  # the second is the same network, untrained
+    records = _retrieval if name == "retrieval" else partial(_classes, name)
+    for record in records(networks, config, sources, device):
         yield {"kind": "eval", "name": name, **record}
 
 
@@ -56,9 +57,7 @@ def check_evaluations(config: Config, source: Source) -> None:
     Raises:
         ConfigError, SourceError: an evaluation that these images cannot serve.
     """
-    sources = {"train": source}
-    if config.evaluation.at_end and config.data.val_root:
-        sources["val"] = open_images(config.data, held_out=True)
+    sources = _sources(config, source) if config.evaluation.at_end else {}
     for name in config.evaluation.at_end:
         if name == "retrieval":
             check_gallery(config, source)
@@ -66,38 +65,46 @@ def check_evaluations(config: Config, source: Source) -> None:
             _check_classes(name, config, sources)
 
 
-def _retrieval(model: MCL, random: MCL, config: Config, device: torch.device) -> Iterator[Record]:
-    for split, source in _sources(config).items():
+def _sources(config: Config, train: Source) -> dict[str, Source]:
+    """By split."""
+    return {"train": train} | ({"val": open_images(config.data, held_out=True)} if config.data.val_root else {})
+
+
+def _retrieval(
+    networks: Sequence[MCL], config: Config, sources: Mapping[str, Source], device: torch.device
+) -> Iterator[Record]:
+    for split, source in sources.items():
         if split == "val" and len(source) < config.evaluation.gallery:
             continue
-        trained, untrained = retrieval((model, random), config, source, device)
+        (levels, errors), (random, random_errors) = retrieval(networks, config, source, device)
         yield {
             "split": split,
             "gallery": config.evaluation.gallery,
             "chance": 1 / config.evaluation.gallery,
-            "levels": trained.levels,
-            "levels_se": trained.errors,
-            "random": untrained.levels,
-            "random_se": untrained.errors,
+            "levels": levels,
+            "levels_se": errors,
+            "random": random,
+            "random_se": random_errors,
         }
 
 
-def _classes(name: str, model: MCL, random: MCL, config: Config, device: torch.device) -> Iterator[Record]:
-    sources = _sources(config)
+def _classes(
+    name: str, networks: Sequence[MCL], config: Config, sources: Mapping[str, Source], device: torch.device
+) -> Iterator[Record]:
     _check_classes(name, config, sources)
     train_source, val_source = sources["train"], sources.get("val")
     classes, k = len(train_source.classes), config.evaluation.k
     accuracies = []
-    for network in (model, random):
+    for network in networks:
         backbone = prepare(network.online.backbone, config, train_source, device)
-        train, labels = _known(*extract(backbone, config, train_source, device))
+        train, labels = extract(backbone, config, train_source, device)
         test, truth = train, labels
         if val_source is not None:
-            test, truth = _known(*extract(backbone, config, _renumber(val_source, train_source), device))
+            test, truth = extract(backbone, config, _renumber(val_source, train_source), device)
         if name == "knn":
-            guess = classify.knn(train, labels, test, k, classes, same=val_source is None)
+            guess = knn_linear.knn(train, labels, test, k, classes, same=val_source is None)
         else:
-            guess = classify.linear(train, labels, test, classes)
+            guess = knn_linear.linear(train, labels, test, classes)
         accuracies.append((guess == truth).float().mean().item())
     yield {
         "split": "train" if val_source is None else "val",
@@ -129,22 +136,3 @@ def _renumber(val: Source, train: Source) -> Source:
     """`val` with the class numbers of `train`: each source numbers the classes that it has."""
     numbers = np.array([train.classes.index(name) for name in val.classes] + [-1])  # -1, the last, stays unknown
     return dataclasses.replace(val, labels=numbers[val.labels])
-
-
-def _known(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Without photographs of unknown class."""
-    return features[labels >= 0], labels[labels >= 0]
-
-
-def _sources(config: Config) -> dict[str, Source]:
-    sources = {"train": open_images(config.data)}
-    if config.data.val_root:
-        sources["val"] = open_images(config.data, held_out=True)
-    return sources
-
-
-EVALUATIONS: dict[str, Callable[[MCL, MCL, Config, torch.device], Iterator[Record]]] = {
-    "retrieval": _retrieval,
-    "knn": partial(_classes, "knn"),
-    "linear": partial(_classes, "linear"),
-}

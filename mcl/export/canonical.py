@@ -8,7 +8,7 @@ laterals and outputs of the FPN (map 0 is C2 and P2), ``roi_heads.box_head.<i>``
 from mcl.models import Encoder
 
 PARTS = ("backbone", "fpn", "head")
-_PREFIXES = {"backbone.body.": "backbone", "backbone.fpn.": "fpn", "roi_heads.box_head.": "head"}
+"""First words of our names."""
 _KINDS = {"laterals": "inner_blocks", "outputs": "layer_blocks"}
 _MODULES = {"conv": "0", "norm": "1"}
 
@@ -21,18 +21,8 @@ def canonical_names(encoder: Encoder) -> dict[str, str]:
             case ["backbone", *rest]:
                 names[name] = ".".join(["backbone.body", *rest])
             case ["fpn", kind, index, module, leaf]:
-                depth = encoder.fpn.depths[int(index)] if kind == "outputs" else int(index)
-                names[name] = f"backbone.fpn.{_KINDS[kind]}.{pyramid_map(depth)}.{_MODULES[module]}.{leaf}"
+                depth = encoder.fpn.depths[int(index)] if kind == "outputs" else int(index)  # 0 is C5 and P5
+                names[name] = f"backbone.fpn.{_KINDS[kind]}.{3 - depth}.{_MODULES[module]}.{leaf}"
             case ["head", "convs", index, module, leaf]:
                 names[name] = f"roi_heads.box_head.{index}.{_MODULES[module]}.{leaf}"
     return names
-
-
-def pyramid_map(depth: int) -> int:
-    """Number of a map of the FPN, finest first (0 is P2), from its strides below the coarsest (0 is P5)."""
-    return 3 - depth
-
-
-def part_of(name: str) -> str:
-    """Part of the model that a canonical name belongs to."""
-    return next(part for prefix, part in _PREFIXES.items() if name.startswith(prefix))

@@ -10,17 +10,17 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import update_bn
 
 from dali_pipelines.geometry import nearest_legal
 from dali_pipelines.loader import MontageLoader
 from dali_pipelines.source import open_images
 from mcl import __version__, config
 from mcl.config import Config, ConfigError
-from mcl.evaluation.statistics import fresh_statistics
 from mcl.export import detectron2, mmdet, mmpretrain, timm, torchvision
-from mcl.export.canonical import PARTS, canonical_names, part_of, pyramid_map
+from mcl.export.canonical import PARTS, canonical_names
 from mcl.export.files import default_path, write
-from mcl.export.summary import Mapped, Report
+from mcl.export.summary import Report
 from mcl.export.target import Target
 from mcl.export.verify import verify
 from mcl.models import MCL, Encoder
@@ -43,15 +43,13 @@ TARGETS = {
 _STATISTICS_BATCHES = 8
 _STATISTICS_IMAGES = 64
 
-Network = Literal["online", "target"]
-
 
 def export(
     path: Path,
     to: str,
     *,
     parts: Sequence[str] = (),
-    network: Network = "online",
+    network: Literal["online", "target"] = "online",
     check: bool = False,
     output: Path | None = None,
     overrides: Sequence[str] = (),
@@ -89,7 +87,7 @@ def export(
     _check_parts(target, parts, model.online, cfg)
 
     encoder = model.online if network == "online" else reestimated(model.target, cfg)
-    weights, mapped = _rename(encoder, network, target, parts)
+    weights, names = _rename(encoder, network, target, parts)
     infinite = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
     if infinite:
         raise CheckpointError(
@@ -98,8 +96,8 @@ def export(
     verified = verify(target, weights, parts, encoder, cfg.model) if check else None
     metadata = _metadata(cfg, network, parts, state["step"])
     write(output, path, partial(target.saves[output.suffix], weights, metadata))
-    written = {m.ours for m in mapped}
-    return Report(output, metadata, mapped, tuple(n for n in model.state_dict() if n not in written), verified)
+    unmapped = tuple(name for name in model.state_dict() if name not in names)
+    return Report(output, metadata, weights, names, unmapped, verified)
 
 
 def _parts(target: Target, wanted: Sequence[str]) -> list[str]:
@@ -114,13 +112,13 @@ def _parts(target: Target, wanted: Sequence[str]) -> list[str]:
 
 def _check_parts(target: Target, parts: Sequence[str], encoder: Encoder, cfg: Config) -> None:
     """Whether the encoder has what the target takes."""
-    trained = [pyramid_map(depth) for depth in encoder.fpn.depths]
-    lacking = [m for m in target.maps if m not in trained]
+    wanted, trained = [f"P{n}" for n in target.maps], {f"P{5 - depth}" for depth in encoder.fpn.depths}
+    lacking = [name for name in wanted if name not in trained]
     if "fpn" in parts and lacking:
         others = ",".join(part for part in target.parts if part != "fpn")
         raise ConfigError(
-            f"--parts: {target.name} reads {_names(target.maps)} of an FPN; montage.ratios={list(cfg.montage.ratios)} "
-            f"trained no {_names(lacking)}. Leave the FPN out: --parts {others}"
+            f"--parts: {target.name} reads {', '.join(wanted)} of an FPN; montage.ratios={list(cfg.montage.ratios)} "
+            f"trained no {', '.join(lacking)}. Leave the FPN out: --parts {others}"
         )
     if "head" in parts and not cfg.model.head_convs:
         raise ConfigError(
@@ -128,23 +126,18 @@ def _check_parts(target: Target, parts: Sequence[str], encoder: Encoder, cfg: Co
         )
 
 
-def _names(maps: Sequence[int]) -> str:
-    return ", ".join(f"P{m + 2}" for m in maps)
-
-
 def _rename(
     encoder: Encoder, network: str, target: Target, parts: Sequence[str]
-) -> tuple[dict[str, Tensor], tuple[Mapped, ...]]:
-    """The tensors of these parts under the target's names, and what became of each."""
-    weights, mapped = {}, []
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of these parts by the target's names, and these by the checkpoint's."""
+    weights, names = {}, {}
     state = encoder.state_dict()
     for ours, canonical in canonical_names(encoder).items():
-        part, theirs = part_of(canonical), target.rename(canonical)
-        if part in parts and theirs is not None:
-            tensor = weights[theirs] = state[ours].detach().contiguous().clone()
-            kind = str(tensor.dtype).removeprefix("torch.")
-            mapped.append(Mapped(part, f"{network}.{ours}", theirs, tuple(tensor.shape), kind))
-    return weights, tuple(mapped)
+        theirs = target.rename(canonical) if ours.partition(".")[0] in parts else None
+        if theirs is not None:
+            names[f"{network}.{ours}"] = theirs
+            weights[theirs] = state[ours].detach().contiguous().clone()
+    return weights, names
 
 
 def _metadata(cfg: Config, network: str, parts: Sequence[str], step: int) -> Mapping[str, Any]:
@@ -183,7 +176,7 @@ def reestimated(encoder: Encoder, cfg: Config) -> Encoder:
     device = resolve_device(cfg.trainer.device)
     encoder = copy.deepcopy(encoder).to(device)
     data = dataclasses.replace(cfg.data, max_bad_fraction=1.0)  # training has judged the bad files
-    with MontageLoader(source, plan, data, gpu=device.index) as loader, fresh_statistics(encoder):
-        for view in itertools.chain.from_iterable(itertools.islice(loader, _STATISTICS_BATCHES)):
-            encoder(view.to(device, torch.float32))
+    with MontageLoader(source, plan, data, gpu=device.index) as loader:
+        views = itertools.chain.from_iterable(itertools.islice(loader, _STATISTICS_BATCHES))
+        update_bn((view.to(device, torch.float32) for view in views), encoder)
     return encoder.cpu()

@@ -1,16 +1,18 @@
 """MMDetection: Faster R-CNN and its kin, whose FPN starts at C2; RetinaNet, whose FPN starts at C3."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mcl.config import ModelConfig
 from mcl.export.files import save_openmmlab
-from mcl.export.target import Target, Twin, TwinPart
+from mcl.export.target import Target, Twin
+from mcl.models.backbones import Backbone
 
 INSTALL = "make mmdet, in a checkout of mcl"
 _CONVS = {"inner_blocks": "lateral_convs", "layer_blocks": "fpn_convs"}
@@ -37,76 +39,62 @@ def depth(config: ModelConfig) -> int:
     return int(config.backbone.removeprefix("resnet"))
 
 
-def _detector(file: str, config: ModelConfig, channels: Sequence[int]) -> Any:
-    """A model's configuration as MMDetection ships it, with our backbone and an FPN with BatchNorm."""
+def _build(file: str, config: ModelConfig, heads: Mapping[str, Any]) -> Any:
+    """A model as MMDetection ships it, with our backbone, an FPN with BatchNorm, and these changes of its heads."""
     import mmdet
+    from mmdet.registry import MODELS
     from mmengine.config import Config
-
-    model = Config.fromfile(Path(mmdet.__file__).parent / ".mim" / "configs" / "_base_" / "models" / file).model
-    model.backbone.update(depth=depth(config), init_cfg=None)
-    model.neck.update(in_channels=list(channels), out_channels=config.width, norm_cfg=_BATCH_NORM)
-    return model
-
-
-def _build(model: Any) -> nn.Module:
-    from mmdet.models import detectors
     from mmengine.registry import DefaultScope
 
+    shipped = Config.fromfile(Path(mmdet.__file__).parent / ".mim" / "configs" / "_base_" / "models" / file)
+    with torch.device("meta"):
+        channels = list(Backbone(config.backbone).channels[::-1])
+    neck = {"in_channels": channels, "out_channels": config.width, "norm_cfg": _BATCH_NORM}
+    backbone = {"depth": depth(config), "init_cfg": None}
+    shipped.merge_from_dict({"model": {"backbone": backbone, "neck": neck, **heads}})
     with DefaultScope.overwrite_default_scope("mmdet"):
-        detector: nn.Module = getattr(detectors, model.pop("type"))(**model)
-    return detector
+        return MODELS.build(shipped.model)
 
 
-def _build_rcnn(config: ModelConfig, channels: Sequence[int]) -> nn.Module:
-    model = _detector("faster-rcnn_r50_fpn.py", config, channels)
-    model.rpn_head.update(in_channels=config.width, feat_channels=config.width)
-    model.roi_head.bbox_roi_extractor.update(out_channels=config.width)
-    model.roi_head.bbox_head.update(
-        type="ConvFCBBoxHead",
-        num_shared_convs=config.head_convs,
-        num_shared_fcs=1,
-        in_channels=config.width,
-        conv_out_channels=config.width,
-        norm_cfg=_BATCH_NORM,
-    )
-    return _build(model)
+def _build_rcnn(config: ModelConfig) -> Any:
+    box_head = {
+        "type": "ConvFCBBoxHead",
+        "num_shared_convs": config.head_convs,
+        "num_shared_fcs": 1,
+        "in_channels": config.width,
+        "conv_out_channels": config.width,
+        "norm_cfg": _BATCH_NORM,
+    }
+    heads = {
+        "rpn_head": {"in_channels": config.width, "feat_channels": config.width},
+        "roi_head": {"bbox_roi_extractor": {"out_channels": config.width}, "bbox_head": box_head},
+    }
+    return _build("faster-rcnn_r50_fpn.py", config, heads)
 
 
-def _build_retinanet(config: ModelConfig, channels: Sequence[int]) -> nn.Module:
-    model = _detector("retinanet_r50_fpn.py", config, channels)
-    model.bbox_head.update(in_channels=config.width, feat_channels=config.width)
-    return _build(model)
+def _build_retinanet(config: ModelConfig) -> Any:
+    heads = {"bbox_head": {"in_channels": config.width, "feat_channels": config.width}}
+    return _build("retinanet_r50_fpn.py", config, heads)
 
 
-def _backbone(model: Any, images: Sequence[Tensor]) -> Sequence[Tensor]:
-    maps: Sequence[Tensor] = model.backbone(*images)
-    return maps
-
-
-def _fpn(count: int) -> Callable[[Any, Sequence[Tensor]], Sequence[Tensor]]:
-    return lambda model, maps: model.neck(maps)[:count]  # what follows is P6, P7
-
-
-def _head(model: Any, maps: Sequence[Tensor]) -> list[Tensor]:
-    (x,) = maps
-    for conv in model.roi_head.bbox_head.shared_convs:
-        x = conv(x)
-    return [x]
+def backbone(model: Any, image: Tensor) -> Any:
+    """C2 to C5."""
+    return model.backbone(image)
 
 
 RCNN = Target(
     name="mmdet",
     rename=partial(rename, first_map=0),
-    parts=("backbone", "fpn", "head"),
+    parts={"backbone": r"backbone\.", "fpn": r"neck\.", "head": r"roi_head\.bbox_head\.shared_convs\."},
     saves={".pth": save_openmmlab},
     twin=Twin(
         "mmdet",
         INSTALL,
         _build_rcnn,
         {
-            "backbone": TwinPart(r"backbone\.", _backbone),
-            "fpn": TwinPart(r"neck\.", _fpn(4)),
-            "head": TwinPart(r"roi_head\.bbox_head\.shared_convs\.", _head),
+            "backbone": backbone,
+            "fpn": lambda model, maps: model.neck(maps)[:4],  # what follows is P6
+            "head": lambda model, p5: [nn.Sequential(*model.roi_head.bbox_head.shared_convs)(p5)],
         },
     ),
 )
@@ -114,16 +102,10 @@ RCNN = Target(
 RETINANET = Target(
     name="mmdet-retinanet",
     rename=partial(rename, first_map=1),
-    parts=("backbone", "fpn"),
+    parts={"backbone": r"backbone\.", "fpn": r"neck\.(lateral_convs|fpn_convs\.[012])\."},
     saves={".pth": save_openmmlab},
-    maps=(1, 2, 3),
     twin=Twin(
-        "mmdet",
-        INSTALL,
-        _build_retinanet,
-        {
-            "backbone": TwinPart(r"backbone\.", _backbone),
-            "fpn": TwinPart(r"neck\.(lateral_convs|fpn_convs\.[012])\.", _fpn(3)),
-        },
+        "mmdet", INSTALL, _build_retinanet, {"backbone": backbone, "fpn": lambda model, maps: model.neck(maps)[:3]}
     ),
+    maps=(3, 4, 5),
 )

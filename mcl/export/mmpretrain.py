@@ -1,36 +1,25 @@
 """mmpretrain: the backbone of its classifiers, and of MMDetection's detectors."""
 
-from collections.abc import Sequence
 from typing import Any
-
-from torch import nn
 
 from mcl.config import ModelConfig
 from mcl.export.files import save_openmmlab
-from mcl.export.mmdet import INSTALL, depth
-from mcl.export.target import Target, Twin, TwinPart
+from mcl.export.mmdet import INSTALL, RCNN, backbone, depth
+from mcl.export.target import Target, Twin
 
 
-def rename(name: str) -> str | None:
-    """Canonical name to mmpretrain's."""
-    return name.replace("backbone.body.", "backbone.") if name.startswith("backbone.body.") else None
-
-
-def _build(config: ModelConfig, channels: Sequence[int]) -> nn.Module:
+def _build(config: ModelConfig) -> Any:
+    from mmengine.registry import DefaultScope
     from mmpretrain.models import ImageClassifier
 
-    model: nn.Module = ImageClassifier({"type": "ResNet", "depth": depth(config), "out_indices": (0, 1, 2, 3)})
-    return model
-
-
-def _forward(model: Any, images: Any) -> Any:
-    return model.backbone(*images)
+    with DefaultScope.overwrite_default_scope("mmpretrain"):  # a fine-tuning before it leaves MMDetection's
+        return ImageClassifier({"type": "ResNet", "depth": depth(config), "out_indices": (0, 1, 2, 3)})
 
 
 TARGET = Target(
     name="mmpretrain",
-    rename=rename,
-    parts=("backbone",),
+    rename=RCNN.rename,
+    parts={"backbone": r"backbone\."},
     saves={".pth": save_openmmlab},
-    twin=Twin("mmpretrain", INSTALL, _build, {"backbone": TwinPart(r"backbone\.", _forward)}),
+    twin=Twin("mmpretrain", INSTALL, _build, {"backbone": backbone}),
 )

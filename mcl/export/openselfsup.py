@@ -15,7 +15,6 @@ from mcl.models import MCL
 from mcl.train import checkpoint
 from mcl.train.checkpoint import FORMAT, CheckpointError, reason
 
-_PREFIXES = {"encoder_q": "online", "encoder_k": "target"}
 _FPN_MAPS = 4
 _BACKBONES = {(False, 2): "resnet18", (False, 6): "resnet34", (True, 6): "resnet50", (True, 23): "resnet101"}
 """By whether its blocks have three convolutions, and the number of blocks in ``layer3``."""
@@ -25,58 +24,29 @@ _CONVERT = (
 )
 
 
-def our_name(name: str) -> str | None:
-    """Our name of a tensor of the authors' ``state_dict``; None if it repeats another (``backbone.*``) or is unknown.
+_RENAMES = (
+    (r"^predictors\.(\d)", r"head.predictor.\1.mlp"),
+    (r"^online\.", "encoder_q."),
+    (r"^target\.", "encoder_k."),
+    (r"\.backbone\.", ".0."),
+    (r"\.fpn\.laterals\.", ".1.lateral_convs."),
+    (r"\.fpn\.outputs\.", ".1.fpn_convs."),
+    (r"\.head\.convs\.", ".2.cls_convs."),
+    (r"\.head\.projector\.", ".2.mlp."),
+    (r"\.norm\.", ".bn."),
+)
+"""Patterns in our names, and what the authors have there."""
+
+
+def their_name(name: str) -> str:
+    """The authors' name of a tensor of ours.
 
     Their encoder is a sequence of backbone (0), FPN (1, finest map first) and region head (2); ours names the parts,
     and counts FPN maps from the coarsest.
     """
-    if match := re.fullmatch(r"head\.predictor\.(\d+)\.mlp\.(.+)", name):
-        return f"predictors.{match[1]}.{match[2]}"
-    match = re.fullmatch(r"(encoder_[qk])\.(\d)\.(.+)", name)
-    if match is None:
-        return None
-    prefix, part, rest = _PREFIXES[match[1]], match[2], match[3]
-    if part == "0":
-        return f"{prefix}.backbone.{rest}"
-    if part == "1" and (fpn := re.fullmatch(r"(lateral|fpn)_convs\.(\d)\.(conv|bn)\.(.+)", rest)):
-        kind = "laterals" if fpn[1] == "lateral" else "outputs"
-        module = "norm" if fpn[3] == "bn" else "conv"
-        return f"{prefix}.fpn.{kind}.{_FPN_MAPS - 1 - int(fpn[2])}.{module}.{fpn[4]}"
-    if part == "2" and (conv := re.fullmatch(r"cls_convs\.(\d+)\.(conv|bn)\.(.+)", rest)):
-        return f"{prefix}.head.convs.{conv[1]}.{'norm' if conv[2] == 'bn' else 'conv'}.{conv[3]}"
-    if part == "2" and (mlp := re.fullmatch(r"mlp\.(.+)", rest)):
-        return f"{prefix}.head.projector.{mlp[1]}"
-    return None
-
-
-def their_name(name: str) -> str:
-    """The authors' name of a tensor of ours: the inverse of :func:`our_name`."""
-    if name.startswith("predictors."):
-        return re.sub(r"^predictors\.(\d+)", r"head.predictor.\1.mlp", name)
-    network, part, rest = name.split(".", 2)
-    prefix = {ours: theirs for theirs, ours in _PREFIXES.items()}[network]
-    if part == "backbone":
-        return f"{prefix}.0.{rest}"
-    if rest.startswith("projector."):
-        return f"{prefix}.2.{rest.replace('projector', 'mlp', 1)}"
-    kind, index, module, leaf = rest.split(".")
-    module = "bn" if module == "norm" else "conv"
-    if part == "head":
-        return f"{prefix}.2.cls_convs.{index}.{module}.{leaf}"
-    kind = "lateral_convs" if kind == "laterals" else "fpn_convs"
-    return f"{prefix}.1.{kind}.{_FPN_MAPS - 1 - int(index)}.{module}.{leaf}"
-
-
-def to_ours(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Renames a ``state_dict``.
-
-    Returns:
-        Our state dict, and the names that have no place in it.
-    """
-    names = {name: our_name(name) for name in state}
-    renamed = {ours: state[name] for name, ours in names.items() if ours is not None}
-    return renamed, [name for name, ours in names.items() if ours is None]
+    for ours, theirs in _RENAMES:
+        name = re.sub(ours, theirs, name)
+    return re.sub(r"(\.1\.\w+_convs\.)(\d)", lambda m: f"{m[1]}{_FPN_MAPS - 1 - int(m[2])}", name)
 
 
 @dataclass(frozen=True)
@@ -132,29 +102,28 @@ def import_file(source: Path, output: Path) -> ImportReport:
         optim=OptimConfig(exclude="released"),
         trainer=TrainerConfig(precision="fp16"),
     )
-    weights, unknown = to_ours(state)
-    copied = not any(name.startswith("target.") for name in weights)
-    if copied:
-        weights |= {f"target.{n.removeprefix('online.')}": t for n, t in weights.items() if n.startswith("online.")}
     with torch.device("meta"):  # names and shapes alone
         own = MCL(model_config, geometry).state_dict()
+    copied = not any(name.startswith("encoder_k.") for name in state)
+    names = {name: their_name(name.replace("target.", "online.") if copied else name) for name in own}
+    weights = {}
     for name, tensor in own.items():
-        if name not in weights:
-            raise CheckpointError(_lacks(source, their_name(name)))
-        if weights[name].shape != tensor.shape:
+        theirs = _tensor(state, names[name], source)
+        if theirs.shape != tensor.shape:
             raise CheckpointError(
-                f"{source}: {their_name(name)} has shape {list(weights[name].shape)}, expected {list(tensor.shape)} in "
-                f"a {model_config.backbone} of width {model_config.width} and {model_config.hidden} hidden units; only "
+                f"{source}: {names[name]} has shape {list(theirs.shape)}, expected {list(tensor.shape)} in a "
+                f"{model_config.backbone} of width {model_config.width} and {model_config.hidden} hidden units; only "
                 "the released architecture can be imported"
             )
-    placed = {name: weights[name].to(tensor.dtype) for name, tensor in own.items()}
-    content = {"format": FORMAT, "config": to_dict(config), "step": 0, "model": placed}
+        weights[name] = theirs.to(tensor.dtype)
+    content = {"format": FORMAT, "config": to_dict(config), "step": 0, "model": weights}
     write(output, source, lambda file: checkpoint.write(content, file))
 
-    repeated = {name for name in unknown if _repeats(name, state)}
-    taken = {name for name in state if our_name(name) in own}
-    unplaced = tuple(name for name in state if name not in taken | repeated)
-    return ImportReport(output, model_config, geometry.levels, len(taken), len(repeated), unplaced, copied)
+    taken = set(names.values())
+    others = [name for name in state if name not in taken]
+    unplaced = tuple(name for name in others if not _repeats(name, state))
+    repeated = len(others) - len(unplaced)
+    return ImportReport(output, model_config, geometry.levels, len(taken), repeated, unplaced, copied)
 
 
 def _read(source: Path) -> dict[str, Tensor]:
@@ -186,19 +155,13 @@ def _infer(state: dict[str, Tensor], source: Path) -> tuple[ModelConfig, Geometr
     """Model and levels that the shapes tell of; what the two leave open is the released configuration's."""
 
     def size(name: str) -> int:
-        if name not in state:
-            raise CheckpointError(_lacks(source, name))
-        return len(state[name])
+        return len(_tensor(state, name, source))
 
     def count(pattern: str) -> int:
-        """How many of the names with a running index 0, 1, ... there are."""
-        index = 0
-        while pattern.format(index) in state:
-            index += 1
-        return index
+        return sum(re.fullmatch(pattern, name) is not None for name in state)
 
     size("encoder_q.0.conv1.weight")
-    blocks = count("encoder_q.0.layer3.{}.conv1.weight")
+    blocks = count(r"encoder_q\.0\.layer3\.\d+\.conv1\.weight")
     backbone = _BACKBONES.get(("encoder_q.0.layer1.0.conv3.weight" in state, blocks))
     if backbone is None:
         raise CheckpointError(
@@ -207,13 +170,13 @@ def _infer(state: dict[str, Tensor], source: Path) -> tuple[ModelConfig, Geometr
     width = size(f"encoder_q.1.lateral_convs.{_FPN_MAPS - 1}.conv.weight")
     hidden = size("encoder_q.2.mlp.0.weight")
     size("head.predictor.0.mlp.0.weight")
-    levels, known = count("head.predictor.{}.mlp.0.weight"), Geometry()
+    levels, known = count(r"head\.predictor\.\d+\.mlp\.0\.weight"), Geometry()
     if levels > known.levels:
         raise CheckpointError(f"{source}: {levels} levels under head.predictor, at most {known.levels} can be imported")
     model = ModelConfig(
         backbone=backbone,  # type: ignore[arg-type]
         width=width,
-        head_convs=count("encoder_q.2.cls_convs.{}.conv.weight"),
+        head_convs=count(r"encoder_q\.2\.cls_convs\.\d+\.conv\.weight"),
         hidden=hidden,
         compute="released",
         loss_weights=ModelConfig().loss_weights[:levels],
@@ -221,14 +184,16 @@ def _infer(state: dict[str, Tensor], source: Path) -> tuple[ModelConfig, Geometr
     return model, Geometry(ratios=known.ratios[:levels], images_per_canvas=known.images_per_canvas[:levels])
 
 
-def _lacks(source: Path, name: str) -> str:
-    return (
-        f"{source}: lacks {name}; expected a whole training checkpoint of the authors' MCL, not a backbone, "
-        "a detector's weights or another method's"
-    )
+def _tensor(state: dict[str, Tensor], name: str, source: Path) -> Tensor:
+    if name not in state:
+        raise CheckpointError(
+            f"{source}: lacks {name}; expected a whole training checkpoint of the authors' MCL, not a backbone, a "
+            "detector's weights or another method's"
+        )
+    return state[name]
 
 
 def _repeats(name: str, state: dict[str, Tensor]) -> bool:
     """Whether ``backbone.*`` holds the same as ``encoder_q.0.*``."""
-    twin = state.get(name.replace("backbone.", "encoder_q.0.", 1)) if name.startswith("backbone.") else None
-    return twin is not None and torch.equal(state[name], twin)
+    online = name.replace("backbone.", "encoder_q.0.", 1)
+    return name.startswith("backbone.") and online in state and torch.equal(state[name], state[online])

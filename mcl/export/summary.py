@@ -1,24 +1,12 @@
 """What an export did."""
 
-import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-
-@dataclass(frozen=True)
-class Mapped:
-    """One tensor of the file."""
-
-    part: str
-    ours: str
-    """Name in the checkpoint."""
-    theirs: str
-    """Name in the file."""
-    shape: tuple[int, ...]
-    dtype: str
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -42,45 +30,47 @@ class Report:
     """The file written."""
     metadata: Mapping[str, Any]
     """Stored in the file, too."""
-    mapped: tuple[Mapped, ...]
-    """Tensors written, in the order of the file."""
+    weights: Mapping[str, Tensor]
+    """Tensors written, by the target's names, in the order of the file."""
+    names: Mapping[str, str]
+    """The target's names by those in the checkpoint."""
     unmapped: tuple[str, ...]
     """Names of the checkpoint's other tensors."""
     verified: Verified | None
     """None if it was not asked for."""
 
     def __str__(self) -> str:
-        about = self.metadata
+        about, verified = self.metadata, self.verified
         lines = [
             f"wrote     {self.path}",
             f"          {about['network']} network at step {about['step']}: {about['backbone']}, "
             f"width {about['width']}, {about['head_convs']} head convolutions",
             f"{'part':<9} {'tensors':>7} {'values':>11} {'dtype':<8} e.g.",
             *(self._row(part) for part in about["parts"]),
-            f"left      {_counts(self.unmapped) or 'nothing'}",
+            f"left      {_counts(self.unmapped)}",
         ]
-        if self.verified is None:
-            return "\n".join([*lines, "verified  no; --verify loads it into the library's own model and compares"])
-        return "\n".join(
-            [
-                *lines,
-                f"verified  in {self.verified.library}: no key missing or unexpected, features differ by at most "
-                f"{self.verified.difference:g}",
-                f"fresh     {_counts(self.verified.fresh) or 'nothing'}",
-            ]
-        )
+        if verified is None:
+            lines.append("verified  no; --verify loads it into the library's own model and compares")
+        else:
+            lines.append(
+                f"verified  in {verified.library}: no key missing or unexpected, features differ by at most "
+                f"{verified.difference:g}"
+            )
+            lines.append(f"fresh     {_counts(verified.fresh)}")
+        return "\n".join(lines)
 
     def _row(self, part: str) -> str:
-        tensors = [m for m in self.mapped if m.part == part]
-        values = sum(math.prod(m.shape) for m in tensors)
-        kinds = ", ".join(sorted({m.dtype for m in tensors} - {"int64"}))  # counts of batches
-        first = tensors[0]
+        names = {ours: theirs for ours, theirs in self.names.items() if ours.split(".")[1] == part}
+        tensors = [self.weights[theirs] for theirs in names.values()]
+        kinds = sorted({str(t.dtype).removeprefix("torch.") for t in tensors if t.is_floating_point()})
+        ours, theirs = next(iter(names.items()))
         return (
-            f"{part:<9} {len(tensors):>7} {values:>11,} {kinds:<8} {first.ours} -> {first.theirs} {list(first.shape)}"
+            f"{part:<9} {len(tensors):>7} {sum(t.numel() for t in tensors):>11,} {', '.join(kinds):<8} "
+            f"{ours} -> {theirs} {list(tensors[0].shape)}"
         )
 
 
 def _counts(names: tuple[str, ...]) -> str:
-    """How many names begin with the same two words."""
+    """How many of the names begin with the same two words."""
     counts = Counter(".".join([word for word in name.split(".")[:-1] if not word.isdigit()][:2]) for name in names)
-    return ", ".join(f"{beginning} {count}" for beginning, count in counts.items())
+    return ", ".join(f"{beginning} {count}" for beginning, count in counts.items()) or "nothing"

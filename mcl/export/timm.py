@@ -1,31 +1,29 @@
 """timm: its ResNets, which name their tensors as torchvision does."""
 
-from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor
 
 from mcl.config import ModelConfig
 from mcl.export.files import save_plain, save_safetensors
-from mcl.export.target import Target, Twin, TwinPart
+from mcl.export.target import Target, Twin
 from mcl.export.torchvision import resnet_name
 
 
-def _build(config: ModelConfig, channels: Sequence[int]) -> nn.Module:
+def _build(config: ModelConfig) -> Any:
     import timm
 
-    model: nn.Module = timm.create_model(config.backbone, num_classes=0)
-    return model
+    return timm.create_model(config.backbone, num_classes=0)
 
 
-def _forward(model: Any, images: Any) -> Any:
-    return model.forward_intermediates(*images, indices=(1, 2, 3, 4), intermediates_only=True)  # 0 is the stem
+def _maps(model: Any, image: Tensor) -> Any:
+    return model.forward_intermediates(image, indices=(1, 2, 3, 4), intermediates_only=True)  # 0 is the stem
 
 
 TARGET = Target(
     name="timm",
     rename=resnet_name,
-    parts=("backbone",),
+    parts={"backbone": ""},
     saves={".safetensors": save_safetensors, ".pth": save_plain},
-    twin=Twin("timm", "pip install timm", _build, {"backbone": TwinPart("", _forward)}),
+    twin=Twin("timm", "pip install timm", _build, {"backbone": _maps}),
 )

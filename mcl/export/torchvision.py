@@ -1,56 +1,47 @@
 """torchvision: its ResNets, and its Faster and Mask R-CNN ``resnet50_fpn_v2``."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torchvision import models
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from mcl.config import ConfigError, ModelConfig
 from mcl.export.files import save_plain, save_safetensors
-from mcl.export.target import Target, Twin, TwinPart
+from mcl.export.target import Target, Twin
 
 _SAVES = {".pth": save_plain, ".safetensors": save_safetensors}
 _INSTALL = "pip install torchvision"
+_SIZES: dict[str, dict[str, Any]] = {
+    "backbone": {"backbone": "resnet50"},
+    "fpn": {"width": 256},
+    "head": {"width": 256, "head_convs": 4},
+}
+"""Of torchvision's detectors, by part."""
 
 
-def resnet_name(name: str) -> str | None:
+def resnet_name(name: str) -> str:
     """Canonical name to that of a ResNet on its own."""
-    return name.removeprefix("backbone.body.") if name.startswith("backbone.body.") else None
+    return name.removeprefix("backbone.body.")
 
 
-def _build_resnet(config: ModelConfig, channels: Sequence[int]) -> nn.Module:
-    model: nn.Module = getattr(models, config.backbone)()
-    return model
-
-
-def _resnet_forward(model: nn.Module, images: Sequence[Tensor]) -> list[Tensor]:
-    (x,) = images
-    maps = []
-    for name, module in model.named_children():
-        if name == "avgpool":
-            break
-        x = module(x)
-        if name.startswith("layer"):
-            maps.append(x)
-    return maps
+def _resnet_maps(model: nn.Module, image: Tensor) -> list[Tensor]:
+    return list(create_feature_extractor(model, ["layer1", "layer2", "layer3", "layer4"])(image).values())
 
 
 RESNET = Target(
     name="torchvision",
     rename=resnet_name,
-    parts=("backbone",),
+    parts={"backbone": r"(?!fc\.)"},
     saves=_SAVES,
-    twin=Twin("torchvision", _INSTALL, _build_resnet, {"backbone": TwinPart(r"(?!fc\.)", _resnet_forward)}),
+    twin=Twin("torchvision", _INSTALL, lambda config: models.get_model(config.backbone), {"backbone": _resnet_maps}),
 )
 
 
 def _check_detection(config: ModelConfig, parts: Sequence[str]) -> None:
-    wanted = {"backbone": "resnet50"}
-    if "fpn" in parts or "head" in parts:
-        wanted["width"] = "256"
-    if "head" in parts:
-        wanted["head_convs"] = "4"
-    other = [f"model.{key}={value}" for key, value in wanted.items() if str(getattr(config, key)) != value]
+    wanted = {key: size for part in ("backbone", *parts) for key, size in _SIZES[part].items()}
+    other = [f"model.{key}={size}" for key, size in wanted.items() if getattr(config, key) != size]
     if other:
         raise ConfigError(
             f"--to torchvision-detection: torchvision's detectors are for runs with {' '.join(other)}; this one has "
@@ -59,41 +50,23 @@ def _check_detection(config: ModelConfig, parts: Sequence[str]) -> None:
         )
 
 
-def _build_detector(config: ModelConfig, channels: Sequence[int]) -> nn.Module:
-    model: nn.Module = models.detection.fasterrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None)
-    return model
-
-
-def _fpn_forward(model: nn.Module, maps: Sequence[Tensor]) -> list[Tensor]:
-    pyramid = model.backbone.fpn(dict(enumerate(maps)))  # type: ignore[operator, union-attr]
-    return list(pyramid.values())[: len(maps)]  # what follows is P6
-
-
-def _head_forward(model: nn.Module, maps: Sequence[Tensor]) -> list[Tensor]:
-    (x,) = maps
-    for module in model.roi_heads.box_head:  # type: ignore[union-attr]
-        if isinstance(module, nn.Flatten):
-            break
-        x = module(x)
-    return [x]
-
-
 DETECTION = Target(
     name="torchvision-detection",
     rename=lambda name: name,
-    parts=("backbone", "fpn", "head"),
+    parts={
+        "backbone": r"backbone\.body\.",
+        "fpn": r"backbone\.fpn\.",
+        "head": r"roi_heads\.box_head\.\d\.[01]\.",
+    },
     saves=_SAVES,
     twin=Twin(
         "torchvision",
         _INSTALL,
-        _build_detector,
+        lambda config: models.detection.fasterrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None),
         {
-            "backbone": TwinPart(
-                r"backbone\.body\.",
-                lambda model, images: list(model.backbone.body(*images).values()),  # type: ignore[operator, union-attr]
-            ),
-            "fpn": TwinPart(r"backbone\.fpn\.", _fpn_forward),
-            "head": TwinPart(r"roi_heads\.box_head\.\d\.[01]\.", _head_forward),
+            "backbone": lambda model, image: list(model.backbone.body(image).values()),
+            "fpn": lambda model, maps: list(model.backbone.fpn(dict(enumerate(maps))).values())[:4],
+            "head": lambda model, p5: [nn.Sequential(*list(model.roi_heads.box_head)[:4])(p5)],
         },
     ),
     check=_check_detection,

@@ -8,44 +8,28 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dali_pipelines.source import SourceError
 from mcl.config import ConfigError
 from mcl.records.metrics import log
 
 
-@dataclass(frozen=True)
-class Split:
-    """Images and annotations of one half of the data, relative to the root."""
+class Split(NamedTuple):
+    """Images and annotations of train or val, relative to the root."""
 
     images: str
     annotations: str
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Where a kind of folder keeps things."""
-
-    train: Split
-    val: Split
-
-
-LVIS = Layout(Split("", "annotations/lvis_v1_train.json"), Split("", "annotations/lvis_v1_val.json"))
-LAYOUTS = (
-    Layout(Split("train", "instances_train.json"), Split("val", "instances_val.json")),
-    Layout(
-        Split("train2017", "annotations/instances_train2017.json"),
-        Split("val2017", "annotations/instances_val2017.json"),
-    ),
-    Layout(
-        Split("leftImg8bit/train", "annotations/instancesonly_filtered_gtFine_train.json"),
-        Split("leftImg8bit/val", "annotations/instancesonly_filtered_gtFine_val.json"),
-    ),
-    LVIS,
+_LVIS = Split("", "annotations/lvis_v1_{}.json")
+_LAYOUTS = (
+    Split("{}", "instances_{}.json"),
+    Split("{}2017", "annotations/instances_{}2017.json"),
+    Split("leftImg8bit/{}", "annotations/instancesonly_filtered_gtFine_{}.json"),
 )
-"""The one of this project first, then those of COCO, Cityscapes (as MMDetection converts it) and LVIS, whose images lie
-in COCO's folders."""
+"""Where kinds of folders keep things, {} standing for train or val: the one of this project first, then COCO's and
+Cityscapes' (as MMDetection converts it). LVIS has its images in COCO's folders."""
 
 MIN_SIDE = 32
 """Pixels; smaller images are left out, as MMDetection's configurations for COCO do (``filter_cfg.min_size``)."""
@@ -56,17 +40,16 @@ class Folder:
     """A COCO-format folder that was found to be in order."""
 
     root: Path
-    layout: Layout
+    train: Split
+    val: Split
     classes: tuple[str, ...]
     """Names of the categories to detect, in the order of the annotations, which is that of the labels."""
 
     def digest(self) -> str:
         """Of both annotation files: the same for a copy of the folder elsewhere."""
-        whole = hashlib.sha256()
-        for split in (self.layout.train, self.layout.val):
-            with open(self.root / split.annotations, "rb") as file:
-                whole.update(hashlib.file_digest(file, "sha256").digest())
-        return whole.hexdigest()
+        files = [self.root / split.annotations for split in (self.train, self.val)]
+        digests = [hashlib.sha256(file.read_bytes()).digest() for file in files]
+        return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 def open_folder(root: str, wanted: Sequence[str] = (), masks: bool = False, lvis: bool = False) -> Folder:
@@ -88,38 +71,40 @@ def open_folder(root: str, wanted: Sequence[str] = (), masks: bool = False, lvis
         raise SourceError("data.root: not set; name a COCO-format folder, e.g. data.root=data/cutouts")
     if not folder.is_dir():
         raise SourceError(f"data.root: {root} does not exist")
-    layout = _layout(folder, sorted(LAYOUTS, key=lambda layout: lvis and layout is not LVIS))
-    (train, used), (val, _) = (_read(folder, split, masks) for split in (layout.train, layout.val))
+    splits = _splits(folder, (_LVIS, *_LAYOUTS) if lvis else (*_LAYOUTS, _LVIS))
+    (train, used), (val, _) = (_read(folder, split, masks) for split in splits)
     if train != val:
         raise SourceError(
-            f"data.root: {layout.train.annotations} and {layout.val.annotations} must have the same categories in the "
-            f"same order; {_difference(train, val)}"
+            f"data.root: {splits[0].annotations} and {splits[1].annotations} must have the same categories in the same "
+            f"order; {_difference(train, val)}"
         )
     for name in wanted:
         if name not in train:
             raise ConfigError(f"data.classes: no category {name!r}; there are {', '.join(train)}")
     classes = tuple(name for name in train if name in wanted or not wanted)
     if not used.intersection(classes):
+        what = classes[0] if len(classes) == 1 else f"{len(classes)} categories ({classes[0]}, ...)"
         raise SourceError(
-            f"{folder / layout.train.annotations}: nothing to train on: no object of {_some(classes)} with an area, "
-            f"in an image of at least {MIN_SIDE} x {MIN_SIDE} pixels; set data.classes, or data.root, to others"
+            f"{folder / splits[0].annotations}: nothing to train on: no object of {what} with an area, in an image of "
+            f"at least {MIN_SIDE} x {MIN_SIDE} pixels; set data.classes, or data.root, to others"
         )
-    return Folder(folder, layout, classes)
+    return Folder(folder, *splits, classes)
 
 
-def _layout(folder: Path, layouts: Sequence[Layout]) -> Layout:
-    """The first layout of which the folder has a part."""
-    for layout in layouts:
-        splits = (layout.train, layout.val)
-        if any((folder / split.annotations).is_file() for split in splits):
-            for split in splits:
+def _splits(folder: Path, layouts: Sequence[Split]) -> tuple[Split, Split]:
+    """Train and val in the first layout of which the folder has a part."""
+    names = []
+    for images, annotations in layouts:
+        train, val = (Split(images.format(name), annotations.format(name)) for name in ("train", "val"))
+        if any((folder / split.annotations).is_file() for split in (train, val)):
+            for split in (train, val):
                 if not (folder / split.annotations).is_file():
                     raise SourceError(f"data.root: {folder / split.annotations} is missing")
                 if not (folder / split.images).is_dir():
                     raise SourceError(f"data.root: {folder / split.images} is missing, the folder of the images")
-            return layout
-    names = "; ".join(f"{layout.train.annotations} and {layout.val.annotations}" for layout in layouts)
-    raise SourceError(f"data.root: {folder} has no annotations; it must have {names}")
+            return train, val
+        names.append(f"{train.annotations} and {val.annotations}")
+    raise SourceError(f"data.root: {folder} has no annotations; it must have {'; '.join(names)}")
 
 
 def _read(folder: Path, split: Split, masks: bool) -> tuple[list[str], set[str]]:
@@ -132,13 +117,10 @@ def _read(folder: Path, split: Split, masks: bool) -> tuple[list[str], set[str]]
     path = folder / split.annotations
     images, annotations, categories = _sections(path)
     names = {category["id"]: category["name"] for category in categories}
-    repeated = [name for name, count in Counter(c["name"] for c in categories).items() if count > 1]
-    if len(names) < len(categories) or repeated:
-        raise SourceError(f"{path}: two categories have the same id or name{_example(repeated)}; make them unique")
+    repeated = [name for name, count in Counter(names.values()).items() if count > 1]
+    if repeated:
+        raise SourceError(f"{path}: two categories have the same name, e.g. {repeated[0]!r}; make them unique")
     sizes = {image["id"]: (image["width"], image["height"]) for image in images}
-    for kind, ids in (("images", list(sizes)), ("annotations", {a["id"] for a in annotations})):
-        if len(ids) < len(images if kind == "images" else annotations):
-            raise SourceError(f"{path}: two {kind} have the same id; make them unique")
     objects = []
     for annotation in annotations:
         where = f"{path}: annotation {annotation['id']}"
@@ -151,13 +133,11 @@ def _read(folder: Path, split: Split, masks: bool) -> tuple[list[str], set[str]]
             _check_mask(where, annotation.get("segmentation"))
         if annotation["area"] > 0 and min(annotation["bbox"][2:]) >= 1:
             objects.append(annotation)
-    if len(objects) < len(annotations):
-        left = len(annotations) - len(objects)
+    if left := len(annotations) - len(objects):
         log.warning("%s: %d objects of area 0, or with a side below a pixel, are left out", path, left)
     used = {annotation["category_id"] for annotation in annotations}
-    unused = [name for key, name in names.items() if key not in used]
-    if unused:
-        log.warning("%s: no object of %d categories%s", path, len(unused), _example(unused))
+    if unused := [name for key, name in names.items() if key not in used]:
+        log.warning("%s: no object of %d categories, e.g. %r", path, len(unused), unused[0])
     _check_images(folder / split.images, [file_name(image) for image in images], path)
     trained = {a["category_id"] for a in objects if min(sizes[a["image_id"]]) >= MIN_SIDE}
     return list(names.values()), {names[key] for key in trained}
@@ -193,6 +173,8 @@ def _sections(path: Path) -> list[list[dict[str, Any]]]:
                     raise SourceError(f"{path}: {name}[{number}] has the {field} {entry[field]!r}; it must be {wanted}")
             if name == "images" and not ("file_name" in entry or "coco_url" in entry):
                 raise SourceError(f"{path}: images[{number}] has no file_name")
+        if len({entry["id"] for entry in section}) < len(section):
+            raise SourceError(f"{path}: two {name} have the same id; make them unique")
     return [content[name] for name in _FIELDS]
 
 
@@ -210,12 +192,10 @@ def _check_mask(where: str, mask: Any) -> None:
     """A mask must be one that pycocotools reads, which looks at the first polygon alone."""
     if not mask:
         raise SourceError(f"{where} has no segmentation; add masks, or train a detector of boxes alone")
-    if isinstance(mask, dict):
-        valid = {"counts", "size"} <= mask.keys()
-    else:
-        first = mask[0] if isinstance(mask, list) else None
-        valid = isinstance(first, list) and len(first) >= 6 and len(first) % 2 == 0
-    if not valid:
+    first = mask[0] if isinstance(mask, list) else None
+    polygon = isinstance(first, list) and len(first) >= 6 and len(first) % 2 == 0
+    encoded = isinstance(mask, dict) and {"counts", "size"} <= mask.keys()
+    if not (polygon or encoded):
         raise SourceError(
             f"{where} has a segmentation that is neither polygons of three points or more, [[x, y, x, y, ...], ...], "
             "nor a run-length encoding"
@@ -228,30 +208,15 @@ def file_name(image: dict[str, Any]) -> str:
 
 
 def _check_images(folder: Path, names: Sequence[str], path: Path) -> None:
-    present: dict[str, set[str]] = {}
-    missing = []
-    for name in names:
-        parent, _, leaf = name.rpartition("/")
-        if parent not in present:
-            place = folder / parent
-            present[parent] = {entry.name for entry in os.scandir(place)} if place.is_dir() else set()
-        if leaf not in present[parent]:
-            missing.append(name)
+    """Lists every folder once, since a look at each image would take minutes on a network's disk."""
+    parents = {os.path.dirname(name) for name in names}
+    present = {parent: set(os.listdir(folder / parent)) for parent in parents if (folder / parent).is_dir()}
+    missing = [name for name in names if os.path.basename(name) not in present.get(os.path.dirname(name), ())]
     if missing:
         raise SourceError(f"{folder / missing[0]} is missing, and {len(missing) - 1} more images that {path} names")
 
 
 def _difference(train: Sequence[str], val: Sequence[str]) -> str:
-    only = [(name, "train") for name in train if name not in val] + [(n, "val") for n in val if n not in train]
-    if not only:
-        return "the order differs"
-    name, split = only[0]
-    return f"only {split} has {name!r}" + (f", and {len(only) - 1} more differ" if len(only) > 1 else "")
-
-
-def _some(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{len(names)} categories ({names[0]}, ...)"
-
-
-def _example(names: Sequence[str]) -> str:
-    return f", e.g. {names[0]!r}" if names else ""
+    only = [f"only train has {name!r}" for name in train if name not in val]
+    only += [f"only val has {name!r}" for name in val if name not in train]
+    return f"{only[0]}, and {len(only) - 1} more differ" if only else "the order differs"

@@ -1,6 +1,7 @@
 """Data of every step as a pure function of seed and step, so that a run can be continued at any of them."""
 
 import atexit
+import functools
 import itertools
 import math
 import multiprocessing
@@ -15,9 +16,10 @@ import numpy as np
 import torch
 from mmdet.datasets import CocoDataset
 from mmdet.registry import DATA_SAMPLERS, DATASETS, LOOPS
+from mmengine.dataset import RepeatDataset
 from mmengine.registry import FUNCTIONS
 from mmengine.runner import IterBasedTrainLoop
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Sampler
 
 from mcl.finetune.data import file_name
 
@@ -50,7 +52,7 @@ def outlive_sigterm(worker: int) -> None:
 
 
 @DATASETS.register_module()
-class SeededDataset(Dataset[Any]):
+class SeededDataset(RepeatDataset):
     """A dataset whose augmentation depends on seed, epoch and image alone.
 
     Args:
@@ -59,30 +61,13 @@ class SeededDataset(Dataset[Any]):
     """
 
     def __init__(self, dataset: dict[str, Any], seed: int = 0) -> None:
-        self.dataset = DATASETS.build(dataset)
+        super().__init__(dataset, times=1)
         self.seed = seed
-
-    @property
-    def metainfo(self) -> dict[str, Any]:
-        meta: dict[str, Any] = self.dataset.metainfo
-        return meta
-
-    def full_init(self) -> None:
-        """Reads the annotations; MMEngine calls it."""
-        self.dataset.full_init()
-
-    def get_data_info(self, index: int) -> dict[str, Any]:
-        """Annotations of an image."""
-        info: dict[str, Any] = self.dataset.get_data_info(index)
-        return info
-
-    def __len__(self) -> int:
-        return len(self.dataset)
 
     def __getitem__(self, key: tuple[int, int]) -> Any:
         """The sample of (epoch, index)."""
         seed_everything(self.seed, *key)
-        return self.dataset[key[1]]
+        return super().__getitem__(key[1])
 
 
 @DATASETS.register_module()
@@ -108,7 +93,13 @@ class EndlessBatches(Sampler[list[tuple[int, int]]]):
         self.sampler, self.batch_size = sampler, batch_size
         self.start = 0
         """Batches that the next iterator leaves out."""
-        self._upright: dict[int, bool] = {}
+
+        @functools.cache
+        def is_upright(index: int) -> bool:
+            info = sampler.dataset.get_data_info(index)
+            return bool(info["height"] > info["width"])
+
+        self._is_upright = is_upright
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         return itertools.islice(self._batches(), self.start, None)
@@ -127,12 +118,6 @@ class EndlessBatches(Sampler[list[tuple[int, int]]]):
                 if len(group) == self.batch_size:
                     yield group[:]
                     group.clear()
-
-    def _is_upright(self, index: int) -> bool:
-        if index not in self._upright:
-            info = self.sampler.dataset.get_data_info(index)
-            self._upright[index] = info["height"] > info["width"]
-        return self._upright[index]
 
 
 @LOOPS.register_module()

@@ -1,7 +1,6 @@
 """Which checkpoint a run continues from, and whether it is one of the same run."""
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,25 +44,25 @@ def prepare(config: Config, folder: Folder) -> Identity:
     """
     sections = _decisive(config, folder)
     files = _checkpoints(Path(config.work_dir))
-    if not files:
-        config.resume = False
-        return Identity(sections)
-    if not config.resume:
+    if files and not config.resume:
         raise ConfigError(f"resume: {config.work_dir} holds a run already; give this one another name=")
-    path, before = _newest(files)
-    for key, now in sections.items():
-        if before.get(key, now) != now:
-            raise ConfigError(
-                f"{config.work_dir}: the run in this folder had another {key}; give this one another name="
-            )
-    config.load_from = str(path)
+    if files:
+        path, before = _newest(files)
+        for key, now in sections.items():
+            if before.get(key, now) != now:
+                raise ConfigError(
+                    f"{config.work_dir}: the run in this folder had another {key}; give this one another name="
+                )
+        config.load_from = str(path)
+    config.resume = bool(files)
     return Identity(sections)
 
 
 def _checkpoints(folder: Path) -> list[Path]:
     """Newest first."""
-    found = {int(match[1]): p for p in folder.glob("iter_*.pth") if (match := re.fullmatch(r"iter_(\d+)\.pth", p.name))}
-    return [found[step] for step in sorted(found, reverse=True)]
+    steps = {path: path.stem.removeprefix("iter_") for path in folder.glob("iter_*.pth")}
+    files = [path for path, step in steps.items() if step.isdigit()]
+    return sorted(files, key=lambda path: int(steps[path]), reverse=True)
 
 
 def _newest(files: list[Path]) -> tuple[Path, Mapping[str, Any]]:

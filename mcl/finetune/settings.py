@@ -1,5 +1,6 @@
 """Configuration of a fine-tuning: an MMDetection file, ``key=value`` words, and what follows from the machine."""
 
+import contextlib
 import difflib
 import os
 from collections.abc import Iterator, Sequence
@@ -45,58 +46,38 @@ def _override(config: Config, word: str) -> None:
     key, separator, text = word.partition("=")
     if not separator:
         raise ConfigError(f"{word!r}: expected key=value")
-    *parents, leaf = key.split(".")
-    node: Any = config
-    for part in parents:
-        node = node[_index(node, part, key, config)]
-    index = _index(node, leaf, key, config)
+    places = {name: (node, index) for name, node, index in _places(config)}
+    if key not in places:
+        close = difflib.get_close_matches(key, places, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]}?" if close else "see the configuration file and its _base_"
+        raise ConfigError(f"{key}: no such key; {hint}")
+    node, index = places[key]
     old = node[index]
-    new = text if isinstance(old, str) else _like(old, _parse(key, text))
-    if old is not None and new is not None and not isinstance(new, type(old)):
+    try:
+        new = text if isinstance(old, str) else _like(old, yaml.safe_load(text))
+    except yaml.YAMLError:
+        raise ConfigError(f"{key}: cannot read the value {text!r}") from None
+    if old is not None and not isinstance(new, type(old)) and text not in ("null", "~"):
         raise ConfigError(f"{key}: expected {type(old).__name__}, as in {old!r}, got {text!r}")
     node[index] = new
 
 
 def _like(old: Any, new: Any) -> Any:
     """A value as YAML has it, with the numbers and tuples of the one that it replaces."""
-    if isinstance(old, float) and isinstance(new, int):
-        return float(new)
+    if old is None or (isinstance(old, float) and isinstance(new, int | str)):
+        with contextlib.suppress(ValueError):
+            return float(new)  # YAML takes 1e-4, without a point, for a word
     if isinstance(old, list | tuple) and isinstance(new, list):
         return type(old)(_like(old[0], value) if old else value for value in new)
     return new
 
 
-def _index(node: Any, part: str, key: str, config: Config) -> str | int:
-    if isinstance(node, list) and part.isdigit() and int(part) < len(node):
-        return int(part)
-    if isinstance(node, (dict, Config)) and part in node:
-        return part
-    close = difflib.get_close_matches(key, _keys(config), n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]}?" if close else "see the configuration file and its _base_"
-    raise ConfigError(f"{key}: no such key; {hint}")
-
-
-def _keys(node: Any, prefix: str = "") -> Iterator[str]:
-    """Dotted keys of all sections and leaves."""
+def _places(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Every dotted key of sections and leaves, what holds its value, and the index of the value there."""
     items = node.items() if isinstance(node, (dict, Config)) else enumerate(node) if isinstance(node, list) else ()
-    for name, value in items:
-        yield f"{prefix}{name}"
-        yield from _keys(value, f"{prefix}{name}.")
-
-
-def _parse(key: str, text: str) -> Any:
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"{key}: cannot read the value {text!r}") from None
-    if value is None:
-        return None if text in ("null", "~") else ""
-    if isinstance(value, str):
-        try:
-            return float(value)  # YAML takes 1e-4, without a point, for a word
-        except ValueError:
-            pass
-    return value
+    for index, value in items:
+        yield f"{prefix}{index}", node, index
+        yield from _places(value, f"{prefix}{index}.")
 
 
 def adapt(config: Config) -> None:

@@ -10,7 +10,7 @@ from mmengine.runner import Runner
 
 from mcl.config import ConfigError
 from mcl.distributed.signals import Signals
-from mcl.finetune import hooks, resume, weights
+from mcl.finetune import hooks, metric, resume, weights
 from mcl.finetune.data import Folder, open_folder
 from mcl.finetune.settings import innermost, replace
 
@@ -34,12 +34,12 @@ def finetune(config: Config) -> str:
         runner.train()
         if all(record["step"] < runner.iter for record in _records(config)):
             runner.val()  # the run was cut between its last checkpoint and its last evaluation
-    return hooks.table(_records(config))
+    return metric.table(_records(config))
 
 
 def _records(config: Config) -> list[dict[str, Any]]:
     """Evaluations that the first process has written, on all processes."""
-    records = [hooks.read(Path(config.work_dir))]
+    records = [metric.read(Path(config.work_dir))]
     broadcast_object_list(records)
     return records[0]
 
@@ -49,8 +49,8 @@ def use(config: Config, folder: Folder) -> None:
     config.data.classes = list(folder.classes)
     replace(config.model, "num_classes", ..., len(folder.classes))
     for split, dataset in (
-        (folder.layout.train, config.train_dataloader.dataset),
-        (folder.layout.val, config.val_dataloader.dataset),
+        (folder.train, config.train_dataloader.dataset),
+        (folder.val, config.val_dataloader.dataset),
     ):
         innermost(dataset).update(
             data_root=str(folder.root),
@@ -58,7 +58,7 @@ def use(config: Config, folder: Folder) -> None:
             data_prefix={"img": split.images},
             metainfo={"classes": folder.classes},
         )
-    config.val_evaluator.ann_file = str(folder.root / folder.layout.val.annotations)
+    config.val_evaluator.ann_file = str(folder.root / folder.val.annotations)
     config.train_dataloader.dataset.seed = config.randomness.seed
     for loader in (config.train_dataloader, config.val_dataloader):
         loader.worker_init_fn = {"type": "outlive_sigterm"}

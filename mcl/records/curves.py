@@ -30,31 +30,17 @@ _STYLE = {
 
 
 @dataclass(frozen=True)
-class Curves:
-    """A figure for the page."""
-
-    title: str
-    note: str
-    svg: Markup
-
-
-@dataclass(frozen=True)
 class Line:
-    """One series; a name puts it into the legend."""
+    """One series; a name without an underscore before it is put into the legend."""
 
     values: FloatSeries
     colour: str
-    name: str = ""
+    name: str = "_"
     style: str = "-"
 
 
-@dataclass(frozen=True)
-class Panel:
-    """One pair of axes."""
-
-    label: str  # of the vertical axis
-    lines: Sequence[Line]
-    from_zero: bool = False
+Panels = Mapping[str, Sequence[Line]]
+"""What is drawn above each other: the lines of each pair of axes, by the label of its vertical axis."""
 
 
 def number(record: Record, key: str, i: int | None = None) -> float | None:
@@ -71,30 +57,29 @@ def length(record: Record, key: str) -> int:
     return len(value) if isinstance(value, list) else 0
 
 
-def training_curves(train: Sequence[Record]) -> list[Curves]:
-    """Loss, cosines, schedules and speed from training records; at least two of them."""
+def training_curves(train: Sequence[Record]) -> list[tuple[str, str, Markup]]:
+    """Loss, cosines, schedules and speed from training records, at least two of them: title, note and inline SVG."""
 
     def series(key: str, i: int | None = None) -> FloatSeries:
         values = [number(record, key, i) for record in train]
         return np.array([math.nan if value is None else value for value in values])
 
-    label = "epoch" if np.isfinite(series("epoch")).all() else "step"
-    x = series(label)
+    x_label = "epoch" if np.isfinite(series("epoch")).all() else "step"
+    x = series(x_label)
     colours = [PALETTE[i % len(PALETTE)] for i in range(max(length(record, "positive") for record in train))]
     positive = [Line(series("positive", i), colour, f"level {i}") for i, colour in enumerate(colours)]
     negative = [Line(series("negative", i), colour, style="--") for i, colour in enumerate(colours)]
-    loss = Panel("loss", [Line(series("loss"), PALETTE[0])])
-    cosine = Panel("cosine", positive + negative)
-    lr = Panel("learning rate", [Line(series("lr"), _INK)])
-    ema = Panel("EMA momentum", [Line(series("ema"), _INK)])
-    speed = Panel("images / s", [Line(series("images_per_s"), PALETTE[0])], from_zero=True)
-    wait = Panel("data wait, %", [Line(100 * series("data_wait"), PALETTE[1])], from_zero=True)
+    schedules = {"learning rate": [Line(series("lr"), _INK)], "EMA momentum": [Line(series("ema"), _INK)]}
+    speed = {
+        "images / s": [Line(series("images_per_s"), PALETTE[0])],
+        "data wait, %": [Line(100 * series("data_wait"), PALETTE[1])],
+    }
     with_whom = "solid: with their own image; dashed: with the others"
     return [
-        _figure("Loss", "", x, label, [loss]),
-        _figure("Cosine of tiles and targets", with_whom, x, label, [cosine]),
-        _figure("Schedules", "", x, label, [lr, ema]),
-        _figure("Speed", "", x, label, [speed, wait]),
+        ("Loss", "", _svg("Loss", x, x_label, {"loss": [Line(series("loss"), PALETTE[0])]})),
+        ("Cosine of tiles and targets", with_whom, _svg("Cosine", x, x_label, {"cosine": positive + negative})),
+        ("Schedules", "", _svg("Schedules", x, x_label, schedules)),
+        ("Speed", "", _svg("Speed", x, x_label, speed, from_zero=True)),
     ]
 
 
@@ -103,42 +88,37 @@ def _thinned(values: FloatSeries) -> FloatSeries:
     return np.array([part.mean() for part in np.array_split(values, min(POINTS, len(values)))])
 
 
-def _figure(title: str, note: str, x: FloatSeries, x_label: str, panels: Sequence[Panel]) -> Curves:
-    """Panels above each other."""
-    style: dict[Any, Any] = {**_STYLE, "svg.hashsalt": title}
+def _svg(salt: str, x: FloatSeries, x_label: str, panels: Panels, from_zero: bool = False) -> Markup:
+    """Inline SVG that takes its text colour and font from the page; `salt` tells its ids from those of others."""
+    style: dict[Any, Any] = {**_STYLE, "svg.hashsalt": salt}
     with mpl.rc_context(style):
         figure = Figure(figsize=(5.6, 3.5), layout="constrained")
         axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-        for ax, panel in zip(axes, panels, strict=True):
-            _draw(ax, _thinned(x), panel)
+        for ax, (label, lines) in zip(axes, panels.items(), strict=True):
+            _draw(ax, x, label, lines, from_zero)
         axes[-1].set_xlabel(x_label)
         figure.align_ylabels(list(axes))
         buffer = io.StringIO()
         no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
-    return Curves(title, note, _inline(buffer.getvalue()))
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :].replace("xlink:href", "href")
+    svg = re.sub(r'\s(xmlns(:\w+)?="[^"]*"|id="[\w.]+_\d+")', "", svg)  # such ids would repeat from figure to figure
+    return Markup(svg.replace(_INK, "currentColor").replace(_GRID, "var(--line)"))
 
 
-def _draw(ax: Axes, x: FloatSeries, panel: Panel) -> None:
-    for line in panel.lines:
-        ax.plot(x, _thinned(line.values), line.style, color=line.colour, linewidth=1.6, label=line.name or None)
-    ax.set_ylabel(panel.label)
+def _draw(ax: Axes, x: FloatSeries, label: str, lines: Sequence[Line], from_zero: bool) -> None:
+    for line in lines:
+        ax.plot(_thinned(x), _thinned(line.values), line.style, color=line.colour, linewidth=1.6, label=line.name)
+    ax.set_ylabel(label)
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(color=_GRID, linewidth=0.6)
     ax.set_axisbelow(True)
     ax.margins(x=0.01)
     ax.ticklabel_format(axis="y", useOffset=False)
-    if not any(np.isfinite(line.values).any() for line in panel.lines):
+    if not any(np.isfinite(line.values).any() for line in lines):
         ax.text(0.5, 0.5, "not recorded", ha="center", va="center", transform=ax.transAxes)
-    elif panel.from_zero:
+    elif from_zero:
         ax.set_ylim(bottom=0)
-    named = sum(bool(line.name) for line in panel.lines)
-    if named:
+    if named := sum(not line.name.startswith("_") for line in lines):
         ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=named, frameon=False, handlelength=1.2)
-
-
-def _inline(svg: str) -> Markup:
-    """Matplotlib's SVG without what only a file needs, and with the page's colours."""
-    svg = svg[svg.index("<svg") :].replace("xlink:href", "href")
-    svg = re.sub(r'\s(xmlns(:\w+)?="[^"]*"|id="[\w.]+_\d+")', "", svg)  # such ids would repeat from figure to figure
-    return Markup(svg.replace(_INK, "currentColor").replace(_GRID, "var(--line)"))

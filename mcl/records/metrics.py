@@ -158,7 +158,7 @@ def _run_id(path: Path) -> str:
 def read(path: Path) -> list[Record]:
     """Records of a ``metrics.jsonl``; a last line that was cut by a crash is left out."""
     records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):
             records.append(json.loads(line))
     return records

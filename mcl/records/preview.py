@@ -14,8 +14,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from dali_pipelines.batch import MontageBatch
 from dali_pipelines.geometry import STRIDE
+from dali_pipelines.montage import MontageBatch
 from mcl.config import AugmentConfig, ConfigError
 from mcl.models import Encoder
 
@@ -165,7 +165,7 @@ def _draw_header(picture: Image.Image, batch: MontageBatch, focus: int) -> None:
         draw,
         (MARGIN, MARGIN + 58),
         f"{images} images, canvases of {canvas} px. Every tile has to find its own image among the full images of the "
-        f"other view: lines for image {focus} (number {int(batch.index[focus])} of the data set).",
+        f"other view. Lines show this for image {focus} (number {int(batch.index[focus])} of the data set).",
         26,
         GRAY,
     )

@@ -10,11 +10,11 @@ import torch
 import torchvision.transforms.v2.functional as F
 from PIL import Image
 
-from dali_pipelines import ops, pipelines, reference
+from dali_pipelines import pipelines, reference, stock_ops
 from dali_pipelines import plan as planning
-from dali_pipelines.batch import MontageBatch, assemble, tile_boxes
 from dali_pipelines.geometry import Geometry
 from dali_pipelines.loader import MontageLoader
+from dali_pipelines.montage import MontageBatch, assemble, tile_boxes
 from dali_pipelines.plan import VIEWS, Plan
 from dali_pipelines.source import Source, open_source
 from mcl.config import AugmentConfig, DataConfig
@@ -309,7 +309,7 @@ def test_the_pipeline_takes_as_many_inputs_as_it_is_fed(source: Source) -> None:
     plan = make_plan(source, AugmentConfig())
     step = plan.step(0, source.sizes)
     images = [np.frombuffer(source.names[i].encode(), np.uint8) for i in step.index]
-    assert len(pipelines.stock_feed(step, images)) == 2 + VIEWS * GEOMETRY.levels * ops.RECIPE_NODES
+    assert len(pipelines.stock_feed(step, images)) == 2 + VIEWS * GEOMETRY.levels * stock_ops.RECIPE_NODES
     assert len(pipelines.fused_feed(step, images)) == 4
 
 

@@ -21,7 +21,7 @@ from mcl import cli
 from mcl import commands as run
 from mcl.config import Config, ConfigError, DataConfig, ModelConfig, TrainerConfig
 from mcl.export import TARGETS, export
-from mcl.export.canonical import canonical_names, part_of
+from mcl.export.canonical import canonical_names
 from mcl.export.files import default_path, write
 from mcl.export.openselfsup import import_file, their_name
 from mcl.models import MCL
@@ -40,7 +40,9 @@ def test_canonical_names_and_shapes_are_torchvisions() -> None:
     assert {theirs: state[ours].shape for ours, theirs in names.items()} == {
         name: tensor.shape for name, tensor in detector.items() if kept.match(name)
     }
-    assert all(ours.startswith(part_of(theirs) + ".") for ours, theirs in names.items())
+    prefixes = {"backbone.body": "backbone", "backbone.fpn": "fpn", "roi_heads.box_head": "head"}
+    for ours, theirs in names.items():
+        assert ours.partition(".")[0] == prefixes[".".join(theirs.split(".")[:2])]
     assert {name for name in state if name not in names} == {n for n in state if n.startswith("head.projector.")}
 
 
@@ -63,18 +65,18 @@ def test_report_accounts_for_every_tensor(
     target = TARGETS[to]
     report = export(saved, to, output=tmp_path / f"x{next(iter(target.saves))}")
     own = model.state_dict()
-    assert sorted([m.ours for m in report.mapped] + list(report.unmapped)) == sorted(own)
-    assert {m.part for m in report.mapped} == set(target.parts) == set(report.metadata["parts"])
-    assert len({m.theirs for m in report.mapped}) == len(report.mapped)
-    for m in report.mapped:
-        assert m.shape == tuple(own[m.ours].shape)
-        assert m.dtype == ("int64" if m.ours.endswith("num_batches_tracked") else "float32")
+    assert sorted([*report.names, *report.unmapped]) == sorted(own)
+    assert {ours.split(".")[1] for ours in report.names} == set(target.parts) == set(report.metadata["parts"])
+    assert list(report.names.values()) == list(report.weights)
+    for ours, theirs in report.names.items():
+        assert report.weights[theirs].shape == own[ours].shape
+        assert report.weights[theirs].dtype == own[ours].dtype
     text = str(report)
-    first = report.mapped[0]
+    ours, theirs = next(iter(report.names.items()))
     for words in (
         str(report.path),
         "online network at step 3",
-        f"{first.ours} -> {first.theirs} {list(first.shape)}",
+        f"{ours} -> {theirs} {list(own[ours].shape)}",
         f"predictors {sum(n.startswith('predictors.') for n in own)}",
         "--verify",
     ):
@@ -103,8 +105,8 @@ def test_files_hold_the_weights_and_say_what_they_are(model: MCL, saved: Path, t
     own = model.state_dict()
     for report, (weights, metadata) in zip(reports.values(), contents, strict=True):
         assert metadata == report.metadata
-        assert weights.keys() == {m.theirs for m in report.mapped}
-        assert all(torch.equal(weights[m.theirs], own[m.ours]) for m in report.mapped)
+        assert weights.keys() == report.weights.keys()
+        assert all(torch.equal(weights[theirs], own[ours]) for ours, theirs in report.names.items())
     told = {key: header[key] for key in ("step", "network", "parts", "backbone", "width", "head_convs", "input")}
     assert told == {
         "step": 3,
@@ -120,7 +122,7 @@ def test_files_hold_the_weights_and_say_what_they_are(model: MCL, saved: Path, t
 
 def test_parts(saved: Path, tmp_path: Path) -> None:
     report = export(saved, "mmdet", parts=["head", "backbone"], output=tmp_path / "x.pth")
-    assert {m.part for m in report.mapped} == {"backbone", "head"}
+    assert {ours.split(".")[1] for ours in report.names} == {"backbone", "head"}
     assert report.metadata["parts"] == ["backbone", "head"]
     assert sum(name.startswith("online.fpn.") for name in report.unmapped) == 48
 
@@ -158,7 +160,7 @@ def test_what_a_checkpoint_does_not_have(tmp_path: Path) -> None:
         export(path, "mmdet")
     with pytest.raises(ConfigError, match=r"model.head_convs=0.*--parts backbone,fpn"):
         export(path, "mmdet", parts=["head"])
-    names = {m.theirs for m in export(path, "mmdet-retinanet").mapped if m.part == "fpn"}
+    names = {name for name in export(path, "mmdet-retinanet").weights if name.startswith("neck.")}
     assert len(names) == 36
     assert {".".join(name.split(".")[:3]) for name in names} == {
         f"neck.{kind}_convs.{i}" for kind in ("lateral", "fpn") for i in range(3)
@@ -180,14 +182,14 @@ def test_library_that_is_not_installed(saved: Path, tmp_path: Path, monkeypatch:
 def test_verification_fails_where_the_library_differs(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def other_epsilon(config: ModelConfig, channels: Sequence[int]) -> nn.Module:
+    def other_epsilon(config: ModelConfig) -> nn.Module:
         return torchvision.models.resnet18(norm_layer=lambda n: nn.BatchNorm2d(n, eps=1e-3))
 
     target = TARGETS["torchvision"]
     assert target.twin is not None
     for build, message in (
-        (lambda config, channels: torchvision.models.resnet34(), "96 tensors are missing, unexpected or of another"),
-        (lambda config, channels: torchvision.models.wide_resnet50_2(), r"unexpected.*the first: layer1\.0\.bn3\.bias"),
+        (lambda config: torchvision.models.resnet34(), "96 tensors are missing, unexpected or of another"),
+        (lambda config: torchvision.models.wide_resnet50_2(), r"unexpected.*the first: layer1\.0\.bn3\.bias"),
         (other_epsilon, r"features of the backbone differ by 0\.\d+ in torchvision"),
     ):
         twin = dataclasses.replace(target.twin, build=build)

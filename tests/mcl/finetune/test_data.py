@@ -28,7 +28,7 @@ def change(path: Path, edit: Callable[[Any], object]) -> None:
 def test_classes_come_from_annotations(folder: Path) -> None:
     found = open_folder(str(folder), masks=True)
     assert found.classes == CLASSES
-    assert (found.layout.train.images, found.layout.val.annotations) == ("train", "instances_val.json")
+    assert (found.train.images, found.val.annotations) == ("train", "instances_val.json")
     assert open_folder(str(folder), wanted=["part"]).classes == ("part",)
 
 
@@ -60,7 +60,7 @@ def test_other_layouts(fresh: Path, names: tuple[str, ...], lvis: bool) -> None:
 
             change(fresh / f"annotations/lvis_v1_{split}.json", name_by_url)
     found = open_folder(str(fresh), lvis=lvis)
-    assert (found.layout.train.annotations, found.classes) == (names[2], CLASSES)
+    assert (found.train.annotations, found.classes) == (names[2], CLASSES)
 
 
 def _first(content: Any, **values: Any) -> None:
@@ -88,13 +88,15 @@ def _first(content: Any, **values: Any) -> None:
         (lambda c: _first(c, category_id=99), r"annotation 1 is of category 99, which is not among the categories"),
         (lambda c: _first(c, segmentation=[]), r"annotation 1 has no segmentation; add masks"),
         (lambda c: _first(c, id=2), r"two annotations have the same id"),
+        (lambda c: c["images"][0].update(id=2), r"two images have the same id"),
+        (lambda c: c["categories"][0].update(id=2), r"two categories have the same id"),
         (lambda c: c["images"][0].pop("width"), r"images\[0\] has no width"),
         (lambda c: c["images"][0].update(file_name="gone.jpg"), r"train/gone.jpg is missing, and 0 more"),
         (lambda c: c.update(annotations=[]), r"instances_train.json: has no annotations"),
         (lambda c: c.pop("categories"), r"instances_train.json: has no categories"),
         (lambda c: c["categories"][0].update(name="cat"), r"same categories in the same order; only train has 'cat'"),
         (lambda c: c["categories"].reverse(), r"same categories in the same order; the order differs"),
-        (lambda c: c["categories"][0].update(name="part"), r"two categories have the same id or name, e.g. 'part'"),
+        (lambda c: c["categories"][0].update(name="part"), r"two categories have the same name, e.g. 'part'"),
     ],
 )
 def test_what_is_wrong_is_named(fresh: Path, edit: Callable[[Any], object], message: str) -> None:

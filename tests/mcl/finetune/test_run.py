@@ -24,11 +24,10 @@ pytest.importorskip("mmdet", reason="needs MMDetection: make mmdet")
 from mcl import cli
 from mcl.config import ConfigError
 from mcl.distributed.signals import Interrupted
-from mcl.finetune import finetune, hooks
-from mcl.finetune.metric import FolderMetric
+from mcl.finetune import finetune, hooks, metric
 from tests.conftest import ROOT
+from tests.mcl.distributed.test_faults import children
 from tests.mcl.finetune.conftest import MINI, TINY
-from tests.mcl.test_faults import children
 
 STEPS = 6
 
@@ -68,12 +67,12 @@ def whole(folder: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFacto
 
 def test_table(whole: tuple[Path, str]) -> None:
     folder, table = whole
-    assert (folder / hooks.TABLE).read_text() == table
+    assert (folder / metric.TABLE).read_text() == table
     header, _, box, mask = table.splitlines()
     assert header == "| step | of | AP | AP50 | AP75 | APs | APm | APl |"
     assert box.startswith(f"| {STEPS} | box | ")
     assert mask.startswith(f"| {STEPS} | mask | ")
-    (record,) = json.loads((folder / hooks.RESULTS).read_text())
+    (record,) = json.loads((folder / metric.RESULTS).read_text())
     assert record["step"] == STEPS
     assert all(0 <= record[kind][name] <= 100 for kind in ("box", "mask") for name in ("AP", "AP50", "AP75"))
 
@@ -86,16 +85,18 @@ def test_from_scratch(folder: Path, tmp_path: Path) -> None:
 def recorded(measured: dict[str, float], folder: Path) -> dict[str, Any]:
     """The record that an evaluation after 5 steps leaves in a folder."""
     runner = SimpleNamespace(work_dir=folder, iter=5, logger=logging.getLogger("test"))
-    hooks.APTable().after_val_epoch(runner, measured)
-    (record,) = hooks.read(folder)
+    metric.APTable().after_val_epoch(runner, measured)
+    (record,) = metric.read(folder)
     return record
 
 
 def test_a_detector_that_finds_nothing_has_an_ap_of_zero(folder: Path, tmp_path: Path) -> None:
-    metric = FolderMetric(ann_file=str(folder / "instances_val.json"), metric=["bbox", "segm"])
-    metric.dataset_meta = {"classes": ("thing", "part")}
+    measure = metric.FolderMetric(ann_file=str(folder / "instances_val.json"), metric=["bbox", "segm"])
+    measure.dataset_meta = {"classes": ("thing", "part")}
     nothing = {"bboxes": np.empty((0, 4)), "scores": np.empty(0), "labels": np.empty(0, int), "masks": []}
-    found = metric.compute_metrics([({}, {"img_id": image, "mask_scores": np.empty(0), **nothing}) for image in (1, 2)])
+    found = measure.compute_metrics(
+        [({}, {"img_id": image, "mask_scores": np.empty(0), **nothing}) for image in (1, 2)]
+    )
     aps = recorded({f"coco/{name}": value for name, value in found.items()}, tmp_path)
     assert set(aps["box"].values()) == set(aps["mask"].values()) == {0.0}
 
@@ -109,7 +110,7 @@ def test_checkpoints_are_plain(whole: tuple[Path, str]) -> None:
 
 def cut_after_three_steps(run: Path) -> None:
     """Leaves in a run folder what a killed run does, its newest checkpoint cut short by a slow disk."""
-    for path in (run / f"iter_{STEPS}.pth", run / hooks.RESULTS, run / hooks.TABLE):
+    for path in (run / f"iter_{STEPS}.pth", run / metric.RESULTS, run / metric.TABLE):
         path.unlink(missing_ok=True)
     (run / "iter_5.pth").write_bytes((run / "iter_3.pth").read_bytes()[:1000])
 
@@ -129,11 +130,11 @@ def test_cut_then_stopped_in_its_evaluation_and_resumed(
     cut_after_three_steps(run)
     arguments = words(folder, tmp_path, "cut", f"weights={checkpoint}")
 
-    def signalled(self: hooks.APTable, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+    def signalled(self: metric.APTable, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(hooks.APTable, "before_val_iter", signalled)
+        patch.setattr(metric.APTable, "before_val_iter", signalled)
         with pytest.raises(Interrupted):
             finetune(MINI, arguments)
     expected = losses(whole[0])
@@ -259,4 +260,4 @@ def test_statistics_are_means_over_the_training_data() -> None:
 def test_table_of_boxes_alone_and_nothing_to_find(tmp_path: Path) -> None:
     record = recorded({"coco/bbox_mAP": 0.4251, "coco/bbox_mAP_s": -1.0}, tmp_path)
     assert record == {"step": 5, "box": {"AP": 42.5, "APs": None}}
-    assert (tmp_path / hooks.TABLE).read_text().splitlines()[-1] == "| 5 | box | 42.5 | - |"
+    assert (tmp_path / metric.TABLE).read_text().splitlines()[-1] == "| 5 | box | 42.5 | - |"

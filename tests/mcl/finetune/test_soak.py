@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("mmdet", reason="needs MMDetection: make mmdet")
 
-from mcl.finetune import hooks, settings, training
+from mcl.finetune import metric, settings, training
 from tests.mcl.finetune.conftest import CONFIGS, make_folder
 
 REGIONS = 64
@@ -28,9 +28,9 @@ def test_a_step_of_every_configuration(path: Path, tmp_path: Path) -> None:
         config.model.train_cfg.rcnn.sampler.num = REGIONS
     config.custom_hooks[2].batches = 1
     table = training.finetune(config)
-    (record,) = hooks.read(tmp_path / path.stem)
+    (record,) = metric.read(tmp_path / path.stem)
     assert record["step"] == 1
     assert ("mask" in record) == (config.model.type == "MaskRCNN")
-    assert table == hooks.table([record])
+    assert table == metric.table([record])
     state = torch.load(tmp_path / path.stem / "iter_1.pth", weights_only=True)
     assert all(tensor.isfinite().all() for tensor in state["state_dict"].values())

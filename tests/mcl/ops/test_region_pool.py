@@ -3,25 +3,22 @@
 Every test of values runs the compiled operator and the PyTorch one.
 """
 
-import copy
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-import torchvision
 from torch import Tensor, nn
 
-from dali_pipelines.batch import tile_boxes
 from dali_pipelines.geometry import Geometry
+from dali_pipelines.montage import tile_boxes
 from mcl.ops import fallback, region_pool
 from mcl.ops.library import compiled
 from mcl.ops.region_pool import channels_last
+from tests.mcl.ops.regions import LAYOUTS, STRIDES, Pool, check_errors, maps, random_boxes, reshaped, roi_align
 
-Pool = Callable[..., Tensor]
-LAYOUTS = [torch.contiguous_format, torch.channels_last]
 SPECIAL = [math.nan, math.inf, -math.inf]
 
 
@@ -55,46 +52,6 @@ def pool(request: pytest.FixtureRequest) -> Iterator[Pool]:
         yield region_pool
     else:
         yield _fallback
-
-
-def reshaped(features: Tensor, ratio: int) -> Tensor:
-    """The oracle on the grid: (n, C, r * cells, r * cells) cut into its tiles, (n * r^2, C, cells, cells)."""
-    n, channels, height, _ = features.shape
-    cells = height // ratio
-    grid = features.reshape(n, channels, ratio, cells, ratio, cells)
-    return grid.permute(0, 2, 4, 1, 3, 5).reshape(n * ratio * ratio, channels, cells, cells)
-
-
-def roi_align(
-    features: list[Tensor], strides: list[float], boxes: Tensor, index: Tensor, size: int, ratio: int = 0
-) -> Tensor:
-    """torchvision's, map by map."""
-    results = features[0].new_zeros(len(boxes), features[0].shape[1], size, size)
-    for level, (f, stride) in enumerate(zip(features, strides, strict=True)):
-        mine = index == level
-        pooled = torchvision.ops.roi_align(f, boxes[mine].to(f.dtype), size, 1 / stride, ratio, True)
-        results = results.index_put((mine.nonzero()[:, 0],), pooled)
-    return results
-
-
-def random_boxes(number: int, rows: list[int], reach: float, seed: int) -> tuple[Tensor, Tensor]:
-    """(R, 5) boxes, some partly or wholly outside of [0, reach], and (R,) maps."""
-    generator = torch.Generator().manual_seed(seed)
-    index = torch.randint(len(rows), (number,), generator=generator)
-    corners = torch.rand(number, 2, 2, generator=generator) * reach * 1.4 - reach * 0.2
-    low, high = corners.amin(1), corners.amax(1)
-    row = (torch.rand(number, generator=generator) * torch.tensor(rows)[index]).floor()
-    return torch.cat([row[:, None], low, high], 1), index
-
-
-def maps(dtype: torch.dtype, layout: torch.memory_format, channels: int = 5, seed: int = 0) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    shapes = [(3, channels, 4, 4), (2, channels, 8, 7), (1, channels, 15, 17)]
-    drawn = [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes]
-    return [f.contiguous(memory_format=layout).requires_grad_() for f in drawn]
-
-
-STRIDES = [32.0, 16.0, 8.0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -171,61 +128,6 @@ def test_errs_at_most_twice_as_much_as_plain_pytorch(
     pool: Pool, dtype: torch.dtype, layout: torch.memory_format, ratio: int
 ) -> None:
     check_errors(pool, maps(dtype, layout, channels=24), *random_boxes(40, [3, 2, 1], 128, seed=3), 7, ratio)
-
-
-def check_errors(
-    pool: Pool, features: list[Tensor], boxes: Tensor, index: Tensor, size: int, ratio: int, device: str = "cpu"
-) -> None:
-    """On a device, pooling and its gradients are at most twice as far from float64 as PyTorch's in this precision.
-
-    PyTorch's is torchvision's in float32. With 16 bits, where that rounds the boxes or does not exist, it is the same
-    RoIAlign written in PyTorch. All but `pool` is computed on the CPU.
-    """
-    dtype = features[0].dtype
-    exact = [f.detach().double().requires_grad_() for f in features]
-    moved = [f.detach().to(device).requires_grad_() for f in features]
-    reference = roi_align if dtype == torch.float32 else plain_pytorch
-    ours = pool(moved, STRIDES, boxes.to(device), index.to(device), size, ratio)
-    plain = reference(features, STRIDES, boxes, index, size, ratio)
-    truth = roi_align(exact, STRIDES, boxes, index, size, ratio)
-    assert ours.dtype == dtype
-    assert error(ours, truth) <= 2 * error(plain, truth)
-    grad = torch.randn(truth.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    grads = (
-        torch.autograd.grad(p, f, grad.to(p.device, p.dtype))
-        for p, f in ((ours, moved), (plain, features), (truth, exact))
-    )
-    for ours, plain, truth in zip(*grads, strict=True):
-        assert error(ours, truth) <= 2 * error(plain, truth)
-
-
-def error(x: Tensor, truth: Tensor) -> float:
-    return (x.cpu().double() - truth).abs().max().item()
-
-
-def plain_pytorch(
-    features: list[Tensor], strides: list[float], boxes: Tensor, index: Tensor, size: int, ratio: int
-) -> Tensor:
-    """RoIAlign by indexing, at the features' precision; coordinates are exact enough in fp64."""
-    pooled = []
-    for (row, x1, y1, x2, y2), level in zip(boxes.double().tolist(), index.tolist(), strict=True):
-        f, stride = features[level][int(row)], strides[level]
-        axes, samples = [], []
-        for low, high, length in ((y1, y2, f.shape[1]), (x1, x2, f.shape[2])):
-            count = ratio or math.ceil((high - low) / stride / size)
-            step = (high - low) / stride / size / count
-            at = low / stride - 0.5 + (torch.arange(size * count, dtype=torch.float64) + 0.5) * step
-            samples.append((size, count))
-            inside = (at >= -1) & (at <= length)
-            at = at.clamp(0, length - 1)
-            left = at.floor().long().clamp(max=length - 1)
-            share = (at - left).to(f.dtype)
-            axes.append((left, (left + 1).clamp(max=length - 1), 1 - share, share, inside.to(f.dtype)))
-        (yl, yh, wyl, wyh, iny), (xl, xh, wxl, wxh, inx) = axes
-        rows = f[:, yl] * wyl[:, None] + f[:, yh] * wyh[:, None]
-        cells = (rows[:, :, xl] * wxl + rows[:, :, xh] * wxh) * iny[:, None] * inx
-        pooled.append(cells.unflatten(2, samples[1]).unflatten(1, samples[0]).mean((2, 4)))
-    return torch.stack(pooled)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -418,22 +320,6 @@ def test_autocast_keeps_boxes_and_widens_maps() -> None:
     assert torch.equal(bare, region_pool([a, b], [8.0, 4.0], boxes, index, 2))
     low.sum().backward()
     assert module.conv.weight.grad is not None
-
-
-def test_under_ddp(tmp_path: Any) -> None:
-    """One process over gloo: gradients pass through the reducer."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        module = Regions()
-        parallel = nn.parallel.DistributedDataParallel(copy.deepcopy(module))
-        for m in (module, parallel):
-            m(*inputs()).square().sum().backward()
-        for p, q in zip(module.parameters(), parallel.parameters(), strict=True):
-            assert p.grad is not None
-            assert q.grad is not None
-            torch.testing.assert_close(p.grad, q.grad)
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize(
