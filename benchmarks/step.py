@@ -2,8 +2,9 @@
 
 A step is forward, backward, clip, optimiser and momentum network, on fixed inputs of noise:
 
-* ``released``: the preset of that name, at canvases of ``--cells`` cells: the authors' way;
-* ``matched``: the preset, at the same canvases;
+* ``authors``: the authors' step in plain PyTorch (:mod:`benchmarks.authors`), at canvases of ``--cells`` cells;
+* ``released``: the preset that computes the same, at the same canvases;
+* ``matched``: the preset that needs less for it, likewise;
 * ``recompute``: ``matched`` with activation checkpointing;
 * ``bf16``: ``matched`` in bf16, whatever ``--precision``; slower than fp32 on a CPU without bf16 instructions, of which
   ``mcl doctor`` tells;
@@ -36,6 +37,7 @@ import torchvision
 from torch.optim import SGD
 
 from benchmarks import charts
+from benchmarks.authors import Authors, AuthorsStep
 from benchmarks.common import PRESETS, Result, argument_parser, finish, progress, rounds, summary, tables, timed
 from dali_pipelines.geometry import STRIDE
 from dali_pipelines.montage import MontageBatch, in_order
@@ -106,6 +108,7 @@ class Pretraining:
     """A preset of this project, in one process: forward, backward, clip, optimiser, momentum network."""
 
     config: Config
+    plain: bool = False  # the authors' step in plain PyTorch instead, which computes the same as `released`
 
     def stages(self) -> list[Stage]:
         """As of :class:`Supervised`.
@@ -113,14 +116,18 @@ class Pretraining:
         Raises:
             ConfigError: the batch fills no whole canvases.
         """
-        counted = ("epochs", "gflop_per_image", "saved_bytes")
+        counted = ["epochs", "gflop_per_image", *([] if self.plain else ["saved_bytes"])]
         stages = budget(self.config, gpus=1)["stages"]
         return [{"side": stage["canvas"], **{key: stage[key] for key in counted}} for stage in stages]
 
     def start(self) -> Step:
         """Makes the model."""
         optim, device = self.config.optim, resolve_device(self.config.trainer.device)
-        update = TrainingStep(self.config, MCL(self.config.model, self.config.montage), device)
+        update: Callable[[MontageBatch, MontageBatch, float, float], object]
+        if self.plain:
+            update = AuthorsStep(self.config, Authors(self.config.model, self.config.montage.cells).to(device))
+        else:
+            update = TrainingStep(self.config, MCL(self.config.model, self.config.montage), device)
         images = self.config.trainer.global_batch
         lr = optim.base_lr * images / 256
 
@@ -143,7 +150,7 @@ def _noise(images: int, side: int, seed: int) -> torch.Tensor:
 Contender = Supervised | Pretraining
 
 
-def _preset(setting: Setting, name: str, *words: str, scheduled: bool = False) -> Contender:
+def _preset(setting: Setting, name: str, *words: str, scheduled: bool = False) -> Pretraining:
     """A preset with the backbone, batch, precision, device and size of the setting, and with `words`.
 
     Args:
@@ -162,6 +169,10 @@ def _preset(setting: Setting, name: str, *words: str, scheduled: bool = False) -
 CONTENDERS: dict[str, tuple[str, Callable[[Setting], Contender]]] = {
     "supervised": ("supervised, 224 px", lambda setting: Supervised(setting, 224)),
     "supervised_canvas": ("supervised, canvas size", lambda setting: Supervised(setting, STRIDE * setting.cells)),
+    "authors": (
+        "authors, plain PyTorch",
+        lambda setting: dataclasses.replace(_preset(setting, "in1k_released"), plain=True),
+    ),
     "released": ("released", lambda setting: _preset(setting, "in1k_released")),
     "matched": ("matched", lambda setting: _preset(setting, "in1k")),
     "recompute": ("matched, recompute", lambda setting: _preset(setting, "in1k", "trainer.recompute=true")),
@@ -304,7 +315,7 @@ def bars(results: Sequence[Result]) -> dict[str, list[charts.Bar]]:
     """What the chart shows."""
     rows = {}
     for r in results:
-        ours = not r["contender"].startswith(("supervised", "released"))
+        ours = not r["contender"].startswith(("supervised", "authors", "released"))
         notes = []
         if "ratio_to_supervised" in r and r["contender"] != "supervised":
             notes.append(f"{r['ratio_to_supervised']:.1f}× a supervised step")

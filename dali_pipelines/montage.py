@@ -5,7 +5,6 @@ Shape letters: N images, K canvases of all levels, T tiles of all levels, L leve
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -144,28 +143,14 @@ def in_order(geometry: Geometry, images: int, pixels: Tensor) -> MontageBatch:
 @functools.lru_cache(maxsize=4)
 def tile_boxes(geometry: Geometry, images: int) -> Tensor:
     """Tile boxes of all levels for N images: (T, 5) as ``MontageBatch.boxes``."""
-    counts = geometry.canvases(images)
-    levels = [
-        all_tiles(ratio, geometry.canvas, count, torch.device("cpu"))
-        for ratio, count in zip(geometry.ratios, counts, strict=True)
-    ]
-    for first, level in zip(itertools.accumulate(counts, initial=0), levels, strict=False):
-        level[:, 0] += first
+    levels, first = [], 0
+    for ratio, canvases in zip(geometry.ratios, geometry.canvases(images), strict=True):
+        tiles = torch.arange(canvases * ratio**2)
+        x, y = tiles % ratio, tiles // ratio % ratio
+        corners = torch.stack([x, y, x + 1, y + 1], 1) * (geometry.canvas // ratio)
+        levels.append(torch.cat([first + (tiles // ratio**2)[:, None], corners], 1).float())
+        first += canvases
     return torch.cat(levels)
-
-
-def all_tiles(ratio: int, side: int, canvases: int, device: torch.device) -> Tensor:
-    """The grid of tiles of every canvas, whatever its level: (canvases * ratio^2, 5) as ``MontageBatch.boxes``.
-
-    Args:
-        ratio: tiles per canvas side.
-        side: of a canvas, pixels.
-    """
-    # Made on the device: a copy from the host would wait for it.
-    steps = torch.arange(canvases * ratio * ratio, device=device)
-    x, y = steps % ratio, steps // ratio % ratio
-    corners = torch.stack([x, y, x + 1, y + 1], 1) * (side // ratio)
-    return torch.cat([(steps // ratio**2)[:, None], corners], 1).float()
 
 
 def lay_out(tiles: Sequence[Tensor], tile_images: Sequence[IntArray], ratios: Sequence[int]) -> Tensor:
@@ -188,6 +173,14 @@ def assemble(tiles: Tensor, ratio: int) -> Tensor:
     grid = tiles.permute(0, 2, 3, 1).reshape(-1, ratio, ratio, side, side, channels)  # as DALI's tiles lie in memory
     canvases = grid.transpose(2, 3).reshape(-1, ratio * side, ratio * side, channels)
     return canvases.permute(0, 3, 1, 2)
+
+
+def cut(canvases: Tensor, ratio: int) -> Tensor:
+    """The inverse of :func:`assemble`, of any maps: (n, C, S, S) to (n * ratio^2, C, tile, tile), channels_last."""
+    n, channels, side, _ = canvases.shape
+    tile = side // ratio
+    grid = canvases.permute(0, 2, 3, 1).reshape(n, ratio, tile, ratio, tile, channels)
+    return grid.transpose(2, 3).reshape(-1, tile, tile, channels).permute(0, 3, 1, 2)
 
 
 def join(pieces: Sequence[Tensor]) -> Tensor:

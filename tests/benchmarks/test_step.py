@@ -45,7 +45,7 @@ def test_contenders_are_the_presets_in_the_common_setting() -> None:
         assert (cfg.model.backbone, cfg.trainer.global_batch) == ("resnet18", 32)
         assert cfg.trainer.precision == ("bf16" if name == "bf16" else "fp32")
         assert cfg.trainer.recompute == (name == "recompute")
-        assert cfg.model.compute == ("released" if name.startswith("released") else "matched")
+        assert cfg.model.compute == ("released" if name in ("authors", "released") else "matched")
         assert (cfg.model.width, cfg.model.head_convs, cfg.model.hidden) == (256, 4, 2048)
         assert cfg.optim.name == "lars"
     assert {name for name, cfg in presets.items() if cfg.montage.cells != 2} == {"budget", "budget_2x"}

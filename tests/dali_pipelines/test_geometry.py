@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dali_pipelines.geometry import Geometry
-from dali_pipelines.montage import all_tiles, tile_boxes
+from dali_pipelines.montage import assemble, cut, tile_boxes
 from tests.conftest import random_view
 
 DEFAULT = Geometry()
@@ -85,11 +85,12 @@ def test_regions_are_rows_of_their_own_level() -> None:
     assert [len(r) for r in batch.first((64,)).regions()] == [64]
 
 
-def test_all_tiles_are_the_boxes_of_each_level() -> None:
-    geometry = Geometry(cells=2)
-    for level, tiles in enumerate(random_view(geometry, 32, 0).regions()):
-        ratio, canvases = geometry.ratios[level], geometry.canvases(32)[level]
-        assert torch.equal(all_tiles(ratio, geometry.canvas, canvases, torch.device("cpu")), tiles)
+@pytest.mark.parametrize("ratio", [1, 2, 4])
+def test_cutting_gives_the_tiles_that_were_assembled(ratio: int) -> None:
+    tiles = torch.randn(3 * ratio**2, 5, 2, 2)
+    maps = assemble(tiles, ratio).contiguous(memory_format=torch.channels_last)
+    assert torch.equal(cut(maps, ratio), tiles)
+    assert cut(maps, ratio).is_contiguous(memory_format=torch.channels_last)
 
 
 def test_batch_slices_levels_and_moves() -> None:
