@@ -169,9 +169,10 @@ def lay_out(tiles: Sequence[Tensor], tile_images: Sequence[IntArray], ratios: Se
 
 def assemble(tiles: Tensor, ratio: int) -> Tensor:
     """Lays (canvases * ratio^2, 3, tile, tile) out row-major: (canvases, 3, S, S)."""
-    _, channels, tile, _ = tiles.shape
-    grid = tiles.view(-1, ratio, ratio, channels, tile, tile)
-    return grid.permute(0, 3, 1, 4, 2, 5).reshape(-1, channels, ratio * tile, ratio * tile)
+    _, channels, side, _ = tiles.shape
+    grid = tiles.permute(0, 2, 3, 1).reshape(-1, ratio, ratio, side, side, channels)  # as DALI's tiles lie in memory
+    canvases = grid.transpose(2, 3).reshape(-1, ratio * side, ratio * side, channels)
+    return canvases.permute(0, 3, 1, 2)
 
 
 def cut(canvases: Tensor, ratio: int) -> Tensor:
