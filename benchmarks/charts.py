@@ -1,5 +1,6 @@
 """Charts for a page about 830 px wide: bars of images per second, and points by seed."""
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,22 +48,20 @@ def bars(title: str, rows: Mapping[str, Sequence[Bar]], path: Path) -> None:
     figure.savefig(path)
 
 
-def points(title: str, rows: Mapping[str, Mapping[int, float]], mean: Mapping[str, float], path: Path) -> None:
+def points(title: str, rows: Mapping[str, Mapping[int, float]], path: Path) -> None:
     """Writes a chart of a point per seed, the seeds of a row one below the other, and a line at their mean.
 
     Args:
         rows: by name, a value for each seed.
-        mean: by name.
     """
     seeds = sorted({seed for values in rows.values() for seed in values})
     figure, ax = _axes(title, list(rows), 0.9 + 0.45 * len(rows))
     for row, (name, values) in enumerate(rows.items()):
-        colour = OURS if name.startswith("mcl") else OTHERS
+        colour, mean = OURS if name.startswith("mcl") else OTHERS, statistics.fmean(values.values())
         heights = [row + 0.1 * (seeds.index(seed) - (len(seeds) - 1) / 2) for seed in values]
         ax.plot(list(values.values()), heights, "o", color=colour, markersize=5)
-        ax.plot([mean[name]] * 2, [row - 0.35, row + 0.35], color=colour, linewidth=2)
-        place = {"xytext": (8, 0), "textcoords": "offset points", "va": "center"}
-        ax.annotate(f"mean {mean[name]:.1f}", (max(values.values()), row), fontsize=9, color=INK, **place)
+        ax.plot([mean] * 2, [row - 0.35, row + 0.35], color=colour, linewidth=2)
+        ax.text(max(values.values()), row, f"   mean {mean:.1f}", va="center", fontsize=9, color=INK)
     ax.tick_params(axis="x", labelsize=9, colors=INK)
     ax.grid(axis="x", color=OTHERS, alpha=0.3)
     ax.set_axisbelow(True)

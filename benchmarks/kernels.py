@@ -19,8 +19,8 @@ import torchvision
 from torch import Tensor, nn
 
 from benchmarks.common import Result, argument_parser, finish, interleave, markdown, progress, summary
-from dali_pipelines import geometry
 from dali_pipelines.geometry import STRIDE, Geometry
+from dali_pipelines.montage import tile_boxes
 from mcl import config, ops
 from mcl.models import MCL
 from mcl.ops import fallback
@@ -29,6 +29,7 @@ from mcl.ops.library import compiled
 from mcl.train import ema
 from mcl.train.optim import LARS
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GEOMETRY = Geometry()
 STRIDES = [STRIDE / r for r in GEOMETRY.ratios]
 SIDES = [GEOMETRY.cells * r for r in GEOMETRY.ratios]
@@ -93,13 +94,13 @@ def theirs(maps: list[Tensor], boxes: Tensor, index: Tensor) -> Tensor:
 def _noise(*shape: int, dtype: str = "fp32", layout: str = "NCHW") -> Tensor:
     """On the device, with a gradient."""
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    return noise.to(_device(), DTYPES[dtype]).contiguous(memory_format=LAYOUTS[layout]).requires_grad_()
+    return noise.to(DEVICE, DTYPES[dtype]).contiguous(memory_format=LAYOUTS[layout]).requires_grad_()
 
 
 def _tiles(images: int) -> tuple[Tensor, Tensor]:
     """Boxes (R, 5) and the levels (R,) of all tiles; canvases are counted over all levels."""
     index = torch.arange(GEOMETRY.levels).repeat_interleave(torch.tensor(GEOMETRY.tiles(images)))
-    return torch.from_numpy(geometry.boxes(GEOMETRY, images)), index
+    return tile_boxes(GEOMETRY, images).clone(), index
 
 
 def region_pool(images: int, channels: int, dtype: str, layout: str, random: bool) -> Case:
@@ -111,7 +112,7 @@ def region_pool(images: int, channels: int, dtype: str, layout: str, random: boo
         corners = torch.rand(len(boxes), 2, 2, generator=torch.Generator().manual_seed(1)) * GEOMETRY.canvas
         boxes[:, 1:] = torch.cat([corners.amin(1), corners.amax(1)], 1)
     maps = [_noise(n, channels, s, s, dtype=dtype, layout=layout) for n, s in zip(canvases, SIDES, strict=True)]
-    inputs = maps, boxes.to(_device()), index.to(_device())
+    inputs = maps, boxes.to(DEVICE), index.to(DEVICE)
     ways = {"mcl": lambda: ours(*inputs), "torchvision": lambda: theirs(*inputs)}
     return Case(ways, maps, 1e-5 if dtype == "fp32" else 3e-2)
 
@@ -123,7 +124,7 @@ def multiscale(images: int, channels: int) -> Case:
     """
     number = sum(GEOMETRY.canvases(images))
     maps = [_noise(number, channels, s, s) for s in SIDES]
-    boxes, index = (tensor.to(_device()) for tensor in _tiles(images))
+    boxes, index = (tensor.to(DEVICE) for tensor in _tiles(images))
     names = [f"P{5 - i}" for i in range(GEOMETRY.levels)][::-1]  # finest first
     pool = torchvision.ops.MultiScaleRoIAlign(names, GEOMETRY.cells, 0, canonical_scale=224, canonical_level=5)
     by_name = OrderedDict(zip(names, maps[::-1], strict=True))
@@ -138,15 +139,15 @@ def multiscale(images: int, channels: int) -> Case:
 def norm(images: int, dtype: str, channels: int, side: int, residual: bool) -> Case:
     """BatchNorm in training, with what follows it in a residual block."""
     maps = [_noise(images, channels, side, side, dtype=dtype, layout="channels_last") for _ in range(1 + residual)]
-    weight, bias = (torch.full((channels,), value, device=_device(), requires_grad=True) for value in (1.0, 0.0))
-    running = torch.zeros(channels, device=_device()), torch.ones(channels, device=_device())
+    weight, bias = (torch.full((channels,), value, device=DEVICE, requires_grad=True) for value in (1.0, 0.0))
+    running = torch.zeros(channels, device=DEVICE), torch.ones(channels, device=DEVICE)
 
     def plain() -> Tensor:
         y = F.batch_norm(maps[0], *running, weight, bias, training=True)
         return F.relu(y + maps[1] if residual else y)
 
     def fused() -> Tensor:
-        return batch_norm(maps[0], weight, bias, running, [images], 0.1, 1e-5, *maps[1:], relu=True)
+        return batch_norm(maps[0], weight, bias, running, [images], 0.1, 1e-5, maps[1] if residual else None, True)
 
     # Sums near zero round to different sides, and ReLU passes other gradients; tests are stricter.
     return Case({"mcl": fused, "PyTorch": plain}, [*maps, weight, bias], 1e-2 if dtype == "fp32" else 1e-1)
@@ -184,7 +185,7 @@ PASSES = {
 
 def steps(repeat: int) -> list[Result]:
     """LARS and momentum network of R50-FPN, three ways on equal tensors."""
-    model = MCL(config.from_dict({}).model, GEOMETRY).to(_device(), memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = MCL(config.from_dict({}).model, GEOMETRY).to(DEVICE, memory_format=torch.channels_last)  # type: ignore[call-overload]
     shapes = [p.detach() for p in (*model.online.parameters(), *model.predictors.parameters()) if p.ndim > 1]
     ways: dict[str, Callable[[], object]] = {}
     final: dict[str, list[Tensor]] = {}
@@ -220,7 +221,7 @@ def measure(images: int, fewer: int, channels: int, repeat: int) -> list[Result]
         pool = functools.partial(region_pool, images, channels, dtype, layout, kind == "random")
         cases[f"region_pool {kind} {dtype} {layout}"] = pool
     cases["region_pool grid fp32 NCHW, all canvases on all maps"] = lambda: multiscale(fewer, channels)
-    if compiled("batch_norm", _device()):
+    if compiled("batch_norm", DEVICE):
         for dtype, (channels_, side, residual) in itertools.product(DTYPES, NORMS):
             name = f"BatchNorm{', addition' * residual}, ReLU, {channels_} channels, {side} x {side}, {dtype}"
             cases[name] = functools.partial(norm, fewer, dtype, channels_, side, residual)
@@ -228,10 +229,6 @@ def measure(images: int, fewer: int, channels: int, repeat: int) -> list[Result]
     for name in progress([*cases, "LARS and momentum network"], str):
         results += race(name, cases[name](), repeat) if name in cases else steps(repeat)
     return results
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def table(results: Sequence[Result]) -> str:
@@ -257,7 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     fewer = max(math.lcm(*GEOMETRY.images_per_canvas), options.images // 4)
     results = measure(options.images, fewer, options.channels, options.repeat)
     print(
-        f"Measured on {_device().upper()}, {torch.get_num_threads()} threads, {options.images} images, "
+        f"Measured on {DEVICE.upper()}, {torch.get_num_threads()} threads, {options.images} images, "
         f"{fewer} for all canvases on all maps and for BatchNorm; forward + backward."
     )
     print("torchvision has no bf16 kernel on CPUs: its time includes converting to fp32 and back.\n")

@@ -114,12 +114,14 @@ def evaluate(measured: Mapping[Entry, Sequence[Turn]]) -> list[Result]:
     fewest = min((entry.threads for entry in results), default=1)
     for (name, threads), result in results.items():
         decode = results.get(Entry("decode", threads))
-        if ("released", threads) in rates:
-            result["ratio"] = rates[name, threads] / rates["released", threads]
+        if Entry("released", threads) in rates:
+            result["ratio"] = result["images_per_s"] / rates[Entry("released", threads)]
         if threads > fewest:
-            result["scaling"] = rates[name, threads] / rates[name, fewest]
+            result["scaling"] = result["images_per_s"] / rates[Entry(name, fewest)]
             if decode:
-                result["scaling_of_decode"] = result["scaling"] * rates["decode", fewest] / rates["decode", threads]
+                result["scaling_of_decode"] = (
+                    result["scaling"] * rates[Entry("decode", fewest)] / decode["images_per_s"]
+                )
         if name in OURS and decode:
             available, used, decoding = result["seconds"] * threads, result["core_seconds"], decode["core_seconds"]
             parts = {"decode": decoding, "augmentation": used - decoding, "wait": available - used}
@@ -163,7 +165,7 @@ def bars(results: Sequence[Result]) -> dict[str, list[charts.Bar]]:
     """What the chart shows: a row per contender, a bar per number of threads."""
     rows: dict[str, list[charts.Bar]] = {}
     for r in results:
-        note = str(Entry("", r["threads"]))[2:]
+        note = r["name"].partition(", ")[2]  # the number of threads
         if "ratio" in r and r["contender"] != "released":
             note += f"   {r['ratio']:.1f}× released"
         bar = charts.Bar(r["images_per_s"], note, r["contender"] in OURS)

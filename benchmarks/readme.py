@@ -6,12 +6,11 @@ A table stands between ``<!-- benchmarks/results/NAME.json -->`` and ``<!-- end 
 import json
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from typing import Any
 
-from benchmarks import end_to_end, kernels, loader, step, transfer
-from benchmarks.common import Result
+from benchmarks import end_to_end, kernels, loader, step, transfer_report
+from benchmarks.common import ROOT, Result
 
-ROOT = Path(__file__).parents[1]
 FILES = ("README.md", "kernels/README.md", "dali_pipelines/README.md", "docs/transfer.md")
 TABLES: dict[str, Callable[[Sequence[Result]], str]] = {
     "kernels": kernels.table,
@@ -19,7 +18,7 @@ TABLES: dict[str, Callable[[Sequence[Result]], str]] = {
     "step_r18": step.table,
     "step_r50": step.table,
     "end_to_end": end_to_end.table,
-    "transfer": transfer.table,
+    "transfer": transfer_report.table,
 }
 
 _SECTION = re.compile(r"(<!-- benchmarks/results/(\w+)\.json -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -36,13 +35,13 @@ def render(text: str) -> str:
     return _SECTION.sub(section, text)
 
 
-def machine(report: dict[str, dict[str, str]]) -> str:
+def machine(report: dict[str, Any]) -> str:
     """Where and when results were measured."""
     where, config = report["environment"], report["config"]
     device = where["gpu"] or f"{where['cpu']}, {where['cores']} cores, {where['capability']}"
-    rounds = f"; medians of {config['repeat']} rounds" if "repeat" in config else ""  # type: ignore[index]
+    rounds = f"; medians of {config['repeat']} rounds" if "repeat" in config else ""
     others = f" On another machine or by other versions: {', '.join(config['others'])}." if config.get("others") else ""
-    return f"{device}; torch {where['versions']['torch']}; {where['date']}{rounds}.{others}"  # type: ignore[index]
+    return f"{device}; torch {where['versions']['torch']}; {where['date']}{rounds}.{others}"
 
 
 if __name__ == "__main__":

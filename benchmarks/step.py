@@ -2,8 +2,9 @@
 
 A step is forward, backward, clip, optimiser and momentum network, on fixed inputs of noise:
 
-* ``released``: the preset of that name, at canvases of ``--cells`` cells: the authors' way;
-* ``matched``: the preset, at the same canvases;
+* ``authors``: the authors' step in plain PyTorch (:mod:`benchmarks.authors`), at canvases of ``--cells`` cells;
+* ``released``: the preset that computes the same, at the same canvases;
+* ``matched``: the preset that needs less for it, likewise;
 * ``recompute``: ``matched`` with activation checkpointing;
 * ``bf16``: ``matched`` in bf16, whatever ``--precision``; slower than fp32 on a CPU without bf16 instructions, of which
   ``mcl doctor`` tells;
@@ -28,6 +29,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,9 +37,10 @@ import torchvision
 from torch.optim import SGD
 
 from benchmarks import charts
-from benchmarks.common import PRESETS, Result, argument_parser, digits, finish, progress, rounds, summary, tables, timed
-from dali_pipelines.batch import MontageBatch, in_order
+from benchmarks.authors import Authors, AuthorsStep
+from benchmarks.common import PRESETS, Result, argument_parser, finish, progress, rounds, summary, tables, timed
 from dali_pipelines.geometry import STRIDE
+from dali_pipelines.montage import MontageBatch, in_order
 from mcl import config
 from mcl.budget import budget, count
 from mcl.config import Config
@@ -61,14 +64,9 @@ class Setting:
     device: str  # as trainer.device
 
 
-@dataclass(frozen=True)
-class Stage:
-    """Epochs with images, or canvases, of one size."""
-
-    epochs: int
-    side: int  # pixels
-    gflop_per_image: float  # counted, of a step
-    saved_bytes: int | None  # counted, that autograd keeps for backward; None: not counted
+Stage = dict[str, Any]
+"""Epochs with images, or canvases, of one size: ``epochs``, ``side`` (pixels), and, counted, ``gflop_per_image`` and
+``saved_bytes``, which autograd keeps for backward; the latter not of supervised training."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,8 @@ class Supervised:
 
     def stages(self) -> list[Stage]:
         """What is to be measured, counted beforehand: takes seconds."""
-        return [Stage(1, self.side, count.supervised(self.setting.backbone, self.side) / 1e9, None)]
+        flops = count.supervised(self.setting.backbone, self.side)
+        return [{"epochs": 1, "side": self.side, "gflop_per_image": flops / 1e9}]
 
     def start(self) -> Step:
         """Makes the model."""
@@ -109,6 +108,7 @@ class Pretraining:
     """A preset of this project, in one process: forward, backward, clip, optimiser, momentum network."""
 
     config: Config
+    plain: bool = False  # the authors' step in plain PyTorch instead, which computes the same as `released`
 
     def stages(self) -> list[Stage]:
         """As of :class:`Supervised`.
@@ -116,15 +116,18 @@ class Pretraining:
         Raises:
             ConfigError: the batch fills no whole canvases.
         """
-        return [
-            Stage(s["epochs"], s["canvas"], s["gflop_per_image"], s["saved_bytes"])
-            for s in budget(self.config, gpus=1)["stages"]
-        ]
+        counted = ["epochs", "gflop_per_image", *([] if self.plain else ["saved_bytes"])]
+        stages = budget(self.config, gpus=1)["stages"]
+        return [{"side": stage["canvas"], **{key: stage[key] for key in counted}} for stage in stages]
 
     def start(self) -> Step:
         """Makes the model."""
         optim, device = self.config.optim, resolve_device(self.config.trainer.device)
-        update = TrainingStep(self.config, MCL(self.config.model, self.config.montage), device)
+        update: Callable[[MontageBatch, MontageBatch, float, float], object]
+        if self.plain:
+            update = AuthorsStep(self.config, Authors(self.config.model, self.config.montage.cells).to(device))
+        else:
+            update = TrainingStep(self.config, MCL(self.config.model, self.config.montage), device)
         images = self.config.trainer.global_batch
         lr = optim.base_lr * images / 256
 
@@ -147,7 +150,7 @@ def _noise(images: int, side: int, seed: int) -> torch.Tensor:
 Contender = Supervised | Pretraining
 
 
-def _preset(setting: Setting, name: str, *words: str, scheduled: bool = False) -> Contender:
+def _preset(setting: Setting, name: str, *words: str, scheduled: bool = False) -> Pretraining:
     """A preset with the backbone, batch, precision, device and size of the setting, and with `words`.
 
     Args:
@@ -166,6 +169,10 @@ def _preset(setting: Setting, name: str, *words: str, scheduled: bool = False) -
 CONTENDERS: dict[str, tuple[str, Callable[[Setting], Contender]]] = {
     "supervised": ("supervised, 224 px", lambda setting: Supervised(setting, 224)),
     "supervised_canvas": ("supervised, canvas size", lambda setting: Supervised(setting, STRIDE * setting.cells)),
+    "authors": (
+        "authors, plain PyTorch",
+        lambda setting: dataclasses.replace(_preset(setting, "in1k_released"), plain=True),
+    ),
     "released": ("released", lambda setting: _preset(setting, "in1k_released")),
     "matched": ("matched", lambda setting: _preset(setting, "in1k")),
     "recompute": ("matched, recompute", lambda setting: _preset(setting, "in1k", "trainer.recompute=true")),
@@ -223,7 +230,7 @@ def measure(
         Of each contender, for each of its stages, the seconds of a step in every round; and the bytes at its peak.
     """
     process = functools.cache(lambda name: apart(contenders[name]))
-    entries = {f"{name}, {stage.side} px": (name, stage.side) for name, each in stages.items() for stage in each}
+    entries = {f"{name}, {s['side']} px": (name, s["side"]) for name, each in stages.items() for s in each}
 
     def turn(entry: str, counts: bool) -> float:
         name, side = entries[entry]
@@ -231,7 +238,7 @@ def measure(
 
     measured = rounds(list(entries), repeat, turn)
     peaks = {name: process(name).submit(peak).result() for name in contenders}
-    return {name: [measured[f"{name}, {stage.side} px"] for stage in each] for name, each in stages.items()}, peaks
+    return {name: [measured[f"{name}, {s['side']} px"] for s in each] for name, each in stages.items()}, peaks
 
 
 def evaluate(
@@ -249,18 +256,18 @@ def evaluate(
     """
     results = {}
     for name, each in stages.items():
-        weights = [stage.epochs for stage in each]
+        weights = [stage["epochs"] for stage in each]
         means = [statistics.fmean(times, weights) for times in zip(*measured[name], strict=True)]
-        gflop = statistics.fmean([stage.gflop_per_image for stage in each], weights)
+        gflop = statistics.fmean([stage["gflop_per_image"] for stage in each], weights)
         result = summary(CONTENDERS[name][0], means, contender=name, gflop_per_image=gflop)
         result["images_per_s"] = images / result["seconds"]
         result["gflop_per_s"] = gflop * result["images_per_s"]
-        saved = [stage.saved_bytes for stage in each if stage.saved_bytes is not None]
-        result |= {"saved_bytes": max(saved)} if saved else {}
         result["peak_bytes"] = peaks[name]
+        if "saved_bytes" in each[0]:
+            result["saved_bytes"] = max(stage["saved_bytes"] for stage in each)
         if len(each) > 1:
             medians = map(statistics.median, measured[name])
-            result["stages"] = [{**vars(s), "seconds": t} for s, t in zip(each, medians, strict=True)]
+            result["stages"] = [{**stage, "seconds": s} for stage, s in zip(each, medians, strict=True)]
         results[name] = result
     supervised, released = (results.get(name) for name in ("supervised", "released"))
     for result in results.values():
@@ -308,10 +315,10 @@ def bars(results: Sequence[Result]) -> dict[str, list[charts.Bar]]:
     """What the chart shows."""
     rows = {}
     for r in results:
-        ours = not r["contender"].startswith(("supervised", "released"))
+        ours = not r["contender"].startswith(("supervised", "authors", "released"))
         notes = []
         if "ratio_to_supervised" in r and r["contender"] != "supervised":
-            notes.append(f"{digits(r['ratio_to_supervised'])}× a supervised step")
+            notes.append(f"{r['ratio_to_supervised']:.1f}× a supervised step")
         if "faster_than_released" in r and ours:
             notes.append(f"{r['faster_than_released']:.1f}× as fast as released")
         rows[r["name"]] = [charts.Bar(r["images_per_s"], ", ".join(notes), ours)]

@@ -128,7 +128,6 @@ def pretrain(cell: Cell, work: Work) -> Command:
             *(f"name={cell.pretraining}", f"output={work.folder / 'pretrain'}"),
             *("model.compute=released",) * (cell.kind == "mcl-released"),
             *("trainer.device=cpu", "trainer.threads=1", "data.threads=1", "trainer.checkpoint_epochs=1"),
-            f"trainer.log_every={work.steps_per_epoch}",  # so that the last record is the mean of the last epoch
             *("evaluation.at_end=[]", "log.tensorboard=false", "log.preview=false"),
         ]
     return Command(f"pretrain-{cell.pretraining}", tuple(arguments))
@@ -308,7 +307,8 @@ def publish(results: Path, protocol: Protocol) -> None:
         return
     environments = {cell.name: result["environment"] for cell, result in there.items()}
     newest = max(environments.values(), key=lambda each: str(each["date"]))
-    others = sorted(name for name, each in environments.items() if _machine(each) != _machine(newest))
+    same = [key for key in newest if key not in ("commit", "date")]
+    others = sorted(name for name, each in environments.items() if any(each[key] != newest[key] for key in same))
     if others:
         print(f"\nOn another machine or by other versions: {', '.join(others)}.")
     config = {"protocol": next(iter(there.values()))["protocol"], "cells": sorted(environments), "others": others}
@@ -320,10 +320,6 @@ def publish(results: Path, protocol: Protocol) -> None:
         {name: dict(zip(r["seeds"], r["box AP50"]["values"], strict=True)) for name, r in rows.items()},
         results.with_name(f"{results.name}.png"),
     )
-
-
-def _machine(environment: Result) -> Result:
-    return {key: value for key, value in environment.items() if key not in ("commit", "date")}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

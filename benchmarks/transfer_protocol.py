@@ -145,7 +145,6 @@ class Work:
                 rewrite(path, text)
             elif path.read_text() != text:
                 raise ProtocolError(f"{path}: of another protocol, or on other images; move {folder} away")
-        self.steps_per_epoch = lines.count("\n") // self.config(0).trainer.global_batch
 
     @classmethod
     def open(cls, folder: Path) -> Self:

@@ -1,4 +1,4 @@
-"""Geometry of montages as pure functions: levels, canvases, tiles, boxes, legal batch sizes.
+"""Geometry of montages as pure functions: levels, canvases, tiles, legal batch sizes.
 
 A canvas is ``32 * cells`` pixels square. Level i cuts it into ``ratios[i]`` x ``ratios[i]`` tiles, so that on the
 feature map of stride ``32 / ratios[i]`` every tile is ``cells`` x ``cells``. N images fill ``N / images_per_canvas[i]``
@@ -18,7 +18,6 @@ STRIDE = 32
 """Stride of the coarsest feature map, C5."""
 
 IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float32]
 
 
 @pydantic_dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
@@ -122,19 +121,3 @@ def nearest_legal(geometry: Geometry, images: int) -> tuple[int, ...]:
     step = int(np.lcm.reduce(geometry.images_per_canvas))
     below = images // step * step
     return tuple(n for n in (below, below + step) if n > 0)
-
-
-def boxes(geometry: Geometry, images: int) -> FloatArray:
-    """Tile boxes of all levels.
-
-    Returns:
-        (T, 5) float32: canvas row among the canvases of all levels, x1, y1, x2, y2 in canvas pixels.
-    """
-    parts, first = [], 0
-    for level, canvases in enumerate(geometry.canvases(images)):
-        ratio, tile = geometry.ratios[level], geometry.tile(level)
-        canvas, row, column = np.indices((canvases, ratio, ratio)).reshape(3, -1)
-        corners = [column * tile, row * tile, (column + 1) * tile, (row + 1) * tile]
-        parts.append(np.stack([canvas + first, *corners], 1))
-        first += canvases
-    return np.concatenate(parts).astype(np.float32)

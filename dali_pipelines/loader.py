@@ -1,42 +1,33 @@
-"""The loader: steps of a plan, carried out by an engine, as pairs of :class:`~dali_pipelines.batch.MontageBatch`."""
+"""The loader: steps of a plan, carried out by an engine, as pairs of :class:`~dali_pipelines.montage.MontageBatch`."""
 
-import functools
+import dataclasses
 import importlib.util
 import itertools
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from dali_pipelines.batch import MontageBatch, lay_out
-from dali_pipelines.geometry import Geometry, boxes
+from dali_pipelines.montage import MontageBatch, in_order, lay_out
 from dali_pipelines.plan import Plan, StepPlan
 from dali_pipelines.settings import ConfigError, DataConfig
 from dali_pipelines.source import Source
 
 if TYPE_CHECKING:
     from dali_pipelines import pipelines
-
+    from dali_pipelines.reference import TorchvisionEngine
 
 READERS = 32
 """Threads that read shards and object stores, of which a read may take long."""
 
 READ_AHEAD = 2
 """Steps that they are ahead of DALI."""
-
-
-class Engine(Protocol):
-    """Draws plans from the iterator that it is made with, some steps ahead, and carries them out in that order."""
-
-    def collect(self) -> list[Tensor]: ...
-    def decodes(self, i: int) -> str | None: ...
-    def close(self) -> None: ...
 
 
 class BadDataError(RuntimeError):
@@ -47,7 +38,7 @@ class DaliEngine:
     """Runs plans in a DALI pipeline.
 
     Args:
-        plans: what to do, step by step.
+        plans: what to do, step by step; drawn some steps ahead, and carried out in that order.
         source: the images.
         name: fused or stock.
         graph: what decides the operators.
@@ -74,7 +65,7 @@ class DaliEngine:
             pipelines.load_plugin()
         self._feed = pipelines.fused_feed if self._fused else pipelines.stock_feed
         self._readers = None if source.paths is not None else ThreadPoolExecutor(max(threads, READERS))
-        self._reading: deque[tuple[StepPlan, list[Future[bytes]]]] = deque()
+        self._reading: deque[tuple[StepPlan, Iterator[bytes]]] = deque()
         self._fed: deque[StepPlan] = deque()  # not yet collected
         self._lent: deque[tuple[list[Tensor], torch.cuda.Event]] = deque()
         define = pipelines.fused_pipeline if self._fused else pipelines.stock_pipeline
@@ -136,18 +127,19 @@ class DaliEngine:
         if self._readers is None:
             plan = next(self._plans)
             assert self._source.paths is not None
-            images = [self._dali.encode_path(self._source.paths[i]) for i in plan.index]
+            encoded = [np.frombuffer(self._source.paths[i].encode(), np.uint8) for i in plan.index]
         else:
             while len(self._reading) <= READ_AHEAD:
                 plan = next(self._plans)
-                futures = [self._readers.submit(self._source.read, int(i)) for i in plan.index]
-                self._reading.append((plan, futures))
-            plan, futures = self._reading.popleft()
-            images = [np.frombuffer(future.result(), np.uint8) for future in futures]
+                self._reading.append((plan, self._readers.map(self._source.read, plan.index.tolist())))
+            plan, contents = self._reading.popleft()
+            encoded = [np.frombuffer(content, np.uint8) for content in contents]
         self._fed.append(plan)
-        return self._feed(plan, images)
+        return self._feed(plan, encoded)
 
     def close(self) -> None:
+        if self._lent:
+            torch.cuda.current_stream(self._gpu).synchronize()  # it may still read DALI's memory
         self._pipeline = None
         if self._readers is not None:
             self._readers.shutdown(cancel_futures=True)
@@ -200,11 +192,6 @@ def _obstacle(engine: str, device: str, cuda: bool) -> str | None:
     return None if device in devices else "mcl's DALI plugin was built without CUDA; MCL_BUILD_CUDA=1 builds it with"
 
 
-@functools.lru_cache(maxsize=4)
-def _boxes(geometry: Geometry, images: int) -> Tensor:
-    return torch.from_numpy(boxes(geometry, images))
-
-
 def default_threads(local_world_size: int = 1) -> int:
     """Cores this process may use, shared among the processes of the machine."""
     return max(1, len(os.sched_getaffinity(0)) // local_world_size)
@@ -247,7 +234,7 @@ class MontageLoader:
         self.engine_name, self.device, self.reason = choose_engine(data, gpu is not None)
         self._data, self._on_bad, self._gpu = data, on_bad, gpu
         self._threads = threads or data.threads or default_threads()
-        self._engine: Engine | None = None
+        self._engine: DaliEngine | TorchvisionEngine | None = None
         self._ahead: deque[StepPlan] = deque()  # drawn by the engine, not yet collected
         self.position = 0
         self.bad: dict[int, str] = {}
@@ -306,7 +293,7 @@ class MontageLoader:
             self._ahead.append(plan)
             yield plan
 
-    def _make_engine(self) -> Engine:
+    def _make_engine(self) -> "DaliEngine | TorchvisionEngine":
         plan, source = self.plan, self.source
         if self.engine_name == "torchvision":
             from dali_pipelines.reference import TorchvisionEngine
@@ -355,22 +342,17 @@ class MontageLoader:
             )
 
     def _batch(self, plan: StepPlan, view: int, pixels: Tensor) -> MontageBatch:
-        geometry = plan.geometry
-        crops = []
-        for a, tile_images in zip(plan.augmentations[view], plan.tile_images[view], strict=True):
-            width_height = np.tile(self.source.sizes[plan.index], 2)
-            crops.append(np.column_stack([a.window / width_height, a.flip])[tile_images])
-        return MontageBatch(
-            pixels=pixels,
+        width_height = np.tile(self.source.sizes[plan.index], 2)
+        crops = [
+            np.column_stack([a.window / width_height, a.flip])[shown]
+            for a, shown in zip(plan.augmentations[view], plan.tile_images[view], strict=True)
+        ]
+        return dataclasses.replace(
+            in_order(plan.geometry, self.plan.images, pixels),
             labels=torch.from_numpy(self.source.labels[plan.index]),
             index=torch.from_numpy(plan.index),
             tile_images=torch.from_numpy(np.concatenate(plan.tile_images[view])),
-            boxes=_boxes(geometry, self.plan.images),
             crops=torch.from_numpy(np.concatenate(crops).astype(np.float32)),
-            canvas_counts=geometry.canvases(self.plan.images),
-            query_counts=geometry.query_canvases(self.plan.images),
-            ratios=geometry.ratios,
-            cells=geometry.cells,
             epoch=plan.epoch,
             step=plan.step,
         )

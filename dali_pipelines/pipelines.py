@@ -17,10 +17,11 @@ import numpy.typing as npt
 from nvidia.dali import Pipeline, fn, pipeline_def, plugin_manager, types
 from nvidia.dali import ops as dali_ops
 
-from dali_pipelines import ops
+from dali_pipelines import stock_ops
 from dali_pipelines.geometry import Geometry
 from dali_pipelines.plan import VIEWS, Augmentation, StepPlan
 from dali_pipelines.settings import AugmentConfig, DataConfig
+from dali_pipelines.stock_ops import Node, Recipe
 
 PLUGIN = Path(__file__).parent / "libmcl_dali.so"
 """The fused operator, as setup.py builds it."""
@@ -70,11 +71,11 @@ def load_plugin() -> frozenset[str]:
 
 
 @pipeline_def
-def fused_pipeline(feed: Feed, graph: Graph) -> tuple[ops.Node, ...]:
+def fused_pipeline(feed: Feed, graph: Graph) -> tuple[Node, ...]:
     """The canvases of every view: (N, K * S / N, S, 3), which is (K, S, S, 3) in memory."""
-    images, recipes, slots, cells = fn.external_source(source=feed, num_outputs=4, batch=True)
+    encoded, recipes, slots, cells = fn.external_source(source=feed, num_outputs=4, batch=True)
     views = fn.mcl.montage(  # type: ignore[attr-defined]  # the plugin's
-        decode(images, graph),
+        decode(encoded, graph),
         recipes,
         slots,
         cells=cells,
@@ -87,17 +88,14 @@ def fused_pipeline(feed: Feed, graph: Graph) -> tuple[ops.Node, ...]:
     return tuple(view.gpu() for view in views) if graph.upload else tuple(views)
 
 
-def fused_feed(plan: StepPlan, images: list[npt.NDArray[np.uint8]]) -> list[Any]:
+def fused_feed(plan: StepPlan, encoded: list[npt.NDArray[np.uint8]]) -> list[Any]:
     """Images, recipes (N, VIEWS * levels, 17), slots (N, tiles of one image) and cells (N,), for the fused pipeline."""
-    n = len(images)
-    recipes, slots = [], []
-    for augmentations, levels in zip(plan.augmentations, plan.tile_images, strict=True):
-        for a, tile_images in zip(augmentations, levels, strict=True):
-            recipes.append(recipe_rows(a))
-            # Every image is shown equally often, so the slots sorted by image are a row per image.
-            slots.append(np.argsort(tile_images, kind="stable").reshape(n, -1))
+    n = len(encoded)
+    recipes = [recipe_rows(a) for a in chain(*plan.augmentations)]
+    # Every image is shown equally often, so the slots sorted by image are a row per image.
+    slots = [np.argsort(shown, kind="stable").reshape(n, -1) for shown in chain(*plan.tile_images)]
     return [
-        images,
+        encoded,
         np.stack(recipes, 1),
         np.concatenate(slots, 1).astype(np.int32),
         np.full(n, plan.geometry.cells, np.int32),
@@ -111,30 +109,30 @@ def recipe_rows(a: Augmentation) -> npt.NDArray[np.float32]:
 
 
 @pipeline_def(enable_conditionals=True)
-def stock_pipeline(feed: Feed, graph: Graph) -> tuple[ops.Node, ...]:
+def stock_pipeline(feed: Feed, graph: Graph) -> tuple[Node, ...]:
     """The tiles of every view and level: VIEWS * levels outputs of (N, tile, tile, 3), for PyTorch to lay out."""
-    inputs = 2 + VIEWS * graph.geometry.levels * ops.RECIPE_NODES
+    inputs = 2 + VIEWS * graph.geometry.levels * stock_ops.RECIPE_NODES
     encoded, canvas, *rest = fn.external_source(source=feed, num_outputs=inputs, batch=True)
-    images, nodes = decode(encoded, graph), iter(rest)
+    image, nodes = decode(encoded, graph), iter(rest)
     result = []
     for _ in range(VIEWS):
         for ratio in graph.geometry.ratios:
-            tile = make_tile(images, ops.recipe_of(nodes), canvas, ratio, graph.released)
+            tile = make_tile(image, stock_ops.recipe_of(nodes), canvas, ratio, graph.released)
             normalised = fn.crop_mirror_normalize(tile, output_layout="HWC", **graph.normalisation())
             result.append(normalised.gpu() if graph.upload else normalised)
     return tuple(result)
 
 
-def stock_feed(plan: StepPlan, images: list[npt.NDArray[np.uint8]]) -> list[Any]:
+def stock_feed(plan: StepPlan, encoded: list[npt.NDArray[np.uint8]]) -> list[Any]:
     """Images, sides of the canvas (N,), and the arrays of all recipes, for the stock pipeline."""
-    canvas = np.full(len(images), plan.geometry.canvas, np.int32)
-    return [images, canvas, *chain(*(ops.recipe_arrays(a) for levels in plan.augmentations for a in levels))]
+    canvas = np.full(len(encoded), plan.geometry.canvas, np.int32)
+    return [encoded, canvas, *chain(*map(stock_ops.recipe_arrays, chain(*plan.augmentations)))]
 
 
-def decode(image: ops.Node, graph: Graph) -> ops.Node:
+def decode(encoded: Node, graph: Graph) -> Node:
     """RGB pixels as stored: EXIF rotation is ignored, since the plan's sizes are the header's."""
     return fn.decoders.image(
-        fn.io.file.read(image) if graph.files else image,
+        fn.io.file.read(encoded) if graph.files else encoded,
         device="mixed" if graph.device == "gpu" else "cpu",
         output_type=types.RGB,
         adjust_orientation=False,
@@ -146,25 +144,21 @@ def decode(image: ops.Node, graph: Graph) -> ops.Node:
     )
 
 
-def make_tile(image: ops.Node, recipe: ops.Recipe, canvas: ops.Node, ratio: int, released: bool) -> ops.Node:
+def make_tile(image: Node, recipe: Recipe, canvas: Node, ratio: int, released: bool) -> Node:
     """One level's tile of one view, 8 bits per channel; `canvas` is the side of a canvas, pixels."""
     side = canvas // ratio
-    tile = ops.crop_and_resize(image, recipe, canvas if released else side)
-    tile = ops.colour(tile, recipe)
-    tile = ops.blur_and_solarize(tile, recipe)
-    return ops.every_rth_pixel(tile, side, ratio) if released and ratio > 1 else tile
+    tile = stock_ops.crop_and_resize(image, recipe, canvas if released else side)
+    tile = stock_ops.colour(tile, recipe)
+    tile = stock_ops.blur_and_solarize(tile, recipe)
+    return stock_ops.every_rth_pixel(tile, side, ratio) if released and ratio > 1 else tile
 
 
 def decode_pipeline(encoded: bytes) -> Pipeline:
     """Decodes one image on the CPU: tells whether it is the one that broke a batch."""
 
     @pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
-    def pipeline() -> ops.Node:
+    def pipeline() -> Node:
         image = fn.external_source(source=lambda: [np.frombuffer(encoded, np.uint8)], batch=True)
         return decode(image, Graph(Geometry(), AugmentConfig(), DataConfig(), files=False))
 
     return pipeline()
-
-
-def encode_path(path: str) -> npt.NDArray[np.uint8]:
-    return np.frombuffer(path.encode(), np.uint8)

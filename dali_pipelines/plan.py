@@ -76,9 +76,6 @@ def _shuffle(words: npt.NDArray[np.uint32]) -> IntArray:
     return np.argsort(words[:, 0].astype(np.uint64) << np.uint64(32) | words[:, 1], kind="stable")
 
 
-_geometry_at = functools.lru_cache(maxsize=4)(Geometry.at)
-
-
 @functools.lru_cache(maxsize=2)
 def order(seed: int, epoch: int, size: int) -> IntArray:
     """The order in which an epoch visits `size` samples: a permutation."""
@@ -247,7 +244,7 @@ class Plan:
         return StepPlan(
             epoch=epoch,
             step=step,
-            geometry=_geometry_at(self.geometry, epoch),
+            geometry=self.geometry.at(epoch),
             released=released,
             index=index,
             augmentations=tuple(

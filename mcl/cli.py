@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -15,6 +15,9 @@ from mcl.config import all_keys
 
 TARGETS = ["mmdet", "mmdet-retinanet", "mmpretrain", "detectron2", "torchvision", "torchvision-detection", "timm"]
 """Those of :data:`mcl.export.TARGETS`, which takes seconds to import."""
+
+Run = Callable[[argparse.Namespace], Iterable[object]]
+"""What a verb does; what it yields is printed."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -29,21 +32,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if words:
         options.overrides += words
     try:
-        options.run(options)
+        for text in options.run(options):
+            print(text, flush=True)
         sys.stdout.flush()
     except BrokenPipeError:  # who read the output, such as head, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more in the end
         sys.exit(128 + signal.SIGPIPE)
     except (ValueError, RuntimeError, OSError) as error:
-        if not _is_ours(error):
-            raise
+        if type(error).__module__.split(".")[0] not in ("mcl", "dali_pipelines"):
+            raise  # those that we raise for users are classes of our own
         print(f"mcl {options.verb}: error: {error}", file=sys.stderr)
         sys.exit(getattr(error, "exit_code", 2))
-
-
-def _is_ours(error: Exception) -> bool:
-    """Errors that we raise for users are classes of our own."""
-    return type(error).__module__.split(".")[0] in ("mcl", "dali_pipelines")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -51,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    def verb(name: str, run: Callable[[argparse.Namespace], None], help: str, **more: Any) -> argparse.ArgumentParser:
+    def verb(name: str, run: Run, help: str, **more: Any) -> argparse.ArgumentParser:
         added = verbs.add_parser(name, help=help, formatter_class=argparse.RawDescriptionHelpFormatter, **more)
         added.set_defaults(run=run)
         return added
@@ -158,23 +157,23 @@ def _type_name(kind: Any) -> str:
     return kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind).replace("typing.", "")
 
 
-def _pretrain(options: argparse.Namespace) -> None:
+def _pretrain(options: argparse.Namespace) -> Iterable[str]:
     from mcl import commands, config
 
     commands.pretrain(config.load(options.config, options.overrides))
+    return ()
 
 
-def _evaluate(options: argparse.Namespace) -> None:
+def _evaluate(options: argparse.Namespace) -> Iterable[str]:
     from mcl import commands
 
-    for text in commands.evaluate(options.name, options.checkpoint, options.overrides):
-        print(text, flush=True)
+    return commands.evaluate(options.name, options.checkpoint, options.overrides)
 
 
-def _export(options: argparse.Namespace) -> None:
+def _export(options: argparse.Namespace) -> Iterable[object]:
     from mcl.export import export
 
-    report = export(
+    yield export(
         options.checkpoint,
         options.to,
         parts=options.parts,
@@ -183,40 +182,36 @@ def _export(options: argparse.Namespace) -> None:
         output=options.output,
         overrides=options.overrides,
     )
-    print(report)
 
 
-def _import(options: argparse.Namespace) -> None:
+def _import(options: argparse.Namespace) -> Iterable[object]:
     from mcl.export import openselfsup
 
-    print(openselfsup.import_file(options.file, options.output or options.file.with_suffix(".mcl.pt")))
+    yield openselfsup.import_file(options.file, options.output or options.file.with_suffix(".mcl.pt"))
 
 
-def _finetune(options: argparse.Namespace) -> None:
+def _finetune(options: argparse.Namespace) -> Iterable[str]:
+    from mcl import distributed
     from mcl.finetune import finetune
 
     table = finetune(options.config, options.overrides)
-    from mmengine.dist import is_main_process  # finetune has said so if it is not there
-
-    if is_main_process():
-        print(table, end="")
+    if distributed.rank() == 0:
+        yield table.rstrip()
 
 
-def _preview(options: argparse.Namespace) -> None:
+def _preview(options: argparse.Namespace) -> Iterable[object]:
     from mcl import commands
 
-    for path in commands.preview(options.config, options.overrides, options.step, options.output):
-        print(path)
+    return commands.preview(options.config, options.overrides, options.step, options.output)
 
 
-def _index(options: argparse.Namespace) -> None:
+def _index(options: argparse.Namespace) -> Iterable[str]:
     from mcl import commands, config
 
-    for line in commands.index(config.load(options.config, options.overrides).data):
-        print(line, flush=True)
+    return commands.index(config.load(options.config, options.overrides).data)
 
 
-def _budget(options: argparse.Namespace) -> None:
+def _budget(options: argparse.Namespace) -> Iterable[str]:
     from mcl import budget, config
     from mcl.budget import show
 
@@ -224,14 +219,14 @@ def _budget(options: argparse.Namespace) -> None:
         show.check_picture(options.plot)
     cfg = config.load(options.config, options.overrides)
     result = budget.budget(cfg, options.gpus, options.nodes, options.bandwidth)
-    print(json.dumps(result, indent=1) if options.json else show.tables(result))
+    yield json.dumps(result, indent=1) if options.json else show.tables(result)
     if options.plot:
         show.plot(result, options.plot)
 
 
-def _doctor(options: argparse.Namespace) -> None:
+def _doctor(options: argparse.Namespace) -> Iterable[str]:
     from mcl import doctor
 
     checks = doctor.checks()
-    print(doctor.report(checks))
+    yield doctor.report(checks)
     sys.exit(0 if doctor.ok(checks) else 1)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from dali_pipelines.batch import MontageBatch
 from dali_pipelines.geometry import nearest_legal
 from dali_pipelines.loader import BadDataError, MontageLoader
+from dali_pipelines.montage import MontageBatch
 from dali_pipelines.source import Source, SourceError, index_file, open_images
 from mcl import config, distributed, evaluation
 from mcl.config import Config, ConfigError, DataConfig
@@ -131,7 +131,7 @@ def batch(cfg: Config, step: int, source: Source) -> tuple[MontageBatch, Montage
 def features(model: MCL, cfg: Config, folder: Path) -> Path:
     """Draws feature maps of some photographs, held-out ones if there are any; returns the picture's path."""
     source = open_images(cfg.data, held_out=bool(cfg.data.val_root))
-    load = partial(load_photo, source, size=cfg.montage.final.canvas, mean=cfg.augment.mean, std=cfg.augment.std)
+    load = partial(load_photo, cfg, source)
     spread = range(0, len(source), max(1, len(source) // _PREVIEW_PHOTOS))
     images = [image for image in map(load, spread[:_PREVIEW_PHOTOS]) if image is not None]
     path = folder / "features.png"

@@ -360,14 +360,15 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     Raises:
         ConfigError: no such file or preset, not YAML, or see :func:`from_dict`.
     """
-    preset = PRESETS / f"{path}.yaml"
-    if not Path(path).exists() and preset.exists():
-        path = preset
+    presets = {file.stem: file for file in sorted(PRESETS.glob("*.yaml"))}
+    if not Path(path).is_file():
+        path = presets.get(str(path), path)
     try:
         values = yaml.safe_load(Path(path).read_text())
     except OSError as error:
-        names = ", ".join(sorted(file.stem for file in PRESETS.glob("*.yaml")))
-        raise ConfigError(f"{path}: cannot read the configuration ({error.strerror}); presets are {names}") from None
+        raise ConfigError(
+            f"{path}: cannot read the configuration ({error.strerror}); presets are {', '.join(presets)}"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not a YAML file: {error}") from None
     if values is None:

@@ -6,11 +6,10 @@ next opening reads only what is new. Broken images stay in the numbering: the pl
 that the order of the others does not depend on them.
 """
 
-from dali_pipelines.source.configured import open_images
 from dali_pipelines.source.files import SourceError
 from dali_pipelines.source.headers import EXTENSIONS, FORMATS, MAX_PIXELS, read_header
 from dali_pipelines.source.index import Progress, index_file
-from dali_pipelines.source.source import Kind, Source, open_source
+from dali_pipelines.source.source import Kind, Source, open_images, open_source
 
 __all__ = [
     "EXTENSIONS",

@@ -7,12 +7,8 @@ import hashlib
 import io
 import os
 import threading
-from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import Any, BinaryIO, Literal, TypeVar, cast
-
-T = TypeVar("T")
-S = TypeVar("S")
+from collections.abc import Callable
+from typing import Any, BinaryIO, Literal, cast
 
 Stamp = tuple[int, int]
 """Version (modification time or hash of an ETag) and size in bytes: a file with the same stamp is the same file."""
@@ -228,13 +224,3 @@ class RangeFile(io.RawIOBase):
 
     def readall(self) -> bytes:  # at once: a request takes long
         return self.read(max(0, self._size - self._position))
-
-
-def parallel(function: Callable[[S], T], items: Iterable[S], threads: int) -> Generator[T, None, None]:
-    """Results in the order in which they are ready; what has not begun is dropped when the caller stops asking."""
-    pool = ThreadPoolExecutor(threads)
-    try:
-        for future in as_completed([pool.submit(function, item) for item in items]):
-            yield future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)

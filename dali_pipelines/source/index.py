@@ -7,14 +7,14 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from dali_pipelines.source.files import MISSING, Stamp, is_remote, parallel
+from dali_pipelines.source.files import MISSING, Stamp, is_remote
 from dali_pipelines.source.headers import Header
 
 Progress = Callable[[int, int, int], None]
@@ -30,10 +30,10 @@ Records = npt.NDArray[np.void]
 FILE = np.dtype([("name", object), ("stamp", np.int64, 2), ("images", np.int64)])
 """A file of a source, and the number of images in it."""
 
-IMAGE = np.dtype(
+ENTRY = np.dtype(
     [("name", object), ("extent", np.int64, 2), ("label", np.int64), ("size", np.int32, 2), ("problem", object)]
 )
-"""An :class:`Image`; its size is 0, 0 where there is a problem."""
+"""An image of a file; its size is 0, 0 where there is a problem."""
 
 
 class Image(NamedTuple):
@@ -50,34 +50,34 @@ class Table(NamedTuple):
     """f files and their n images, in order: a plain file is one image, a shard holds any number."""
 
     files: Records  # (f,) of FILE
-    images: Records  # (n,) of IMAGE
+    entries: Records  # (n,) of ENTRY
 
     @classmethod
     def of(cls, files: Sequence[tuple[str, Stamp, Sequence[Image]]]) -> Self:
         """From names and stamps of files, and the images in them."""
-        images = [
+        entries = [
             (name, (offset, length), label, *(((0, 0), header) if isinstance(header, str) else (header, "")))
             for *_, found in files
             for name, offset, length, label, header in found
         ]
-        return cls(np.array([(*file, len(found)) for *file, found in files], FILE), np.array(images, IMAGE))
+        return cls(np.array([(*file, len(found)) for *file, found in files], FILE), np.array(entries, ENTRY))
 
     @property
     def sizes(self) -> npt.NDArray[np.int32]:
         """(n, 2) width, height, pixels; 0, 0 for a bad image."""
-        return self.images["size"].copy()
+        return self.entries["size"].copy()
 
     @property
     def bad(self) -> dict[int, str]:
         """Why images cannot be used."""
-        return {i: problem for i, problem in enumerate(self.images["problem"]) if problem}
+        return {i: problem for i, problem in enumerate(self.entries["problem"]) if problem}
 
     def take(self, files: Int64s) -> Self:
         """The files of these numbers, in this order."""
         counts = self.files["images"][files]
         # Number of a file's first image here, less that of its first image there, for every image there.
         shift = (np.cumsum(self.files["images"]) - self.files["images"])[files] - (np.cumsum(counts) - counts)
-        return type(self)(self.files[files], self.images[np.repeat(shift, counts) + np.arange(counts.sum())])
+        return type(self)(self.files[files], self.entries[np.repeat(shift, counts) + np.arange(counts.sum())])
 
 
 def index_file(folder: str, root: str, kind: str, annotations: str) -> Path:
@@ -147,18 +147,20 @@ class Index:
             self._save(parts[0])
             return parts[0]
 
+        pool = ThreadPoolExecutor(threads)
         try:
-            with closing(parallel(lambda names: _scan(names, now, scan), chunks, threads)) as results:
-                for part in results:
-                    parts.append(part)
-                    done, images = done + len(part.files), images + len(part.images)
-                    if progress is not None:
-                        progress(done, len(stale), images)
-                    if done < len(stale) and (begun := time.monotonic()) > saved + pause:
-                        save()
-                        saved = time.monotonic()
-                        pause = max(_SAVE_SECONDS, 10 * (saved - begun))
+            for future in as_completed([pool.submit(_scan, names, now, scan) for names in chunks]):
+                part = future.result()
+                parts.append(part)
+                done, images = done + len(part.files), images + len(part.entries)
+                if progress is not None:
+                    progress(done, len(stale), images)
+                if done < len(stale) and (begun := time.monotonic()) > saved + pause:
+                    save()
+                    saved = time.monotonic()
+                    pause = max(_SAVE_SECONDS, 10 * (saved - begun))
         finally:
+            pool.shutdown(cancel_futures=True)
             whole = save()
         rows = {name: i for i, name in enumerate(whole.files["name"])}
         return whole.take(np.array([rows[name] for name in files], np.int64))
@@ -170,8 +172,8 @@ class Index:
                     raise ValueError("written by another version")
                 if arrays["identity"] != self._identity:
                     raise ValueError("the index of other images")
-                table = Table(_unpack("files", FILE, arrays), _unpack("images", IMAGE, arrays))
-            if table.files["images"].sum() != len(table.images):
+                table = Table(_unpack("files", FILE, arrays), _unpack("entries", ENTRY, arrays))
+            if table.files["images"].sum() != len(table.entries):
                 raise ValueError("its parts do not fit together")
             return table
         except (FileNotFoundError, NotADirectoryError):
@@ -189,7 +191,7 @@ class Index:
             partial = self.path.with_name(f"{self.path.name}.{uuid.uuid4().hex}.partial")  # others may write, too
             try:
                 with open(partial, "xb") as file:
-                    columns = _pack("files", table.files) | _pack("images", table.images)
+                    columns = _pack("files", table.files) | _pack("entries", table.entries)
                     np.savez(file, allow_pickle=False, format=_FORMAT, identity=self._identity, **columns)
                     file.flush()
                     os.fsync(file.fileno())
@@ -210,10 +212,10 @@ def _scan(names: list[str], stamps: Mapping[str, Stamp], scan: Callable[[str, in
     for name in names:
         stamp = stamps[name]
         try:
-            images = [Image("", 0, 0, -1, "no such file")] if stamp == MISSING else scan(name, stamp[1])
+            found = [Image("", 0, 0, -1, "no such file")] if stamp == MISSING else scan(name, stamp[1])
         except OSError as error:
-            images, stamp = [Image("", 0, 0, -1, f"cannot read it: {error.strerror or error}")], _UNREAD
-        files.append((name, stamp, images))
+            found, stamp = [Image("", 0, 0, -1, f"cannot read it: {error.strerror or error}")], _UNREAD
+        files.append((name, stamp, found))
     return Table.of(files)
 
 

@@ -18,22 +18,16 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(EXTENSIONS)
 
 
-def class_folders(files: Files, threads: int) -> Listing:
-    """A folder of class folders, each searched to any depth."""
+def folders(files: Files, flat: bool, threads: int) -> Listing:
+    """A folder of class folders, or a flat folder of images, searched to any depth."""
     names: list[str] = []
     classes: list[str] = []
-    folders = files.entries(files.base)[1]
+    below = [""] if flat else files.entries(files.base)[1]
     with ThreadPoolExecutor(threads) as pool:
-        for folder, found in zip(folders, pool.map(lambda f: list(_images_below(files, f)), folders), strict=True):
+        for folder, found in zip(below, pool.map(lambda f: list(_images_below(files, f)), below), strict=True):
             names += found
             classes += [folder] * len(found)
     return names, classes
-
-
-def flat_folder(files: Files, threads: int) -> Listing:
-    """A folder of images, searched to any depth."""
-    names = list(_images_below(files, ""))
-    return names, [""] * len(names)
 
 
 def _images_below(files: Files, folder: str) -> Iterator[str]:
@@ -78,8 +72,8 @@ def coco(annotations: Files, path: str, allow_outside: bool) -> Listing:
     if not isinstance(content, dict) or not isinstance(content.get("images"), list):
         raise SourceError(f'{path} has no list "images"; name a COCO annotation file')
     try:
-        images = sorted((image["id"], image["file_name"]) for image in content["images"])
-        names = [_inside(name, allow_outside, f"{path}, image {number}") for number, name in images]
+        named = sorted((image["id"], image["file_name"]) for image in content["images"])
+        names = [_inside(name, allow_outside, f"{path}, image {number}") for number, name in named]
     except (KeyError, TypeError, AttributeError):
         raise SourceError(f'{path}: an image lacks "id" or "file_name", or they are of other types') from None
     return names, [""] * len(names)

@@ -3,12 +3,13 @@
 Nothing is ever extracted, so the names in a shard are labels and no paths.
 """
 
+import io
 import posixpath
 import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import BinaryIO
+from typing import IO, Any, BinaryIO
 
 from PIL.ContainerIO import ContainerIO
 
@@ -28,8 +29,6 @@ _MAGIC = re.compile(r"[*?\[{]")
 _MAX_SHARDS = 1_000_000
 _DAMAGED = "the shard is cut short or damaged here: what follows cannot be read"
 
-_Span = tuple[int, int]  # first byte, and the one behind the last
-
 
 def is_pattern(path: str) -> bool:
     """Whether a path stands for many: a glob, or braces as WebDataset writes them."""
@@ -38,9 +37,7 @@ def is_pattern(path: str) -> bool:
 
 def pattern_base(pattern: str) -> str:
     """The folder in front of a pattern's first component that is one."""
-    magic = _MAGIC.search(pattern)
-    assert magic is not None
-    return pattern[: magic.start()].rpartition("/")[0]
+    return _MAGIC.split(pattern, maxsplit=1)[0].rpartition("/")[0]
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -115,8 +112,8 @@ def scan_shard(files: Files, kind: str, path: str, size: int) -> list[Image]:
         raise SourceError(f"cannot read {path} ({error.strerror or error})") from error
 
 
-def _header(file: BinaryIO, offset: int, length: int) -> Header:
-    return read_header(ContainerIO(file, offset, length)) if length else "empty"
+def _header(file: IO[bytes], length: int) -> Header:
+    return read_header(file) if length else "empty"
 
 
 # -------------------------------------------------------------------------------------------------- WebDataset
@@ -179,7 +176,7 @@ def _add_member(samples: dict[str, _Sample], member: tarfile.TarInfo, file: Bina
         else:
             sample.problem = f"its class {text.decode(errors='replace')!r} is not an integer"
     if extension != ".cls":
-        header = sample.problem or _header(file, member.offset_data, member.size)
+        header = sample.problem or _header(ContainerIO(file, member.offset_data, member.size), member.size)
         sample.images.append(Image(member.name, member.offset_data, member.size, -1, header))
 
 
@@ -201,103 +198,67 @@ def _tfrecord_images(file: BinaryIO, path: str, size: int) -> Iterator[Image]:
         if len(frame) < 12 or end > size:
             yield Image(str(number), start, 0, -1, "the shard is cut short: it ends within this record")
             return
-        yield _example_image(file, str(number), (start + 12, end - 4))
+        yield _example_image(str(number), start + 12, file.read(end - start - 16))
         start, number = end, number + 1
     if not number:
         raise SourceError(f"{path} is empty; make it anew or remove it")
 
 
-def _example_image(file: BinaryIO, name: str, record: _Span) -> Image:
+def _example_image(name: str, start: int, record: bytes) -> Image:
     """The image of a tf.train.Example: {1: Features {1: entries {1: name, 2: Feature {1: bytes, 3: integers}}}}."""
-    images: list[_Span] = []
+    images: list[bytes] = []
     label = -1
     try:
-        for entry in _spans(file, record, 1, 1):
-            key = b"".join(_bytes(file, span) for span in _spans(file, entry, 1))
+        for entry in _values(record, 1, 1):
+            key = b"".join(_values(entry, 1))
             if key == b"image/encoded":
-                images = list(_spans(file, entry, 2, 1, 1))
+                images = list(_values(entry, 2, 1, 1))
             elif key == b"image/class/label":
-                for integers in _spans(file, entry, 2, 3):
-                    label = next(_integers(file, integers), -1)
-    except ValueError:
-        return Image(name, record[0], 0, -1, "not a tf.train.Example")
+                for value in [value for value in _values(entry, 2, 3, 1) if value != b""][:1]:
+                    unsigned = _varint(io.BytesIO(value)) if isinstance(value, bytes) else value  # packed or not
+                    label = unsigned - (unsigned >> 63 << 64)
+    except (OverflowError, TypeError, ValueError):
+        return Image(name, start, 0, -1, "not a tf.train.Example")
     if len(images) != 1:
-        return Image(name, record[0], 0, label, f"{len(images)} values of image/encoded in the record, where 1 belongs")
-    ((start, end),) = images
-    header = _header(file, start, end - start) if label >= -1 else f"its class {label} is negative"
-    return Image(name, start, end - start, max(label, -1), header)
+        return Image(name, start, 0, label, f"{len(images)} values of image/encoded in the record, where 1 belongs")
+    (image,) = images
+    header = _header(io.BytesIO(image), len(image)) if label >= -1 else f"its class {label} is negative"
+    return Image(name, start + record.index(image), len(image), max(label, -1), header)
 
 
-def _fields(file: BinaryIO, message: _Span) -> Iterator[tuple[int, int | _Span]]:
-    """Field numbers and values of a protobuf message: integers, or where bytes lie; fixed-size fields are left out."""
-    position, end = message
-    while position < end:
-        tag, position = _varint(file, position)
-        number, wire_type = tag >> 3, tag & 7
-        if wire_type == 0:
-            value, position = _varint(file, position)
-            yield number, value
-        elif wire_type == 2:
-            length, position = _varint(file, position)
-            yield number, (position, position + length)
-            position += length
-        elif wire_type in (1, 5):
-            position += 8 if wire_type == 1 else 4
-        else:
+def _values(message: bytes, number: int, *path: int) -> Iterator[Any]:
+    """The values to which a path of field numbers leads in a protobuf message: integers, or bytes."""
+    file = io.BytesIO(message)
+    while file.tell() < len(message):
+        found, wire_type = divmod(_varint(file), 8)
+        value: Any = {1: 8, 5: 4}.get(wire_type) or _varint(file)
+        if wire_type in (1, 2, 5):
+            length, value = value, file.read(value)
+            if len(value) < length:
+                raise ValueError("a field that ends behind its message")
+        elif wire_type:
             raise ValueError(f"wire type {wire_type}")
-        if position > end:
-            raise ValueError("a field that ends behind its message")
+        if found == number:
+            yield from _values(value, *path) if path else (value,)
 
 
-def _spans(file: BinaryIO, message: _Span, number: int, *path: int) -> Iterator[_Span]:
-    """Where the fields lie to which a path of field numbers leads."""
-    for found, value in _fields(file, message):
-        if found == number and isinstance(value, tuple):
-            yield from _spans(file, value, *path) if path else (value,)
-
-
-def _integers(file: BinaryIO, message: _Span) -> Iterator[int]:
-    """An Int64List, packed or not."""
-    for number, value in _fields(file, message):
-        if number == 1:
-            position, end = value if isinstance(value, tuple) else (0, 0)
-            values = [] if isinstance(value, tuple) else [value]
-            while position < end:
-                integer, position = _varint(file, position)
-                values.append(integer)
-            yield from (v - (1 << 64) if v >> 63 else v for v in values)
-
-
-def _varint(file: BinaryIO, position: int) -> tuple[int, int]:
-    """The number that starts there, and where it ends."""
-    file.seek(position)
-    value = 0
+def _varint(file: BinaryIO) -> int:
+    """The unsigned number that comes next."""
+    start, value = file.tell(), 0
     for i, byte in enumerate(file.read(10)):
         value |= (byte & 0x7F) << 7 * i
         if byte < 0x80:
-            return value & (1 << 64) - 1, position + i + 1
+            file.seek(start + i + 1)
+            return value & (1 << 64) - 1
     raise ValueError("a number of more than 64 bits")
-
-
-def _bytes(file: BinaryIO, span: _Span) -> bytes:
-    file.seek(span[0])
-    return file.read(min(span[1] - span[0], 64))  # no name that matters is longer
-
-
-def _crc32c_table() -> tuple[int, ...]:
-    table = list(range(256))
-    for _ in range(8):
-        table = [value >> 1 ^ (0x82F63B78 if value & 1 else 0) for value in table]
-    return tuple(table)
-
-
-_CRC32C = _crc32c_table()
 
 
 def _masked_crc32c(data: bytes) -> int:
     """Castagnoli's checksum, rotated and shifted as TFRecord stores it."""
     crc = 0xFFFFFFFF
     for byte in data:
-        crc = crc >> 8 ^ _CRC32C[(crc ^ byte) & 0xFF]
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
     crc ^= 0xFFFFFFFF
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF

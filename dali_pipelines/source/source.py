@@ -9,7 +9,9 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+from tqdm.auto import tqdm
 
+from dali_pipelines.settings import DataConfig
 from dali_pipelines.source import layouts, shards
 from dali_pipelines.source.files import MISSING, Files, SourceError, is_remote, open_files
 from dali_pipelines.source.headers import EXTENSIONS, read_header
@@ -56,6 +58,34 @@ class Source:
         return whole.hexdigest()
 
 
+def open_images(data: DataConfig, held_out: bool = False, progress: Progress | None = None) -> Source:
+    """The images of ``data.root``, or of ``data.val_root``; a bar shows how reading their headers gets on.
+
+    Raises:
+        SourceError: see :func:`open_source`.
+    """
+    kind = data.source
+    if held_out and kind == "coco":  # its annotations would only say which images there are
+        kind = "flat"
+    with tqdm(disable=None, delay=1, leave=False, unit=" files", desc="reading headers") as bar:
+
+        def show(done: int, of: int, images: int) -> None:
+            bar.total = of
+            bar.update(done - bar.n)
+            if progress is not None:
+                progress(done, of, images)
+
+        return open_source(
+            data.val_root if held_out else data.root,
+            kind,
+            key="data.val_root" if held_out else "data.root",
+            annotations="" if held_out else data.annotations,
+            index=data.index,
+            allow_outside=data.allow_outside,
+            progress=show,
+        )
+
+
 def open_source(
     root: str,
     kind: Kind = "auto",
@@ -84,10 +114,9 @@ def open_source(
         SourceError: no such folder, nothing in it, or something unreadable.
     """
     try:
-        try:
-            return _open(root, kind, threads, annotations, index, allow_outside, progress)
-        except OSError as error:
-            raise SourceError(f"cannot read {error.filename or root} ({error.strerror or error})") from error
+        return _open(root, kind, threads, annotations, index, allow_outside, progress)
+    except OSError as error:
+        raise SourceError(f"{key}: cannot read {error.filename or root} ({error.strerror or error})") from error
     except SourceError as error:
         raise SourceError(f"{key}: {error}") from error.__cause__
 
@@ -114,7 +143,7 @@ def _open(
     elif kind == "list":
         names, classes = layouts.list_file(files, path, allow_outside)
     else:
-        names, classes = {"folders": layouts.class_folders, "flat": layouts.flat_folder}[kind](files, threads)
+        names, classes = layouts.folders(files, kind == "flat", threads)
     if not names:
         raise SourceError(f"no images in {root} (looked for {', '.join(EXTENSIONS)}; data.source={kind})")
 
@@ -157,10 +186,10 @@ def _open_shards(
         return shards.scan_shard(files, kind, f"{files.base}/{name}", size)
 
     table = place.update(found, stamps, scan, threads=threads, chunk=1, progress=progress)
-    if not len(table.images):
+    if not len(table.entries):
         raise SourceError(f"no images in the {len(paths)} shards of {root} (data.source={kind})")
     counts, ends = table.files["images"], np.cumsum(table.files["images"])
-    extents = table.images["extent"].copy()
+    extents = table.entries["extent"].copy()
 
     def read(i: int) -> bytes:
         path = paths[int(np.searchsorted(ends, i, "right"))]
@@ -170,11 +199,11 @@ def _open_shards(
             raise OSError(f"{path} is cut short or damaged: {len(data)} of {length} bytes at {offset}")
         return data
 
-    labels, classes = _number_integers(table.images["label"].copy())
+    labels, classes = _number_integers(table.entries["label"].copy())
     return Source(
         root=root,
         kind=kind,
-        names=tuple(map("{}/{}".format, np.repeat(np.array(paths, object), counts), table.images["name"])),
+        names=tuple(map("{}/{}".format, np.repeat(np.array(paths, object), counts), table.entries["name"])),
         labels=labels,
         sizes=table.sizes,
         base=files.base,

@@ -26,8 +26,8 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from dali_pipelines.batch import in_order
 from dali_pipelines.geometry import Geometry
+from dali_pipelines.montage import in_order
 from mcl.config import ModelConfig, OptimConfig
 from mcl.distributed import Gather
 from mcl.models import MCL
@@ -139,7 +139,7 @@ class _Meter(TorchDispatchMode):
             if (part := _owner(name)) != _owner(name.rpartition(".")[0]):
                 self._watch(module, part)
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.register_forward_hook(self._note)
+                module.register_forward_pre_hook(self._note)  # not all that is computed again comes to its end
         for p in model.parameters():
             if p.requires_grad:
                 p.register_post_accumulate_grad_hook(lambda p: self.gradients.append(p.nbytes))
@@ -151,7 +151,7 @@ class _Meter(TorchDispatchMode):
         module.register_forward_pre_hook(lambda *_: self._inside.append(part))
         module.register_forward_hook(leave)
 
-    def _note(self, module: Any, inputs: tuple[Any, ...], _: Any) -> None:
+    def _note(self, module: Any, inputs: tuple[Any, ...]) -> None:
         x, *counts = inputs[:2]
         element = torch.promote_types(x.dtype, torch.float32).itemsize
         returns = torch.is_grad_enabled() and self._returning is None

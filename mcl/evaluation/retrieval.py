@@ -4,23 +4,22 @@ In fresh montages every tile of every level looks, by its region feature through
 image among the gallery's momentum targets of the other view. Chance is 1 / gallery.
 """
 
-import contextlib
 import copy
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
-from dali_pipelines.batch import MontageBatch
 from dali_pipelines.geometry import nearest_legal
 from dali_pipelines.loader import MontageLoader
+from dali_pipelines.montage import MontageBatch
 from dali_pipelines.source import Source
 from mcl.config import Config, ConfigError
-from mcl.evaluation.statistics import fresh_statistics
 from mcl.models import MCL, Encoder
 
 _FRESH = 1 << 62  # added to the seed: crops and montages that training never drew
@@ -59,12 +58,14 @@ def _levelwise(model: MCL) -> MCL:
     return model
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Top-1 accuracy per level: mean over galleries, and its standard error."""
+class _All(nn.ModuleList):
+    """Models that see the same views."""
 
-    levels: list[float]
-    errors: list[float]
+    def forward(self, views: Sequence[MontageBatch]) -> None:
+        model: Any
+        for model in self:
+            model.targets(views)
+            model.predictions(views)
 
 
 @torch.no_grad()
@@ -73,13 +74,11 @@ def top1(model: MCL, query: MontageBatch, key: MontageBatch) -> Tensor:
     views = (query, key)
     banks = [F.normalize(targets.float(), dim=1) for targets in reversed(model.targets(views))]
     hits = [
-        [
-            ((F.normalize(p.float(), dim=1) @ bank.t()).argmax(1) == row).float().mean()
-            for p, row in zip(predictions, model.positives(view), strict=True)
-        ]
+        ((F.normalize(p.float(), dim=1) @ bank.t()).argmax(1) == row).float().mean()
         for view, predictions, bank in zip(views, model.predictions(views), banks, strict=True)
+        for p, row in zip(predictions, model.positives(view), strict=True)
     ]
-    return torch.tensor(hits).mean(0)
+    return torch.stack(hits).view(len(views), -1).mean(0)
 
 
 def check_gallery(config: Config, source: Source) -> None:
@@ -94,8 +93,13 @@ def check_gallery(config: Config, source: Source) -> None:
         raise ConfigError(f"evaluation.gallery: {source.root} has only {len(source)} images, fewer than {gallery}")
 
 
-def retrieval(models: Sequence[MCL], config: Config, source: Source, device: torch.device) -> list[Scores]:
+def retrieval(
+    models: Sequence[MCL], config: Config, source: Source, device: torch.device
+) -> list[tuple[list[float], list[float]]]:
     """Scores models on the same montages of `source`; their BatchNorm statistics are re-estimated on others first.
+
+    Returns:
+        Per model, top-1 accuracy per level, the mean over galleries, and its standard error.
 
     Raises:
         ConfigError: too few images for a gallery, or a gallery that makes no legal montage.
@@ -107,17 +111,12 @@ def retrieval(models: Sequence[MCL], config: Config, source: Source, device: tor
     data = dataclasses.replace(config.data, max_bad_fraction=1.0)  # training has listed and judged the bad files
     with MontageLoader(source, plan, data, gpu=device.index) as loader:
         batches = (tuple(view.to(device, torch.float32) for view in pair) for pair in loader)
-        with contextlib.ExitStack() as stack:
-            for model in scored:
-                stack.enter_context(fresh_statistics(model))
-            for views in itertools.islice(batches, _STATISTICS_BATCHES):
-                for model in scored:
-                    model.targets(views)
-                    model.predictions(views)
+        first = itertools.islice(batches, _STATISTICS_BATCHES)
+        update_bn(([views] for views in first), _All(scored).eval())  # it passes on the first entry of a list
         tables = [
             torch.stack([top1(model, query, key) for model in scored])
             for query, key in itertools.islice(batches, config.evaluation.galleries)
         ]
     scores = torch.stack(tables, 1)  # (models, galleries, L)
     errors = scores.std(1) / scores.shape[1] ** 0.5
-    return [Scores(*row) for row in zip(scores.mean(1).tolist(), errors.tolist(), strict=True)]
+    return list(zip(scores.mean(1).tolist(), errors.tolist(), strict=True))

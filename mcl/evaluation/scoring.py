@@ -6,11 +6,10 @@ from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from dali_pipelines.source import Source, open_images
 from mcl.config import Config, ConfigError
-from mcl.evaluation import classify
+from mcl.evaluation import knn_linear
 from mcl.evaluation.features import extract, prepare
 from mcl.evaluation.retrieval import check_gallery, retrieval
 from mcl.models import MCL
@@ -77,15 +76,15 @@ def _retrieval(
     for split, source in sources.items():
         if split == "val" and len(source) < config.evaluation.gallery:
             continue
-        trained, untrained = retrieval(networks, config, source, device)
+        (levels, errors), (random, random_errors) = retrieval(networks, config, source, device)
         yield {
             "split": split,
             "gallery": config.evaluation.gallery,
             "chance": 1 / config.evaluation.gallery,
-            "levels": trained.levels,
-            "levels_se": trained.errors,
-            "random": untrained.levels,
-            "random_se": untrained.errors,
+            "levels": levels,
+            "levels_se": errors,
+            "random": random,
+            "random_se": random_errors,
         }
 
 
@@ -98,14 +97,14 @@ def _classes(
     accuracies = []
     for network in networks:
         backbone = prepare(network.online.backbone, config, train_source, device)
-        train, labels = _known(*extract(backbone, config, train_source, device))
+        train, labels = extract(backbone, config, train_source, device)
         test, truth = train, labels
         if val_source is not None:
-            test, truth = _known(*extract(backbone, config, _renumber(val_source, train_source), device))
+            test, truth = extract(backbone, config, _renumber(val_source, train_source), device)
         if name == "knn":
-            guess = classify.knn(train, labels, test, k, classes, same=val_source is None)
+            guess = knn_linear.knn(train, labels, test, k, classes, same=val_source is None)
         else:
-            guess = classify.linear(train, labels, test, classes)
+            guess = knn_linear.linear(train, labels, test, classes)
         accuracies.append((guess == truth).float().mean().item())
     yield {
         "split": "train" if val_source is None else "val",
@@ -137,8 +136,3 @@ def _renumber(val: Source, train: Source) -> Source:
     """`val` with the class numbers of `train`: each source numbers the classes that it has."""
     numbers = np.array([train.classes.index(name) for name in val.classes] + [-1])  # -1, the last, stays unknown
     return dataclasses.replace(val, labels=numbers[val.labels])
-
-
-def _known(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Without photographs of unknown class."""
-    return features[labels >= 0], labels[labels >= 0]

@@ -21,13 +21,8 @@ def canonical_names(encoder: Encoder) -> dict[str, str]:
             case ["backbone", *rest]:
                 names[name] = ".".join(["backbone.body", *rest])
             case ["fpn", kind, index, module, leaf]:
-                depth = encoder.fpn.depths[int(index)] if kind == "outputs" else int(index)
-                names[name] = f"backbone.fpn.{_KINDS[kind]}.{pyramid_map(depth)}.{_MODULES[module]}.{leaf}"
+                depth = encoder.fpn.depths[int(index)] if kind == "outputs" else int(index)  # 0 is C5 and P5
+                names[name] = f"backbone.fpn.{_KINDS[kind]}.{3 - depth}.{_MODULES[module]}.{leaf}"
             case ["head", "convs", index, module, leaf]:
                 names[name] = f"roi_heads.box_head.{index}.{_MODULES[module]}.{leaf}"
     return names
-
-
-def pyramid_map(depth: int) -> int:
-    """Number of a map of the FPN, finest first (0 is P2), from its strides below the coarsest (0 is P5)."""
-    return 3 - depth

@@ -10,13 +10,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import update_bn
 
 from dali_pipelines.geometry import nearest_legal
 from dali_pipelines.loader import MontageLoader
 from dali_pipelines.source import open_images
 from mcl import __version__, config
 from mcl.config import Config, ConfigError
-from mcl.evaluation.statistics import fresh_statistics
 from mcl.export import detectron2, mmdet, mmpretrain, timm, torchvision
 from mcl.export.canonical import PARTS, canonical_names
 from mcl.export.files import default_path, write
@@ -43,15 +43,13 @@ TARGETS = {
 _STATISTICS_BATCHES = 8
 _STATISTICS_IMAGES = 64
 
-Network = Literal["online", "target"]
-
 
 def export(
     path: Path,
     to: str,
     *,
     parts: Sequence[str] = (),
-    network: Network = "online",
+    network: Literal["online", "target"] = "online",
     check: bool = False,
     output: Path | None = None,
     overrides: Sequence[str] = (),
@@ -114,7 +112,7 @@ def _parts(target: Target, wanted: Sequence[str]) -> list[str]:
 
 def _check_parts(target: Target, parts: Sequence[str], encoder: Encoder, cfg: Config) -> None:
     """Whether the encoder has what the target takes."""
-    wanted, trained = [f"P{m + 2}" for m in target.maps], {f"P{5 - depth}" for depth in encoder.fpn.depths}
+    wanted, trained = [f"P{n}" for n in target.maps], {f"P{5 - depth}" for depth in encoder.fpn.depths}
     lacking = [name for name in wanted if name not in trained]
     if "fpn" in parts and lacking:
         others = ",".join(part for part in target.parts if part != "fpn")
@@ -178,7 +176,7 @@ def reestimated(encoder: Encoder, cfg: Config) -> Encoder:
     device = resolve_device(cfg.trainer.device)
     encoder = copy.deepcopy(encoder).to(device)
     data = dataclasses.replace(cfg.data, max_bad_fraction=1.0)  # training has judged the bad files
-    with MontageLoader(source, plan, data, gpu=device.index) as loader, fresh_statistics(encoder):
-        for view in itertools.chain.from_iterable(itertools.islice(loader, _STATISTICS_BATCHES)):
-            encoder(view.to(device, torch.float32))
+    with MontageLoader(source, plan, data, gpu=device.index) as loader:
+        views = itertools.chain.from_iterable(itertools.islice(loader, _STATISTICS_BATCHES))
+        update_bn((view.to(device, torch.float32) for view in views), encoder)
     return encoder.cpu()

@@ -27,7 +27,7 @@ def rename(name: str) -> str | None:
 TARGET = Target(
     name="detectron2",
     rename=rename,
-    parts=("backbone", "fpn", "head"),
+    parts={"backbone": r"(stem|res\d)\.", "fpn": r"fpn_", "head": r"box_head\."},
     saves={".pkl": save_detectron2},
     twin=None,
 )

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mcl.config import ModelConfig
 from mcl.export.files import save_openmmlab
-from mcl.export.target import Target, Twin, TwinPart
+from mcl.export.target import Target, Twin
 from mcl.models.backbones import Backbone
 
 INSTALL = "make mmdet, in a checkout of mcl"
@@ -77,24 +77,24 @@ def _build_retinanet(config: ModelConfig) -> Any:
     return _build("retinanet_r50_fpn.py", config, heads)
 
 
-BACKBONE = TwinPart(r"backbone\.", lambda model, image: model.backbone(image))
+def backbone(model: Any, image: Tensor) -> Any:
+    """C2 to C5."""
+    return model.backbone(image)
+
 
 RCNN = Target(
     name="mmdet",
     rename=partial(rename, first_map=0),
-    parts=("backbone", "fpn", "head"),
+    parts={"backbone": r"backbone\.", "fpn": r"neck\.", "head": r"roi_head\.bbox_head\.shared_convs\."},
     saves={".pth": save_openmmlab},
     twin=Twin(
         "mmdet",
         INSTALL,
         _build_rcnn,
         {
-            "backbone": BACKBONE,
-            "fpn": TwinPart(r"neck\.", lambda model, maps: model.neck(maps)[:4]),
-            "head": TwinPart(
-                r"roi_head\.bbox_head\.shared_convs\.",
-                lambda model, p5: [nn.Sequential(*model.roi_head.bbox_head.shared_convs)(p5)],
-            ),
+            "backbone": backbone,
+            "fpn": lambda model, maps: model.neck(maps)[:4],  # what follows is P6
+            "head": lambda model, p5: [nn.Sequential(*model.roi_head.bbox_head.shared_convs)(p5)],
         },
     ),
 )
@@ -102,19 +102,10 @@ RCNN = Target(
 RETINANET = Target(
     name="mmdet-retinanet",
     rename=partial(rename, first_map=1),
-    parts=("backbone", "fpn"),
+    parts={"backbone": r"backbone\.", "fpn": r"neck\.(lateral_convs|fpn_convs\.[012])\."},
     saves={".pth": save_openmmlab},
-    maps=(1, 2, 3),
     twin=Twin(
-        "mmdet",
-        INSTALL,
-        _build_retinanet,
-        {
-            "backbone": BACKBONE,
-            "fpn": TwinPart(
-                r"neck\.(lateral_convs|fpn_convs\.[012])\.",
-                lambda model, maps: model.neck(maps)[:3],
-            ),
-        },
+        "mmdet", INSTALL, _build_retinanet, {"backbone": backbone, "fpn": lambda model, maps: model.neck(maps)[:3]}
     ),
+    maps=(3, 4, 5),
 )

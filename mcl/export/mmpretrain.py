@@ -4,20 +4,22 @@ from typing import Any
 
 from mcl.config import ModelConfig
 from mcl.export.files import save_openmmlab
-from mcl.export.mmdet import BACKBONE, INSTALL, RCNN, depth
+from mcl.export.mmdet import INSTALL, RCNN, backbone, depth
 from mcl.export.target import Target, Twin
 
 
 def _build(config: ModelConfig) -> Any:
+    from mmengine.registry import DefaultScope
     from mmpretrain.models import ImageClassifier
 
-    return ImageClassifier({"type": "ResNet", "depth": depth(config), "out_indices": (0, 1, 2, 3)})
+    with DefaultScope.overwrite_default_scope("mmpretrain"):  # a fine-tuning before it leaves MMDetection's
+        return ImageClassifier({"type": "ResNet", "depth": depth(config), "out_indices": (0, 1, 2, 3)})
 
 
 TARGET = Target(
     name="mmpretrain",
     rename=RCNN.rename,
-    parts=("backbone",),
+    parts={"backbone": r"backbone\."},
     saves={".pth": save_openmmlab},
-    twin=Twin("mmpretrain", INSTALL, _build, {"backbone": BACKBONE}),
+    twin=Twin("mmpretrain", INSTALL, _build, {"backbone": backbone}),
 )

@@ -11,17 +11,6 @@ from mcl.export.files import Save
 
 
 @dataclass(frozen=True)
-class TwinPart:
-    """A part of the target's own model."""
-
-    names: str
-    """Regular expression of the beginning of its tensors' names: all these must be in the file."""
-    forward: Callable[[Any, Any], Sequence[Tensor]]
-    """What the part of a model computes: the backbone C2 to C5 from the image, the FPN the target's maps from C2 to C5,
-    the head the last convolution's map from P5. Maps are (n, channels, h, w), finest first."""
-
-
-@dataclass(frozen=True)
 class Twin:
     """The target's own model, which proves an export."""
 
@@ -31,7 +20,9 @@ class Twin:
     """Command that installs it."""
     build: Callable[[ModelConfig], Any]
     """Makes the model from our configuration; imports the package."""
-    parts: Mapping[str, TwinPart]
+    forward: Mapping[str, Callable[[Any, Any], Sequence[Tensor]]]
+    """What each part of a model computes: the backbone C2 to C5 from the image, the FPN the target's maps from C2 to
+    C5, the head the last convolution's map from P5. Maps are (n, channels, h, w), finest first."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +32,14 @@ class Target:
     name: str
     rename: Callable[[str], str | None]
     """Canonical name of a tensor of one of `parts` to the target's; None where the target has no place for it."""
-    parts: tuple[str, ...]
-    """Parts of the model that it takes."""
+    parts: Mapping[str, str]
+    """Parts of the model that it takes, and regular expressions of the beginnings of their tensors' names there: all
+    that match must be in the file."""
     saves: Mapping[str, Save]
     """By the ending of a file; the first one is the default."""
     twin: Twin | None
     """None for a library that no package index has."""
-    maps: tuple[int, ...] = (0, 1, 2, 3)
-    """Maps of the FPN that it takes, 0 is P2."""
+    maps: tuple[int, ...] = (2, 3, 4, 5)
+    """Maps of the FPN that it takes, 2 is P2."""
     check: Callable[[ModelConfig, Sequence[str]], None] = lambda config, parts: None
     """Raises ConfigError for a model whose parts have other shapes than the target's."""

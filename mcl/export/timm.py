@@ -6,7 +6,7 @@ from torch import Tensor
 
 from mcl.config import ModelConfig
 from mcl.export.files import save_plain, save_safetensors
-from mcl.export.target import Target, Twin, TwinPart
+from mcl.export.target import Target, Twin
 from mcl.export.torchvision import resnet_name
 
 
@@ -23,7 +23,7 @@ def _maps(model: Any, image: Tensor) -> Any:
 TARGET = Target(
     name="timm",
     rename=resnet_name,
-    parts=("backbone",),
+    parts={"backbone": ""},
     saves={".safetensors": save_safetensors, ".pth": save_plain},
-    twin=Twin("timm", "pip install timm", _build, {"backbone": TwinPart("", _maps)}),
+    twin=Twin("timm", "pip install timm", _build, {"backbone": _maps}),
 )

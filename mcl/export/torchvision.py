@@ -9,11 +9,10 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 from mcl.config import ConfigError, ModelConfig
 from mcl.export.files import save_plain, save_safetensors
-from mcl.export.target import Target, Twin, TwinPart
+from mcl.export.target import Target, Twin
 
 _SAVES = {".pth": save_plain, ".safetensors": save_safetensors}
 _INSTALL = "pip install torchvision"
-_STAGES = ["layer1", "layer2", "layer3", "layer4"]
 _SIZES: dict[str, dict[str, Any]] = {
     "backbone": {"backbone": "resnet50"},
     "fpn": {"width": 256},
@@ -28,20 +27,15 @@ def resnet_name(name: str) -> str:
 
 
 def _resnet_maps(model: nn.Module, image: Tensor) -> list[Tensor]:
-    return list(create_feature_extractor(model, _STAGES)(image).values())
+    return list(create_feature_extractor(model, ["layer1", "layer2", "layer3", "layer4"])(image).values())
 
 
 RESNET = Target(
     name="torchvision",
     rename=resnet_name,
-    parts=("backbone",),
+    parts={"backbone": r"(?!fc\.)"},
     saves=_SAVES,
-    twin=Twin(
-        "torchvision",
-        _INSTALL,
-        lambda config: models.get_model(config.backbone),
-        {"backbone": TwinPart(r"(?!fc\.)", _resnet_maps)},
-    ),
+    twin=Twin("torchvision", _INSTALL, lambda config: models.get_model(config.backbone), {"backbone": _resnet_maps}),
 )
 
 
@@ -59,21 +53,20 @@ def _check_detection(config: ModelConfig, parts: Sequence[str]) -> None:
 DETECTION = Target(
     name="torchvision-detection",
     rename=lambda name: name,
-    parts=("backbone", "fpn", "head"),
+    parts={
+        "backbone": r"backbone\.body\.",
+        "fpn": r"backbone\.fpn\.",
+        "head": r"roi_heads\.box_head\.\d\.[01]\.",
+    },
     saves=_SAVES,
     twin=Twin(
         "torchvision",
         _INSTALL,
         lambda config: models.detection.fasterrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None),
         {
-            "backbone": TwinPart(r"backbone\.body\.", lambda model, image: list(model.backbone.body(image).values())),
-            "fpn": TwinPart(  # what follows P5 is P6
-                r"backbone\.fpn\.", lambda model, maps: list(model.backbone.fpn(dict(enumerate(maps))).values())[:4]
-            ),
-            "head": TwinPart(
-                r"roi_heads\.box_head\.\d\.[01]\.",
-                lambda model, p5: [nn.Sequential(*list(model.roi_heads.box_head)[:4])(p5)],
-            ),
+            "backbone": lambda model, image: list(model.backbone.body(image).values()),
+            "fpn": lambda model, maps: list(model.backbone.fpn(dict(enumerate(maps))).values())[:4],
+            "head": lambda model, p5: [nn.Sequential(*list(model.roi_heads.box_head)[:4])(p5)],
         },
     ),
     check=_check_detection,

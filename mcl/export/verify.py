@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from mcl.config import ConfigError, ModelConfig
-from mcl.export.canonical import pyramid_map
 from mcl.export.summary import Verified
 from mcl.export.target import Target
 from mcl.models import Encoder
@@ -40,11 +39,11 @@ def verify(
         theirs: nn.Module = twin.build(config).eval()
     except (ImportError, AssertionError) as error:  # the latter for a version of mmcv that they do not take
         raise ConfigError(f"--verify: needs {twin.package} ({error}); install it: {twin.install}") from None
-    fresh = _load(theirs, weights, [twin.parts[part].names for part in parts], target.name)
+    fresh = _load(theirs, weights, [target.parts[part] for part in parts], target.name)
     inputs, ours = _features(encoder.eval(), target.maps)
     difference = 0.0
     for part in parts:
-        got = twin.parts[part].forward(theirs, inputs[part])
+        got = twin.forward[part](theirs, inputs[part])
         for mine, other in zip(ours[part], got, strict=True):
             difference = max(difference, float((other - mine).abs().max() / mine.abs().max()))
             if not difference <= _TOLERANCE:  # NaN too
@@ -73,11 +72,11 @@ def _features(encoder: Encoder, maps: Sequence[int]) -> tuple[dict[str, Any], di
     """Input and output of every part for one random image; `maps` are those of the FPN that are wanted."""
     image = torch.randn(1, 3, 96, 64, generator=torch.Generator().manual_seed(0))
     backbone = encoder.backbone(image)  # coarsest first
-    depths = encoder.fpn.depths
-    pyramid = dict(zip(map(pyramid_map, depths), encoder.fpn(backbone, range(len(depths))), strict=True))
-    p5 = head = pyramid[pyramid_map(0)]
+    levels = range(len(encoder.fpn.depths))
+    pyramid = {5 - encoder.fpn.depths[i]: p for i, p in zip(levels, encoder.fpn(backbone, levels), strict=True)}
+    head = pyramid[5]
     for conv in encoder.head.convs:
         head = conv(head, relu=True)
     fpn = [pyramid[m] for m in maps if m in pyramid]
-    inputs = {"backbone": image, "fpn": backbone[::-1], "head": p5}
+    inputs = {"backbone": image, "fpn": backbone[::-1], "head": pyramid[5]}
     return inputs, {"backbone": backbone[::-1], "fpn": fpn, "head": [head]}

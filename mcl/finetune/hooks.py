@@ -10,10 +10,10 @@ from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
 from mmengine.registry import HOOKS
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 from mcl.distributed.signals import Consensus, Interrupted, Signals
-from mcl.evaluation.statistics import fresh_statistics
 from mcl.finetune.loading import seed_everything
 
 
@@ -30,18 +30,18 @@ class PlainMessages(Hook):
     """Keeps MMEngine's message hub in checkpoints as plain lists and numbers, which ``weights_only=True`` reads."""
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
-        hub = checkpoint["message_hub"]
-        scalars = {
-            name: {"values": buffer.data[0].tolist(), "counts": buffer.data[1].tolist(), "longest": buffer.max_length}
-            for name, buffer in hub["log_scalars"].items()
-        }
-        plain = json.dumps({**hub, "log_scalars": scalars}, default=lambda value: value.tolist())  # arrays and numbers
-        checkpoint["message_hub"] = json.loads(plain)
+        checkpoint["message_hub"] = json.loads(json.dumps(checkpoint["message_hub"], default=_plain))
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         scalars = checkpoint.get("message_hub", {}).get("log_scalars", {})
         for name, scalar in scalars.items():
             scalars[name] = HistoryBuffer(scalar["values"], scalar["counts"], scalar["longest"])
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, HistoryBuffer):
+        return {"values": value.data[0], "counts": value.data[1], "longest": value.max_length}
+    return value.tolist()  # of NumPy
 
 
 class LoadWeights(Hook):
@@ -89,10 +89,7 @@ class SaveOnSignal(Hook):
     priority = "LOWEST"  # all others are done with the step
 
     def __init__(self, signals: Signals) -> None:
-        self.signals = signals
-
-    def before_run(self, runner: Any) -> None:
-        self._consensus = Consensus()
+        self.signals, self._consensus = signals, Consensus()
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         self._leave(runner, runner.iter + 1)
@@ -134,7 +131,15 @@ class PreciseBatchNorm(Hook):
             return
         loader = runner.train_dataloader
         loader.batch_sampler.start = runner.iter + 1
-        model = _detector(runner)
-        with fresh_statistics(model):
-            for batch in itertools.islice(loader, self.batches):
-                model(**model.data_preprocessor(batch, training=True), mode="loss")
+        update_bn(itertools.islice(loader, self.batches), _Losses(_detector(runner)))
+
+
+class _Losses(nn.Module):
+    """A detector as it is trained on a batch of a loader."""
+
+    def __init__(self, detector: nn.Module) -> None:
+        super().__init__()
+        self.detector: Any = detector
+
+    def forward(self, batch: Any) -> None:
+        self.detector(**self.detector.data_preprocessor(batch, training=True), mode="loss")

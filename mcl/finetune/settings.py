@@ -64,7 +64,7 @@ def _override(config: Config, word: str) -> None:
 
 def _like(old: Any, new: Any) -> Any:
     """A value as YAML has it, with the numbers and tuples of the one that it replaces."""
-    if isinstance(old, float) and isinstance(new, int | str):
+    if old is None or (isinstance(old, float) and isinstance(new, int | str)):
         with contextlib.suppress(ValueError):
             return float(new)  # YAML takes 1e-4, without a point, for a word
     if isinstance(old, list | tuple) and isinstance(new, list):

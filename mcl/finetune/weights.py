@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from mmdet.registry import MODELS
 from mmengine.registry import DefaultScope
-from torch import Tensor, nn
+from torch import Tensor
 
 from mcl.config import ConfigError
 from mcl.export import export
@@ -76,24 +76,21 @@ def _read(path: Path, target: str, expected: Sequence[str]) -> dict[str, Tensor]
     except Exception as error:  # half a file fails in the zip reader, the unpickler or the tensor reader
         raise CheckpointError(f"weights: {path} is incomplete or holds no weights ({reason(error)})") from error
     if isinstance(state, dict) and {"format", "config", "model"} <= state.keys():
-        twin = TARGETS[target].twin
-        assert twin is not None  # a library that mcl finetune runs can be installed
-        parts = [part for part, its in twin.parts.items() if any(re.match(its.names, name) for name in expected)]
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                exported = export(path, target, parts=parts, output=Path(folder) / "weights.pth")
-            except ConfigError as error:
-                cause = str(error).removeprefix("--parts: ")
-                raise ConfigError(f"pretrained.names: asks {path} for its {', '.join(parts)}: {cause}") from None
-            return _read(exported.path, target, expected)
+        takes = TARGETS[target].parts
+        parts = [part for part in takes if any(re.match(takes[part], name) for name in expected)]
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                return dict(export(path, target, parts=parts, output=Path(folder) / "weights.pth").weights)
+        except ConfigError as error:
+            cause = str(error).removeprefix("--parts: ")
+            raise ConfigError(f"pretrained.names: asks {path} for its {', '.join(parts)}: {cause}") from None
     weights = state.get("state_dict", state) if isinstance(state, dict) else {}
     if not weights or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
         raise CheckpointError(f"weights: {path} holds no weights; take a checkpoint of mcl or an export --to {target}")
     return dict(weights)
 
 
-def build(model: Mapping[str, Any]) -> nn.Module:
+def build(model: Mapping[str, Any]) -> Any:
     """A detector without memory, of which names and shapes can be asked."""
     with DefaultScope.overwrite_default_scope("mmdet"), torch.device("meta"):
-        detector: nn.Module = MODELS.build(model)
-    return detector
+        return MODELS.build(model)

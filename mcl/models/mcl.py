@@ -8,8 +8,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor, nn
 
-from dali_pipelines.batch import MontageBatch, all_tiles, join
 from dali_pipelines.geometry import STRIDE, Geometry
+from dali_pipelines.montage import MontageBatch, cut, join
 from mcl import distributed
 from mcl.config import ModelConfig
 from mcl.distributed import Gather
@@ -59,11 +59,9 @@ class Encoder(nn.Module):
         return [list(embeddings[i : i + len(canvases)]) for i in range(0, len(regions), len(canvases))]
 
     def _released(self, view: MontageBatch) -> list[Tensor]:
-        levels = range(len(view.canvas_counts))
-        maps = self.fpn(self.backbone(view.pixels), levels)
-        everything = [all_tiles(r, STRIDE * view.cells, len(view.pixels), view.pixels.device) for r in view.ratios]
-        populations = self.pool(maps, levels, everything, view.cells).split([len(boxes) for boxes in everything])
-        every = {i: self.head(populations[i]) for i in reversed(levels)}  # finest map first
+        """Every tile of every map goes through the head, the finest map first."""
+        maps = self.fpn(self.backbone(view.pixels), range(len(view.ratios)))
+        every = [self.head(cut(x, ratio)) for x, ratio in zip(maps[::-1], view.ratios[::-1], strict=True)][::-1]
         bounds = list(itertools.accumulate(view.canvas_counts, initial=0))
         return [every[i][bounds[i] * r**2 : bounds[i + 1] * r**2] for i, r in enumerate(view.ratios)]
 
@@ -143,7 +141,7 @@ class MCL(nn.Module):
         """Momentum embeddings of the full images of all ranks, on their way: per view (B, width), rank after rank.
 
         Args:
-            parts: both views of a step, or of all its parts (:meth:`~dali_pipelines.batch.MontageBatch.part`).
+            parts: both views of a step, or of all its parts (:meth:`~dali_pipelines.montage.MontageBatch.part`).
         """
         banks = []
         computed = zip(*(self.targets(views) for views in parts), strict=True)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mcl.ops import apex
-from mcl.ops.library import compiled, library
+from mcl.ops.library import compiled, library, missing
 
 
 def norms(tensors: Sequence[Tensor]) -> Tensor:
@@ -81,8 +81,6 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 def backends(device: str) -> dict[str, tuple[str, str]]:
     """Who does what on "cpu" or "cuda": per operator the library's name, and why."""
-    from mcl.ops.library import missing
-
     chosen = {}
     for task in ("region_pool", "batch_norm", "norms", "lars_", "ema_", "clip", "cross_entropy"):
         if task not in ("region_pool", "batch_norm", "lars_") and device == "cuda" and apex.supplies(task):

@@ -1,15 +1,15 @@
 """What a run measures of itself without waiting for the device: means of its losses, its speed, its waiting."""
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
 from mcl.models import Output
 from mcl.records.metrics import Record
-from mcl.records.timers import Timer
+from mcl.records.timers import HostClock, Timer
 
 
 class Meter:
@@ -90,31 +90,24 @@ class Stopwatch:
 
     def __init__(self, steps: int, phases: Timer, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock, self._left, self._phases = clock, steps, phases
-        self._start = self._window = clock()
-        self._wait = self._save = 0.0
+        self._trainer = Timer(HostClock(clock))
+        self._start = self._settled = self._window = clock()
         self._images = self._done = 0
-        self._settled: tuple[float, int] | None = None  # when the first step was over: it also fills the pipelines
 
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
+    def waiting(self) -> AbstractContextManager[None]:
         """Times a wait for the loader."""
-        start = self._clock()
-        yield
-        self._wait += self._clock() - start
+        return self._trainer.phase("data_wait")
 
-    @contextlib.contextmanager
-    def saving(self) -> Iterator[None]:
+    def saving(self) -> AbstractContextManager[None]:
         """Times how long a checkpoint keeps the training."""
-        start = self._clock()
-        yield
-        self._save += self._clock() - start
+        return self._trainer.phase("saving")
 
     def lap(self, images: int) -> None:
         """Counts a step."""
         self._done += 1
         self._images += images
-        if self._settled is None:
-            self._settled = self._clock(), self._done
+        if self._done == 1:  # which also filled the pipelines
+            self._settled = self._clock()
 
     def read(self) -> Record:
         """Speed (images/s) and shares since the last call, seconds left by the mean pace so far. Waits for the device.
@@ -122,17 +115,15 @@ class Stopwatch:
         What is missing from 1 is the trainer's own work, and on a GPU the time in which it had nothing to do; there,
         waiting for the loader may coincide with the phases.
         """
-        phases = self._phases.read()
+        times = {"data_wait": 0.0, "saving": 0.0} | self._trainer.read() | self._phases.read()
         now = self._clock()
         elapsed = now - self._window
-        settled, done = self._settled or (self._start, 0)
-        pace = (now - settled) / (self._done - done) if self._done > done else (now - self._start) / max(1, self._done)
+        several = self._done > 1
+        pace = (now - self._settled) / (self._done - 1) if several else (now - self._start) / max(1, self._done)
         record = {
             "images_per_s": self._images / elapsed,
-            "data_wait": self._wait / elapsed,
-            "saving": self._save / elapsed,
-            **{name: seconds / elapsed for name, seconds in phases.items()},
+            **{name: seconds / elapsed for name, seconds in times.items()},
             "eta_s": pace * (self._left - self._done),
         }
-        self._window, self._wait, self._save, self._images = now, 0.0, 0.0, 0
+        self._window, self._images = now, 0
         return record

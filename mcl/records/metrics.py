@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from tqdm.auto import tqdm
+from tqdm.contrib import DummyTqdmFile
 
 from mcl import distributed
 from mcl.config import Config, ConfigError, to_dict
@@ -32,15 +33,16 @@ def setup_logging(folder: Path) -> None:
         OSError: the folder cannot be written to.
     """
     rank = distributed.rank()
+    who = "" if rank == 0 else f"rank {rank}: "
     log.handlers.clear()
     log.propagate = False
     log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    console = logging.StreamHandler(_TqdmStream())
-    console.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"rank {rank}: %(message)s"))
+    console = logging.StreamHandler(DummyTqdmFile(sys.stdout))  # keeps messages and the progress bar apart
+    console.addFilter(lambda record: getattr(record, "console", True))
+    console.setFormatter(logging.Formatter(f"{who}%(message)s"))
     file = logging.FileHandler(folder / "train.log", delay=rank != 0)
     file.setLevel(logging.INFO if rank == 0 else logging.ERROR)
-    who = "" if rank == 0 else f" rank {rank}:"
-    file.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s{who} %(message)s"))
+    file.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {who}%(message)s"))
     log.addHandler(console)
     log.addHandler(file)
     logging.captureWarnings(True)
@@ -53,24 +55,9 @@ def recorded_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        record = log.makeRecord(
-            log.name, logging.ERROR, __file__, 0, "the run ends: %s", (type(error).__name__,), sys.exc_info()
-        )
-        for handler in log.handlers:
-            if isinstance(handler, logging.FileHandler):
-                handler.handle(record)
+        if log.handlers:  # there is a train.log
+            log.error("the run ends: %s", type(error).__name__, exc_info=True, extra={"console": False})
         raise
-
-
-class _TqdmStream:
-    """A stream that keeps messages and the progress bar apart."""
-
-    def write(self, text: str) -> None:
-        if text.strip():
-            tqdm.write(text.rstrip("\n"), file=sys.stdout)
-
-    def flush(self) -> None:
-        sys.stdout.flush()
 
 
 class Metrics:
@@ -116,12 +103,12 @@ class Metrics:
         with _reporting(self._path):
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
-        numbers = _flatten(record)
+        numbers = _numbers(record)
         if self._tensorboard is not None:
             for name, value in numbers.items():
-                self._tensorboard.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+                self._tensorboard.add_scalar(name, value, record["step"])
         if self._wandb is not None:
-            self._wandb.log({f"{record['kind']}/{k}": v for k, v in numbers.items()}, step=record["step"])
+            self._wandb.log(numbers, step=record["step"])
 
     def close(self) -> None:
         """Ends all sinks.
@@ -172,10 +159,8 @@ def read(path: Path) -> list[Record]:
     """Records of a ``metrics.jsonl``; a last line that was cut by a crash is left out."""
     records = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        try:
+        with contextlib.suppress(json.JSONDecodeError):
             records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
     return records
 
 
@@ -205,16 +190,15 @@ def _keep_until(path: Path, step: int) -> None:
         rewrite(path, "".join(json.dumps(r) + "\n" for r in read(path) if r["step"] <= step))
 
 
-def _flatten(record: Record) -> dict[str, float]:
+def _numbers(record: Record) -> dict[str, float]:
+    """Its numbers by path, such as train/loss, train/loss_level_0 or eval/knn_val/accuracy."""
+    prefix = f"eval/{record['name']}_{record['split']}" if record["kind"] == "eval" else record["kind"]
     numbers: dict[str, float] = {}
     for name, value in record.items():
-        if name in ("kind", "step", "name", "split"):
-            continue
-        prefix = f"{record['name']}_{record['split']}/" if record["kind"] == "eval" else ""
         if isinstance(value, list):
-            numbers |= {f"{prefix}{name}_{i}": v for i, v in enumerate(value)}
-        else:
-            numbers[f"{prefix}{name}"] = value
+            numbers |= {f"{prefix}/{name}_{i}": v for i, v in enumerate(value)}
+        elif name not in ("kind", "step", "name", "split"):
+            numbers[f"{prefix}/{name}"] = value
     return numbers
 
 

@@ -4,16 +4,9 @@ import contextlib
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-
-
-class Clock(Protocol):
-    """Marks moments without waiting for anything."""
-
-    def now(self) -> Any: ...
-    def seconds(self, start: Any, end: Any) -> float: ...
 
 
 class HostClock:
@@ -48,7 +41,7 @@ class Timer:
         clock: the host's, or the device's.
     """
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: HostClock | DeviceClock) -> None:
         self._clock = clock
         self._spans: list[tuple[str, Any, Any]] = []
 

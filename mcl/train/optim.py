@@ -123,17 +123,32 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> Optimizer:
         groups[1]["adapt"] = False
         return LARS(groups, lr=0.0, momentum=config.momentum, trust_coefficient=config.trust_coefficient)
     if config.name == "sgd":
-        sgd = SGD(groups, lr=0.0, momentum=config.momentum, fused=True)
-        if config.momentum:
-            sgd.register_step_pre_hook(_create_momenta)
-        return sgd
-    return AdamW(groups, lr=0.0, betas=config.betas, fused=True)
+        return _prepared(SGD(groups, lr=0.0, momentum=config.momentum, fused=True))
+    return _prepared(AdamW(groups, lr=0.0, betas=config.betas, fused=True))
 
 
-def _create_momenta(optimizer: Optimizer, *_: Any) -> None:
-    """Fused SGD would leave the momentum buffers of a first step that is skipped uninitialised."""
-    for group in optimizer.param_groups:
-        _momenta(optimizer, [p for p in group["params"] if p.grad is not None])
+def _prepared(optimizer: Optimizer) -> Optimizer:
+    """Gives PyTorch's fused kernels what they need: gradients that lie in memory in the order of their weights, and
+    momentum buffers, which SGD would leave uninitialised if its first step is skipped."""
+    given: list[tuple[Tensor, Tensor]] = []
+
+    def before(*_: Any) -> None:
+        for group in optimizer.param_groups:
+            weights = [p for p in group["params"] if p.grad is not None]
+            for w in weights:
+                given.append((w, w.grad))
+                w.grad = _in_order_of(w, w.grad)
+            if group.get("momentum"):
+                _momenta(optimizer, weights)
+
+    def after(*_: Any) -> None:
+        for w, grad in given:
+            w.grad = grad  # which a CUDA graph may have recorded
+        given.clear()
+
+    optimizer.register_step_pre_hook(before)
+    optimizer.register_step_post_hook(after)
+    return optimizer
 
 
 def load_state(optimizer: Optimizer, state: dict[str, Any]) -> None:

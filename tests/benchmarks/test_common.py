@@ -1,8 +1,9 @@
-"""Timing in turns, summaries, tables and the gate."""
+"""Rounds, progress, summaries, tables and the gate."""
 
 import json
 import math
 import time
+from operator import itemgetter
 from pathlib import Path
 
 import pytest
@@ -11,22 +12,45 @@ from benchmarks import common
 from benchmarks.common import Result
 
 
-def test_turns_rotate_so_that_none_always_comes_first() -> None:
-    whole = list(common.turns(["a", "b", "c"], repeat=3, warmup=1))
-    rounds = ["".join(name for name, _ in whole[i : i + 3]) for i in range(0, 12, 3)]
-    assert rounds == ["cab", "abc", "bca", "cab"]
-    assert [counts for _, counts in whole] == [False] * 3 + [True] * 9
+def test_the_order_rotates_and_the_first_round_is_a_warm_up(capsys: pytest.CaptureFixture[str]) -> None:
+    calls: list[str] = []
+
+    def turn(name: str, counts: bool) -> int:
+        calls.append(name if counts else name.upper())
+        return len(calls)
+
+    values = common.rounds(["a", "b", "c"], 3, turn)
+    assert "".join(calls) == "ABCbcacababc"
+    assert values == {"a": [6, 8, 10], "b": [4, 9, 11], "c": [5, 7, 12]}
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in lines] == [
+        "warm-up, a",
+        *("round 1 of 3, b", "round 2 of 3, c", "round 3 of 3, a"),
+    ]
+    assert "3 of 12 done, 00:00 elapsed, 00:00 left" in lines[1]
+    assert common.rounds([], 3, turn) == {}
 
 
-def test_interleave_times_every_round_but_the_warmup() -> None:
-    calls = []
+def test_what_takes_long_has_a_line_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(common.time, "monotonic", lambda: now)
+    for seconds in common.progress([1, 40, 1], "{} s".format, per_line=3):
+        now += seconds
+    assert capsys.readouterr().err.splitlines() == [
+        "1 s: 0 of 3 done, 00:00 elapsed, ? left",
+        "1 s: 2 of 3 done, 00:41 elapsed, 00:20 left",
+    ]
+
+
+def test_interleave_times_every_round_but_the_warmup_in_silence(capsys: pytest.CaptureFixture[str]) -> None:
     naps = {"short": 0.002, "long": 0.02}
-    functions = {name: lambda n=name: (calls.append(n), time.sleep(naps[n])) for name in naps}
-    seconds = common.interleave(functions, repeat=3, warmup=2)  # type: ignore[arg-type]
-    assert calls == ["short", "long", "long", "short"] * 2 + ["short", "long"]
+    seconds = common.interleave({name: lambda n=n: time.sleep(n) for name, n in naps.items()}, repeat=3)  # type: ignore[misc]
     assert {name: len(times) for name, times in seconds.items()} == {"short": 3, "long": 3}
     assert all(t >= naps[name] for name, times in seconds.items() for t in times)
     assert min(seconds["long"]) > min(seconds["short"])
+    assert capsys.readouterr().err == ""
 
 
 def test_summary_is_median_and_relative_interquartile_range() -> None:
@@ -39,7 +63,7 @@ def test_summary_is_median_and_relative_interquartile_range() -> None:
 def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "8")
     with pytest.raises(SystemExit, match="benchmarks measure a single process; start them without torchrun"):
-        common.parser("")
+        common.argument_parser("", repeat=1)
 
 
 def results(**seconds: float) -> list[Result]:
@@ -57,7 +81,7 @@ def test_slower_names_what_is_slower_or_missing_and_nothing_else() -> None:
 
 def test_finish_writes_json_that_serves_as_gate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "results.json"
-    options = common.parser("").parse_args(["--json", str(file)])
+    options = common.argument_parser("", repeat=1).parse_args(["--json", str(file)])
     common.finish(options, results(a=1.0, b=2.0))
     written = json.loads(file.read_text())
     assert written["results"] == results(a=1.0, b=2.0)
@@ -65,13 +89,26 @@ def test_finish_writes_json_that_serves_as_gate(tmp_path: Path, capsys: pytest.C
     assert written["environment"]["cores"] >= 1
     assert written["environment"]["versions"]["torch"][0].isdigit()
 
-    gate = common.parser("").parse_args(["--gate", str(file), "--tolerance", "10"])
+    gate = common.argument_parser("", repeat=1).parse_args(["--gate", str(file), "--tolerance", "10"])
     common.finish(gate, results(a=1.05, b=2.0))
     with pytest.raises(SystemExit, match=r"b: 2\.4 s, 20% slower than 2 s") as failure:
         common.finish(gate, results(a=1.05, b=2.4))
     assert failure.value.code  # text: status 1
 
 
-def test_markdown_gives_numbers_three_digits() -> None:
-    table = common.markdown(["what", "ms"], [("a", math.pi), ("b", 12)])
-    assert table.splitlines() == ["| what | ms |", "|---|---|", "| a | 3.14 |", "| b | 12 |"]
+def test_tables_leave_out_what_is_empty() -> None:
+    rows: list[Result] = [{"name": "a", "ms": math.pi, "x": 0.0}, {"name": "b", "ms": 12345.6, "ratio": 0.5}]
+    columns = {
+        "what": itemgetter("name"),
+        "ms": itemgetter("ms"),
+        "ratio": "{ratio:.0%}".format_map,
+        "x": itemgetter("x"),
+        "nothing": itemgetter("nothing"),
+    }
+    table = common.tables((rows, columns), ([], columns))
+    assert table.splitlines() == [
+        "| what | ms | ratio | x |",
+        "|---|---|---|---|",
+        "| a | 3.14 |  | 0 |",
+        "| b | 12,346 | 50% |  |",
+    ]

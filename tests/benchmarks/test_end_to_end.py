@@ -9,14 +9,9 @@ import pytest
 
 from benchmarks import end_to_end
 from dali_pipelines.source import SourceError
-from mcl import config
-from mcl.config import Config, ConfigError
+from mcl.config import ConfigError
 
 SMALL = ["model.width=16", "model.head_convs=1", "model.hidden=32", "trainer.log_every=1", "trainer.device=cpu"]
-
-
-def prepare(folder: Path, *arguments: str) -> Config:
-    return end_to_end.prepare(end_to_end._options([str(end_to_end.DEMO), *arguments]), str(folder))
 
 
 def record(step: int, images_per_s: float, **shares: float) -> dict[str, Any]:
@@ -56,29 +51,23 @@ def test_a_graph_is_one_phase() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("words", "steps", "message"),
     [
-        (["--steps", "7"], r"--steps: 7 make a single record; use more than trainer\.log_every=7"),
-        (["model.widht=16"], "model.widht: no such key; did you mean model.width"),
+        ([], 7, r"--steps: 7 make a single record; use more than trainer\.log_every=7"),
+        (["model.widht=16"], 0, "model.widht: no such key; did you mean model.width"),
     ],
 )
-def test_wrong_options_are_named(tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_wrong_options_are_named(words: list[str], steps: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        prepare(tmp_path, *arguments)
+        end_to_end.prepare(end_to_end.DEMO, words, steps)
 
 
-def test_options_lead_to_the_configuration(tmp_path: Path) -> None:
-    cfg = prepare(tmp_path, "--data", "photographs", "montage.cells=3", "montage.schedule=[[1, 4]]", "--repeat", "2")
-    assert (cfg.data.root, cfg.output, cfg.montage.cells, cfg.montage.schedule) == (
-        "photographs",
-        str(tmp_path),
-        3,
-        (),
-    )
-    options = end_to_end._options([])
-    assert options.config == end_to_end.DEMO
-    end_to_end.prepare(options, str(tmp_path))
-    assert options.steps == end_to_end.RECORDS * config.load(end_to_end.DEMO).trainer.log_every
+def test_options_lead_to_the_configuration() -> None:
+    words = ["montage.cells=3", "montage.schedule=[[1, 4]]", "trainer.log_every=5"]
+    cfg, steps = end_to_end.prepare(end_to_end.DEMO, words, 0)
+    assert (cfg.montage.cells, cfg.montage.schedule, cfg.evaluation.at_end) == (3, (), ())
+    assert steps == 5 * end_to_end.RECORDS
+    assert end_to_end.prepare(end_to_end.DEMO, words, 6)[1] == 6
 
 
 def test_missing_images_are_named(tmp_path: Path) -> None:
@@ -106,7 +95,9 @@ def test_a_run_reports_what_it_measured(photos: Path, tmp_path: Path, capsys: py
     shares = results["trainer"]["shares"]
     assert sum(shares.values()) == pytest.approx(1)
     assert all(0 <= share < 1 for share in shares.values())
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "warm-up, loader: 0 of 6 done" in err
+    assert "trainer, 3 steps" in err
     assert "saved" in out  # checkpoints are part of it
     assert "| together |" in out
     assert plot.read_bytes().startswith(b"\x89PNG")

@@ -1,31 +1,47 @@
-"""Operators and layers beside those of others: what is compared, and how it is shown."""
+"""Operators beside those of others: what is compared, and how it is shown."""
 
 import pytest
 import torch
-from torch import nn
 
-from benchmarks import kernels, layers
+from benchmarks import kernels
 from benchmarks.common import summary
+from benchmarks.kernels import Case
+from mcl.ops.library import compiled
+
+NORM = pytest.mark.skipif(not compiled("batch_norm", kernels.DEVICE), reason="batch_norm was not compiled")
 
 
-def convolution() -> layers.Case:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(4, 32, 16, 16, generator=generator, requires_grad=True)
-    return layers.Case("a convolution", nn.Conv2d(32, 32, 3, padding=1, bias=False), [x])
+def case(wrong: float = 0.0) -> Case:
+    x = torch.ones(4, 5, requires_grad=True)
+    return Case({"mcl": lambda: 2 * x, "PyTorch": lambda: x + x + wrong}, [x], 1e-3)
 
 
-def test_a_layer_is_raced_with_pytorchs_forward_and_backward() -> None:
-    ours, theirs = layers._compare(convolution(), 2)
-    assert (ours["name"], theirs["name"]) == ("a convolution: mcl", "a convolution: PyTorch")
+def test_ways_are_raced_forward_and_backward() -> None:
+    ours, theirs = kernels.race("doubling", case(), 2)
+    assert (ours["name"], theirs["name"]) == ("doubling: mcl", "doubling: PyTorch")
     assert ours["n"] == theirs["n"] == 2
     assert 0 < theirs["forward"] < theirs["seconds"]
     assert (ours["ratio"], theirs["ratio"]) == (1, theirs["seconds"] / ours["seconds"])
 
 
-def test_layers_that_differ_are_not_raced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layers.layers, "use", lambda model: nn.init.zeros_(model.weight))
-    with pytest.raises(AssertionError, match=r"a convolution: .* between ours and PyTorch's"):
-        layers._compare(convolution(), 1)
+def test_ways_that_differ_are_not_raced() -> None:
+    with pytest.raises(AssertionError, match=r"doubling: a relative error of 4\.8e-02 between ours and another"):
+        kernels.race("doubling", case(wrong=0.1), 1)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: kernels.region_pool(32, 4, "fp32", "channels_last", random=True),
+        lambda: kernels.region_pool(32, 4, "bf16", "NCHW", random=False),
+        lambda: kernels.multiscale(32, 4),
+        pytest.param(lambda: kernels.norm(2, "bf16", 8, 6, residual=True), marks=NORM),
+        pytest.param(lambda: kernels.norm(2, "fp32", 8, 6, residual=False), marks=NORM),
+    ],
+)
+def test_cases_agree(make: object) -> None:
+    made = make()  # type: ignore[operator]
+    assert [result["n"] for result in kernels.race("case", made, 1)] == [1, 1]
 
 
 def test_the_table_has_a_row_for_each_that_ours_is_compared_with() -> None:

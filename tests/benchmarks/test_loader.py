@@ -2,30 +2,31 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import loader
-from benchmarks.loader import evaluate, prepare, shares
-from benchmarks.loaders import Job, Turn, workers
-from benchmarks.loaders.workers import Views
+from benchmarks import loader_contenders as contenders
+from benchmarks.loader import Entry, evaluate, prepare
+from benchmarks.loader_contenders import Job, Turn, Views
 from dali_pipelines.loader import choose_engine
 from dali_pipelines.source import SourceError
 from mcl.config import ConfigError, DataConfig
 
 RECIPES: dict[str, tuple[Callable[[Job], Views], torch.dtype, float]] = {
-    "released": (workers.released, torch.float32, 1.0),
-    "torchvision": (workers.torchvision_v2, torch.uint8, 255.0),
-    "lightly": (workers.lightly, torch.float32, 1.0),
+    "released": (contenders.released, torch.float32, 1.0),
+    "torchvision": (contenders.torchvision_v2, torch.uint8, 255.0),
+    "lightly": (contenders.lightly, torch.float32, 1.0),
 }
 """Each with the type of its views and the largest value that white has there."""
 
 
-def job(photos: Path, *more: str) -> Job:
-    return prepare(loader._options(["--data", str(photos / "val"), "--batch", "32", *more]))
+def job(data: Path, images: int = 0, batch: int = 32, threads: tuple[int, ...] = (1,)) -> Job:
+    return prepare(data, images, batch, threads)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -34,34 +35,45 @@ def test_a_recipe_makes_eight_different_views_of_an_image(photos: Path, name: st
         pytest.importorskip("lightly")
     recipe, dtype, white = RECIPES[name]
     torch.manual_seed(0)
-    views = recipe(job(photos))[5]
+    views = recipe(job(photos / "val"))[5]
     assert [(v.shape, v.dtype) for v in views] == [((3, 224, 224), dtype)] * 8
     assert all(v.min() >= 0 and white / 4 < v.max() <= white for v in views)
     assert not any(torch.equal(a, b) for i, a in enumerate(views) for b in views[:i])
 
 
-def test_every_contender_is_given_the_images_of_the_plan(photos: Path) -> None:
-    work = job(photos, "--images", "40")
+def test_a_dataloader_is_given_the_images_of_the_plan(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = job(photos / "val", images=40)
     assert (len(work.paths), work.plan.size, work.plan.images) == (40, 40, 32)
-    steps = workers._Steps(work, workers=2)
-    assert [len(batch) for batch in steps] == [1, 1]  # the first time round starts the workers
-    steps.batches = 2
-    assert list(steps) == [work.plan.samples(step, ()).tolist() for step in (0, 1)]
-    assert list(steps) == [work.plan.samples(step, ()).tolist() for step in (2, 3)]
+    given: list[list[list[int]]] = []
+
+    class Loader:
+        def __init__(self, views: Views, batch_sampler: list[list[int]], **_: object) -> None:
+            self.planned = batch_sampler
+
+        def __iter__(self) -> Iterator[None]:
+            given.append(list(self.planned))
+            return iter(())
+
+    monkeypatch.setattr(contenders, "DataLoader", Loader)
+    with contenders.workers(work, 2, contenders.released) as take:
+        assert take(2).images == 64
+        take(1)
+    first, second, third = (work.plan.samples(step, ()).tolist() for step in range(3))
+    assert given == [[[image] for image in first[:2]], [first, second], [third]]  # the first time round starts workers
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (["--batch", "48"], ConfigError, "--batch: 48 images fill no whole number of canvases; use 32 or 64"),
-        (["--batch", "96"], ConfigError, r"--batch: 96 is more than the 66 images"),
-        (["--threads", "1", "999"], ConfigError, r"--threads: 999 is not between 1 and the \d+ cores"),
-        (["--data", "nowhere"], SourceError, "--data: nowhere does not exist"),
+        ({"batch": 48}, ConfigError, "--batch: 48 images fill no whole number of canvases; use 32 or 64"),
+        ({"batch": 96}, ConfigError, r"--batch: 96 is more than the 66 images"),
+        ({"threads": (1, 999)}, ConfigError, r"--threads: 999 is not between 1 and the \d+ cores"),
+        ({"data": Path("nowhere")}, SourceError, "--data: nowhere does not exist"),
     ],
 )
-def test_wrong_options_are_named(photos: Path, arguments: list[str], error: type[Exception], message: str) -> None:
+def test_wrong_options_are_named(photos: Path, arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        job(photos, *arguments)
+        job(**{"data": photos / "val", **arguments})
 
 
 def test_ratios_scaling_and_shares() -> None:
@@ -69,12 +81,12 @@ def test_ratios_scaling_and_shares() -> None:
         return [Turn(100, s, core) for s in seconds]
 
     measured = {
-        ("decode", 1): turns(1.0, core=1.0),
-        ("decode", 2): turns(0.625, core=1.0),
-        ("fused", 1): turns(3.0, 2.5, 2.0, core=2.5),
-        ("fused", 2): turns(2.0, core=3.0),
-        ("released", 1): turns(25.0),
-        ("released", 2): turns(16.0),
+        Entry("decode", 1): turns(1.0, core=1.0),
+        Entry("decode", 2): turns(0.625, core=1.0),
+        Entry("fused", 1): turns(3.0, 2.5, 2.0, core=2.5),
+        Entry("fused", 2): turns(2.0, core=3.0),
+        Entry("released", 1): turns(25.0),
+        Entry("released", 2): turns(16.0),
     }
     results = {r["name"]: r for r in evaluate(measured)}
     one, two = results["fused, 1 thread"], results["fused, 2 threads"]
@@ -86,13 +98,8 @@ def test_ratios_scaling_and_shares() -> None:
     assert "shares" not in results["released, 2 threads"]
     assert results["released, 2 threads"]["ratio"] == 1
 
-    alone = evaluate({("fused", 2): measured["fused", 2]})  # nothing to compare with
+    alone = evaluate({Entry("fused", 2): measured[Entry("fused", 2)]})  # nothing to compare with
     assert not {"ratio", "scaling", "shares"} & alone[0].keys()
-
-
-def test_shares_make_up_the_whole() -> None:
-    parts = shares(available=8.0, used=6.0, decoding=2.0)
-    assert parts == {"decode": 0.25, "augmentation": 0.5, "wait": 0.25}
 
 
 def test_a_run_reports_what_it_measured_and_what_is_missing(

@@ -1,21 +1,28 @@
 """The comparison of training steps: who takes part, what is computed from times, and a quick run of the real thing."""
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import step
-from benchmarks.steps.contenders import CONTENDERS, Pretraining, Setting, Stage
+from benchmarks.step import CONTENDERS, Pretraining, Setting, Stage
 from mcl import config
 from mcl.budget import count
 from mcl.config import Config, ConfigError
 from tests.conftest import ROOT
 
 SETTING = Setting("resnet18", cells=2, images=32, precision="fp32", device="cpu")
+
+
+def stage(epochs: int, side: int, gflop_per_image: float, saved_bytes: int | None = None) -> Stage:
+    counted = {"epochs": epochs, "side": side, "gflop_per_image": gflop_per_image}
+    return counted if saved_bytes is None else {**counted, "saved_bytes": saved_bytes}
 
 
 @pytest.fixture
@@ -27,7 +34,7 @@ def counted_anew(thin_backbone: None) -> Iterator[None]:
 
 
 def preset(name: str) -> Config:
-    contender = CONTENDERS[name](SETTING)
+    contender = CONTENDERS[name][1](SETTING)
     assert isinstance(contender, Pretraining)
     return contender.config
 
@@ -38,7 +45,7 @@ def test_contenders_are_the_presets_in_the_common_setting() -> None:
         assert (cfg.model.backbone, cfg.trainer.global_batch) == ("resnet18", 32)
         assert cfg.trainer.precision == ("bf16" if name == "bf16" else "fp32")
         assert cfg.trainer.recompute == (name == "recompute")
-        assert cfg.model.compute == ("released" if name.startswith("released") else "matched")
+        assert cfg.model.compute == ("released" if name in ("authors", "released") else "matched")
         assert (cfg.model.width, cfg.model.head_convs, cfg.model.hidden) == (256, 4, 2048)
         assert cfg.optim.name == "lars"
     assert {name for name, cfg in presets.items() if cfg.montage.cells != 2} == {"budget", "budget_2x"}
@@ -50,67 +57,70 @@ def test_stages_of_a_schedule_have_its_epochs_and_what_was_counted() -> None:
     one_level = ["montage.ratios=[1]", "montage.images_per_canvas=[1]", "montage.queries=[4]", "model.loss_weights=[1]"]
     cfg = config.override(preset("budget_2x"), one_level)
     stages = Pretraining(cfg).stages()
-    assert [(stage.epochs, stage.side) for stage in stages] == [(21, 160), (79, 224)]
+    assert [(stage["epochs"], stage["side"]) for stage in stages] == [(21, 160), (79, 224)]
     counted = count.step(cfg.model, cfg.montage.at(50), 32, 1, "fp32")
-    assert stages[1].gflop_per_image == pytest.approx(counted.flops / 32 / 1e9)
-    assert stages[1].saved_bytes == sum(counted.saved.values())
+    assert stages[1]["gflop_per_image"] == pytest.approx(counted.flops / 32 / 1e9)
+    assert stages[1]["saved_bytes"] == sum(counted.saved.values())
 
 
 def test_supervised_is_counted_at_its_own_size() -> None:
-    (whole,), (small,) = (CONTENDERS[name](SETTING).stages() for name in ("supervised", "supervised_canvas"))
-    assert (whole.side, small.side) == (224, 64)
-    assert whole.gflop_per_image == pytest.approx(3 * 3.628 - 0.236, rel=0.01)  # R18: 1.814 GMAC; no gradient to pixels
-    assert small.gflop_per_image == pytest.approx(whole.gflop_per_image * (64 / 224) ** 2, rel=0.01)
+    (whole,), (small,) = (CONTENDERS[name][1](SETTING).stages() for name in ("supervised", "supervised_canvas"))
+    assert (whole["side"], small["side"]) == (224, 64)
+    assert whole["gflop_per_image"] == pytest.approx(
+        3 * 3.628 - 0.236, rel=0.01
+    )  # R18: 1.814 GMAC; no gradient to pixels
+    assert small["gflop_per_image"] == pytest.approx(whole["gflop_per_image"] * (64 / 224) ** 2, rel=0.01)
 
 
 @dataclass(frozen=True)
-class Counting:
-    """Notes the sizes of its steps."""
+class Noting:
+    """Fills as many MiB as its steps are told; notes their sizes and its process."""
 
     file: Path
-    plain: bool = False
-
-    def stages(self) -> list[Stage]:
-        return []
 
     def start(self) -> Callable[[int], object]:
-        return self._note
+        return self._step
 
-    def _note(self, side: int) -> None:
+    def _step(self, side: int) -> None:
+        torch.ones(side, 2**18)
         with self.file.open("a") as file:
-            file.write(f"{side}\n")
+            file.write(f"{side} {os.getpid()}\n")
 
 
-def test_every_stage_has_its_turn_in_every_round(tmp_path: Path) -> None:
-    stages = {"a": [Stage(1, 1, 1.0, None), Stage(2, 2, 1.0, None)], "b": [Stage(1, 3, 1.0, None)]}
-    measured = step.measure({name: Counting(tmp_path / "sides") for name in stages}, stages, repeat=2)
-    assert [[len(rounds) for rounds in each] for each in measured.values()] == [[2, 2], [2]]
-    sides = [int(line) for line in (tmp_path / "sides").read_text().splitlines()]
-    assert sides[::2] == sides[1::2]  # a step before the one that is timed
-    assert sorted(sides[::2]) == [1] * 3 + [2] * 3 + [3] * 3  # a round to warm up
+def test_every_stage_has_its_turn_in_every_round_and_every_contender_a_process(tmp_path: Path) -> None:
+    ballast = torch.ones(2**29)  # 2 GiB, which are none of theirs
+    stages = {"a": [stage(1, 1, 1.0), stage(2, 2, 1.0)], "b": [stage(1, 256, 1.0)]}
+    contenders = {name: Noting(tmp_path / name) for name in stages}
+    seconds, peaks = step.measure(contenders, stages, repeat=2)  # type: ignore[arg-type]
+    assert [[len(rounds) for rounds in each] for each in seconds.values()] == [[2, 2], [2]]
+    notes = {
+        name: [tuple(map(int, line.split())) for line in (tmp_path / name).read_text().splitlines()] for name in "ab"
+    }
+    assert len({pid for each in notes.values() for _, pid in each} | {os.getpid()}) == 3
+    sides = {name: [side for side, _ in each] for name, each in notes.items()}
+    assert all(each[::2] == each[1::2] for each in sides.values())  # a step before the one that is timed
+    assert {name: sorted(each[::2]) for name, each in sides.items()} == {"a": [1] * 3 + [2] * 3, "b": [256] * 3}
+    assert peaks["a"] + 200 * 2**20 < peaks["b"] < 2048 * 2**20 <= 4 * ballast.numel()
 
 
 def test_results_by_hand() -> None:
     stages = {
-        "supervised": [Stage(1, 224, 10.0, None)],
-        "released": [Stage(100, 224, 160.0, 4000)],
-        "released_ours": [Stage(100, 224, 160.0, 4000)],
-        "matched": [Stage(100, 224, 40.0, 2000)],
-        "budget": [Stage(75, 96, 4.0, 500), Stage(25, 224, 20.0, 900)],
+        "supervised": [stage(1, 224, 10.0)],
+        "released": [stage(100, 224, 160.0, 4000)],
+        "matched": [stage(100, 224, 40.0, 2000)],
+        "budget": [stage(75, 96, 4.0, 500), stage(25, 224, 20.0, 900)],
     }
     measured = {
         "supervised": [[2.0, 1.0, 3.0]],
         "released": [[30.0, 32.0, 40.0]],
-        "released_ours": [[16.0, 16.0, 20.0]],
         "matched": [[8.0, 8.0, 9.0]],
         "budget": [[1.0, 2.0, 1.0], [5.0, 6.0, 5.0]],
     }
-    results = {r["contender"]: r for r in step.evaluate(stages, measured, {"matched": 7}, images=32)}
+    results = {r["contender"]: r for r in step.evaluate(stages, measured, dict.fromkeys(stages, 7), images=32)}
     matched, budget = results["matched"], results["budget"]
     assert (matched["seconds"], matched["images_per_s"], matched["gflop_per_s"]) == (8, 4, 160)
     assert (matched["ratio_to_supervised"], matched["counted_ratio"]) == (4, 4)
     assert (matched["faster_than_released"], matched["saved_of_released"]) == (4, 0.5)
-    assert results["released_ours"]["faster_than_released"] == 2
     assert (matched["saved_bytes"], matched["peak_bytes"]) == (2000, 7)
     assert "stages" not in matched
     assert "saved_bytes" not in results["supervised"]
@@ -127,7 +137,7 @@ def test_results_by_hand() -> None:
     assert "| matched | 4 | 12% | 160 | 4.00x | 4.00x | 4.00x | 0.00 | 0.50x | 0.00 |" in table
     assert "| budget, 96 px | 75 | 1 | 0.50x | 0.40x |" in table
 
-    alone = step.evaluate({"matched": stages["matched"]}, measured, {}, 32)  # nothing to compare with
+    alone = step.evaluate({"matched": stages["matched"]}, measured, {"matched": 7}, 32)  # nothing to compare with
     assert not {"ratio_to_supervised", "counted_ratio", "faster_than_released"} & alone[0].keys()
 
 
@@ -153,5 +163,10 @@ def test_a_run_reports_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFi
     for r in results.values():
         assert r["images_per_s"] == pytest.approx(32 / r["seconds"])
         assert r["gflop_per_s"] == pytest.approx(r["images_per_s"] * r["gflop_per_image"])
-    assert "| supervised, canvas size |" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "| supervised, canvas size |" in printed.out
+    assert [line.split(":")[0] for line in printed.err.splitlines()] == [
+        *("counting FLOPs, supervised_canvas", "counting FLOPs, matched"),
+        *("warm-up, supervised_canvas, 64 px", "round 1 of 1, matched, 64 px"),
+    ]
     assert plot.read_bytes().startswith(b"\x89PNG")

@@ -17,7 +17,7 @@ from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
 from torch import Tensor
 
-from dali_pipelines import ops, pipelines, plan, reference
+from dali_pipelines import pipelines, plan, reference, stock_ops
 from dali_pipelines.geometry import Geometry
 from dali_pipelines.plan import Augmentation
 from mcl.config import AugmentConfig
@@ -117,12 +117,12 @@ def read(path: str | Path) -> Tensor:
 
 
 def stock_operations(tiles: Sequence[Tensor], a: Augmentation) -> list[Tensor]:
-    def graph(nodes: Any) -> ops.Node:
+    def graph(nodes: Any) -> stock_ops.Node:
         tile = fn.reshape(next(nodes), layout="HWC")
-        recipe = ops.recipe_of(nodes)
-        return ops.blur_and_solarize(ops.colour(tile, recipe), recipe)
+        recipe = stock_ops.recipe_of(nodes)
+        return stock_ops.blur_and_solarize(stock_ops.colour(tile, recipe), recipe)
 
-    return _run(graph, [_pixels(tiles), *ops.recipe_arrays(a)], len(tiles))[0]
+    return _run(graph, [_pixels(tiles), *stock_ops.recipe_arrays(a)], len(tiles))[0]
 
 
 def stock_tiles(
@@ -130,16 +130,16 @@ def stock_tiles(
 ) -> list[list[Tensor]]:
     n = len(images)
 
-    def graph(nodes: Any) -> tuple[ops.Node, ...]:
+    def graph(nodes: Any) -> tuple[stock_ops.Node, ...]:
         image, canvas = fn.reshape(next(nodes), layout="HWC"), next(nodes)
         return tuple(
-            pipelines.make_tile(image, ops.recipe_of(nodes), canvas, ratio, released)
+            pipelines.make_tile(image, stock_ops.recipe_of(nodes), canvas, ratio, released)
             for ratio in geometry.ratios[: len(levels)]
         )
 
     feed = [_pixels(images), np.full(n, geometry.canvas, np.int32)]
     for a in levels:
-        feed += ops.recipe_arrays(a)
+        feed += stock_ops.recipe_arrays(a)
     return _run(graph, feed, n)
 
 
@@ -171,7 +171,7 @@ def _fused_level(
     slots = np.arange(n * ratio * ratio, dtype=np.int32).reshape(n, -1)
     feed = [_pixels(images), pipelines.recipe_rows(a), slots, np.full(n, geometry.cells, np.int32)]
 
-    def graph(nodes: Any) -> ops.Node:
+    def graph(nodes: Any) -> stock_ops.Node:
         image, recipes, slot, cells = nodes
         arguments = {"views": 1, "ratios": [ratio], "images_per_canvas": [1], "released": released}
         unchanged = {"dtype": types.UINT8, "mean": [0, 0, 0], "std": [1, 1, 1]}

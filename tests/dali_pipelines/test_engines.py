@@ -10,11 +10,11 @@ import torch
 import torchvision.transforms.v2.functional as F
 from PIL import Image
 
-from dali_pipelines import geometry, ops, pipelines, reference
+from dali_pipelines import pipelines, reference, stock_ops
 from dali_pipelines import plan as planning
-from dali_pipelines.batch import MontageBatch, assemble
 from dali_pipelines.geometry import Geometry
 from dali_pipelines.loader import MontageLoader
+from dali_pipelines.montage import MontageBatch, assemble, tile_boxes
 from dali_pipelines.plan import VIEWS, Plan
 from dali_pipelines.source import Source, open_source
 from mcl.config import AugmentConfig, DataConfig
@@ -196,7 +196,7 @@ def test_batches_keep_their_contract(
         assert batch.labels.tolist() == source.labels[step.index].tolist()
         assert (batch.labels.dtype, batch.index.dtype, batch.tile_images.dtype) == (torch.int64,) * 3
         assert batch.tile_images.tolist() == np.concatenate(step.tile_images[view]).tolist()
-        assert torch.equal(batch.boxes, torch.from_numpy(geometry.boxes(GEOMETRY, IMAGES)))
+        assert torch.equal(batch.boxes, tile_boxes(GEOMETRY, IMAGES))
         assert batch.crops.shape == (tiles, 5)
         assert batch.crops.dtype == batch.boxes.dtype == torch.float32
         assert batch.crops.min() >= 0
@@ -256,9 +256,9 @@ def test_assembling_lays_tiles_out_row_major_where_the_boxes_are() -> None:
         tiles = torch.arange(count).view(-1, 1, 1, 1).expand(count, 3, side, side)
         canvas = assemble(tiles, ratio)
         rows = slice(*np.cumsum((0, *GEOMETRY.tiles(IMAGES)))[level : level + 2])
-        boxes = geometry.boxes(GEOMETRY, IMAGES)[rows].astype(int)
-        boxes[:, 0] -= boxes[0, 0]
-        for tile, (k, x1, y1, x2, y2) in enumerate(boxes):
+        boxes = tile_boxes(GEOMETRY, IMAGES)[rows].int()
+        boxes[:, 0] -= int(boxes[0, 0])
+        for tile, (k, x1, y1, x2, y2) in enumerate(boxes.tolist()):
             assert (canvas[k, :, y1:y2, x1:x2] == tile).all()
 
 
@@ -308,8 +308,8 @@ def test_blur_reaches_the_tiles_with_the_sigma_of_the_plan(
 def test_the_pipeline_takes_as_many_inputs_as_it_is_fed(source: Source) -> None:
     plan = make_plan(source, AugmentConfig())
     step = plan.step(0, source.sizes)
-    images = [pipelines.encode_path(source.names[i]) for i in step.index]
-    assert len(pipelines.stock_feed(step, images)) == 2 + VIEWS * GEOMETRY.levels * ops.RECIPE_NODES
+    images = [np.frombuffer(source.names[i].encode(), np.uint8) for i in step.index]
+    assert len(pipelines.stock_feed(step, images)) == 2 + VIEWS * GEOMETRY.levels * stock_ops.RECIPE_NODES
     assert len(pipelines.fused_feed(step, images)) == 4
 
 

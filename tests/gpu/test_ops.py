@@ -11,7 +11,7 @@ from mcl import ops
 from mcl.ops.library import compiled
 from tests.mcl.ops.regions import LAYOUTS, STRIDES, check_errors, maps, random_boxes
 from tests.mcl.ops.test_steps import STEP, lists
-from tests.mcl.test_optim import NAMES, build, check_equal, everything, set_gradients
+from tests.mcl.train.test_optim import NAMES, build, check_equal, everything, set_gradients
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

@@ -110,7 +110,10 @@ def test_mmpretrain(model: MCL, saved: Path, resnet50: tuple[MCL, Path], monkeyp
     export(path, "mmpretrain")
     monkeypatch.chdir(path.parents[3])
     names: dict[str, Any] = {}
-    exec(block("mmpretrain"), names)
+    from mmengine.registry import DefaultScope
+
+    with DefaultScope.overwrite_default_scope("mmpretrain"):  # tests of fine-tuning leave MMDetection's
+        exec(block("mmpretrain"), names)
     with torch.no_grad():
         same(backbone_maps(large)[-1:], names["model"].eval().backbone(image()))
 

@@ -26,8 +26,8 @@ from mcl.config import ConfigError
 from mcl.distributed.signals import Interrupted
 from mcl.finetune import finetune, hooks, metric
 from tests.conftest import ROOT
+from tests.mcl.distributed.test_faults import children
 from tests.mcl.finetune.conftest import MINI, TINY
-from tests.mcl.test_faults import children
 
 STEPS = 6
 

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import ROOT
 from tests.fp64 import fast_convolutions
-from tests.mcl import golden
+from tests.mcl.train import golden
 
 WITHOUT_CUDA = {"batch_norm", "batch_norm_backward"}
 """GPUs use PyTorch's."""

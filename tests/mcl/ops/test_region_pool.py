@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dali_pipelines.geometry import Geometry
-from dali_pipelines.geometry import boxes as boxes_of
+from dali_pipelines.montage import tile_boxes
 from mcl.ops import fallback, region_pool
 from mcl.ops.library import compiled
 from mcl.ops.region_pool import channels_last
@@ -63,7 +63,7 @@ def test_grid_is_the_reshape_bit_for_bit(pool: Pool, dtype: torch.dtype, layout:
     features = [torch.randn(n, 6, 3 * r, 3 * r) for n, r in zip(canvases, geometry.ratios, strict=True)]
     features[1][0, 0, 0, :3] = torch.tensor(SPECIAL)
     features = [f.to(dtype).contiguous(memory_format=layout).requires_grad_() for f in features]
-    boxes = torch.from_numpy(boxes_of(geometry, 32))
+    boxes = tile_boxes(geometry, 32).clone()
     tiles = geometry.tiles(32)
     index = torch.arange(4).repeat_interleave(torch.tensor(tiles))
     first = torch.tensor([sum(canvases[:i]) for i in range(4)])[index]

@@ -1,0 +1,196 @@
+"""What a loader yields: one view of a step as tensors.
+
+Shape letters: N images, K canvases of all levels, T tiles of all levels, L levels, S canvas side.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dali_pipelines.geometry import Geometry, IntArray
+
+
+@dataclass(frozen=True)
+class MontageBatch:
+    """One view of a step: N images, seen as T tiles on K canvases."""
+
+    pixels: Tensor  # (K, 3, S, S) channels_last memory, normalised; canvases of all levels, level 0 first
+    labels: Tensor  # (N,) int64 class of each image, -1 unknown
+    index: Tensor  # (N,) int64 dataset index of each image
+    tile_images: Tensor  # (T,) int64 which of the N images each tile shows, in level order, row-major
+    boxes: Tensor  # (T, 5) float32 row of the canvas in `pixels`, x1, y1, x2, y2 in canvas pixels
+    crops: Tensor  # (T, 5) float32 x1, y1, x2, y2 of the crop in the image (0..1), flipped (1) or not (0)
+    canvas_counts: tuple[int, ...]  # (L,) canvases per level, in `pixels`
+    query_counts: tuple[int, ...]  # (L,) how many of them, the first ones, go through the online network
+    ratios: tuple[int, ...]  # (L,) tiles per canvas side
+    cells: int
+    epoch: int
+    step: int
+
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "MontageBatch":
+        """Copies to `device`, asynchronously; `dtype` converts the pixels."""
+        moved: dict[str, Any] = {
+            name: _staged(getattr(self, name), device).to(device, non_blocking=True)
+            for name in ("labels", "index", "tile_images", "boxes", "crops")
+        }
+        pixels = _staged(self.pixels, device)
+        pixels = pixels.to(device, dtype, non_blocking=True, memory_format=torch.channels_last)
+        return dataclasses.replace(self, pixels=pixels, **moved)
+
+    def part(self, i: int, parts: int) -> "MontageBatch":
+        """One of so many equal parts of the canvases of every level, for gradient accumulation.
+
+        Canvases that are online queries and those that are not are divided each for itself. `labels`, `index` and what
+        `tile_images` counts stay those of all N images.
+        """
+        if parts == 1:
+            return self
+        ranges = []
+        for canvases, queries in zip(self.canvas_counts, self.query_counts, strict=True):
+            own, others = queries // parts, (canvases - queries) // parts
+            ranges.append([(i * own, own), (queries + i * others, others)])
+        return self._select(ranges, [queries // parts for queries in self.query_counts])
+
+    def first(self, counts: Sequence[int]) -> "MontageBatch":
+        """The view with the first counts[i] canvases of level i alone, for as many levels as given; all are queries."""
+        counts = tuple(counts)
+        if counts != self.canvas_counts[: len(counts)]:
+            return self._select([[(0, count)] for count in counts], counts)
+        tiles = slice(self.tiles(len(counts) - 1).stop)  # nothing is copied
+        return dataclasses.replace(
+            self,
+            pixels=self.pixels[: sum(counts)],
+            tile_images=self.tile_images[tiles],
+            boxes=self.boxes[tiles],
+            crops=self.crops[tiles],
+            canvas_counts=counts,
+            query_counts=counts,
+            ratios=self.ratios[: len(counts)],
+        )
+
+    def _select(self, ranges: Sequence[Sequence[tuple[int, int]]], queries: Sequence[int]) -> "MontageBatch":
+        """The canvases of some ranges (start, count) of each level, with their tiles."""
+        pixels, tile_images, boxes, crops = [], [], [], []
+        row = first_canvas = first_tile = 0  # of the piece in the result; of the level in the whole
+        for level, pieces in enumerate(ranges):
+            tiles_per_canvas = self.ratios[level] ** 2
+            for start, count in pieces:
+                if not count:  # an empty piece among them would make torch.cat forget channels_last
+                    continue
+                canvas, tile = first_canvas + start, first_tile + start * tiles_per_canvas
+                tiles = slice(tile, tile + count * tiles_per_canvas)
+                pixels.append(self.pixels[canvas : canvas + count])
+                tile_images.append(self.tile_images[tiles])
+                boxes.append(torch.cat([self.boxes[tiles, :1] + (row - canvas), self.boxes[tiles, 1:]], 1))
+                crops.append(self.crops[tiles])
+                row += count
+            first_canvas += self.canvas_counts[level]
+            first_tile += self.canvas_counts[level] * tiles_per_canvas
+        return dataclasses.replace(
+            self,
+            pixels=join(pixels),
+            tile_images=join(tile_images),
+            boxes=join(boxes),
+            crops=join(crops),
+            canvas_counts=tuple(sum(count for _, count in pieces) for pieces in ranges),
+            query_counts=tuple(queries),
+            ratios=self.ratios[: len(ranges)],
+        )
+
+    def regions(self) -> list[Tensor]:
+        """Boxes of the tiles of each level: (R, 5) row among the level's canvases, x1, y1, x2, y2 in canvas pixels."""
+        found, first = [], 0
+        for level, canvases in enumerate(self.canvas_counts):
+            boxes = self.boxes[self.tiles(level)]
+            found.append(torch.cat([boxes[:, :1] - first, boxes[:, 1:]], 1))
+            first += canvases
+        return found
+
+    def tiles(self, level: int) -> slice:
+        """Rows of `tile_images`, `boxes` and `crops` that belong to `level`."""
+        counts = [c * r * r for c, r in zip(self.canvas_counts, self.ratios, strict=True)]
+        return slice(sum(counts[:level]), sum(counts[: level + 1]))
+
+
+def in_order(geometry: Geometry, images: int, pixels: Tensor) -> MontageBatch:
+    """A view of N images that come from nowhere: on every level their tiles follow each other in order.
+
+    Args:
+        pixels: (K, 3, S, S), the canvases.
+    """
+    tiles = geometry.tiles(images)
+    return MontageBatch(
+        pixels=pixels,
+        labels=torch.full((images,), -1),
+        index=torch.arange(images),
+        tile_images=torch.cat([torch.arange(count) % images for count in tiles]),
+        boxes=tile_boxes(geometry, images),
+        crops=torch.zeros(sum(tiles), 5),
+        canvas_counts=geometry.canvases(images),
+        query_counts=geometry.query_canvases(images),
+        ratios=geometry.ratios,
+        cells=geometry.cells,
+        epoch=0,
+        step=0,
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def tile_boxes(geometry: Geometry, images: int) -> Tensor:
+    """Tile boxes of all levels for N images: (T, 5) as ``MontageBatch.boxes``."""
+    levels, first = [], 0
+    for ratio, canvases in zip(geometry.ratios, geometry.canvases(images), strict=True):
+        tiles = torch.arange(canvases * ratio**2)
+        x, y = tiles % ratio, tiles // ratio % ratio
+        corners = torch.stack([x, y, x + 1, y + 1], 1) * (geometry.canvas // ratio)
+        levels.append(torch.cat([first + (tiles // ratio**2)[:, None], corners], 1).float())
+        first += canvases
+    return torch.cat(levels)
+
+
+def lay_out(tiles: Sequence[Tensor], tile_images: Sequence[IntArray], ratios: Sequence[int]) -> Tensor:
+    """The canvases of a view, (K, 3, S, S) channels_last, from a tile of every image at every level.
+
+    Args:
+        tiles: per level, (N, 3, tile, tile).
+        tile_images: per level, which of the N images each tile of the canvases shows.
+        ratios: per level, tiles per canvas side.
+    """
+    device = tiles[0].device
+    slots = [_staged(torch.from_numpy(shown), device).to(device, non_blocking=True) for shown in tile_images]
+    levels = [assemble(tile[slot], ratio) for tile, slot, ratio in zip(tiles, slots, ratios, strict=True)]
+    return torch.cat(levels).contiguous(memory_format=torch.channels_last)
+
+
+def assemble(tiles: Tensor, ratio: int) -> Tensor:
+    """Lays (canvases * ratio^2, 3, tile, tile) out row-major: (canvases, 3, S, S)."""
+    _, channels, side, _ = tiles.shape
+    grid = tiles.permute(0, 2, 3, 1).reshape(-1, ratio, ratio, side, side, channels)  # as DALI's tiles lie in memory
+    canvases = grid.transpose(2, 3).reshape(-1, ratio * side, ratio * side, channels)
+    return canvases.permute(0, 3, 1, 2)
+
+
+def cut(canvases: Tensor, ratio: int) -> Tensor:
+    """The inverse of :func:`assemble`, of any maps: (n, C, S, S) to (n * ratio^2, C, tile, tile), channels_last."""
+    n, channels, side, _ = canvases.shape
+    tile = side // ratio
+    grid = canvases.permute(0, 2, 3, 1).reshape(n, ratio, tile, ratio, tile, channels)
+    return grid.transpose(2, 3).reshape(-1, tile, tile, channels).permute(0, 3, 1, 2)
+
+
+def join(pieces: Sequence[Tensor]) -> Tensor:
+    """``torch.cat``, without a copy where there is a single piece; under autocast, too, it keeps the dtype."""
+    if len(pieces) == 1:
+        return pieces[0]
+    with torch.autocast(pieces[0].device.type, enabled=False):  # whose cat takes no fp16 on a CPU
+        return torch.cat(list(pieces))
+
+
+def _staged(x: Tensor, device: torch.device) -> Tensor:
+    """What an asynchronous copy can start from: one from pageable memory would wait for all that the GPU has to do."""
+    return x.pin_memory() if device.type == "cuda" and x.device.type == "cpu" else x

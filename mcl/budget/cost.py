@@ -1,0 +1,146 @@
+"""What a configuration costs: ``mcl budget CONFIG``. Needs no images, no GPU and no DALI.
+
+:func:`budget` returns what ``--json`` prints. FLOPs and bytes are counted (see :mod:`mcl.budget.count` for what is and
+what is not, and :mod:`mcl.budget.communication`), times are estimates unless they say that they were measured (see
+:mod:`mcl.budget.hardware`).
+
+| key | what |
+|---|---|
+| name, backbone, compute, precision, epochs | of the configuration |
+| gpus, images_per_gpu | processes, and images of a step on each |
+| gflop_per_image | of a training step, both views, mean over the epochs |
+| supervised | ``model`` and ``gflop_per_image`` of a supervised step of that backbone at 224 px, with its classifier |
+| ratio_to_supervised | the one over the other |
+| parts | by part: ``forward``, ``backward`` (GFLOP per image, mean over the epochs), ``parameters`` (number), ``saved_bytes`` |
+| stages | of the canvas schedule: ``first_epoch``, ``epochs``, ``cells``, ``canvas`` (px), ``gflop_per_image``, ``ratio_to_supervised``, ``parts`` (GFLOP per image), ``saved_bytes`` |
+| memory | bytes per GPU, largest stage: ``parameters``, ``gradients``, ``optimizer``, ``momentum_network``, ``canvases`` (of both views, as often as the loader holds them: ``data.prefetch``, the step's and the one before), ``activations`` (what autograd saves; on a CPU with bf16 instructions somewhat less), ``total`` |
+| time | for 100 epochs of ImageNet, the canvas schedule stretched to them, a list: ``kind`` (estimate or measured), ``hardware``, ``gpus``, ``images_per_s``, ``hours``, ``gpu_hours``, ``tflop_per_s_per_gpu``, ``source``; ``loader_images_per_s_per_gpu`` (in the fastest stage), ``gate_share`` (what that takes of DALI's gate, H100 only), ``cpu_cores_per_gpu`` (for loading on CPUs, null unless benchmarked) |
+| communication | ``nodes``; ``per_step``: for ``cuda`` and ``cpu`` a list, by ``purpose``: ``operation``, ``calls`` and ``bytes`` that a process hands over, counted; ``links`` (``hardware``, ``within_gb_per_s`` and ``between_gb_per_s`` nodes, one direction, ``source``), ``latency`` (its source); ``scales``, estimates for as many images per GPU, a list: ``hardware``, ``gpus``, ``nodes``, ``global_batch``, seconds of a mean step: ``compute_s``, ``gradients_s``, ``targets_s``, ``batchnorm_s``, ``exposed_s`` (of these three, not hidden by compute), and ``efficiency``; no lists for one GPU |
+| loader | ``views`` (pixels made per image, in views of 224 px, largest stage), ``gate`` (``images_per_s``, ``source``), ``cpu`` (see :func:`~mcl.budget.hardware.loading_on_cpu`) |
+"""  # noqa: E501  # a table
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+from mcl.budget import communication, count, hardware
+from mcl.budget.count import PARTS, Stage
+from mcl.config import Config, ConfigError
+
+_RELEASED_IMAGES = 128  # per GPU
+_GIGA = 1e9
+_BATCH_BYTES = {"float32": 4, "float16": 2}
+
+
+def budget(
+    config: Config, gpus: int | None = None, nodes: int | None = None, bandwidth: Sequence[float] | None = None
+) -> dict[str, Any]:
+    """Counts the steps of a configuration; takes seconds per stage of its canvas schedule.
+
+    Args:
+        gpus: processes; None takes as many as give each of them 128 images, or, where that is impossible, more.
+        nodes: machines that they are on; None takes as few as have 8 each.
+        bandwidth: GB/s within a node and between nodes; None takes published ones.
+
+    Raises:
+        ConfigError: the global batch does not divide among the processes, or these not among the machines.
+        CheckpointError: the run folder has checkpoints, and none can be read.
+    """
+    if gpus is not None and gpus < 1:
+        raise ConfigError(f"--gpus: {gpus} must be at least 1")
+    gpus = gpus or _processes(config)
+    nodes, links = communication.nodes_of(gpus, nodes), communication.links_of(bandwidth)
+    stages, precision = _stages(config, gpus), config.trainer.precision
+    supervised, resnet50 = count.supervised(config.model.backbone), count.supervised("resnet50")
+    mean = sum(s.epochs * s.flops for s in stages) / config.trainer.epochs
+    measured = hardware.measurement(config, {s.geometry.cells: s.flops for s in stages})
+    loading = hardware.loading_on_cpu()
+    return {
+        "name": config.name,
+        "backbone": config.model.backbone,
+        "compute": config.model.compute,
+        "precision": precision,
+        "epochs": config.trainer.epochs,
+        "gpus": gpus,
+        "images_per_gpu": config.images_per_rank(gpus),
+        "gflop_per_image": mean / _GIGA,
+        "supervised": {"model": config.model.backbone, "gflop_per_image": supervised / _GIGA},
+        "ratio_to_supervised": mean / supervised,
+        "parts": _parts(stages),
+        "stages": [_describe(s, supervised) for s in stages],
+        "memory": _memory(config, stages),
+        "time": hardware.times(stages, resnet50, precision, measured, loading),
+        "communication": communication.describe(stages, resnet50, precision, gpus, nodes, links),
+        "loader": {
+            "views": max(s.views for s in stages),
+            "gate": {"images_per_s": hardware.GATE, "source": hardware.GATE_SOURCE},
+            "cpu": loading,
+        },
+    }
+
+
+def _processes(config: Config) -> int:
+    """As many as can have 128 images each, or more."""
+    for processes in range(config.trainer.global_batch // _RELEASED_IMAGES, 1, -1):
+        with contextlib.suppress(ConfigError):
+            config.images_per_rank(processes)
+            return processes
+    return 1
+
+
+def _stages(config: Config, gpus: int) -> list[Stage]:
+    trainer, epochs = config.trainer, config.trainer.epochs
+    images, processes = config.images_per_rank(gpus) // trainer.accumulate, gpus * trainer.accumulate
+    firsts = [0, *(epoch for epoch, _ in config.montage.schedule if epoch < epochs)]
+    stages = []
+    for first, end in zip(firsts, [*firsts[1:], epochs], strict=True):
+        geometry = config.montage.at(first)
+        counted = count.step(config.model, geometry, images, processes, trainer.precision, trainer.recompute)
+        crops = [1.0 if config.data.tile_sampling == "released" else 1 / r**2 for r in geometry.ratios]
+        views = 2 * sum(crops) * (geometry.canvas / 224) ** 2
+        stages.append(Stage(first, end - first, geometry, counted, images, trainer.accumulate, views))
+    return stages
+
+
+def _parts(stages: list[Stage]) -> dict[str, dict[str, float]]:
+    largest = _largest(stages).count
+    images = sum(s.epochs * s.images for s in stages)  # a step of every epoch
+    return {
+        part: {
+            "forward": sum(s.epochs * s.count.forward[part] for s in stages) / images / _GIGA,
+            "backward": sum(s.epochs * s.count.backward[part] for s in stages) / images / _GIGA,
+            "parameters": largest.parameters[part],
+            "saved_bytes": largest.saved[part],
+        }
+        for part in PARTS
+    }
+
+
+def _describe(stage: Stage, supervised: float) -> dict[str, Any]:
+    counted = stage.count
+    return {
+        "first_epoch": stage.first,
+        "epochs": stage.epochs,
+        "cells": stage.geometry.cells,
+        "canvas": stage.geometry.canvas,
+        "gflop_per_image": stage.flops / _GIGA,
+        "ratio_to_supervised": stage.flops / supervised,
+        "parts": {p: (counted.forward[p] + counted.backward[p]) / stage.images / _GIGA for p in PARTS},
+        "saved_bytes": stage.saved,
+    }
+
+
+def _memory(config: Config, stages: list[Stage]) -> dict[str, int]:
+    largest = _largest(stages)
+    canvases = sum(largest.geometry.canvases(largest.images * largest.accumulate))
+    batch = 2 * canvases * 3 * largest.geometry.canvas**2 * _BATCH_BYTES[config.data.dtype]
+    memory = {
+        **count.state(config.model, config.montage, config.optim, config.trainer.precision),
+        "canvases": (config.data.prefetch + 2) * batch,
+        "activations": largest.saved,
+    }
+    return {**memory, "total": sum(memory.values())}
+
+
+def _largest(stages: list[Stage]) -> Stage:
+    return max(stages, key=lambda s: s.saved)

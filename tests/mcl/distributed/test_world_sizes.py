@@ -1,0 +1,88 @@
+"""The same mathematics at any world size: W ranks of B images are one process of W x B images."""
+
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+from dali_pipelines.montage import MontageBatch
+from mcl import distributed
+from mcl.config import Config
+from mcl.models import MCL
+from mcl.models.sync_bn import synchronize
+from mcl.train.step import TrainingStep
+from tests.conftest import ThinBackbone
+from tests.fp64 import fast_convolutions
+from tests.mcl.ranks import in_ranks, joined
+from tests.step import configure
+from tests.step import views as own_views
+
+SMALL = ("model.head_convs=0", "trainer.global_batch=16", "optim.clip_norm=1")
+EXACT = configure("trainer.precision=fp64", *SMALL)
+SINGLE = configure(*SMALL)
+RANKS = 4  # whose views those of fewer ranks are joined from
+
+
+class TwoMaps(ThinBackbone):
+    """As many maps as there are levels, so that every parameter has a gradient."""
+
+    channels = ThinBackbone.channels[:2]  # type: ignore[assignment]
+
+
+def views(cfg: Config, step: int) -> list[MontageBatch]:
+    """Query and key view of this rank: its share of what four ranks see in this step."""
+    world, rank = distributed.world_size(), distributed.rank()
+    share = [own_views(cfg, 100 * step + 2 * r, RANKS) for r in range(RANKS)][rank * RANKS // world :][: RANKS // world]
+    return [joined(cfg.montage, side) for side in zip(*share, strict=True)]
+
+
+def train(cfg: Config, steps: int) -> dict[str, Any]:
+    """Loss and gradient norm of every step, and everything that the model holds after them."""
+    torch.manual_seed(0)
+    with mock.patch("mcl.models.mcl.Backbone", TwoMaps):
+        model = synchronize(MCL(cfg.model, cfg.montage), "cpu")
+    step = TrainingStep(cfg, model, torch.device("cpu"))
+    losses, norms = [], []
+    with fast_convolutions():
+        for i in range(steps):
+            output, norm = step(*views(cfg, i), lr=5.0, momentum=0.9)
+            losses.append(output.loss.item())
+            norms.append(norm.item())
+    losses = np.mean(distributed.gather_objects(losses), axis=0)
+    state = {name: value.numpy() for name, value in model.state_dict().items()}
+    return {"losses": losses.tolist(), "norms": norms, "state": state, "moved": moved(cfg, model)}
+
+
+def moved(cfg: Config, model: MCL) -> float:
+    """How far training went: the smallest relative change of a matrix or kernel."""
+    torch.manual_seed(0)
+    with mock.patch("mcl.models.mcl.Backbone", TwoMaps):
+        before = dict(MCL(cfg.model, cfg.montage).named_parameters())
+    matrices = [(n, p) for n, p in model.named_parameters() if p.requires_grad and p.ndim > 1]
+    return min(((p - before[n]).norm() / before[n].norm()).item() for n, p in matrices)
+
+
+def trained(cases: list[tuple[Config, int]]) -> list[dict[str, Any]]:
+    return [train(*case) for case in cases]
+
+
+@pytest.mark.parametrize(
+    ("world", "steps"), [(4, 5), *(pytest.param(world, 20, marks=pytest.mark.soak) for world in (2, 4))]
+)
+def test_any_number_of_ranks_computes_the_same(world: int, steps: int) -> None:
+    """In float64; the first step in float32, too."""
+    cases = [(EXACT, steps), (SINGLE, 1)]
+    alone, alone_single = trained(cases)
+    assert not torch.distributed.is_initialized()
+    assert alone["moved"] > 0.0025 * steps
+    for exact, single in in_ranks(world, trained, cases):
+        assert exact["losses"] == pytest.approx(alone["losses"], rel=1e-8)
+        assert exact["norms"] == pytest.approx(alone["norms"], rel=1e-8)
+        for name, value in alone["state"].items():
+            bound = 1e-8 * max(abs(value).max(), 1e-3)
+            assert abs(exact["state"][name] - value).max() <= bound, name
+        for name in ("losses", "norms"):
+            assert single[name] == pytest.approx(alone_single[name], rel=1e-4)
+            assert single[name] == pytest.approx(alone[name][:1], rel=1e-4)

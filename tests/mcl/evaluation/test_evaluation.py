@@ -1,0 +1,159 @@
+"""Evaluation: scores that are known beforehand."""
+
+import dataclasses
+import itertools
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dali_pipelines.geometry import Geometry
+from dali_pipelines.montage import MontageBatch
+from dali_pipelines.source import open_source
+from mcl import config
+from mcl.config import Config, ConfigError
+from mcl.evaluation import evaluate
+from mcl.evaluation.features import photos as photos_of
+from mcl.evaluation.features import prepare
+from mcl.evaluation.knn_linear import knn, linear
+from mcl.evaluation.retrieval import retrieval, top1
+from mcl.models import MCL
+from tests.conftest import random_view
+
+
+@pytest.fixture
+def small(photos: Path) -> Config:
+    return config.from_dict(
+        {
+            "data": {"root": str(photos / "train"), "val_root": str(photos / "val"), "threads": 1},
+            "montage": {"cells": 1, "ratios": [1, 2], "images_per_canvas": [1, 4]},
+            "model": {"backbone": "resnet18", "width": 16, "head_convs": 1, "hidden": 32, "loss_weights": [0.5, 0.5]},
+            "evaluation": {"gallery": 8, "galleries": 4},
+        }
+    )
+
+
+class Oracle(nn.Module):
+    """A model that knows the answers at level 0, and always says image 0 at level 1."""
+
+    def __init__(self, images: int) -> None:
+        super().__init__()
+        self.codes = torch.eye(images)
+
+    def targets(self, views: Sequence[MontageBatch]) -> list[Tensor]:
+        return [self.codes for _ in views]
+
+    def predictions(self, views: Sequence[MontageBatch]) -> list[list[Tensor]]:
+        return [[self.codes, self.codes[:1].expand(len(view.index), -1)] for view in views]
+
+    def positives(self, view: MontageBatch) -> list[Tensor]:
+        return [view.tile_images[view.tiles(level)] for level in range(2)]
+
+
+def test_top1_of_an_oracle() -> None:
+    geometry = Geometry(cells=1, ratios=(1, 2), images_per_canvas=(1, 4))
+    views = [random_view(geometry, 8, seed) for seed in (0, 1)]
+    assert top1(Oracle(8), *views).tolist() == [1.0, pytest.approx(1 / 8)]  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("thin_backbone")
+def test_retrieval_of_random_networks_is_reproducible(small: Config) -> None:
+    torch.manual_seed(0)
+    model = MCL(small.model, small.montage)
+    source = open_source(small.data.root)
+    first, same = retrieval([model, model], small, source, torch.device("cpu"))
+    assert first == same
+    assert all(0 <= value <= 0.5 for value in first[0])
+    assert len(first[1]) == 2
+
+
+@pytest.mark.usefixtures("thin_backbone")
+def test_retrieval_shows_every_tile_at_the_size_that_the_schedule_ends_with(small: Config) -> None:
+    torch.manual_seed(0)
+    model = MCL(small.model, small.montage)
+    source = open_source(small.data.root)
+    scheduled = config.override(small, ["montage.queries=[4,1]", "montage.schedule=[[3,2]]"])
+    last = config.override(small, ["montage.cells=2"])
+    (found,), (expected,) = (retrieval([model], cfg, source, torch.device("cpu")) for cfg in (scheduled, last))
+    assert found == expected
+
+
+@pytest.mark.usefixtures("thin_backbone")
+def test_retrieval_of_both_splits_leaves_the_model_alone(small: Config) -> None:
+    torch.manual_seed(small.trainer.seed)
+    model = MCL(small.model, small.montage)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    records = list(evaluate("retrieval", model, small, torch.device("cpu")))
+    assert [record["split"] for record in records] == ["train", "val"]
+    assert all(record["levels"] == record["random"] for record in records)  # untrained, it is the random network
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert model.training
+
+
+@pytest.mark.parametrize(("gallery", "message"), [(10, "fill no whole number"), (400, "has only 246 images")])
+def test_impossible_galleries(small: Config, gallery: int, message: str) -> None:
+    cfg = dataclasses.replace(small, evaluation=dataclasses.replace(small.evaluation, gallery=gallery))
+    with pytest.raises(ConfigError, match=rf"evaluation\.gallery.*{message}"):
+        retrieval([], cfg, open_source(cfg.data.root), torch.device("cpu"))
+
+
+def test_knn_by_hand() -> None:
+    """Two clusters; and without itself, a lone photograph is outvoted."""
+    train = torch.tensor([[1.0, 0], [0.9, 0.1], [0, 1], [0.1, 0.9]])
+    labels = torch.tensor([0, 0, 1, 1])
+    assert knn(train, labels, torch.tensor([[1.0, 0.2], [0.2, 1.0]]), 2, 2).tolist() == [0, 1]
+    assert knn(train, torch.tensor([0, 1, 1, 1]), train, 1, 2, same=True).tolist()[0] == 1
+    assert knn(train, labels, train, 100, 2, same=True).tolist() == [0, 0, 1, 1]
+
+
+def test_linear_probe_separates_what_can_be_separated() -> None:
+    torch.manual_seed(0)
+    labels = torch.arange(60) % 3
+    features = torch.randn(60, 5) + 4 * nn.functional.one_hot(labels, 5)
+    assert (linear(features[:30], labels[:30], features[30:], 3) == labels[30:]).float().mean() > 0.9
+
+
+def test_statistics_are_plain_means_over_photographs(small: Config) -> None:
+    """Of a copy; in evaluation mode afterwards, with its momentum."""
+    model = MCL(small.model, small.montage).online.backbone
+    source = open_source(small.data.root)
+    prepared = prepare(model, small, source, torch.device("cpu"))
+    with torch.no_grad():
+        batches = [model.conv1(images) for images, _ in itertools.islice(photos_of(small, source), 8)]
+    torch.testing.assert_close(prepared.bn1.running_mean, torch.stack([b.mean((0, 2, 3)) for b in batches]).mean(0))
+    torch.testing.assert_close(prepared.bn1.running_var, torch.stack([b.var((0, 2, 3)) for b in batches]).mean(0))
+    assert (prepared.bn1.momentum, prepared.training) == (0.1, False)
+    assert model.bn1.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("name", ["knn", "linear"])
+def test_classes_of_real_photographs(small: Config, name: str) -> None:
+    """An untrained network scores the same as itself."""
+    torch.manual_seed(small.trainer.seed)
+    model = MCL(small.model, small.montage)
+    (record,) = evaluate(name, model, small, torch.device("cpu"))
+    assert record["accuracy"] == record["random"] > record["chance"] / 2
+    assert (record["split"], record["classes"]) == ("val", 26)
+    assert model.training
+
+
+@pytest.mark.usefixtures("thin_backbone")
+def test_classes_of_both_splits_are_numbered_alike(small: Config, photos: Path, tmp_path: Path) -> None:
+    """Held out are training images of the last class alone: each finds itself, though its source has one class."""
+    last = sorted((photos / "train").iterdir())[-1].name
+    shutil.copytree(photos / "train" / last, tmp_path / "val" / last)
+    cfg = config.override(small, [f"data.val_root={tmp_path / 'val'}", "evaluation.k=1"])
+    (record,) = evaluate("knn", MCL(cfg.model, cfg.montage), cfg, torch.device("cpu"))
+    assert (record["accuracy"], record["chance"], record["classes"]) == (1.0, 1.0, 26)
+    (tmp_path / "val" / last).rename(tmp_path / "val" / "unheard_of")
+    with pytest.raises(ConfigError, match=r"data\.val_root: .* has classes that data\.root lacks, e\.g\. unheard_of"):
+        list(evaluate("knn", MCL(cfg.model, cfg.montage), cfg, torch.device("cpu")))
+
+
+def test_linear_needs_held_out_images(small: Config) -> None:
+    cfg = config.override(small, ["data.val_root="])
+    with pytest.raises(ConfigError, match=r"data\.val_root"):
+        list(evaluate("linear", MCL(cfg.model, cfg.montage), cfg, torch.device("cpu")))

@@ -1,0 +1,317 @@
+"""Synchronised BatchNorm over gloo against one BatchNorm over all ranks' rows."""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dali_pipelines.geometry import Geometry
+from dali_pipelines.montage import MontageBatch
+from mcl import config, distributed
+from mcl.models import MCL
+from mcl.models.norm import BatchNorm1d, BatchNorm2d
+from mcl.models.sync_bn import SyncBatchNorm, normalize, synchronize
+from tests.conftest import ThinBackbone, random_view
+from tests.fp64 import fast_convolutions
+from tests.mcl.ranks import in_ranks, joined
+
+SIZES = {2: (5, 2), 4: (3, 1, 6, 2)}  # rows of each rank, by the number of ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    shape: tuple[int, ...] = (6, 4, 3)  # of a row: channels first
+    affine: bool = True
+    momentum: float | None = 0.1
+    mean: float = 0.0
+    dtype: torch.dtype = torch.float64
+    layout: torch.memory_format = torch.contiguous_format
+
+    def norm(self) -> nn.BatchNorm1d | nn.BatchNorm2d:
+        torch.manual_seed(1)
+        kind = nn.BatchNorm2d if len(self.shape) == 3 else nn.BatchNorm1d
+        norm = kind(self.shape[0], affine=self.affine, momentum=self.momentum)
+        if self.affine:
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+            nn.init.normal_(norm.bias)
+        return norm
+
+    def rows(self, seed: int, mean: float) -> Tensor:
+        """Of all ranks, as float64 of values that the case's dtype has."""
+        rows = sum(SIZES[distributed.world_size()])
+        x = torch.randn(rows, *self.shape, generator=torch.Generator().manual_seed(seed)) + mean
+        return x.to(self.dtype).double()
+
+
+def own(x: Tensor) -> Tensor:
+    """This rank's of all ranks' rows."""
+    return x.split(SIZES[distributed.world_size()])[distributed.rank()]
+
+
+def passes(norm: nn.Module, case: Case, xs: list[Tensor], grads: list[Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Outputs and gradients of some steps, running statistics after them; in float64."""
+    norm.to(torch.promote_types(dtype, torch.float32))
+    autocast = torch.autocast("cpu", dtype) if dtype in (torch.bfloat16, torch.float16) else nullcontext()
+    results = {}
+    for step, (x, grad) in enumerate(zip(xs, grads, strict=True)):
+        x = x.to(dtype, memory_format=case.layout, copy=True).requires_grad_()
+        with autocast:
+            y = norm(x)
+        y.backward(grad.to(dtype))
+        assert x.grad is not None
+        assert y.dtype == x.grad.dtype == dtype
+        if case.layout is torch.channels_last:
+            assert y.is_contiguous(memory_format=case.layout)
+            assert x.grad.is_contiguous(memory_format=case.layout)
+        results |= {f"output {step}": y.detach(), f"input's gradient {step}": x.grad}
+    results |= {f"{name}'s gradient": p.grad for name, p in norm.named_parameters() if p.grad is not None}
+    results |= dict(norm.named_buffers())
+    return {name: value.double() for name, value in results.items()}
+
+
+def errors(case: Case) -> dict[str, tuple[float, float]]:
+    """Largest differences from float64, synchronised and of one BatchNorm in the case's dtype."""
+    xs = [case.rows(2, case.mean), case.rows(3, case.mean)]
+    grads = [case.rows(4, 0.0), case.rows(5, 0.0)]
+    exact = passes(case.norm(), case, xs, grads, torch.float64)
+    plain = passes(case.norm(), case, xs, grads, case.dtype)
+    norm = synchronize(nn.Sequential(case.norm()), "cpu")[0]
+    assert isinstance(norm, SyncBatchNorm)
+    ours = passes(norm, case, [own(x) for x in xs], [own(g) for g in grads], case.dtype)
+    assert exact.keys() == plain.keys() == ours.keys()
+    differences = {}
+    for name, value in exact.items():
+        of_ours, of_plain = ours[name], plain[name]
+        if value.dim() > 1:
+            value, of_plain = own(value), own(of_plain)
+        elif name.endswith("gradient"):  # of weight or bias
+            dist.all_reduce(of_ours)
+        differences[name] = ((of_ours - value).abs().max().item(), (of_plain - value).abs().max().item())
+    return differences
+
+
+def errors_of(cases: list[Case]) -> list[dict[str, tuple[float, float]]]:
+    return [errors(case) for case in cases]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_it_is_one_batchnorm_over_all_rows(world: int) -> None:
+    """Outputs, all gradients and running statistics, of batches of unequal sizes."""
+    cases = [
+        Case(),
+        Case(layout=torch.channels_last),
+        Case(shape=(3, 1, 1), layout=torch.channels_last, affine=False),
+        Case(shape=(5,)),
+        Case(shape=(5,), affine=False),
+        Case(shape=(4, 7), momentum=None),
+    ]
+    for rank in in_ranks(world, errors_of, cases):
+        for case, differences in zip(cases, rank, strict=True):
+            assert {"num_batches_tracked", "running_var", "input's gradient 1"} <= differences.keys()
+            assert ("weight's gradient" in differences) == case.affine
+            for name, (ours, _) in differences.items():
+                assert ours < 1e-12, (case, name)
+
+
+def test_lower_precision_costs_no_more_than_in_one_batchnorm() -> None:
+    """The error is at most twice BatchNorm's own at that dtype, or 4 roundings of fp32 where that one is lucky."""
+    cases = [
+        Case(dtype=torch.float32),
+        Case(dtype=torch.float32, mean=1e3),
+        Case(dtype=torch.float32, layout=torch.channels_last),
+        Case(dtype=torch.bfloat16),
+        Case(dtype=torch.bfloat16, layout=torch.channels_last),
+        Case(dtype=torch.float16, shape=(5,)),
+    ]
+    for rank in in_ranks(2, errors_of, cases):
+        for case, differences in zip(cases, rank, strict=True):
+            for name, (ours, plain) in differences.items():
+                scale = max(1.0, case.mean)
+                assert ours <= 2 * plain + 4 * scale * torch.finfo(torch.float32).eps, (case, name)
+
+
+def offset_variance() -> tuple[float, float]:
+    """Running variance in fp32 of rows around 1000, and their variance."""
+    norm = synchronize(nn.BatchNorm2d(1, momentum=1.0), "cpu")
+    case = Case(shape=(1, 64, 64), dtype=torch.float32, mean=1e3)
+    x = case.rows(6, case.mean)
+    norm(own(x).float())
+    assert norm.running_var is not None
+    return norm.running_var.item(), x.var().item()
+
+
+def test_an_offset_costs_no_variance() -> None:
+    for found, expected in in_ranks(2, offset_variance):
+        assert found == pytest.approx(expected, rel=1e-6)
+
+
+def dead_channels() -> bool:
+    """Whether channels of one value, up to a million, come out finite."""
+    values = torch.arange(1, 65, dtype=torch.float64) * 1e6 / 63
+    norm = synchronize(nn.BatchNorm1d(64).double(), "cpu")
+    return bool(norm(own(values.expand(7, 64))).isfinite().all())
+
+
+def test_no_variance_is_not_less_than_none() -> None:
+    assert in_ranks(2, dead_channels) == [True, True]
+
+
+@pytest.fixture
+def group_of_one() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("group_of_one")
+@pytest.mark.parametrize("shape", [(4, 3), (3, 2, 2, 2)])
+@pytest.mark.parametrize("affine", [True, False])
+def test_gradients_are_those_of_finite_differences(shape: tuple[int, ...], affine: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    weight, bias = (torch.randn(shape[1], dtype=torch.float64, requires_grad=True) if affine else None for _ in "wb")
+    assert torch.autograd.gradcheck(lambda *inputs: normalize(*inputs, 1e-5)[0], (x, weight, bias))
+
+
+class Calls(TorchDispatchMode):
+    """Names of collectives, and of reads of a tensor's value, in their order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d" or func is torch.ops.aten._local_scalar_dense.default:
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+    def take(self) -> list[str]:
+        names, self.names = self.names, []
+        return names
+
+
+def collectives() -> dict[str, list[str]]:
+    """What every kind of pass calls, for two norms in a row."""
+    norms = synchronize(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(inplace=True), nn.BatchNorm2d(3)), "cpu")
+    x = torch.randn(4, 3, 2, 2, requires_grad=True)
+    with Calls() as calls:
+        y = norms(x)
+        said = {"forward": calls.take()}
+        y.square().sum().backward()
+        said["backward"] = calls.take()
+        with torch.no_grad():
+            norms(x)
+        said["no gradient"] = calls.take()
+        norms.eval()(x).sum().backward()
+        said["evaluation"] = calls.take()
+    return said
+
+
+def test_every_direction_is_one_collective_and_reads_nothing() -> None:
+    once = ["c10d.allreduce_.default"] * 2  # of two norms
+    for said in in_ranks(2, collectives):
+        assert said == {"forward": once, "backward": once, "no gradient": once, "evaluation": []}
+
+
+def evaluated() -> bool:
+    """Whether evaluation mode is BatchNorm's, bit for bit, with statistics that training has moved."""
+    x = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(distributed.rank()))
+    norm = synchronize(nn.BatchNorm2d(3), "cpu")
+    norm(x)
+    plain = nn.BatchNorm2d(3)
+    plain.load_state_dict(norm.state_dict())
+    return torch.equal(norm.eval()(x), plain.eval()(x))
+
+
+def test_evaluation_is_that_of_batchnorm() -> None:
+    assert in_ranks(2, evaluated) == [True, True]
+
+
+MODEL: dict[str, Any] = {
+    "montage": {"cells": 1, "images_per_canvas": [1, 2, 2, 2]},
+    "model": {"backbone": "resnet18", "width": 16, "head_convs": 1, "hidden": 32, "loss_weights": [0.4, 0.3, 0.2, 0.1]},
+}
+
+
+def build(compute: str) -> MCL:
+    cfg = config.from_dict(MODEL | {"model": MODEL["model"] | {"compute": compute}})
+    torch.manual_seed(0)
+    with mock.patch("mcl.models.mcl.Backbone", ThinBackbone):
+        return MCL(cfg.model, cfg.montage).double()
+
+
+def state(model: nn.Module) -> list[tuple[str, int]]:
+    return [(name, id(tensor)) for named in (model.named_parameters(), model.named_buffers()) for name, tensor in named]
+
+
+def converted(device: str) -> list[Any]:
+    """Whether keys stay, whether tensors stay, and the kinds of norms there are afterwards."""
+    model = build("matched")
+    keys, before = list(model.state_dict()), state(model)
+    synchronized = synchronize(model, device)
+    kinds = {type(m) for m in synchronized.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    return [synchronized is model, list(model.state_dict()) == keys, state(model) == before, kinds]
+
+
+def test_state_stays_the_same_tensors_under_the_same_names() -> None:
+    assert in_ranks(2, converted, "cpu") == [[True, True, True, {SyncBatchNorm}]] * 2
+    assert in_ranks(2, converted, "cuda") == [[True, True, True, {nn.SyncBatchNorm}]] * 2
+
+
+def test_a_single_process_keeps_its_norms_and_needs_no_group() -> None:
+    for device in ("cpu", "cuda"):
+        assert converted(device) == [True, True, True, {BatchNorm1d, BatchNorm2d}]
+    assert not dist.is_initialized()
+
+
+def test_without_a_group_it_is_batchnorm() -> None:
+    """A model that outlives its group is evaluated by one process, in training mode too."""
+    norm, plain = SyncBatchNorm(3), nn.BatchNorm2d(3)
+    x = torch.randn(4, 3, 2, 2)
+    assert torch.equal(norm(x), plain(x))
+    assert torch.equal(norm.running_var, plain.running_var)
+
+
+def step(module: nn.Module, model: MCL, query: MontageBatch, key: MontageBatch) -> dict[str, np.ndarray]:
+    """Losses, gradients and running statistics of a step."""
+    with fast_convolutions():
+        output = module(query, key)
+        output.loss.backward()
+    gradients = {f"gradient of {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    values = {"losses": output.losses} | gradients | dict(model.named_buffers())
+    return {name: value.numpy() for name, value in values.items()}
+
+
+def two_views(rank: int) -> list[MontageBatch]:
+    return [random_view(Geometry(**MODEL["montage"]), 8, 2 * rank + side, torch.float64) for side in range(2)]
+
+
+def shared_step(compute: str) -> dict[str, np.ndarray]:
+    model = synchronize(build(compute), "cpu")
+    module = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return step(module, model, *two_views(distributed.rank()))
+
+
+@pytest.mark.parametrize("compute", ["matched", "released"])
+def test_ranks_compute_what_one_process_does(compute: str) -> None:
+    """Losses, averaged gradients and running statistics of MCL, where two ranks have half of the images each."""
+    alone = build(compute)
+    whole = [joined(Geometry(**MODEL["montage"]), views) for views in zip(two_views(0), two_views(1), strict=True)]
+    expected = step(alone, alone, *whole)
+    first, second = in_ranks(2, shared_step, compute)
+    assert first.keys() == second.keys() == expected.keys()
+    assert {"losses", "gradient of online.backbone.convs.0.weight", "target.head.projector.4.running_var"} <= set(first)
+    first["losses"] = second["losses"] = (first["losses"] + second["losses"]) / 2
+    for name, value in expected.items():
+        bound = 1e-10 * max(np.abs(value).max(), 1e-3)  # the gradient of a bias before a BatchNorm is but rounding
+        for ours in (first, second):
+            assert np.abs(ours[name] - value).max() <= bound, name

@@ -1,0 +1,348 @@
+"""A training step never waits for the device.
+
+Every operator passes a detector: once in whole steps on the CPU, which sees what would wait were this a GPU; once on
+tensors that claim to be on a GPU, which sees copies between it and the host, too.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+
+from dali_pipelines.montage import MontageBatch
+from mcl import ops
+from mcl.config import Config
+from mcl.models import MCL
+from mcl.records.meters import Meter
+from mcl.train import ema
+from mcl.train.optim import build_optimizer
+from mcl.train.step import TrainingStep
+from tests.mcl.detector import Detector, Waited
+from tests.step import build, configure, views
+
+# ---------------------------------------------------------------------------------------------------- the detector
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x[0].item(),
+        lambda x: bool((x > 0).any()),
+        lambda x: 1.0 if x.sum() > 0 else 0.0,
+        lambda x: x.nonzero(),
+        lambda x: torch.where(x > 0),
+        lambda x: x[x > 0],
+        lambda x: x[(x > 0).byte()],
+        lambda x: x.clone().index_put_((x > 0,), x[:1]),
+        lambda x: x.masked_select(x > 0),
+        lambda x: x.unique(),
+        lambda x: x[:, None].unique(dim=0),
+        lambda x: x.unique_consecutive(),
+        lambda x: torch.equal(x, x + 1),
+        lambda x: torch.allclose(x, x + 1),
+        lambda x: x.long().bincount(),
+        lambda x: x.repeat_interleave(x.long()),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:indexing with dtype torch.uint8")
+def test_the_detector_knows_what_waits(wait: Callable[[Tensor], Any]) -> None:
+    with pytest.raises(Waited), Detector("cpu"):
+        wait(torch.arange(4.0))
+
+
+@pytest.mark.parametrize(
+    "copy",
+    [
+        lambda device, host: device.cpu(),
+        lambda device, host: host.copy_(device, non_blocking=True),
+        lambda device, host: host.to("cuda", non_blocking=True),
+        lambda device, host: device.copy_(host, non_blocking=True),
+        lambda device, host: torch.tensor([1.0, 2.0], device="cuda"),
+        lambda device, host: torch.tensor(1.0, device="cuda"),
+        lambda device, host: device * torch.tensor(0.5).to("cuda"),
+        lambda device, host: device.index_put_((torch.zeros(2, dtype=torch.int64, device="cuda"),), host[0]),
+        lambda device, host: device[0].item(),
+    ],
+)
+def test_the_detector_knows_copies_between_host_and_device(copy: Callable[[Tensor, Tensor], Any]) -> None:
+    with FakeTensorMode():
+        device, host = torch.empty(4, device="cuda"), torch.empty(4)
+        with pytest.raises(Waited), Detector("cuda"):
+            copy(device, host)
+
+
+def test_the_detector_lets_pass_what_does_not_wait() -> None:
+    with FakeTensorMode():
+        device, host = torch.empty(4, device="cuda"), torch.empty(4)
+        with Detector("cuda", pinned=[host]) as detector:
+            device.copy_(host, non_blocking=True)
+            device[torch.zeros(2, dtype=torch.int64, device="cuda")] = device[:2]
+            torch.where(device > 0, device * torch.tensor(2.0), 1.0)  # such a scalar goes along with the launch
+    assert detector.seen["aten::index_put_"] == detector.seen["aten::where"] == 1
+
+
+# ---------------------------------------------------------------------------------------------------- whole steps
+
+
+def step_under_watch(cfg: Config, step: TrainingStep) -> Detector:
+    """A whole step and its metrics."""
+    meter = Meter(len(cfg.montage.ratios), torch.device("cpu"), scaled=cfg.trainer.precision == "fp16")
+    query, key = views(cfg)
+    with Detector("cpu") as detector:
+        meter.add(0, *step(query, key, lr=0.1, momentum=0.99))
+    assert meter.failure() is None
+    return detector
+
+
+def check_whole_step(words: Sequence[str]) -> None:
+    cfg = configure(*words)
+    step = build(cfg)
+    seen = step_under_watch(cfg, step).seen
+    passes = cfg.trainer.accumulate * (1 if cfg.model.compute == "matched" else 2)
+    norms = sum(isinstance(m, nn.BatchNorm2d) for m in step.model.online.backbone.modules())
+    assert seen["mcl::batch_norm_backward"] >= passes * norms
+    assert seen["mcl::region_pool_backward"] == passes
+    assert seen["aten::_foreach_norm"] == 1  # clipping
+    operator = {"lars": "mcl::lars_", "sgd": "aten::_fused_sgd_", "adamw": "aten::_fused_adamw_"}[cfg.optim.name]
+    assert seen[operator] == 2  # groups
+    assert seen["mcl::ema_"] == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("trainer.precision=bf16", "trainer.global_batch=2", "montage.images_per_canvas=[1,1]"),
+        ("model.compute=released", "trainer.recompute=true", "optim.name=sgd"),
+    ],
+    ids=" ".join,
+)
+def test_a_whole_step_reads_nothing_back(words: tuple[str, ...]) -> None:
+    check_whole_step(words)
+
+
+@pytest.mark.usefixtures("thin_backbone")
+@pytest.mark.parametrize("optimizer", ["lars", "adamw", "sgd"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("model.compute=matched", "trainer.precision=bf16"),
+        ("model.compute=released", "trainer.precision=bf16"),
+        ("trainer.precision=fp16", "trainer.max_loss_scale=1"),
+        ("trainer.precision=fp16", "trainer.max_loss_scale=1", "trainer.on_nonfinite=skip"),
+    ],
+    ids=" ".join,
+)
+def test_nor_does_it_with_any_optimiser(words: tuple[str, ...], optimizer: str) -> None:
+    words = (*words, f"optim.name={optimizer}", "optim.clip_norm=1", "trainer.accumulate=2", "trainer.global_batch=8")
+    check_whole_step(words)
+
+
+@pytest.mark.usefixtures("thin_backbone")
+@pytest.mark.parametrize("optimizer", ["lars", "adamw", "sgd"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("trainer.on_nonfinite=skip",),
+        ("trainer.on_nonfinite=skip", "trainer.precision=fp16", "trainer.max_loss_scale=1"),
+    ],
+    ids=["fp32", "fp16"],
+)
+def test_nor_does_one_that_is_skipped(words: tuple[str, ...], optimizer: str) -> None:
+    """Whether it is, the host never learns."""
+    cfg = configure(*words, f"optim.name={optimizer}", "optim.clip_norm=1")
+    step, (query, key) = build(cfg), views(cfg)
+    step(query, key, lr=0.1, momentum=0.99)
+    before = {name: tensor.clone() for name, tensor in step.model.state_dict().items()}
+    meter = Meter(len(cfg.montage.ratios), torch.device("cpu"), skips=True)
+    query = dataclasses.replace(query, pixels=query.pixels * float("nan"))
+    with Detector("cpu"):
+        meter.add(1, *step(query, key, lr=0.1, momentum=0.99))
+    assert all(torch.equal(before[name], tensor) for name, tensor in step.model.state_dict().items())
+    assert (meter.failure(), meter.read()["skipped"]) == (None, 1)
+
+
+@pytest.mark.usefixtures("thin_backbone")
+@pytest.mark.parametrize("optimizer", ["lars", "adamw", "sgd"])
+def test_a_step_that_may_be_skipped_copies_buffers_alone(optimizer: str) -> None:
+    """The others may not be, and have everything else in common with it."""
+    seen = {}
+    for choice in ("stop", "skip"):
+        cfg = configure(f"optim.name={optimizer}", f"trainer.on_nonfinite={choice}")
+        seen[choice] = step_under_watch(cfg, build(cfg)).seen
+    dtypes = 2  # fp32 and int64
+    more = seen["skip"] - seen["stop"]
+    assert not seen["stop"] - seen["skip"]
+    assert more["aten::cat"] == 2 * dtypes  # before and after
+    assert more["aten::where"] == more["aten::_foreach_copy_"] == dtypes
+    assert not {"aten::clone", "aten::copy_", "aten::_foreach_clone"} & more.keys()
+
+
+class Peeking(torch.autograd.Function):
+    """The identity, which looks for zeros in its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        grad.nonzero()
+        return grad
+
+
+def mask_in_forward(step: TrainingStep) -> None:
+    step.model.online.head.register_forward_pre_hook(lambda _, inputs: inputs[0][inputs[0] > 0].sum() and None)
+
+
+def nonzero_in_backward(step: TrainingStep) -> None:
+    step.model.online.head.register_forward_pre_hook(lambda _, inputs: (Peeking.apply(inputs[0]), inputs[1]))
+
+
+def item_in_the_loss(step: TrainingStep) -> None:
+    step.model.register_forward_hook(lambda module, inputs, output: output.loss.item() and None)
+
+
+def item_in_the_optimizer(step: TrainingStep) -> None:
+    weight = step.model.predictors[0][0].weight
+    step.optimizer.register_step_pre_hook(lambda *_: weight.norm().item() and None)
+
+
+@pytest.mark.usefixtures("thin_backbone")
+@pytest.mark.parametrize(
+    ("plant", "operator"),
+    [
+        (mask_in_forward, "aten.index.Tensor by a mask"),
+        (nonzero_in_backward, "aten.nonzero"),
+        (item_in_the_loss, "aten._local_scalar_dense"),
+        (item_in_the_optimizer, "aten._local_scalar_dense"),
+    ],
+)
+def test_one_planted_wait_is_found(plant: Callable[[TrainingStep], None], operator: str) -> None:
+    cfg = configure()
+    step = build(cfg)
+    assert step_under_watch(cfg, step).seen["mcl::lars_"] == 2
+    plant(step)
+    with pytest.raises(Waited, match=operator):
+        step_under_watch(cfg, step)
+
+
+# ---------------------------------------------------------------------------------------------------- no real GPU
+
+
+def without_memory(cfg: Config) -> MCL:
+    with torch.device("meta"):
+        return MCL(cfg.model, cfg.montage)
+
+
+def pretend(model: nn.Module) -> None:
+    """Puts tensors of the active mode, on "cuda", in place of a model's own."""
+    for module in model.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            fake = torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device="cuda")
+            module.register_parameter(name, nn.Parameter(fake, p.requires_grad))
+        for name, b in list(module.named_buffers(recurse=False)):
+            module.register_buffer(name, torch.empty(b.shape, dtype=b.dtype, device="cuda"))
+
+
+def pretended(view: MontageBatch, device: str) -> MontageBatch:
+    tensors = {f.name: getattr(view, f.name) for f in dataclasses.fields(view)}
+    fakes: dict[str, Any] = {
+        name: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
+        for name, t in tensors.items()
+        if isinstance(t, Tensor)
+    }
+    return dataclasses.replace(view, **fakes)
+
+
+@pytest.mark.parametrize("compute", ["matched", "released"])
+def test_forward_and_metrics_stay_on_the_device(compute: str) -> None:
+    """Without autocast, which needs a GPU; as backward does, which whole steps above have shown."""
+    cfg = configure(f"model.compute={compute}")
+    model = without_memory(cfg)
+    query, key = views(cfg)
+    with FakeTensorMode():
+        pretend(model)
+        query, key = pretended(query, "cuda"), pretended(key, "cuda")
+        meter = Meter(2, torch.device("cuda"))
+        with Detector("cuda") as detector:
+            output = model(query, key)
+            meter.add(0, output, output.loss.detach())
+    assert output.loss.device.type == "cuda"
+    # Of both networks; only the authors' computation takes views one by one.
+    assert detector.seen["mcl::region_pool"] == (2 if compute == "matched" else 4)
+
+
+def test_the_backward_of_regions_stays_on_the_device() -> None:
+    """The operator alone, since the autograd engine needs a driver."""
+    with FakeTensorMode(), Detector("cuda") as detector:
+        f = torch.empty(2, 8, 4, 4, device="cuda", dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+        boxes, index = torch.empty(3, 5, device="cuda"), torch.empty(3, device="cuda", dtype=torch.int64)
+        grad = torch.empty(3, 8, 2, 2, device="cuda", dtype=torch.bfloat16)
+        (found,) = torch.ops.mcl.region_pool_backward(grad, list(f.shape), [8.0], boxes, index, 0, True)
+    assert (found.device.type, found.dtype, found.shape, found.stride()) == ("cuda", f.dtype, f.shape, f.stride())
+    assert detector.seen["mcl::region_pool_backward"] == 1
+
+
+@pytest.mark.usefixtures("thin_backbone")
+@pytest.mark.parametrize("optimizer", ["lars", "adamw", "sgd"])
+@pytest.mark.parametrize("skips", [False, True])
+def test_clipping_optimiser_and_momentum_network_stay_on_the_device(optimizer: str, skips: bool) -> None:
+    """With gradients set by hand. PyTorch takes lists of fake tensors one by one; above they passed as lists."""
+    cfg = configure(f"optim.name={optimizer}")
+    model = without_memory(cfg)
+    with FakeTensorMode():
+        pretend(model)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        update = build_optimizer(cfg.optim, model)
+        with Detector("cuda") as detector:
+            for _ in range(2):  # its state comes to be in the first
+                for p in trained:
+                    p.grad = torch.empty_like(p)
+                norm = ops.clip_grad_norm_(trained, 1.0)
+                found_inf = (~norm.isfinite()).float() if skips else None
+                update.found_inf = found_inf  # type: ignore[attr-defined]
+                update.step()
+                ema.update(model.target.parameters(), model.online.parameters(), 0.99, found_inf)
+    assert norm.device.type == "cuda"
+    assert {tensor.device.type for state in update.state.values() for tensor in state.values()} == {"cuda"}
+    assert detector.seen["mcl::ema_"] == 2
+
+
+@pytest.mark.usefixtures("thin_backbone")
+def test_a_copy_planted_in_forward_is_found() -> None:
+    cfg = configure()
+    model = without_memory(cfg)
+    query, key = views(cfg)
+    with FakeTensorMode():
+        pretend(model)
+        query, key = pretended(query, "cuda"), pretended(key, "cuda")
+        for plant in (lambda x: x.mean().cpu(), lambda x: torch.arange(2.0).to(x.device)):
+            hook = model.online.head.register_forward_hook(lambda module, inputs, out, plant=plant: plant(out) and None)
+            with pytest.raises(Waited, match="_to_copy"), Detector("cuda"):
+                model(query, key)
+            hook.remove()
+
+
+def test_views_go_to_the_device_from_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[Tensor] = []
+
+    def pin(x: Tensor) -> Tensor:  # there is nothing to pin on a machine without a GPU
+        pinned.append(torch.empty_like(x))
+        return pinned[-1]
+
+    monkeypatch.setattr(Tensor, "pin_memory", pin)
+    cfg = configure()
+    query, _ = views(cfg)
+    with FakeTensorMode():
+        query = pretended(query, "cpu")
+        with Detector("cuda", pinned=pinned) as detector:
+            moved = query.to(torch.device("cuda"))
+            again = moved.to(torch.device("cuda"))
+    assert moved.pixels.device.type == "cuda"
+    assert moved.pixels.is_contiguous(memory_format=torch.channels_last)
+    assert again.pixels is moved.pixels
+    assert len(pinned) == detector.seen["aten::_to_copy"] == 6
