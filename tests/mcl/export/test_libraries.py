@@ -102,7 +102,7 @@ def test_lines_of_the_documentation(
 
 
 def test_mmpretrain(model: MCL, saved: Path, resnet50: tuple[MCL, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("mmpretrain", reason="make mmdet installs it")
+    pytest.importorskip("mmpretrain", reason="needs MMDetection: make mmdet")
     report = export(saved, "mmpretrain", check=True)
     assert report.verified is not None
     assert report.verified.fresh == ()
@@ -123,7 +123,7 @@ class TestMMDetection:
 
     @pytest.fixture(autouse=True)
     def _installed(self) -> None:
-        pytest.importorskip("mmdet", reason="make mmdet installs it")
+        pytest.importorskip("mmdet", reason="needs MMDetection: make mmdet")
 
     @pytest.mark.parametrize("to", ["mmdet", "mmdet-retinanet"])
     def test_small_model_is_verified(self, to: str, saved: Path, tmp_path: Path) -> None:
