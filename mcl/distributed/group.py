@@ -16,7 +16,6 @@ from mcl.distributed.board import Board
 
 T = TypeVar("T")
 
-_PATIENCE = timedelta(days=1)
 _store: Store | None = None  # where the processes have met
 _timeout = timedelta(minutes=30)  # of collectives
 
@@ -65,9 +64,15 @@ def calls() -> int:
     return count
 
 
-def host_group() -> dist.ProcessGroup | None:
-    """All processes by way of their hosts, for what GPUs have no part in; None if there is only one."""
-    return cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_timeout)) if world_size() > 1 else None
+def host_group(timeout: timedelta | None = None) -> dist.ProcessGroup | None:
+    """All processes by way of their hosts, for what GPUs have no part in; None if there is only one.
+
+    Args:
+        timeout: of its collectives; that of all others by default.
+    """
+    if world_size() == 1:
+        return None
+    return cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout or _timeout))
 
 
 def teardown() -> None:
@@ -114,11 +119,11 @@ class Gather:
         return self._all
 
 
-def gather_objects(value: Any) -> list[Any]:
+def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     """A picklable value of every rank, in the order of ranks. Waits for all of them."""
     values = [value] * world_size()
     if len(values) > 1:
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group)
     return values
 
 
@@ -127,25 +132,20 @@ def in_turn(work: Callable[[], T]) -> T:
 
     It is for work whose result a file keeps for whoever comes later. A ValueError on any process is raised on all.
     """
-    if world_size() == 1:
-        return work()
-    # The first ones may need longer than the steps of a run may take.
-    group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_PATIENCE))
-    results: list[T] = []
+    group = host_group(timedelta(days=1))  # the first ones may need longer than the steps of a run may take
+    result, error = None, None
     for first in (True, False):
-        error: ValueError | None = None
         if (local_rank() == 0) == first:
             try:
-                results.append(work())
+                result = work()
             except ValueError as raised:
                 error = raised
-        errors: list[ValueError | None] = [None] * world_size()
-        dist.all_gather_object(errors, error, group)
-        for other in errors:
+        for other in gather_objects(error, group):
             if other is not None:
                 raise error or other
-    dist.destroy_process_group(group)
-    return results[0]
+    if group is not None:
+        dist.destroy_process_group(group)
+    return cast(T, result)
 
 
 def barrier() -> None:
