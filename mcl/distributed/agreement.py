@@ -57,27 +57,19 @@ def open_shared(data: DataConfig) -> Source:
 
 def _statement(config: Config, device: str) -> dict[str, tuple[str, str]]:
     """What all processes must agree on, in words, and the remedy where they do not."""
-    built_from = _BUILT_FROM.read_text().strip() if _BUILT_FROM.exists() else "unknown"
-    found = checkpoint.steps(config.run_folder / "checkpoints")
+    sources = _BUILT_FROM.read_text().strip() if _BUILT_FROM.exists() else "unknown"
+    newest = max((path.name for path in checkpoint.steps(config.run_folder / "checkpoints")), default="none")
+    engine = _engine(config, device)
     keys = [key.name for key in all_keys() if Trait.OF_A_MACHINE not in key.traits]
-    why = "mcl doctor says on each machine why"
+    doctor, rebuild = "mcl doctor says on each machine why", "pip install --no-build-isolation -e ."
     return {
         "the code of mcl": (_code(), "install the same commit on all machines"),
         "PyTorch": (str(torch.__version__), "install the same version on all machines"),
-        "the sources of the extension": (
-            built_from,
-            "rebuild it on all machines: pip install --no-build-isolation -e .",
-        ),
-        "the operators": (ops.describe(device), f"{why}; build the extension on all of them"),
-        "the engine of the loader": (
-            _engine(config, device),
-            f"{why}; install the same DALI, and build its plugin, on all of them",
-        ),
+        "the sources of the extension": (sources, f"rebuild it on all machines: {rebuild}"),
+        "the operators": (ops.describe(device), f"{doctor}; build the extension on all of them"),
+        "the engine of the loader": (engine, f"{doctor}; install the same DALI, and build its plugin, on all of them"),
         **{key: (repr(value(config, key)), "start all processes with the same configuration") for key in keys},
-        "the newest checkpoint": (
-            found[-1].name if found else "none",
-            "put output on a file system that all machines share",
-        ),
+        "the newest checkpoint": (newest, "put output on a file system that all machines share"),
     }
 
 
