@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mcl.ops.library import fallback
+from mcl.ops.library import compiled, fallback, warn_slow
 
 
 @dataclass(frozen=True)
@@ -94,10 +94,12 @@ def _weighted(equation: str, region: _Region, values: Tensor) -> Tensor:
     return result
 
 
-@fallback("region_pool", slow=True)
+@fallback("region_pool")
 def region_pool(
     features: list[Tensor], strides: list[float], boxes: Tensor, index: Tensor, output_size: int, sampling_ratio: int
 ) -> Tensor:
+    if not compiled("region_pool", features[0].device.type):  # otherwise this is called by name, as by a test
+        warn_slow()
     channels, dtype = features[0].shape[1], features[0].dtype
     wide = torch.promote_types(dtype, torch.float32)
     last = all(f.stride(1) == 1 for f in features)
@@ -112,7 +114,7 @@ def region_pool(
     return pooled
 
 
-@fallback("region_pool_backward", slow=True)
+@fallback("region_pool_backward")
 def region_pool_backward(
     grad: Tensor, sizes: list[int], strides: list[float], boxes: Tensor, index: Tensor, ratio: int, last: bool
 ) -> list[Tensor]:
