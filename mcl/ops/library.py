@@ -69,29 +69,24 @@ _compiled = {
 }
 
 
-def fallback(name: str, slow: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def fallback(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Makes a function the implementation of an operator on the devices that the extension does not serve.
 
     Args:
         name: of the operator.
-        slow: whether the user should know.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        def implementation(*args: Any) -> Any:
-            if slow:
-                _warn()
-            return function(*args)
-
         for device, key in _DEVICES.items():
             if not compiled(name, device):
-                library.impl(name, implementation, key)
+                library.impl(name, function, key)
         return function
 
     return register
 
 
 @functools.cache  # once is enough
-def _warn() -> None:
+def warn_slow() -> None:
+    """Tells the user that region pooling runs on PyTorch."""
     reason = missing or "the extension was built without CUDA; MCL_BUILD_CUDA=1 builds it with CUDA"
     warnings.warn(f"mcl.ops: region pooling runs on PyTorch, slowly: {reason}", RuntimeWarning, stacklevel=2)

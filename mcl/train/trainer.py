@@ -48,9 +48,8 @@ def resolve_device(name: str) -> torch.device:
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("trainer.device: cuda was asked for, but PyTorch sees no CUDA device; use trainer.device=cpu")
-    if name == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", distributed.local_rank())
+    on_gpu = name != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda", distributed.local_rank()) if on_gpu else torch.device("cpu")
 
 
 class Trainer:
