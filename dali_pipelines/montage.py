@@ -150,8 +150,8 @@ def lay_out(tiles: Sequence[Tensor], tile_images: Sequence[IntArray], ratios: Se
         ratios: per level, tiles per canvas side.
     """
     device = tiles[0].device
-    slots = [_staged(torch.from_numpy(shown), device).to(device, non_blocking=True) for shown in tile_images]
-    levels = [assemble(tile[slot], ratio) for tile, slot, ratio in zip(tiles, slots, ratios, strict=True)]
+    shown = [_staged(torch.from_numpy(rows), device).to(device, non_blocking=True) for rows in tile_images]
+    levels = [assemble(level[rows], ratio) for level, rows, ratio in zip(tiles, shown, ratios, strict=True)]
     return torch.cat(levels).contiguous(memory_format=torch.channels_last)
 
 
