@@ -5,12 +5,11 @@ its last call only, for backward too, while a norm of MCL is called per view and
 take fp16 alone and reach no further than a machine.
 """
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mcl import distributed
@@ -49,10 +48,9 @@ class SyncBatchNorm(_BatchNorm):
         if not self.training or distributed.world_size() == 1:
             return super().forward(x)
         self._check_input_dim(x)
-        y, mean, var, count = Normalize.apply(x, self.weight, self.bias, self.eps)
+        y, mean, var, count = normalize(x, self.weight, self.bias, self.eps)
         self._track(mean, var * (count / (count - 1)))
-        normalized: Tensor = y
-        return normalized
+        return y
 
     @torch.no_grad()
     def _track(self, mean: Tensor, var: Tensor) -> None:
@@ -70,59 +68,26 @@ class SyncBatchNorm(_BatchNorm):
             raise ValueError(f"x: shape {tuple(x.shape)} must be (N, C, ...)")
 
 
-class Normalize(torch.autograd.Function):
+def normalize(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(x - mean) / sqrt(var + eps) * weight + bias with the mean and the biased variance of all processes' x.
 
+    Statistics are computed in float64, the rest in fp32 or wider. Autograd goes through the all-reduce.
+
     Returns:
-        The normalised x, in its dtype and memory format; then, without gradient, float64, mean and variance (C,) and
-        the number of values per channel ().
+        The normalised x, in its dtype and memory format; then, in float64, mean and variance (C,) and the number of
+        values per channel ().
     """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        mean, var, count = _statistics(x)
-        ctx.save_for_backward(x, weight, mean, var, count)
-        ctx.eps = eps
-        ctx.mark_non_differentiable(mean, var, count)
-        wide = _wide(x)
-        y = F.batch_norm(x, mean.to(wide), var.to(wide), weight, bias, training=False, eps=eps)
-        return y, mean, var, count
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, var, count = ctx.saved_tensors
-        dtype, wide = x.dtype, _wide(x)
-        x, grad, narrow_mean, narrow_var = (t.to(wide) for t in (x, grad, mean, var))
-        # With fixed statistics: the gradient of x, and the sums of grad * x_hat and of grad, which are those of weight
-        # and bias.
-        grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-            grad, x, weight, narrow_mean, narrow_var, None, None, False, ctx.eps, [True, True, True]
-        )
-        sums = torch.stack([grad_weight, grad_bias]).double()  # (2, C)
-        dist.all_reduce(sums)
-        # Through the statistics: minus mean(grad) + mean(grad * x_hat) * x_hat, times the scale. That is a BatchNorm.
-        scale = (var + ctx.eps).rsqrt()
-        if weight is not None:
-            scale = scale * weight
-        slope, offset = (-scale * sums / count).to(wide).unbind()
-        grad_x += F.batch_norm(x, narrow_mean, narrow_var, slope, offset, training=False, eps=ctx.eps)
-        _, weighted, biased, _ = ctx.needs_input_grad
-        return grad_x.to(dtype), grad_weight if weighted else None, grad_bias if biased else None, None
-
-
-def _statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and biased variance (C,) and values per channel () of all processes' x, in float64."""
-    mean, var = torch.batch_norm_update_stats(x.double(), None, None, 0)
-    sums = torch.cat([mean, var + mean.square(), mean.new_ones(1)]) * (x.numel() // x.shape[1])
-    dist.all_reduce(sums)
-    count = sums[-1]
-    mean, square = (sums[:-1] / count).chunk(2)
-    return mean, (square - mean.square()).clamp(min=0), count
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    """What BatchNorm computes in: fp32 for fp16 and bf16."""
-    return torch.promote_types(x.dtype, torch.float32)
+    wide, dims = x.to(torch.promote_types(x.dtype, torch.float32)), [0, *range(2, x.dim())]
+    sums = torch.stack([wide.double().sum(dims), wide.double().square().sum(dims)])
+    own = sums.new_tensor(x.numel() // x.shape[1])
+    total = all_reduce(torch.cat([sums.flatten(), own[None]]))
+    (mean, square), count = (total[:-1] / total[-1]).view_as(sums), total[-1]
+    var = (square - mean.square()).clamp(min=0)
+    scale = (var + eps).rsqrt() if weight is None else (var + eps).rsqrt() * weight
+    shift, factor = (v.to(wide).view(-1, *[1] * (x.dim() - 2)) for v in (mean, scale))
+    y = (wide - shift) * factor
+    if bias is not None:
+        y = y + bias.view_as(shift)
+    return y.to(x.dtype), mean, var, count

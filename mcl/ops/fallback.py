@@ -85,16 +85,16 @@ def _accumulation(dtype: torch.dtype) -> torch.dtype:
 def _weighted(equation: str, region: _Region, values: Tensor) -> Tensor:
     """Sum over bins or cells, in which a weight of zero leaves out even what is not finite."""
     y, x = (w.to(values.device) for w in (region.weights_y, region.weights_x))
-    result = torch.einsum(equation, y, values, x)
     finite = torch.isfinite(values)
+    result = torch.einsum(equation, y, values.where(finite, 0), x)
     if not finite.all():
-        # Once more with what is not finite replaced, and then that put where its weight is not zero.
-        result = torch.einsum(equation, y, values.where(finite, 0), x)
-        for special in (torch.inf, -torch.inf):
-            hit = torch.einsum(equation, (y != 0).to(y), (values == special).to(y), (x != 0).to(x)) > 0
+        for special, found in (
+            (torch.inf, values.isposinf()),
+            (-torch.inf, values.isneginf()),
+            (torch.nan, values.isnan()),
+        ):
+            hit = torch.einsum(equation, (y != 0).to(y), found.to(y), (x != 0).to(x)) > 0
             result = result + torch.where(hit, special, 0.0).to(result)
-        nan = torch.einsum(equation, (y != 0).to(y), values.isnan().to(y), (x != 0).to(x)) > 0
-        result = result.masked_fill(nan, torch.nan)
     return result
 
 

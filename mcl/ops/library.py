@@ -1,5 +1,6 @@
 """Schemas of the operators, and who implements them: the compiled extension, or PyTorch where it is absent."""
 
+import functools
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -57,18 +58,15 @@ missing = _load()
 
 def compiled(name: str, device: str) -> bool:
     """Whether the extension implements an operator on "cpu" or "cuda"."""
-    return device in _compiled[name]
+    return (name, device) in _compiled
 
 
 _compiled = {
-    name: {
-        device
-        for device, key in _DEVICES.items()
-        if torch._C._dispatch_has_kernel_for_dispatch_key(f"mcl::{name}", key)
-    }
+    (name, device)
     for name in SCHEMAS
+    for device, key in _DEVICES.items()
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"mcl::{name}", key)
 }
-_warned = False
 
 
 def fallback(name: str, slow: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -93,9 +91,7 @@ def fallback(name: str, slow: bool = False) -> Callable[[Callable[..., Any]], Ca
     return register
 
 
+@functools.cache  # once is enough
 def _warn() -> None:
-    global _warned
-    if not _warned:
-        _warned = True
-        reason = missing or "the extension was built without CUDA; MCL_BUILD_CUDA=1 builds it with CUDA"
-        warnings.warn(f"mcl.ops: region pooling runs on PyTorch, slowly: {reason}", RuntimeWarning, stacklevel=2)
+    reason = missing or "the extension was built without CUDA; MCL_BUILD_CUDA=1 builds it with CUDA"
+    warnings.warn(f"mcl.ops: region pooling runs on PyTorch, slowly: {reason}", RuntimeWarning, stacklevel=2)
