@@ -123,15 +123,15 @@ def _header(file: IO[bytes], length: int) -> Header:
 class _Sample:
     """Members with the same name up to the first dot of the last component of their path."""
 
-    images: list[Image] = field(default_factory=list)
+    found: list[Image] = field(default_factory=list)
     label: int = -1
     problem: str = ""
 
     def image(self) -> Image:
         problem = self.problem
-        if len(self.images) > 1:
-            problem = f"{len(self.images)} images in one sample; keep one of them"
-        image = self.images[0]._replace(label=self.label)
+        if len(self.found) > 1:
+            problem = f"{len(self.found)} images in one sample; keep one of them"
+        image = self.found[0]._replace(label=self.label)
         return image._replace(header=problem) if problem else image
 
 
@@ -151,7 +151,7 @@ def _tar_images(file: BinaryIO, path: str, size: int) -> Iterator[Image]:
             raise SourceError(f"{path} is not a tar file ({error})") from None
     if not end:
         raise SourceError(f"{path} is a tar file with nothing in it; make it anew or remove it")
-    yield from (sample.image() for sample in samples.values() if sample.images)
+    yield from (sample.image() for sample in samples.values() if sample.found)
     file.seek(end)
     if end < size and file.read(tarfile.BLOCKSIZE).strip(b"\0"):
         yield Image(f"byte {end}", end, 0, -1, _DAMAGED)
@@ -177,7 +177,7 @@ def _add_member(samples: dict[str, _Sample], member: tarfile.TarInfo, file: Bina
             sample.problem = f"its class {text.decode(errors='replace')!r} is not an integer"
     if extension != ".cls":
         header = sample.problem or _header(ContainerIO(file, member.offset_data, member.size), member.size)
-        sample.images.append(Image(member.name, member.offset_data, member.size, -1, header))
+        sample.found.append(Image(member.name, member.offset_data, member.size, -1, header))
 
 
 # ---------------------------------------------------------------------------------------------------- TFRecord
@@ -206,22 +206,22 @@ def _tfrecord_images(file: BinaryIO, path: str, size: int) -> Iterator[Image]:
 
 def _example_image(name: str, start: int, record: bytes) -> Image:
     """The image of a tf.train.Example: {1: Features {1: entries {1: name, 2: Feature {1: bytes, 3: integers}}}}."""
-    images: list[bytes] = []
+    encoded: list[bytes] = []
     label = -1
     try:
         for entry in _values(record, 1, 1):
             key = b"".join(_values(entry, 1))
             if key == b"image/encoded":
-                images = list(_values(entry, 2, 1, 1))
+                encoded = list(_values(entry, 2, 1, 1))
             elif key == b"image/class/label":
                 for value in [value for value in _values(entry, 2, 3, 1) if value != b""][:1]:
                     unsigned = _varint(io.BytesIO(value)) if isinstance(value, bytes) else value  # packed or not
                     label = unsigned - (unsigned >> 63 << 64)
     except (OverflowError, TypeError, ValueError):
         return Image(name, start, 0, -1, "not a tf.train.Example")
-    if len(images) != 1:
-        return Image(name, start, 0, label, f"{len(images)} values of image/encoded in the record, where 1 belongs")
-    (image,) = images
+    if len(encoded) != 1:
+        return Image(name, start, 0, label, f"{len(encoded)} values of image/encoded in the record, where 1 belongs")
+    (image,) = encoded
     header = _header(io.BytesIO(image), len(image)) if label >= -1 else f"its class {label} is negative"
     return Image(name, start + record.index(image), len(image), max(label, -1), header)
 
