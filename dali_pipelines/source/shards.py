@@ -3,19 +3,20 @@
 Nothing is ever extracted, so the names in a shard are labels and no paths.
 """
 
-import io
 import posixpath
 import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import IO, Any, BinaryIO
+from typing import IO, BinaryIO
 
 from PIL.ContainerIO import ContainerIO
 
 from dali_pipelines.source.files import Files, SourceError
 from dali_pipelines.source.headers import EXTENSIONS, Header, read_header
 from dali_pipelines.source.index import Image
+
+_Span = tuple[int, int]  # first byte, and the one behind the last
 
 NAMES = {
     "webdataset": re.compile(r"\.tar$|\.tgz$|\.tar\.\w+$", re.IGNORECASE),
@@ -198,59 +199,89 @@ def _tfrecord_images(file: BinaryIO, path: str, size: int) -> Iterator[Image]:
         if len(frame) < 12 or end > size:
             yield Image(str(number), start, 0, -1, "the shard is cut short: it ends within this record")
             return
-        yield _example_image(str(number), start + 12, file.read(end - start - 16))
+        yield _example_image(file, str(number), (start + 12, end - 4))
         start, number = end, number + 1
     if not number:
         raise SourceError(f"{path} is empty; make it anew or remove it")
 
 
-def _example_image(name: str, start: int, record: bytes) -> Image:
+def _example_image(file: BinaryIO, name: str, record: _Span) -> Image:
     """The image of a tf.train.Example: {1: Features {1: entries {1: name, 2: Feature {1: bytes, 3: integers}}}}."""
-    encoded: list[bytes] = []
+    found: list[_Span] = []
     label = -1
     try:
-        for entry in _values(record, 1, 1):
-            key = b"".join(_values(entry, 1))
+        for entry in _spans(file, record, 1, 1):
+            key = b"".join(_bytes(file, span) for span in _spans(file, entry, 1))
             if key == b"image/encoded":
-                encoded = list(_values(entry, 2, 1, 1))
+                found = list(_spans(file, entry, 2, 1, 1))
             elif key == b"image/class/label":
-                for value in [value for value in _values(entry, 2, 3, 1) if value != b""][:1]:
-                    unsigned = _varint(io.BytesIO(value)) if isinstance(value, bytes) else value  # packed or not
-                    label = unsigned - (unsigned >> 63 << 64)
-    except (OverflowError, TypeError, ValueError):
-        return Image(name, start, 0, -1, "not a tf.train.Example")
-    if len(encoded) != 1:
-        return Image(name, start, 0, label, f"{len(encoded)} values of image/encoded in the record, where 1 belongs")
-    (image,) = encoded
-    header = _header(io.BytesIO(image), len(image)) if label >= -1 else f"its class {label} is negative"
-    return Image(name, start + record.index(image), len(image), max(label, -1), header)
+                for integers in _spans(file, entry, 2, 3):
+                    label = next(_integers(file, integers), -1)
+    except ValueError:
+        return Image(name, record[0], 0, -1, "not a tf.train.Example")
+    if len(found) != 1:
+        return Image(name, record[0], 0, label, f"{len(found)} values of image/encoded in the record, where 1 belongs")
+    ((start, end),) = found
+    header = (
+        _header(ContainerIO(file, start, end - start), end - start) if label >= -1 else f"its class {label} is negative"
+    )
+    return Image(name, start, end - start, max(label, -1), header)
 
 
-def _values(message: bytes, number: int, *path: int) -> Iterator[Any]:
-    """The values to which a path of field numbers leads in a protobuf message: integers, or bytes."""
-    file = io.BytesIO(message)
-    while file.tell() < len(message):
-        found, wire_type = divmod(_varint(file), 8)
-        value: Any = {1: 8, 5: 4}.get(wire_type) or _varint(file)
-        if wire_type in (1, 2, 5):
-            length, value = value, file.read(value)
-            if len(value) < length:
-                raise ValueError("a field that ends behind its message")
-        elif wire_type:
+def _fields(file: BinaryIO, message: _Span) -> Iterator[tuple[int, int | _Span]]:
+    """Field numbers and values of a protobuf message: integers, or where bytes lie; fixed-size fields are left out."""
+    position, end = message
+    while position < end:
+        tag, position = _varint(file, position)
+        number, wire_type = tag >> 3, tag & 7
+        if wire_type == 0:
+            value, position = _varint(file, position)
+            yield number, value
+        elif wire_type == 2:
+            length, position = _varint(file, position)
+            yield number, (position, position + length)
+            position += length
+        elif wire_type in (1, 5):
+            position += 8 if wire_type == 1 else 4
+        else:
             raise ValueError(f"wire type {wire_type}")
-        if found == number:
-            yield from _values(value, *path) if path else (value,)
+        if position > end:
+            raise ValueError("a field that ends behind its message")
 
 
-def _varint(file: BinaryIO) -> int:
-    """The unsigned number that comes next."""
-    start, value = file.tell(), 0
+def _spans(file: BinaryIO, message: _Span, number: int, *path: int) -> Iterator[_Span]:
+    """Where the fields lie to which a path of field numbers leads."""
+    for found, value in _fields(file, message):
+        if found == number and isinstance(value, tuple):
+            yield from _spans(file, value, *path) if path else (value,)
+
+
+def _integers(file: BinaryIO, message: _Span) -> Iterator[int]:
+    """An Int64List, packed or not."""
+    for number, value in _fields(file, message):
+        if number == 1:
+            position, end = value if isinstance(value, tuple) else (0, 0)
+            values = [] if isinstance(value, tuple) else [value]
+            while position < end:
+                integer, position = _varint(file, position)
+                values.append(integer)
+            yield from (v - (1 << 64) if v >> 63 else v for v in values)
+
+
+def _varint(file: BinaryIO, position: int) -> tuple[int, int]:
+    """The number that starts there, and where it ends."""
+    file.seek(position)
+    value = 0
     for i, byte in enumerate(file.read(10)):
         value |= (byte & 0x7F) << 7 * i
         if byte < 0x80:
-            file.seek(start + i + 1)
-            return value & (1 << 64) - 1
+            return value & (1 << 64) - 1, position + i + 1
     raise ValueError("a number of more than 64 bits")
+
+
+def _bytes(file: BinaryIO, span: _Span) -> bytes:
+    file.seek(span[0])
+    return file.read(min(span[1] - span[0], 64))  # no name that matters is longer
 
 
 def _masked_crc32c(data: bytes) -> int:

@@ -17,7 +17,7 @@ from mcl.distributed.signals import Consensus, Interrupted, Signals
 from mcl.distributed.watchdog import Watchdog
 from mcl.evaluation import check_evaluations
 from mcl.models import MCL, Output
-from mcl.models.sync_bn import synchronize
+from mcl.models.norm import synchronize
 from mcl.records.meters import Meter, Stopwatch
 from mcl.records.metrics import BadFiles, Metrics, ProgressBar, log, rewrite, setup_logging
 from mcl.train import checkpoint, ema

@@ -11,7 +11,7 @@ from dali_pipelines.montage import MontageBatch
 from mcl import distributed
 from mcl.config import Config
 from mcl.models import MCL
-from mcl.models.sync_bn import synchronize
+from mcl.models.norm import synchronize
 from mcl.train.step import TrainingStep
 from tests.conftest import ThinBackbone
 from tests.fp64 import fast_convolutions
