@@ -41,9 +41,10 @@ $(MMDET): $(INSTALLED) requirements/mmdet.txt scripts/install_mmdet.sh scripts/c
 demo: setup
 	$(BIN)/mcl pretrain mcl_r18_fpn_demo
 
-# One thread per test process: many small tensors are faster that way, and results do not depend on the machine.
+# One thread per test process: many small tensors are faster that way, and results do not depend on the machine. Three
+# processes on two cores, since many tests wait for others.
 test: setup mmdet
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses=4 --dist=worksteal --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist=worksteal --durations=15
 
 soak: setup mmdet
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses=4 --durations=15 -m "soak or fault"

@@ -73,7 +73,8 @@ def exchanges(count: Count, accumulate: int, device: str) -> list[Exchange]:
     gathered = device == "cuda"  # mean, inverse deviation and count of every process; ours adds sums, in float64
     elements = [(n.element if gathered else 8, n) for n in count.norms]
     forward = [element * (2 * n.channels + 1) for element, n in elements]
-    backward = [element * 2 * n.channels for element, n in elements if n.returns]  # the two sums of the gradient
+    # The two sums of the gradient; ours hands over one for the count, too.
+    backward = [element * (2 * n.channels + (not gathered)) for element, n in elements if n.returns]
     return [
         Exchange("targets", "all-gather", [size * accumulate for size in count.targets]),
         Exchange("BatchNorm forward", "all-gather" if gathered else "all-reduce", forward * accumulate),

@@ -19,7 +19,6 @@ from tests.mcl.train.test_reference import configure, differs, draw, read, views
 @pytest.mark.parametrize(
     ("name", "steps"),
     [
-        ("r50", 1),
         pytest.param("r18", 3, marks=pytest.mark.soak),
         pytest.param("r50", 2, marks=pytest.mark.soak),
     ],

@@ -177,7 +177,7 @@ def test_a_budget_says_what_many_gpus_cost(capsys: pytest.CaptureFixture[str]) -
     for s in said["scales"]:
         assert s["efficiency"] == pytest.approx(s["compute_s"] / (s["compute_s"] + s["exposed_s"]))
         assert s["exposed_s"] >= s["batchnorm_s"]
-    documented = (ROOT / "mcl" / "budget" / "__init__.py").read_text()
+    documented = (ROOT / "mcl" / "budget" / "cost.py").read_text()
     assert all(key in documented for key in [*said, *scales[0], *said["links"][0], *said["per_step"]["cuda"][0]])
     text = show.tables(result)
     assert re.search(r"gradients +all-reduce +\d+ +[\d.,]+ +all-reduce", text)
