@@ -58,45 +58,33 @@ class MontageBatch:
 
     def first(self, counts: Sequence[int]) -> "MontageBatch":
         """The view with the first counts[i] canvases of level i alone, for as many levels as given; all are queries."""
-        counts = tuple(counts)
-        if counts != self.canvas_counts[: len(counts)]:
-            return self._select([[(0, count)] for count in counts], counts)
-        tiles = slice(self.tiles(len(counts) - 1).stop)  # nothing is copied
-        return dataclasses.replace(
-            self,
-            pixels=self.pixels[: sum(counts)],
-            tile_images=self.tile_images[tiles],
-            boxes=self.boxes[tiles],
-            crops=self.crops[tiles],
-            canvas_counts=counts,
-            query_counts=counts,
-            ratios=self.ratios[: len(counts)],
-        )
+        return self._select([[(0, count)] for count in counts], counts)
 
     def _select(self, ranges: Sequence[Sequence[tuple[int, int]]], queries: Sequence[int]) -> "MontageBatch":
-        """The canvases of some ranges (start, count) of each level, with their tiles."""
-        pixels, tile_images, boxes, crops = [], [], [], []
-        row = first_canvas = first_tile = 0  # of the piece in the result; of the level in the whole
+        """The canvases of some ranges (start, count) of each level, with their tiles; if adjacent, without a copy."""
+        canvases: list[slice] = []
+        tiles: list[slice] = []
         for level, pieces in enumerate(ranges):
-            tiles_per_canvas = self.ratios[level] ** 2
+            canvas, tile, per_canvas = sum(self.canvas_counts[:level]), self.tiles(level).start, self.ratios[level] ** 2
             for start, count in pieces:
                 if not count:  # an empty piece among them would make torch.cat forget channels_last
                     continue
-                canvas, tile = first_canvas + start, first_tile + start * tiles_per_canvas
-                tiles = slice(tile, tile + count * tiles_per_canvas)
-                pixels.append(self.pixels[canvas : canvas + count])
-                tile_images.append(self.tile_images[tiles])
-                boxes.append(torch.cat([self.boxes[tiles, :1] + (row - canvas), self.boxes[tiles, 1:]], 1))
-                crops.append(self.crops[tiles])
-                row += count
-            first_canvas += self.canvas_counts[level]
-            first_tile += self.canvas_counts[level] * tiles_per_canvas
+                own = slice(canvas + start, canvas + start + count)
+                its = slice(tile + start * per_canvas, tile + (start + count) * per_canvas)
+                if canvases and canvases[-1].stop == own.start:
+                    own, its = slice(canvases.pop().start, own.stop), slice(tiles.pop().start, its.stop)
+                canvases.append(own)
+                tiles.append(its)
+        boxes, row = [], 0
+        for own, its in zip(canvases, tiles, strict=True):
+            boxes.append(torch.cat([self.boxes[its, :1] + (row - own.start), self.boxes[its, 1:]], 1))
+            row += own.stop - own.start
         return dataclasses.replace(
             self,
-            pixels=join(pixels),
-            tile_images=join(tile_images),
+            pixels=join([self.pixels[own] for own in canvases]),
+            tile_images=join([self.tile_images[its] for its in tiles]),
             boxes=join(boxes),
-            crops=join(crops),
+            crops=join([self.crops[its] for its in tiles]),
             canvas_counts=tuple(sum(count for _, count in pieces) for pieces in ranges),
             query_counts=tuple(queries),
             ratios=self.ratios[: len(ranges)],
@@ -162,16 +150,17 @@ def lay_out(tiles: Sequence[Tensor], tile_images: Sequence[IntArray], ratios: Se
         ratios: per level, tiles per canvas side.
     """
     device = tiles[0].device
-    slots = [_staged(torch.from_numpy(shown), device).to(device, non_blocking=True) for shown in tile_images]
-    levels = [assemble(tile[slot], ratio) for tile, slot, ratio in zip(tiles, slots, ratios, strict=True)]
+    shown = [_staged(torch.from_numpy(rows), device).to(device, non_blocking=True) for rows in tile_images]
+    levels = [assemble(level[rows], ratio) for level, rows, ratio in zip(tiles, shown, ratios, strict=True)]
     return torch.cat(levels).contiguous(memory_format=torch.channels_last)
 
 
 def assemble(tiles: Tensor, ratio: int) -> Tensor:
     """Lays (canvases * ratio^2, 3, tile, tile) out row-major: (canvases, 3, S, S)."""
-    _, channels, tile, _ = tiles.shape
-    grid = tiles.view(-1, ratio, ratio, channels, tile, tile)
-    return grid.permute(0, 3, 1, 4, 2, 5).reshape(-1, channels, ratio * tile, ratio * tile)
+    _, channels, side, _ = tiles.shape
+    grid = tiles.permute(0, 2, 3, 1).reshape(-1, ratio, ratio, side, side, channels)  # as DALI's tiles lie in memory
+    canvases = grid.transpose(2, 3).reshape(-1, ratio * side, ratio * side, channels)
+    return canvases.permute(0, 3, 1, 2)
 
 
 def cut(canvases: Tensor, ratio: int) -> Tensor:

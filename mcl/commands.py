@@ -3,7 +3,6 @@
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -131,9 +130,8 @@ def batch(cfg: Config, step: int, source: Source) -> tuple[MontageBatch, Montage
 def features(model: MCL, cfg: Config, folder: Path) -> Path:
     """Draws feature maps of some photographs, held-out ones if there are any; returns the picture's path."""
     source = open_images(cfg.data, held_out=bool(cfg.data.val_root))
-    load = partial(load_photo, cfg, source)
-    spread = range(0, len(source), max(1, len(source) // _PREVIEW_PHOTOS))
-    images = [image for image in map(load, spread[:_PREVIEW_PHOTOS]) if image is not None]
+    spread = range(0, len(source), max(1, len(source) // _PREVIEW_PHOTOS))[:_PREVIEW_PHOTOS]
+    images = [image for i in spread if (image := load_photo(cfg, source, i)) is not None]
     path = folder / "features.png"
     parameter = next(model.parameters())
     pictures.feature_maps(model.online, torch.stack(images).to(parameter), path, cfg.augment)

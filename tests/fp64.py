@@ -9,6 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_CACHED = 2**17
+"""Elements of a matrix of patches that stays in a core's cache."""
+
+
+def _chunks(images: int, cells: int, taps: int) -> Iterator[slice]:
+    """Images, a few at a time: their patches fit into the cache, unless their rows were too few for a product."""
+    few = max(_CACHED // (cells * taps), 128 // cells, 1)
+    return (slice(start, start + few) for start in range(0, images, few))
+
 
 def _patches(padded: Tensor, kernel: int, stride: int, height: int, width: int) -> Tensor:
     """(n * h * w, k * k * C) of a padded (n, H, W, C) input."""
@@ -16,11 +25,11 @@ def _patches(padded: Tensor, kernel: int, stride: int, height: int, width: int) 
     image, row, column, channel = padded.stride()
     shape = (n, height, width, kernel, kernel, channels)
     strides = (image, stride * row, stride * column, row, column, channel)
-    return padded.as_strided(shape, strides).reshape(n * height * width, -1)
+    return padded.as_strided(shape, strides, padded.storage_offset()).reshape(n * height * width, -1)
 
 
 class Conv64(torch.autograd.Function):
-    """Convolution as one matrix product, channels last."""
+    """Convolution as products of matrices, channels last."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
@@ -30,26 +39,32 @@ class Conv64(torch.autograd.Function):
         ctx.save_for_backward(padded, weight)
         ctx.shape = (stride, padding, height, width)
         matrix = weight.permute(0, 2, 3, 1).reshape(outputs, -1)  # (O, k * k * C)
-        y = _patches(padded, kernel, stride, height, width) @ matrix.t()
-        return y.view(len(x), height, width, outputs).permute(0, 3, 1, 2)
+        y = x.new_empty(len(x), height, width, outputs)
+        for few in _chunks(len(x), height * width, matrix.shape[1]):
+            torch.mm(_patches(padded[few], kernel, stride, height, width), matrix.t(), out=y[few].view(-1, outputs))
+        return y.permute(0, 3, 1, 2)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         padded, weight = ctx.saved_tensors
         stride, padding, height, width = ctx.shape
         outputs, channels, kernel, _ = weight.shape
-        rows = grad.permute(0, 2, 3, 1).reshape(-1, outputs)  # (n * h * w, O)
-        d_matrix = rows.t() @ _patches(padded, kernel, stride, height, width)
-        d_weight = d_matrix.view(outputs, kernel, kernel, channels).permute(0, 3, 1, 2)
-        if not ctx.needs_input_grad[0]:
-            return None, d_weight, None, None
         matrix = weight.permute(0, 2, 3, 1).reshape(outputs, -1)
-        d_patches = (rows @ matrix).view(len(padded), height, width, kernel, kernel, channels)
-        d_padded = torch.zeros_like(padded)
-        for i in range(kernel):
-            for j in range(kernel):
-                view = d_padded[:, i : i + stride * height : stride, j : j + stride * width : stride]
-                view += d_patches[:, :, :, i, j]
+        d_matrix = torch.zeros_like(matrix)
+        d_padded = torch.zeros_like(padded) if ctx.needs_input_grad[0] else None
+        for few in _chunks(len(padded), height * width, matrix.shape[1]):
+            rows = grad[few].permute(0, 2, 3, 1).reshape(-1, outputs)  # (n * h * w, O)
+            d_matrix.addmm_(rows.t(), _patches(padded[few], kernel, stride, height, width))
+            if d_padded is None:
+                continue
+            d_patches = (rows @ matrix).view(-1, height, width, kernel, kernel, channels)
+            for i in range(kernel):
+                for j in range(kernel):
+                    view = d_padded[few, i : i + stride * height : stride, j : j + stride * width : stride]
+                    view += d_patches[:, :, :, i, j]
+        d_weight = d_matrix.view(outputs, kernel, kernel, channels).permute(0, 3, 1, 2)
+        if d_padded is None:
+            return None, d_weight, None, None
         end_h, end_w = padded.shape[1] - padding, padded.shape[2] - padding
         return d_padded[:, padding:end_h, padding:end_w].permute(0, 3, 1, 2), d_weight, None, None
 

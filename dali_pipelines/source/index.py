@@ -109,6 +109,7 @@ class Index:
     def update(
         self,
         files: Sequence[str],
+        paths: Sequence[str],
         stamps: Int64s,
         scan: Callable[[str, int], list[Image]],
         *,
@@ -120,8 +121,9 @@ class Index:
 
         Args:
             files: names of the files, in the order wanted; one may occur several times.
+            paths: where they lie.
             stamps: (f, 2) what they are now; those of missing files are ``MISSING``.
-            scan: the images of a file, from its name and size; an OSError makes it bad until the next opening.
+            scan: the images of a file, from its path and size; an OSError makes it bad until the next opening.
             threads: files read at a time.
             chunk: files that a thread takes at a time.
 
@@ -137,7 +139,7 @@ class Index:
         if fresh.all() and len(kept) == len(known.files):
             return known.take(found)
         parts = [known.take(kept)]
-        now: dict[str, Stamp] = {files[i]: tuple(stamps[i].tolist()) for i in np.flatnonzero(~fresh).tolist()}
+        now = {files[i]: (paths[i], tuple(stamps[i].tolist())) for i in np.flatnonzero(~fresh).tolist()}
         stale = list(now)
         chunks = [stale[i : i + chunk] for i in range(0, len(stale), chunk)]
         done, images, saved, pause = 0, 0, time.monotonic(), _SAVE_SECONDS
@@ -207,12 +209,12 @@ class Index:
             )
 
 
-def _scan(names: list[str], stamps: Mapping[str, Stamp], scan: Callable[[str, int], list[Image]]) -> Table:
+def _scan(names: list[str], now: Mapping[str, tuple[str, Stamp]], scan: Callable[[str, int], list[Image]]) -> Table:
     files = []
     for name in names:
-        stamp = stamps[name]
+        path, stamp = now[name]
         try:
-            found = [Image("", 0, 0, -1, "no such file")] if stamp == MISSING else scan(name, stamp[1])
+            found = [Image("", 0, 0, -1, "no such file")] if stamp == MISSING else scan(path, stamp[1])
         except OSError as error:
             found, stamp = [Image("", 0, 0, -1, f"cannot read it: {error.strerror or error}")], _UNREAD
         files.append((name, stamp, found))

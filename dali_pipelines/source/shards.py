@@ -8,13 +8,15 @@ import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from PIL.ContainerIO import ContainerIO
 
 from dali_pipelines.source.files import Files, SourceError
 from dali_pipelines.source.headers import EXTENSIONS, Header, read_header
 from dali_pipelines.source.index import Image
+
+_Span = tuple[int, int]  # first byte, and the one behind the last
 
 NAMES = {
     "webdataset": re.compile(r"\.tar$|\.tgz$|\.tar\.\w+$", re.IGNORECASE),
@@ -27,8 +29,6 @@ _COMPRESSED = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\xfd7zXZ", b"BZh")  # gzip, z
 _MAGIC = re.compile(r"[*?\[{]")
 _MAX_SHARDS = 1_000_000
 _DAMAGED = "the shard is cut short or damaged here: what follows cannot be read"
-
-_Span = tuple[int, int]  # first byte, and the one behind the last
 
 
 def is_pattern(path: str) -> bool:
@@ -113,8 +113,8 @@ def scan_shard(files: Files, kind: str, path: str, size: int) -> list[Image]:
         raise SourceError(f"cannot read {path} ({error.strerror or error})") from error
 
 
-def _header(file: BinaryIO, offset: int, length: int) -> Header:
-    return read_header(ContainerIO(file, offset, length)) if length else "empty"
+def _header(file: IO[bytes], length: int) -> Header:
+    return read_header(file) if length else "empty"
 
 
 # -------------------------------------------------------------------------------------------------- WebDataset
@@ -124,15 +124,15 @@ def _header(file: BinaryIO, offset: int, length: int) -> Header:
 class _Sample:
     """Members with the same name up to the first dot of the last component of their path."""
 
-    images: list[Image] = field(default_factory=list)
+    found: list[Image] = field(default_factory=list)
     label: int = -1
     problem: str = ""
 
     def image(self) -> Image:
         problem = self.problem
-        if len(self.images) > 1:
-            problem = f"{len(self.images)} images in one sample; keep one of them"
-        image = self.images[0]._replace(label=self.label)
+        if len(self.found) > 1:
+            problem = f"{len(self.found)} images in one sample; keep one of them"
+        image = self.found[0]._replace(label=self.label)
         return image._replace(header=problem) if problem else image
 
 
@@ -152,7 +152,7 @@ def _tar_images(file: BinaryIO, path: str, size: int) -> Iterator[Image]:
             raise SourceError(f"{path} is not a tar file ({error})") from None
     if not end:
         raise SourceError(f"{path} is a tar file with nothing in it; make it anew or remove it")
-    yield from (sample.image() for sample in samples.values() if sample.images)
+    yield from (sample.image() for sample in samples.values() if sample.found)
     file.seek(end)
     if end < size and file.read(tarfile.BLOCKSIZE).strip(b"\0"):
         yield Image(f"byte {end}", end, 0, -1, _DAMAGED)
@@ -177,8 +177,8 @@ def _add_member(samples: dict[str, _Sample], member: tarfile.TarInfo, file: Bina
         else:
             sample.problem = f"its class {text.decode(errors='replace')!r} is not an integer"
     if extension != ".cls":
-        header = sample.problem or _header(file, member.offset_data, member.size)
-        sample.images.append(Image(member.name, member.offset_data, member.size, -1, header))
+        header = sample.problem or _header(ContainerIO(file, member.offset_data, member.size), member.size)
+        sample.found.append(Image(member.name, member.offset_data, member.size, -1, header))
 
 
 # ---------------------------------------------------------------------------------------------------- TFRecord
@@ -207,22 +207,24 @@ def _tfrecord_images(file: BinaryIO, path: str, size: int) -> Iterator[Image]:
 
 def _example_image(file: BinaryIO, name: str, record: _Span) -> Image:
     """The image of a tf.train.Example: {1: Features {1: entries {1: name, 2: Feature {1: bytes, 3: integers}}}}."""
-    images: list[_Span] = []
+    found: list[_Span] = []
     label = -1
     try:
         for entry in _spans(file, record, 1, 1):
             key = b"".join(_bytes(file, span) for span in _spans(file, entry, 1))
             if key == b"image/encoded":
-                images = list(_spans(file, entry, 2, 1, 1))
+                found = list(_spans(file, entry, 2, 1, 1))
             elif key == b"image/class/label":
                 for integers in _spans(file, entry, 2, 3):
                     label = next(_integers(file, integers), -1)
     except ValueError:
         return Image(name, record[0], 0, -1, "not a tf.train.Example")
-    if len(images) != 1:
-        return Image(name, record[0], 0, label, f"{len(images)} values of image/encoded in the record, where 1 belongs")
-    ((start, end),) = images
-    header = _header(file, start, end - start) if label >= -1 else f"its class {label} is negative"
+    if len(found) != 1:
+        return Image(name, record[0], 0, label, f"{len(found)} values of image/encoded in the record, where 1 belongs")
+    ((start, end),) = found
+    header = (
+        _header(ContainerIO(file, start, end - start), end - start) if label >= -1 else f"its class {label} is negative"
+    )
     return Image(name, start, end - start, max(label, -1), header)
 
 
@@ -282,20 +284,12 @@ def _bytes(file: BinaryIO, span: _Span) -> bytes:
     return file.read(min(span[1] - span[0], 64))  # no name that matters is longer
 
 
-def _crc32c_table() -> tuple[int, ...]:
-    table = list(range(256))
-    for _ in range(8):
-        table = [value >> 1 ^ (0x82F63B78 if value & 1 else 0) for value in table]
-    return tuple(table)
-
-
-_CRC32C = _crc32c_table()
-
-
 def _masked_crc32c(data: bytes) -> int:
     """Castagnoli's checksum, rotated and shifted as TFRecord stores it."""
     crc = 0xFFFFFFFF
     for byte in data:
-        crc = crc >> 8 ^ _CRC32C[(crc ^ byte) & 0xFF]
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
     crc ^= 0xFFFFFFFF
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF

@@ -1,5 +1,6 @@
 """A source: n images, where they lie, and how to open one."""
 
+import functools
 import hashlib
 import os
 from collections.abc import Callable, Sequence
@@ -147,16 +148,13 @@ def _open(
     if not names:
         raise SourceError(f"no images in {root} (looked for {', '.join(EXTENSIONS)}; data.source={kind})")
 
-    def where(name: str) -> str:
-        return name if name.startswith("/") or is_remote(name) else f"{base}/{name}"
-
-    def scan(name: str, size: int) -> list[Image]:
-        with files.open(where(name), size, _HEADER) as file:
+    def scan(path: str, size: int) -> list[Image]:
+        with files.open(path, size, _HEADER) as file:
             return [Image("", 0, size, -1, read_header(file))]
 
-    paths = tuple(map(where, names))
+    paths = tuple(name if name.startswith("/") or is_remote(name) else f"{base}/{name}" for name in names)
     stamps = _stamps(files, paths, threads)
-    table = place.update(names, stamps, scan, threads=threads, chunk=_CHUNK, progress=progress)
+    table = place.update(names, paths, stamps, scan, threads=threads, chunk=_CHUNK, progress=progress)
     labels, numbered = _number(classes)
     return Source(
         root=root,
@@ -181,11 +179,8 @@ def _open_shards(
     missing = [paths[i] for i in np.flatnonzero((stamps == MISSING).all(1))]
     if missing:
         raise SourceError(f"{missing[0]} does not exist ({len(missing)} of {len(paths)} shards of {root})")
-
-    def scan(name: str, size: int) -> list[Image]:
-        return shards.scan_shard(files, kind, f"{files.base}/{name}", size)
-
-    table = place.update(found, stamps, scan, threads=threads, chunk=1, progress=progress)
+    scan = functools.partial(shards.scan_shard, files, kind)
+    table = place.update(found, paths, stamps, scan, threads=threads, chunk=1, progress=progress)
     if not len(table.entries):
         raise SourceError(f"no images in the {len(paths)} shards of {root} (data.source={kind})")
     counts, ends = table.files["images"], np.cumsum(table.files["images"])

@@ -16,17 +16,6 @@ from mcl import distributed, ops
 from mcl.config import Config, ConfigError, DataConfig, Trait, all_keys, value
 from mcl.train import checkpoint
 
-_CODE, _TORCH, _CHECKPOINT = "the code of mcl", "PyTorch", "the newest checkpoint"
-_SOURCES, _OPERATORS, _ENGINE = "the sources of the extension", "the operators", "the engine of the loader"
-_REMEDY = {
-    _CODE: "install the same commit on all machines",
-    _TORCH: "install the same version on all machines",
-    _SOURCES: "rebuild it on all machines: pip install --no-build-isolation -e .",
-    _OPERATORS: "mcl doctor says on each machine why; build the extension on all of them",
-    _ENGINE: "mcl doctor says on each machine why; install the same DALI, and build its plugin, on all of them",
-    _CHECKPOINT: "put output on a file system that all machines share",
-}
-
 _BUILT_FROM = Path(mcl.__path__[0]) / "_C.sources.txt"
 """Hash that setup.py leaves beside the binaries: a machine may have new Python files and old binaries."""
 
@@ -41,11 +30,10 @@ def check(config: Config, device: str) -> None:
         ConfigError: on every process; the message names the ranks that differ from rank 0, in what, and the remedy.
     """
     everyone = distributed.gather_objects(_statement(config, device))
-    for what in everyone[0]:
-        strangers = [rank for rank, said in enumerate(everyone) if said[what] != everyone[0][what]]
-        if strangers:
-            ranks, theirs, ours = ", ".join(map(str, strangers)), everyone[strangers[0]][what], everyone[0][what]
-            remedy = _REMEDY.get(what, "start all processes with the same configuration")
+    for what, (ours, remedy) in everyone[0].items():
+        others = {rank: said[what][0] for rank, said in enumerate(everyone) if said[what][0] != ours}
+        if others:
+            ranks, theirs = ", ".join(map(str, others)), next(iter(others.values()))
             raise ConfigError(f"{what}: {theirs} on rank {ranks}, {ours} on rank 0; {remedy}")
 
 
@@ -58,26 +46,30 @@ def open_shared(data: DataConfig) -> Source:
     """
     source = distributed.in_turn(lambda: open_images(data))
     prints = distributed.gather_objects(source.fingerprint())
-    strangers = [rank for rank, fingerprint in enumerate(prints) if fingerprint != prints[0]]
-    if strangers:
+    others = [str(rank) for rank, fingerprint in enumerate(prints) if fingerprint != prints[0]]
+    if others:
         raise ConfigError(
-            f"data.root: rank {', '.join(map(str, strangers))} and rank 0 see other images in {data.root} (names, "
+            f"data.root: rank {', '.join(others)} and rank 0 see other images in {data.root} (names, "
             "classes, sizes or broken ones differ); give all machines the same files"
         )
     return source
 
 
-def _statement(config: Config, device: str) -> dict[str, str]:
-    """What all processes must agree on, in words."""
-    found = checkpoint.steps(config.run_folder / "checkpoints")
+def _statement(config: Config, device: str) -> dict[str, tuple[str, str]]:
+    """What all processes must agree on, in words, and the remedy where they do not."""
+    sources = _BUILT_FROM.read_text().strip() if _BUILT_FROM.exists() else "unknown"
+    newest = max((path.name for path in checkpoint.steps(config.run_folder / "checkpoints")), default="none")
+    engine = _engine(config, device)
+    keys = [key.name for key in all_keys() if Trait.OF_A_MACHINE not in key.traits]
+    doctor, rebuild = "mcl doctor says on each machine why", "pip install --no-build-isolation -e ."
     return {
-        _CODE: _code(),
-        _TORCH: str(torch.__version__),
-        _SOURCES: _BUILT_FROM.read_text().strip() if _BUILT_FROM.exists() else "unknown",
-        _OPERATORS: ops.describe(device),
-        _ENGINE: _engine(config, device),
-        **{k.name: repr(value(config, k.name)) for k in all_keys() if Trait.OF_A_MACHINE not in k.traits},
-        _CHECKPOINT: found[-1].name if found else "none",
+        "the code of mcl": (_code(), "install the same commit on all machines"),
+        "PyTorch": (str(torch.__version__), "install the same version on all machines"),
+        "the sources of the extension": (sources, f"rebuild it on all machines: {rebuild}"),
+        "the operators": (ops.describe(device), f"{doctor}; build the extension on all of them"),
+        "the engine of the loader": (engine, f"{doctor}; install the same DALI, and build its plugin, on all of them"),
+        **{key: (repr(value(config, key)), "start all processes with the same configuration") for key in keys},
+        "the newest checkpoint": (newest, "put output on a file system that all machines share"),
     }
 
 

@@ -1,6 +1,7 @@
 """How the processes of a run find each other, as torchrun or SLURM started them."""
 
 import os
+import re
 import time
 import uuid
 from datetime import timedelta
@@ -27,17 +28,10 @@ def adopt_slurm() -> None:
     """Gives the processes that srun started the variables that torchrun would have set."""
     if "RANK" not in os.environ and tasks_of_srun() > 1:
         os.environ.update({ours: os.environ[theirs] for ours, theirs in _SLURM.items()})
-        nodes = _counts(os.environ["SLURM_STEP_TASKS_PER_NODE"])
-        os.environ["LOCAL_WORLD_SIZE"] = str(nodes[int(os.environ["SLURM_NODEID"])])
-
-
-def _counts(text: str) -> list[int]:
-    """SLURM's list of a number per node: "8(x2),4" is 8, 8, 4."""
-    counts = list[int]()
-    for part in text.split(","):
-        count, _, nodes = part.removesuffix(")").partition("(x")
-        counts += [int(count)] * int(nodes or 1)
-    return counts
+        # SLURM's list of a number per node: "8(x2),4" is 8, 8, 4.
+        parts = re.findall(r"(\d+)(?:\(x(\d+)\))?", os.environ["SLURM_STEP_TASKS_PER_NODE"])
+        counts = [count for count, nodes in parts for _ in range(int(nodes or 1))]
+        os.environ["LOCAL_WORLD_SIZE"] = counts[int(os.environ["SLURM_NODEID"])]
 
 
 def meeting_point() -> Store:

@@ -38,6 +38,9 @@ class Sign:
     number: int
 
 
+_NEVER = Sign(step=0, calls=-1, number=0)
+
+
 class Watchdog:
     """From :meth:`starting` to the end of :meth:`training`, a thread shows the others how far this process is, and
     looks what became of them.
@@ -152,17 +155,18 @@ class Watchdog:
                 return said
             time.sleep(self._interval)
         signs, own = self._signs(), distributed.rank()
-        silent = {rank: sign for rank, sign in signs.items() if sign is None or sign == before[rank]}
+        silent = {rank: sign for rank, sign in signs.items() if sign == before[rank]}
         silent.pop(own, None)  # whose own thread may hang
-        behind = {rank: sign for rank, sign in signs.items() if sign and sign.calls < distributed.calls()}
-        return self._published() or _gone(silent) or _kept_waiting(behind, own)
+        behind = {rank: sign for rank, sign in signs.items() if sign.calls < distributed.calls()}
+        waiting = f"{_hanging(behind)}: rank {own} has given up waiting; the stack of who hangs is in train.log"
+        return self._published() or _gone(silent) or (waiting if behind else "")
 
     # ------------------------------------------------------------------------------------------------ the thread
 
     def _watch(self) -> None:
         now, looked = 0.0, time.monotonic()
         progress, since = (-1, -1, False), now
-        heard: dict[int, tuple[Sign | None, float]] = {}  # last sign of every process, and when it was first seen
+        heard: dict[int, tuple[Sign, float]] = {}  # last sign of every process, and when it was first seen
         while not self._over.wait(self._interval):
             # Time in which the whole job was suspended, by a scheduler or Ctrl-Z, is nobody's delay.
             now += min(time.monotonic() - looked, 2 * self._interval)
@@ -198,14 +202,12 @@ class Watchdog:
 
     def _last_words(self, said: str) -> None:
         # Every process that is stuck says where: the culprit need not be the first to see that it is one.
-        log.error("%s at\n%sThe same command continues", said, self._stack())
+        stack = traceback.format_stack(sys._current_frames()[self._main])
+        log.error("%s at\n%sThe same command continues", said, "".join(stack))
         self._before_end()
         for handler in log.handlers:
             handler.flush()
         sys.stdout.flush()
-
-    def _stack(self) -> str:
-        return "".join(traceback.format_stack(sys._current_frames()[self._main]))
 
     # ------------------------------------------------------------------------------------------------ what all can read
 
@@ -221,36 +223,34 @@ class Watchdog:
         sign = Sign(self._step, distributed.calls(), self._signs_given)
         self._board.write(_key(distributed.rank()), json.dumps(asdict(sign)))
 
-    def _signs(self) -> dict[int, Sign | None]:
-        """The last one of every process, None where it has not given any."""
+    def _signs(self) -> dict[int, Sign]:
+        """The last one of every process."""
         notes = self._board.read(*map(_key, range(distributed.world_size())))
-        return {rank: Sign(**json.loads(note)) if note else None for rank, note in enumerate(notes)}
+        return {rank: Sign(**json.loads(note)) if note else _NEVER for rank, note in enumerate(notes)}
 
 
 def _key(rank: int) -> str:
     return f"sign of rank {rank}"
 
 
-def _gone(silent: Mapping[int, Sign | None]) -> str:
+def _gone(silent: Mapping[int, Sign]) -> str:
     """In words: processes that give no sign of life."""
     return "; ".join(
-        f"rank {rank} is gone, {f'last heard of at step {sign.step}' if sign else 'never heard of'}"
+        f"rank {rank} is gone, {'never heard of' if sign == _NEVER else f'last heard of at step {sign.step}'}"
         for rank, sign in silent.items()
     )
 
 
-def _kept_waiting(behind: Mapping[int, Sign], own: int) -> str:
-    """In words: processes for which this one has waited until PyTorch gave up."""
-    ranks = "; ".join(f"rank {rank} hangs at step {sign.step}" for rank, sign in behind.items())
-    return ranks and f"{ranks}: rank {own} has given up waiting; the stack of who hangs is in train.log"
+def _hanging(behind: Mapping[int, Sign]) -> str:
+    return "; ".join(f"rank {rank} hangs at step {sign.step}" for rank, sign in behind.items())
 
 
-def _hangs(signs: Mapping[int, Sign | None], timeout: float) -> str:
+def _hangs(signs: Mapping[int, Sign], timeout: float) -> str:
     """In words: who keeps the others waiting."""
-    calls = {rank: sign.calls if sign else -1 for rank, sign in signs.items()}
-    behind = [rank for rank in calls if calls[rank] == min(calls.values())]
-    if len(behind) == len(signs):
+    fewest = min(sign.calls for sign in signs.values())
+    behind = {rank: sign for rank, sign in signs.items() if sign.calls == fewest}
+    if behind == signs:
         return f"all processes hang since {timeout:.0f} s (trainer.timeout), none behind the others; see their stacks"
-    steps = {rank: sign.step if sign else 0 for rank, sign in signs.items()}
-    ranks = "; ".join(f"rank {rank} hangs at step {steps[rank]}" for rank in behind)
-    return f"{ranks}: the others wait for it since {timeout:.0f} s (trainer.timeout); its stack is in train.log"
+    return (
+        f"{_hanging(behind)}: the others wait for it since {timeout:.0f} s (trainer.timeout); its stack is in train.log"
+    )

@@ -27,17 +27,17 @@ _l2norm = _find("amp_C", "multi_tensor_l2norm")
 _axpby = _find("amp_C", "multi_tensor_axpby")
 _clip: Any = _find("apex.contrib.clip_grad", "clip_grad_norm_") if _l2norm else None
 _cross_entropy = _find("apex.contrib.xentropy", "SoftmaxCrossEntropyLoss")
+_parts = {
+    "norms": [_applier, _l2norm],
+    "ema_": [_applier, _axpby],
+    "clip": [_clip],
+    "cross_entropy": [_cross_entropy],
+}
 
 
 def supplies(task: str) -> bool:
-    """Whether apex has what the task "norms", "ema_", "clip" or "cross_entropy" needs."""
-    parts = {
-        "norms": (_applier, _l2norm),
-        "ema_": (_applier, _axpby),
-        "clip": (_clip,),
-        "cross_entropy": (_cross_entropy,),
-    }
-    return None not in parts[task]
+    """Whether apex has all that the task needs; it knows "norms", "ema_", "clip" and "cross_entropy"."""
+    return None not in _parts.get(task, [None])
 
 
 def serves(task: str, tensors: Sequence[Tensor]) -> bool:

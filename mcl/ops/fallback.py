@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mcl.ops.library import fallback
+from mcl.ops.library import compiled, fallback, warn_slow
 
 
 @dataclass(frozen=True)
@@ -67,42 +67,41 @@ def _regions(
     dtype: torch.dtype,
 ) -> Iterator[_Region]:  # fmt: skip
     """The boxes that give something; shapes of maps are (n, C, H, W)."""
-    numpy_dtype = np.float64 if dtype == torch.float64 else np.float32
+    real = np.float64 if dtype == torch.float64 else np.float32
     for box, (level, (row, *edges)) in enumerate(zip(index.tolist(), boxes.tolist(), strict=True)):
         if not (0 <= level < len(shapes) and 0 <= row < shapes[level][0]):
             continue
         scale, (height, width) = 1 / strides[level], shapes[level][2:]
-        y = _axis(edges[1], edges[3], scale, height, bins, ratio, numpy_dtype)
-        x = _axis(edges[0], edges[2], scale, width, bins, ratio, numpy_dtype)
+        y = _axis(edges[1], edges[3], scale, height, bins, ratio, real)
+        x = _axis(edges[0], edges[2], scale, width, bins, ratio, real)
         if y and x:
             yield _Region(box, level, int(row), y[0], x[0], torch.from_numpy(y[1]), torch.from_numpy(x[1]))
-
-
-def _accumulation(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _weighted(equation: str, region: _Region, values: Tensor) -> Tensor:
     """Sum over bins or cells, in which a weight of zero leaves out even what is not finite."""
     y, x = (w.to(values.device) for w in (region.weights_y, region.weights_x))
-    result = torch.einsum(equation, y, values, x)
     finite = torch.isfinite(values)
+    result = torch.einsum(equation, y, values.where(finite, 0), x)
     if not finite.all():
-        # Once more with what is not finite replaced, and then that put where its weight is not zero.
-        result = torch.einsum(equation, y, values.where(finite, 0), x)
-        for special in (torch.inf, -torch.inf):
-            hit = torch.einsum(equation, (y != 0).to(y), (values == special).to(y), (x != 0).to(x)) > 0
+        for special, found in (
+            (torch.inf, values.isposinf()),
+            (-torch.inf, values.isneginf()),
+            (torch.nan, values.isnan()),
+        ):
+            hit = torch.einsum(equation, (y != 0).to(y), found.to(y), (x != 0).to(x)) > 0
             result = result + torch.where(hit, special, 0.0).to(result)
-        nan = torch.einsum(equation, (y != 0).to(y), values.isnan().to(y), (x != 0).to(x)) > 0
-        result = result.masked_fill(nan, torch.nan)
     return result
 
 
-@fallback("region_pool", slow=True)
+@fallback("region_pool")
 def region_pool(
     features: list[Tensor], strides: list[float], boxes: Tensor, index: Tensor, output_size: int, sampling_ratio: int
 ) -> Tensor:
+    if not compiled("region_pool", features[0].device.type):  # otherwise this is called by name, as by a test
+        warn_slow()
     channels, dtype = features[0].shape[1], features[0].dtype
+    wide = torch.promote_types(dtype, torch.float32)
     last = all(f.stride(1) == 1 for f in features)
     pooled = torch.zeros(len(boxes), channels, output_size, output_size, dtype=dtype, device=features[0].device)
     pooled = pooled.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
@@ -110,17 +109,17 @@ def region_pool(
     for region in _regions(shapes, strides, boxes, index, output_size, sampling_ratio, dtype):
         window = features[region.level][region.row, :, region.y, region.x]
         if not region.copy:
-            window = _weighted("py,cyx,qx->cpq", region, window.to(_accumulation(dtype)))
+            window = _weighted("py,cyx,qx->cpq", region, window.to(wide))
         pooled[region.box] = window
     return pooled
 
 
-@fallback("region_pool_backward", slow=True)
+@fallback("region_pool_backward")
 def region_pool_backward(
     grad: Tensor, sizes: list[int], strides: list[float], boxes: Tensor, index: Tensor, ratio: int, last: bool
 ) -> list[Tensor]:
     shapes = [tuple(sizes[i : i + 4]) for i in range(0, len(sizes), 4)]
-    wide = _accumulation(grad.dtype)
+    wide = torch.promote_types(grad.dtype, torch.float32)
     sums = [torch.zeros(shape, dtype=wide, device=grad.device) for shape in shapes]
     for region in _regions(shapes, strides, boxes, index, grad.shape[2], ratio, grad.dtype):
         into = sums[region.level][region.row, :, region.y, region.x]

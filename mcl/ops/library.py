@@ -1,5 +1,6 @@
 """Schemas of the operators, and who implements them: the compiled extension, or PyTorch where it is absent."""
 
+import functools
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -57,45 +58,35 @@ missing = _load()
 
 def compiled(name: str, device: str) -> bool:
     """Whether the extension implements an operator on "cpu" or "cuda"."""
-    return device in _compiled[name]
+    return (name, device) in _compiled
 
 
 _compiled = {
-    name: {
-        device
-        for device, key in _DEVICES.items()
-        if torch._C._dispatch_has_kernel_for_dispatch_key(f"mcl::{name}", key)
-    }
+    (name, device)
     for name in SCHEMAS
+    for device, key in _DEVICES.items()
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"mcl::{name}", key)
 }
-_warned = False
 
 
-def fallback(name: str, slow: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def fallback(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Makes a function the implementation of an operator on the devices that the extension does not serve.
 
     Args:
         name: of the operator.
-        slow: whether the user should know.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        def implementation(*args: Any) -> Any:
-            if slow:
-                _warn()
-            return function(*args)
-
         for device, key in _DEVICES.items():
             if not compiled(name, device):
-                library.impl(name, implementation, key)
+                library.impl(name, function, key)
         return function
 
     return register
 
 
-def _warn() -> None:
-    global _warned
-    if not _warned:
-        _warned = True
-        reason = missing or "the extension was built without CUDA; MCL_BUILD_CUDA=1 builds it with CUDA"
-        warnings.warn(f"mcl.ops: region pooling runs on PyTorch, slowly: {reason}", RuntimeWarning, stacklevel=2)
+@functools.cache  # once is enough
+def warn_slow() -> None:
+    """Tells the user that region pooling runs on PyTorch."""
+    reason = missing or "the extension was built without CUDA; MCL_BUILD_CUDA=1 builds it with CUDA"
+    warnings.warn(f"mcl.ops: region pooling runs on PyTorch, slowly: {reason}", RuntimeWarning, stacklevel=2)

@@ -65,10 +65,11 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     Where `max_norm` is infinite they are left alone.
     """
     parameters = [p for p in parameters if p.grad is not None]
-    if parameters and apex.serves("clip", [p.grad for p in parameters if p.grad is not None]):
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if grads and apex.serves("clip", grads):
         return apex.clip_grad_norm_(parameters, max_norm)
     if math.isinf(max_norm):
-        return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        return nn.utils.get_total_norm(grads)
     return nn.utils.clip_grad_norm_(parameters, max_norm)
 
 
@@ -83,7 +84,7 @@ def backends(device: str) -> dict[str, tuple[str, str]]:
     """Who does what on "cpu" or "cuda": per operator the library's name, and why."""
     chosen = {}
     for task in ("region_pool", "batch_norm", "norms", "lars_", "ema_", "clip", "cross_entropy"):
-        if task not in ("region_pool", "batch_norm", "lars_") and device == "cuda" and apex.supplies(task):
+        if device == "cuda" and apex.supplies(task):
             chosen[task] = ("apex", "it is installed")
         elif task in ("clip", "cross_entropy"):
             chosen[task] = ("PyTorch", "apex is not installed" if device == "cuda" else "apex serves CUDA only")
@@ -110,13 +111,6 @@ def _fake_norms(tensors: list[Tensor]) -> Tensor:
 
 
 @torch.library.register_fake("mcl::lars_", lib=library)
-def _fake_lars(
-    weights: list[Tensor], grads: list[Tensor], momenta: list[Tensor], given: Tensor | None, lr: float,
-    momentum: float, weight_decay: float, trust_coefficient: float, adapt: bool, found_inf: Tensor | None = None,
-) -> None:  # fmt: skip
-    return None
-
-
 @torch.library.register_fake("mcl::ema_", lib=library)
-def _fake_ema(targets: list[Tensor], onlines: list[Tensor], momentum: float, found_inf: Tensor | None = None) -> None:
+def _fake_in_place(*arguments: object) -> None:
     return None

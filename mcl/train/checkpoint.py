@@ -26,8 +26,6 @@ LAST = "last.pt"
 _CHECKSUM = "sha256"
 _TRAILER = re.compile(rb"\nsha256 ([0-9a-f]{64})\n")
 _TRAILER_SIZE = 73  # bytes
-
-
 _DAMAGED = "use an earlier one of the same folder"
 
 
@@ -55,7 +53,6 @@ def save(folder: Path, state: dict[str, Any], keep: int) -> Path:
             os.fsync(file.fileno())
         os.replace(partial, path)
         link = folder / f"{LAST}.partial"
-        link.unlink(missing_ok=True)
         link.symlink_to(path.name)
         os.replace(link, folder / LAST)
         _sync_folder(folder)
@@ -75,7 +72,7 @@ def write(state: dict[str, Any], file: IO[bytes]) -> None:
     """Writes a state and, behind it, its checksum."""
     hashing = _Hashing(file)
     torch.save({**state, "checksum": _CHECKSUM}, hashing)  # type: ignore[arg-type]  # it asks for no more than this
-    file.write(f"\n{_CHECKSUM} {hashing.digest()}\n".encode())
+    file.write(f"\n{_CHECKSUM} {hashing.hash.hexdigest()}\n".encode())
 
 
 def steps(folder: Path) -> list[Path]:
@@ -170,17 +167,14 @@ class _Hashing:
     """A file for ``torch.save`` that hashes what passes."""
 
     def __init__(self, file: IO[bytes]) -> None:
-        self._file, self._hash = file, hashlib.sha256()
+        self._file, self.hash = file, hashlib.sha256()
 
     def write(self, data: bytes) -> int:
-        self._hash.update(data)
+        self.hash.update(data)
         return self._file.write(data)
 
     def flush(self) -> None:
         self._file.flush()
-
-    def digest(self) -> str:
-        return self._hash.hexdigest()
 
 
 def _check(path: Path) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from mcl.records.metrics import log
 from mcl.train import checkpoint
@@ -35,10 +36,8 @@ class Saver:
             CheckpointError: the save before failed.
         """
         self.wait()
-        copied = torch.cuda.Event() if torch.cuda.is_initialized() else None
-        snapshot = _to_host(state)
-        if copied is not None:
-            copied.record()
+        snapshot = tree_map_only(Tensor, _to_host, state)
+        copied = torch.cuda.current_stream().record_event() if torch.cuda.is_initialized() else None
         self._pending = futures.Future()
         arguments = (self._pending, snapshot, copied)
         threading.Thread(target=self._write, args=arguments, name="saving", daemon=True).start()
@@ -77,13 +76,6 @@ class Saver:
             pending.set_exception(error)
 
 
-def _to_host(value: Any) -> Any:
+def _to_host(tensor: Tensor) -> Tensor:
     """A copy in host memory; from a GPU into pinned memory, complete when its stream has come by."""
-    if isinstance(value, Tensor):
-        value = value.detach()
-        return value.clone() if value.device.type == "cpu" else value.to("cpu", non_blocking=True)
-    if isinstance(value, dict):
-        return {key: _to_host(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_to_host(item) for item in value)
-    return value
+    return tensor.detach().to("cpu", non_blocking=True, copy=True)

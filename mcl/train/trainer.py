@@ -17,7 +17,7 @@ from mcl.distributed.signals import Consensus, Interrupted, Signals
 from mcl.distributed.watchdog import Watchdog
 from mcl.evaluation import check_evaluations
 from mcl.models import MCL, Output
-from mcl.models.sync_bn import synchronize
+from mcl.models.norm import synchronize
 from mcl.records.meters import Meter, Stopwatch
 from mcl.records.metrics import BadFiles, Metrics, ProgressBar, log, rewrite, setup_logging
 from mcl.train import checkpoint, ema
@@ -48,9 +48,8 @@ def resolve_device(name: str) -> torch.device:
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("trainer.device: cuda was asked for, but PyTorch sees no CUDA device; use trainer.device=cpu")
-    if name == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", distributed.local_rank())
+    on_gpu = name != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda", distributed.local_rank()) if on_gpu else torch.device("cpu")
 
 
 class Trainer:
@@ -256,7 +255,7 @@ class Trainer:
         distributed.barrier()
 
     def _describe(self) -> None:
-        source, plan, config = self.loader.source, self.loader.plan, self.config
+        source, plan, model, trainer = self.loader.source, self.loader.plan, self.config.model, self.config.trainer
         names = "" if not source.classes else f" in {len(source.classes)} classes"
         log.info("%d images%s in %s, %d of them bad", len(source), names, source.root, len(self.loader.bad))
         log.info("loader: %s on %s (%s)", self.loader.engine_name, self.loader.device, self.loader.reason)
@@ -264,22 +263,15 @@ class Trainer:
         load, cores = os.getloadavg()[0], os.cpu_count() or 1
         if load > _BUSY * cores:
             log.warning("the machine is busy: its load is %.1f on %d cores, so steps will be slower", load, cores)
-        if config.trainer.device == "auto" and self.device.type == "cpu" and _DRIVER.exists():
+        if trainer.device == "auto" and self.device.type == "cpu" and _DRIVER.exists():
             log.warning("training on the CPU, since PyTorch sees no CUDA device, though there is a driver: mcl doctor")
         log.info(
-            "%s, canvas %d px, %s, %s on %s x %d; %d images per step, %d steps per epoch, %d steps",
-            config.model.backbone,
-            plan.geometry.canvas,
-            config.model.compute,
-            config.trainer.precision,
-            self.device,
-            distributed.world_size(),
-            plan.global_batch,
-            self.steps_per_epoch,
-            self.steps,
+            f"{model.backbone}, canvas {plan.geometry.canvas} px, {model.compute}, {trainer.precision} on "
+            f"{self.device} x {distributed.world_size()}; {plan.global_batch} images per step, "
+            f"{self.steps_per_epoch} steps per epoch, {self.steps} steps"
         )
 
-    def _record(self, stopwatch: "Stopwatch") -> dict[str, Any]:
+    def _record(self, stopwatch: Stopwatch) -> dict[str, Any]:
         self._check_finite()
         optim, trainer = self.config.optim, self.config.trainer
         last = self.step - 1

@@ -59,7 +59,7 @@ def work(tmp_path: Path) -> Work:
 
 def result(method: str, seed: int, ap50: float, protocol: Protocol = QUICK) -> Result:
     """Of a cell that was run, with half and a third of the AP50 as AP of boxes and masks."""
-    pytest.importorskip("mmengine")  # which reads the detector's configuration
+    pytest.importorskip("mmengine", reason="needs MMDetection: make mmdet")  # it reads the detector's configuration
     pretrained = METHODS[method].pretraining is not None
     hours = {"wall": 2.0, "cpu": 1.0, "starts": 1}
     return {
@@ -145,7 +145,7 @@ def test_results_of_other_configurations_are_refused_and_files_may_move(tmp_path
 
 
 def test_kept_results_are_read_and_say_the_same(tmp_path: Path) -> None:
-    pytest.importorskip("mmengine")
+    pytest.importorskip("mmengine", reason="needs MMDetection: make mmdet")
     shutil.copytree(transfer.RESULTS, tmp_path / "transfer")
     with pytest.raises(SystemExit, match="0"):
         transfer.main(["--results", str(tmp_path / "transfer"), "--methods", "random", "moco", "--work", "nowhere"])
@@ -159,7 +159,7 @@ def test_kept_results_are_read_and_say_the_same(tmp_path: Path) -> None:
 
 
 def test_configurations_change_with_what_decides_a_result() -> None:
-    pytest.importorskip("mmengine")
+    pytest.importorskip("mmengine", reason="needs MMDetection: make mmdet")
     own = QUICK.configurations
     for changed, file in (
         ({"pretraining": (*QUICK.pretraining, "model.temperature=0.3")}, QUICK.preset),
@@ -231,7 +231,7 @@ def test_commands_load_the_parts_of_the_method(work: Work) -> None:
 
 
 def test_default_words_are_those_of_the_verbs() -> None:
-    settings = pytest.importorskip("mcl.finetune.settings")
+    settings = pytest.importorskip("mcl.finetune.settings", reason="needs MMDetection: make mmdet")
     protocol = Protocol()
     config = settings.load(ROOT / protocol.detector, protocol.finetuning)
     assert config.train_cfg.max_iters * config.global_batch >= 12 * 800
@@ -284,6 +284,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runs:
 
 
 def test_cells_share_a_pretraining_and_are_done_once(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("mmengine", reason="needs MMDetection: make mmdet")
     runs.code["pretrain-mcl-0"] = "import time; time.sleep(0.3)"
     assert runs.run("random", "mcl-all", "mcl-fpn") == 0
     notes = runs.notes()
@@ -302,6 +303,7 @@ def test_cells_share_a_pretraining_and_are_done_once(runs: Runs, capsys: pytest.
 
 
 def test_a_cell_that_fails_is_shown_and_the_others_go_on(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("mmengine", reason="needs MMDetection: make mmdet")
     runs.code["pretrain-mcl-0"] = "print('the reason'); raise SystemExit(3)"
     assert runs.run("mcl-all", "mcl-fpn", "moco") == 1
     assert runs.notes() == ["pretrain-moco-0", "finetune-moco-0"]
@@ -470,7 +472,7 @@ def test_all_methods_start_from_the_same_backbone(work: Work) -> None:
 
 @pytest.mark.soak
 def test_quick_run_from_end_to_end_is_killed_and_continues(tmp_path: Path) -> None:
-    pytest.importorskip("mmdet")
+    pytest.importorskip("mmdet", reason="needs MMDetection: make mmdet")
     pytest.importorskip("lightly")
     from tests.mcl.finetune.conftest import make_folder
 

@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <cmath>
@@ -11,7 +12,6 @@
 
 #include "cpu/access.h"
 #include "cpu/batch_norm_kernel.h"
-#include "cpu/maps.h"
 
 namespace mcl {
 namespace {
@@ -19,6 +19,37 @@ namespace {
 using namespace cpu;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+// Maps (n, c, h, w), or rows (n, c): the dtype that they are computed in.
+ScalarType accumulation(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+void check_channels_last(const char* op, const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(t.is_cpu() && (t.dim() == 2 || t.dim() == 4), op, ": ", name,
+                  " must be (n, c) or (n, c, h, w) on a CPU");
+  // Channels next to each other, then columns, rows, maps; strides of sizes of 1 do not matter.
+  int64_t expected = 1;
+  for (const int64_t d : t.dim() == 4 ? std::vector<int64_t>{1, 3, 2, 0} : std::vector<int64_t>{1, 0}) {
+    STD_TORCH_CHECK(t.size(d) == 1 || t.stride(d) == expected, op, ": ", name, " must be channels_last");
+    expected *= t.size(d);
+  }
+}
+
+// Calls f(of the type of the elements, of the type of arithmetic).
+template <typename F>
+void dispatch_types(const char* op, const Tensor& x, const F& f) {
+  switch (x.scalar_type()) {
+    case ScalarType::Double:
+      return f(double{}, double{});
+    case ScalarType::Float:
+      return f(float{}, float{});
+    case ScalarType::BFloat16:
+      return f(BFloat16{}, float{});
+    default:
+      STD_TORCH_CHECK(false, op, ": x must be float32, float64 or bfloat16");
+  }
+}
 
 constexpr int64_t kChunk = 1 << 14;  // elements that are read twice while they lie in a core's cache
 constexpr int64_t kRows = 512;       // that are summed in fp32; their sums are added in fp64

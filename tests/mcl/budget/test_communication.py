@@ -17,7 +17,7 @@ from mcl.budget.communication import LINKS, Links
 from mcl.config import Config
 from mcl.distributed.signals import Consensus
 from mcl.models import MCL
-from mcl.models.sync_bn import synchronize
+from mcl.models.norm import synchronize
 from mcl.train.step import TrainingStep
 from tests.conftest import ROOT, ThinBackbone
 from tests.mcl.ranks import in_ranks

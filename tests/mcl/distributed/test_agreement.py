@@ -224,7 +224,7 @@ def train(words: Words) -> Any:
 
 def test_a_trainer_asks_before_it_works(tmp_path: Path, photos: Path) -> None:
     """It makes no run folder."""
-    words = [f"data.root={photos / 'val'}", f"output={tmp_path}", "trainer.timeout=5"]
+    words = [f"data.root={photos / 'val'}", f"output={tmp_path}", "trainer.timeout=2"]
     first, second = in_ranks(2, train, [words, [*words, "trainer.global_batch=12"]])
     assert (
         first

@@ -102,7 +102,7 @@ def test_lines_of_the_documentation(
 
 
 def test_mmpretrain(model: MCL, saved: Path, resnet50: tuple[MCL, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("mmpretrain", reason="make mmdet installs it")
+    pytest.importorskip("mmpretrain", reason="needs MMDetection: make mmdet")
     report = export(saved, "mmpretrain", check=True)
     assert report.verified is not None
     assert report.verified.fresh == ()
@@ -110,7 +110,10 @@ def test_mmpretrain(model: MCL, saved: Path, resnet50: tuple[MCL, Path], monkeyp
     export(path, "mmpretrain")
     monkeypatch.chdir(path.parents[3])
     names: dict[str, Any] = {}
-    exec(block("mmpretrain"), names)
+    from mmengine.registry import DefaultScope
+
+    with DefaultScope.overwrite_default_scope("mmpretrain"):  # tests of fine-tuning leave MMDetection's
+        exec(block("mmpretrain"), names)
     with torch.no_grad():
         same(backbone_maps(large)[-1:], names["model"].eval().backbone(image()))
 
@@ -120,7 +123,7 @@ class TestMMDetection:
 
     @pytest.fixture(autouse=True)
     def _installed(self) -> None:
-        pytest.importorskip("mmdet", reason="make mmdet installs it")
+        pytest.importorskip("mmdet", reason="needs MMDetection: make mmdet")
 
     @pytest.mark.parametrize("to", ["mmdet", "mmdet-retinanet"])
     def test_small_model_is_verified(self, to: str, saved: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from dali_pipelines.montage import MontageBatch
 from mcl import distributed
 from mcl.config import Config
-from mcl.models.sync_bn import synchronize
+from mcl.models.norm import synchronize
 from mcl.train.step import TrainingStep
 from tests.conftest import ThinBackbone
 from tests.mcl.ranks import in_ranks

@@ -19,7 +19,7 @@ from mcl import distributed
 from mcl.config import Config, ConfigError
 from mcl.distributed import Gather
 from mcl.models import MCL, Output, backbones
-from mcl.models.sync_bn import synchronize
+from mcl.models.norm import synchronize
 from mcl.train.step import TrainingStep
 from tests.conftest import ThinBackbone, view
 from tests.fp64 import fast_convolutions

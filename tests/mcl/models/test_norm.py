@@ -18,8 +18,7 @@ from dali_pipelines.geometry import Geometry
 from dali_pipelines.montage import MontageBatch
 from mcl import config, distributed
 from mcl.models import MCL
-from mcl.models.norm import BatchNorm1d, BatchNorm2d
-from mcl.models.sync_bn import Normalize, SyncBatchNorm, synchronize
+from mcl.models.norm import BatchNorm1d, BatchNorm2d, SyncBatchNorm, synchronize, synchronized
 from tests.conftest import ThinBackbone, random_view
 from tests.fp64 import fast_convolutions
 from tests.mcl.ranks import in_ranks, joined
@@ -179,7 +178,7 @@ def test_gradients_are_those_of_finite_differences(shape: tuple[int, ...], affin
     torch.manual_seed(0)
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     weight, bias = (torch.randn(shape[1], dtype=torch.float64, requires_grad=True) if affine else None for _ in "wb")
-    assert torch.autograd.gradcheck(lambda *inputs: Normalize.apply(*inputs, 1e-5)[0], (x, weight, bias))
+    assert torch.autograd.gradcheck(lambda *inputs: synchronized(*inputs, 1e-5)[0], (x, weight, bias))
 
 
 class Calls(TorchDispatchMode):
