@@ -1,5 +1,6 @@
 """Where files lie: on a disk, or in an object store that fsspec reaches."""
 
+import contextlib
 import errno
 import functools
 import glob
@@ -7,7 +8,9 @@ import hashlib
 import io
 import os
 import threading
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
 Stamp = tuple[int, int]
@@ -186,6 +189,22 @@ def _version(entry: dict[str, Any]) -> int:
 
 
 Files = Local | Remote
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write in place of `path`, which holds the old content or all of the new one, whatever happens."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")  # others may write, too
+    try:
+        with open(partial, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        with contextlib.suppress(OSError):  # gone by now, or nothing can be removed from its folder
+            partial.unlink()
 
 
 def open_files(root: str, base: str) -> Files:

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import time
-import uuid
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 
-from dali_pipelines.source.files import MISSING, Stamp, is_remote
+from dali_pipelines.source.files import MISSING, Stamp, is_remote, replacing
 from dali_pipelines.source.headers import Header
 
 Progress = Callable[[int, int, int], None]
@@ -189,17 +188,9 @@ class Index:
         if not self._writable:
             return
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            partial = self.path.with_name(f"{self.path.name}.{uuid.uuid4().hex}.partial")  # others may write, too
-            try:
-                with open(partial, "xb") as file:
-                    columns = _pack("files", table.files) | _pack("entries", table.entries)
-                    np.savez(file, allow_pickle=False, format=_FORMAT, identity=self._identity, **columns)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(partial, self.path)
-            finally:
-                partial.unlink(missing_ok=True)
+            with replacing(self.path) as file:
+                columns = _pack("files", table.files) | _pack("entries", table.entries)
+                np.savez(file, allow_pickle=False, format=_FORMAT, identity=self._identity, **columns)
         except OSError as error:
             self._writable = False
             warnings.warn(

@@ -1,7 +1,6 @@
 """Files of exports: where they go, how they are written, what is in them."""
 
 import json
-import os
 import pickle
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -12,6 +11,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from dali_pipelines.source.files import replacing
 from mcl.train.checkpoint import CheckpointError
 
 Weights = Mapping[str, Tensor]
@@ -39,17 +39,10 @@ def write(path: Path, source: Path, save: Callable[[BinaryIO], None]) -> None:
     """
     if path.resolve() == source.resolve():
         raise CheckpointError(f"{path}: is the file to read from; name another output")
-    partial = path.with_name(path.name + ".partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
+        with replacing(path) as file:
             save(file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        if partial.is_file():
-            partial.unlink()
         raise CheckpointError(
             f"{path}: cannot write ({error}); name a file in a folder with space and permission"
         ) from error

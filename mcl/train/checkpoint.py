@@ -7,7 +7,6 @@ the SHA-256 of all that comes before it: one file, one rename, and no bit change
 they have one, as those of earlier versions, are read without.
 """
 
-import contextlib
 import hashlib
 import os
 import re
@@ -17,6 +16,7 @@ from typing import IO, Any
 
 import torch
 
+from dali_pipelines.source.files import replacing
 from mcl import config
 from mcl.config import Config
 from mcl.models import MCL
@@ -42,16 +42,12 @@ def save(folder: Path, state: dict[str, Any], keep: int) -> Path:
         CheckpointError: the folder cannot be written or the disk is full.
     """
     path = folder / f"step_{state['step']:08d}.pt"
-    partial = path.with_suffix(".partial")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for abandoned in folder.glob("*.partial"):  # by a process that was killed
             abandoned.unlink()
-        with open(partial, "wb") as file:
+        with replacing(path) as file:
             write({"format": FORMAT, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
         link = folder / f"{LAST}.partial"
         link.symlink_to(path.name)
         os.replace(link, folder / LAST)
@@ -59,8 +55,6 @@ def save(folder: Path, state: dict[str, Any], keep: int) -> Path:
         for old in steps(folder)[:-keep]:
             old.unlink()
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        with contextlib.suppress(OSError):  # nor need this be possible in a folder that cannot be written
-            partial.unlink()
         raise CheckpointError(
             f"{path}: cannot save ({error}); the checkpoints before it are untouched. Free space or mend the folder's "
             "permissions, then start the same command again"

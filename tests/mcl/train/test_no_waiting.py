@@ -102,10 +102,11 @@ def check_whole_step(words: Sequence[str]) -> None:
     cfg = configure(*words)
     step = build(cfg)
     seen = step_under_watch(cfg, step).seen
-    passes = cfg.trainer.accumulate * (1 if cfg.model.compute == "matched" else 2)
+    matched = cfg.model.compute == "matched"
+    passes = cfg.trainer.accumulate * (1 if matched else 2)
     norms = sum(isinstance(m, nn.BatchNorm2d) for m in step.model.online.backbone.modules())
     assert seen["mcl::batch_norm_backward"] >= passes * norms
-    assert seen["mcl::region_pool_backward"] == passes
+    assert seen["mcl::region_pool_backward"] == (passes if matched else 0)  # released cuts tiles by a reshape
     assert seen["aten::_foreach_norm"] == 1  # clipping
     operator = {"lars": "mcl::lars_", "sgd": "aten::_fused_sgd_", "adamw": "aten::_fused_adamw_"}[cfg.optim.name]
     assert seen[operator] == 2  # groups
@@ -272,8 +273,7 @@ def test_forward_and_metrics_stay_on_the_device(compute: str) -> None:
             output = model(query, key)
             meter.add(0, output, output.loss.detach())
     assert output.loss.device.type == "cuda"
-    # Of both networks; only the authors' computation takes views one by one.
-    assert detector.seen["mcl::region_pool"] == (2 if compute == "matched" else 4)
+    assert detector.seen["mcl::region_pool"] == (2 if compute == "matched" else 0)  # of both networks
 
 
 def test_the_backward_of_regions_stays_on_the_device() -> None:
