@@ -11,8 +11,8 @@ CPP := $(shell find kernels tests/kernels -name '*.h' -o -name '*.cpp' -o -name 
 .PHONY: help demo test soak check format bench data setup mmdet clean
 
 help:
-	@echo "make demo    pre-train on the photographs of this repository (4 minutes on two cores)"
-	@echo "make test    run the tests (9 minutes on two cores; the first time make mmdet, too)"
+	@echo "make demo    pre-train on the photographs of this repository (2 minutes on two cores)"
+	@echo "make test    run the tests (4 minutes on two cores; the first time make mmdet, too)"
 	@echo "make soak    run the long tests"
 	@echo "make check   ruff, mypy and clang-format"
 	@echo "make format  let ruff and clang-format format the code"
