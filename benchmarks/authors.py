@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torchvision.models import get_model
 from torchvision.models._utils import IntermediateLayerGetter
 
-from dali_pipelines.montage import MontageBatch
+from dali_pipelines.batch import MontageBatch
 from mcl.config import Config, ModelConfig
 from mcl.train.optim import AUTOCAST
 

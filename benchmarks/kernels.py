@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from benchmarks.common import Result, argument_parser, finish, interleave, markdown, progress, summary
 from dali_pipelines.geometry import STRIDE, Geometry
-from dali_pipelines.montage import tile_boxes
+from dali_pipelines.layout import tile_boxes
 from mcl import config, ops
 from mcl.models import MCL
 from mcl.ops import fallback

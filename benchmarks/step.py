@@ -39,8 +39,8 @@ from torch.optim import SGD
 from benchmarks import charts
 from benchmarks.authors import Authors, AuthorsStep
 from benchmarks.common import PRESETS, Result, argument_parser, finish, progress, rounds, summary, tables, timed
+from dali_pipelines.batch import MontageBatch, in_order
 from dali_pipelines.geometry import STRIDE
-from dali_pipelines.montage import MontageBatch, in_order
 from mcl import config
 from mcl.budget import budget, count
 from mcl.config import Config

@@ -1,4 +1,4 @@
-"""The loader: steps of a plan, carried out by an engine, as pairs of :class:`~dali_pipelines.montage.MontageBatch`."""
+"""The loader: steps of a plan, carried out by an engine, as pairs of :class:`~dali_pipelines.batch.MontageBatch`."""
 
 import dataclasses
 import importlib.util
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from dali_pipelines.montage import MontageBatch, in_order, lay_out
+from dali_pipelines.batch import MontageBatch, in_order
+from dali_pipelines.layout import lay_out
 from dali_pipelines.plan import Plan, StepPlan
 from dali_pipelines.settings import ConfigError, DataConfig
 from dali_pipelines.source import Source

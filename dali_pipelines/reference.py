@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from dali_pipelines.geometry import Geometry
-from dali_pipelines.montage import lay_out
+from dali_pipelines.layout import lay_out
 from dali_pipelines.plan import Augmentation, StepPlan, blur_window
 from dali_pipelines.settings import AugmentConfig, DataConfig
 from dali_pipelines.source import Source

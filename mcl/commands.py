@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
+from dali_pipelines.batch import MontageBatch
 from dali_pipelines.geometry import nearest_legal
 from dali_pipelines.loader import BadDataError, MontageLoader
-from dali_pipelines.montage import MontageBatch
 from dali_pipelines.source import Source, SourceError, index_file, open_images
 from mcl import config, distributed, evaluation
 from mcl.config import Config, ConfigError, DataConfig

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dali_pipelines.batch import MontageBatch, in_order
 from dali_pipelines.geometry import Geometry
-from dali_pipelines.montage import MontageBatch, in_order
 
 ROOT = Path(__file__).parent.parent
 PHOTOS = ROOT / "data" / "photos"

@@ -11,7 +11,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "region_geometry.h"
+#include "region_sampling.h"
 
 namespace mcl {
 

@@ -26,8 +26,8 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from dali_pipelines.batch import in_order
 from dali_pipelines.geometry import Geometry
-from dali_pipelines.montage import in_order
 from mcl.config import ModelConfig, OptimConfig
 from mcl.distributed import Gather
 from mcl.models import MCL

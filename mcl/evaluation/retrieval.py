@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
+from dali_pipelines.batch import MontageBatch
 from dali_pipelines.geometry import nearest_legal
 from dali_pipelines.loader import MontageLoader
-from dali_pipelines.montage import MontageBatch
 from dali_pipelines.source import Source
 from mcl.config import Config, ConfigError
 from mcl.models import MCL, Encoder

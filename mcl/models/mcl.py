@@ -8,8 +8,9 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor, nn
 
+from dali_pipelines.batch import MontageBatch
 from dali_pipelines.geometry import STRIDE, Geometry
-from dali_pipelines.montage import MontageBatch, cut, join
+from dali_pipelines.layout import cut, join
 from mcl import distributed
 from mcl.config import ModelConfig
 from mcl.distributed import Gather
@@ -141,7 +142,7 @@ class MCL(nn.Module):
         """Momentum embeddings of the full images of all ranks, on their way: per view (B, width), rank after rank.
 
         Args:
-            parts: both views of a step, or of all its parts (:meth:`~dali_pipelines.montage.MontageBatch.part`).
+            parts: both views of a step, or of all its parts (:meth:`~dali_pipelines.batch.MontageBatch.part`).
         """
         banks = []
         computed = zip(*(self.targets(views) for views in parts), strict=True)

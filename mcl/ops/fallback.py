@@ -35,7 +35,7 @@ def _axis(
 ) -> tuple[slice, npt.NDArray[Any]] | None:
     """Cells and their weights (bins, cells) along one axis; None where there are no samples.
 
-    The rules are those of kernels/csrc/region_geometry.h.
+    The rules are those of kernels/csrc/region_sampling.h.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         start = real(low) * real(scale) - real(0.5)

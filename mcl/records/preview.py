@@ -14,8 +14,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from dali_pipelines.batch import MontageBatch
 from dali_pipelines.geometry import STRIDE
-from dali_pipelines.montage import MontageBatch
 from mcl.config import AugmentConfig, ConfigError
 from mcl.models import Encoder
 

@@ -7,7 +7,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from dali_pipelines.montage import MontageBatch
+from dali_pipelines.batch import MontageBatch
 
 T = TypeVar("T")
 

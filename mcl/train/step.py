@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dali_pipelines.montage import MontageBatch
+from dali_pipelines.batch import MontageBatch
 from mcl import distributed, ops
 from mcl.config import Config, ConfigError
 from mcl.models import MCL, Output

@@ -8,8 +8,8 @@ import torch
 import yaml
 from torch import Tensor
 
+from dali_pipelines.batch import MontageBatch
 from dali_pipelines.loader import MontageLoader, default_threads
-from dali_pipelines.montage import MontageBatch
 from mcl import distributed, ops
 from mcl.config import Config, ConfigError, changed_keys, from_dict, to_dict
 from mcl.distributed import agreement

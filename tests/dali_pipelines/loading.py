@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from dali_pipelines.batch import MontageBatch
 from dali_pipelines.geometry import Geometry
 from dali_pipelines.loader import MontageLoader
-from dali_pipelines.montage import MontageBatch
 from dali_pipelines.plan import Plan
 from dali_pipelines.source import Source, open_source
 from mcl.config import AugmentConfig, DataConfig

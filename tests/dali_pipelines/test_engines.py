@@ -12,9 +12,10 @@ from PIL import Image
 
 from dali_pipelines import pipelines, reference, stock_ops
 from dali_pipelines import plan as planning
+from dali_pipelines.batch import MontageBatch
 from dali_pipelines.geometry import Geometry
+from dali_pipelines.layout import assemble, tile_boxes
 from dali_pipelines.loader import MontageLoader
-from dali_pipelines.montage import MontageBatch, assemble, tile_boxes
 from dali_pipelines.plan import VIEWS, Plan
 from dali_pipelines.source import Source, open_source
 from mcl.config import AugmentConfig, DataConfig

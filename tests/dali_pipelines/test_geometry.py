@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dali_pipelines.geometry import Geometry
-from dali_pipelines.montage import assemble, cut, tile_boxes
+from dali_pipelines.layout import assemble, cut, tile_boxes
 from tests.conftest import random_view
 
 DEFAULT = Geometry()

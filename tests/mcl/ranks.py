@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from dali_pipelines.batch import MontageBatch
 from dali_pipelines.geometry import Geometry
-from dali_pipelines.montage import MontageBatch
 from mcl import distributed
 from tests.conftest import view
 

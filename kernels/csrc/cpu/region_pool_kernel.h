@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "cpu/vectorize.h"
-#include "region_geometry.h"
+#include "region_sampling.h"
 
 namespace mcl::cpu {
 

@@ -4,7 +4,7 @@
 // up to 16 bytes.
 #pragma once
 
-#include "region_geometry.h"
+#include "region_sampling.h"
 
 namespace mcl::cuda {
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from dali_pipelines.montage import MontageBatch
+from dali_pipelines.batch import MontageBatch
 from mcl import distributed
 from mcl.config import Config
 from mcl.models import MCL

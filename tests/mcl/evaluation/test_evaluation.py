@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dali_pipelines.batch import MontageBatch
 from dali_pipelines.geometry import Geometry
-from dali_pipelines.montage import MontageBatch
 from dali_pipelines.source import open_source
 from mcl import config
 from mcl.config import Config, ConfigError

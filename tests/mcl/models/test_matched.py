@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dali_pipelines.batch import MontageBatch
 from dali_pipelines.geometry import Geometry
-from dali_pipelines.montage import MontageBatch
 from mcl import config
 from mcl.models import MCL
 from mcl.ops.batch_norm import serves

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dali_pipelines.batch import MontageBatch
 from dali_pipelines.geometry import Geometry
-from dali_pipelines.montage import MontageBatch
 from mcl import config, distributed
 from mcl.models import MCL
 from mcl.models.norm import BatchNorm1d, BatchNorm2d, SyncBatchNorm, synchronize, synchronized

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dali_pipelines.geometry import Geometry
-from dali_pipelines.montage import tile_boxes
+from dali_pipelines.layout import tile_boxes
 from mcl.ops import fallback, region_pool
 from mcl.ops.library import compiled
 from mcl.ops.region_pool import channels_last

@@ -9,8 +9,9 @@ import pytest
 import torch
 from PIL import Image, ImageColor, ImageDraw
 
+from dali_pipelines.batch import MontageBatch, in_order
 from dali_pipelines.geometry import Geometry
-from dali_pipelines.montage import MontageBatch, in_order, tile_boxes
+from dali_pipelines.layout import tile_boxes
 from mcl.config import AugmentConfig, ConfigError, ModelConfig
 from mcl.models import Encoder
 from mcl.records import preview

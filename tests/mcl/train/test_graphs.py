@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dali_pipelines.montage import MontageBatch
+from dali_pipelines.batch import MontageBatch
 from mcl.train.graphs import CudaRecorder, Graphed
 from tests.step import configure, views
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from dali_pipelines.montage import MontageBatch
+from dali_pipelines.batch import MontageBatch
 from mcl import ops
 from mcl.config import Config
 from mcl.models import MCL

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from dali_pipelines.montage import MontageBatch
+from dali_pipelines.batch import MontageBatch
 from mcl import config
 from mcl.config import Config
 from mcl.records import report

@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 
-from dali_pipelines.montage import MontageBatch
+from dali_pipelines.batch import MontageBatch
 from mcl import config, distributed
 from mcl.config import Config
 from mcl.distributed.signals import Interrupted

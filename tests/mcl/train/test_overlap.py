@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from dali_pipelines.montage import MontageBatch
+from dali_pipelines.batch import MontageBatch
 from dali_pipelines.source import Source, open_source
 from mcl import config
 from mcl.distributed import agreement

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dali_pipelines.montage import MontageBatch, assemble
+from dali_pipelines.batch import MontageBatch
+from dali_pipelines.layout import assemble
 from mcl import config
 from mcl.config import Config
 from mcl.export.openselfsup import their_name

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dali_pipelines.montage import MontageBatch
+from dali_pipelines.batch import MontageBatch
 from mcl import distributed
 from mcl.config import Config
 from mcl.models.norm import synchronize

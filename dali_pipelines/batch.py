@@ -4,7 +4,6 @@ Shape letters: N images, K canvases of all levels, T tiles of all levels, L leve
 """
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dali_pipelines.geometry import Geometry, IntArray
+from dali_pipelines.geometry import Geometry
+from dali_pipelines.layout import join, staged, tile_boxes
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ class MontageBatch:
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "MontageBatch":
         """Copies to `device`, asynchronously; `dtype` converts the pixels."""
         moved: dict[str, Any] = {
-            name: _staged(getattr(self, name), device).to(device, non_blocking=True)
+            name: staged(getattr(self, name), device).to(device, non_blocking=True)
             for name in ("labels", "index", "tile_images", "boxes", "crops")
         }
-        pixels = _staged(self.pixels, device)
+        pixels = staged(self.pixels, device)
         pixels = pixels.to(device, dtype, non_blocking=True, memory_format=torch.channels_last)
         return dataclasses.replace(self, pixels=pixels, **moved)
 
@@ -126,59 +126,3 @@ def in_order(geometry: Geometry, images: int, pixels: Tensor) -> MontageBatch:
         epoch=0,
         step=0,
     )
-
-
-@functools.lru_cache(maxsize=4)
-def tile_boxes(geometry: Geometry, images: int) -> Tensor:
-    """Tile boxes of all levels for N images: (T, 5) as ``MontageBatch.boxes``."""
-    levels, first = [], 0
-    for ratio, canvases in zip(geometry.ratios, geometry.canvases(images), strict=True):
-        tiles = torch.arange(canvases * ratio**2)
-        x, y = tiles % ratio, tiles // ratio % ratio
-        corners = torch.stack([x, y, x + 1, y + 1], 1) * (geometry.canvas // ratio)
-        levels.append(torch.cat([first + (tiles // ratio**2)[:, None], corners], 1).float())
-        first += canvases
-    return torch.cat(levels)
-
-
-def lay_out(tiles: Sequence[Tensor], tile_images: Sequence[IntArray], ratios: Sequence[int]) -> Tensor:
-    """The canvases of a view, (K, 3, S, S) channels_last, from a tile of every image at every level.
-
-    Args:
-        tiles: per level, (N, 3, tile, tile).
-        tile_images: per level, which of the N images each tile of the canvases shows.
-        ratios: per level, tiles per canvas side.
-    """
-    device = tiles[0].device
-    shown = [_staged(torch.from_numpy(rows), device).to(device, non_blocking=True) for rows in tile_images]
-    levels = [assemble(level[rows], ratio) for level, rows, ratio in zip(tiles, shown, ratios, strict=True)]
-    return torch.cat(levels).contiguous(memory_format=torch.channels_last)
-
-
-def assemble(tiles: Tensor, ratio: int) -> Tensor:
-    """Lays (canvases * ratio^2, 3, tile, tile) out row-major: (canvases, 3, S, S)."""
-    _, channels, side, _ = tiles.shape
-    grid = tiles.permute(0, 2, 3, 1).reshape(-1, ratio, ratio, side, side, channels)  # as DALI's tiles lie in memory
-    canvases = grid.transpose(2, 3).reshape(-1, ratio * side, ratio * side, channels)
-    return canvases.permute(0, 3, 1, 2)
-
-
-def cut(canvases: Tensor, ratio: int) -> Tensor:
-    """The inverse of :func:`assemble`, of any maps: (n, C, S, S) to (n * ratio^2, C, tile, tile), channels_last."""
-    n, channels, side, _ = canvases.shape
-    tile = side // ratio
-    grid = canvases.permute(0, 2, 3, 1).reshape(n, ratio, tile, ratio, tile, channels)
-    return grid.transpose(2, 3).reshape(-1, tile, tile, channels).permute(0, 3, 1, 2)
-
-
-def join(pieces: Sequence[Tensor]) -> Tensor:
-    """``torch.cat``, without a copy where there is a single piece; under autocast, too, it keeps the dtype."""
-    if len(pieces) == 1:
-        return pieces[0]
-    with torch.autocast(pieces[0].device.type, enabled=False):  # whose cat takes no fp16 on a CPU
-        return torch.cat(list(pieces))
-
-
-def _staged(x: Tensor, device: torch.device) -> Tensor:
-    """What an asynchronous copy can start from: one from pageable memory would wait for all that the GPU has to do."""
-    return x.pin_memory() if device.type == "cuda" and x.device.type == "cpu" else x

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
+from dali_pipelines.batch import MontageBatch
 from dali_pipelines.geometry import Geometry
-from dali_pipelines.montage import MontageBatch
 from tests.conftest import view
 
 
