@@ -35,7 +35,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     config.name = config.name or path.stem
     if Path(config.name).name != config.name:
         raise ConfigError(f"name: {config.name!r} is not a plain folder name")
-    for node, key in ((config, "output"), (config, "weights"), (config.data, "root")):
+    for node, key in ((config, "output"), (config, "weights"), (config.data, "root"), (config.data, "index")):
         node[key] = node[key] and os.path.expanduser(node[key])  # the shell leaves data.root=~/coco as it is
     config.work_dir = str(Path(config.output) / config.name)
     adapt(config)
@@ -84,8 +84,11 @@ def adapt(config: Config) -> None:
     """Sets what follows from processes and devices: launcher, images per process, mixed precision, BatchNorm.
 
     Raises:
-        ConfigError: ``global_batch`` does not divide by the processes, or something needs a GPU that is not there.
+        ConfigError: an illegal value, ``global_batch`` does not divide by the processes, or something needs a GPU that
+            is not there.
     """
+    if config.timeout <= 0:
+        raise ConfigError(f"timeout: {config.timeout} must be above 0, in seconds")
     cuda = torch.cuda.is_available()
     config.launcher, processes = _launcher()
     if processes > 1 and not cuda:
