@@ -14,7 +14,8 @@ from tqdm.contrib import DummyTqdmFile
 from mcl import distributed
 from mcl.records.metrics import eta, log
 
-_PAUSE = 10.0  # seconds between two lines about progress
+PAUSE = 10.0
+"""Seconds between two lines about progress."""
 
 
 def start() -> None:
@@ -75,7 +76,7 @@ def shown(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
             bar.total = of
             bar.update(done - bar.n)
             now = time.monotonic()
-            if bar.disable and now > said + _PAUSE:
+            if bar.disable and now > said + PAUSE:
                 said = now
                 log.info("%s: %d of %d %s, eta %s", what, done, of, unit, eta((now - began) * (of - done) / done))
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("mmdet", reason="needs MMDetection: make mmdet")
+
 from dali_pipelines.source import SourceError
 from mcl.config import ConfigError
 from mcl.finetune.data import open_folder
