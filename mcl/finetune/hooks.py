@@ -89,7 +89,8 @@ def _schedule(runner: Any, epochs: float) -> str:
     """Steps and learning rate of a run in words; `epochs` are those of a step."""
     config, steps = runner.cfg, runner.max_iters
     parts = [f"{steps} steps of {config.global_batch} images ({steps * epochs:.1f} epochs)"]
-    rate = f"learning rate {runner.optim_wrapper.param_groups[0]['initial_lr']:.3g}"
+    group = runner.optim_wrapper.param_groups[0]
+    rate = f"learning rate {group.get('initial_lr', group['lr']):.3g}"
     for scheduler in config.param_scheduler:
         if scheduler.type == "LinearLR":
             rate += f" after {scheduler.end} steps of warm-up"
