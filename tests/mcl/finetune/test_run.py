@@ -310,7 +310,8 @@ def test_terminal(folder: Path, checkpoint: Path, tmp_path: Path, capfd: pytest.
         out[begin : (end := out.index("evaluation at step"))],
         out[end:],
     )
-    data, model, weights, schedule = before.splitlines()
+    *corrected, data, model, weights, schedule = before.splitlines()
+    assert all("read with corrections" in line for line in corrected)
     assert data == f"data: {folder}: 6 images to train on, 2 to evaluate on, 2 classes (thing, part)"
     assert model == "model: MaskRCNN, 12.4 million parameters, on cpu"
     assert weights.startswith(f"weights: {checkpoint}: 180 of the detector's 208 tensors (backbone 120, neck 48, roi_")
@@ -324,7 +325,7 @@ def test_terminal(folder: Path, checkpoint: Path, tmp_path: Path, capfd: pytest.
     assert "\n".join(table) == (tmp_path / "run" / metric.TABLE).read_text().rstrip()
     (log,) = (tmp_path / "run").glob("*/*.log")
     text = log.read_text()
-    assert all(text.count(line) == 1 for line in out.splitlines()[: -len(table)])
+    assert all(text.count(line) == 1 for line in out.splitlines()[len(corrected) : -len(table)])
     for rest in ("System environment:", "auto_scale_lr = dict(", "after_train_iter:", "Average Precision"):
         assert rest in text
     assert "= -1.000" not in text
