@@ -106,6 +106,8 @@ def _remedy(found: list[int], stated: list[float], orientation: int) -> str:
 
 def _scan(path: str, size: int, decode: bool) -> list[Image]:
     """The image in a file, with its size as OpenCV decodes it, and its EXIF orientation where a class would be."""
+    if not size:  # nor may it be a pipe, of which one would wait for ever
+        return [Image("", 0, size, _UPRIGHT, "the file is empty")]
     with open(path, "rb") as file:
         header, orientation = read_header(file), _UPRIGHT
         if not isinstance(header, str):

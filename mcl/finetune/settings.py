@@ -89,6 +89,8 @@ def adapt(config: Config) -> None:
     """
     if config.timeout <= 0:
         raise ConfigError(f"timeout: {config.timeout} must be above 0, in seconds")
+    if not 0 <= config.data.max_bad_fraction <= 1:
+        raise ConfigError(f"data.max_bad_fraction: {config.data.max_bad_fraction} must be between 0 and 1")
     cuda = torch.cuda.is_available()
     config.launcher, processes = _launcher()
     if processes > 1 and not cuda:

@@ -129,10 +129,21 @@ def test_what_is_no_image_is_named_at_the_start(
     fresh: Path, how: bytes | slice, said: pytest.LogCaptureFixture
 ) -> None:
     damage(fresh / "train" / "2.jpg", how)
-    with pytest.raises(SourceError, match=r"1 of the 5 images cannot be used, the first: .*train/2\.jpg: not an image"):
+    reason = "not an image" if how else "the file is empty"
+    with pytest.raises(SourceError, match=rf"1 of the 5 images cannot be used, the first: .*train/2\.jpg: {reason}"):
         open_folder(str(fresh), max_bad_fraction=0.1)
     open_folder(str(fresh), max_bad_fraction=0.2)
-    assert "train/2.jpg: not an image" in said.text
+    assert f"train/2.jpg: {reason}" in said.text
+
+
+def test_what_cannot_be_read_is_named_at_the_start(fresh: Path) -> None:
+    """A pipe, of which one would wait for ever, and a folder."""
+    for make in (os.mkfifo, os.mkdir):
+        path = fresh / "train" / "2.jpg"
+        path.unlink()
+        make(path)
+        with pytest.raises(SourceError, match=r"1 of the 5 images cannot be used, the first: .*train/2\.jpg: "):
+            open_folder(str(fresh))
 
 
 @pytest.mark.parametrize("how", [EMPTY, TEXT, CUT], ids=["empty", "text", "cut"])

@@ -42,6 +42,8 @@ def test_overrides() -> None:
         ("name=a/b", r"name: 'a/b' is not a plain folder name"),
         ("global_batch=0", r"global_batch: 0 does not divide by 1 processes"),
         ("amp=true", r"amp: needs a GPU"),
+        ("timeout=0", r"timeout: 0\.0 must be above 0, in seconds"),
+        ("data.max_bad_fraction=1.5", r"data\.max_bad_fraction: 1\.5 must be between 0 and 1"),
     ],
 )
 def test_wrong_words(word: str, message: str) -> None:

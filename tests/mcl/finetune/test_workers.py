@@ -19,7 +19,7 @@ from mcl.config import ConfigError
 from mcl.finetune import settings, workers
 from tests.conftest import ROOT
 from tests.mcl.distributed.test_faults import children
-from tests.mcl.finetune.conftest import CONFIGS, MINI, TINY
+from tests.mcl.finetune.conftest import CONFIGS, MINI
 from tests.mcl.finetune.test_run import losses, words
 
 
@@ -151,9 +151,3 @@ def test_loading_processes_do_not_survive_their_parent(folder: Path, tmp_path: P
     process.kill()
     assert loading
     assert gone(loading)
-
-
-@pytest.mark.parametrize("word", ["timeout=0", "timeout=-1"])
-def test_timeout_that_is_none(word: str) -> None:
-    with pytest.raises(ConfigError, match=r"timeout: .* must be above 0, in seconds"):
-        settings.load(MINI, [*TINY, word])
