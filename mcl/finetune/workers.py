@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 from mmengine.config import Config
 
 from dali_pipelines.loader import BadDataError
@@ -50,8 +51,8 @@ def check_shared_memory(config: Config) -> None:
 def _largest(loader: Any) -> int:
     """Bytes of the images that a loader's processes have ready at most; 0 without any."""
     steps = innermost(loader)["pipeline"]
-    scales = [scale for step in steps for scale in step.get("scales", [step.get("scale", (0, 0))])]
-    pixels = max(width * height for width, height in scales)
+    scales = [step.get("scales", step.get("scale", (0, 0))) for step in steps]  # a pair, or several
+    pixels = max(np.atleast_2d(scale).prod(-1).max() for scale in scales)
     batches = loader.num_workers * loader.get("prefetch_factor", _PREFETCH)
     return int(3 * pixels * loader.batch_size * batches)
 

@@ -38,6 +38,10 @@ def test_shared_memory_of_the_papers_detector(monkeypatch: pytest.MonkeyPatch) -
         ConfigError, match=r"put up to 110 MB into /dev/shm, which has 64 MB free; .*--shm-size.*workers=0"
     ):
         workers.check_shared_memory(config)
+    pipeline = settings.innermost(config.train_dataloader).pipeline
+    pipeline[2] = {"type": "RandomResize", "scale": [(1333, 640), (1333, 800)]}
+    with pytest.raises(ConfigError, match=r"put up to 110 MB"):
+        workers.check_shared_memory(config)
     config.train_dataloader.num_workers = config.val_dataloader.num_workers = 0
     workers.check_shared_memory(config)
 
