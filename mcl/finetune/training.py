@@ -9,6 +9,7 @@ from mmengine.config import Config
 from mmengine.dist import broadcast_object_list, init_dist, is_distributed
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
+from mmengine.utils.dl_utils import set_multi_processing
 
 from mcl import distributed
 from mcl.config import ConfigError
@@ -24,7 +25,8 @@ BAD_FILES = "bad_files.jsonl"
 
 def finetune(config: Config) -> str:
     """Trains and evaluates, or continues; see :func:`mcl.finetune.finetune`."""
-    if config.launcher != "none" and not is_distributed():
+    if config.launcher != "none" and not is_distributed():  # as MMEngine's runner would do it, later
+        set_multi_processing(**config.env_cfg.mp_cfg, distributed=True)
         init_dist(config.launcher, **config.env_cfg.dist_cfg)
     console.start()
     with recorded_errors(), failing_in_words(config.timeout):
