@@ -14,6 +14,8 @@ from tqdm.contrib import DummyTqdmFile
 from mcl import distributed
 from mcl.records.metrics import eta, log
 
+tqdm.monitor_interval = 0  # no thread: loading processes are forked from this one
+
 PAUSE = 10.0
 """Seconds between two lines about progress."""
 

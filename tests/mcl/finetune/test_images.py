@@ -3,6 +3,9 @@
 import io
 import json
 import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,7 @@ from mcl.finetune import finetune, images, settings
 from mcl.finetune.data import open_folder
 from mcl.finetune.decoding import LoadCheckedImage
 from mcl.finetune.training import use
-from mcl.finetune.workers import failing_in_words
+from tests.conftest import ROOT
 from tests.mcl.finetune.conftest import MINI, TINY, make_folder
 from tests.mcl.finetune.test_run import words
 
@@ -210,16 +213,21 @@ def test_an_image_that_changed_is_not_trained_on(fresh: Path, tmp_path: Path) ->
     assert "64 x 48 pixels, the annotations say 128 x " in (tmp_path / "run" / "bad_files.jsonl").read_text()
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_too_many_broken_images_end_the_run(fresh: Path, tmp_path: Path, workers: int) -> None:
-    """In one line, from any process."""
+def test_too_many_broken_images_end_the_run(fresh: Path, tmp_path: Path) -> None:
+    """In one line, from a loading process, too."""
     damage(fresh / "train" / "1.jpg", CUT)
     damage(fresh / "train" / "4.jpg", CUT)
-    with pytest.raises(BadDataError) as caught, failing_in_words(60):
-        batches(fresh, tmp_path / "run", workers, 0.2)
-    assert str(caught.value).startswith("2 of the 5 training images are broken, the last: ")
-    assert "cannot be decoded; mend them, or raise data.max_bad_fraction=0.2" in str(caught.value)
-    assert "\n" not in str(caught.value)
+    said = (
+        r"2 of the 5 training images are broken, the last: .*train/[14]\.jpg: cannot be decoded; mend them, or raise "
+    )
+    with pytest.raises(BadDataError, match=rf"^{said}data\.max_bad_fraction=0\.2$"):
+        batches(fresh, tmp_path / "run", 0, 0.2)
+    arguments = words(fresh, tmp_path, "run", "data.max_bad_fraction=0.2", "train_dataloader.num_workers=2")
+    command = [sys.executable, "-W", "ignore", "-m", "mcl", "finetune", str(MINI), *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert re.fullmatch(rf"mcl finetune: error: {said}data\.max_bad_fraction=0\.2", done.stderr.splitlines()[-1])
+    assert "Traceback" not in done.stderr
 
 
 def test_a_run_with_a_broken_image(fresh: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
