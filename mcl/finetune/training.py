@@ -9,10 +9,10 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
 from mcl.config import ConfigError
-from mcl.distributed.signals import Signals
 from mcl.finetune import hooks, metric, resume, weights
 from mcl.finetune.data import Folder, open_folder
 from mcl.finetune.settings import innermost, replace
+from mcl.signals import Signals
 
 
 def finetune(config: Config) -> str:

@@ -23,8 +23,8 @@ pytest.importorskip("mmdet", reason="needs MMDetection: make mmdet")
 
 from mcl import cli
 from mcl.config import ConfigError
-from mcl.distributed.signals import Interrupted
 from mcl.finetune import finetune, hooks, metric
+from mcl.signals import Interrupted
 from tests.conftest import ROOT
 from tests.mcl.distributed.test_faults import children
 from tests.mcl.finetune.conftest import MINI, TINY
