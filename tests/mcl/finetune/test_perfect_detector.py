@@ -5,6 +5,7 @@ Annotation files are made up, and many are damaged at random: at any place of th
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,15 @@ def images_of_objects(draw: st.DrawFn) -> dict[str, Any]:
     """Annotations in order, with ids, flags and masks of all kinds."""
     key = draw(
         st.sampled_from(
-            [lambda i: i, lambda i: i + 1, str, lambda i: f"image {i}", lambda i: i + 2**62, lambda i: i + 2**63]
+            [
+                lambda i: i,
+                lambda i: i + 1,
+                str,
+                lambda i: f"image {i}",
+                lambda i: i + 2**62,
+                lambda i: i + 2**63,
+                lambda i: f"{i}" if i else i,
+            ]
         )
     )
     number = draw(st.sampled_from([lambda v: v, lambda v: v, str, float]))
@@ -49,6 +58,7 @@ def images_of_objects(draw: st.DrawFn) -> dict[str, Any]:
         for i in range(draw(st.integers(1, 3)))
     ]
     categories = [{"id": key(i), "name": f"class {i}"} for i in range(draw(st.integers(1, 2)))]
+    flaw = draw(st.sampled_from([None, None, None, None, "size", "counts", "far"]))
     annotations = []
     for i in range(draw(st.integers(1, 6))):
         image = draw(st.sampled_from(images))
@@ -61,7 +71,7 @@ def images_of_objects(draw: st.DrawFn) -> dict[str, Any]:
             "category_id": draw(st.sampled_from(categories))["id"],
             "bbox": [number(v) for v in box],
             "area": number(box[2] * box[3]),
-            "segmentation": draw(masks(box, width, height)),
+            "segmentation": draw(masks(box, width, height, flaw)),
         }
         if draw(st.booleans()):
             annotation["iscrowd"] = draw(st.sampled_from([0, 0, 1, None, "1", True]))
@@ -70,30 +80,33 @@ def images_of_objects(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @st.composite
-def masks(draw: st.DrawFn, box: list[float], width: int, height: int) -> Any:
-    """Polygons about a box, or an encoding of the box or of noise."""
+def masks(draw: st.DrawFn, box: list[float], width: int, height: int, flaw: str | None) -> Any:
+    """Polygons about a box, or an encoding of the box or of noise; with a flaw that was reported of real files."""
     x, y, w, h = box
     kind = draw(st.sampled_from(["polygons", "list", "text"]))
     if kind == "polygons":
         corners = [x, y, x + w, y, x + w, y + h, x, y + h]
         noise = draw(st.lists(st.floats(-1, 1), min_size=8, max_size=8))
         shaken = [
-            corner + draw(st.sampled_from([0, 1, 5])) * shift for corner, shift in zip(corners, noise, strict=True)
+            corner + draw(st.sampled_from([0, 1, 5 if flaw != "far" else 1e9])) * shift
+            for corner, shift in zip(corners, noise, strict=True)
         ]
         return [corners, shaken][: draw(st.integers(1, 2))] + draw(st.sampled_from([[], [corners[:4]]]))
-    if not draw(st.integers(0, 9)):
-        width, height = height, width  # as some tools have it
+    if flaw == "size":
+        width, height = height, width
     pixels = np.zeros((height, width), np.uint8, order="F")
     if draw(st.booleans()):
         pixels[max(0, int(y)) : int(y + h), max(0, int(x)) : int(x + w)] = 1
     else:
         pixels[:] = np.random.default_rng(draw(st.integers(0, 9))).random(pixels.shape) < draw(st.floats(0, 1))
-    if kind == "text":
-        encoded = rle.encode(pixels)
-        return {"size": encoded["size"], "counts": encoded["counts"].decode()}
     flat = pixels.ravel(order="F")
-    edges = np.flatnonzero(np.diff(flat, prepend=0))
-    return {"size": [height, width], "counts": np.diff([0, *edges, flat.size]).tolist()}
+    counts = np.diff([0, *np.flatnonzero(np.diff(flat, prepend=0)), flat.size]).tolist()
+    if flaw == "counts":
+        counts[draw(st.integers(0, len(counts) - 1))] += draw(st.sampled_from([-1, 1, 5, 1000, 2**28]))
+    mask = {"size": [height, width], "counts": counts}
+    if kind == "text" and min(counts) >= 0:
+        mask["counts"] = rle.frPyObjects(mask, height, width)["counts"].decode()
+    return mask
 
 
 @st.composite
@@ -138,7 +151,13 @@ def passes(data: bytes, folder: Path) -> None:
     path = folder / "annotations.json"
     path.write_bytes(data)
     load(path, checked)
-    evaluate(path, checked)
+    box, mask = evaluate(path, checked)
+    found = [annotation for annotation in checked.annotations if not annotation["iscrowd"]]
+    if found and not any(0 < min(annotation["bbox"][2:]) < 1e-3 for annotation in found):  # rounding decides on these
+        assert box == 1
+    images = {image["id"]: image for image in checked.images}
+    if found and all(rle.area(encoded(a["segmentation"], images[a["image_id"]])) > 0 for a in found):
+        assert mask == 1
 
 
 def load(path: Path, checked: Annotations) -> None:
@@ -155,11 +174,11 @@ def load(path: Path, checked: Annotations) -> None:
         assert len(loaded["gt_masks"]) == len(loaded["gt_bboxes"])
 
 
-def evaluate(path: Path, checked: Annotations) -> None:
+def evaluate(path: Path, checked: Annotations) -> tuple[float, float]:
+    """AP of boxes and masks of a detector that finds what is annotated."""
     metric = FolderMetric(ann_file=str(path), metric=["bbox", "segm"])
     metric.dataset_meta = {"classes": [category["name"] for category in checked.categories]}
     labels = {category["id"]: label for label, category in enumerate(checked.categories)}
-    found = []
     for image in checked.images:
         own = [a for a in checked.annotations if a["image_id"] == image["id"] and not a["iscrowd"]]
         boxes = torch.tensor([a["bbox"] for a in own], dtype=torch.float64).reshape(-1, 4)
@@ -172,12 +191,8 @@ def evaluate(path: Path, checked: Annotations) -> None:
         }
         shape = image["height"], image["width"]
         metric.process({}, [{"img_id": image["id"], "ori_shape": shape, "pred_instances": predicted}])
-        found += [(a["bbox"], mask) for a, mask in zip(own, predicted["masks"], strict=True)]
     measured = metric.evaluate(size=len(checked.images))
-    if found and not any(0 < min(box[2:]) < 1e-3 for box, _ in found):  # else rounding decides
-        assert measured["coco/bbox_mAP"] == 1
-    if found and all(rle.area(mask) > 0 for _, mask in found):
-        assert measured["coco/segm_mAP"] == 1
+    return measured["coco/bbox_mAP"], measured["coco/segm_mAP"]
 
 
 def encoded(mask: Any, image: dict[str, Any]) -> Any:
@@ -193,6 +208,48 @@ def encoded(mask: Any, image: dict[str, Any]) -> Any:
 def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     MMLogger.get_current_instance().setLevel("ERROR")
     return tmp_path_factory.mktemp("annotations")
+
+
+def ids_from_zero(content: Any) -> None:
+    for section in ("images", "categories", "annotations"):
+        for entry in content[section]:
+            entry["id"] -= 1
+    for annotation in content["annotations"]:
+        annotation["image_id"] -= 1
+        annotation["category_id"] -= 1
+
+
+def ids_as_text(content: Any) -> None:
+    for section in ("images", "categories", "annotations"):
+        for entry in content[section]:
+            entry["id"] = f"number {entry['id']}"
+    for annotation in content["annotations"]:
+        annotation["image_id"] = f"number {annotation['image_id']}"
+        annotation["category_id"] = f"number {annotation['category_id']}"
+
+
+def numbers_as_text(content: Any) -> None:
+    for annotation in content["annotations"]:
+        annotation["bbox"] = list(map(str, annotation["bbox"]))
+        annotation["area"] = str(annotation["area"])
+        annotation["segmentation"] = [list(map(str, polygon)) for polygon in annotation["segmentation"]]
+
+
+def without_flags_and_areas(content: Any) -> None:
+    for annotation in content["annotations"]:
+        annotation.update(iscrowd=None, area=None)
+
+
+@pytest.mark.parametrize("edit", [ids_from_zero, ids_as_text, numbers_as_text, without_flags_and_areas])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_harmless_deviations(folder: Path, scratch: Path, edit: Callable[[Any], None], encoding: str) -> None:
+    content = json.loads((folder / "instances_val.json").read_text())
+    edit(content)
+    path = scratch / "annotations.json"
+    path.write_text(json.dumps(content), encoding=encoding)
+    checked = check(path.read_bytes(), "x")
+    load(path, checked)
+    assert evaluate(path, checked) == (1, 1)
 
 
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)
