@@ -1,4 +1,4 @@
-"""The gate for annotation files in COCO's format: whatever trains or evaluates reads them through it."""
+"""Annotation files in COCO's format, which training and evaluation read only after the check here."""
 
 import contextlib
 import json
@@ -131,7 +131,8 @@ def _section(content: Entry, name: str, section: str, masks: bool, corrections: 
         entries.append(entry)
     ids = Counter(str(entry["id"]) for entry in entries)
     if len(ids) < len(entries):
-        raise SourceError(f"{name}: two {section} have the same id, {ids.most_common(1)[0][0]}; make them unique")
+        twice = reprlib.repr(ids.most_common(1)[0][0])
+        raise SourceError(f"{name}: two {section} have the same id, {twice}; make them unique")
     return entries
 
 
@@ -169,7 +170,7 @@ def _referred(annotation: Entry, field: str, entries: dict[str, Entry]) -> Entry
     entry = entries.get(str(annotation[field]))
     if entry is None:
         raise _Wrong(
-            f"has the {field} {annotation[field]!r}, which is not in the file; add it, or remove the annotation"
+            f"has the {field} {reprlib.repr(annotation[field])}, which the file does not have; add or correct it"
         )
     annotation[field] = entry["id"]
     return entry
@@ -198,7 +199,8 @@ def _check_mask(mask: Any, image: Entry) -> None:
             raise _Wrong(f"has a mask with an outline of more than {_MOST_OUTLINE} pixels; simplify it")
         return
     if mask["size"] != [height, width]:
-        raise _Wrong(f"has a mask of the size {mask['size']}; that of its image is [{height}, {width}]; encode it anew")
+        size = reprlib.repr(mask["size"])
+        raise _Wrong(f"has a mask of the size {size}; that of its image is [{height}, {width}]; encode it anew")
     counts = mask["counts"]
     pixels = sum(_runs(counts) if isinstance(counts, str) else counts)
     if pixels != width * height:
@@ -217,16 +219,17 @@ def _runs(text: str) -> list[int]:
     for code in map(ord, text):
         digit = code - 48
         if not 0 <= digit < 64 or bits > 25:
-            raise _Wrong(f"has a mask with broken run lengths, {reprlib.repr(text)}; encode it anew")
+            break
         value |= (digit & 31) << bits
         bits += 5
         if digit < 32:
             value -= (digit >> 4) << bits
             runs.append(value + runs[-2] if len(runs) > 2 else value)
             value = bits = 0
-    if bits or min(runs, default=0) < 0:
-        raise _Wrong(f"has a mask with broken run lengths, {reprlib.repr(text)}; encode it anew")
-    return runs
+    else:
+        if not bits and min(runs, default=0) >= 0:
+            return runs
+    raise _Wrong(f"has a mask with broken run lengths, {reprlib.repr(text)}; encode it anew")
 
 
 def _id(value: Any) -> int | str:
@@ -327,4 +330,4 @@ _FIELDS: dict[str, dict[str, Callable[[Any], Any]]] = {
         "segmentation": _mask,
     },
 }
-"""By section, every field that something behind the gate reads, and what makes of its value what it must be."""
+"""By section, every field that is read later, and what makes of its value what it must be."""

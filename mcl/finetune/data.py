@@ -91,8 +91,8 @@ def open_folder(root: str, wanted: Sequence[str] | None = None, masks: bool = Fa
     if not used.intersection(classes):
         what = classes[0] if len(classes) == 1 else f"{len(classes)} categories ({classes[0]}, ...)"
         raise SourceError(
-            f"{folder / splits[0].annotations}: nothing to train on: no object of {what} with an area, in an image of "
-            f"at least {MIN_SIDE} x {MIN_SIDE} pixels; set data.classes, or data.root, to others"
+            f"{folder / splits[0].annotations}: nothing to train on: no object of {what} with an area, no crowd, in an "
+            f"image of at least {MIN_SIDE} x {MIN_SIDE} pixels; set data.classes, or data.root, to others"
         )
     return Folder(folder, *splits, classes)
 
@@ -117,8 +117,8 @@ def _read(folder: Path, split: Split, masks: bool) -> tuple[list[str], set[str]]
     """Checks an annotation file and its images.
 
     Returns:
-        Names of the categories, and of those that MMDetection trains on: that have an object with an area in an image
-        that is not too small.
+        Names of the categories, and of those that MMDetection trains on: that have an object with an area, no crowd,
+        in an image that is not too small.
     """
     path = folder / split.annotations
     images, categories, annotations, corrections = read(path, masks)
@@ -136,7 +136,11 @@ def _read(folder: Path, split: Split, masks: bool) -> tuple[list[str], set[str]]
     if unused := [name for key, name in names.items() if key not in used]:
         log.warning("%s: no object of %d categories, e.g. %r", path, len(unused), unused[0])
     _check_images(folder / split.images, [image["file_name"] for image in images], path)
-    trained = {a["category_id"] for a in objects if min(sizes[a["image_id"]]) >= MIN_SIDE}
+    trained = {
+        a["category_id"]
+        for a in objects
+        if not (a["iscrowd"] or a.get("ignore")) and min(sizes[a["image_id"]]) >= MIN_SIDE
+    }
     return list(names.values()), {names[key] for key in trained}
 
 

@@ -104,8 +104,8 @@ def test_values_that_a_field_does_not_take(section: str, field: str, value: Any,
     [
         (field, value, message)
         for field, message, values in [
-            ("image_id", "the image_id 99, which is not in the file", [99]),
-            ("category_id", "the category_id 'thing', which is not in the file", ["thing"]),
+            ("image_id", "the image_id 99, which the file does not have", [99]),
+            ("category_id", "the category_id 'thing', which the file does not have", ["thing"]),
             ("bbox", "a box outside of its image", ([40, 5, 3, 3], [5, 30, 3, 3], [-9, 5, 3, 3], [5, -9, 3, 3])),
             ("bbox", "a box that reaches far out", ([5, 5, 76, 3], [5, 5, 3, 56], [-41, 5, 50, 3], [5, -31, 3, 50])),
             ("bbox", "a box that reaches far out", ([5, 5, 1e9, 3], [-1e9, 5, 1e9, 3])),
@@ -154,10 +154,10 @@ def test_annotations_that_do_not_fit_their_image(field: str, value: Any, message
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (first("annotations", id=2), "two annotations have the same id, 2"),
-        (first("annotations", id="2"), "two annotations have the same id, 2"),
-        (first("images", id=2.0), "two images have the same id, 2"),
-        (lambda c: c["categories"].append({"id": 1, "name": "part"}), "two categories have the same id, 1"),
+        (first("annotations", id=2), "two annotations have the same id, '2'"),
+        (first("annotations", id="2"), "two annotations have the same id, '2'"),
+        (first("images", id=2.0), "two images have the same id, '2'"),
+        (lambda c: c["categories"].append({"id": 1, "name": "part"}), "two categories have the same id, '1'"),
         (lambda c: c.update(annotations=[]), "has no annotations"),
         (lambda c: c.update(annotations={"0": c["annotations"]}), "has no annotations"),
         (lambda c: c.pop("categories"), "has no categories"),

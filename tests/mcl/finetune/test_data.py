@@ -73,6 +73,7 @@ def _first(content: Any, **values: Any) -> None:
         (lambda c: _first(c, bbox=[5, 5, -3, 4]), r"instances_train.json: annotations\[0\] \(id 1\) has the bbox"),
         (lambda c: _first(c, segmentation=[]), r"annotations\[0\] \(id 1\) has the segmentation \[\]; it must be"),
         (lambda c: [a.update(area=0) for a in c["annotations"]], r"nothing to train on: no object of .* with an area"),
+        (lambda c: [a.update(iscrowd=1) for a in c["annotations"]], r"nothing to train on"),
         (lambda c: [a.update(bbox=[0.1, 0.1, 0.5, 0.5]) for a in c["annotations"]], r"nothing to train on"),
         (lambda c: c["images"][0].update(file_name="gone.jpg"), r"train/gone.jpg is missing, and 0 more"),
         (lambda c: c["categories"][0].update(name="cat"), r"same categories in the same order; only train has 'cat'"),
@@ -126,7 +127,8 @@ def test_nothing_to_train_on(fresh: Path) -> None:
     change(fresh / "instances_train.json", lambda c: [i.update(width=31) for i in c["images"]])
     change(fresh / "instances_train.json", lambda c: [a.update(bbox=[0, 0, 9, 9]) for a in c["annotations"]])
     with pytest.raises(
-        SourceError, match=r"no object of 2 categories \(thing, \.\.\.\) with an area, in an image of at least 32 x 32"
+        SourceError,
+        match=r"no object of 2 categories \(thing, \.\.\.\) with an area, no crowd, in an image of at least 32",
     ):
         open_folder(str(fresh))
 
