@@ -8,20 +8,22 @@ import multiprocessing
 import os
 import random
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
 from mmdet.datasets import CocoDataset
+from mmdet.datasets.api_wrappers import COCO
 from mmdet.registry import DATA_SAMPLERS, DATASETS, LOOPS
 from mmengine.dataset import RepeatDataset
 from mmengine.registry import FUNCTIONS
 from mmengine.runner import IterBasedTrainLoop
 from torch.utils.data import Sampler
 
-from mcl.finetune.data import file_name
+from mcl.finetune import annotations
 
 
 def seed_everything(*key: int) -> None:
@@ -70,14 +72,34 @@ class SeededDataset(RepeatDataset):
         return super().__getitem__(key[1])
 
 
-@DATASETS.register_module()
-class LVISFolder(CocoDataset):
-    """LVIS v1, read as COCO is: by pycocotools, since PyPI's ``lvis`` does not run with a current NumPy."""
+class CheckedCOCO(COCO):
+    """MMDetection's access to annotations, which are read by :func:`mcl.finetune.annotations.read`.
 
-    def parse_data_info(self, raw_data_info: dict[str, Any]) -> Any:
-        """Adds the file's name to the image's entry."""
-        image = raw_data_info["raw_img_info"]
-        return super().parse_data_info({**raw_data_info, "raw_img_info": {**image, "file_name": file_name(image)}})
+    Args:
+        path: annotation file.
+        masks: whether masks are needed.
+    """
+
+    def __init__(self, path: str, masks: bool) -> None:
+        super().__init__()
+        self.dataset = annotations.read(Path(path), masks)._asdict()
+        self.createIndex()
+        self.img_ann_map, self.cat_img_map = self.imgToAnns, self.catToImgs  # the wrapper's names for the index
+
+
+@DATASETS.register_module()
+class COCOFolder(CocoDataset):
+    """MMDetection's, of checked annotations."""
+
+    def __init__(self, pipeline: Sequence[Any], **options: Any) -> None:
+        masks = any(step.get("with_mask") for step in pipeline)
+        self.COCOAPI = functools.partial(CheckedCOCO, masks=masks)
+        super().__init__(pipeline=pipeline, **options)
+
+
+@DATASETS.register_module()
+class LVISFolder(COCOFolder):
+    """LVIS v1, read as COCO is: by pycocotools, since PyPI's ``lvis`` does not run with a current NumPy."""
 
 
 @DATA_SAMPLERS.register_module()

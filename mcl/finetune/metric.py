@@ -11,6 +11,7 @@ from mmengine.dist import master_only
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
+from mcl.finetune.loading import CheckedCOCO
 from mcl.records.metrics import rewrite
 
 _NAMES = {"mAP": "AP", "mAP_50": "AP50", "mAP_75": "AP75", "mAP_s": "APs", "mAP_m": "APm", "mAP_l": "APl"}
@@ -21,13 +22,11 @@ TABLE = "ap.md"
 
 @METRICS.register_module()
 class FolderMetric(CocoMetric):
-    """MMDetection's, for annotations without ``iscrowd``, as LVIS has them, too; and a detector that finds nothing has
-    an AP of 0 instead of none."""
+    """MMDetection's, of checked annotations; and a detector that finds nothing has an AP of 0 instead of none."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, ann_file: str, **options: Any) -> None:
         super().__init__(**options)
-        for annotation in self._coco_api.dataset["annotations"]:
-            annotation.setdefault("iscrowd", 0)
+        self._coco_api = CheckedCOCO(ann_file, masks="segm" in self.metrics)
 
     def compute_metrics(self, results: list[Any]) -> dict[str, float]:
         """By ``bbox_mAP``, ``segm_mAP_50``, ...; -1 where there is nothing of that size to find."""
