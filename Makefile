@@ -79,4 +79,4 @@ data: setup
 	$(BIN)/python scripts/build_data.py coco data/packages data/cutouts
 
 clean:
-	rm -rf .venv build mcl/_C* */libmcl_dali* *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv build mcl/_C* */libmcl_dali* *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -27,8 +27,8 @@ from benchmarks.transfer_baselines import KINDS as BASELINES
 from benchmarks.transfer_baselines import WEIGHTS, flops
 from benchmarks.transfer_protocol import Protocol, ProtocolError, Work
 from benchmarks.transfer_report import evaluate, table
-from mcl.distributed.signals import Signals
 from mcl.records import metrics
+from mcl.signals import Signals
 from mcl.train import checkpoint
 
 RESULTS = ROOT / "benchmarks" / "results" / "transfer"

@@ -209,7 +209,6 @@ class MontageLoader:
         plan: what is done to them.
         data: engine, device, threads, prefetch and limits.
         gpu: CUDA device to load on when the engine chosen runs on one.
-        on_bad: called with (index, path, reason) for every file found to be bad, those of the headers included.
 
     Raises:
         ConfigError: fewer images than a step needs, or an engine that is not there.
@@ -224,7 +223,6 @@ class MontageLoader:
         *,
         gpu: int | None = None,
         threads: int | None = None,
-        on_bad: Callable[[int, str, str], None] | None = None,
     ) -> None:
         if len(source) < plan.global_batch:
             raise ConfigError(
@@ -233,7 +231,8 @@ class MontageLoader:
             )
         self.source, self.plan = source, plan
         self.engine_name, self.device, self.reason = choose_engine(data, gpu is not None)
-        self._data, self._on_bad, self._gpu = data, on_bad, gpu
+        self._data, self._gpu = data, gpu
+        self._on_bad: Callable[[int, str, str], None] | None = None
         self._threads = threads or data.threads or default_threads()
         self._engine: DaliEngine | TorchvisionEngine | None = None
         self._ahead: deque[StepPlan] = deque()  # drawn by the engine, not yet collected
@@ -274,6 +273,11 @@ class MontageLoader:
         """
         self.bad.update(bad)
         self._check_bad()
+
+    def report_bad(self, to: Callable[[int, str, str], None]) -> None:
+        """Calls `to` with (index, path, reason) for every file found to be bad, so far and from now on."""
+        self._on_bad = to
+        self._report(self.bad)
 
     def close(self) -> None:
         """Stops the threads; the next step starts them again."""
@@ -328,10 +332,13 @@ class MontageLoader:
 
     def _add_bad(self, found: dict[int, str]) -> None:
         self.bad.update(found)
+        self._report(found)
+        self._check_bad()
+
+    def _report(self, found: dict[int, str]) -> None:
         if self._on_bad is not None:
             for i, reason in found.items():
                 self._on_bad(i, self.source.names[i], reason)
-        self._check_bad()
 
     def _check_bad(self) -> None:
         # Were all of them bad, there would be nothing to replace them with, whatever fraction is allowed.

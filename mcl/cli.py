@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from mcl import __version__
+from mcl import __version__, signals
 from mcl.config import all_keys
 
 TARGETS = ["mmdet", "mmdet-retinanet", "mmpretrain", "detectron2", "torchvision", "torchvision-detection", "timm"]
 """Those of :data:`mcl.export.TARGETS`, which takes seconds to import."""
+
+_STOPPING = "stopping: training ends after the step under way, with a checkpoint; a second signal ends it at once\n"
 
 Run = Callable[[argparse.Namespace], Iterable[object]]
 """What a verb does; what it yields is printed."""
@@ -31,10 +33,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"unrecognized arguments: {' '.join(words)}{hint}")
     if words:
         options.overrides += words
+    first = os.environ.get("RANK", "0") == "0" and options.verb in ("pretrain", "finetune")
     try:
-        for text in options.run(options):
-            print(text, flush=True)
-        sys.stdout.flush()
+        with signals.a_second_one_ends(_STOPPING if first else ""):
+            for text in options.run(options):
+                print(text, flush=True)
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        print(f"mcl {options.verb}: interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:  # who read the output, such as head, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more in the end
         sys.exit(128 + signal.SIGPIPE)
@@ -191,10 +198,13 @@ def _import(options: argparse.Namespace) -> Iterable[object]:
 
 
 def _finetune(options: argparse.Namespace) -> Iterable[str]:
+    from torch.distributed.elastic.multiprocessing.errors import record
+
     from mcl import distributed
     from mcl.finetune import finetune
 
-    table = finetune(options.config, options.overrides)
+    with distributed.naming_peers():
+        table = record(finetune)(options.config, options.overrides) or ""
     if distributed.rank() == 0:
         yield table.rstrip()
 

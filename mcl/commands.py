@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from dali_pipelines.batch import MontageBatch
 from dali_pipelines.geometry import nearest_legal
@@ -26,20 +27,23 @@ _PREVIEW_PHOTOS = 6
 _BAD_EXAMPLES = 5
 
 
+@record  # for torchrun, which then says why a process ended
 def pretrain(cfg: Config) -> None:
     """Trains, then evaluates, draws and reports into the run folder.
 
     Raises:
         ConfigError, SourceError, CheckpointError: wrong input.
-        NonFiniteLossError, PeerError, Interrupted: see :meth:`mcl.train.trainer.Trainer.fit`.
+        PeerError: another process ended or hangs.
+        NonFiniteLossError, Interrupted: see :meth:`mcl.train.trainer.Trainer.fit`.
     """
     try:
-        with recorded_errors():
+        with recorded_errors(), distributed.naming_peers():
             trainer = Trainer(cfg)
             first = distributed.rank() == 0
-            if first:
-                _draw(cfg, lambda folder: montages(cfg, trainer.step, folder, trainer.loader.source))
-            trainer.fit()
+            if not trainer.finished:
+                if first:
+                    _draw(cfg, lambda folder: montages(cfg, trainer.step, folder, trainer.loader.source))
+                trainer.fit()
     finally:
         distributed.teardown()  # what follows is the first process's alone
     if first:
@@ -48,21 +52,33 @@ def pretrain(cfg: Config) -> None:
 
 def _finish(trainer: Trainer) -> None:
     cfg, folder = trainer.config, trainer.folder
-    done = {r["name"] for r in read(folder / "metrics.jsonl") if r["kind"] == "eval" and r["step"] == trainer.step}
-    metrics = Metrics(cfg, trainer.step)
-    for name in (name for name in cfg.evaluation.at_end if name not in done):
+    done = [r for r in read(folder / "metrics.jsonl") if r["kind"] == "eval" and r["step"] == trainer.step]
+    missing = [name for name in cfg.evaluation.at_end if name not in {r["name"] for r in done}]
+    if trainer.finished and not missing and (folder / "report.html").exists():
+        log.info("the run is finished: all %d steps are done", trainer.step)
+        for scores in done:
+            log.info("%s", describe(scores))
+    else:
+        _evaluate(trainer, missing)
+        _draw(cfg, lambda pictures_folder: features(trainer.model, cfg, pictures_folder))
+        report.write(folder)
+    log.info("report: %s", folder / "report.html")
+    log.info("weights: %s", folder / "checkpoints" / checkpoint.LAST)
+
+
+def _evaluate(trainer: Trainer, names: Sequence[str]) -> None:
+    metrics = Metrics(trainer.config, trainer.step)
+    for name in names:
         try:
-            records = list(evaluation.evaluate(name, trainer.model, cfg, trainer.device))  # all of its splits or none
+            # All of its splits or none.
+            records = list(evaluation.evaluate(name, trainer.model, trainer.config, trainer.device))
         except (ConfigError, SourceError, BadDataError) as error:  # the images changed; the weights are none the worse
             log.warning("no %s: %s", name, error)
             continue
-        for record in records:
-            metrics.write({**record, "step": trainer.step})
-            log.info("%s", describe(record))
+        for scores in records:
+            metrics.write({**scores, "step": trainer.step})
+            log.info("%s", describe(scores))
     metrics.close()
-    _draw(cfg, lambda pictures_folder: features(trainer.model, cfg, pictures_folder))
-    log.info("report: %s", report.write(folder))
-    log.info("weights: %s", folder / "checkpoints" / checkpoint.LAST)
 
 
 def _draw(cfg: Config, picture: Callable[[Path], Path]) -> None:
@@ -82,8 +98,8 @@ def evaluate(name: str, path: Path, overrides: Sequence[str]) -> Iterator[str]:
     """
     model, cfg = checkpoint.load_model(path)
     cfg = config.override(cfg, overrides)
-    for record in evaluation.evaluate(name, model, cfg, resolve_device(cfg.trainer.device)):
-        yield describe(record)
+    for scores in evaluation.evaluate(name, model, cfg, resolve_device(cfg.trainer.device)):
+        yield describe(scores)
 
 
 def preview(path: Path, overrides: Sequence[str], step: int, output: Path) -> Iterator[Path]:

@@ -1,88 +1,107 @@
-"""Processes of a run: how they meet, what they tell each other, and how their end is noticed.
+"""Processes of a run: torchrun starts them and ends them all when one fails; PyTorch's process group connects them.
 
-Here is the process group and collectives over it, of which a single process needs none.
+Here are the group, and collectives over it, of which a single process needs none.
 """
 
 import os
+import signal
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import Store  # type: ignore[attr-defined]
 
-from mcl.distributed.board import Board
-from mcl.distributed.launch import adopt_slurm as adopt_slurm
-from mcl.distributed.launch import meeting_point, roll_call
-from mcl.distributed.launch import tasks_of_srun as tasks_of_srun
+from mcl.config import ConfigError
+from mcl.distributed import launch
 
 T = TypeVar("T")
 
-_store: Store | None = None  # where the processes have met
-_timeout = timedelta(minutes=30)  # of collectives
+_hosts: dist.ProcessGroup | None = None
+_timeout: timedelta | None = None
 
 
-def setup(device: str, timeout: float = 600) -> None:
+class PeerError(RuntimeError):
+    """A collective failed, since another process ended or hangs. The same command continues the run."""
+
+    exit_code = 3
+
+
+def setup(device: str, timeout: float = 600, folder: Path | None = None) -> None:
     """Joins the process group when there is more than one process: NCCL on GPUs, gloo on CPUs.
 
     Args:
-        timeout: seconds without progress after which :mod:`mcl.distributed.watchdog` ends a run; PyTorch's own waiting
-            ends after twice that, and would not say whom it waited for.
+        timeout: of collectives, seconds.
+        folder: where NCCL's flight recorder writes its dumps if a collective times out.
 
     Raises:
-        ConfigError: nothing says where they meet, they were not started as one group, or some did not come within ten
-            minutes.
+        ConfigError: the launcher's variables are wrong, the processes do not meet, or this one has no GPU.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = launch.world_size()
     if size == 1:
         return
     # PyTorch 2.13 has new names for two things that it also has under these, as do the versions before.
     warnings.filterwarnings("ignore", "`broadcast_buffers` is|`torch.distributed.all_gather_into", FutureWarning)
-    own, obstacle = int(os.environ["RANK"]), ""
     if device == "cuda":
-        if local_rank() < torch.cuda.device_count():
-            torch.cuda.set_device(local_rank())
-        else:
-            obstacle = (
+        if local_rank() >= torch.cuda.device_count():
+            raise ConfigError(
                 f"trainer.device: process {local_rank()} of its machine sees {torch.cuda.device_count()} GPUs; start "
                 "one process per GPU, and let each see all of them (under SLURM: no --gpus-per-task)"
             )
-    store = roll_call(meeting_point(), own, size, device, obstacle)
-    global _store, _timeout
-    _store, _timeout = store, timedelta(seconds=2 * timeout)
-    backend = "nccl" if device == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=own, world_size=size, timeout=_timeout)
-
-
-def board(patience: float) -> Board:
-    """By a connection of the caller's own; its calls come back within `patience` seconds."""
-    assert _store is not None
-    return Board(_store.clone, patience)
-
-
-def calls() -> int:
-    """Collectives of the whole group that this process has begun: who hangs has begun fewer than who waits for it."""
-    count: int = cast(Any, dist.group.WORLD)._get_sequence_number_for_group()
-    return count
-
-
-def host_group(timeout: timedelta | None = None) -> dist.ProcessGroup | None:
-    """All processes by way of their hosts, for what GPUs have no part in; None if there is only one.
-
-    Args:
-        timeout: of its collectives; that of all others by default.
-    """
-    if world_size() == 1:
-        return None
-    return cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout or _timeout))
+        torch.cuda.set_device(local_rank())
+        if folder is not None:
+            os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # collectives
+            os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+            os.environ.setdefault("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", str(folder / "nccl_rank_"))
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # a process saves and ends when torchrun was killed
+        torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGTERM)  # type: ignore[attr-defined]
+    global _timeout
+    _timeout = timedelta(seconds=timeout)
+    try:
+        store, rank, size = launch.meet(_timeout)
+        backend = "nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=_timeout, store=store, rank=rank, world_size=size)
+        barrier()
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"MASTER_ADDR, MASTER_PORT, WORLD_SIZE: {size} processes did not meet at {os.environ['MASTER_ADDR']}:"
+            f"{os.environ['MASTER_PORT']} ({str(error).splitlines()[0]}); start all of them, on the same kind of device"
+        ) from error
 
 
 def teardown() -> None:
+    global _hosts
     if dist.is_initialized():
         dist.destroy_process_group()
+    _hosts = None
+
+
+@contextmanager
+def naming_peers() -> Iterator[None]:
+    """Turns the error of a broken collective into a :class:`PeerError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        said = str(error)
+        if world_size() == 1 or not (isinstance(error, dist.DistError) or "gloo" in said or "NCCL" in said):
+            raise
+        raise PeerError(
+            f"another process ended or hangs, so a collective of rank {rank()} failed ({said.partition('. ')[0]}). Its "
+            "own error is in train.log or in the output of torchrun; if it hangs, its stack will be in the run's "
+            "folder hangs, and NCCL's flight recorder in nccl_rank_*. The same command continues"
+        ) from error
+
+
+def hosts() -> dist.ProcessGroup | None:
+    """All processes over gloo, for what GPUs have no part in; None if there is only one."""
+    global _hosts
+    if _hosts is None and world_size() > 1:
+        _hosts = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_timeout))
+    return _hosts
 
 
 def rank() -> int:
@@ -124,35 +143,27 @@ class Gather:
         return self._all
 
 
-def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+def gather_objects(value: Any) -> list[Any]:
     """A picklable value of every rank, in the order of ranks. Waits for all of them."""
     values = [value] * world_size()
     if len(values) > 1:
-        dist.all_gather_object(values, value, group)
+        dist.all_gather_object(values, value, hosts())
     return values
+
+
+def barrier(timeout: timedelta | None = None) -> None:
+    """Waits for all processes; the error of rank 0 names those that do not come."""
+    if world_size() > 1:
+        dist.monitored_barrier(hosts(), timeout, wait_all_ranks=True)
 
 
 def in_turn(work: Callable[[], T]) -> T:
     """Calls `work` on the first process of every machine and then, when all of these are done, on the others.
 
-    It is for work whose result a file keeps for whoever comes later. A ValueError on any process is raised on all.
+    It is for work whose result a file keeps for whoever comes later. It may take longer than a step: a day at most.
     """
-    group = host_group(timedelta(days=1))  # the first ones may need longer than the steps of a run may take
-    result, error = None, None
-    for first in (True, False):
-        if (local_rank() == 0) == first:
-            try:
-                result = work()
-            except ValueError as raised:
-                error = raised
-        for other in gather_objects(error, group):
-            if other is not None:
-                raise error or other
-    if group is not None:
-        dist.destroy_process_group(group)
-    return cast(T, result)
-
-
-def barrier() -> None:
-    if world_size() > 1:
-        dist.barrier()
+    first = local_rank() == 0
+    if first:
+        result = work()
+    barrier(timedelta(days=1))
+    return result if first else work()

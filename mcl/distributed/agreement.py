@@ -1,7 +1,4 @@
-"""Whether all processes of a run do the same; asked once, before any work.
-
-World size and device are compared where processes meet (:func:`mcl.distributed.setup`), everything else here.
-"""
+"""Whether all processes of a run do the same; asked once, before any work."""
 
 import hashlib
 from pathlib import Path
@@ -11,25 +8,26 @@ import torch
 import dali_pipelines
 import mcl
 from dali_pipelines.loader import choose_engine
-from dali_pipelines.source import Source, open_images
+from dali_pipelines.source import Source
 from mcl import distributed, ops
-from mcl.config import Config, ConfigError, DataConfig, Trait, all_keys, value
-from mcl.train import checkpoint
+from mcl.config import Config, ConfigError, Trait, all_keys, value
 
 _BUILT_FROM = Path(mcl.__path__[0]) / "_C.sources.txt"
 """Hash that setup.py leaves beside the binaries: a machine may have new Python files and old binaries."""
 
 
-def check(config: Config, device: str) -> None:
-    """Compares code, libraries, configuration and run folder of all processes; one small collective.
+def check(config: Config, device: str, source: Source, step: int | None) -> None:
+    """Compares code, libraries, configuration, images and checkpoints of all processes; one small collective.
 
     Args:
         device: cpu or cuda, where this process trains.
+        source: the images that it sees.
+        step: of the newest checkpoint that it can read.
 
     Raises:
         ConfigError: on every process; the message names the ranks that differ from rank 0, in what, and the remedy.
     """
-    everyone = distributed.gather_objects(_statement(config, device))
+    everyone = distributed.gather_objects(_statement(config, device, source, step))
     for what, (ours, remedy) in everyone[0].items():
         others = {rank: said[what][0] for rank, said in enumerate(everyone) if said[what][0] != ours}
         if others:
@@ -37,39 +35,27 @@ def check(config: Config, device: str) -> None:
             raise ConfigError(f"{what}: {theirs} on rank {ranks}, {ours} on rank 0; {remedy}")
 
 
-def open_shared(data: DataConfig) -> Source:
-    """The images of ``data.root`` on every process; the first one of each machine brings the index up to date.
-
-    Raises:
-        SourceError: see :func:`dali_pipelines.source.open_source`.
-        ConfigError: some processes see other images than the rest.
-    """
-    source = distributed.in_turn(lambda: open_images(data))
-    prints = distributed.gather_objects(source.fingerprint())
-    others = [str(rank) for rank, fingerprint in enumerate(prints) if fingerprint != prints[0]]
-    if others:
-        raise ConfigError(
-            f"data.root: rank {', '.join(others)} and rank 0 see other images in {data.root} (names, "
-            "classes, sizes or broken ones differ); give all machines the same files"
-        )
-    return source
-
-
-def _statement(config: Config, device: str) -> dict[str, tuple[str, str]]:
+def _statement(config: Config, device: str, source: Source, step: int | None) -> dict[str, tuple[str, str]]:
     """What all processes must agree on, in words, and the remedy where they do not."""
-    sources = _BUILT_FROM.read_text().strip() if _BUILT_FROM.exists() else "unknown"
-    newest = max((path.name for path in checkpoint.steps(config.run_folder / "checkpoints")), default="none")
-    engine = _engine(config, device)
+    built = _BUILT_FROM.read_text().strip() if _BUILT_FROM.exists() else "unknown"
+    images = f"{len(source)} images with the fingerprint {source.fingerprint()[:12]}"
     keys = [key.name for key in all_keys() if Trait.OF_A_MACHINE not in key.traits]
     doctor, rebuild = "mcl doctor says on each machine why", "pip install --no-build-isolation -e ."
     return {
         "the code of mcl": (_code(), "install the same commit on all machines"),
         "PyTorch": (str(torch.__version__), "install the same version on all machines"),
-        "the sources of the extension": (sources, f"rebuild it on all machines: {rebuild}"),
+        "the sources of the extension": (built, f"rebuild it on all machines: {rebuild}"),
         "the operators": (ops.describe(device), f"{doctor}; build the extension on all of them"),
-        "the engine of the loader": (engine, f"{doctor}; install the same DALI, and build its plugin, on all of them"),
+        "the engine of the loader": (
+            _engine(config, device),
+            f"{doctor}; install the same DALI, and build its plugin, on all of them",
+        ),
         **{key: (repr(value(config, key)), "start all processes with the same configuration") for key in keys},
-        "the newest checkpoint": (newest, "put output on a file system that all machines share"),
+        "data.root": (images, "give all machines the same files: names, classes, sizes and broken ones"),
+        "the newest checkpoint": (
+            "none" if step is None else f"of step {step}",
+            "put output on a file system that all machines share; where one reads badly, its warnings say why",
+        ),
     }
 
 

@@ -3,13 +3,11 @@
 import contextlib
 import io
 import logging
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from tqdm.auto import tqdm
-from tqdm.contrib import DummyTqdmFile
 
 from mcl import distributed
 from mcl.records.metrics import eta, log
@@ -20,25 +18,11 @@ PAUSE = 10.0
 """Seconds between two lines about progress."""
 
 
-def start() -> None:
-    """mcl's messages go to the terminal; those of other processes than the first only if something is wrong."""
-    rank = distributed.rank()
-    terminal = logging.StreamHandler(DummyTqdmFile(sys.stdout))  # keeps messages and bars apart
-    terminal.addFilter(lambda record: getattr(record, "console", True))
-    terminal.setFormatter(logging.Formatter(f"rank {rank}: %(message)s" if rank else "%(message)s"))
-    log.handlers[:] = [terminal]
-    log.propagate = False
-    log.setLevel(logging.WARNING if rank else logging.INFO)
-
-
 def divide(logger: Any) -> None:
-    """MMEngine's messages go into its log file, as mcl's do now; its steps and warnings are mcl's messages, too."""
-    files = [handler for handler in logger.handlers if isinstance(handler, logging.FileHandler)]
-    logger.handlers[:] = [*files, _Relay()]
+    """MMEngine's messages go into its log file; its steps and warnings are mcl's messages, too."""
+    logger.handlers[:] = [handler for handler in logger.handlers if isinstance(handler, logging.FileHandler)]
+    logger.addHandler(_Relay())
     logger.addFilter(lambda record: "copypaste" not in record.getMessage())  # AP once more, absent ones as -1
-    for file in files:
-        file.addFilter(lambda record: not getattr(record, "relayed", False))
-        log.addHandler(file)
 
 
 class _Relay(logging.Handler):
@@ -46,7 +30,6 @@ class _Relay(logging.Handler):
         step = record.module == "logger_hook" and record.getMessage().startswith("Iter") and "mAP" not in record.msg
         warning = record.levelno >= logging.WARNING and "will be deprecated" not in record.getMessage()
         if (step or warning) and log.isEnabledFor(record.levelno):
-            record.relayed = True
             log.handle(record)
 
 

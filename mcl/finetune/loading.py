@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import random
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from mmdet.datasets import CocoDataset
+from mmdet.datasets.api_wrappers import COCO
 from mmdet.registry import DATA_SAMPLERS, DATASETS, LOOPS
 from mmengine.dataset import RepeatDataset
 from mmengine.registry import FUNCTIONS
@@ -25,7 +26,7 @@ from mmengine.runner import IterBasedTrainLoop
 from torch.utils.data import Sampler
 
 from dali_pipelines.loader import BadDataError
-from mcl.finetune.data import file_name
+from mcl.finetune import annotations
 from mcl.finetune.decoding import BadImageError
 from mcl.finetune.settings import replace
 from mcl.records.metrics import BadFiles, read
@@ -125,14 +126,34 @@ def is_upright(info: Mapping[str, Any]) -> bool:
     return bool(info["height"] > info["width"])
 
 
-@DATASETS.register_module()
-class LVISFolder(CocoDataset):
-    """LVIS v1, read as COCO is: by pycocotools, since PyPI's ``lvis`` does not run with a current NumPy."""
+class CheckedCOCO(COCO):
+    """MMDetection's access to annotations, which are read by :func:`mcl.finetune.annotations.read`.
 
-    def parse_data_info(self, raw_data_info: dict[str, Any]) -> Any:
-        """Adds the file's name to the image's entry."""
-        image = raw_data_info["raw_img_info"]
-        return super().parse_data_info({**raw_data_info, "raw_img_info": {**image, "file_name": file_name(image)}})
+    Args:
+        path: annotation file.
+        masks: whether masks are needed.
+    """
+
+    def __init__(self, path: str, masks: bool) -> None:
+        super().__init__()
+        self.dataset = annotations.read(Path(path), masks)._asdict()
+        self.createIndex()
+        self.img_ann_map, self.cat_img_map = self.imgToAnns, self.catToImgs  # the wrapper's names for the index
+
+
+@DATASETS.register_module()
+class COCOFolder(CocoDataset):
+    """MMDetection's, of checked annotations."""
+
+    def __init__(self, pipeline: Sequence[Any], **options: Any) -> None:
+        masks = any(step.get("with_mask") for step in pipeline)
+        self.COCOAPI = functools.partial(CheckedCOCO, masks=masks)
+        super().__init__(pipeline=pipeline, **options)
+
+
+@DATASETS.register_module()
+class LVISFolder(COCOFolder):
+    """LVIS v1, read as COCO is: by pycocotools, since PyPI's ``lvis`` does not run with a current NumPy."""
 
 
 @DATA_SAMPLERS.register_module()

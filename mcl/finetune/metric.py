@@ -13,6 +13,7 @@ from mmengine.dist import master_only
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
+from mcl.finetune.loading import CheckedCOCO
 from mcl.records.metrics import log, rewrite
 
 _NAMES = {"mAP": "AP", "mAP_50": "AP50", "mAP_75": "AP75", "mAP_s": "APs", "mAP_m": "APm", "mAP_l": "APl"}
@@ -23,12 +24,11 @@ TABLE = "ap.md"
 
 @METRICS.register_module()
 class FolderMetric(CocoMetric):
-    """MMDetection's, for annotations without ``iscrowd``, as LVIS has them, and detectors that find nothing, too."""
+    """MMDetection's, of checked annotations, and for detectors that find nothing, too."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, ann_file: str, **options: Any) -> None:
         super().__init__(**options)
-        for annotation in self._coco_api.dataset["annotations"]:
-            annotation.setdefault("iscrowd", 0)
+        self._coco_api = CheckedCOCO(ann_file, masks="segm" in self.metrics)
         self._coco_api.loadRes = functools.partial(_load, self._coco_api)
 
     def compute_metrics(self, results: list[Any]) -> dict[str, float]:

@@ -11,8 +11,8 @@ import torch
 import yaml
 from mmengine.config import Config
 
-from mcl import distributed
 from mcl.config import ConfigError
+from mcl.distributed import launch
 from mcl.records.metrics import log
 
 
@@ -118,10 +118,8 @@ def adapt(config: Config) -> None:
 
 def _launcher() -> tuple[str, int]:
     """MMEngine's name of what started this process, and the number of processes."""
-    if "RANK" in os.environ:
-        return "pytorch", int(os.environ["WORLD_SIZE"])
-    tasks = distributed.tasks_of_srun()
-    return ("slurm", tasks) if tasks > 1 else ("none", 1)
+    size = launch.world_size()
+    return ("pytorch", size) if size > 1 else ("none", 1)
 
 
 def replace(node: Any, key: str, old: Any, new: Any) -> int:

@@ -13,12 +13,12 @@ from mmengine.utils.dl_utils import set_multi_processing
 
 from mcl import distributed
 from mcl.config import ConfigError
-from mcl.distributed.signals import Signals
 from mcl.finetune import console, hooks, metric, resume, weights
 from mcl.finetune.data import Folder, open_folder
 from mcl.finetune.settings import innermost, replace
 from mcl.finetune.workers import check_shared_memory, failing_in_words
-from mcl.records.metrics import recorded_errors
+from mcl.records.metrics import log_to_console, log_to_file, recorded_errors
+from mcl.signals import Signals
 
 BAD_FILES = "bad_files.jsonl"
 
@@ -28,7 +28,7 @@ def finetune(config: Config) -> str:
     if config.launcher != "none" and not is_distributed():  # as MMEngine's runner would do it, later
         set_multi_processing(**config.env_cfg.mp_cfg, distributed=True)
         init_dist(config.launcher, **config.env_cfg.dist_cfg)
-    console.start()
+    log_to_console()
     with recorded_errors(), failing_in_words(config.timeout):
         return _finetune(config)
 
@@ -50,6 +50,7 @@ def _finetune(config: Config) -> str:
         start = loaded.summary
     try:
         Path(config.work_dir).mkdir(parents=True, exist_ok=True)
+        log_to_file(Path(config.work_dir))
     except OSError as error:
         raise ConfigError(f"output: cannot write to {config.work_dir} ({error.strerror}); set output=FOLDER") from None
     with Signals() as signals:

@@ -7,6 +7,7 @@ import os
 import sys
 import uuid
 from collections.abc import Iterator, Mapping
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,27 +27,42 @@ class RecordError(RuntimeError):
     """A record that could not be written; the message names the file and the remedy."""
 
 
-def setup_logging(folder: Path) -> None:
-    """Messages of a run go to the console and to ``train.log``; from all ranks but the first, only what went wrong.
+def log_to_console() -> None:
+    """Messages of a run go to the console; from all ranks but the first, only what went wrong.
+
+    They are kept for :func:`log_to_file`, which is called when the run has been accepted.
+    """
+    log.handlers.clear()
+    log.propagate = False
+    log.setLevel(logging.INFO if distributed.rank() == 0 else logging.WARNING)
+    console = logging.StreamHandler(DummyTqdmFile(sys.stdout))  # keeps messages and the progress bar apart
+    console.addFilter(lambda record: getattr(record, "console", True))
+    console.setFormatter(logging.Formatter(f"{_who()}%(message)s"))
+    log.addHandler(console)
+    log.addHandler(MemoryHandler(1 << 20, flushLevel=logging.CRITICAL + 1))
+    logging.captureWarnings(True)
+    logging.getLogger("py.warnings").handlers = log.handlers
+
+
+def log_to_file(folder: Path) -> None:
+    """They go to ``train.log``, too; from all ranks but the first, only the error that ends the run.
 
     Raises:
         OSError: the folder cannot be written to.
     """
-    rank = distributed.rank()
-    who = "" if rank == 0 else f"rank {rank}: "
-    log.handlers.clear()
-    log.propagate = False
-    log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    console = logging.StreamHandler(DummyTqdmFile(sys.stdout))  # keeps messages and the progress bar apart
-    console.addFilter(lambda record: getattr(record, "console", True))
-    console.setFormatter(logging.Formatter(f"{who}%(message)s"))
-    file = logging.FileHandler(folder / "train.log", delay=rank != 0)
-    file.setLevel(logging.INFO if rank == 0 else logging.ERROR)
-    file.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {who}%(message)s"))
-    log.addHandler(console)
+    first = distributed.rank() == 0
+    file = logging.FileHandler(folder / "train.log", delay=not first)
+    file.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {_who()}%(message)s"))
+    file.addFilter(lambda record: first or record.levelno >= logging.ERROR)
+    for kept in [handler for handler in log.handlers if isinstance(handler, MemoryHandler)]:
+        kept.setTarget(file)
+        kept.close()
+        log.removeHandler(kept)
     log.addHandler(file)
-    logging.captureWarnings(True)
-    logging.getLogger("py.warnings").handlers = log.handlers
+
+
+def _who() -> str:
+    return f"rank {distributed.rank()}: " if distributed.rank() else ""
 
 
 @contextlib.contextmanager
@@ -55,7 +71,7 @@ def recorded_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if log.handlers:  # there is a train.log
+        if any(isinstance(handler, logging.FileHandler) for handler in log.handlers):
             log.error("the run ends: %s", type(error).__name__, exc_info=True, extra={"console": False})
         raise
 

@@ -10,18 +10,27 @@ from torch import Tensor
 
 from dali_pipelines.batch import MontageBatch
 from dali_pipelines.loader import MontageLoader, default_threads
+from dali_pipelines.source import Source, open_images
 from mcl import distributed, ops
-from mcl.config import Config, ConfigError, changed_keys, from_dict, to_dict
+from mcl.config import Config, ConfigError, changed_keys, from_dict, to_dict, value
 from mcl.distributed import agreement
-from mcl.distributed.signals import Consensus, Interrupted, Signals
-from mcl.distributed.watchdog import Watchdog
+from mcl.distributed.hang import Deadline
+from mcl.distributed.signals import Consensus
 from mcl.evaluation import check_evaluations
 from mcl.models import MCL, Output
 from mcl.models.norm import synchronize
 from mcl.records.meters import Meter, Stopwatch
-from mcl.records.metrics import BadFiles, Metrics, ProgressBar, log, rewrite, setup_logging
+from mcl.records.metrics import (
+    BadFiles,
+    Metrics,
+    ProgressBar,
+    log,
+    log_to_console,
+    log_to_file,
+    rewrite,
+)
+from mcl.signals import Interrupted, Signals
 from mcl.train import checkpoint, ema
-from mcl.train.checkpoint import CheckpointError
 from mcl.train.optim import learning_rate
 from mcl.train.saving import Saver
 from mcl.train.step import TrainingStep
@@ -60,50 +69,49 @@ class Trainer:
     """
 
     def __init__(self, config: Config) -> None:
-        self.config = config
-        distributed.adopt_slurm()
-        self.device = resolve_device(config.trainer.device)
-        distributed.setup(self.device.type, config.trainer.timeout)
-        self._watchdog = Watchdog(config.trainer.timeout)
-        with self._watchdog.starting():
-            agreement.check(config, self.device.type)
-            self.images = config.images_per_rank(distributed.world_size())
-            self.folder = config.run_folder
-            if config.trainer.resume == "never" and checkpoint.steps(self.folder / "checkpoints"):
-                raise ConfigError(f"trainer.resume: never, but {self.folder} holds a run; choose another name")
-            if config.trainer.threads:
-                torch.set_num_threads(config.trainer.threads)
+        self.config, self.folder = config, config.run_folder
+        trainer = config.trainer
+        self.device = resolve_device(trainer.device)
+        distributed.setup(self.device.type, trainer.timeout, self.folder)
+        log_to_console()
+        if trainer.threads:
+            torch.set_num_threads(trainer.threads)
+
+        # Nothing is written before all is accepted.
+        self.images = config.images_per_rank(distributed.world_size())
+        source = distributed.in_turn(lambda: open_images(config.data))
+        distributed.in_turn(lambda: check_evaluations(config, source))
+        state = checkpoint.latest(self.folder / "checkpoints")
+        agreement.check(config, self.device.type, source, None if state is None else state["step"])
+        if state is not None:
+            self._check_resumable(state, source)
+        plan = config.plan(len(source), self.images, distributed.rank(), distributed.world_size())
+        self.loader = MontageLoader(
+            source,
+            plan,
+            config.data,
+            gpu=self.device.index,
+            threads=config.data.threads or default_threads(distributed.local_world_size()),
+        )
+        self.steps_per_epoch = plan.steps_per_epoch
+        self.steps = trainer.epochs * self.steps_per_epoch
+        self.step = 0
+
+        torch.manual_seed(trainer.seed)  # the same weights on every rank
+        self.model = MCL(config.model, config.montage, trainer.recompute)
+        if trainer.init_from:
+            initial = checkpoint.load(trainer.init_from)
+            checkpoint.restore(self.model, initial["model"], trainer.init_from)
+        self.model = synchronize(self.model, self.device.type)
+        self._update = TrainingStep(config, self.model, self.device)
+        self._skips = trainer.on_nonfinite == "skip"
+        self._meter = Meter(len(config.montage.ratios), self.device, trainer.precision == "fp16", self._skips)
+        if state is not None:
+            self.load_state_dict(state, str(self.folder))
+        self._saver = Saver(self.folder / "checkpoints", trainer.keep)
+        self.finished = self.step == self.steps
+        if not self.finished:
             self._prepare_folder()
-
-            source = agreement.open_shared(config.data)
-            distributed.in_turn(lambda: check_evaluations(config, source))
-            plan = config.plan(len(source), self.images, distributed.rank(), distributed.world_size())
-            self.loader = MontageLoader(
-                source,
-                plan,
-                config.data,
-                gpu=self.device.index,
-                threads=config.data.threads or default_threads(distributed.local_world_size()),
-                on_bad=BadFiles(self.folder / "bad_files.jsonl", {} if distributed.rank() == 0 else source.bad),
-            )
-            self.steps_per_epoch = plan.steps_per_epoch
-            self.steps = config.trainer.epochs * self.steps_per_epoch
-            self.step = 0
-
-            torch.manual_seed(config.trainer.seed)  # the same weights on every rank
-            self.model = MCL(config.model, config.montage, config.trainer.recompute)
-            if config.trainer.init_from:
-                state = checkpoint.load(config.trainer.init_from)
-                checkpoint.restore(self.model, state["model"], config.trainer.init_from)
-            self.model = synchronize(self.model, self.device.type)
-            self._update = TrainingStep(config, self.model, self.device)
-            self._saver = Saver(self.folder / "checkpoints", config.trainer.keep)
-            self._resume()
-            if distributed.rank() == 0:
-                rewrite(self.folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
-            self._skips = config.trainer.on_nonfinite == "skip"
-            scaled = config.trainer.precision == "fp16"
-            self._meter = Meter(len(config.montage.ratios), self.device, scaled, self._skips)
 
     # ------------------------------------------------------------------------------------------------ the loop
 
@@ -113,30 +121,27 @@ class Trainer:
         Raises:
             CheckpointError: a checkpoint could not be saved.
             NonFiniteLossError: see there.
-            PeerError: another process failed.
             Interrupted: SIGINT or SIGTERM arrived; a checkpoint was saved.
         """
-        with self._watchdog.starting():
-            metrics = Metrics(self.config, self.step) if distributed.rank() == 0 else None
-            self._describe()
-            consensus, stop = Consensus(), 0
+        with Deadline(self.folder / "hangs", self.config.trainer.timeout) as deadline:
+            self._fit(deadline)
+
+    def _fit(self, deadline: Deadline) -> None:
+        metrics = Metrics(self.config, self.step) if distributed.rank() == 0 else None
+        self._describe()
+        consensus, stop = Consensus(), 0
         trainer = self.config.trainer
         every = max(1, round(trainer.checkpoint_epochs * self.steps_per_epoch))
         stopwatch = Stopwatch(self.steps - self.step, self._update.timer)
-        self._watchdog.advance(self.step)
         try:
-            with (
-                Signals() as signals,
-                self._watchdog.training(self._saver.settle),
-                ProgressBar(self.config, self.step, self.steps) as bar,
-            ):
+            with Signals() as signals, ProgressBar(self.config, self.step, self.steps) as bar:
                 while self.step < self.steps and not stop:
+                    deadline.extend()
                     with stopwatch.waiting():
                         query, key = next(self.loader)
                     output, grad_norm = self.train_step(query, key)
                     self._meter.add(self.step, output, grad_norm)
                     self.step += 1
-                    self._watchdog.advance(self.step)
                     stopwatch.lap(trainer.global_batch)
                     bar.advance()
                     stop = consensus(signals.received)
@@ -150,16 +155,15 @@ class Trainer:
                             self.save()
                     self._saver.check()
                 self._saver.wait()
-                distributed.barrier()  # torchrun ends the others as soon as one has left
+                distributed.barrier()  # torchrun ends the others as soon as one has failed, or was stopped
             if stop:
                 log.warning("stopped by signal %d at step %d; the same command continues", stop, self.step)
                 raise Interrupted(128 + stop)
         finally:
-            with self._watchdog.leaving():
-                self._saver.settle()
-                self.loader.close()
-                if metrics is not None:
-                    metrics.close()
+            self._saver.settle()
+            self.loader.close()
+            if metrics is not None:
+                metrics.close()
 
     def train_step(self, query: MontageBatch, key: MontageBatch) -> tuple[Output, Tensor]:
         """The next step (:class:`~mcl.train.step.TrainingStep`), at its place in the schedules."""
@@ -207,29 +211,26 @@ class Trainer:
         if changed:
             log.warning("resuming, but not bit for bit: %s", "; ".join(changed))
 
-    def _resume(self) -> None:
-        state = checkpoint.latest(self.folder / "checkpoints")
-        found = distributed.gather_objects(None if state is None else state["step"])
-        if len(set(found)) > 1:
-            raise CheckpointError(
-                f"{self.folder}: the newest checkpoint that ranks can read is of step {', '.join(map(str, found))}; "
-                "look into their warnings, then mend the machine that reads badly or remove the newer checkpoints"
-            )
-        if state is None:
-            return
-        changes = changed_keys(from_dict(state["config"]), self.config)
-        if changes:
+    def _check_resumable(self, state: dict[str, Any], source: Source) -> None:
+        """
+        Raises:
+            ConfigError: the run in the folder is another one, or none is wanted.
+        """
+        if self.config.trainer.resume == "never":
+            raise ConfigError(f"trainer.resume: never, but {self.folder} holds a run; choose another name")
+        before = from_dict(state["config"])
+        if changes := changed_keys(before, self.config):
+            key = changes[0]
             raise ConfigError(
-                f"{changes[0]}: the run in {self.folder} was started with another value; keep it to resume, or choose "
-                f"another name for a new run ({len(changes)} keys differ: {', '.join(changes)})"
+                f"{key}: was {value(before, key)!r} in the run in {self.folder}, is now {value(self.config, key)!r} "
+                f"({len(changes)} keys differ: {', '.join(changes)}); keep the old ones to resume it. To train on from "
+                f"its weights: name=NEW trainer.init_from={self.folder / 'checkpoints' / checkpoint.LAST}"
             )
-        if state["files"] != self.loader.source.digest():
+        if state["files"] != source.digest():
             raise ConfigError(
                 f"data.root: the files in {self.config.data.root} are not those that the run in {self.folder} was "
                 "started with; put them back (broken ones may stay), or choose another name for a new run"
             )
-        self.load_state_dict(state, str(self.folder))
-        log.info("resumed at step %d of %d", self.step, self.steps)
 
     def _environment(self) -> dict[str, Any]:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
@@ -249,9 +250,16 @@ class Trainer:
     def _prepare_folder(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            setup_logging(self.folder)
+            log_to_file(self.folder)
         except OSError as error:
             raise ConfigError(f"output: cannot write to {self.folder} ({error.strerror}); set output=FOLDER") from None
+        first = distributed.rank() == 0
+        if first:
+            rewrite(self.folder / "config.yaml", yaml.safe_dump(to_dict(self.config), sort_keys=False))
+        elsewhere = {} if first else self.loader.source.bad
+        self.loader.report_bad(BadFiles(self.folder / "bad_files.jsonl", elsewhere))
+        if self.step:
+            log.info("resumed at step %d of %d", self.step, self.steps)
         distributed.barrier()
 
     def _describe(self) -> None:
@@ -261,7 +269,7 @@ class Trainer:
         log.info("loader: %s on %s (%s)", self.loader.engine_name, self.loader.device, self.loader.reason)
         log.info("operators: %s", ops.describe(self.device.type))
         load, cores = os.getloadavg()[0], os.cpu_count() or 1
-        if load > _BUSY * cores:
+        if load > _BUSY * cores and distributed.rank() == 0:
             log.warning("the machine is busy: its load is %.1f on %d cores, so steps will be slower", load, cores)
         if trainer.device == "auto" and self.device.type == "cpu" and _DRIVER.exists():
             log.warning("training on the CPU, since PyTorch sees no CUDA device, though there is a driver: mcl doctor")

@@ -78,7 +78,10 @@ def make_loader(
         rank=rank,
         world_size=world_size,
     )
-    return MontageLoader(source, plan, DataConfig(engine=engine, **data), threads=threads, on_bad=on_bad)  # type: ignore[arg-type]
+    loader = MontageLoader(source, plan, DataConfig(engine=engine, **data), threads=threads)  # type: ignore[arg-type]
+    if on_bad is not None:
+        loader.report_bad(on_bad)
+    return loader
 
 
 def take(loader: MontageLoader, steps: int) -> list[Pair]:

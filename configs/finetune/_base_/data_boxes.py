@@ -19,7 +19,7 @@ train_dataloader = dict(
     dataset=dict(
         type="SeededDataset",
         dataset=dict(
-            type="CocoDataset",
+            type="COCOFolder",
             filter_cfg=dict(filter_empty_gt=True, min_size=32),
             pipeline=train_pipeline,
         ),
@@ -29,6 +29,6 @@ val_dataloader = dict(
     batch_size=1,
     num_workers=2,
     sampler=dict(type="DefaultSampler", shuffle=False),
-    dataset=dict(type="CocoDataset", test_mode=True, pipeline=val_pipeline),
+    dataset=dict(type="COCOFolder", test_mode=True, pipeline=val_pipeline),
 )
 val_evaluator = dict(type="FolderMetric", metric=["bbox"])

@@ -1,6 +1,5 @@
 """Processes that do not belong together are refused at the start, with the rank and the remedy."""
 
-import datetime
 import os
 import tempfile
 import time
@@ -9,15 +8,17 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
 import mcl
 from dali_pipelines import pipelines
+from dali_pipelines.source import Source
 from mcl import config, distributed
 from mcl.config import Config, ConfigError
-from mcl.distributed import agreement, launch
+from mcl.distributed import agreement
 from mcl.ops import steps
 from mcl.train.trainer import Trainer
 from tests.mcl.ranks import free_port, in_ranks
@@ -35,9 +36,12 @@ def refusals(runs: list[Words], output: str) -> list[str]:
     return said
 
 
-def refusal(cfg: Config) -> str:
+def refusal(cfg: Config, names: tuple[str, ...] = (), step: int | None = None) -> str:
+    """What this rank is told, that sees such images and a checkpoint of such a step; empty where it may start."""
+    labels, sizes = np.zeros(len(names), np.int64), np.ones((len(names), 2), np.int32)
+    source = Source("", "flat", names, labels, sizes, "", lambda i: b"")
     try:
-        agreement.check(cfg, "cpu")
+        agreement.check(cfg, "cpu", source, step)
     except ConfigError as error:
         return str(error)
     return ""
@@ -68,13 +72,13 @@ def test_configurations_must_be_the_same(tmp_path: Path) -> None:
 
 
 def other_machine(root: str) -> list[str]:
-    """What all are told when the last ranks have other code, other libraries, and a run folder of their own.
+    """What all are told when the last ranks have other code, libraries, images and checkpoints.
 
     A changed line, and a file of another name, are other code; what Python compiles is not.
     """
     own = distributed.rank() > 1
     folder = Path(root) / ("own" if own else "shared")
-    (folder / "tiny" / "checkpoints").mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
     said = [refusal(config.from_dict(TINY))]
     for file, value in (("a.py", 1), ("a.py", 2), ("b.py", 1)) if own else [("a.py", 1)] * 3:
         code = Path(tempfile.mkdtemp(dir=folder))
@@ -92,18 +96,15 @@ def other_machine(root: str) -> list[str]:
         said.append(refusal(config.from_dict(TINY)))
     with mock.patch.object(pipelines, "PLUGIN", Path("nowhere")) if own else nullcontext():
         said.append(refusal(config.override(config.from_dict(TINY), ["data.engine=fused"])))
-    if not own:
-        (folder / "tiny" / "checkpoints" / "step_00000004.pt").touch()
-    distributed.barrier()
-    with mock.patch.object(Config, "run_folder", folder / "tiny"):
-        said.append(refusal(config.from_dict(TINY)))
+    said.append(refusal(config.from_dict(TINY), names=("b",) if own else ("a",)))
+    said.append(refusal(config.from_dict(TINY), step=None if own else 4))
     return said
 
 
-def test_code_pytorch_and_run_folder_must_be_the_same(tmp_path: Path) -> None:
+def test_code_libraries_images_and_checkpoints_must_be_the_same(tmp_path: Path) -> None:
     said = in_ranks(4, other_machine, str(tmp_path))
     assert said[0] == said[1] == said[2] == said[3]
-    allowed, same_code, changed, renamed, version, sources, operators, dali, plugin, folder = said[0]
+    allowed, same_code, changed, renamed, version, sources, operators, dali, plugin, images, newest = said[0]
     assert allowed == same_code == ""
     for code in (changed, renamed):
         assert code.startswith("the code of mcl: ")
@@ -123,84 +124,44 @@ def test_code_pytorch_and_run_folder_must_be_the_same(tmp_path: Path) -> None:
     assert plugin.startswith(
         f"{engine}none (data.engine: fused cannot be had: no CUDA device; mcl's DALI plugin is not"
     )
-    assert folder == "the newest checkpoint: none on rank 2, 3, step_00000004.pt on rank 0; " + (
-        "put output on a file system that all machines share"
+    assert images.startswith("data.root: 1 images with the fingerprint ")
+    assert images.endswith("on rank 0; give all machines the same files: names, classes, sizes and broken ones")
+    assert newest.startswith(
+        "the newest checkpoint: none on rank 2, 3, of step 4 on rank 0; put output on a file system"
     )
 
 
-def start(
-    cases: list[tuple[list[str], int]], devices: list[str], patience: float, gpus: int = 8, late: int | None = None
-) -> list[str]:
-    """What this rank is told when it joins a group of the size that its case says, on `devices`; `gpus` are seen, and
-    rank `late` comes after the others."""
+def meet(port: int, sizes: list[str], devices: list[str], timeout: float, gpus: int) -> str:
+    """What this rank is told when it joins a group of such a size on such a device; `gpus` are seen."""
     distributed.teardown()
-    said = []
-    for sizes, port in cases:
-        os.environ |= {"WORLD_SIZE": sizes[int(os.environ["RANK"])], "MASTER_PORT": str(port)}
-        time.sleep(2 if late == int(os.environ["RANK"]) else 0)
-        with (
-            mock.patch.object(launch, "_ROLL_CALL", datetime.timedelta(seconds=patience)),
-            mock.patch.object(torch.cuda, "set_device"),
-            mock.patch.object(torch.cuda, "device_count", return_value=gpus),
-        ):
-            try:
-                distributed.setup(devices[int(os.environ["RANK"])])
-                said.append(str(distributed.world_size()))
-            except ConfigError as error:
-                said.append(str(error))
-            distributed.teardown()
-    return said
+    rank = int(os.environ["RANK"])
+    os.environ |= {"WORLD_SIZE": sizes[rank], "LOCAL_WORLD_SIZE": sizes[rank], "MASTER_PORT": str(port)}
+    start = time.monotonic()
+    with mock.patch.object(torch.cuda, "device_count", return_value=gpus), mock.patch.object(torch.cuda, "set_device"):
+        try:
+            distributed.setup(devices[rank], timeout)
+        except ConfigError as error:
+            assert time.monotonic() - start < timeout + 60
+            return str(error)
+        return str(distributed.world_size())
 
 
-def test_processes_must_be_of_one_group() -> None:
-    cases = [(sizes, free_port()) for sizes in (["2", "2"], ["2", "4"], ["4", "2"])]
-    first, second = in_ranks(2, start, cases, ["cpu", "cpu"], 60.0)
-    assert first == second
-    assert first[0] == "2"
-    for said, theirs, ours in ((first[1], 4, 2), (first[2], 2, 4)):
-        assert said.startswith(
-            f"WORLD_SIZE: rank 1 was started as one of {theirs} processes on cpu, rank 0 as one of {ours} processes on"
-        )
+def test_processes_that_belong_together_meet() -> None:
+    assert in_ranks(2, meet, free_port(), ["2", "2"], ["cpu", "cpu"], 60.0, 0) == ["2", "2"]
 
 
-def test_processes_beyond_the_number_of_rank_0_are_refused_too() -> None:
-    told = in_ranks(3, start, [(["2", "2", "3"], free_port())], ["cpu"] * 3, 60.0, 8, 1)
-    assert told[0] == told[1] == told[2]
-    assert told[0][0].startswith("WORLD_SIZE: rank 2 was started as one of 3 processes on cpu, rank 0 as one of 2 proc")
-
-
-def test_processes_must_all_come() -> None:
-    first, second = in_ranks(2, start, [(["3", "3"], free_port())], ["cpu", "cpu"], 3.0)
-    assert first == second
-    assert first[0].startswith("WORLD_SIZE: of 3 processes, rank 2 did not come within 3 s; start as many as")
-
-
-def test_processes_must_run_on_the_same_kind_of_device() -> None:
-    first, second = in_ranks(2, start, [(["2", "2"], free_port())], ["cpu", "cuda"], 60.0)
-    assert first == second
-    assert "rank 1 was started as one of 2 processes on cuda, rank 0 as one of 2 processes on cpu" in first[0]
+@pytest.mark.parametrize("sizes", [["3", "3"], ["2", "4"], ["4", "2"]])
+def test_processes_that_do_not_are_refused(sizes: list[str]) -> None:
+    """One does not come, or was started as one of another number."""
+    for said, size in zip(in_ranks(2, meet, free_port(), sizes, ["cpu", "cpu"], 3.0, 0), sizes, strict=True):
+        assert said.startswith(f"MASTER_ADDR, MASTER_PORT, WORLD_SIZE: {size} processes did not meet at 127.0.0.1:")
+        assert said.endswith("start all of them, on the same kind of device")
 
 
 def test_processes_must_see_their_gpus() -> None:
-    first, second = in_ranks(2, start, [(["2", "2"], free_port())], ["cuda", "cuda"], 60.0, 1)
-    assert first == second
-    assert first[0].startswith(
-        "trainer.device: process 1 of its machine sees 1 GPUs; start one process per GPU, and let"
-    )
-    assert first[0].endswith("(under SLURM: no --gpus-per-task) (rank 1)")
-
-
-def test_a_meeting_point_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    port = free_port()
-    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("MASTER_PORT", raising=False)
-    with pytest.raises(ConfigError, match="MASTER_PORT: not set; it must name the first machine"):
-        distributed.setup("cpu")
-    monkeypatch.setenv("MASTER_PORT", str(port))
-    monkeypatch.setattr(launch, "_ANSWER", datetime.timedelta(seconds=1))
-    with pytest.raises(ConfigError, match=rf"MASTER_ADDR, MASTER_PORT: nobody listens at 127\.0\.0\.1:{port} \("):
-        distributed.setup("cpu")
+    _, second = in_ranks(2, meet, free_port(), ["2", "2"], ["cpu", "cuda"], 3.0, 1)
+    assert second.startswith("trainer.device: process 1 of its machine sees 1 GPUs; start one process per GPU, and let")
+    assert second.endswith("(under SLURM: no --gpus-per-task)")
 
 
 def test_a_single_process_makes_no_group(tmp_path: Path, photos: Path, thin_backbone: None) -> None:
@@ -224,12 +185,10 @@ def train(words: Words) -> Any:
 
 def test_a_trainer_asks_before_it_works(tmp_path: Path, photos: Path) -> None:
     """It makes no run folder."""
-    words = [f"data.root={photos / 'val'}", f"output={tmp_path}", "trainer.timeout=2"]
-    first, second = in_ranks(2, train, [words, [*words, "trainer.global_batch=12"]])
+    words = [f"data.root={photos / 'val'}", f"output={tmp_path / 'runs'}", "trainer.global_batch=16"]
+    first, second = in_ranks(2, train, [words, [*words, "optim.ema=0.5"]])
     assert (
-        first
-        == second
-        == ("trainer.global_batch: 12 on rank 1, 8 on rank 0; start all processes with the same configuration")
+        first == second == "optim.ema: 0.5 on rank 1, 0.99 on rank 0; start all processes with the same configuration"
     )
     first, second = in_ranks(2, train, [[*words, "trainer.global_batch=9"]] * 2)
     assert first == second == "trainer.global_batch: 9 does not divide by 2 processes"

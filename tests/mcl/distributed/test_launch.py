@@ -1,4 +1,4 @@
-"""The SLURM script, run as it is, with stand-ins for srun and scontrol: two processes of one machine over gloo."""
+"""The variables of launchers; the SLURM script, run as it is, with stand-ins for srun and scontrol."""
 
 import os
 import re
@@ -14,9 +14,11 @@ import yaml
 
 from mcl import distributed
 from mcl.config import ConfigError
+from mcl.distributed import launch
 from mcl.records.metrics import read
 from mcl.train import checkpoint
 from tests.conftest import ROOT
+from tests.mcl.ranks import free_port
 from tests.mcl.tiny import TINY
 
 SCRIPT = ROOT / "scripts" / "slurm.sbatch"
@@ -27,13 +29,9 @@ open(os.environ["SAID"], "a").write(" ".join(["srun", *sys.argv[1:]]) + "\\n")
 command = sys.argv[1:]
 while command[0].startswith("--"):
     del command[0]
-tasks = []
-signal.signal(signal.SIGTERM, lambda number, _: [task.send_signal(number) for task in tasks])
-for rank in range(2):
-    place = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NODEID": "0"}
-    place |= {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2"}
-    tasks.append(subprocess.Popen(command, env=os.environ | place))
-sys.exit(max(code if code >= 0 else 128 - code for code in [task.wait() for task in tasks]))
+task = subprocess.Popen(command)
+signal.signal(signal.SIGTERM, lambda number, _: task.send_signal(number))
+sys.exit(task.wait())
 """
 
 SCONTROL = """
@@ -63,6 +61,7 @@ class Job:
 
     def start(self, *words: str, state: str = "RUNNING") -> "subprocess.Popen[str]":
         slurm = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_CPUS_PER_TASK": "1"}
+        slurm["SLURM_JOB_NUM_NODES"] = "1"
         # In a virtual environment Python finds its packages by where it is started from.
         environment = {**os.environ, **slurm, "SAID": str(self.said), "STATE": state}
         environment["PYTHONPATH"] = os.pathsep.join(sys.path)
@@ -78,13 +77,13 @@ class Job:
 
 
 def stop(job: Job, after: int, state: str = "RUNNING") -> str:
-    """SIGTERM to everything, as SLURM sends it, when so many steps are done; what the job printed."""
+    """SIGTERM to the script, as SLURM sends it, when so many steps are done; what the job printed."""
     running = job.start(state=state)
     while job.steps() < after and running.poll() is None:
         time.sleep(0.1)
-    os.killpg(running.pid, signal.SIGTERM)
+    running.send_signal(signal.SIGTERM)
     printed, _ = running.communicate(timeout=120)
-    assert running.returncode == 143, printed
+    assert running.returncode == 1, printed  # of torchrun
     return printed
 
 
@@ -103,7 +102,9 @@ def test_before_its_time_is_up_a_job_saves_and_goes_back_to_the_queue(tmp_path: 
     assert checkpoint.load(tmp_path / "tiny" / "checkpoints" / "last.pt")["step"] >= 2
     hostnames, srun, _, requeue = job.said.read_text().splitlines()
     assert hostnames == "scontrol show hostnames node[1-2]"
-    assert " --kill-on-bad-exit=0 --wait=0 --cpu-bind=none --cpus-per-task=1 python -m mcl pretrain " in srun
+    assert srun.startswith(
+        "srun --kill-on-bad-exit=1 --cpu-bind=none --cpus-per-task=1 python -m torch.distributed.run"
+    )
     assert requeue == f"scontrol requeue {os.getpid()}"
 
 
@@ -125,7 +126,7 @@ def test_queued_again_it_goes_on_where_it_stopped(tmp_path: Path, photos: Path) 
     stop(job, after=stopped + 2)
     resumed = job.start("trainer.global_batch=9")
     printed, _ = resumed.communicate(timeout=120)
-    assert resumed.returncode == 2
+    assert resumed.returncode == 1
     assert "trainer.global_batch: 9 does not divide by 2 processes" in printed
     commands = [line.split()[:2] for line in job.said.read_text().splitlines()]
     assert commands.count(["scontrol", "requeue"]) == 2
@@ -147,49 +148,61 @@ def variables(**values: Any) -> dict[str, str]:
     return {f"SLURM_{name.upper()}": str(value) for name, value in values.items()}
 
 
-def test_srun_says_what_torchrun_would(environment: pytest.MonkeyPatch) -> None:
-    step = variables(procid=13, localid=5, nodeid=1, step_num_tasks=16, step_tasks_per_node="8(x2)")
-    for name, value in step.items():
-        environment.setenv(name, value)
-    distributed.adopt_slurm()
-    assert [os.environ[name] for name in ("RANK", "WORLD_SIZE")] == ["13", "16"]
-    assert (distributed.local_rank(), distributed.local_world_size()) == (5, 8)
-    with pytest.raises(ConfigError, match="MASTER_ADDR: not set"):
-        distributed.setup("cpu")
-
-
-@pytest.mark.parametrize(("node", "tasks"), [(0, 8), (1, 8), (2, 4), (3, 2)])
-def test_nodes_may_have_different_numbers_of_processes(environment: pytest.MonkeyPatch, node: int, tasks: int) -> None:
-    step = variables(procid=0, localid=0, nodeid=node, step_num_tasks=22, step_tasks_per_node="8(x2),4,2")
-    for name, value in step.items():
-        environment.setenv(name, value)
-    distributed.adopt_slurm()
-    assert distributed.local_world_size() == tasks
-
-
-def test_torchrun_within_a_job_has_the_last_word(environment: pytest.MonkeyPatch) -> None:
-    step = variables(procid=1, localid=0, nodeid=1, step_num_tasks=2, step_tasks_per_node="1(x2)")
-    for name, value in step.items():
-        environment.setenv(name, value)
-    environment.setenv("RANK", "3")
-    environment.setenv("WORLD_SIZE", "16")
-    distributed.adopt_slurm()
-    assert (os.environ["RANK"], os.environ["WORLD_SIZE"]) == ("3", "16")
+TORCHRUN = {
+    **{"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"},
+    **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"},
+}
 
 
 @pytest.mark.parametrize(
-    "slurm",
+    ("name", "value"),
+    [
+        *(("RANK", value) for value in ("", "2", "-1", "one", "1.0", " ")),
+        *(("WORLD_SIZE", value) for value in ("", "0", "two", "99999999999")),
+        *(("LOCAL_RANK", value) for value in ("", "2")),
+        *(("LOCAL_WORLD_SIZE", value) for value in ("", "0", "3")),
+        *(("MASTER_PORT", value) for value in ("", "83120", "0", "http")),
+        *(("MASTER_ADDR", value) for value in ("", "no.such.host.invalid", "a" * 300, "..")),
+    ],
+)
+def test_a_wrong_variable_is_named(environment: pytest.MonkeyPatch, name: str, value: str) -> None:
+    environment.setattr(launch, "_RESOLVE", 0.5)
+    for right in TORCHRUN.items():
+        environment.setenv(*right)
+    assert launch.world_size() == 2
+    environment.setenv(name, value)
+    with pytest.raises(ConfigError, match=f"^{name}: "):
+        launch.world_size()
+
+
+@pytest.mark.parametrize(
+    "left",
     [
         {},
+        {"RANK": "0"},
+        {"RANK": "0", "WORLD_SIZE": "1"},
+        {"RANK": "3", "LOCAL_RANK": "3", "MASTER_ADDR": "elsewhere", "MASTER_PORT": "83120"},
         variables(procid=0, localid=0, nodeid=0, ntasks=1, step_num_tasks=1, step_tasks_per_node=1),
         variables(ntasks=8),  # in a shell of salloc
         variables(ntasks=8, procid=0, localid=0, nodeid=0),  # in a batch script, without srun
     ],
 )
-def test_a_single_process_needs_nothing(environment: pytest.MonkeyPatch, slurm: dict[str, str]) -> None:
-    for name, value in slurm.items():
+def test_variables_left_behind_make_a_single_process(environment: pytest.MonkeyPatch, left: dict[str, str]) -> None:
+    for name, value in left.items():
         environment.setenv(name, value)
-    distributed.adopt_slurm()
     distributed.setup("cpu")
     assert (distributed.rank(), distributed.world_size()) == (0, 1)
-    assert "WORLD_SIZE" not in os.environ
+
+
+def test_processes_of_srun_alone_are_refused(environment: pytest.MonkeyPatch) -> None:
+    for name, value in variables(procid=1, step_num_tasks=8).items():
+        environment.setenv(name, value)
+    with pytest.raises(ConfigError, match="SLURM_STEP_NUM_TASKS: srun started 8 processes that do not know each other"):
+        distributed.setup("cpu")
+
+
+def test_nobody_listens(environment: pytest.MonkeyPatch) -> None:
+    for name, value in {**TORCHRUN, "MASTER_PORT": str(free_port())}.items():
+        environment.setenv(name, value)
+    with pytest.raises(ConfigError, match=r"2 processes did not meet at 127\.0\.0\.1:"):
+        distributed.setup("cpu", 1)

@@ -1,6 +1,8 @@
 """Batches and augmentations are functions of seed and step."""
 
 import itertools
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from tests.mcl.finetune.conftest import MINI, TINY
 
 def loader(folder: Path, *overrides: str) -> Any:
     config = settings.load(MINI, [*TINY, *overrides])
-    use(config, open_folder(str(folder)))
+    use(config, open_folder(str(folder), masks=True))
     with DefaultScope.overwrite_default_scope("mmdet"):
         return Runner.build_dataloader(config.train_dataloader, seed=config.randomness.seed)
 
@@ -57,6 +59,20 @@ def test_epochs(folder: Path) -> None:
     shapes = [(sample.img_id, sample.flip, sample.img_shape) for sample in samples]
     assert shapes[:6] != shapes[6:]
     assert len({sample.flip for sample in samples}) == 2
+
+
+def test_corrections_of_annotations_reach_the_loader(folder: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(folder, tmp_path / "copy")
+    for path in copied.glob("*.json"):
+        content = json.loads(path.read_text())
+        for annotation in content["annotations"]:
+            annotation.update(id=annotation["id"] - 1, iscrowd=None, area=None)
+            annotation["bbox"] = list(map(str, annotation["bbox"]))
+        path.write_text(json.dumps(content), encoding="utf-16")
+    for batch, same in zip(take(loader(folder), 0, 3), take(loader(copied), 0, 3), strict=True):
+        for sample, twin in zip(batch["data_samples"], same["data_samples"], strict=True):
+            assert torch.equal(sample.gt_instances.bboxes.tensor, twin.gt_instances.bboxes.tensor)
+            assert (sample.gt_instances.masks.masks == twin.gt_instances.masks.masks).all()
 
 
 def test_seeds_differ(folder: Path) -> None:

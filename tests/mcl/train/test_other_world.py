@@ -11,7 +11,7 @@ import pytest
 from dali_pipelines.batch import MontageBatch
 from mcl import config, distributed
 from mcl.config import Config
-from mcl.distributed.signals import Interrupted
+from mcl.signals import Interrupted
 from mcl.train import checkpoint
 from mcl.train.trainer import Trainer
 from tests.conftest import ThinBackbone

@@ -13,7 +13,6 @@ from PIL import Image
 from dali_pipelines.batch import MontageBatch
 from dali_pipelines.source import Source, open_source
 from mcl import config
-from mcl.distributed import agreement
 from mcl.records.meters import Stopwatch
 from mcl.records.metrics import Record, read
 from mcl.records.timers import HostClock, Timer
@@ -94,7 +93,7 @@ def test_a_run_loads_while_it_computes(thumbnails: Path, tmp_path: Path, monkeyp
     """Its own records say so. Steps are real ones, and sleep besides."""
     images, load, step = 8, 0.2, 0.1
     slow = slowed(thumbnails, load / images)
-    monkeypatch.setattr(agreement, "open_shared", lambda data: slow)
+    monkeypatch.setattr(trainer, "open_images", lambda data: slow)
     words = [f"data.root={thumbnails}", f"output={tmp_path}", "trainer.epochs=12", "trainer.log_every=6"]
     run = trainer.Trainer(config.override(config.from_dict(TINY), [*words, f"trainer.global_batch={images}"]))
     compute = run.train_step

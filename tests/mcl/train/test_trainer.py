@@ -20,11 +20,12 @@ import torch
 import yaml
 from PIL import Image
 
+from dali_pipelines.source import SourceError
 from mcl import commands as run
 from mcl import config
 from mcl.config import Config, ConfigError
-from mcl.distributed.signals import Interrupted
 from mcl.records.metrics import RecordError, read
+from mcl.signals import Interrupted
 from mcl.train import checkpoint
 from mcl.train.checkpoint import CheckpointError
 from mcl.train.trainer import Trainer
@@ -215,7 +216,7 @@ def test_half_a_checkpoint_is_skipped(tiny: Config) -> None:
 def test_checkpoint_of_another_model(tiny: Config) -> None:
     Trainer(tiny).fit()
     path = tiny.run_folder / "checkpoints" / "last.pt"
-    with pytest.raises(ConfigError, match=r"model\.width: the run in .* was started with another value"):
+    with pytest.raises(ConfigError, match=r"model\.width: was 16 in the run in .*, is now 32 \(1 keys"):
         Trainer(config.override(tiny, ["model.width=32"]))
     with pytest.raises(CheckpointError, match=r"weights of another model: .* set the section model"):
         Trainer(config.override(tiny, ["name=other", "model.width=32", f"trainer.init_from={path}"]))
@@ -255,7 +256,7 @@ def test_a_record_that_finds_no_room_is_named(tiny: Config) -> None:
 
 @pytest.mark.fault("a disk that is still full when the run is started again")
 def test_a_disk_that_is_still_full_leaves_records_as_they_were(tiny: Config) -> None:
-    Trainer(config.override(tiny, ["trainer.epochs=2"])).fit()
+    break_off(tiny)
     before = {name: (tiny.run_folder / name).read_bytes() for name in ("config.yaml", "metrics.jsonl")}
     assert all(before.values())
     with small_disk(100), pytest.raises(RecordError, match=r"config\.yaml: cannot be written \(.*\); make room"):
@@ -277,6 +278,50 @@ def test_a_driver_without_a_device_is_worth_a_word(
     assert "training on the CPU, since PyTorch sees no CUDA device" in (trainer.folder / "train.log").read_text()
 
 
+def test_nothing_is_written_before_all_is_accepted(tiny: Config, few_photos: Path, tmp_path: Path) -> None:
+    """A refused start leaves no folder, and the log of a good run alone."""
+    refused = [
+        ["data.root=nowhere"],
+        ["trainer.global_batch=4096"],
+        ["trainer.global_batch=7"],
+        ["trainer.init_from=nowhere.pt"],
+        ["evaluation.at_end=[linear]", "data.val_root=nowhere"],
+    ]
+    for words in refused:
+        with pytest.raises((ConfigError, SourceError, CheckpointError)):
+            Trainer(config.override(tiny, words))
+        assert not tiny.run_folder.exists()
+    Trainer(tiny).fit()
+    before = {path: path.read_bytes() for path in tiny.run_folder.rglob("*") if path.is_file()}
+    for words in [*refused, ["trainer.epochs=3"], ["trainer.resume=never"]]:
+        with pytest.raises((ConfigError, SourceError, CheckpointError)):
+            run.pretrain(config.override(tiny, words))
+        assert before == {path: path.read_bytes() for path in tiny.run_folder.rglob("*") if path.is_file()}
+
+
+def test_a_longer_run_says_how_to_train_on(tiny: Config) -> None:
+    Trainer(tiny).fit()
+    with pytest.raises(ConfigError) as refused:
+        Trainer(config.override(tiny, ["trainer.epochs=10"]))
+    said = str(refused.value)
+    assert said.startswith(f"trainer.epochs: was 2 in the run in {tiny.run_folder}, is now 10 ")
+    assert said.endswith(f": name=NEW trainer.init_from={tiny.run_folder / 'checkpoints' / 'last.pt'}")
+    words = ["trainer.epochs=10", "name=longer", *said.split()[-1:]]
+    assert Trainer(config.override(tiny, words)).steps == 40
+
+
+def test_a_finished_run_is_left_alone(tiny: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    cfg = config.override(tiny, ["evaluation.at_end=[retrieval]", "log.preview=true", "log.tensorboard=true"])
+    run.pretrain(cfg)
+    before = {path: path.read_bytes() for path in cfg.run_folder.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    run.pretrain(cfg)
+    said = capsys.readouterr().out
+    assert f"the run is finished: all {STEPS} steps are done" in said
+    assert "retrieval" in said
+    assert before == {path: path.read_bytes() for path in cfg.run_folder.rglob("*") if path.is_file()}
+
+
 def test_other_files_are_not_resumed(tiny: Config, few_photos: Path, tmp_path: Path) -> None:
     """A photograph less renumbers the others."""
     root = tmp_path / "copy"
@@ -288,10 +333,22 @@ def test_other_files_are_not_resumed(tiny: Config, few_photos: Path, tmp_path: P
         Trainer(cfg)
 
 
+def break_off(cfg: Config) -> None:
+    """Trains until something ends the run before its sixth step."""
+    trainer = Trainer(cfg)
+
+    def fail() -> None:
+        raise RecordError
+
+    before_step(trainer, 5, fail)
+    with pytest.raises(RecordError):
+        trainer.fit()
+
+
 def test_remedies_for_bad_files_may_be_applied_on_resume(tiny: Config) -> None:
-    Trainer(tiny).fit()
+    break_off(tiny)
     cfg = config.override(tiny, ["data.max_bad_fraction=0.5", "trainer.log_every=1"])
-    assert Trainer(cfg).step == STEPS
+    assert Trainer(cfg).step == 4
     assert yaml.safe_load((tiny.run_folder / "config.yaml").read_text())["data"]["max_bad_fraction"] == 0.5
 
 

@@ -1,0 +1,107 @@
+"""SIGTERM and Ctrl-C: training saves and leaves after its step; a second one ends any verb within ten seconds."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any, Self
+
+_AGAIN = 2.0
+"""Seconds in which a second signal is the first one again: a terminal or a scheduler sends it to all processes, and
+torchrun passes it on."""
+
+
+class Interrupted(SystemExit):
+    """A signal ended the run, after everything was saved; the exit code is 128 + the signal's number, as in a shell."""
+
+
+class Signals:
+    """Within the context, SIGINT and SIGTERM are noted instead of obeyed; a later second SIGINT acts as usual.
+
+    Who sends SIGTERM twice, as a scheduler and torchrun together do, has SIGKILL for what does not end in time.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._since = 0.0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if not self.received:
+            self.received, self._since = number, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self._since > _AGAIN:
+            signal.default_int_handler(number, frame)
+
+
+# A process of its own, since no Python code of this one runs while C code holds the interpreter. The C part of Python's
+# signal handlers writes the number of each signal to its input, which ends with this process.
+_WATCHER = """
+import os, select, signal, sys, time
+parent, first = int(sys.argv[1]), 0.0
+while said := os.read(0, 1):
+    now = time.monotonic()
+    if said[0] not in (signal.SIGINT, signal.SIGTERM):
+        continue
+    if not first:
+        first = now
+        os.write(2, sys.argv[2].encode())
+    elif now - first > float(sys.argv[4]):
+        os.write(2, sys.argv[3].encode())
+        while time.monotonic() < now + 5 and select.select([0], [], [], now + 5 - time.monotonic())[0]:
+            if not os.read(0, 1):
+                break
+        if os.getppid() == parent:
+            os.kill(parent, signal.SIGKILL)
+        break
+"""
+
+_LOST = "a second signal: this process ends within ten seconds; what was done since the last checkpoint is lost\n"
+
+
+@contextlib.contextmanager
+def a_second_one_ends(first: str) -> Iterator[None]:
+    """Within the context; handlers of signals are the caller's.
+
+    Args:
+        first: what is said on stderr at the first signal that a handler notes, whatever the process is doing.
+    """
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    command = [sys.executable, "-I", "-S", "-c", _WATCHER, str(os.getpid()), first, _LOST, str(_AGAIN)]
+    watcher = subprocess.Popen(command, stdin=read, start_new_session=True)  # which Ctrl-C does not reach
+    os.close(read)
+    before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    global _open
+    _open = write
+    try:
+        yield
+    finally:
+        _open = -1
+        signal.set_wakeup_fd(before)
+        os.close(write)
+        watcher.wait()
+
+
+_open = -1  # the watcher's input
+
+
+def _let_go() -> None:
+    """A forked process is not watched."""
+    if _open >= 0:
+        signal.set_wakeup_fd(-1)
+        os.close(_open)
+
+
+os.register_at_fork(after_in_child=_let_go)
