@@ -113,7 +113,7 @@ def scan_shard(files: Files, kind: str, path: str, size: int) -> list[Image]:
         raise SourceError(f"cannot read {path} ({error.strerror or error})") from error
 
 
-def _header(file: IO[bytes], length: int) -> Header:
+def _header(file: IO[bytes], length: int) -> Header | str:
     return read_header(file) if length else "empty"
 
 

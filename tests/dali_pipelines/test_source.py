@@ -19,8 +19,10 @@ Write = Callable[[Path, int], list[Path]]
 
 
 def header(path: Path) -> tuple[int, int] | str:
+    """Size, or why the image cannot be used."""
     with open(path, "rb") as file:
-        return source.read_header(file)
+        found = source.read_header(file)
+    return found if isinstance(found, str) else found.size
 
 
 def bytes_are_those_of_the_files(s: Source) -> bool:
