@@ -259,7 +259,7 @@ class MontageLoader:
                 self._engine = self._make_engine()
             try:
                 views = self._engine.collect()
-            except (RuntimeError, OSError) as error:
+            except (RuntimeError, OSError, UnicodeDecodeError) as error:  # the last: DALI quotes a name of other bytes
                 self._find_bad(error)
                 continue
             plan = self._ahead.popleft()

@@ -4,9 +4,9 @@ import io
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-from dali_pipelines.source.headers import open_image, orientation_of
+from dali_pipelines.source.headers import NO_IMAGE, open_image, orientation_of
 
 _TURN_BACK = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -35,6 +35,8 @@ def decode(encoded: bytes) -> npt.NDArray[np.uint8]:
                 return np.repeat(gray[..., None], 3, 2)
             image.info.pop("transparency", None)
             return np.array(image.convert("RGB"))
+    except UnidentifiedImageError:
+        raise OSError(NO_IMAGE) from None
     except Exception as error:  # Pillow's decoders raise nearly anything
         raise OSError(f"{type(error).__name__}: {error}") from error
 

@@ -16,6 +16,9 @@ FORMATS = ("JPEG", "MPO", "PNG", "BMP", "WEBP", "TIFF", "PPM")
 MAX_PIXELS = 100_000_000
 """A larger image is taken for a broken or hostile file."""
 
+NO_IMAGE = "not an image, or its header is broken"
+"""Why a file cannot be used of which Pillow knows nothing else."""
+
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "I;16", "I;16B", "I;16L", "I;16N")
 _LOSSLESS = ("raw", "packbits", "tiff_lzw", "tiff_adobe_deflate")  # compressions of TIFF
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -58,7 +61,7 @@ def read_header(file: IO[bytes]) -> Header | str:
             orientation, stored = orientation_of(image), stored_size(image)
             header = Header(image.format, image.mode, stored, orientation, not _by_dali(image, orientation))
     except UnidentifiedImageError:
-        return "not an image, or its header is broken"
+        return NO_IMAGE
     except Exception as error:  # broken headers make Pillow raise nearly anything; all of it means a bad image
         if isinstance(error, OSError) and error.errno is not None:
             raise

@@ -40,7 +40,9 @@ def setup_logging(folder: Path) -> None:
     console = logging.StreamHandler(DummyTqdmFile(sys.stdout))  # keeps messages and the progress bar apart
     console.addFilter(lambda record: getattr(record, "console", True))
     console.setFormatter(logging.Formatter(f"{who}%(message)s"))
-    file = logging.FileHandler(folder / "train.log", delay=rank != 0)
+    file = logging.FileHandler(
+        folder / "train.log", encoding="utf-8", errors="backslashreplace", delay=rank != 0
+    )  # names of files need not be UTF-8
     file.setLevel(logging.INFO if rank == 0 else logging.ERROR)
     file.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {who}%(message)s"))
     log.addHandler(console)

@@ -266,6 +266,29 @@ def test_what_has_changed_since_the_start_is_replaced(
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_names_may_be_any_bytes(tmp_path: Path, encoded: list[bytes], engine: str) -> None:
+    """As an old ZIP leaves them: of images that are fine, that are broken, and that vanish."""
+    names = [b"%d\xe9.jpg" % i for i in range(IMAGES)] + [
+        "日本.jpg".encode(),
+        b"a\nb\xff.jpg",
+        b"\xc3(.jpg",
+        b"\x85.jpg",
+    ]
+    for name, image in zip(names, encoded, strict=False):
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).write_bytes(image)
+    source = open_source(str(tmp_path))
+    paths = [os.fsencode(path) for path in source.paths or ()]
+    assert {path.rpartition(b"/")[2] for path in paths} == set(names)
+    os.truncate(paths[2], 100)
+    os.remove(paths[5])
+    found: Found = []
+    with make_loader(source, engine, on_bad=lambda *args: found.append(args), max_bad_fraction=0.2) as loader:
+        take(loader, 2)
+    assert sorted((i, os.fsencode(name)) for i, name, _ in found) == [(2, paths[2]), (5, paths[5])]
+    assert "No such file" in loader.bad[5]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_every_kind_of_readable_file_goes_through(
     tmp_path: Path, folder_of: Write, kinds: dict[str, Path], engine: str
 ) -> None:
