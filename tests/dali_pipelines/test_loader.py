@@ -7,6 +7,8 @@ import itertools
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ from dali_pipelines.loader import BadDataError, MontageLoader, choose_engine, de
 from dali_pipelines.plan import Plan
 from dali_pipelines.source import Source, open_source
 from mcl.config import AugmentConfig, ConfigError, DataConfig
+from tests.conftest import ROOT
 from tests.dali_pipelines.images import write_animated, write_huge, write_truncated
 from tests.dali_pipelines.loading import ENGINES, GEOMETRY, Pair, all_equal, make_loader, make_source, take
 
@@ -263,6 +266,45 @@ def test_what_has_changed_since_the_start_is_replaced(
     for i, image in now.items():
         size = "{} x {}".format(*image.size)
         assert loader.bad[i] == f"it has changed since its header was read: {size} pixels now, 64 x 48 then"
+
+
+QUIET = """
+import ctypes, sys
+from dali_pipelines.source import open_source
+from tests.dali_pipelines.loading import make_loader
+report = lambda i, name, reason: print(f"bad: {name}: {reason}", file=sys.stderr, flush=True)
+with make_loader(open_source(sys.argv[1]), "fused", on_bad=report, max_bad_fraction=0.5) as loader:
+    next(loader), next(loader)
+cpp = ctypes.CDLL("libstdc++.so.6")
+cerr = ctypes.addressof(ctypes.c_char.in_dll(cpp, "_ZSt4cerr"))
+error = b"\\33[0;31m[ERROR] "
+for text in (b"one line\\n", error, b"of others\\n", error + b"\\33[0m", b"[png_parser] x", b"\\n", b"end"):
+    cpp._ZNSo5writeEPKcl(ctypes.c_void_p(cerr), text, ctypes.c_long(len(text)))  # std::cerr.write
+"""
+
+
+@pytest.mark.parametrize("level", [None, "1"])
+def test_dali_prints_nothing_of_its_own_about_broken_images(
+    tmp_path: Path, folder_of: Write, picture: Image.Image, level: str | None
+) -> None:
+    """Unless it is asked to; and what others write to the same stream is all there."""
+    folder_of(tmp_path, 12)
+    for i in range(3):
+        write_truncated(tmp_path / f"{i}.jpg", picture.rotate(i))
+    picture.save(tmp_path / "3.png")
+    os.truncate(tmp_path / "3.png", 2000)
+    environment = {k: v for k, v in os.environ.items() if k != "DALI_NVIMGCODEC_LOG_LEVEL"}
+    environment |= {} if level is None else {"DALI_NVIMGCODEC_LOG_LEVEL": level}
+    command = [sys.executable, "-c", QUIET, str(tmp_path)]
+    lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=True).stderr
+    ours = [line for line in lines.splitlines() if line.startswith("bad: ")]
+    assert len(ours) == 4
+    others = ["one line", "\33[0;31m[ERROR] of others", "end"]
+    if level is None:
+        assert lines.splitlines() == [*ours, *others]
+    else:
+        assert lines.count("Premature end of JPEG data") >= 3
+        assert "[png_parser] x" in lines
 
 
 @pytest.mark.parametrize("engine", ENGINES)
