@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from mcl import cli, config
 from tests.conftest import ROOT
@@ -95,6 +96,18 @@ def test_index(tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str])
     assert indices == sorted(map(str, (tmp_path / "index").iterdir()))
     cli.main(arguments)
     assert capsys.readouterr().out.count("  0 headers read in ") == 2
+
+
+def test_index_counts_what_pillow_decodes(tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photo = min((photos / "val" / "bird").iterdir())
+    shutil.copy(photo, tmp_path)
+    with Image.open(photo) as image:
+        image.convert("CMYK").save(tmp_path / "print.jpg")
+        image.save(tmp_path / "scan.tif", tiffinfo={274: 6})
+    cli.main(["index", DEMO, f"data.root={tmp_path}", "data.val_root=", f"data.index={tmp_path}"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{tmp_path}: 3 images, 0 of them bad (flat)"
+    assert lines[1].startswith("  2 of them are decoded by Pillow, which is slower")
 
 
 def test_names_of_files_may_be_any_bytes(tmp_path: Path, photos: Path) -> None:
