@@ -5,14 +5,11 @@ width, height, boxes and masks of annotations are those of the turned image. Pre
 """
 
 import functools
-import struct
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO
 
 import numpy as np
-import PIL.Image
 
 from dali_pipelines.source import SourceError
 from dali_pipelines.source.files import Local
@@ -23,7 +20,6 @@ from mcl.records.metrics import log
 
 _THREADS = 16
 _CHUNK = 64  # files that a thread takes at a time
-_ORIENTATION = 0x0112
 _UPRIGHT = 1
 _ACROSS = (5, 6, 7, 8)  # orientations that exchange width and height
 _RULE = "fine-tuning turns images as their EXIF orientation says, pre-training does not"
@@ -109,25 +105,13 @@ def _scan(path: str, size: int, decode: bool) -> list[Image]:
     if not size:  # nor may it be a pipe, of which one would wait for ever
         return [Image("", 0, size, _UPRIGHT, "the file is empty")]
     with open(path, "rb") as file:
-        header, orientation = read_header(file), _UPRIGHT
-        if not isinstance(header, str):
+        header = read_header(file)
+        if isinstance(header, str):
+            return [Image("", 0, size, _UPRIGHT, header)]
+        if decode:
+            from mmcv import imfrombytes  # what MMDetection loads images with
+
             file.seek(0)
-            orientation = _orientation(file)
-            header = header[::-1] if orientation in _ACROSS else header
-            if decode:
-                from mmcv import imfrombytes  # what MMDetection loads images with
-
-                file.seek(0)
-                header = header if imfrombytes(file.read()) is not None else "cannot be decoded"
-    return [Image("", 0, size, orientation, header)]
-
-
-def _orientation(file: IO[bytes]) -> int:
-    """Of the EXIF data in an image; TIFF has its own tag, which its header's size takes into account."""
-    exif = PIL.Image.Exif()
-    with PIL.Image.open(file) as image:
-        try:
-            exif.load(image.info.get("exif", b""))  # not getexif(), which decodes PNGs and looks into XMP, too
-            return int(exif.get(_ORIENTATION, _UPRIGHT))
-        except (SyntaxError, ValueError, TypeError, struct.error):  # broken data, which OpenCV passes over
-            return _UPRIGHT
+            if imfrombytes(file.read()) is None:
+                return [Image("", 0, size, header.orientation, "cannot be decoded")]
+    return [Image("", 0, size, header.orientation, header._replace(size=header.upright))]

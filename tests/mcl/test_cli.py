@@ -1,16 +1,22 @@
 """The command line as a user meets it."""
 
+import copy
+import json
 import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
+from PIL import Image
 
 from mcl import cli, config
 from tests.conftest import ROOT
+from tests.mcl.tiny import TINY
 
 DEMO = str(ROOT / "mcl" / "presets" / "mcl_r18_fpn_demo.yaml")
 
@@ -90,6 +96,50 @@ def test_index(tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str])
     assert indices == sorted(map(str, (tmp_path / "index").iterdir()))
     cli.main(arguments)
     assert capsys.readouterr().out.count("  0 headers read in ") == 2
+
+
+def test_index_counts_what_pillow_decodes(tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photo = min((photos / "val" / "bird").iterdir())
+    shutil.copy(photo, tmp_path)
+    with Image.open(photo) as image:
+        image.convert("CMYK").save(tmp_path / "print.jpg")
+        image.save(tmp_path / "scan.tif", tiffinfo={274: 6})
+    cli.main(["index", DEMO, f"data.root={tmp_path}", "data.val_root=", f"data.index={tmp_path}"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{tmp_path}: 3 images, 0 of them bad (flat)"
+    assert lines[1].startswith("  2 of them are decoded by Pillow, which is slower")
+
+
+def test_names_of_files_may_be_any_bytes(tmp_path: Path, photos: Path) -> None:
+    """Every verb that names files, on a terminal of UTF-8: nothing is lost, and the log can be read."""
+    root = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
+    os.mkdir(root)
+    for i, photo in enumerate(sorted((photos / "val").rglob("*.jpg"))[:8]):
+        shutil.copy(photo, os.fsdecode(os.fsencode(root) + b"/%d\xff.jpg" % i))
+    Path(os.fsdecode(os.fsencode(root) + b"/bad\xe9.jpg")).write_text("hello")
+    values = copy.deepcopy(TINY) | {"data": {"root": root, "max_bad_fraction": 0.2}, "output": str(tmp_path / "runs")}
+    values["trainer"]["epochs"] = 1
+    values["evaluation"] = {"at_end": [], "gallery": 8, "galleries": 2}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(values))
+    run = tmp_path / "runs" / "tiny"
+    verbs = [
+        ["index", tmp_path / "tiny.yaml"],
+        ["pretrain", tmp_path / "tiny.yaml"],
+        ["preview", run / "checkpoints" / "last.pt", "--output", tmp_path / "pictures"],
+        ["evaluate", "retrieval", run / "checkpoints" / "last.pt"],
+    ]
+    code = f"from mcl import cli\nfor words in {[list(map(str, words)) for words in verbs]}: cli.main(words)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, env=os.environ | {"PYTHONUTF8": "1"}, check=True
+    )
+    assert b"Traceback" not in done.stdout + done.stderr
+    said = done.stdout.decode()
+    assert said.count("bad\\udce9.jpg: not an image") == 2  # by mcl index and mcl pretrain
+    assert said.count("retrieval train") == 1
+    assert "caf\\udce9/bad\\udce9.jpg: not an image" in (run / "train.log").read_text(encoding="utf-8")
+    (bad,) = map(json.loads, (run / "bad_files.jsonl").read_text(encoding="utf-8").splitlines())
+    assert os.path.exists(bad["path"])
+    assert len(list((tmp_path / "pictures").iterdir())) == 2
 
 
 def test_unknown_option() -> None:
