@@ -217,9 +217,7 @@ def test_too_many_broken_images_end_the_run(fresh: Path, tmp_path: Path) -> None
     """In one line, from a loading process, too."""
     damage(fresh / "train" / "1.jpg", CUT)
     damage(fresh / "train" / "4.jpg", CUT)
-    said = (
-        r"2 of the 5 training images are broken, the last: .*train/[14]\.jpg: cannot be decoded; mend them, or raise "
-    )
+    said = r"2 of the 5 training images are broken, the last: .*train/[14]\.jpg: cannot be decoded; mend them, or "
     with pytest.raises(BadDataError, match=rf"^{said}raise data\.max_bad_fraction=0\.2$"):
         batches(fresh, tmp_path / "run", 0, 0.2)
     arguments = words(fresh, tmp_path, "run", "data.max_bad_fraction=0.2", "train_dataloader.num_workers=2")
