@@ -1,17 +1,20 @@
 """The verbs of ``mcl``: arguments in, one call, words out."""
 
 import argparse
+import io
 import json
 import os
 import signal
 import sys
+import tempfile
 import textwrap
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from mcl import __version__
-from mcl.config import all_keys
+from mcl.config import ConfigError, all_keys
 
 TARGETS = ["mmdet", "mmdet-retinanet", "mmpretrain", "detectron2", "torchvision", "torchvision-detection", "timm"]
 """Those of :data:`mcl.export.TARGETS`, which takes seconds to import."""
@@ -32,17 +35,55 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if words:
         options.overrides += words
     try:
+        _prepare()
         for text in options.run(options):
-            print(text, flush=True)
-        sys.stdout.flush()
-    except BrokenPipeError:  # who read the output, such as head, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more in the end
-        sys.exit(128 + signal.SIGPIPE)
+            _print(text)
     except (ValueError, RuntimeError, OSError) as error:
-        if type(error).__module__.split(".")[0] not in ("mcl", "dali_pipelines"):
-            raise  # those that we raise for users are classes of our own
-        print(f"mcl {options.verb}: error: {error}", file=sys.stderr)
+        if type(error).__module__.split(".")[0] in ("mcl", "dali_pipelines"):  # those for users are classes of our own
+            message = str(error)
+        elif isinstance(error, OSError) and error.filename is not None:  # such as a name that is too long
+            message = f"{error.filename}: {error.strerror}"
+        else:
+            raise
+        print(f"mcl {options.verb}: error: {message}", file=sys.stderr)
         sys.exit(getattr(error, "exit_code", 2))
+
+
+def _prepare() -> None:
+    """Makes up for what the environment may lack, before libraries fail for want of it.
+
+    Raises:
+        ConfigError: it cannot be made up for.
+    """
+    for name in ("stdin", "stdout", "stderr"):  # closed by whoever started this; files that are opened later must not
+        if getattr(sys, name) is None:  # take their places
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names that the locale cannot show
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise ConfigError("the current folder is gone; change to one that exists") from None
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:
+        raise ConfigError("no folder for temporary files can be written to; set TMPDIR to one that can") from None
+
+
+def _print(text: object) -> None:
+    """Prints a line.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more in the end
+        if isinstance(error, BrokenPipeError):  # who read the output, such as head, has enough
+            sys.exit(128 + signal.SIGPIPE)
+        raise ConfigError(f"the output cannot be written ({error.strerror})") from None
 
 
 def _parser() -> argparse.ArgumentParser:

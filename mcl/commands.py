@@ -1,6 +1,7 @@
 """What the verbs do: a whole run from its configuration, and what is done with its checkpoints."""
 
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -160,4 +161,4 @@ def _index(data: DataConfig, held_out: bool) -> Iterator[str]:
         yield f"  {source.names[i]}: {reason}"
     yield f"  {read[-1]} headers read in {seconds:.1f} s, {read[-1] / seconds:.0f} per second"
     path = index_file(data.index, source.root, source.kind, "" if held_out else data.annotations)
-    yield f"  index: {path if path.exists() else 'could not be written'}"
+    yield f"  index: {path if os.path.exists(path) else 'could not be written'}"

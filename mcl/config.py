@@ -284,8 +284,8 @@ class Config:
 
 
 def is_folder_name(name: str) -> bool:
-    """Whether a folder of that name lies in another one, and can be told from others on a terminal."""
-    return name not in ("", "..") and Path(name).name == name and name.isprintable()
+    """Whether a folder of that name lies directly in another one; no control characters, which would break lines."""
+    return Path(name).name == name != ".." and min(name, default="") >= " "
 
 
 PRESETS = Path(__file__).parent / "presets"
