@@ -191,6 +191,42 @@ class Config:
             raise ValueError(f"name: {self.name!r} is not a plain folder name")
         return self
 
+    def doubts(self) -> list[str]:
+        """What is legal and seldom meant, as after one key of a preset was changed: a line each, with what to set."""
+        optim, epochs = self.optim, self.trainer.epochs
+        peak = optim.base_lr * self.trainer.global_batch / 256
+        lines = []
+        if optim.warmup_epochs >= epochs:
+            # Of the cosine times the warm-up; x (1 + cos(pi x)) / 2 is at most 0.26 between 0 and 1.
+            highest = 0.26 * epochs / optim.warmup_epochs * peak
+            lines.append(
+                f"optim.warmup_epochs: a warm-up of {optim.warmup_epochs:g} epochs is as long as the run "
+                f"(trainer.epochs={epochs}) or longer: the learning rate never passes {highest:.2g} of {peak:.2g}; "
+                f"set optim.warmup_epochs={epochs / 10:g}, for instance"
+            )
+        if optim.name != "lars" and optim.base_lr >= OptimConfig.base_lr:
+            usual = 0.05 if optim.name == "sgd" else 1e-3
+            lines.append(
+                f"optim.base_lr: {optim.base_lr:g} is a rate for lars, which scales it down; {optim.name} will hardly "
+                f"converge with it; set optim.base_lr={usual:g}, for instance"
+            )
+        if optim.name == "lars" and optim.base_lr <= 0.02:
+            lines.append(
+                f"optim.base_lr: {optim.base_lr:g} is a rate for adamw or sgd; lars scales it down, so that weights "
+                f"hardly move; set optim.base_lr={OptimConfig.base_lr:g}, for instance"
+            )
+        if optim.final_lr > peak:
+            lines.append(
+                f"optim.final_lr: {optim.final_lr:g} is above the highest learning rate of the run, {peak:.2g} "
+                "(optim.base_lr * trainer.global_batch / 256), so that it rises to the end; set it lower"
+            )
+        if late := [epoch for epoch, _ in self.montage.schedule if epoch >= epochs]:
+            lines.append(
+                f"montage.schedule: the canvases from epoch {', '.join(map(str, late))} on are never used, since "
+                f"trainer.epochs={epochs}; shorten the schedule with the run"
+            )
+        return lines
+
     @property
     def run_folder(self) -> Path:
         return Path(self.output) / self.name

@@ -9,6 +9,7 @@ import pytest
 from dali_pipelines.geometry import nearest_legal
 from mcl import config
 from mcl.config import ConfigError, Trait
+from mcl.train.optim import learning_rate
 from tests.conftest import ROOT
 
 PRESETS = sorted((ROOT / "mcl" / "presets").glob("*.yaml"))
@@ -244,6 +245,42 @@ def test_unreadable_files(tmp_path: Path, content: str, message: str) -> None:
     file.write_text(content)
     with pytest.raises(ConfigError, match=message):
         config.load(file)
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda p: p.stem)
+def test_presets_leave_no_doubts(path: Path) -> None:
+    assert config.load(path).doubts() == []
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "message"),
+    [
+        (
+            "in1k",
+            ["trainer.epochs=1", "trainer.global_batch=64"],
+            r"optim\.warmup_epochs: .* 10\.0225 epochs .* never passes 0\.0065 of 0\.25; set optim\.warmup_epochs=0\.1",
+        ),
+        (
+            "in1k",
+            ["trainer.epochs=10", "optim.warmup_epochs=10"],
+            r"never passes 4\.2 of 16; set optim\.warmup_epochs=1,",
+        ),
+        ("in1k", ["optim.name=adamw"], r"optim\.base_lr: 1 is a rate for lars.* set optim\.base_lr=0\.001"),
+        ("in1k", ["optim.name=sgd"], r"optim\.base_lr: 1 is a rate for lars.* set optim\.base_lr=0\.05"),
+        ("in1k", ["optim.base_lr=1e-3"], r"optim\.base_lr: 0\.001 is a rate for adamw or sgd.* set optim\.base_lr=1,"),
+        ("in1k", ["optim.final_lr=20"], r"optim\.final_lr: 20 is above the highest learning rate of the run, 16 "),
+        ("budget", ["trainer.epochs=50"], r"montage\.schedule: the canvases from epoch 60, 82 on are never used"),
+    ],
+)
+def test_what_is_seldom_meant_is_said_in_a_line(name: str, words: list[str], message: str) -> None:
+    (line,) = preset(f"mcl_r50_fpn_100e_{name}", *words).doubts()
+    assert re.search(message, line), line
+
+
+def test_a_warm_up_as_long_as_the_run_never_passes_what_is_said() -> None:
+    cfg = preset("mcl_r50_fpn_100e_in1k", "trainer.epochs=2", "optim.warmup_epochs=3")
+    rates = [learning_rate(cfg.optim, 4096, step, 2000, 1000) for step in range(2000)]
+    assert f"never passes {max(rates):.2g} of 16" in cfg.doubts()[0]
 
 
 def test_illegal_batches_name_the_nearest_legal_ones() -> None:

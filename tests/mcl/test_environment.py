@@ -110,6 +110,7 @@ def test_a_run_goes_on_when_nobody_reads_what_it_says(tiny_file: Path, tmp_path:
     log = (tmp_path / "runs" / "tiny" / "train.log").read_text()
     assert "last.pt" in log.splitlines()[-1]
     assert "Traceback" not in log
+    assert log.count("optim.warmup_epochs: a warm-up of 1 epochs is as long as the run (trainer.epochs=1)") == 1
 
 
 def test_output_that_is_closed_or_full(tiny_file: Path) -> None:
