@@ -9,7 +9,7 @@ that the order of the others does not depend on them.
 from dali_pipelines.source.files import SourceError
 from dali_pipelines.source.headers import EXTENSIONS, FORMATS, MAX_PIXELS, read_header
 from dali_pipelines.source.index import Progress, index_file
-from dali_pipelines.source.source import Kind, Source, open_images, open_source
+from dali_pipelines.source.source import Kind, Source, indexed_images, open_images, open_source
 
 __all__ = [
     "EXTENSIONS",
@@ -20,6 +20,7 @@ __all__ = [
     "Source",
     "SourceError",
     "index_file",
+    "indexed_images",
     "open_images",
     "open_source",
     "read_header",

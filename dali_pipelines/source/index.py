@@ -106,6 +106,10 @@ class Index:
         self._identity = _identity(root, kind, annotations)
         self._writable = True
 
+    def images(self) -> int:
+        """How many images it holds, as they were when it was written; 0 where there is no file."""
+        return len(self._load().entries)
+
     def update(
         self,
         files: Sequence[str],
