@@ -152,7 +152,11 @@ def _parser() -> argparse.ArgumentParser:
     preview.add_argument("config", type=Path, help="preset, YAML file, or a checkpoint (then with feature maps)")
     add_overrides(preview, "e.g. data.root=FOLDER")
     preview.add_argument("--step", type=int, default=0, help="step of the run to draw, from 0")
-    preview.add_argument("--output", type=Path, default=Path("preview"), help="folder to write")
+    preview.add_argument(
+        "--output",
+        type=Path,
+        help="folder to write; default: preview/ of the run folder, output/name or the checkpoint's",
+    )
 
     index = verb("index", _index, "read the sizes of all images once, so that runs start at once")
     index.add_argument("config", type=Path, help="preset or YAML file")
@@ -161,6 +165,11 @@ def _parser() -> argparse.ArgumentParser:
     budget = verb("budget", _budget, "what a configuration costs: FLOPs, memory, hours")
     budget.add_argument("config", type=Path, help="preset or YAML file")
     add_overrides(budget, "e.g. montage.queries=[4,1,1,1]")
+    budget.add_argument(
+        "--images",
+        type=int,
+        help="of an epoch; default: those in the index of data.root, or as many as ImageNet-1k has",
+    )
     budget.add_argument("--gpus", type=int, help="processes; default: as many as make 128 images each")
     budget.add_argument("--nodes", type=int, help="machines that they are on; default: as few as have 8 each")
     budget.add_argument(
@@ -259,7 +268,7 @@ def _budget(options: argparse.Namespace) -> Iterable[str]:
     if options.plot:
         show.check_picture(options.plot)
     cfg = config.load(options.config, options.overrides)
-    result = budget.budget(cfg, options.gpus, options.nodes, options.bandwidth)
+    result = budget.budget(cfg, options.gpus, options.nodes, options.bandwidth, options.images)
     yield json.dumps(result, indent=1) if options.json else show.tables(result)
     if options.plot:
         show.plot(result, options.plot)

@@ -87,8 +87,15 @@ def evaluate(name: str, path: Path, overrides: Sequence[str]) -> Iterator[str]:
         yield describe(record)
 
 
-def preview(path: Path, overrides: Sequence[str], step: int, output: Path) -> Iterator[Path]:
+def preview(path: Path, overrides: Sequence[str], step: int, output: Path | None = None) -> Iterator[Path]:
     """Draws what a configuration, or a checkpoint, makes of its images; yields the files written.
+
+    Args:
+        path: of the configuration or checkpoint.
+        overrides: ``key=value`` words.
+        step: of the run.
+        output: folder to write; None: ``preview/`` of the run folder, a checkpoint's own, or beside a checkpoint that
+            lies in none.
 
     Raises:
         CheckpointError, ConfigError, SourceError: wrong input.
@@ -97,8 +104,11 @@ def preview(path: Path, overrides: Sequence[str], step: int, output: Path) -> It
     if path.suffix == ".pt":
         model, cfg = checkpoint.load_model(path)
         cfg = config.override(cfg, overrides)
+        folder = path.absolute().parent
+        output = output or (folder.parent if folder.name == "checkpoints" else folder) / "preview"
     else:
         cfg = config.load(path, overrides)
+        output = output or cfg.run_folder / "preview"
     source = open_images(cfg.data)
     steps = cfg.trainer.epochs * (len(source) // cfg.trainer.global_batch)
     if not 0 <= step < max(1, steps):
