@@ -38,6 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _prepare()
         for text in options.run(options):
             _print(text)
+    except BrokenPipeError:  # who read the output, such as head, has enough
+        _discard_output()
+        sys.exit(128 + signal.SIGPIPE)
     except (ValueError, RuntimeError, OSError) as error:
         if type(error).__module__.split(".")[0] in ("mcl", "dali_pipelines"):  # those for users are classes of our own
             message = str(error)
@@ -79,11 +82,16 @@ def _print(text: object) -> None:
     """
     try:
         print(text, flush=True)
+    except BrokenPipeError:
+        raise
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more in the end
-        if isinstance(error, BrokenPipeError):  # who read the output, such as head, has enough
-            sys.exit(128 + signal.SIGPIPE)
+        _discard_output()
         raise ConfigError(f"the output cannot be written ({error.strerror})") from None
+
+
+def _discard_output() -> None:
+    """Of what Python has not written yet, and would in the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -68,6 +68,15 @@ def test_a_home_a_cache_and_a_temporary_folder_that_cannot_be_written(tiny_file:
     assert "Traceback" not in done.stderr
 
 
+def test_a_cache_of_compiled_code_that_cannot_be_written(
+    tiny_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/proc/cache")
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["pretrain", str(tiny_file), "trainer.compile=true"])
+    assert "trainer.compile: /proc/cache cannot be written" in capsys.readouterr().err
+
+
 def test_no_current_folder(tmp_path: Path) -> None:
     gone = tmp_path / "gone"
     gone.mkdir()
@@ -85,14 +94,17 @@ def test_no_folder_for_temporary_files(monkeypatch: pytest.MonkeyPatch, capsys: 
 
 
 @pytest.mark.parametrize(
-    "locale",
-    [{}, pytest.param({"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, marks=pytest.mark.soak)],
+    ("folder", "locale"),
+    [
+        ("Vögel 鳥", {}),
+        pytest.param("birds", {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, marks=pytest.mark.soak),
+    ],
     ids=["C", "C without UTF-8"],
 )
 def test_names_that_the_locale_cannot_show(
-    tiny_file: Path, tmp_path: Path, few_photos: Path, locale: dict[str, str]
+    tiny_file: Path, tmp_path: Path, few_photos: Path, folder: str, locale: dict[str, str]
 ) -> None:
-    root = tmp_path / "Vögel 鳥"
+    root = tmp_path / folder
     root.symlink_to(few_photos)
     words = (f"data.root={root}", f"output={tmp_path}/Läufe", "name=ä", "trainer.epochs=1")
     done = mcl("pretrain", tiny_file, *words, LC_ALL="C", PYTHONIOENCODING="ascii", COLUMNS="0", **locale)
