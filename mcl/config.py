@@ -424,7 +424,7 @@ def plain(text: str | bytes) -> Any:
         yaml.YAMLError: it is none.
     """
     try:
-        value = yaml.load(text, _Plain)
+        value = _Plain(text).get_single_data()
         json.dumps(value, skipkeys=True)  # it can be written down: no anchor in it leads back to itself
     except yaml.YAMLError:
         raise

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dali_pipelines.geometry import Geometry
+from dali_pipelines.layout import tile_boxes
 from dali_pipelines.source import open_images
 from mcl import cli, config
 from mcl import commands as run
@@ -49,6 +50,13 @@ def test_the_three_steps() -> None:
     assert count.supervised("resnet50") / 1e9 == pytest.approx(24.3, rel=0.01)
     assert gflop_per_image("released", Geometry()) == pytest.approx(361.5, rel=0.01)
     assert gflop_per_image("matched", Geometry()) == pytest.approx(91.9, rel=0.01)
+
+
+def test_a_count_leaves_real_boxes_behind() -> None:
+    """They are remembered for the next montage of that kind, which may be a real one."""
+    geometry = Geometry(cells=2, ratios=(1, 2), images_per_canvas=(1, 4))
+    count.step(TWO_LEVELS, geometry, 16, 1, "fp32")
+    assert type(tile_boxes(geometry, 16)) is Tensor
 
 
 def test_what_autograd_keeps() -> None:
