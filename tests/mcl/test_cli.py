@@ -15,6 +15,8 @@ import yaml
 from PIL import Image
 
 from mcl import cli, config
+from mcl.models import MCL
+from mcl.train import checkpoint
 from tests.conftest import ROOT
 from tests.mcl.tiny import TINY
 
@@ -77,6 +79,28 @@ def test_preview(tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str
     (picture,) = tmp_path.iterdir()
     assert capsys.readouterr().out.split() == [str(picture)]
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_preview_goes_into_the_run(
+    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Into output/name of a configuration; into the folder that a checkpoint lies in, wherever that is now."""
+    monkeypatch.chdir(tmp_path)
+    cfg = config.load(DEMO, [f"data.root={photos / 'val'}", "data.val_root=", "output=runs", "name=a"])
+    model = MCL(cfg.model, cfg.montage)
+    state = {"config": config.to_dict(cfg), "step": 1, "model": model.state_dict()}
+    last = checkpoint.save(tmp_path / "moved" / "checkpoints", state, 1)
+    alone = tmp_path / "alone" / "x.pt"
+    alone.parent.mkdir()
+    shutil.copy(last, alone)
+    cli.main(["preview", DEMO, f"data.root={photos / 'val'}", "name=a"])
+    assert capsys.readouterr().out.split() == ["runs/a/preview/montage_000000.png"]
+    for file, folder in ((last, tmp_path / "moved"), (alone, alone.parent)):
+        cli.main(["preview", str(file)])
+        pictures = [str(folder / "preview" / name) for name in ("montage_000000.png", "features.png")]
+        assert capsys.readouterr().out.split() == pictures
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "moved", "runs"]
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["a"]
 
 
 def test_index(tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
