@@ -96,11 +96,16 @@ def open_image(file: IO[bytes], pixels: bool = True) -> Image.Image:
 
 
 def orientation_of(image: Image.Image) -> int:
-    """How an opened image, not yet decoded, wants to be turned: 1 to 8 as EXIF numbers it, 1 for not at all."""
+    """How an opened image, not yet decoded, wants to be turned: 1 to 8 as EXIF numbers it, 1 for not at all.
+
+    Of a TIFF that is what Pillow turns it by when it decodes, elsewhere EXIF alone, and not XMP, as in OpenCV.
+    """
     with contextlib.suppress(Exception):  # broken metadata say nothing
-        if image.format == "TIFF" or "exif" in image.info:
-            found = image.getexif().get(_ORIENTATION, 1)
-            return found if found in range(1, 9) else 1
+        exif = image.getexif() if image.format == "TIFF" else Image.Exif()
+        if image.format != "TIFF":
+            exif.load(image.info.get("exif", b""))
+        found = exif.get(_ORIENTATION, 1)
+        return found if found in range(1, 9) else 1
     return 1
 
 
