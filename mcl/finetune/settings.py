@@ -24,6 +24,7 @@ _PATHS = ("output", "weights", "data.root", "data.index")
 _OURS: dict[str, type] = {
     **dict.fromkeys(("name", *_PATHS), str),
     **dict.fromkeys(("global_batch", "train_cfg.max_iters"), int),
+    **dict.fromkeys(("train_dataloader.num_workers", "val_dataloader.num_workers"), int),
 }
 """Types of keys that mcl itself reads, whatever a file or a null has put there."""
 
@@ -122,10 +123,14 @@ def adapt(config: Config) -> None:
         ConfigError: an illegal value, ``global_batch`` does not divide by the processes, or something needs a GPU that
             is not there.
     """
-    if config.timeout <= 0:
-        raise ConfigError(f"timeout: {config.timeout} must be above 0, in seconds")
-    if not 0 <= config.data.max_bad_fraction <= 1:
-        raise ConfigError(f"data.max_bad_fraction: {config.data.max_bad_fraction} must be between 0 and 1")
+    if not isinstance(config.timeout, int | float) or config.timeout <= 0:
+        raise ConfigError(f"timeout: {config.timeout} must be a number above 0, of seconds")
+    fraction = config.data.max_bad_fraction
+    if not isinstance(fraction, int | float) or not 0 <= fraction <= 1:
+        raise ConfigError(f"data.max_bad_fraction: {fraction} must be a number between 0 and 1")
+    for key in ("train_dataloader", "val_dataloader"):
+        if config[key].num_workers < 0:
+            raise ConfigError(f"{key}.num_workers: {config[key].num_workers} must be at least 0")
     cuda = torch.cuda.is_available()
     config.launcher, processes = _launcher()
     if processes > 1 and not cuda:

@@ -103,8 +103,12 @@ def test_lists_have_the_elements_of_those_they_replace() -> None:
         ("model.backbone=vgg", r"model\.backbone: expected dict, as in {.*}, got 'vgg'"),
         ("global_batch=0", r"global_batch: 0 does not divide by 1 processes"),
         ("amp=true", r"amp: needs a GPU"),
-        ("timeout=0", r"timeout: 0\.0 must be above 0, in seconds"),
-        ("data.max_bad_fraction=1.5", r"data\.max_bad_fraction: 1\.5 must be between 0 and 1"),
+        ("timeout=0", r"timeout: 0\.0 must be a number above 0, of seconds"),
+        ("timeout=null", r"timeout: None must be a number above 0"),
+        ("data.max_bad_fraction=1.5", r"data\.max_bad_fraction: 1\.5 must be a number between 0 and 1"),
+        ("data.max_bad_fraction=null", r"data\.max_bad_fraction: None must be a number between 0 and 1"),
+        ("val_dataloader.num_workers=null", r"val_dataloader\.num_workers: expected int, got None"),
+        ("train_dataloader.num_workers=-1", r"train_dataloader\.num_workers: -1 must be at least 0"),
     ],
 )
 def test_wrong_words(word: str, message: str) -> None:
