@@ -18,7 +18,7 @@ from dali_pipelines.batch import MontageBatch, in_order
 from dali_pipelines.layout import lay_out
 from dali_pipelines.plan import Plan, StepPlan
 from dali_pipelines.settings import ConfigError, DataConfig
-from dali_pipelines.source import Source
+from dali_pipelines.source import Source, decode
 
 if TYPE_CHECKING:
     from dali_pipelines import pipelines
@@ -85,11 +85,14 @@ class DaliEngine:
         """Canvases of every view of the next step: [(K, 3, S, S) channels_last, ...], in memory that nobody reuses.
 
         Raises:
-            RuntimeError, OSError: an image of the steps in flight cannot be read or decoded; the pipeline cannot be
-                used any more.
+            RuntimeError, OSError: an image of the steps in flight cannot be read or decoded, or has changed; the
+                pipeline cannot be used any more.
         """
-        outputs = [from_dlpack(output.as_tensor()) for output in self._pipeline.run()]
+        *made, shapes = self._pipeline.run()
         plan = self._fed.popleft()
+        for i, shape in zip(plan.index.tolist(), shapes.as_array().tolist(), strict=True):
+            self._source.check_size(i, (shape[1], shape[0]))
+        outputs = [from_dlpack(output.as_tensor()) for output in made]
         geometry = plan.geometry
         if self._fused:
             views = [output.view(-1, geometry.canvas, geometry.canvas, 3).permute(0, 3, 1, 2) for output in outputs]
@@ -112,9 +115,15 @@ class DaliEngine:
         self._lent.append((outputs, torch.cuda.Event()))
 
     def decodes(self, i: int) -> str | None:
-        """Why image i of the source cannot be decoded; None if it can."""
+        """Why image i of the source cannot be decoded as planned; None if it can."""
         try:
-            self._dali.decode_pipeline(self._source.read(i)).run()
+            encoded = self._source.read(i)
+            try:
+                _, shape = self._dali.decode_pipeline(encoded).run()
+            except RuntimeError:
+                decode(encoded)  # Pillow says more clearly what is wrong
+                raise
+            self._source.check_size(i, (shape.at(0)[1], shape.at(0)[0]))
         except OSError as error:
             return str(error)
         except RuntimeError as error:
@@ -128,7 +137,7 @@ class DaliEngine:
         if self._readers is None:
             plan = next(self._plans)
             assert self._source.paths is not None
-            encoded = [np.frombuffer(self._source.paths[i].encode(), np.uint8) for i in plan.index]
+            encoded = [np.frombuffer(os.fsencode(self._source.paths[i]), np.uint8) for i in plan.index]
         else:
             while len(self._reading) <= READ_AHEAD:
                 plan = next(self._plans)
@@ -249,7 +258,7 @@ class MontageLoader:
                 self._engine = self._make_engine()
             try:
                 views = self._engine.collect()
-            except (RuntimeError, OSError) as error:
+            except (RuntimeError, OSError, UnicodeDecodeError) as error:  # the last: DALI quotes a name of other bytes
                 self._find_bad(error)
                 continue
             plan = self._ahead.popleft()

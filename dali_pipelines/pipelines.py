@@ -72,10 +72,11 @@ def load_plugin() -> frozenset[str]:
 
 @pipeline_def
 def fused_pipeline(feed: Feed, graph: Graph) -> tuple[Node, ...]:
-    """The canvases of every view: (N, K * S / N, S, 3), which is (K, S, S, 3) in memory."""
+    """The canvases of every view, (N, K * S / N, S, 3), which is (K, S, S, 3) in memory; then the images' shapes."""
     encoded, recipes, slots, cells = fn.external_source(source=feed, num_outputs=4, batch=True)
+    image, shape = decode(encoded, graph)
     views = fn.mcl.montage(  # type: ignore[attr-defined]  # the plugin's
-        decode(encoded, graph),
+        image,
         recipes,
         slots,
         cells=cells,
@@ -85,7 +86,7 @@ def fused_pipeline(feed: Feed, graph: Graph) -> tuple[Node, ...]:
         released=graph.released,
         **graph.normalisation(),
     )
-    return tuple(view.gpu() for view in views) if graph.upload else tuple(views)
+    return *(view.gpu() if graph.upload else view for view in views), shape
 
 
 def fused_feed(plan: StepPlan, encoded: list[npt.NDArray[np.uint8]]) -> list[Any]:
@@ -110,17 +111,18 @@ def recipe_rows(a: Augmentation) -> npt.NDArray[np.float32]:
 
 @pipeline_def(enable_conditionals=True)
 def stock_pipeline(feed: Feed, graph: Graph) -> tuple[Node, ...]:
-    """The tiles of every view and level: VIEWS * levels outputs of (N, tile, tile, 3), for PyTorch to lay out."""
+    """The tiles of every view and level, (N, tile, tile, 3), for PyTorch to lay out; then the images' shapes."""
     inputs = 2 + VIEWS * graph.geometry.levels * stock_ops.RECIPE_NODES
     encoded, canvas, *rest = fn.external_source(source=feed, num_outputs=inputs, batch=True)
-    image, nodes = decode(encoded, graph), iter(rest)
+    image, shape = decode(encoded, graph)
+    nodes = iter(rest)
     result = []
     for _ in range(VIEWS):
         for ratio in graph.geometry.ratios:
             tile = make_tile(image, stock_ops.recipe_of(nodes), canvas, ratio, graph.released)
             normalised = fn.crop_mirror_normalize(tile, output_layout="HWC", **graph.normalisation())
             result.append(normalised.gpu() if graph.upload else normalised)
-    return tuple(result)
+    return *result, shape
 
 
 def stock_feed(plan: StepPlan, encoded: list[npt.NDArray[np.uint8]]) -> list[Any]:
@@ -129,10 +131,20 @@ def stock_feed(plan: StepPlan, encoded: list[npt.NDArray[np.uint8]]) -> list[Any
     return [encoded, canvas, *chain(*map(stock_ops.recipe_arrays, chain(*plan.augmentations)))]
 
 
-def decode(encoded: Node, graph: Graph) -> Node:
-    """RGB pixels as stored: EXIF rotation is ignored, since the plan's sizes are the header's."""
-    return fn.decoders.image(
-        fn.io.file.read(encoded) if graph.files else encoded,
+def decode(encoded: Node, graph: Graph) -> tuple[Node, Node]:
+    """RGB pixels as stored: EXIF rotation is ignored, since the plan's sizes are the header's.
+
+    Returns:
+        The image, and its shape (height, width, 3) on the CPU, by which one that has changed since is noticed.
+    """
+    if graph.files:
+        encoded = fn.io.file.read(encoded)
+    # DALI's decoder crashes where it cannot read the header of one of 32 images or more; this operator only fails. The
+    # shape that is given to the encoded bytes, their own, makes the decoder wait for it.
+    header = fn.peek_image_shape(encoded, dtype=types.INT32)
+    encoded = fn.reshape(encoded, shape=encoded.shape(dtype=types.INT32) + 0 * header[:1])
+    image = fn.decoders.image(
+        encoded,
         device="mixed" if graph.device == "gpu" else "cpu",
         output_type=types.RGB,
         adjust_orientation=False,
@@ -142,6 +154,7 @@ def decode(encoded: Node, graph: Graph) -> Node:
         preallocate_width_hint=graph.usual[0],
         preallocate_height_hint=graph.usual[1],
     )
+    return image, image.shape()
 
 
 def make_tile(image: Node, recipe: Recipe, canvas: Node, ratio: int, released: bool) -> Node:
@@ -154,10 +167,10 @@ def make_tile(image: Node, recipe: Recipe, canvas: Node, ratio: int, released: b
 
 
 def decode_pipeline(encoded: bytes) -> Pipeline:
-    """Decodes one image on the CPU: tells whether it is the one that broke a batch."""
+    """Decodes one image on the CPU, to pixels and shape: tells whether it is the one that broke a batch."""
 
     @pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
-    def pipeline() -> Node:
+    def pipeline() -> tuple[Node, ...]:
         image = fn.external_source(source=lambda: [np.frombuffer(encoded, np.uint8)], batch=True)
         return decode(image, Graph(Geometry(), AugmentConfig(), DataConfig(), files=False))
 

@@ -3,7 +3,6 @@
 It is the oracle of the other engines and the fallback where DALI is not installed.
 """
 
-import io
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,22 +18,18 @@ from dali_pipelines.layout import lay_out
 from dali_pipelines.plan import Augmentation, StepPlan, blur_window
 from dali_pipelines.settings import AugmentConfig, DataConfig
 from dali_pipelines.source import Source
+from dali_pipelines.source import decode as pillow_decode
 
 
-def decode(encoded: bytes) -> Tensor:
-    """(3, H, W) uint8 of an image as stored: no EXIF rotation, alpha dropped, 16 bits scaled down to 8.
+def decode(source: Source, i: int) -> Tensor:
+    """(3, H, W) uint8 of image i of a source.
 
     Raises:
-        OSError: the image cannot be decoded, or ends too early.
+        OSError: it cannot be read or decoded, or has another size than the source says.
     """
-    try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            if image.mode.startswith("I;16"):  # Pillow would clip instead of scale
-                gray = (np.asarray(image).astype(np.float32) / 257).round().astype(np.uint8)
-                return torch.from_numpy(gray).expand(3, -1, -1)
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    except Exception as error:  # Pillow's decoders raise nearly anything
-        raise OSError(f"{type(error).__name__}: {error}") from error
+    pixels = pillow_decode(source.read(i))
+    source.check_size(i, (pixels.shape[1], pixels.shape[0]))
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def crop_and_resize(image: Tensor, window: Sequence[int], flip: bool, size: int) -> Tensor:
@@ -117,7 +112,7 @@ class TorchvisionEngine:
     def decodes(self, i: int) -> str | None:
         """Why image i of the source cannot be decoded; None if it can."""
         try:
-            decode(self._source.read(i))
+            decode(self._source, i)
         except OSError as error:
             return str(error)
         return None
@@ -126,7 +121,7 @@ class TorchvisionEngine:
         self._pool.shutdown(cancel_futures=True)
 
     def _tiles(self, plan: StepPlan, i: int) -> list[list[Tensor]]:
-        image = decode(self._source.read(int(plan.index[i])))
+        image = decode(self._source, int(plan.index[i]))
         return [
             [make_tile(image, a, i, plan.geometry, level, plan.released) for level, a in enumerate(levels)]
             for levels in plan.augmentations

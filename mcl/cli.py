@@ -1,6 +1,7 @@
 """The verbs of ``mcl``: arguments in, one call, words out."""
 
 import argparse
+import io
 import json
 import os
 import signal
@@ -26,6 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: parses, runs, and turns errors of our own into one line and their exit code, mostly 2."""
     # Threads of OpenMP sleep while they wait: on a busy machine, spinning takes the cores from those that have work.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # is read when torch is imported
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: names of files need not fit the encoding
     parser = _parser()
     options, words = parser.parse_known_args(arguments)  # key=value may stand behind options, too
     if words and not ("overrides" in options and all("=" in word and not word.startswith("-") for word in words)):

@@ -174,6 +174,8 @@ def _index(data: DataConfig, held_out: bool) -> Iterator[str]:
     yield f"{source.root}: {len(source)} images{classes}, {len(source.bad)} of them bad ({source.kind})"
     for i, reason in list(source.bad.items())[:_BAD_EXAMPLES]:
         yield f"  {source.names[i]}: {reason}"
+    if n := source.by_pillow.sum():
+        yield f"  {n} of them are decoded by Pillow, which is slower: dali_pipelines/README.md says which"
     yield f"  {read[-1]} headers read in {seconds:.1f} s, {read[-1] / seconds:.0f} per second"
     path = index_file(data.index, source.root, source.kind, "" if held_out else data.annotations)
     yield f"  index: {path if path.exists() else 'could not be written'}"

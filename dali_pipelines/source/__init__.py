@@ -6,8 +6,9 @@ next opening reads only what is new. Broken images stay in the numbering: the pl
 that the order of the others does not depend on them.
 """
 
+from dali_pipelines.source.decoding import decode
 from dali_pipelines.source.files import SourceError
-from dali_pipelines.source.headers import EXTENSIONS, FORMATS, MAX_PIXELS, read_header
+from dali_pipelines.source.headers import EXTENSIONS, FORMATS, MAX_PIXELS, Header, read_header
 from dali_pipelines.source.index import Progress, index_file
 from dali_pipelines.source.source import Kind, Source, open_images, open_source
 
@@ -15,10 +16,12 @@ __all__ = [
     "EXTENSIONS",
     "FORMATS",
     "MAX_PIXELS",
+    "Header",
     "Kind",
     "Progress",
     "Source",
     "SourceError",
+    "decode",
     "index_file",
     "open_images",
     "open_source",

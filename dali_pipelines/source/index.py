@@ -19,7 +19,7 @@ from dali_pipelines.source.headers import Header
 Progress = Callable[[int, int, int], None]
 """Called with files read, files to read, images in those read."""
 
-_FORMAT = 2
+_FORMAT = 3  # another number where files of before would be misread, or what is decided by headers has changed
 _SAVE_SECONDS = 5.0
 _UNREAD: Stamp = (-1, -2)  # of no file: what could not be read is tried again at the next opening
 
@@ -30,7 +30,14 @@ FILE = np.dtype([("name", object), ("stamp", np.int64, 2), ("images", np.int64)]
 """A file of a source, and the number of images in it."""
 
 ENTRY = np.dtype(
-    [("name", object), ("extent", np.int64, 2), ("label", np.int64), ("size", np.int32, 2), ("problem", object)]
+    [
+        ("name", object),
+        ("extent", np.int64, 2),
+        ("label", np.int64),
+        ("size", np.int32, 2),
+        ("by_pillow", np.bool_),
+        ("problem", object),
+    ]
 )
 """An image of a file; its size is 0, 0 where there is a problem."""
 
@@ -42,7 +49,13 @@ class Image(NamedTuple):
     offset: int
     length: int  # bytes
     label: int  # -1 unknown
-    header: Header
+    header: Header | str  # or why it cannot be used
+
+    def found(self) -> tuple[tuple[int, int], bool, str]:
+        """The last fields of ENTRY."""
+        if isinstance(self.header, str):
+            return (0, 0), False, self.header
+        return self.header.size, self.header.by_pillow, ""
 
 
 class Table(NamedTuple):
@@ -55,9 +68,9 @@ class Table(NamedTuple):
     def of(cls, files: Sequence[tuple[str, Stamp, Sequence[Image]]]) -> Self:
         """From names and stamps of files, and the images in them."""
         entries = [
-            (name, (offset, length), label, *(((0, 0), header) if isinstance(header, str) else (header, "")))
+            (image.name, (image.offset, image.length), image.label, *image.found())
             for *_, found in files
-            for name, offset, length, label, header in found
+            for image in found
         ]
         return cls(np.array([(*file, len(found)) for *file, found in files], FILE), np.array(entries, ENTRY))
 

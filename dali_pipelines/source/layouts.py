@@ -3,7 +3,9 @@
 Each function returns paths relative to the base of its files, and the name of each one's class ("" if unknown).
 """
 
+import codecs
 import json
+import os
 import posixpath
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -39,15 +41,14 @@ def _images_below(files: Files, folder: str) -> Iterator[str]:
 
 
 def list_file(files: Files, path: str, allow_outside: bool) -> Listing:
-    """A text file of lines: a path, then optionally a space or tab and a class."""
-    try:
-        lines = files.read(path).decode().splitlines()
-    except UnicodeDecodeError as error:
-        raise SourceError(f"cannot read the list {path}: {error}") from None
+    """A text file of lines: a path, of any bytes but newlines, then optionally a space or tab and a class."""
+    content = files.read(path).removeprefix(codecs.BOM_UTF8)
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content:
+        raise SourceError(f"cannot read the list {path}: it is no text, or UTF-16; save it as text in UTF-8")
     names: list[str] = []
     classes: list[str] = []
-    for number, line in enumerate(lines, 1):
-        if not (line := line.strip()):
+    for number, line in enumerate(os.fsdecode(content).split("\n"), 1):
+        if not (line := line.strip(" \t\r")):
             continue
         name, label = (line, "") if is_image(line) else _split_class(line)
         names.append(_inside(name, allow_outside, f"{path}, line {number}"))
@@ -56,8 +57,10 @@ def list_file(files: Files, path: str, allow_outside: bool) -> Listing:
 
 
 def _split_class(line: str) -> tuple[str, str]:
-    name, separator, label = line.rpartition("\t") if "\t" in line else line.rpartition(" ")
-    return (name.strip(), label) if separator else (line, "")
+    parts = [line.rpartition(separator) for separator in "\t " if separator in line]
+    # A tab may be part of the name of an image, and a class may be behind what is not called an image.
+    name, _, label = next((part for part in parts if is_image(part[0].rstrip())), parts[0] if parts else (line, "", ""))
+    return name.rstrip(" \t"), label
 
 
 def coco(annotations: Files, path: str, allow_outside: bool) -> Listing:

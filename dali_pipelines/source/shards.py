@@ -28,6 +28,7 @@ _COMPRESSED_NAME = re.compile(r"\.(tgz|gz|zst|xz|bz2|lz4|zip)$", re.IGNORECASE)
 _COMPRESSED = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\xfd7zXZ", b"BZh")  # gzip, zstd, xz, bzip2
 _MAGIC = re.compile(r"[*?\[{]")
 _MAX_SHARDS = 1_000_000
+_MISNAMED = "a sample's name ends at its first dot, and no field of this one is an image; rename it to have one dot"
 _DAMAGED = "the shard is cut short or damaged here: what follows cannot be read"
 
 
@@ -113,7 +114,7 @@ def scan_shard(files: Files, kind: str, path: str, size: int) -> list[Image]:
         raise SourceError(f"cannot read {path} ({error.strerror or error})") from error
 
 
-def _header(file: IO[bytes], length: int) -> Header:
+def _header(file: IO[bytes], length: int) -> Header | str:
     return read_header(file) if length else "empty"
 
 
@@ -127,9 +128,13 @@ class _Sample:
     found: list[Image] = field(default_factory=list)
     label: int = -1
     problem: str = ""
+    misnamed: Image | None = None
+    """The first member that ends like an image, with other dots before: a field of another name where there is one."""
 
-    def image(self) -> Image:
+    def image(self) -> Image | None:
         problem = self.problem
+        if not self.found:
+            return self.misnamed
         if len(self.found) > 1:
             problem = f"{len(self.found)} images in one sample; keep one of them"
         image = self.found[0]._replace(label=self.label)
@@ -137,38 +142,55 @@ class _Sample:
 
 
 def _tar_images(file: BinaryIO, path: str, size: int) -> Iterator[Image]:
-    samples: dict[str, _Sample] = {}
-    end = 0
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            while (member := tar.next()) is not None and tar.offset > end:  # a forged size would lead back
-                tar.members.clear()  # type: ignore[attr-defined]  # they would be kept
-                end = tar.offset
-                _add_member(samples, member, file, size)
-                if member.offset_data + member.size > size:
-                    break
-    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
+    """The images of tars that lie one behind the other, as `cat` joins them: each ends with blocks of zeros."""
+    start = end = 0
+    while start < size or not end:
+        samples: dict[str, _Sample] = {}
+        try:
+            file.seek(start)
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                while (member := tar.next()) is not None and tar.offset > end:  # a forged size would lead back
+                    tar.members.clear()  # type: ignore[attr-defined]  # they would be kept
+                    end = tar.offset
+                    _add_member(samples, member, file, size)
+        except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
+            if not end:
+                raise SourceError(f"{path} is not a tar file ({error})") from None
+        yield from filter(None, (sample.image() for sample in samples.values()))
         if not end:
-            raise SourceError(f"{path} is not a tar file ({error})") from None
-    if not end:
-        raise SourceError(f"{path} is a tar file with nothing in it; make it anew or remove it")
-    yield from (sample.image() for sample in samples.values() if sample.found)
-    file.seek(end)
-    if end < size and file.read(tarfile.BLOCKSIZE).strip(b"\0"):
-        yield Image(f"byte {end}", end, 0, -1, _DAMAGED)
+            raise SourceError(f"{path} is a tar file with nothing in it; make it anew or remove it")
+        behind = _skip_zeros(file, end)
+        if behind == end < size:
+            yield Image(f"byte {behind}", behind, 0, -1, _DAMAGED)
+            return
+        start = end = behind
+
+
+def _skip_zeros(file: BinaryIO, start: int) -> int:
+    """First byte of the first block from `start` on, which is that of a block, that is not all zeros."""
+    file.seek(start)
+    while blocks := file.read(1 << 20):
+        if rest := blocks.lstrip(b"\0"):
+            return start + (len(blocks) - len(rest)) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
+        start += len(blocks)
+    return start
 
 
 def _add_member(samples: dict[str, _Sample], member: tarfile.TarInfo, file: BinaryIO, size: int) -> None:
     folder, name = posixpath.split(member.name)
     stem, _, extension = name.partition(".")
     extension = f".{extension.lower()}"
-    if not stem or extension not in (*EXTENSIONS, ".cls"):
+    if not stem or member.isdir() or not extension.endswith((*EXTENSIONS, ".cls")):
         return
     sample = samples.setdefault(posixpath.join(folder, stem), _Sample())
-    if member.offset_data + member.size > size:
-        sample.problem = "the shard is cut short: it ends within this sample"
-    elif not member.isreg() or member.sparse:
+    if extension not in (*EXTENSIONS, ".cls"):
+        if sample.misnamed is None and extension.endswith(EXTENSIONS):
+            sample.misnamed = Image(member.name, member.offset_data, member.size, -1, _MISNAMED)
+        return
+    if not member.isreg() or member.sparse:
         sample.problem = "a link or sparse file in the tar; store the file itself"
+    elif member.offset_data + member.size > size:
+        sample.problem = "the shard is cut short: it ends within this sample"
     elif extension == ".cls":
         file.seek(member.offset_data)
         text = file.read(min(member.size, 64)).strip()

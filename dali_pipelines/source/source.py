@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from dali_pipelines.settings import DataConfig
 from dali_pipelines.source import layouts, shards
+from dali_pipelines.source.decoding import recode
 from dali_pipelines.source.files import MISSING, Files, SourceError, is_remote, open_files
 from dali_pipelines.source.headers import EXTENSIONS, read_header
 from dali_pipelines.source.index import Image, Index, Int64s, Progress
@@ -40,10 +41,23 @@ class Source:
     """The encoded image of a number; thread-safe. It raises an OSError that says why it cannot be read (any more)."""
     classes: tuple[str, ...] = ()
     bad: dict[int, str] = field(default_factory=dict)  # what the headers revealed: index -> reason
-    paths: tuple[str, ...] | None = None  # local files, which others can open; None where only `read` can
+    by_pillow: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
+    """(n,) images that DALI's decoders get wrong, or cannot decode: `read` gives their pixels as a PPM."""
+    paths: tuple[str, ...] | None = None
+    """Local files that others can open and decode; None where an image needs `read`."""
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def check_size(self, i: int, size: tuple[int, int]) -> None:
+        """Compares width and height of image i as decoded with what its header said, which plans are made with.
+
+        Raises:
+            OSError: they differ.
+        """
+        if size != (planned := tuple(self.sizes[i].tolist())):
+            now, then = ("{} x {}".format(*pair) for pair in (size, planned))
+            raise OSError(f"it has changed since its header was read: {now} pixels now, {then} then")
 
     def digest(self) -> str:
         """Hash of the names below the root, in order: two sources with the same one number the same images."""
@@ -156,6 +170,7 @@ def _open(
     stamps = _stamps(files, paths, threads)
     table = place.update(names, paths, stamps, scan, threads=threads, chunk=_CHUNK, progress=progress)
     labels, numbered = _number(classes)
+    by_pillow = table.entries["by_pillow"].copy()
     return Source(
         root=root,
         kind=kind,
@@ -163,10 +178,11 @@ def _open(
         labels=labels,
         sizes=table.sizes,
         base=base,
-        read=lambda i: files.read(paths[i]),
+        read=_recoding(lambda i: files.read(paths[i]), by_pillow),
         classes=numbered,
         bad=table.bad,
-        paths=paths if files.local else None,
+        by_pillow=by_pillow,
+        paths=paths if files.local and not by_pillow.any() else None,
     )
 
 
@@ -184,7 +200,7 @@ def _open_shards(
     if not len(table.entries):
         raise SourceError(f"no images in the {len(paths)} shards of {root} (data.source={kind})")
     counts, ends = table.files["images"], np.cumsum(table.files["images"])
-    extents = table.entries["extent"].copy()
+    extents, by_pillow = table.entries["extent"].copy(), table.entries["by_pillow"].copy()
 
     def read(i: int) -> bytes:
         path = paths[int(np.searchsorted(ends, i, "right"))]
@@ -202,10 +218,16 @@ def _open_shards(
         labels=labels,
         sizes=table.sizes,
         base=files.base,
-        read=read,
+        read=_recoding(read, by_pillow),
         classes=classes,
         bad=table.bad,
+        by_pillow=by_pillow,
     )
+
+
+def _recoding(read: Callable[[int], bytes], by_pillow: npt.NDArray[np.bool_]) -> Callable[[int], bytes]:
+    """`read`, for all engines to decode alike."""
+    return lambda i: recode(read(i)) if by_pillow[i] else read(i)
 
 
 def _resolve(kind: str, root: str, found: str, files: Files, annotations: str) -> str:

@@ -25,7 +25,7 @@ def load_photo(config: Config, source: Source, i: int) -> Tensor | None:
     """(3, S, S) normalised: short side to 8/7 of the canvas S, then the centre; None if image i cannot be decoded."""
     size = config.montage.final.canvas
     try:
-        image = decode(source.read(i))
+        image = decode(source, i)
     except OSError:  # training has listed it already
         return None
     image = F.center_crop(F.resize(image, [round(size * 8 / 7)], antialias=True), [size, size])

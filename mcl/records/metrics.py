@@ -51,7 +51,8 @@ def log_to_file(folder: Path) -> None:
         OSError: the folder cannot be written to.
     """
     first = distributed.rank() == 0
-    file = logging.FileHandler(folder / "train.log", delay=not first)
+    # Names of files need not be UTF-8.
+    file = logging.FileHandler(folder / "train.log", encoding="utf-8", errors="backslashreplace", delay=not first)
     file.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {_who()}%(message)s"))
     file.addFilter(lambda record: first or record.levelno >= logging.ERROR)
     for kept in [handler for handler in log.handlers if isinstance(handler, MemoryHandler)]:

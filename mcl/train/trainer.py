@@ -266,6 +266,10 @@ class Trainer:
         source, plan, model, trainer = self.loader.source, self.loader.plan, self.config.model, self.config.trainer
         names = "" if not source.classes else f" in {len(source.classes)} classes"
         log.info("%d images%s in %s, %d of them bad", len(source), names, source.root, len(self.loader.bad))
+        if n := source.by_pillow.sum():
+            log.info(
+                "%d of these images are decoded by Pillow, which is slower: dali_pipelines/README.md says which", n
+            )
         log.info("loader: %s on %s (%s)", self.loader.engine_name, self.loader.device, self.loader.reason)
         log.info("operators: %s", ops.describe(self.device.type))
         load, cores = os.getloadavg()[0], os.cpu_count() or 1

@@ -20,6 +20,7 @@ from torch import Tensor
 from dali_pipelines import pipelines, plan, reference, stock_ops
 from dali_pipelines.geometry import Geometry
 from dali_pipelines.plan import Augmentation
+from dali_pipelines.source import decode
 from mcl.config import AugmentConfig
 from tests.dali_pipelines.images import choose
 
@@ -113,7 +114,7 @@ def measure(paths: Sequence[str], engine: Engine) -> list[Row]:
 
 def read(path: str | Path) -> Tensor:
     """(3, H, W) uint8 of a file."""
-    return reference.decode(Path(path).read_bytes())
+    return torch.from_numpy(decode(Path(path).read_bytes())).permute(2, 0, 1)
 
 
 def stock_operations(tiles: Sequence[Tensor], a: Augmentation) -> list[Tensor]:

@@ -319,7 +319,8 @@ def test_both_engines_decode_every_kind_of_file_to_the_same_pixels(
 ) -> None:
     write_corrupt(tmp_path / "corrupt.jpg", picture)
     for name, path in (kinds | {"corrupt.jpg": tmp_path / "corrupt.jpg"}).items():
-        (output,) = pipelines.decode_pipeline(path.read_bytes()).run()
+        output, shape = pipelines.decode_pipeline(path.read_bytes()).run()
         got, expected = np.array(output.at(0)), parity.read(path).permute(1, 2, 0).numpy()
+        assert shape.at(0).tolist() == list(got.shape), name
         assert got.shape == expected.shape == ((1, 1, 3) if name == "one_pixel.jpg" else (48, 64, 3)), name
         assert np.abs(got.astype(int) - expected).max() <= 1, name

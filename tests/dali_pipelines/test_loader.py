@@ -2,10 +2,13 @@
 
 import gc
 import importlib.util
+import io
 import itertools
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +25,7 @@ from dali_pipelines.loader import BadDataError, MontageLoader, choose_engine, de
 from dali_pipelines.plan import Plan
 from dali_pipelines.source import Source, open_source
 from mcl.config import AugmentConfig, ConfigError, DataConfig
+from tests.conftest import ROOT
 from tests.dali_pipelines.images import write_animated, write_huge, write_truncated
 from tests.dali_pipelines.loading import ENGINES, GEOMETRY, Pair, all_equal, make_loader, make_source, take
 
@@ -138,7 +142,7 @@ def test_bad_files_are_each_reported_once_with_name_and_reason(run: Run) -> None
     assert "65000 x 65000" in reasons[14] or "DecompressionBomb" in reasons[14]
     assert reasons[8]
     for i in (5, 11):
-        assert ("truncated" if run.engine == "torchvision" else "Failed to decode") in reasons[i]
+        assert "image file is truncated" in reasons[i]
     if 19 in reasons:
         assert "the shard is cut short" in reasons[19]
     assert run.state["position"] == 4
@@ -230,6 +234,100 @@ def test_what_vanished_since_the_start_is_replaced(
     ((i, reason),) = loader.bad.items()
     assert i == IMAGES - 1
     assert ("No such file" if source.paths else "1.tar is cut short or damaged") in reason
+
+
+def saved(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "JPEG")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("kind", ["folders", "webdataset"])
+def test_what_has_changed_since_the_start_is_replaced(
+    tmp_path: Path, encoded: list[bytes], picture: Image.Image, engine: str, kind: str
+) -> None:
+    """By the size that was planned: smaller, larger and turned images, and what is no image any more."""
+    now = {1: picture.resize((63, 48)), 3: picture.resize((128, 96)), 6: picture.transpose(Image.Transpose.ROTATE_90)}
+    # As many as 32, since DALI survives in smaller batches what it cannot read the header of.
+    images = [image.ljust(19_998, b"\0") + b"%02d" % i for i, image in enumerate((encoded * 2)[:32])]
+    source = make_source(kind, tmp_path / "root", images)
+    changed = {i: saved(image) for i, image in now.items()}
+    changed |= {9: b"hello", 11: b"\0", 13: images[13][:200], 14: b""}
+    for path in (path for path in (tmp_path / "root").rglob("*") if path.is_file()):
+        content = path.read_bytes()
+        for i, image in changed.items():
+            content = content.replace(images[i], image if source.paths else image.ljust(20_000, b"\0"))
+        path.write_bytes(content)
+    with make_loader(source, engine, images=32, max_bad_fraction=0.5) as loader:
+        (query, _) = next(loader)
+    assert set(loader.bad) == {*now, 9, 11, 13, 14}
+    assert not set(query.index.tolist()) & set(loader.bad)
+    for i, image in now.items():
+        size = "{} x {}".format(*image.size)
+        assert loader.bad[i] == f"it has changed since its header was read: {size} pixels now, 64 x 48 then"
+
+
+QUIET = """
+import ctypes, sys
+from dali_pipelines.source import open_source
+from tests.dali_pipelines.loading import make_loader
+report = lambda i, name, reason: print(f"bad: {name}: {reason}", file=sys.stderr, flush=True)
+with make_loader(open_source(sys.argv[1]), "fused", on_bad=report, max_bad_fraction=0.5) as loader:
+    next(loader), next(loader)
+cpp = ctypes.CDLL("libstdc++.so.6")
+cerr = ctypes.addressof(ctypes.c_char.in_dll(cpp, "_ZSt4cerr"))
+error = b"\\33[0;31m[ERROR] "
+for text in (b"one line\\n", error, b"of others\\n", error + b"\\33[0m", b"[png_parser] x", b"\\n", b"end"):
+    cpp._ZNSo5writeEPKcl(ctypes.c_void_p(cerr), text, ctypes.c_long(len(text)))  # std::cerr.write
+"""
+
+
+@pytest.mark.parametrize("level", [None, "1"])
+def test_dali_prints_nothing_of_its_own_about_broken_images(
+    tmp_path: Path, folder_of: Write, picture: Image.Image, level: str | None
+) -> None:
+    """Unless it is asked to; and what others write to the same stream is all there."""
+    folder_of(tmp_path, 12)
+    for i in range(3):
+        write_truncated(tmp_path / f"{i}.jpg", picture.rotate(i))
+    picture.save(tmp_path / "3.png")
+    os.truncate(tmp_path / "3.png", 2000)
+    environment = {k: v for k, v in os.environ.items() if k != "DALI_NVIMGCODEC_LOG_LEVEL"}
+    environment |= {} if level is None else {"DALI_NVIMGCODEC_LOG_LEVEL": level}
+    command = [sys.executable, "-c", QUIET, str(tmp_path)]
+    lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=True).stderr
+    ours = [line for line in lines.splitlines() if line.startswith("bad: ")]
+    assert len(ours) == 4
+    others = ["one line", "\33[0;31m[ERROR] of others", "end"]
+    if level is None:
+        assert lines.splitlines() == [*ours, *others]
+    else:
+        assert lines.count("Premature end of JPEG data") >= 3
+        assert "[png_parser] x" in lines
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_names_may_be_any_bytes(tmp_path: Path, encoded: list[bytes], engine: str) -> None:
+    """As an old ZIP leaves them: of images that are fine, that are broken, and that vanish."""
+    names = [b"%d\xe9.jpg" % i for i in range(IMAGES)] + [
+        "日本.jpg".encode(),
+        b"a\nb\xff.jpg",
+        b"\xc3(.jpg",
+        b"\x85.jpg",
+    ]
+    for name, image in zip(names, encoded, strict=False):
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).write_bytes(image)
+    source = open_source(str(tmp_path))
+    paths = [os.fsencode(path) for path in source.paths or ()]
+    assert {path.rpartition(b"/")[2] for path in paths} == set(names)
+    os.truncate(paths[2], 100)
+    os.remove(paths[5])
+    found: Found = []
+    with make_loader(source, engine, on_bad=lambda *args: found.append(args), max_bad_fraction=0.2) as loader:
+        take(loader, 2)
+    assert sorted((i, os.fsencode(name)) for i, name, _ in found) == [(2, paths[2]), (5, paths[5])]
+    assert "No such file" in loader.bad[5]
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import struct
 import zlib
 from collections.abc import Callable
@@ -19,8 +20,10 @@ Write = Callable[[Path, int], list[Path]]
 
 
 def header(path: Path) -> tuple[int, int] | str:
+    """Size, or why the image cannot be used."""
     with open(path, "rb") as file:
-        return source.read_header(file)
+        found = source.read_header(file)
+    return found if isinstance(found, str) else found.size
 
 
 def bytes_are_those_of_the_files(s: Source) -> bool:
@@ -84,6 +87,45 @@ def test_list_file(tmp_path: Path, folder_of: Write, lines: str, labels: list[in
     assert s.labels.tolist() == labels
     assert s.classes == classes
     assert s.bad == {}
+
+
+ODD = [
+    "#1.jpg",
+    "a b.jpg",
+    "a\tb.jpg",
+    "a\x0bb.jpg",
+    "a\x85b.jpg",
+    "a\u2028b.jpg",
+    "a\x1cb.jpg",
+    "\xa0.jpg",
+    "x.jpg\u3000.jpg",
+]
+"""Names that hold what elsewhere is a comment, a separator or the end of a line; the last bytes are Latin-1."""
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["", "byte order mark"])
+@pytest.mark.parametrize("label", ["", " 3", "\t3", "  3 "])
+def test_only_newlines_end_a_line_of_a_list(
+    tmp_path: Path, folder_of: Write, end: str, mark: bytes, label: str
+) -> None:
+    (image,) = folder_of(tmp_path / "in", 1)
+    names = [*ODD, os.fsdecode(b"caf\xe9.jpg")]
+    for name in names:
+        shutil.copy(image, tmp_path / name)
+    listing = tmp_path / "list.txt"
+    listing.write_bytes(mark + os.fsencode("".join(f"{name}{label}{end}" for name in names)))
+    s = open_source(str(listing))
+    assert s.names == tuple(f"{tmp_path}/{name}" for name in names)
+    assert s.labels.tolist() == [3 if label else -1] * len(names)
+    assert s.bad == {}
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_lists_in_utf_16_are_refused_with_the_remedy(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "list.txt").write_bytes("000.jpg\n".encode(encoding))
+    with pytest.raises(SourceError, match=r"cannot read the list .*list\.txt: .* save it as text in UTF-8"):
+        open_source(str(tmp_path / "list.txt"))
 
 
 def test_list_file_with_absolute_paths_and_spaces(tmp_path: Path, folder_of: Write) -> None:

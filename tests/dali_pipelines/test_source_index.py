@@ -188,6 +188,35 @@ def test_a_damaged_index_is_built_anew(tmp_path: Path, folder_of: Write, reads: 
     assert reads(root)[1] == 0
 
 
+@pytest.mark.parametrize("change", [-1, 1])
+def test_an_index_of_another_version_is_built_anew(tmp_path: Path, folder_of: Write, reads: Reads, change: int) -> None:
+    """Whatever its columns are: what headers decide may have changed, too."""
+    folder_of(tmp_path / "root", 3)
+    first, _ = reads(tmp_path / "root")
+    (file,) = reads.index.iterdir()
+    with np.load(file) as arrays:
+        columns = {**arrays, "format": arrays["format"] + change, "files_images": arrays["files_images"] + 7}
+    np.savez(file, **columns)
+    with pytest.warns(UserWarning, match=r"built anew \(written by another version\)"):
+        again = open_source(str(tmp_path / "root"), index=str(reads.index))
+    assert same(first, again)
+    assert reads(tmp_path / "root")[1] == 0
+
+
+def test_who_decodes_is_kept(tmp_path: Path, reads: Reads, picture: Image.Image) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    picture.save(root / "0.jpg")
+    picture.save(root / "1.tif", tiffinfo={274: 6})
+    picture.convert("CMYK").save(root / "2.jpg")
+    for n in (3, 0):
+        s, read = reads(root)
+        assert read == n
+        assert s.by_pillow.tolist() == [False, True, True]
+        assert s.sizes.tolist() == [[64, 48]] * 3
+        assert s.paths is None
+
+
 def test_a_folder_that_cannot_be_written_only_warns(tmp_path: Path, folder_of: Write) -> None:
     folder_of(tmp_path / "root", 2)
     (tmp_path / "file").touch()
@@ -270,7 +299,9 @@ def test_headers_are_read_a_piece_at_a_time(picture: Image.Image, tmp_path: Path
             return content[start:end]
 
         file = io.BufferedReader(RangeFile(read, len(content)), 1 << 14)
-        assert headers.read_header(file) == (2048, 1536)
+        found = headers.read_header(file)
+        assert not isinstance(found, str)
+        assert found.size == (2048, 1536)
         return sum(pieces)
 
     large = picture.resize((2048, 1536))

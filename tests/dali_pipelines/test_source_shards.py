@@ -4,8 +4,10 @@ import gzip
 import io
 import os
 import subprocess
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -269,6 +271,16 @@ def test_samples_are_told_by_their_names(tmp_path: Path, encoded: list[bytes]) -
     assert (s.read(0), s.read(1)) == (a, png)
 
 
+def test_a_sample_whose_image_has_dots_in_its_name_is_one_bad_entry(tmp_path: Path, encoded: list[bytes]) -> None:
+    """Nothing is left out without a word: WebDataset takes the first of these for fields of the sample "v1"."""
+    members = [("v1.5_0.jpg", encoded[0]), ("v1.5_1.jpg", encoded[1]), ("a/trip 2.0.jpg", encoded[2])]
+    write_tar(tmp_path / "a.tar", [*members, ("ok.jpg", encoded[3]), ("ok.seg.png", encoded[3]), ("no.seg.txt", b"")])
+    s = open_source(str(tmp_path))
+    assert [name.removeprefix(f"{tmp_path}/a.tar/") for name in s.names] == ["v1.5_0.jpg", "a/trip 2.0.jpg", "ok.jpg"]
+    assert list(s.bad) == [0, 1]
+    assert all("first dot" in reason and "rename it" in reason for reason in s.bad.values())
+
+
 def test_tars_of_the_command_line(tmp_path: Path, encoded: list[bytes]) -> None:
     """Long names, folders and links, in each format of GNU tar."""
     deep = tmp_path / "in" / ("deep" * 20) / ("folder" * 20)
@@ -284,6 +296,114 @@ def test_tars_of_the_command_line(tmp_path: Path, encoded: list[bytes]) -> None:
         assert [Path(name).name for name in s.names] == ["0.jpg", "1.jpg", "link.jpg"]
         assert [s.read(i) for i in range(2)] == encoded[:2]
         assert s.bad == {2: "a link or sparse file in the tar; store the file itself"}
+
+
+@pytest.mark.parametrize("cut", [None, 1024, 512, 0], ids=["whole", "two zero blocks", "one", "none"])
+def test_tars_that_were_joined(tmp_path: Path, encoded: list[bytes], cut: int | None) -> None:
+    """By cat, each with what ends it, or less; names may repeat, unless nothing says where one ends."""
+    parts = []
+    for i, images in enumerate([encoded[:2], encoded[2:3], encoded[3:]]):
+        write_tar(tmp_path / "part", [(f"{i if cut == 0 else 0}{j}.jpg", image) for j, image in enumerate(images)])
+        content = (tmp_path / "part").read_bytes()
+        end = len(content.rstrip(b"\0")) + 511 & ~511
+        parts.append(content if cut is None else content[:end] + bytes(cut))
+    (tmp_path / "a.tar").write_bytes(b"".join(parts))
+    s = open_source(str(tmp_path / "a.tar"))
+    assert s.bad == {}
+    assert [s.read(i) for i in range(len(s))] == encoded
+    (tmp_path / "b.tar").write_bytes(b"".join(parts)[: -len(parts[-1]) + 700])  # the last one cut short
+    s = open_source(str(tmp_path / "b.tar"))
+    assert [s.read(i) for i in range(3)] == encoded[:3]
+    assert list(s.bad) == [3]
+    assert s.bad[3].startswith(CUT)
+
+
+@pytest.mark.parametrize("rest", [b"x", b"hello" * 1000, bytes(700) + b"x" * 2000, b"\x1f\x8b" + bytes(100)])
+def test_what_lies_behind_a_tar_is_one_bad_entry(tmp_path: Path, encoded: list[bytes], rest: bytes) -> None:
+    names = tar(tmp_path / "a.tar", encoded)
+    size = (tmp_path / "a.tar").stat().st_size
+    with open(tmp_path / "a.tar", "ab") as file:
+        file.write(rest)
+    s = open_source(str(tmp_path / "a.tar"))
+    assert s.names[: len(names)] == tuple(names)
+    assert [s.read(i) for i in range(len(names))] == encoded
+    assert s.bad == {len(names): DAMAGED}
+    assert int(s.names[-1].rpartition("byte ")[2]) == size + (512 if len(rest) == 2700 else 0)
+
+
+def test_odd_members_of_tars(tmp_path: Path, encoded: list[bytes]) -> None:
+    """Each is read, is left out, or is one bad entry with its name."""
+
+    def member(
+        name: str, kind: bytes = tarfile.REGTYPE, image: bytes = b"", **more: Any
+    ) -> tuple[tarfile.TarInfo, bytes]:
+        info = tarfile.TarInfo(name)
+        info.type, info.size = kind, len(image)
+        for key, value in more.items():
+            setattr(info, key, value)
+        return info, image
+
+    long = "/".join(["folder" * 10] * 5) + "/" + "n" * 150 + ".jpg"
+    members = [
+        member("folder.jpg", tarfile.DIRTYPE),
+        member("hard.jpg", tarfile.LNKTYPE, linkname="0.jpg"),
+        member("soft.jpg", tarfile.SYMTYPE, linkname="0.jpg"),
+        member("fifo.jpg", tarfile.FIFOTYPE),
+        member("old.jpg", tarfile.AREGTYPE, encoded[0]),
+        member("pax.jpg", image=encoded[1], pax_headers={"comment": "x" * 2000, "path": "named by pax.jpg"}),
+        member(long, image=encoded[2]),
+        member("caf\udce9.jpg", image=encoded[3]),
+        member("twice.jpg", image=encoded[0]),
+        member("twice.jpg", image=encoded[1]),
+    ]
+    link = "a link or sparse file in the tar; store the file itself"
+    for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        with tarfile.open(tmp_path / "a.tar", "w", format=form) as archive:
+            for info, image in members:
+                archive.addfile(info, io.BytesIO(image))
+        s = open_source(str(tmp_path / "a.tar"))
+        pax = "named by pax.jpg" if form == tarfile.PAX_FORMAT else "pax.jpg"
+        names = ["hard.jpg", "soft.jpg", "fifo.jpg", "old.jpg", pax, long, "caf\udce9.jpg", "twice.jpg"]
+        assert s.names == tuple(f"{tmp_path}/a.tar/{name}" for name in names)
+        assert [s.read(i) for i in range(3, 7)] == encoded
+        assert s.bad == {0: link, 1: link, 2: link, 7: "2 images in one sample; keep one of them"}
+
+
+def test_sparse_members_of_tars(tmp_path: Path, encoded: list[bytes]) -> None:
+    (tmp_path / "in").mkdir()
+    with open(tmp_path / "in" / "0.jpg", "wb") as file:
+        file.write(encoded[0])
+        file.truncate(1 << 22)
+    (tmp_path / "in" / "1.jpg").write_bytes(encoded[1])
+    for form in ("gnu", "pax"):
+        command = [
+            "tar",
+            f"--format={form}",
+            "-S",
+            "--sort=name",
+            "-cf",
+            tmp_path / "a.tar",
+            "-C",
+            tmp_path / "in",
+            ".",
+        ]
+        subprocess.run(command, check=True)
+        s = open_source(str(tmp_path / "a.tar"))
+        assert s.bad == {0: "a link or sparse file in the tar; store the file itself"}
+        assert s.read(1) == encoded[1]
+
+
+def test_records_that_were_joined(tmp_path: Path, encoded: list[bytes]) -> None:
+    """TFRecord files have no head and no end, so that joined ones are one."""
+    tfrecord(tmp_path / "part", encoded[:2])
+    tfrecord(tmp_path / "other", encoded[2:])
+    joined = (tmp_path / "part").read_bytes() + (tmp_path / "other").read_bytes()
+    for rest, reason in [(b"", None), (bytes(3), CUT), (bytes(100), DAMAGED), (b"hello" * 20, DAMAGED)]:
+        (tmp_path / "a.tfrecord").write_bytes(joined + rest)
+        s = open_source(str(tmp_path / "a.tfrecord"))
+        assert [s.read(i) for i in range(4)] == encoded
+        assert list(s.bad) == ([4] if reason else [])
+        assert reason is None or s.bad[4].startswith(reason)
 
 
 def test_forged_sizes_do_not_lead_in_circles(tmp_path: Path, encoded: list[bytes]) -> None:

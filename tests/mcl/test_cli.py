@@ -1,16 +1,21 @@
 """The command line as a user meets it."""
 
+import copy
+import json
 import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from mcl import cli, config
 from tests.conftest import ROOT
+from tests.mcl.tiny import TINY
 
 DEMO = str(ROOT / "mcl" / "presets" / "mcl_r18_fpn_demo.yaml")
 
@@ -90,6 +95,35 @@ def test_index(tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str])
     assert indices == sorted(map(str, (tmp_path / "index").iterdir()))
     cli.main(arguments)
     assert capsys.readouterr().out.count("  0 headers read in ") == 2
+
+
+def test_names_of_files_may_be_any_bytes(tmp_path: Path, photos: Path) -> None:
+    """Every verb that names files, on a terminal of UTF-8: nothing is lost, and the log can be read."""
+    root = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
+    os.mkdir(root)
+    for i, photo in enumerate(sorted((photos / "val").rglob("*.jpg"))[:8]):
+        shutil.copy(photo, os.fsdecode(os.fsencode(root) + b"/%d\xff.jpg" % i))
+    Path(os.fsdecode(os.fsencode(root) + b"/bad\xe9.jpg")).write_text("hello")
+    values = copy.deepcopy(TINY) | {"data": {"root": root, "max_bad_fraction": 0.2}, "output": str(tmp_path / "runs")}
+    values["trainer"]["epochs"] = 1
+    values["evaluation"] = {"at_end": ["retrieval"], "gallery": 8, "galleries": 2}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(values))
+    run = tmp_path / "runs" / "tiny"
+
+    def mcl(*arguments: object) -> str:
+        command = [sys.executable, "-m", "mcl", *map(str, arguments)]
+        environment = os.environ | {"PYTHONUTF8": "1"}
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, env=environment, check=True)
+        assert b"Traceback" not in done.stdout + done.stderr
+        return done.stdout.decode()
+
+    assert "bad\\udce9.jpg: not an image" in mcl("index", tmp_path / "tiny.yaml")
+    assert "caf\\udce9/bad\\udce9.jpg: not an image" in mcl("pretrain", tmp_path / "tiny.yaml")
+    assert "caf\\udce9/bad\\udce9.jpg: not an image" in (run / "train.log").read_text(encoding="utf-8")
+    (bad,) = map(json.loads, (run / "bad_files.jsonl").read_text(encoding="utf-8").splitlines())
+    assert os.path.exists(bad["path"])
+    mcl("preview", run / "checkpoints" / "last.pt", "--output", tmp_path / "pictures")
+    assert "retrieval" in mcl("evaluate", "retrieval", run / "checkpoints" / "last.pt")
 
 
 def test_unknown_option() -> None:
