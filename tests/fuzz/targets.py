@@ -1,25 +1,29 @@
 """What is fuzzed: everything that reads what others may have written."""
 
 import contextlib
+import functools
 import io
 import json
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 import yaml
 from PIL import Image
+from torch import Tensor
 
 from dali_pipelines.geometry import Geometry
 from dali_pipelines.source import decode, index_file, open_source, read_header
 from mcl import config
-from mcl.config import Config, ModelConfig
+from mcl.config import Config, ConfigError
 from mcl.export import export, openselfsup
 from mcl.finetune.annotations import check
 from mcl.models import MCL
 from mcl.train import checkpoint
+from mcl.train.checkpoint import CheckpointError
+from tests.conftest import ROOT
 from tests.dali_pipelines.encodings import encodings
 from tests.dali_pipelines.shards import example, write_tar, write_tfrecord
 from tests.fuzz import checksums
@@ -47,6 +51,10 @@ SIZE = 64, 48  # of the encodings
 
 def picture() -> Image.Image:
     return Image.linear_gradient("L").resize(SIZE).convert("RGB")
+
+
+def pictures() -> list[bytes]:
+    return [encoded for encoded in encodings(picture()).values() if len(encoded) < 1 << 14]
 
 
 def png() -> bytes:
@@ -140,7 +148,22 @@ def indices() -> list[bytes]:
 
 # ------------------------------------------------------------------------------------------------- annotations
 
-ODD = ("null", "true", "-1", "0", "0.5", "1e999", "NaN", "[]", "{}", "9" * 400, '"7"', '"\\ud800"', '"\\u0000"', "[" * 99)
+ODD = (
+    "null",
+    "true",
+    "-1",
+    "0",
+    "0.5",
+    "1e999",
+    "NaN",
+    "[]",
+    "{}",
+    "9" * 400,
+    '"7"',
+    '"\\ud800"',
+    '"\\u0000"',
+    "[" * 99,
+)
 FIELDS = ("images", "annotations", "categories", "id", "file_name", "bbox", "segmentation", "counts", "size", "iscrowd")
 
 
@@ -164,57 +187,103 @@ def checked(folder: Path) -> Read:
 # ------------------------------------------------------------------------------------------------- checkpoints
 
 
-def hollow() -> dict[str, torch.Tensor]:
-    """The state of a small model, each tensor one number, repeated: so its file is small."""
+def hollow() -> dict[str, Tensor]:
+    """The state of a small model, all tensors one number, repeated: so its file is small."""
     cfg = config.from_dict(TINY)
     with torch.device("meta"):
         state = MCL(cfg.model, cfg.montage).state_dict()
-    return {name: torch.zeros((), dtype=tensor.dtype).expand(tensor.shape) for name, tensor in state.items()}
+    numbers = {dtype: torch.zeros((), dtype=dtype) for dtype in {tensor.dtype for tensor in state.values()}}
+    return {name: numbers[tensor.dtype].expand(tensor.shape) for name, tensor in state.items()}
 
 
-def saved(content: Any) -> bytes:
-    file = io.BytesIO()
-    torch.save(content, file)
-    return file.getvalue()
+def fields() -> dict[str, Any]:
+    """What a checkpoint holds beside tensors, for which there are words."""
+    return {
+        "format": checkpoint.FORMAT,
+        "config": config.to_dict(config.from_dict(TINY)),
+        "step": 3,
+        "model": "OURS",
+        "state_dict": "THEIRS",
+    }
+
+
+def save(content: Any, file: BinaryIO) -> None:
+    """Writes a checkpoint of these fields."""
+
+    def filled(node: Any) -> Any:
+        if isinstance(node, dict):
+            return {key: filled(value) for key, value in node.items()}
+        if isinstance(node, list):
+            return [*map(filled, node)]
+        words = {"OURS": hollow, "THEIRS": lambda: {openselfsup.their_name(n): t for n, t in hollow().items()}}
+        return words[node]() if node in words else torch.zeros(3) if node == "TENSOR" else node
+
+    torch.save(filled(content), file)
 
 
 def checkpoints() -> Iterable[bytes]:
-    state = {"config": config.to_dict(config.from_dict(TINY)), "step": 3, "model": hollow()}
-    yield saved({"format": checkpoint.FORMAT, **state})
-    file = io.BytesIO()
-    checkpoint.write({"format": checkpoint.FORMAT, **state}, file)
-    yield file.getvalue()
+    for left_out in ("state_dict", "model"):
+        file = io.BytesIO()
+        save({key: value for key, value in fields().items() if key != left_out}, file)
+        yield file.getvalue()
 
 
-def authors() -> list[bytes]:
-    return [saved({"state_dict": {openselfsup.their_name(name): tensor for name, tensor in hollow().items()}})]
+def use_checkpoint(file: Path) -> None:
+    """All that is done with one, whatever it holds."""
+    uses = (
+        checkpoint.load_model,
+        lambda file: export(file, "timm", output=file.with_suffix(".pth")),
+        lambda file: openselfsup.import_file(file, file.with_suffix(".mcl.pt")),
+    )
+    for use in uses:
+        with contextlib.suppress(CheckpointError, ConfigError):
+            use(file)
 
 
-def file_reader(read: Callable[[Path, Path], object]) -> Callable[[Path], Read]:
-    """What reads a file and may write one."""
+def from_file(use: Callable[[Path], object]) -> Callable[[Path], Read]:
+    """Reads a file with the input in it."""
 
     def reader(folder: Path) -> Read:
         file = folder / "file.pt"
 
-        def write_and_read(data: bytes) -> None:
+        def read(data: bytes) -> None:
             file.write_bytes(data)
-            read(file, folder / "written")
+            use(file)
 
-        return write_and_read
+        return read
 
     return reader
 
 
-def pretrained(folder: Path) -> Read:
-    """Takes them over into a detector."""
-    from mcl.finetune import settings, weights
+def from_fields(use: Callable[[Path], object]) -> Callable[[Path], Read]:
+    """Reads a checkpoint of which the input is the fields, as JSON."""
 
-    mini = settings.load(Path("configs/finetune/mask_rcnn_r18_fpn_mini.py"), ["width=16"])
+    def reader(folder: Path) -> Read:
+        file = folder / "file.pt"
 
-    def read(file: Path) -> None:
-        weights.load(file, mini.model, "mmdet", [], ["backbone"])
+        def read(data: bytes) -> None:
+            with contextlib.suppress(ValueError, RecursionError), open(file, "wb") as opened:
+                save(json.loads(data), opened)
+            use(file)
 
-    return file_reader(lambda file, _: read(file))(folder)
+        return read
+
+    return reader
+
+
+@functools.cache
+def detector() -> Any:
+    """The configuration of a detector of that backbone."""
+    from mcl.finetune import settings
+
+    return settings.load(ROOT / "configs" / "finetune" / "mask_rcnn_r18_fpn_mini.py").model
+
+
+def pretrained(file: Path) -> None:
+    """Takes weights over into a detector."""
+    from mcl.finetune import weights
+
+    weights.load(file, detector(), "mmdet", [], [r"backbone\."])
 
 
 # ----------------------------------------------------------------------------------------------- configurations
@@ -222,7 +291,10 @@ def pretrained(folder: Path) -> Read:
 
 def use(cfg: Config) -> None:
     """What happens to every configuration that is accepted."""
-    assert config.from_dict(yaml.safe_load(yaml.safe_dump(config.to_dict(cfg)))) == cfg
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        yaml.safe_dump(config.to_dict(cfg), file)
+        file.flush()
+        assert config.load(file.name) == cfg
     cfg.images_per_rank(1)
     cfg.plan(1000, 32)
 
@@ -244,22 +316,22 @@ def overrides() -> Iterable[bytes]:
         ).encode()
 
 
+TENSORS = ('"OURS"', '"THEIRS"', '"TENSOR"', '"model"', '"state_dict"', '"format"', '"config"')
 KEYS = tuple(key.name for key in config.all_keys())
 YAML = ("&a ", "*a", "<<: ", "!!binary ", "!!set ", "? ", "- ", "'", "|", "2001-01-01", "0x", ".inf", "010", "1:30")
 
 TARGETS = {
-    "headers": Target(lambda: encodings(picture()).values(), header, checksums.png),
-    "lists": Target(lists, source("list"), words=("..", "/", "://", "\\ufeff")),
+    "headers": Target(pictures, header, checksums.png),
+    "lists": Target(lists, source("list"), words=("..", "/", "://", "\ufeff")),
     "tar": Target(tars, source("webdataset"), checksums.tar),
     "tfrecord": Target(tfrecords, source("tfrecord"), checksums.tfrecord),
     "index": Target(indices, index, checksums.zip),
     "coco": Target(coco, source("coco"), words=ODD + FIELDS),
     "annotations": Target(coco, checked, words=ODD + FIELDS),
-    "checkpoint": Target(checkpoints, file_reader(lambda file, _: checkpoint.load_model(file)), checksums.zip),
-    "export": Target(checkpoints, file_reader(lambda file, to: export(file, "timm", output=to)), checksums.zip),
-    "openselfsup": Target(authors, file_reader(openselfsup.import_file), checksums.zip),
-    "pretrained": Target(checkpoints, pretrained, checksums.zip),
-    "yaml": Target(presets, file_reader(lambda file, _: use(config.load(file))), words=ODD + KEYS + YAML),
+    "checkpoint": Target(checkpoints, from_file(use_checkpoint), checksums.zip),
+    "fields": Target(lambda: [json.dumps(fields()).encode()], from_fields(use_checkpoint), words=ODD + TENSORS + KEYS),
+    "pretrained": Target(lambda: [json.dumps(fields()).encode()], from_fields(pretrained), words=ODD + TENSORS),
+    "yaml": Target(presets, from_file(lambda file: use(config.load(file))), words=ODD + KEYS + YAML),
     "words": Target(overrides, words, words=ODD + KEYS + YAML),
 }
 """By name."""
