@@ -9,8 +9,8 @@ from typing import Annotated, Literal, Self
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
-STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True, coerce_numbers_to_str=True)
-"""Of every section: unknown keys are errors, and the strings under fields are their documentation."""
+STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False)
+"""Of every section: unknown keys, infinity and NaN are errors, and the strings under fields are their documentation."""
 
 
 class Trait(Enum):

@@ -6,13 +6,15 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import textwrap
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from mcl import __version__, signals
-from mcl.config import all_keys
+from mcl.config import ConfigError, all_keys
 
 TARGETS = ["mmdet", "mmdet-retinanet", "mmpretrain", "detectron2", "torchvision", "torchvision-detection", "timm"]
 """Those of :data:`mcl.export.TARGETS`, which takes seconds to import."""
@@ -27,8 +29,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: parses, runs, and turns errors of our own into one line and their exit code, mostly 2."""
     # Threads of OpenMP sleep while they wait: on a busy machine, spinning takes the cores from those that have work.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # is read when torch is imported
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: names of files need not fit the encoding
     parser = _parser()
     options, words = parser.parse_known_args(arguments)  # key=value may stand behind options, too
     if words and not ("overrides" in options and all("=" in word and not word.startswith("-") for word in words)):
@@ -38,21 +38,67 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.overrides += words
     first = os.environ.get("RANK", "0") == "0" and options.verb in ("pretrain", "finetune")
     try:
+        _prepare()
         with signals.a_second_one_ends(_STOPPING if first else ""):
             for text in options.run(options):
-                print(text, flush=True)
-            sys.stdout.flush()
+                _print(text)
     except KeyboardInterrupt:
         print(f"mcl {options.verb}: interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:  # who read the output, such as head, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more in the end
+        _discard_output()
         sys.exit(128 + signal.SIGPIPE)
     except (ValueError, RuntimeError, OSError) as error:
-        if type(error).__module__.split(".")[0] not in ("mcl", "dali_pipelines"):
-            raise  # those that we raise for users are classes of our own
-        print(f"mcl {options.verb}: error: {error}", file=sys.stderr)
+        if type(error).__module__.split(".")[0] in ("mcl", "dali_pipelines"):  # those for users are classes of our own
+            message = str(error)
+        elif isinstance(error, OSError) and error.filename is not None:  # such as a name that is too long
+            message = f"{error.filename}: {error.strerror}"
+        else:
+            raise
+        print(f"mcl {options.verb}: error: {message}", file=sys.stderr)
         sys.exit(getattr(error, "exit_code", 2))
+
+
+def _prepare() -> None:
+    """Makes up for what the environment may lack, before libraries fail for want of it.
+
+    Raises:
+        ConfigError: it cannot be made up for.
+    """
+    for name in ("stdin", "stdout", "stderr"):  # closed by whoever started this; files that are opened later must not
+        if getattr(sys, name) is None:  # take their places
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: names of files need not fit the encoding
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise ConfigError("the current folder is gone; change to one that exists") from None
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:
+        raise ConfigError("no folder for temporary files can be written to; set TMPDIR to one that can") from None
+
+
+def _print(text: object) -> None:
+    """Prints a line.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _discard_output()
+        raise ConfigError(f"the output cannot be written ({error.strerror})") from None
+
+
+def _discard_output() -> None:
+    """Of what Python has not written yet, and would in the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -121,7 +167,11 @@ def _parser() -> argparse.ArgumentParser:
     preview.add_argument("config", type=Path, help="preset, YAML file, or a checkpoint (then with feature maps)")
     add_overrides(preview, "e.g. data.root=FOLDER")
     preview.add_argument("--step", type=int, default=0, help="step of the run to draw, from 0")
-    preview.add_argument("--output", type=Path, default=Path("preview"), help="folder to write")
+    preview.add_argument(
+        "--output",
+        type=Path,
+        help="folder to write; default: preview/ of the run folder, output/name or the checkpoint's",
+    )
 
     index = verb("index", _index, "read the sizes of all images once, so that runs start at once")
     index.add_argument("config", type=Path, help="preset or YAML file")
@@ -130,6 +180,11 @@ def _parser() -> argparse.ArgumentParser:
     budget = verb("budget", _budget, "what a configuration costs: FLOPs, memory, hours")
     budget.add_argument("config", type=Path, help="preset or YAML file")
     add_overrides(budget, "e.g. montage.queries=[4,1,1,1]")
+    budget.add_argument(
+        "--images",
+        type=int,
+        help="of an epoch; default: those in the index of data.root, or as many as ImageNet-1k has",
+    )
     budget.add_argument("--gpus", type=int, help="processes; default: as many as make 128 images each")
     budget.add_argument("--nodes", type=int, help="machines that they are on; default: as few as have 8 each")
     budget.add_argument(
@@ -231,7 +286,7 @@ def _budget(options: argparse.Namespace) -> Iterable[str]:
     if options.plot:
         show.check_picture(options.plot)
     cfg = config.load(options.config, options.overrides)
-    result = budget.budget(cfg, options.gpus, options.nodes, options.bandwidth)
+    result = budget.budget(cfg, options.gpus, options.nodes, options.bandwidth, options.images)
     yield json.dumps(result, indent=1) if options.json else show.tables(result)
     if options.plot:
         show.plot(result, options.plot)

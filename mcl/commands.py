@@ -1,6 +1,7 @@
 """What the verbs do: a whole run from its configuration, and what is done with its checkpoints."""
 
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -102,8 +103,15 @@ def evaluate(name: str, path: Path, overrides: Sequence[str]) -> Iterator[str]:
         yield describe(scores)
 
 
-def preview(path: Path, overrides: Sequence[str], step: int, output: Path) -> Iterator[Path]:
+def preview(path: Path, overrides: Sequence[str], step: int, output: Path | None = None) -> Iterator[Path]:
     """Draws what a configuration, or a checkpoint, makes of its images; yields the files written.
+
+    Args:
+        path: of the configuration or checkpoint.
+        overrides: ``key=value`` words.
+        step: of the run.
+        output: folder to write; None: ``preview/`` of the run folder, a checkpoint's own, or beside a checkpoint that
+            lies in none.
 
     Raises:
         CheckpointError, ConfigError, SourceError: wrong input.
@@ -112,8 +120,11 @@ def preview(path: Path, overrides: Sequence[str], step: int, output: Path) -> It
     if path.suffix == ".pt":
         model, cfg = checkpoint.load_model(path)
         cfg = config.override(cfg, overrides)
+        folder = path.absolute().parent
+        output = output or (folder.parent if folder.name == "checkpoints" else folder) / "preview"
     else:
         cfg = config.load(path, overrides)
+        output = output or cfg.run_folder / "preview"
     source = open_images(cfg.data)
     steps = cfg.trainer.epochs * (len(source) // cfg.trainer.global_batch)
     if not 0 <= step < max(1, steps):
@@ -178,4 +189,4 @@ def _index(data: DataConfig, held_out: bool) -> Iterator[str]:
         yield f"  {n} of them are decoded by Pillow, which is slower: dali_pipelines/README.md says which"
     yield f"  {read[-1]} headers read in {seconds:.1f} s, {read[-1] / seconds:.0f} per second"
     path = index_file(data.index, source.root, source.kind, "" if held_out else data.annotations)
-    yield f"  index: {path if path.exists() else 'could not be written'}"
+    yield f"  index: {path if os.path.exists(path) else 'could not be written'}"

@@ -1,16 +1,18 @@
 """One tree of frozen dataclasses: every key of a run, its type, its default and its meaning, each said once.
 
-A configuration is read from a YAML preset and refined by ``key=value`` words, e.g. ``optim.base_lr=0.5``. The string
-under each field is its documentation; ``mcl pretrain --help`` prints exactly these.
+A configuration is read from a YAML preset and refined by ``key=value`` words, e.g. ``optim.base_lr=0.5``. A word for a
+key that is text is taken as it was typed; all others are YAML. The string under each field is its documentation;
+``mcl pretrain --help`` prints exactly these.
 """
 
 import dataclasses
 import difflib
+import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_origin
 
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
@@ -38,6 +40,7 @@ __all__ = [
     "from_dict",
     "load",
     "override",
+    "plain",
     "to_dict",
     "value",
 ]
@@ -184,9 +187,45 @@ class Config:
             raise ValueError(f"model.loss_weights: {weights} weights for the {levels} levels of montage.ratios")
         if self.trainer.compile and self.trainer.recompute:
             raise ValueError("trainer.recompute: torch.compile cannot recompute; set it or trainer.compile to false")
-        if not self.name or Path(self.name).name != self.name:
+        if not is_folder_name(self.name):
             raise ValueError(f"name: {self.name!r} is not a plain folder name")
         return self
+
+    def doubts(self) -> list[str]:
+        """What is legal and seldom meant, as after one key of a preset was changed: a line each, with what to set."""
+        optim, epochs = self.optim, self.trainer.epochs
+        peak = optim.base_lr * self.trainer.global_batch / 256
+        lines = []
+        if optim.warmup_epochs >= epochs:
+            # Of the cosine times the warm-up; x (1 + cos(pi x)) / 2 is at most 0.26 between 0 and 1.
+            highest = 0.26 * epochs / optim.warmup_epochs * peak
+            lines.append(
+                f"optim.warmup_epochs: a warm-up of {optim.warmup_epochs:g} epochs is as long as the run "
+                f"(trainer.epochs={epochs}) or longer: the learning rate never passes {highest:.2g} of {peak:.2g}; "
+                f"set optim.warmup_epochs={epochs / 10:g}, for instance"
+            )
+        if optim.name != "lars" and optim.base_lr >= OptimConfig.base_lr:
+            usual = 0.05 if optim.name == "sgd" else 1e-3
+            lines.append(
+                f"optim.base_lr: {optim.base_lr:g} is a rate for lars, which scales it down; {optim.name} will hardly "
+                f"converge with it; set optim.base_lr={usual:g}, for instance"
+            )
+        if optim.name == "lars" and optim.base_lr <= 0.02:
+            lines.append(
+                f"optim.base_lr: {optim.base_lr:g} is a rate for adamw or sgd; lars scales it down, so that weights "
+                f"hardly move; set optim.base_lr={OptimConfig.base_lr:g}, for instance"
+            )
+        if optim.final_lr > peak:
+            lines.append(
+                f"optim.final_lr: {optim.final_lr:g} is above the highest learning rate of the run, {peak:.2g} "
+                "(optim.base_lr * trainer.global_batch / 256), so that it rises to the end; set it lower"
+            )
+        if late := [epoch for epoch, _ in self.montage.schedule if epoch >= epochs]:
+            lines.append(
+                f"montage.schedule: the canvases from epoch {', '.join(map(str, late))} on are never used, since "
+                f"trainer.epochs={epochs}; shorten the schedule with the run"
+            )
+        return lines
 
     @property
     def run_folder(self) -> Path:
@@ -280,6 +319,11 @@ class Config:
                 )
 
 
+def is_folder_name(name: str) -> bool:
+    """Whether a folder of that name lies directly in another one; no control characters, which would break lines."""
+    return Path(name).name == name != ".." and min(name, default="") >= " "
+
+
 PRESETS = Path(__file__).parent / "presets"
 """Configurations that are known by their names."""
 
@@ -297,6 +341,11 @@ class Key:
     default: Any
     documentation: str
     traits: frozenset[Trait]
+
+    @property
+    def is_text(self) -> bool:
+        """Whether its value is a text, or one of several."""
+        return self.kind is str or get_origin(self.kind) is Literal
 
 
 def all_keys(section: type = Config, prefix: str = "", traits: frozenset[Trait] = frozenset()) -> Iterator[Key]:
@@ -339,23 +388,55 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     Raises:
         ConfigError: unknown key (the nearest one is named), wrong type or illegal value.
     """
-    known = [key.name for key in all_keys()]
+    known = {key.name: key for key in all_keys()}
     for key in _leaves(values):
         if key not in known and not any(k.startswith(key + ".") for k in known):
-            raise ConfigError(f"{key}: no such key; {_nearest(key, known)}")
+            raise ConfigError(f"{key}: no such key; {_nearest(key, list(known))}")
     try:
-        return _ADAPTER.validate_python(_at_home(values))
+        return _ADAPTER.validate_python(_texts(values, known))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
+        message = first["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list, such as [1, 2]")
         if first["type"] == "value_error":  # our own checks: `loc` is the section, the message starts with its key
             raise ConfigError(f"{key}.{message}" if key else message) from None
-        raise ConfigError(f"{key}: {message} (got {first['input']!r})") from None
+        got = "nothing" if first["input"] is None else repr(first["input"])
+        raise ConfigError(f"{key}: {message} (got {got})") from None
+
+
+class _Plain(yaml.SafeLoader):
+    """YAML whose words stay words, for what they mean depends on the key: 007 may be a name, and `no` one of a list.
+
+    Without YAML's guesses, 010 is ten instead of eight, 1:30 no number of seconds, and 1e-3 a number.
+    """
+
+
+_Plain.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":null", ":merge"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def plain(text: str | bytes) -> Any:
+    """Reads YAML: nested lists and dictionaries of text; None is null, ~ or nothing.
+
+    Raises:
+        yaml.YAMLError: it is none.
+    """
+    try:
+        value = _Plain(text).get_single_data()
+        json.dumps(value, skipkeys=True)  # it can be written down: no anchor in it leads back to itself
+    except yaml.YAMLError:
+        raise
+    except Exception as error:  # a tag on what it does not fit raises nearly anything
+        raise yaml.YAMLError(str(error)) from None
+    return value
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """Reads a YAML file, or a preset by its name, and applies ``key=value`` words to it; values are YAML too.
+    """Reads a YAML file, or a preset by its name, and applies ``key=value`` words to it (:func:`override`).
+
+    In the file, too, text is what is written.
 
     Raises:
         ConfigError: no such file or preset, not YAML, or see :func:`from_dict`.
@@ -364,13 +445,13 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     if not Path(path).is_file():
         path = presets.get(str(path), path)
     try:
-        values = yaml.safe_load(Path(path).read_text())
+        values = plain(Path(path).read_bytes())
     except OSError as error:
         raise ConfigError(
             f"{path}: cannot read the configuration ({error.strerror}); presets are {', '.join(presets)}"
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not a YAML file: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from None
     if values is None:
         values = {}
     if not isinstance(values, dict):
@@ -379,7 +460,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 
 
 def override(config: Config, overrides: Iterable[str]) -> Config:
-    """Applies ``key=value`` words to a configuration.
+    """Applies ``key=value`` words to a configuration; nothing behind the = is the empty text, or none.
 
     Raises:
         ConfigError: see :func:`from_dict`.
@@ -388,15 +469,15 @@ def override(config: Config, overrides: Iterable[str]) -> Config:
 
 
 def _apply(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    texts = {key.name for key in all_keys() if key.is_text}
     for word in overrides:
         key, separator, text = word.partition("=")
         if not separator:
             raise ConfigError(f"{word!r}: expected key=value")
         try:
-            value = yaml.safe_load(text)
+            _set(values, key, text if key in texts else plain(text))
         except yaml.YAMLError:
             raise ConfigError(f"{key}: cannot read the value {text!r}") from None
-        _set(values, key, "" if value is None else value)
     return values
 
 
@@ -410,16 +491,34 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
     node[leaf] = value
 
 
-def _at_home(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """With ~ as the home folder in paths; the shell leaves data.root=~/images as it is."""
-    paths = {key.name for key in all_keys() if Trait.PATH in key.traits}
+def _texts(values: Mapping[str, Any], keys: Mapping[str, Key], prefix: str = "") -> dict[str, Any]:
+    """With the empty text for none, and in paths the home folder for ~, as the shell leaves data.root=~/images.
+
+    Raises:
+        ConfigError: there is no home folder.
+    """
     result = dict(values)
-    for key, value in values.items():
+    for name, value in values.items():
+        key = keys.get(f"{prefix}{name}")
         if isinstance(value, Mapping):
-            result[key] = _at_home(value, f"{prefix}{key}.")
-        elif f"{prefix}{key}" in paths and isinstance(value, str):
-            result[key] = os.path.expanduser(value)
+            result[name] = _texts(value, keys, f"{prefix}{name}.")
+        elif key and key.kind is str and value is None:
+            result[name] = ""
+        elif key and Trait.PATH in key.traits and isinstance(value, str):
+            result[name] = at_home(key.name, value)
     return result
+
+
+def at_home(key: str, path: str) -> str:
+    """A path with the home folder for ~, which the shell leaves in data.root=~/images.
+
+    Raises:
+        ConfigError: there is no home folder; the key is named.
+    """
+    expanded = os.path.expanduser(path)
+    if expanded == path and path.split("/")[0] == "~":
+        raise ConfigError(f"{key}: {path}: there is no home folder that ~ could be; set HOME, or write the whole path")
+    return expanded
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -10,7 +10,7 @@ from dali_pipelines.source.decoding import decode
 from dali_pipelines.source.files import SourceError
 from dali_pipelines.source.headers import EXTENSIONS, FORMATS, MAX_PIXELS, Header, read_header
 from dali_pipelines.source.index import Progress, index_file
-from dali_pipelines.source.source import Kind, Source, open_images, open_source
+from dali_pipelines.source.source import Kind, Source, indexed_images, open_images, open_source
 
 __all__ = [
     "EXTENSIONS",
@@ -23,6 +23,7 @@ __all__ = [
     "SourceError",
     "decode",
     "index_file",
+    "indexed_images",
     "open_images",
     "open_source",
     "read_header",

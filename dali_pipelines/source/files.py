@@ -16,6 +16,8 @@ from typing import Any, BinaryIO, Literal, cast
 Stamp = tuple[int, int]
 """Version (modification time or hash of an ETag) and size in bytes: a file with the same stamp is the same file."""
 
+_HALF = 1 << 63  # stamps are kept in 64 bits
+
 MISSING: Stamp = (-1, -1)
 """Stamp of a file that is not there."""
 
@@ -67,7 +69,7 @@ class Local:
             return MISSING
         except OSError:
             return -1, 0  # it is there, and reading it will say what is wrong
-        return status.st_mtime_ns, status.st_size
+        return (status.st_mtime_ns + _HALF) % (2 * _HALF) - _HALF, status.st_size  # dates before 1678 and after 2262
 
     def read(self, path: str, start: int = 0, end: int | None = None) -> bytes:
         """Bytes `start` to `end` (default: the rest), fewer where the file ends before."""

@@ -20,7 +20,7 @@ NO_IMAGE = "not an image, or its header is broken"
 """Why a file cannot be used of which Pillow knows nothing else."""
 
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "I;16", "I;16B", "I;16L", "I;16N")
-_LOSSLESS = ("raw", "packbits", "tiff_lzw", "tiff_adobe_deflate")  # compressions of TIFF
+_TIFF_BY_DALI = ("raw", "tiff_lzw", "tiff_adobe_deflate")  # compressions
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_KEPT = (b"tRNS", b"acTL", b"fcTL", b"eXIf")  # transparency, whether it is animated, orientation
 _ORIENTATION = 0x0112
@@ -96,11 +96,16 @@ def open_image(file: IO[bytes], pixels: bool = True) -> Image.Image:
 
 
 def orientation_of(image: Image.Image) -> int:
-    """How an opened image, not yet decoded, wants to be turned: 1 to 8 as EXIF numbers it, 1 for not at all."""
+    """How an opened image, not yet decoded, wants to be turned: 1 to 8 as EXIF numbers it, 1 for not at all.
+
+    Of a TIFF that is what Pillow turns it by when it decodes, elsewhere EXIF alone, and not XMP, as in OpenCV.
+    """
     with contextlib.suppress(Exception):  # broken metadata say nothing
-        if image.format == "TIFF" or "exif" in image.info:
-            found = image.getexif().get(_ORIENTATION, 1)
-            return found if found in range(1, 9) else 1
+        exif = image.getexif() if image.format == "TIFF" else Image.Exif()
+        if image.format != "TIFF":
+            exif.load(image.info.get("exif", b""))
+        found = exif.get(_ORIENTATION, 1)
+        return found if found in range(1, 9) else 1
     return 1
 
 
@@ -123,7 +128,7 @@ def _by_dali(image: Image.Image, orientation: int) -> bool:
         return True
     if image.format == "TIFF":
         planes = image.tag_v2.get(284, 1) != 1  # type: ignore[attr-defined]
-        if planes or orientation != 1 or image.info.get("compression") not in _LOSSLESS:
+        if planes or orientation != 1 or image.info.get("compression") not in _TIFF_BY_DALI:
             return False
     if image.info.get("adobe_transform") == 0 and image.mode == "RGB":  # a JPEG of RGB; decoders may take it for YCbCr
         return False

@@ -1,5 +1,6 @@
 """The index: what reading the files of a source revealed, kept in a file so that it need not be read again."""
 
+import errno
 import hashlib
 import json
 import os
@@ -93,8 +94,8 @@ class Table(NamedTuple):
 
 
 def index_file(folder: str, root: str, kind: str, annotations: str) -> Path:
-    """Where the index of a source lies; `folder` is ``data.index``."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    """Where the index of a source lies; `folder` is ``data.index``. Where there is no home folder, its ~ remains."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     place = Path(folder) if folder else cache / "mcl" / "index"
     digest = hashlib.sha256(_identity(root, kind, annotations).encode("utf-8", "surrogateescape")).hexdigest()
     return place / f"{digest[:24]}.npz"
@@ -117,6 +118,10 @@ class Index:
         self.path = index_file(folder, root, kind, annotations)
         self._identity = _identity(root, kind, annotations)
         self._writable = True
+
+    def images(self) -> int:
+        """How many images it holds, as they were when it was written; 0 where there is no file."""
+        return len(self._load().entries)
 
     def update(
         self,
@@ -201,6 +206,8 @@ class Index:
         if not self._writable:
             return
         try:
+            if self.path.parts[0] == "~":
+                raise FileNotFoundError(errno.ENOENT, "there is no home folder")
             with replacing(self.path) as file:
                 columns = _pack("files", table.files) | _pack("entries", table.entries)
                 np.savez(file, allow_pickle=False, format=_FORMAT, identity=self._identity, **columns)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -99,6 +99,14 @@ def open_images(data: DataConfig, held_out: bool = False, progress: Progress | N
             allow_outside=data.allow_outside,
             progress=show,
         )
+
+
+def indexed_images(data: DataConfig) -> int:
+    """How many images ``data.root`` had when it was last opened, by its index alone; 0 if that is not known."""
+    kinds = get_args(Kind)[1:] if data.source == "auto" else (data.source,)
+    indices = [Index(data.index, data.root, kind, data.annotations) for kind in kinds if data.root]
+    present = [index for index in indices if os.path.exists(index.path)]
+    return max(present, key=lambda index: os.path.getmtime(index.path)).images() if present else 0
 
 
 def open_source(

@@ -21,6 +21,7 @@ struct Recipe {
 constexpr int kFields = 17;
 
 // Clamps what no plan contains, so that no number can make a kernel leave its memory: a window always keeps a pixel.
+// What an image of another size than planned makes is never used: the loader compares sizes (dali_pipelines/loader.py).
 inline Recipe read_recipe(const float* f, int height, int width) {
   const auto clamp = [](float x, float low, float high) { return x > low ? (x < high ? x : high) : low; };  // NaN: low
   Recipe r{};

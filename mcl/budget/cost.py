@@ -7,6 +7,7 @@ what is not, and :mod:`mcl.budget.communication`), times are estimates unless th
 | key | what |
 |---|---|
 | name, backbone, compute, precision, epochs | of the configuration |
+| images, images_from | of an epoch, and what says so: ``--images``, ``index`` (of ``data.root``), or ``ImageNet-1k`` for want of both |
 | gpus, images_per_gpu | processes, and images of a step on each |
 | gflop_per_image | of a training step, both views, mean over the epochs |
 | supervised | ``model`` and ``gflop_per_image`` of a supervised step of that backbone at 224 px, with its classifier |
@@ -14,7 +15,7 @@ what is not, and :mod:`mcl.budget.communication`), times are estimates unless th
 | parts | by part: ``forward``, ``backward`` (GFLOP per image, mean over the epochs), ``parameters`` (number), ``saved_bytes`` |
 | stages | of the canvas schedule: ``first_epoch``, ``epochs``, ``cells``, ``canvas`` (px), ``gflop_per_image``, ``ratio_to_supervised``, ``parts`` (GFLOP per image), ``saved_bytes`` |
 | memory | bytes per GPU, largest stage: ``parameters``, ``gradients``, ``optimizer``, ``momentum_network``, ``canvases`` (of both views, as often as the loader holds them: ``data.prefetch``, the step's and the one before), ``activations`` (what autograd saves; on a CPU with bf16 instructions somewhat less), ``total`` |
-| time | for 100 epochs of ImageNet, the canvas schedule stretched to them, a list: ``kind`` (estimate or measured), ``hardware``, ``gpus``, ``images_per_s``, ``hours``, ``gpu_hours``, ``tflop_per_s_per_gpu``, ``source``; ``loader_images_per_s_per_gpu`` (in the fastest stage), ``gate_share`` (what that takes of DALI's gate, H100 only), ``cpu_cores_per_gpu`` (for loading on CPUs, null unless benchmarked) |
+| time | of the whole run, a list: ``kind`` (estimate or measured), ``hardware``, ``gpus``, ``images_per_s``, ``hours``, ``gpu_hours``, ``tflop_per_s_per_gpu``, ``source``; ``loader_images_per_s_per_gpu`` (in the fastest stage), ``gate_share`` (what that takes of DALI's gate, H100 only), ``cpu_cores_per_gpu`` (for loading on CPUs, null unless benchmarked) |
 | communication | ``nodes``; ``per_step``: for ``cuda`` and ``cpu`` a list, by ``purpose``: ``operation``, ``calls`` and ``bytes`` that a process hands over, counted; ``links`` (``hardware``, ``within_gb_per_s`` and ``between_gb_per_s`` nodes, one direction, ``source``), ``latency`` (its source); ``scales``, estimates for as many images per GPU, a list: ``hardware``, ``gpus``, ``nodes``, ``global_batch``, seconds of a mean step: ``compute_s``, ``gradients_s``, ``targets_s``, ``batchnorm_s``, ``exposed_s`` (of these three, not hidden by compute), and ``efficiency``; no lists for one GPU |
 | loader | ``views`` (pixels made per image, in views of 224 px, largest stage), ``gate`` (``images_per_s``, ``source``), ``cpu`` (see :func:`~mcl.budget.hardware.loading_on_cpu`) |
 """  # noqa: E501  # a table
@@ -23,6 +24,7 @@ import contextlib
 from collections.abc import Sequence
 from typing import Any
 
+from dali_pipelines.source import indexed_images
 from mcl.budget import communication, count, hardware
 from mcl.budget.count import PARTS, Stage
 from mcl.config import Config, ConfigError
@@ -33,7 +35,11 @@ _BATCH_BYTES = {"float32": 4, "float16": 2}
 
 
 def budget(
-    config: Config, gpus: int | None = None, nodes: int | None = None, bandwidth: Sequence[float] | None = None
+    config: Config,
+    gpus: int | None = None,
+    nodes: int | None = None,
+    bandwidth: Sequence[float] | None = None,
+    images: int | None = None,
 ) -> dict[str, Any]:
     """Counts the steps of a configuration; takes seconds per stage of its canvas schedule.
 
@@ -41,6 +47,7 @@ def budget(
         gpus: processes; None takes as many as give each of them 128 images, or, where that is impossible, more.
         nodes: machines that they are on; None takes as few as have 8 each.
         bandwidth: GB/s within a node and between nodes; None takes published ones.
+        images: of an epoch; None takes those that the index of ``data.root`` holds, or as many as ImageNet-1k has.
 
     Raises:
         ConfigError: the global batch does not divide among the processes, or these not among the machines.
@@ -48,6 +55,9 @@ def budget(
     """
     if gpus is not None and gpus < 1:
         raise ConfigError(f"--gpus: {gpus} must be at least 1")
+    if images is not None and images < 1:
+        raise ConfigError(f"--images: {images} must be at least 1")
+    images, images_from = _images(config, images)
     gpus = gpus or _processes(config)
     nodes, links = communication.nodes_of(gpus, nodes), communication.links_of(bandwidth)
     stages, precision = _stages(config, gpus), config.trainer.precision
@@ -61,6 +71,8 @@ def budget(
         "compute": config.model.compute,
         "precision": precision,
         "epochs": config.trainer.epochs,
+        "images": images,
+        "images_from": images_from,
         "gpus": gpus,
         "images_per_gpu": config.images_per_rank(gpus),
         "gflop_per_image": mean / _GIGA,
@@ -69,7 +81,7 @@ def budget(
         "parts": _parts(stages),
         "stages": [_describe(s, supervised) for s in stages],
         "memory": _memory(config, stages),
-        "time": hardware.times(stages, resnet50, precision, measured, loading),
+        "time": hardware.times(stages, images, resnet50, precision, measured, loading),
         "communication": communication.describe(stages, resnet50, precision, gpus, nodes, links),
         "loader": {
             "views": max(s.views for s in stages),
@@ -77,6 +89,14 @@ def budget(
             "cpu": loading,
         },
     }
+
+
+def _images(config: Config, given: int | None) -> tuple[int, str]:
+    """Of an epoch, and what says so."""
+    if given is not None:
+        return given, "--images"
+    indexed = indexed_images(config.data)
+    return (indexed, "index") if indexed else (hardware.IMAGENET, "ImageNet-1k")
 
 
 def _processes(config: Config) -> int:

@@ -28,6 +28,7 @@ from torch.utils.flop_counter import flop_registry
 
 from dali_pipelines.batch import in_order
 from dali_pipelines.geometry import Geometry
+from dali_pipelines.layout import tile_boxes
 from mcl.config import ModelConfig, OptimConfig
 from mcl.distributed import Gather
 from mcl.models import MCL
@@ -202,6 +203,7 @@ def step(
         total: Tensor = mcl(query, key, [Gather(bank.repeat(processes, 1)) for bank in banks]).loss
         return total
 
+    tile_boxes(geometry, images)  # which are remembered: not to be those without memory
     with FakeTensorMode(allow_non_fake_inputs=True):
         mcl.to_empty(device="cpu")
         canvases = (sum(geometry.canvases(images)), 3, side, side)

@@ -18,10 +18,7 @@ from mcl.records.metrics import read
 from mcl.train import checkpoint
 
 IMAGENET = 1_281_167
-"""Training images of ImageNet-1k."""
-
-EPOCHS = 100
-"""Of ImageNet, that times are for: whatever is trained on, configurations can be compared."""
+"""Training images of ImageNet-1k, which times are for where nothing says how many there are."""
 
 GATE = 19_000
 """Images per second that DALI's own test asks of one H100: decode, random crop and resize to one view of 224 px."""
@@ -132,6 +129,7 @@ def yardsticks(precision: str) -> list[Yardstick]:
 
 def times(
     stages: Sequence[Stage],
+    images: int,
     supervised: float,
     precision: str,
     measured: Speed | None = None,
@@ -139,10 +137,9 @@ def times(
 ) -> list[dict[str, Any]]:
     """Speed and duration by hardware and number of GPUs, measured (first) and estimated.
 
-    Durations are of 100 epochs of ImageNet, of which each stage has its share.
-
     Args:
         stages: of the configuration.
+        images: of an epoch.
         supervised: FLOPs per image of a supervised ResNet-50 step at 224 px.
         precision: as trainer.precision; without published throughputs for it there are no estimates.
         measured: takes the place of the estimate for its device and number of processes.
@@ -154,12 +151,12 @@ def times(
             if not (measured and yardstick.hardware in measured.hardware and gpus == measured.gpus):
                 rate = yardstick.images_per_s(gpus) * supervised
                 speeds.append(Speed("estimate", yardstick.hardware, gpus, rate, yardstick.source))
-    return [_row(speed, stages, cpu) for speed in speeds]
+    return [_row(speed, stages, images, cpu) for speed in speeds]
 
 
-def _row(speed: Speed, stages: Sequence[Stage], cpu: Mapping[str, Any] | None) -> dict[str, Any]:
+def _row(speed: Speed, stages: Sequence[Stage], images: int, cpu: Mapping[str, Any] | None) -> dict[str, Any]:
     epochs = sum(stage.epochs for stage in stages)
-    seconds = EPOCHS / epochs * sum(IMAGENET * stage.epochs * stage.flops for stage in stages) / speed.flops_per_s
+    seconds = images * sum(stage.epochs * stage.flops for stage in stages) / speed.flops_per_s
     needed = [(speed.flops_per_s / stage.flops / speed.gpus, stage.views) for stage in stages]  # images per s and GPU
     gate = max(rate * max(1, views) / GATE for rate, views in needed)
     cores = max(rate * (cpu["decode_s"] + cpu["view_s"] * views) for rate, views in needed) if cpu else None
@@ -167,7 +164,7 @@ def _row(speed: Speed, stages: Sequence[Stage], cpu: Mapping[str, Any] | None) -
         "kind": speed.kind,
         "hardware": speed.hardware,
         "gpus": speed.gpus,
-        "images_per_s": IMAGENET * EPOCHS / seconds,
+        "images_per_s": images * epochs / seconds,
         "hours": seconds / 3600,
         "gpu_hours": seconds / 3600 * speed.gpus,
         "tflop_per_s_per_gpu": speed.flops_per_s / speed.gpus / 1e12,

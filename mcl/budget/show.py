@@ -7,7 +7,6 @@ from jinja2 import Environment, PackageLoader
 from matplotlib.figure import Figure
 
 from mcl.budget.count import PARTS
-from mcl.budget.hardware import EPOCHS
 from mcl.config import ConfigError
 
 _COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#F0E442", "#E69F00", "#D55E00", "#CC79A7")  # Okabe and Ito
@@ -19,7 +18,7 @@ def tables(budget: dict[str, Any]) -> str:
     """What :func:`mcl.budget.budget` returns, as text."""
     environment = Environment(loader=PackageLoader("mcl"), trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"columns": _columns, "f": _formatted}
-    return environment.get_template("budget.txt").render(b=budget, epochs=EPOCHS, span=_span).rstrip("\n")
+    return environment.get_template("budget.txt").render(b=budget, span=_span).rstrip("\n")
 
 
 def _columns(text: str) -> str:

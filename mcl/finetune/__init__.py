@@ -1,5 +1,6 @@
 """Fine-tuning of detectors in MMDetection, which need not be installed for anything else."""
 
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ def finetune(path: Path, overrides: Sequence[str] = ()) -> str:
     """
     # MMEngine imports it, and nobody who fine-tunes can change that.
     warnings.filterwarnings("ignore", "pkg_resources is deprecated", UserWarning)
+    if os.path.expanduser("~") == "~":
+        os.environ["HOME"] = "/nonexistent"  # without any, yapf, which MMEngine imports, fails
     try:
         import mmdet.apis  # noqa: F401  # whatever of mmcv and mmengine it needs, too
     except (ImportError, AssertionError) as error:  # the latter for a version of mmcv that it does not take

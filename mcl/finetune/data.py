@@ -1,9 +1,9 @@
 """COCO-format folders: where things lie in them, and whether they can be trained on."""
 
+import functools
 import hashlib
-import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +11,7 @@ from typing import NamedTuple
 from dali_pipelines.source import SourceError
 from mcl.config import ConfigError
 from mcl.finetune.annotations import read
+from mcl.finetune.images import check as check_images
 from mcl.records.metrics import log
 
 
@@ -51,7 +52,14 @@ class Folder:
         return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
-def open_folder(root: str, wanted: Sequence[str] | None = None, masks: bool = False, lvis: bool = False) -> Folder:
+def open_folder(
+    root: str,
+    wanted: Sequence[str] | None = None,
+    masks: bool = False,
+    lvis: bool = False,
+    index: str = "",
+    max_bad_fraction: float = 0.0,
+) -> Folder:
     """Reads both annotation files of a folder and looks whether all that they name is there.
 
     Args:
@@ -59,10 +67,12 @@ def open_folder(root: str, wanted: Sequence[str] | None = None, masks: bool = Fa
         wanted: categories to detect; empty or None for all.
         masks: whether every object must have a mask.
         lvis: look for annotations of LVIS first; COCO's may be there, too.
+        index: folder of the indices of image sizes; empty: the user's cache.
+        max_bad_fraction: of the training images that need not be readable.
 
     Raises:
         SourceError: a folder, annotation file or image is missing; annotations are empty or broken; the categories of
-            train and val differ.
+            train and val differ; images have other sizes than annotations say, or cannot be read.
         ConfigError: a category that is wanted does not exist, or is named twice.
     """
     folder = Path(root)
@@ -71,7 +81,9 @@ def open_folder(root: str, wanted: Sequence[str] | None = None, masks: bool = Fa
     if not folder.is_dir():
         raise SourceError(f"data.root: {root} does not exist")
     splits = _splits(folder, (_LVIS, *_LAYOUTS) if lvis else (*_LAYOUTS, _LVIS))
-    (train, used), (val, _) = (_read(folder, split, masks) for split in splits)
+    check = functools.partial(check_images, index=index)
+    train, used = _read(folder, splits[0], masks, functools.partial(check, max_bad_fraction=max_bad_fraction))
+    val, _ = _read(folder, splits[1], masks, functools.partial(check, decode=True))
     if train != val:
         raise SourceError(
             f"data.root: {splits[0].annotations} and {splits[1].annotations} must have the same categories in the same "
@@ -113,8 +125,8 @@ def _splits(folder: Path, layouts: Sequence[Split]) -> tuple[Split, Split]:
     raise SourceError(f"data.root: {folder} has no annotations; it must have {'; '.join(names)}")
 
 
-def _read(folder: Path, split: Split, masks: bool) -> tuple[list[str], set[str]]:
-    """Checks an annotation file and its images.
+def _read(folder: Path, split: Split, masks: bool, check: Callable[..., None]) -> tuple[list[str], set[str]]:
+    """Checks an annotation file and, by `check`, its images.
 
     Returns:
         Names of the categories, and of those that MMDetection trains on: that have an object with an area, no crowd,
@@ -135,22 +147,13 @@ def _read(folder: Path, split: Split, masks: bool) -> tuple[list[str], set[str]]
     used = {annotation["category_id"] for annotation in annotations}
     if unused := [name for key, name in names.items() if key not in used]:
         log.warning("%s: no object of %d categories, e.g. %r", path, len(unused), unused[0])
-    _check_images(folder / split.images, [image["file_name"] for image in images], path)
+    check(folder / split.images, [image["file_name"] for image in images], list(sizes.values()), path)
     trained = {
         a["category_id"]
         for a in objects
         if not (a["iscrowd"] or a.get("ignore")) and min(sizes[a["image_id"]]) >= MIN_SIDE
     }
     return list(names.values()), {names[key] for key in trained}
-
-
-def _check_images(folder: Path, names: Sequence[str], path: Path) -> None:
-    """Lists every folder once, since a look at each image would take minutes on a network's disk."""
-    parents = {os.path.dirname(name) for name in names}
-    present = {parent: set(os.listdir(folder / parent)) for parent in parents if (folder / parent).is_dir()}
-    missing = [name for name in names if os.path.basename(name) not in present.get(os.path.dirname(name), ())]
-    if missing:
-        raise SourceError(f"{folder / missing[0]} is missing, and {len(missing) - 1} more images that {path} names")
 
 
 def _difference(train: Sequence[str], val: Sequence[str]) -> str:

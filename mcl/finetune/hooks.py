@@ -2,8 +2,7 @@
 
 import itertools
 import json
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from mmengine.dist import get_rank
@@ -14,7 +13,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from mcl.distributed.signals import Consensus
+from mcl.finetune.console import shown
 from mcl.finetune.loading import seed_everything
+from mcl.records.metrics import log
 from mcl.signals import Interrupted, Signals
 
 
@@ -46,21 +47,58 @@ def _plain(value: Any) -> Any:
 
 
 class LoadWeights(Hook):
-    """Puts pre-trained weights into a detector after it was initialised."""
+    """Puts pre-trained weights into a detector after it was initialised.
 
-    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+    Args:
+        weights: all of them are the detector's.
+        summary: of them, in words.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], summary: str) -> None:
+        self.weights, self.summary = weights, summary
+
+    def before_train(self, runner: Any) -> None:
+        _detector(runner).load_state_dict(self.weights, strict=False)
+
+
+class Summary(Hook):
+    """Says in a line each what data, model, weights and schedule are.
+
+    Args:
+        weights: what the run starts from, in words.
+    """
+
+    def __init__(self, weights: str) -> None:
         self.weights = weights
 
     def before_train(self, runner: Any) -> None:
-        detector = _detector(runner)
-        detector.load_state_dict(self.weights, strict=False)
-        parts = Counter(name.partition(".")[0] for name in self.weights)
-        runner.logger.info(
-            "pre-trained: %d of the detector's %d tensors (%s)",
-            len(self.weights),
-            len(detector.state_dict()),
-            ", ".join(f"{part} {count}" for part, count in parts.items()),
+        config, detector = runner.cfg, _detector(runner)
+        images, classes = len(runner.train_dataloader.dataset), config.data.classes
+        log.info(
+            "data: %s: %d images to train on, %d to evaluate on, %d classes (%s)",
+            *(config.data.root, images, len(runner.val_dataloader.dataset), len(classes)),
+            ", ".join(classes[:3]) + (", ..." if len(classes) > 3 else ""),
         )
+        parameters = sum(parameter.numel() for parameter in detector.parameters())
+        device = next(detector.parameters()).device
+        log.info("model: %s, %.1f million parameters, on %s", config.model.type, parameters / 1e6, device.type)
+        log.info("weights: %s", self.weights)
+        log.info("schedule: %s", _schedule(runner, config.global_batch / images))
+
+
+def _schedule(runner: Any, epochs: float) -> str:
+    """Steps and learning rate of a run in words; `epochs` are those of a step."""
+    config, steps = runner.cfg, runner.max_iters
+    parts = [f"{steps} steps of {config.global_batch} images ({steps * epochs:.1f} epochs)"]
+    group = runner.optim_wrapper.param_groups[0]
+    rate = f"learning rate {group.get('initial_lr', group['lr']):.3g}"
+    for scheduler in config.param_scheduler:
+        if scheduler.type == "LinearLR":
+            rate += f" after {scheduler.end} steps of warm-up"
+        if milestones := [str(step) for step in scheduler.get("milestones", ()) if step < steps]:
+            rate += f", times {scheduler.gamma:g} at {', '.join(milestones)}"
+    parts += [rate, f"evaluated every {runner.train_loop.val_interval} steps"]
+    return "; ".join([*parts, f"continued at step {runner.iter}"] if runner.iter else parts)
 
 
 class Identity(Hook):
@@ -78,7 +116,7 @@ class Identity(Hook):
 
 
 class SaveOnSignal(Hook):
-    """Ends a run that SIGTERM or Ctrl-C reached: it saves after the step, or the image of an evaluation, and leaves.
+    """Ends a run that SIGTERM or Ctrl-C reached: it saves after the step, or the batch of anything else, and leaves.
 
     Args:
         signals: what this process received; all processes leave after the same step.
@@ -98,11 +136,19 @@ class SaveOnSignal(Hook):
     def after_val_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         self._leave(runner, runner.iter)
 
+    def after_norm_iter(self, runner: Any, step: int) -> None:
+        """Of :class:`PreciseBatchNorm`."""
+        self._leave(runner, step)
+
     def _leave(self, runner: Any, step: int) -> None:
         if number := self._consensus(self.signals.received):
-            meta = {"iter": step}
-            runner.save_checkpoint(runner.work_dir, f"iter_{step}.pth", meta=meta, by_epoch=False)
+            _save(runner, step)
             raise Interrupted(128 + number)
+
+
+def _save(runner: Any, step: int) -> None:
+    """Writes the checkpoint after a step."""
+    runner.save_checkpoint(runner.work_dir, f"iter_{step}.pth", meta={"iter": step}, by_epoch=False)
 
 
 def _detector(runner: Any) -> Any:
@@ -114,7 +160,8 @@ def _detector(runner: Any) -> Any:
 class PreciseBatchNorm(Hook):
     """Re-estimates BatchNorm's statistics before checkpoint and evaluation, as detectron2's ``PRECISE_BN`` does.
 
-    It is for detectors all of whose BatchNorms are trained: statistics that are frozen would be lost.
+    It is for detectors all of whose BatchNorms are trained: statistics that are frozen would be lost. A run that is
+    stopped meanwhile does it again before its next evaluation.
 
     Args:
         interval: steps between two times; evaluations, and the last step of a run, have theirs in any case.
@@ -125,14 +172,39 @@ class PreciseBatchNorm(Hook):
 
     def __init__(self, interval: int, batches: int) -> None:
         self.interval, self.batches = interval, batches
+        self._due = False
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         due = any(self.every_n_train_iters(runner, n) for n in (self.interval, runner.train_loop.val_interval))
-        if not (due or self.is_last_train_iter(runner)):
-            return
+        if due or self.is_last_train_iter(runner):
+            self._estimate(runner, runner.iter + 1)
+
+    def before_val(self, runner: Any) -> None:
+        if self._due:  # the run was stopped meanwhile
+            self._estimate(runner, runner.iter)
+            _save(runner, runner.iter)
+
+    def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        checkpoint["meta"]["batch_norm_due"] = self._due
+
+    def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        self._due = checkpoint["meta"].get("batch_norm_due", False)
+
+    def _estimate(self, runner: Any, step: int) -> None:
+        self._due = True
+        seed_everything(runner.seed, step, get_rank())
+        with shown("re-estimating BatchNorm", "batches") as show:
+            update_bn(self._batches(runner, step, show), _Losses(_detector(runner)))
+        self._due = False
+
+    def _batches(self, runner: Any, step: int, show: Callable[[int, int], None]) -> Iterator[Any]:
+        """Those that follow a step; signals are obeyed after each."""
         loader = runner.train_dataloader
-        loader.batch_sampler.start = runner.iter + 1
-        update_bn(itertools.islice(loader, self.batches), _Losses(_detector(runner)))
+        loader.batch_sampler.start = step
+        for done, batch in enumerate(itertools.islice(loader, self.batches), start=1):
+            yield batch
+            show(done, self.batches)
+            runner.call_hook("after_norm_iter", step=step)
 
 
 class _Losses(nn.Module):

@@ -1,6 +1,8 @@
 """Data of every step as a pure function of seed and step, so that a run can be continued at any of them."""
 
 import atexit
+import copy
+import ctypes
 import functools
 import itertools
 import math
@@ -8,7 +10,7 @@ import multiprocessing
 import os
 import random
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,7 +25,11 @@ from mmengine.registry import FUNCTIONS
 from mmengine.runner import IterBasedTrainLoop
 from torch.utils.data import Sampler
 
+from dali_pipelines.loader import BadDataError
 from mcl.finetune import annotations
+from mcl.finetune.decoding import BadImageError
+from mcl.finetune.settings import replace
+from mcl.records.metrics import BadFiles, read
 
 
 def seed_everything(*key: int) -> None:
@@ -34,6 +40,7 @@ def seed_everything(*key: int) -> None:
     torch.manual_seed(int(words[0]))
 
 
+_PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when its parent has ended
 _leaving = multiprocessing.RawValue("b", 0)  # shared with the processes that are forked from this one
 
 
@@ -44,7 +51,11 @@ def _leave() -> None:
 
 @FUNCTIONS.register_module()
 def outlive_sigterm(worker: int) -> None:
-    """Lets a loader's process work on until its parent has saved: schedulers and torchrun send SIGTERM to all."""
+    """Lets a loader's process work on until its parent has saved, and not longer than it lives.
+
+    Schedulers and torchrun send SIGTERM to all processes.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
     def obey(number: int, frame: FrameType | None) -> None:
         if _leaving.value:
@@ -55,21 +66,64 @@ def outlive_sigterm(worker: int) -> None:
 
 @DATASETS.register_module()
 class SeededDataset(RepeatDataset):
-    """A dataset whose augmentation depends on seed, epoch and image alone.
+    """A dataset whose augmentation depends on seed, epoch and image alone, and which replaces images that are broken.
 
     Args:
         dataset: the configuration of it.
         seed: of the run.
+        bad_files: the list of broken images that is written; empty: none.
+        max_bad_fraction: of the images that may be broken.
     """
 
-    def __init__(self, dataset: dict[str, Any], seed: int = 0) -> None:
+    def __init__(
+        self, dataset: dict[str, Any], seed: int = 0, bad_files: str = "", max_bad_fraction: float = 0.0
+    ) -> None:
+        dataset = copy.deepcopy(dataset)
+        replace(dataset, "type", "LoadImageFromFile", "LoadCheckedImage")
         super().__init__(dataset, times=1)
         self.seed = seed
+        self._list, self._max_bad_fraction = Path(bad_files) if bad_files else None, max_bad_fraction
+        self._note = BadFiles(self._list, {}) if self._list else None
 
     def __getitem__(self, key: tuple[int, int]) -> Any:
-        """The sample of (epoch, index)."""
-        seed_everything(self.seed, *key)
-        return super().__getitem__(key[1])
+        """The sample of (epoch, index), made of another image where that one is broken.
+
+        Raises:
+            BadDataError: too many images are broken.
+        """
+        for index in self._candidates(key[1]):
+            seed_everything(self.seed, *key)
+            try:
+                return super().__getitem__(index)
+            except BadImageError as error:
+                self._replace(index, str(error))
+        raise AssertionError("nothing but broken images are too many")
+
+    def _candidates(self, index: int) -> Iterator[int]:
+        """The image, and what replaces it: those of its orientation that follow it, then the others."""
+        yield index
+        upright = is_upright(self.get_data_info(index))
+        for wanted in (upright, not upright):
+            for other in itertools.chain(range(index + 1, len(self)), range(index)):
+                if is_upright(self.get_data_info(other)) == wanted:
+                    yield other
+
+    def _replace(self, index: int, said: str) -> None:
+        path = self.get_data_info(index)["img_path"]
+        bad = {path}
+        if self._note is not None and self._list is not None:
+            self._note(index, path, said.removeprefix(f"{path}: "))
+            bad = {record["path"] for record in read(self._list)}  # by all processes, in all parts of the run
+        if len(bad) > self._max_bad_fraction * len(self) or len(bad) == len(self):
+            raise BadDataError(
+                f"{len(bad)} of the {len(self)} training images are broken, the last: {said}; mend them, or raise "
+                f"data.max_bad_fraction={self._max_bad_fraction}"
+            )
+
+
+def is_upright(info: Mapping[str, Any]) -> bool:
+    """Whether an image is higher than wide."""
+    return bool(info["height"] > info["width"])
 
 
 class CheckedCOCO(COCO):
@@ -116,12 +170,7 @@ class EndlessBatches(Sampler[list[tuple[int, int]]]):
         self.start = 0
         """Batches that the next iterator leaves out."""
 
-        @functools.cache
-        def is_upright(index: int) -> bool:
-            info = sampler.dataset.get_data_info(index)
-            return bool(info["height"] > info["width"])
-
-        self._is_upright = is_upright
+        self._is_upright = functools.cache(lambda index: is_upright(sampler.dataset.get_data_info(index)))
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         return itertools.islice(self._batches(), self.start, None)

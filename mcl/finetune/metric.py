@@ -1,10 +1,12 @@
 """AP by pycocotools, of folders and detectors as they are, and its tables in the run folder."""
 
+import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmdet.datasets.api_wrappers import COCO
 from mmdet.evaluation import CocoMetric
 from mmdet.registry import METRICS
 from mmengine.dist import master_only
@@ -12,7 +14,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
 from mcl.finetune.loading import CheckedCOCO
-from mcl.records.metrics import rewrite
+from mcl.records.metrics import log, rewrite
 
 _NAMES = {"mAP": "AP", "mAP_50": "AP50", "mAP_75": "AP75", "mAP_s": "APs", "mAP_m": "APm", "mAP_l": "APl"}
 _KINDS = {"bbox": "box", "segm": "mask"}
@@ -22,19 +24,27 @@ TABLE = "ap.md"
 
 @METRICS.register_module()
 class FolderMetric(CocoMetric):
-    """MMDetection's, of checked annotations; and a detector that finds nothing has an AP of 0 instead of none."""
+    """MMDetection's, of checked annotations, and for detectors that find nothing, too."""
 
     def __init__(self, ann_file: str, **options: Any) -> None:
         super().__init__(**options)
         self._coco_api = CheckedCOCO(ann_file, masks="segm" in self.metrics)
+        self._coco_api.loadRes = functools.partial(_load, self._coco_api)
 
     def compute_metrics(self, results: list[Any]) -> dict[str, float]:
-        """By ``bbox_mAP``, ``segm_mAP_50``, ...; -1 where there is nothing of that size to find."""
+        """By ``bbox_mAP``, ``segm_mAP_50``, ...; without those of sizes that no object has."""
         found: dict[str, float] = super().compute_metrics(results)
-        for kind in self.metrics:
-            for measure in _NAMES:
-                found.setdefault(f"{kind}_{measure}", 0.0)
-        return found
+        return {name: value for name, value in found.items() if value >= 0}
+
+
+def _load(truth: COCO, found: list[Any]) -> COCO:
+    """Detections beside the annotations; pycocotools evaluates an empty list, but does not load it."""
+    if found:
+        return type(truth).loadRes(truth, found)
+    nothing = COCO()
+    nothing.dataset = {**truth.dataset, "annotations": []}
+    nothing.createIndex()
+    return nothing
 
 
 @HOOKS.register_module()
@@ -44,21 +54,21 @@ class APTable(Hook):
     @master_only
     def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
         folder = Path(runner.work_dir)
-        record = {"step": runner.iter, **_aps(metrics or {})}
+        record = {"step": runner.iter, **_aps(metrics or {}, runner.cfg.val_evaluator.metric)}
         records = [other for other in read(folder) if other["step"] < runner.iter]
         records.append(record)
         rewrite(folder / RESULTS, json.dumps(records, indent=1) + "\n")
         rewrite(folder / TABLE, table(records))
-        runner.logger.info("\n%s", table([record]))
+        aps = [f"{kind} AP {_text(record[kind]['AP'])}" for kind in _KINDS.values() if kind in record]
+        log.info("evaluation at step %d: %s", runner.iter, ", ".join(aps))
 
 
-def _aps(metrics: Mapping[str, float]) -> dict[str, dict[str, float | None]]:
+def _aps(metrics: Mapping[str, float], measured: Sequence[str]) -> dict[str, dict[str, float | None]]:
     """AP by kind and name, in percent; None where there is nothing of that size to detect."""
     aps: dict[str, dict[str, float | None]] = {}
-    for name, value in metrics.items():
-        kind, _, measure = name.removeprefix("coco/").partition("_")
-        if kind in _KINDS and measure in _NAMES:
-            aps.setdefault(_KINDS[kind], {})[_NAMES[measure]] = round(100 * value, 1) if value >= 0 else None
+    for kind in measured:
+        values = {name: metrics.get(f"coco/{kind}_{measure}") for measure, name in _NAMES.items()}
+        aps[_KINDS[kind]] = {name: None if value is None else round(100 * value, 1) for name, value in values.items()}
     return aps
 
 
@@ -78,6 +88,9 @@ def table(records: list[dict[str, Any]]) -> str:
     for record in records:
         for kind in _KINDS.values():
             if kind in record:
-                values = ["-" if value is None else f"{value:.1f}" for value in record[kind].values()]
-                lines.append(f"| {record['step']} | {kind} | " + " | ".join(values) + " |")
+                lines.append(f"| {record['step']} | {kind} | " + " | ".join(map(_text, record[kind].values())) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _text(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"

@@ -1,23 +1,38 @@
 """Configuration of a fine-tuning: an MMDetection file, ``key=value`` words, and what follows from the machine."""
 
-import contextlib
 import difflib
-import os
+import reprlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import yaml
 from mmengine.config import Config
+from pydantic import Field, FiniteFloat, TypeAdapter
 
-from mcl.config import ConfigError
+from mcl.config import ConfigError, at_home, is_folder_name, plain
 from mcl.distributed import launch
 from mcl.records.metrics import log
 
+_TYPES: dict[type, TypeAdapter[Any]] = {bool: TypeAdapter(bool), int: TypeAdapter(int), float: TypeAdapter(FiniteFloat)}
+_NUMBER: TypeAdapter[Any] = TypeAdapter(int | FiniteFloat)
+_ANYTHING: TypeAdapter[Any] = TypeAdapter(Annotated[int | FiniteFloat | str, Field(union_mode="left_to_right")])
+_SWITCHES = {"true": True, "false": False}
+
+_PATHS = ("output", "weights", "data.root", "data.index")
+_OURS: dict[str, type] = {
+    **dict.fromkeys(("name", *_PATHS), str),
+    **dict.fromkeys(("global_batch", "train_cfg.max_iters"), int),
+    **dict.fromkeys(("train_dataloader.num_workers", "val_dataloader.num_workers"), int),
+}
+"""Types of keys that mcl itself reads, whatever a file or a null has put there."""
+
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a configuration and applies ``key=value`` words to it; values are YAML, keys those that the files have.
+    """Reads a configuration and applies ``key=value`` words to it, whose keys are those that the files have.
+
+    What replaces text is taken as it was typed, everything else is YAML; where the files have None, nothing is None.
 
     Raises:
         ConfigError: no such file, not a configuration of ``mcl finetune``, unknown key, or illegal value.
@@ -32,11 +47,15 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f'{path}: not a configuration of mcl finetune; its _base_ must be one, "_base_/runtime.py"')
     for word in overrides:
         _override(config, word)
+    for key, node, index in _places(config):
+        kind = _OURS.get(key, object)
+        if not isinstance(node[index], kind):
+            raise ConfigError(f"{key}: expected {kind.__name__}, got {node[index]!r}")
+        if key in _PATHS:
+            node[index] = at_home(key, node[index])
     config.name = config.name or path.stem
-    if Path(config.name).name != config.name:
+    if not is_folder_name(config.name):
         raise ConfigError(f"name: {config.name!r} is not a plain folder name")
-    for node, key in ((config, "output"), (config, "weights"), (config.data, "root")):
-        node[key] = node[key] and os.path.expanduser(node[key])  # the shell leaves data.root=~/coco as it is
     config.work_dir = str(Path(config.output) / config.name)
     adapt(config)
     return config
@@ -54,22 +73,39 @@ def _override(config: Config, word: str) -> None:
     node, index = places[key]
     old = node[index]
     try:
-        new = text if isinstance(old, str) else _like(old, yaml.safe_load(text))
-    except yaml.YAMLError:
-        raise ConfigError(f"{key}: cannot read the value {text!r}") from None
-    if old is not None and not isinstance(new, type(old)) and text not in ("null", "~"):
-        raise ConfigError(f"{key}: expected {type(old).__name__}, as in {old!r}, got {text!r}")
-    node[index] = new
+        new = text if isinstance(old, str) else _like(old, plain(text))
+        if new is None and old is not None and text not in ("null", "~"):
+            raise ValueError("nothing was given")
+        node[index] = new
+    except (yaml.YAMLError, ValueError):
+        kind = "dict" if isinstance(old, dict) else type(old).__name__
+        raise ConfigError(f"{key}: expected {kind}, as in {reprlib.repr(old)}, got {text!r}") from None
 
 
-def _like(old: Any, new: Any) -> Any:
-    """A value as YAML has it, with the numbers and tuples of the one that it replaces."""
-    if old is None or (isinstance(old, float) and isinstance(new, int | str)):
-        with contextlib.suppress(ValueError):
-            return float(new)  # YAML takes 1e-4, without a point, for a word
-    if isinstance(old, list | tuple) and isinstance(new, list):
-        return type(old)(_like(old[0], value) if old else value for value in new)
-    return new
+def _like(old: Any, new: Any, element: bool = False) -> Any:
+    """A value as :func:`~mcl.config.plain` has read it, with the numbers and tuples of the one that it replaces.
+
+    Elements of a list are like the old one's first, or text where that is empty; what replaces None is a number, a
+    switch or a text.
+
+    Raises:
+        ValueError: it cannot be of that type.
+    """
+    if new is None:
+        return None
+    if isinstance(new, dict) and (old is None or isinstance(old, dict)):
+        return {key: _like((old or {}).get(key), value) for key, value in new.items()}
+    if isinstance(new, list) and (old is None or isinstance(old, list | tuple)):
+        if old is None:
+            return [_like(None, value) for value in new]
+        return type(old)(_like(old[0] if old else type(value)(), value, element=True) for value in new)
+    if isinstance(new, str) and old is None:
+        return _SWITCHES[new] if new in _SWITCHES else _ANYTHING.validate_python(new)
+    if isinstance(new, str) and isinstance(old, str):
+        return new
+    if isinstance(new, str) and isinstance(old, bool | int | float):
+        return (_NUMBER if element and type(old) is int else _TYPES[type(old)]).validate_python(new)
+    raise ValueError(f"{new!r} is nothing like {old!r}")
 
 
 def _places(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -84,8 +120,17 @@ def adapt(config: Config) -> None:
     """Sets what follows from processes and devices: launcher, images per process, mixed precision, BatchNorm.
 
     Raises:
-        ConfigError: ``global_batch`` does not divide by the processes, or something needs a GPU that is not there.
+        ConfigError: an illegal value, ``global_batch`` does not divide by the processes, or something needs a GPU that
+            is not there.
     """
+    if not isinstance(config.timeout, int | float) or config.timeout <= 0:
+        raise ConfigError(f"timeout: {config.timeout} must be a number above 0, of seconds")
+    fraction = config.data.max_bad_fraction
+    if not isinstance(fraction, int | float) or not 0 <= fraction <= 1:
+        raise ConfigError(f"data.max_bad_fraction: {fraction} must be a number between 0 and 1")
+    for key in ("train_dataloader", "val_dataloader"):
+        if config[key].num_workers < 0:
+            raise ConfigError(f"{key}.num_workers: {config[key].num_workers} must be at least 0")
     cuda = torch.cuda.is_available()
     config.launcher, processes = _launcher()
     if processes > 1 and not cuda:

@@ -1,40 +1,73 @@
 """A fine-tuning from its configuration to its table of AP."""
 
+import contextlib
+import copy
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
-from mmengine.dist import broadcast_object_list
+from mmengine.dist import broadcast_object_list, init_dist, is_distributed
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
+from mmengine.utils.dl_utils import set_multi_processing
 
+from mcl import distributed
 from mcl.config import ConfigError
-from mcl.finetune import hooks, metric, resume, weights
+from mcl.finetune import console, hooks, metric, resume, weights
 from mcl.finetune.data import Folder, open_folder
 from mcl.finetune.settings import innermost, replace
+from mcl.finetune.workers import check_shared_memory, failing_in_words
+from mcl.records.metrics import log_to_console, log_to_file, recorded_errors
 from mcl.signals import Signals
+
+BAD_FILES = "bad_files.jsonl"
 
 
 def finetune(config: Config) -> str:
     """Trains and evaluates, or continues; see :func:`mcl.finetune.finetune`."""
+    if config.launcher != "none" and not is_distributed():  # as MMEngine's runner would do it, later
+        set_multi_processing(**config.env_cfg.mp_cfg, distributed=True)
+        init_dist(config.launcher, **config.env_cfg.dist_cfg)
+    log_to_console()
+    with recorded_errors(), failing_in_words(config.timeout):
+        return _finetune(config)
+
+
+def _finetune(config: Config) -> str:
     masks = "segm" in config.val_evaluator.metric
     lvis = config.val_dataloader.dataset.type == "LVISFolder"
-    folder = open_folder(config.data.root, config.data.classes, masks=masks, lvis=lvis)
+    data = config.data
+    folder = distributed.in_turn(
+        lambda: open_folder(data.root, data.classes, masks, lvis, data.index, data.max_bad_fraction)
+    )
     use(config, folder)
+    check_shared_memory(config)
     own: list[Hook] = [resume.prepare(config, folder)]
+    start = config.load_from or "none, the detector is trained from scratch"
     if config.weights and not config.resume:
-        own.append(weights.load(Path(config.weights), config.model, **config.pretrained))
+        loaded = weights.load(Path(config.weights), config.model, **config.pretrained)
+        own.append(loaded)
+        start = loaded.summary
     try:
         Path(config.work_dir).mkdir(parents=True, exist_ok=True)
+        log_to_file(Path(config.work_dir))
     except OSError as error:
         raise ConfigError(f"output: cannot write to {config.work_dir} ({error.strerror}); set output=FOLDER") from None
     with Signals() as signals:
-        runner = Runner.from_cfg(config)
-        runner.register_custom_hooks([*own, hooks.SaveOnSignal(signals)])
-        runner.train()
-        if all(record["step"] < runner.iter for record in _records(config)):
-            runner.val()  # the run was cut between its last checkpoint and its last evaluation
+        runner = _Runner.from_cfg(config)
+        runner.register_custom_hooks([*own, hooks.Summary(start), hooks.SaveOnSignal(signals)])
+        with contextlib.redirect_stdout(console.Printed(runner.logger)):
+            runner.train()
+            if all(record["step"] < runner.iter for record in _records(config)):
+                runner.val()  # the run was cut between its last checkpoint and its last evaluation
     return metric.table(_records(config))
+
+
+class _Runner(Runner):
+    def build_logger(self, *arguments: Any, **options: Any) -> Any:
+        logger = super().build_logger(*arguments, **options)
+        console.divide(logger)
+        return logger
 
 
 def _records(config: Config) -> list[dict[str, Any]]:
@@ -45,7 +78,7 @@ def _records(config: Config) -> list[dict[str, Any]]:
 
 
 def use(config: Config, folder: Folder) -> None:
-    """Puts paths and classes of a folder into a configuration."""
+    """Puts paths and classes of a folder into a configuration, and what follows from its other keys."""
     config.data.classes = list(folder.classes)
     replace(config.model, "num_classes", ..., len(folder.classes))
     for split, dataset in (
@@ -59,6 +92,14 @@ def use(config: Config, folder: Folder) -> None:
             metainfo={"classes": folder.classes},
         )
     config.val_evaluator.ann_file = str(folder.root / folder.val.annotations)
-    config.train_dataloader.dataset.seed = config.randomness.seed
+    config.test_dataloader, config.test_evaluator = copy.deepcopy((config.val_dataloader, config.val_evaluator))
+    replace(config.val_dataloader, "type", "LoadImageFromFile", "LoadCheckedImage")
+    config.train_dataloader.dataset.update(
+        seed=config.randomness.seed,
+        bad_files=str(Path(config.work_dir) / BAD_FILES),
+        max_bad_fraction=config.data.max_bad_fraction,
+    )
     for loader in (config.train_dataloader, config.val_dataloader):
         loader.worker_init_fn = {"type": "outlive_sigterm"}
+        if loader.num_workers:
+            loader.timeout = config.timeout

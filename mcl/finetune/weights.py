@@ -2,6 +2,7 @@
 
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,17 +44,22 @@ def load(
     missing = [name for name in expected if name not in weights]
     other = [name for name in expected if name in weights and weights[name].shape != own[name].shape]
     if missing or other:
-        if missing:
-            what = f"{len(missing)} are missing, the first: {missing[0]}"
-        else:
+        what = [f"{len(missing)} are missing, the first: {missing[0]}"] if missing else []
+        if other:
             shapes = f"{list(weights[other[0]].shape)} instead of {list(own[other[0]].shape)}"
-            what = f"{len(other)} are of another shape, the first: {other[0]}, {shapes}"
+            what.append(f"{len(other)} are of another shape, the first: {other[0]}, {shapes}")
         raise CheckpointError(
             f"weights: of the {len(expected)} tensors that the detector takes, {path} has "
-            f"{len(expected) - len(missing) - len(other)}; {what}. Take weights of this backbone, width and head, "
-            f"exported --to {target}, or set pretrained.names to what is to be loaded"
+            f"{len(expected) - len(missing) - len(other)}; {'; '.join(what)}. Take weights of this backbone, width and "
+            f"head, exported --to {target}, or set pretrained.names to what is to be loaded"
         )
-    return LoadWeights({name: weights[name] for name in expected})
+    parts = Counter(name.partition(".")[0] for name in expected)
+    summary = (
+        f"{path}: {len(expected)} of the detector's {len(own)} tensors "
+        f"({', '.join(f'{part} {count}' for part, count in parts.items())}); {len(own) - len(expected)} keep their "
+        "initial values"
+    )
+    return LoadWeights({name: weights[name] for name in expected}, summary)
 
 
 def _expected(own: Mapping[str, Tensor], names: Sequence[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """One record, many sinks: JSON lines, log, TensorBoard, Weights & Biases, progress bar."""
 
+import atexit
 import contextlib
 import json
 import logging
@@ -27,6 +28,14 @@ class RecordError(RuntimeError):
     """A record that could not be written; the message names the file and the remedy."""
 
 
+class _Console(logging.StreamHandler):  # type: ignore[type-arg]
+    """A run does not end, nor complain at every line, when who read its output has gone: train.log has all of it."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
 def log_to_console() -> None:
     """Messages of a run go to the console; from all ranks but the first, only what went wrong.
 
@@ -35,7 +44,7 @@ def log_to_console() -> None:
     log.handlers.clear()
     log.propagate = False
     log.setLevel(logging.INFO if distributed.rank() == 0 else logging.WARNING)
-    console = logging.StreamHandler(DummyTqdmFile(sys.stdout))  # keeps messages and the progress bar apart
+    console = _Console(DummyTqdmFile(sys.stdout))  # keeps messages and the progress bar apart
     console.addFilter(lambda record: getattr(record, "console", True))
     console.setFormatter(logging.Formatter(f"{_who()}%(message)s"))
     log.addHandler(console)
@@ -51,7 +60,6 @@ def log_to_file(folder: Path) -> None:
         OSError: the folder cannot be written to.
     """
     first = distributed.rank() == 0
-    # Names of files need not be UTF-8.
     file = logging.FileHandler(folder / "train.log", encoding="utf-8", errors="backslashreplace", delay=not first)
     file.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {_who()}%(message)s"))
     file.addFilter(lambda record: first or record.levelno >= logging.ERROR)
@@ -94,22 +102,22 @@ class Metrics:
         self._tensorboard: Any = None
         self._wandb: Any = None
         if config.log.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+            with _needed("log.tensorboard", "pip install tensorboard, or log.tensorboard=false"):
+                from torch.utils.tensorboard import SummaryWriter
+            with _needed("log.tensorboard", "log.tensorboard=false does without"):
+                self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         if config.log.wandb:
-            try:
+            with _needed("log.wandb", "pip install wandb, or log.wandb="):
                 import wandb
-            except ImportError:
-                raise ConfigError("log.wandb: the package is not installed; pip install wandb, or log.wandb=") from None
-            self._wandb = wandb.init(
-                project=config.log.wandb,
-                id=_run_id(folder / "wandb_id"),
-                name=config.name,
-                dir=str(folder),
-                config=to_dict(config),
-                resume="allow",
-            )
+            with _needed("log.wandb", "wandb login, WANDB_MODE=offline, or log.wandb="), _without_waiting():
+                self._wandb = wandb.init(
+                    project=config.log.wandb,
+                    id=_run_id(folder / "wandb_id"),
+                    name=config.name,
+                    dir=str(folder),
+                    config=to_dict(config),
+                    resume="allow",
+                )
 
     def write(self, record: Record) -> None:
         """Appends one record to every sink.
@@ -141,6 +149,30 @@ class Metrics:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+@contextlib.contextmanager
+def _needed(key: str, remedy: str) -> Iterator[None]:
+    """Says which key asked for what fails, in one line; other packages raise anything, a broken one when imported."""
+    try:
+        yield
+    except Exception as error:
+        raise ConfigError(f"{key}: {' '.join(str(error).split()) or type(error).__name__}; {remedy}") from error
+
+
+@contextlib.contextmanager
+def _without_waiting() -> Iterator[None]:
+    """The process of a run that W&B refused ends at once; W&B's own hook would wait until the network is there."""
+
+    def leave() -> None:
+        sys.stdout.flush()
+        os._exit(2)
+
+    try:
+        yield
+    except Exception:
+        atexit.register(leave)  # before W&B's, which was registered earlier
+        raise
 
 
 @contextlib.contextmanager

@@ -41,7 +41,7 @@ def write(folder: Path) -> Path:
     page = render(folder)
     path = folder / "report.html"
     try:
-        path.write_text(page, encoding="utf-8")
+        path.write_text(page, encoding="utf-8", errors="backslashreplace")  # names need not be UTF-8
     except OSError as error:
         raise OSError(f"{path}: cannot write the report ({error})") from error
     return path

@@ -4,6 +4,8 @@ PyTorch's SyncBatchNorm does, on several GPUs: it leaves out the processes witho
 """
 
 import contextlib
+import os
+import tempfile
 from typing import Any
 
 import torch
@@ -38,6 +40,7 @@ class TrainingStep:
         self._dtype = torch.float64 if trainer.precision == "fp64" else torch.float32
         model.to(device, self._dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if trainer.compile:
+            _check_cache()
             model.compile_parts()
         self._skips = trainer.on_nonfinite == "skip" or trainer.precision == "fp16"
         self.optimizer = build_optimizer(config.optim, model)
@@ -147,3 +150,16 @@ class TrainingStep:
 
 def _joined(tensors: list[Tensor]) -> Tensor:
     return torch.cat([t.flatten() for t in tensors])
+
+
+def _check_cache() -> None:
+    """Raises ConfigError where torch.compile could not keep what it compiles."""
+    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or tempfile.gettempdir()
+    try:
+        os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ConfigError(
+            f"trainer.compile: {folder} cannot be written ({error.strerror}), where PyTorch keeps what it compiles; "
+            "set TORCHINDUCTOR_CACHE_DIR to a folder that can"
+        ) from None

@@ -282,6 +282,9 @@ class Trainer:
             f"{self.device} x {distributed.world_size()}; {plan.global_batch} images per step, "
             f"{self.steps_per_epoch} steps per epoch, {self.steps} steps"
         )
+        if distributed.rank() == 0:
+            for doubt in self.config.doubts():
+                log.warning("%s", doubt)
 
     def _record(self, stopwatch: Stopwatch) -> dict[str, Any]:
         self._check_finite()

@@ -1,5 +1,6 @@
 """Where images come from, and what their headers reveal."""
 
+import io
 import json
 import os
 import shutil
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from dali_pipelines import source
 from dali_pipelines.source import Source, SourceError, open_source
@@ -355,6 +356,36 @@ def test_headers_of_readable_files(kinds: dict[str, Path]) -> None:
     for name, path in kinds.items():
         # Sizes are those of the stored pixels: the rotation that EXIF asks for is not applied.
         assert header(path) == ((1, 1) if name == "one_pixel.jpg" else (64, 48)), name
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_headers_tell_orientation_and_upright_size(picture: Image.Image, kind: str) -> None:
+    for orientation in range(9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        file = io.BytesIO()
+        picture.save(file, kind, exif=exif)
+        file.seek(0)
+        found = source.read_header(file)
+        assert not isinstance(found, str)
+        assert (found.format, found.mode, found.size) == (kind, "RGB", (64, 48))
+        assert found.orientation == max(orientation, 1)
+        with Image.open(file) as image:
+            assert found.upright == ImageOps.exif_transpose(image).size
+
+
+def test_broken_exif_says_nothing(picture: Image.Image) -> None:
+    for exif in (
+        b"Exif\0\0II*\0",
+        b"Exif\0\0" + b"\xff" * 40,
+        b"Exif\0\0MM\0*\0\0\0\10\0\1\1\22\0\3\0\0\0\1\0\143\0\0",
+    ):
+        file = io.BytesIO()
+        picture.save(file, "JPEG", exif=exif)
+        file.seek(0)
+        found = source.read_header(file)
+        assert not isinstance(found, str)
+        assert (found.size, found.orientation) == ((64, 48), 1)
 
 
 def test_headers_of_unusable_files(tmp_path: Path, picture: Image.Image) -> None:

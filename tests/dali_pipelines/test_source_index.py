@@ -164,6 +164,31 @@ def test_where_an_index_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert index_file("here", "photos", "flat", "").parent == Path("here")
 
 
+def test_without_a_home_every_start_reads(
+    tmp_path: Path, folder_of: Write, reads: Reads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder_of(tmp_path / "root", 2)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # what it does without HOME and passwd entry
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=r"cannot be kept in ~/\.cache/mcl/index \(there is no home folder\)"):
+            assert len(open_source(str(tmp_path / "root"))) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["root"]
+
+
+@pytest.mark.parametrize("seconds", [-1, -4_000_000_000, 9_300_000_000])
+def test_files_from_before_1970_and_after_2262(tmp_path: Path, folder_of: Write, reads: Reads, seconds: int) -> None:
+    root = tmp_path / "root"
+    folder_of(root, 3)
+    file = min(root.rglob("*.jpg"))
+    os.utime(file, ns=(0, seconds * 10**9 + 1))
+    assert reads(root)[1] == 3
+    assert reads(root)[1] == 0
+    os.utime(file, ns=(0, seconds * 10**9 + 2))
+    assert reads(root)[1] == (1 if file.stat().st_mtime_ns == seconds * 10**9 + 2 else 0)  # what the disk can say
+
+
 @pytest.mark.parametrize("damage", ["text", "empty", "cut", "flipped", "pickle", "foreign"])
 def test_a_damaged_index_is_built_anew(tmp_path: Path, folder_of: Write, reads: Reads, damage: str) -> None:
     root = tmp_path / "root"

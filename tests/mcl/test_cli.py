@@ -12,8 +12,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from mcl import cli, config
+from mcl.models import MCL
+from mcl.train import checkpoint
 from tests.conftest import ROOT
 from tests.mcl.tiny import TINY
 
@@ -78,6 +81,28 @@ def test_preview(tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_preview_goes_into_the_run(
+    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Into output/name of a configuration; into the folder that a checkpoint lies in, wherever that is now."""
+    monkeypatch.chdir(tmp_path)
+    cfg = config.load(DEMO, [f"data.root={photos / 'val'}", "data.val_root=", "output=runs", "name=a"])
+    model = MCL(cfg.model, cfg.montage)
+    state = {"config": config.to_dict(cfg), "step": 1, "model": model.state_dict()}
+    last = checkpoint.save(tmp_path / "moved" / "checkpoints", state, 1)
+    alone = tmp_path / "alone" / "x.pt"
+    alone.parent.mkdir()
+    shutil.copy(last, alone)
+    cli.main(["preview", DEMO, f"data.root={photos / 'val'}", "name=a"])
+    assert capsys.readouterr().out.split() == ["runs/a/preview/montage_000000.png"]
+    for file, folder in ((last, tmp_path / "moved"), (alone, alone.parent)):
+        cli.main(["preview", str(file)])
+        pictures = [str(folder / "preview" / name) for name in ("montage_000000.png", "features.png")]
+        assert capsys.readouterr().out.split() == pictures
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "moved", "runs"]
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["a"]
+
+
 def test_index(tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Says how many images, classes and bad files there are, and where the index lies; then has nothing to read."""
     shutil.copytree(photos / "val", tmp_path / "val")
@@ -97,6 +122,18 @@ def test_index(tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().out.count("  0 headers read in ") == 2
 
 
+def test_index_counts_what_pillow_decodes(tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photo = min((photos / "val" / "bird").iterdir())
+    shutil.copy(photo, tmp_path)
+    with Image.open(photo) as image:
+        image.convert("CMYK").save(tmp_path / "print.jpg")
+        image.save(tmp_path / "scan.tif", tiffinfo={274: 6})
+    cli.main(["index", DEMO, f"data.root={tmp_path}", "data.val_root=", f"data.index={tmp_path}"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{tmp_path}: 3 images, 0 of them bad (flat)"
+    assert lines[1].startswith("  2 of them are decoded by Pillow, which is slower")
+
+
 def test_names_of_files_may_be_any_bytes(tmp_path: Path, photos: Path) -> None:
     """Every verb that names files, on a terminal of UTF-8: nothing is lost, and the log can be read."""
     root = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
@@ -106,24 +143,27 @@ def test_names_of_files_may_be_any_bytes(tmp_path: Path, photos: Path) -> None:
     Path(os.fsdecode(os.fsencode(root) + b"/bad\xe9.jpg")).write_text("hello")
     values = copy.deepcopy(TINY) | {"data": {"root": root, "max_bad_fraction": 0.2}, "output": str(tmp_path / "runs")}
     values["trainer"]["epochs"] = 1
-    values["evaluation"] = {"at_end": ["retrieval"], "gallery": 8, "galleries": 2}
+    values["evaluation"] = {"at_end": [], "gallery": 8, "galleries": 2}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(values))
     run = tmp_path / "runs" / "tiny"
-
-    def mcl(*arguments: object) -> str:
-        command = [sys.executable, "-m", "mcl", *map(str, arguments)]
-        environment = os.environ | {"PYTHONUTF8": "1"}
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, env=environment, check=True)
-        assert b"Traceback" not in done.stdout + done.stderr
-        return done.stdout.decode()
-
-    assert "bad\\udce9.jpg: not an image" in mcl("index", tmp_path / "tiny.yaml")
-    assert "caf\\udce9/bad\\udce9.jpg: not an image" in mcl("pretrain", tmp_path / "tiny.yaml")
+    verbs = [
+        ["index", tmp_path / "tiny.yaml"],
+        ["pretrain", tmp_path / "tiny.yaml"],
+        ["preview", run / "checkpoints" / "last.pt", "--output", tmp_path / "pictures"],
+        ["evaluate", "retrieval", run / "checkpoints" / "last.pt"],
+    ]
+    code = f"from mcl import cli\nfor words in {[list(map(str, words)) for words in verbs]}: cli.main(words)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, env=os.environ | {"PYTHONUTF8": "1"}, check=True
+    )
+    assert b"Traceback" not in done.stdout + done.stderr
+    said = done.stdout.decode()
+    assert said.count("bad\\udce9.jpg: not an image") == 2  # by mcl index and mcl pretrain
+    assert said.count("retrieval train") == 1
     assert "caf\\udce9/bad\\udce9.jpg: not an image" in (run / "train.log").read_text(encoding="utf-8")
     (bad,) = map(json.loads, (run / "bad_files.jsonl").read_text(encoding="utf-8").splitlines())
     assert os.path.exists(bad["path"])
-    mcl("preview", run / "checkpoints" / "last.pt", "--output", tmp_path / "pictures")
-    assert "retrieval" in mcl("evaluate", "retrieval", run / "checkpoints" / "last.pt")
+    assert len(list((tmp_path / "pictures").iterdir())) == 2
 
 
 def test_unknown_option() -> None:

@@ -1,12 +1,15 @@
 """Configuration: every key typed and documented, errors that name the key."""
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dali_pipelines.geometry import nearest_legal
 from mcl import config
-from mcl.config import ConfigError
+from mcl.config import ConfigError, Trait
+from mcl.train.optim import learning_rate
 from tests.conftest import ROOT
 
 PRESETS = sorted((ROOT / "mcl" / "presets").glob("*.yaml"))
@@ -105,6 +108,13 @@ def test_coco_preset_has_the_iterations_of_imagenet() -> None:
         ("montage.schedule=[[4, 5.5]]", r"montage\.schedule.*integer"),
         ("model.loss_weights=[1, 1]", r"model\.loss_weights: 2 weights for the 4 levels"),
         ("name=a/b", r"name: 'a/b' is not a plain folder name"),
+        ("name=..", r"name: '\.\.' is not a plain folder name"),
+        ("name=", r"name: '' is not a plain folder name"),
+        ("name=a\nb", r"name: 'a\\nb' is not a plain folder name"),
+        ("trainer.epochs=", r"trainer\.epochs: Input should be a valid integer \(got nothing\)"),
+        ("optim.base_lr=inf", r"optim\.base_lr: .*finite"),
+        ("optim.base_lr=on", r"optim\.base_lr: .*number.* \(got 'on'\)"),
+        ("evaluation.at_end=knn", r"evaluation\.at_end: Input should be a list, such as \[1, 2\] \(got 'knn'\)"),
         ("trainer=3", r"trainer: .*dictionary"),
         ("trainer.epochs", r"expected key=value"),
         ("trainer.epochs=[1", r"trainer\.epochs: cannot read the value"),
@@ -128,8 +138,105 @@ def test_values_are_typed() -> None:
     assert (cfg.optim.weight_decay, cfg.trainer.epochs, cfg.log.wandb, cfg.data.root) == (1e-6, 7, "", "12")
 
 
+WORDS = (
+    *("", " ", "007", "0x10", "1_000", "1e-3", "1e3", ".5", "1:30", "2024-01-01", "nan", "inf", "-inf", "-0", "+1"),
+    *("true", "no", "on", "y", "null", "~", "a: b", "[x]", "[1, 2]", "[]", "{}", "'1'", '"1"', " 1 ", "a ", "1.0"),
+    *(
+        "/data/My set #2",
+        "# all",
+        "!!python/none",
+        "&a",
+        "*a",
+        "&a [*a]",
+        "@",
+        "%",
+        "|",
+        "- 1",
+        "a=b",
+        "Vögel",
+        "鳥",
+        "a\nb",
+    ),
+)
+"""Odd to YAML, to a shell or to NumPy."""
+
+KEYS = {key.name: key for key in config.all_keys()}
+
+
+@pytest.mark.parametrize("name", [key.name for key in KEYS.values() if key.kind is str])
+def test_text_is_what_was_typed(name: str) -> None:
+    for word in WORDS:
+        if name == "name" and not config.is_folder_name(word):
+            continue
+        cfg = preset("mcl_r50_fpn_100e_in1k", f"{name}={word}")
+        path = Trait.PATH in KEYS[name].traits and word == "~"
+        assert config.value(cfg, name) == (str(Path.home()) if path else word)
+        assert config.from_dict(config.to_dict(cfg)) == cfg
+
+
+@pytest.mark.parametrize("name", [key.name for key in KEYS.values() if key.kind is not str])
+def test_odd_words_for_numbers_switches_choices_and_lists(name: str) -> None:
+    """A word is a value of the key's type, or an error that names the key and the word."""
+    numbers: dict[Any, dict[str, float]] = {
+        int: {"007": 7, "1_000": 1000, "+1": 1, "-0": 0, "'1'": 1, '"1"': 1, " 1 ": 1, "1.0": 1},
+        bool: dict.fromkeys(("true", "on", "y", "'1'", '"1"', " 1 "), True) | {"no": False},
+    }
+    numbers[float] = numbers[int] | {"1e-3": 1e-3, "1e3": 1000, ".5": 0.5}
+    for word in WORDS:
+        legal = numbers.get(KEYS[name].kind, {"[]": ()})
+        found, problem = attempt(name, word)
+        if not problem:
+            assert found == legal[word] if word in legal else isinstance(found, tuple), word
+        else:
+            assert name.split(".")[0] in problem
+            assert len(problem.splitlines()) == 1
+            if word in legal:  # and out of bounds
+                assert re.search("than|at least", problem) or word == "[]", problem
+
+
+def attempt(name: str, word: str) -> tuple[Any, str]:
+    """The value that a word gives to a key, and the error."""
+    try:
+        return config.value(preset("mcl_r50_fpn_100e_in1k", f"{name}={word}"), name), ""
+    except ConfigError as error:
+        return None, str(error)
+
+
+def test_none_is_an_empty_value(tmp_path: Path) -> None:
+    file = tmp_path / "x.yaml"
+    file.write_text("data: {root: , index: null}\nlog:\n  wandb: ~")
+    cfg = config.load(file, ["data.val_root="])
+    assert (cfg.data.root, cfg.data.index, cfg.data.val_root, cfg.log.wandb) == ("", "", "", "")
+
+
+def test_files_have_texts_as_they_are_written(tmp_path: Path) -> None:
+    """As on the command line, and no 8 for 010."""
+    file = tmp_path / "x.yaml"
+    file.write_bytes("\ufeffname: 007\ndata: {root: 1.10}\noutput: no\ntrainer: {epochs: 010, recompute: on}".encode())
+    cfg = config.load(file)
+    assert (cfg.name, cfg.data.root, cfg.output) == ("007", "1.10", "no")
+    assert (cfg.trainer.epochs, cfg.trainer.recompute) == (10, True)
+    shared = tmp_path / "shared.yaml"
+    shared.write_text("trainer: &t {epochs: 3}\nevaluation: {k: 3}\n")
+    assert config.load(shared).trainer.epochs == 3
+
+
+@pytest.mark.parametrize("word", ["data.root=~/x", "output=~", "trainer.init_from=~/a.pt"])
+def test_without_a_home_there_is_no_folder_of_its_sign(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # what it does where HOME and passwd say nothing
+    with pytest.raises(ConfigError, match=rf"{word.split('=')[0]}: ~.*: there is no home folder .* set HOME"):
+        preset("mcl_r50_fpn_100e_in1k", word)
+
+
 @pytest.mark.parametrize(
-    ("content", "message"), [("a: [", "not a YAML file"), ("- 1", "expected keys and values, found list")]
+    ("content", "message"),
+    [
+        ("a: [", "not a YAML file"),
+        ("a: &a {b: *a}", "not a YAML file: Circular reference"),
+        ("a: !!int x", "not a YAML file"),
+        ("a: !!binary aGk=", "not a YAML file: .*not JSON serializable"),
+        ("- 1", "expected keys and values, found list"),
+    ],
 )
 def test_unreadable_files(tmp_path: Path, content: str, message: str) -> None:
     file = tmp_path / "x.yaml"
@@ -138,6 +245,42 @@ def test_unreadable_files(tmp_path: Path, content: str, message: str) -> None:
     file.write_text(content)
     with pytest.raises(ConfigError, match=message):
         config.load(file)
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda p: p.stem)
+def test_presets_leave_no_doubts(path: Path) -> None:
+    assert config.load(path).doubts() == []
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "message"),
+    [
+        (
+            "in1k",
+            ["trainer.epochs=1", "trainer.global_batch=64"],
+            r"optim\.warmup_epochs: .* 10\.0225 epochs .* never passes 0\.0065 of 0\.25; set optim\.warmup_epochs=0\.1",
+        ),
+        (
+            "in1k",
+            ["trainer.epochs=10", "optim.warmup_epochs=10"],
+            r"never passes 4\.2 of 16; set optim\.warmup_epochs=1,",
+        ),
+        ("in1k", ["optim.name=adamw"], r"optim\.base_lr: 1 is a rate for lars.* set optim\.base_lr=0\.001"),
+        ("in1k", ["optim.name=sgd"], r"optim\.base_lr: 1 is a rate for lars.* set optim\.base_lr=0\.05"),
+        ("in1k", ["optim.base_lr=1e-3"], r"optim\.base_lr: 0\.001 is a rate for adamw or sgd.* set optim\.base_lr=1,"),
+        ("in1k", ["optim.final_lr=20"], r"optim\.final_lr: 20 is above the highest learning rate of the run, 16 "),
+        ("budget", ["trainer.epochs=50"], r"montage\.schedule: the canvases from epoch 60, 82 on are never used"),
+    ],
+)
+def test_what_is_seldom_meant_is_said_in_a_line(name: str, words: list[str], message: str) -> None:
+    (line,) = preset(f"mcl_r50_fpn_100e_{name}", *words).doubts()
+    assert re.search(message, line), line
+
+
+def test_a_warm_up_as_long_as_the_run_never_passes_what_is_said() -> None:
+    cfg = preset("mcl_r50_fpn_100e_in1k", "trainer.epochs=2", "optim.warmup_epochs=3")
+    rates = [learning_rate(cfg.optim, 4096, step, 2000, 1000) for step in range(2000)]
+    assert f"never passes {max(rates):.2g} of 16" in cfg.doubts()[0]
 
 
 def test_illegal_batches_name_the_nearest_legal_ones() -> None:

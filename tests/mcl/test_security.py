@@ -114,8 +114,9 @@ def test_configurations_execute_nothing(tmp_path: Path, tag: str) -> None:
     with pytest.raises(ConfigError, match=r"preset\.yaml: not a YAML file: .*python"):
         config.load(file)
     file.write_text("name: mine\n")
-    with pytest.raises(ConfigError, match="output: cannot read the value"):
-        config.load(file, [f"output={value}"])
+    with pytest.raises(ConfigError, match=r"trainer\.epochs: cannot read the value"):
+        config.load(file, [f"trainer.epochs={value}"])
+    assert config.load(file, [f"output={value}"]).output == value
     assert not mark.exists()
 
 

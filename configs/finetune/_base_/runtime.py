@@ -5,7 +5,10 @@ output = "runs"
 data = dict(
     root="",  # COCO-format folder
     classes=[],  # names of categories; empty: all of the annotations
+    index="",  # folder of the indices of image sizes; empty: the user's cache
+    max_bad_fraction=0.01,  # of the training images may be broken; others replace them
 )
+timeout = 600.0  # seconds that a batch may take to come from the loaders' processes
 weights = ""  # checkpoint of mcl, or what `mcl export` made of one; empty: from scratch
 amp = False  # mixed precision, on a GPU
 # Which target of `mcl export` has the weights, how names in it change, and beginnings (regular expressions) of the
@@ -14,7 +17,13 @@ pretrained = dict(target="mmdet", renames=[], names=[r"backbone\.", r"neck\."])
 
 default_scope = "mmdet"
 custom_imports = dict(
-    imports=["mcl.finetune.hooks", "mcl.finetune.layers", "mcl.finetune.loading", "mcl.finetune.metric"]
+    imports=[
+        "mcl.finetune.decoding",
+        "mcl.finetune.hooks",
+        "mcl.finetune.layers",
+        "mcl.finetune.loading",
+        "mcl.finetune.metric",
+    ]
 )
 randomness = dict(seed=0)
 resume = True  # continues the run that the folder holds
@@ -41,3 +50,4 @@ custom_hooks = [
 vis_backends = [dict(type="LocalVisBackend")]
 visualizer = dict(type="DetLocalVisualizer", vis_backends=vis_backends)
 val_cfg = dict(type="ValLoop")
+test_cfg = dict(type="TestLoop")  # mcl makes loader and evaluator those of val

@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
+
+pytest.importorskip("mmdet", reason="needs MMDetection: make mmdet")
 
 from dali_pipelines.source import SourceError
 from mcl.config import ConfigError
@@ -124,7 +127,9 @@ def test_nothing_to_train_on(fresh: Path) -> None:
         SourceError, match=r"instances_train\.json: nothing to train on: no object of part with an area"
     ):
         open_folder(str(fresh), wanted=["part"])
-    change(fresh / "instances_train.json", lambda c: [i.update(width=31) for i in c["images"]])
+    change(fresh / "instances_train.json", lambda c: [i.update(width=31, height=31) for i in c["images"]])
+    for path in (fresh / "train").iterdir():
+        Image.new("RGB", (31, 31)).save(path)
     change(fresh / "instances_train.json", lambda c: [a.update(bbox=[0, 0, 9, 9]) for a in c["annotations"]])
     with pytest.raises(
         SourceError,

@@ -21,9 +21,12 @@ from torch import nn
 
 pytest.importorskip("mmdet", reason="needs MMDetection: make mmdet")
 
+from mmengine.config import Config
+from pycocotools.mask import encode
+
 from mcl import cli
 from mcl.config import ConfigError
-from mcl.finetune import finetune, hooks, metric
+from mcl.finetune import console, finetune, hooks, metric
 from mcl.signals import Interrupted
 from tests.conftest import ROOT
 from tests.mcl.distributed.test_faults import children
@@ -82,23 +85,55 @@ def test_from_scratch(folder: Path, tmp_path: Path) -> None:
     assert [line.split(" | ")[:2] for line in table.splitlines()[2:]] == [["| 1", "box"], ["| 1", "mask"]]
 
 
-def recorded(measured: dict[str, float], folder: Path) -> dict[str, Any]:
+def recorded(measured: dict[str, float], folder: Path, *kinds: str) -> dict[str, Any]:
     """The record that an evaluation after 5 steps leaves in a folder."""
-    runner = SimpleNamespace(work_dir=folder, iter=5, logger=logging.getLogger("test"))
+    config = Config({"val_evaluator": {"metric": kinds}})
+    runner = SimpleNamespace(work_dir=folder, iter=5, cfg=config)
     metric.APTable().after_val_epoch(runner, measured)
     (record,) = metric.read(folder)
     return record
 
 
-def test_a_detector_that_finds_nothing_has_an_ap_of_zero(folder: Path, tmp_path: Path) -> None:
+def measured(folder: Path, found: bool) -> dict[str, float]:
+    """What an evaluation gives to a detector that finds the first object, or nothing."""
     measure = metric.FolderMetric(ann_file=str(folder / "instances_val.json"), metric=["bbox", "segm"])
     measure.dataset_meta = {"classes": ("thing", "part")}
-    nothing = {"bboxes": np.empty((0, 4)), "scores": np.empty(0), "labels": np.empty(0, int), "masks": []}
-    found = measure.compute_metrics(
-        [({}, {"img_id": image, "mask_scores": np.empty(0), **nothing}) for image in (1, 2)]
-    )
-    aps = recorded({f"coco/{name}": value for name, value in found.items()}, tmp_path)
-    assert set(aps["box"].values()) == set(aps["mask"].values()) == {0.0}
+    annotations = json.loads((folder / "instances_val.json").read_text())
+    image, (x, y, w, h) = annotations["images"][0], annotations["annotations"][0]["bbox"]
+    mask = np.zeros((image["height"], image["width"]), np.uint8, order="F")
+    mask[y : y + h, x : x + w] = 1
+    results = []
+    for number in (1, 2):
+        n = int(found and number == 1)
+        one = {"bboxes": np.array([[x, y, x + w, y + h]] * n).reshape(-1, 4), "masks": [encode(mask)] * n}
+        scores = {"scores": np.ones(n), "mask_scores": np.ones(n), "labels": np.zeros(n, int)}
+        results.append(({}, {"img_id": number, **one, **scores}))
+    values = measure.compute_metrics(results)
+    return {f"coco/{name}": value for name, value in values.items()}
+
+
+@pytest.mark.parametrize("found", [False, True])
+@pytest.mark.parametrize("small", [False, True])
+def test_absent_is_not_zero(found: bool, small: bool, folder: Path, tmp_path: Path) -> None:
+    """AP of sizes that objects have is pycocotools', 0 for a detector that finds nothing; of others there is none."""
+    copy = shutil.copytree(folder, tmp_path / "coco")
+    if small:
+        path = copy / "instances_val.json"
+        content = json.loads(path.read_text())
+        for annotation in content["annotations"][1:]:
+            annotation["area"] = 100
+        path.write_text(json.dumps(content))
+    values = measured(copy, found)
+    record = recorded(values, tmp_path, "bbox", "segm")
+    for kind in ("box", "mask"):
+        absent = {name for name, value in record[kind].items() if value is None}
+        assert absent == ({"APl"} if small else {"APs", "APl"})
+        assert (record[kind]["AP"] > 0) == found
+        if small:
+            assert record[kind]["APs"] == 0.0
+    assert all(0 <= value <= 1 for value in values.values())
+    lines = (tmp_path / metric.TABLE).read_text().splitlines()[2:]
+    assert [line.split(" | ")[-1] for line in lines] == ["- |"] * 2
 
 
 def test_checkpoints_are_plain(whole: tuple[Path, str]) -> None:
@@ -243,7 +278,9 @@ def test_statistics_are_means_over_the_training_data() -> None:
 
     values = Loader(torch.tensor([[[1.0], [3.0]], [[10.0], [20.0]], [[9.0], [9.0]]]))
     loop = SimpleNamespace(val_interval=6)
-    runner = SimpleNamespace(model=Model(), train_dataloader=values, max_iters=9, train_loop=loop)
+    checked: list[int] = []
+    runner = SimpleNamespace(model=Model(), train_dataloader=values, max_iters=9, train_loop=loop, seed=0)
+    runner.call_hook = lambda name, step: checked.append(step)
     hook = hooks.PreciseBatchNorm(interval=4, batches=2)
     for step in range(1, 10):
         runner.model.norm.running_mean.zero_()
@@ -252,12 +289,79 @@ def test_statistics_are_means_over_the_training_data() -> None:
         if step in (4, 6, 8, 9):  # of the interval, an evaluation, the last
             assert runner.model.norm.running_mean == (2 + 15) / 2
             assert values.batch_sampler.start == step
+            assert checked[-2:] == [step, step]  # signals are looked for after every batch
         else:
             assert runner.model.norm.running_mean == 0
     assert runner.model.norm.momentum == 0.1
 
 
 def test_table_of_boxes_alone_and_nothing_to_find(tmp_path: Path) -> None:
-    record = recorded({"coco/bbox_mAP": 0.4251, "coco/bbox_mAP_s": -1.0}, tmp_path)
-    assert record == {"step": 5, "box": {"AP": 42.5, "APs": None}}
-    assert (tmp_path / metric.TABLE).read_text().splitlines()[-1] == "| 5 | box | 42.5 | - |"
+    record = recorded({"coco/bbox_mAP": 0.4251, "coco/bbox_mAP_50": 0.0}, tmp_path, "bbox")
+    assert record["box"] == {"AP": 42.5, "AP50": 0.0, "AP75": None, "APs": None, "APm": None, "APl": None}
+    assert (tmp_path / metric.TABLE).read_text().splitlines()[-1] == "| 5 | box | 42.5 | 0.0 | - | - | - | - |"
+
+
+def test_terminal(folder: Path, checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A line each before the first step, steps, AP once; all the rest is in the log file."""
+    cli.main(["finetune", str(MINI), *words(folder, tmp_path, "run", f"weights={checkpoint}")])
+    out, _ = capfd.readouterr()
+    before, steps, after = (
+        out[: (begin := out.index("Iter(train)"))],
+        out[begin : (end := out.index("evaluation at step"))],
+        out[end:],
+    )
+    *corrected, data, model, weights, schedule = before.splitlines()
+    assert all("read with corrections" in line for line in corrected)
+    assert data == f"data: {folder}: 6 images to train on, 2 to evaluate on, 2 classes (thing, part)"
+    assert model == "model: MaskRCNN, 12.4 million parameters, on cpu"
+    assert weights.startswith(f"weights: {checkpoint}: 180 of the detector's 208 tensors (backbone 120, neck 48, roi_")
+    assert schedule == (
+        f"schedule: {STEPS} steps of 2 images (2.0 epochs); learning rate 0.015 after 100 steps of warm-up; "
+        "evaluated every 400 steps"
+    )
+    assert [line.split(" [")[0] for line in steps.splitlines()] == ["Iter(train)"] * STEPS + ["Iter(val)"]
+    evaluation, *table = after.splitlines()
+    assert re.fullmatch(rf"evaluation at step {STEPS}: box AP \d+\.\d, mask AP \d+\.\d", evaluation)
+    assert "\n".join(table) == (tmp_path / "run" / metric.TABLE).read_text().rstrip()
+    said = (tmp_path / "run" / "train.log").read_text()
+    assert all(said.count(line) == 1 for line in out.splitlines()[: -len(table)])
+    (log,) = (tmp_path / "run").glob("*/*.log")
+    text = log.read_text()
+    assert "Iter(train)" in text
+    for rest in ("System environment:", "auto_scale_lr = dict(", "after_train_iter:", "Average Precision"):
+        assert rest in text
+        assert rest not in said
+    assert "= -1.000" not in text
+
+
+def test_stopped_while_batchnorm_is_re_estimated(
+    folder: Path, checkpoint: Path, whole: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice: it leaves after the batch; what was left is done when the run continues, with the same weights."""
+    run = shutil.copytree(whole[0], tmp_path / "cut")
+    cut_after_three_steps(run)
+    arguments = words(folder, tmp_path, "cut", f"weights={checkpoint}")
+    batches: list[int] = []
+
+    def signalled(self: metric.APTable, runner: Any, step: int) -> None:
+        batches.append(step)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metric.APTable, "after_norm_iter", signalled, raising=False)
+        for _ in range(2):
+            with pytest.raises(Interrupted, match=str(128 + signal.SIGTERM)):
+                finetune(MINI, arguments)
+    assert batches == [STEPS, STEPS]
+    assert (run / f"iter_{STEPS}.pth").exists()
+    assert not metric.read(run)
+    assert finetune(MINI, arguments) == whole[1]
+    check_same_weights(run, whole[0])
+
+
+def test_progress_of_batchnorm(monkeypatch: pytest.MonkeyPatch, said: pytest.LogCaptureFixture) -> None:
+    """In lines where no bar can be drawn."""
+    monkeypatch.setattr(console, "PAUSE", 0.0)
+    with said.at_level(logging.INFO), console.shown("re-estimating BatchNorm", "batches") as show:
+        show(50, 200)
+    assert "re-estimating BatchNorm: 50 of 200 batches, eta 0:00:00" in said.text

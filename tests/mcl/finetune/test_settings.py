@@ -1,6 +1,9 @@
 """Configurations, ``key=value`` words, and what is set by the machine."""
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,9 +12,11 @@ pytest.importorskip("mmdet", reason="needs MMDetection: make mmdet")
 
 from mmengine.config import Config
 
+from mcl import config
 from mcl.config import ConfigError
 from mcl.finetune import settings
 from tests.mcl.finetune.conftest import CONFIGS, MINI
+from tests.mcl.test_config import WORDS
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU does")
 
@@ -31,6 +36,56 @@ def test_overrides() -> None:
     assert config.train_dataloader.batch_size == config.global_batch == 8
 
 
+def places(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key that holds no others, and its value."""
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+        if isinstance(value, dict) or (isinstance(value, list) and value and isinstance(value[0], dict)):
+            yield from places(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+WHOLE = {"007": 7, "1_000": 1000, "'1'": 1, '"1"': 1, "1.0": 1, " 1 ": 1, "-0": 0, "+1": 1}
+LEGAL: dict[Any, dict[str, Any]] = {
+    int: WHOLE,
+    float: {**WHOLE, "1e-3": 1e-3, ".5": 0.5, "1e3": 1000.0},
+    bool: dict.fromkeys(("on", "y", "true", "'1'", '"1"', " 1 "), True) | {"no": False},
+    type(None): {**WHOLE, "": None, "1e-3": 1e-3, ".5": 0.5, "1e3": 1000.0, "true": True, "[x]": ["x"], "no": "no"},
+}
+
+
+@pytest.mark.parametrize("word", [word for word in WORDS if config.is_folder_name(word) and word not in ("~", "null")])
+def test_odd_words(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For every key: text is what was typed, others keep their type, or the error names them."""
+    monkeypatch.setattr(settings, "adapt", lambda config: None)  # it looks at the machine
+    keys = dict(places(Config.fromfile(MINI).to_dict()))
+    expected = {name: word for name, old in keys.items() if isinstance(old, str)}
+    expected |= {name: LEGAL[type(old)][word] for name, old in keys.items() if word in LEGAL.get(type(old), ())}
+    found = dict(places(settings.load(MINI, [f"{name}={word}" for name in expected]).to_dict()))
+    for name, value in expected.items():
+        assert found[name] == value, name
+        assert type(found[name]) in (type(value), type(keys[name])), name
+    preset = Config.fromfile(MINI)
+    monkeypatch.setattr(Config, "fromfile", lambda path: preset)
+    for name in [name for name, old in keys.items() if name not in expected and old is not None]:
+        if word.startswith(("[", "- ")) and isinstance(keys[name], list | tuple):
+            continue  # a list that may be one of these
+        with pytest.raises(ConfigError, match=rf"^{re.escape(name)}: expected \w+, as in .*, got "):
+            settings.load(MINI, [f"{name}={word}"])
+
+
+def test_lists_have_the_elements_of_those_they_replace() -> None:
+    words = [
+        "data.classes=[no, 007, a b]",
+        "model.rpn_head.anchor_generator.scales=[4.5, 8]",
+        "pretrained.renames=[[a, 1]]",
+    ]
+    config = settings.load(MINI, words)
+    assert config.data.classes == ["no", "007", "a b"]
+    assert config.model.rpn_head.anchor_generator.scales == [4.5, 8]
+    assert config.pretrained.renames == [["a", "1"]]
+
+
 @pytest.mark.parametrize(
     ("word", "message"),
     [
@@ -38,10 +93,22 @@ def test_overrides() -> None:
         ("param_scheduler.7.gamma=1", r"param_scheduler\.7\.gamma: no such key"),
         ("train_cfg.max_iters=many", r"train_cfg\.max_iters: expected int, as in 1200, got 'many'"),
         ("weights", r"'weights': expected key=value"),
-        ("data.classes=[a", r"data\.classes: cannot read the value '\[a'"),
+        ("data.classes=[a", r"data\.classes: expected list, as in \['bird', .*, got '\[a'"),
         ("name=a/b", r"name: 'a/b' is not a plain folder name"),
+        ("name=..", r"name: '\.\.' is not a plain folder name"),
+        ("train_cfg.max_iters=on", r"train_cfg\.max_iters: expected int, as in 1200, got 'on'"),
+        ("train_cfg.max_iters=", r"train_cfg\.max_iters: expected int, as in 1200, got ''"),
+        ("train_cfg.max_iters=null", r"train_cfg\.max_iters: expected int, got None"),
+        ("optim_wrapper.optimizer.lr=nan", r"optim_wrapper\.optimizer\.lr: expected float, as in 0\.06, got 'nan'"),
+        ("model.backbone=vgg", r"model\.backbone: expected dict, as in {.*}, got 'vgg'"),
         ("global_batch=0", r"global_batch: 0 does not divide by 1 processes"),
         ("amp=true", r"amp: needs a GPU"),
+        ("timeout=0", r"timeout: 0\.0 must be a number above 0, of seconds"),
+        ("timeout=null", r"timeout: None must be a number above 0"),
+        ("data.max_bad_fraction=1.5", r"data\.max_bad_fraction: 1\.5 must be a number between 0 and 1"),
+        ("data.max_bad_fraction=null", r"data\.max_bad_fraction: None must be a number between 0 and 1"),
+        ("val_dataloader.num_workers=null", r"val_dataloader\.num_workers: expected int, got None"),
+        ("train_dataloader.num_workers=-1", r"train_dataloader\.num_workers: -1 must be at least 0"),
     ],
 )
 def test_wrong_words(word: str, message: str) -> None:

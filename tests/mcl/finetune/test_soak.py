@@ -1,4 +1,5 @@
-"""One training and one validation step of every configuration, with their real networks, on small images."""
+"""One training and one validation step of every configuration, with their real networks, on small images; and the
+detector that comes of it."""
 
 from pathlib import Path
 
@@ -6,6 +7,8 @@ import pytest
 import torch
 
 pytest.importorskip("mmdet", reason="needs MMDetection: make mmdet")
+
+from mmdet.apis import inference_detector, init_detector
 
 from mcl.finetune import metric, settings, training
 from tests.mcl.finetune.conftest import CONFIGS, make_folder
@@ -34,3 +37,7 @@ def test_a_step_of_every_configuration(path: Path, tmp_path: Path) -> None:
     assert table == metric.table([record])
     state = torch.load(tmp_path / path.stem / "iter_1.pth", weights_only=True)
     assert all(tensor.isfinite().all() for tensor in state["state_dict"].values())
+    run = tmp_path / path.stem
+    detector = init_detector(str(run / path.name), str(run / "iter_1.pth"), device="cpu")
+    found = inference_detector(detector, str(folder / "val" / "1.jpg")).pred_instances
+    assert ("masks" in found) == (config.model.type == "MaskRCNN")

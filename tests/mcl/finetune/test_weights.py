@@ -1,6 +1,6 @@
 """Pre-trained weights arrive in the detector, or are refused."""
 
-import logging
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +20,7 @@ from mcl.finetune.hooks import LoadWeights
 from mcl.train import checkpoint as checkpoints
 from mcl.train.checkpoint import CheckpointError
 from tests.mcl.export.conftest import make_model, save_model
-from tests.mcl.finetune.conftest import MINI
+from tests.mcl.finetune.conftest import CONFIGS, MINI
 
 
 def load(path: Path, *overrides: str) -> LoadWeights:
@@ -37,16 +37,17 @@ def test_checkpoint_and_export_give_the_same(checkpoint: Path, tmp_path: Path) -
     assert torch.equal(hook.weights["backbone.conv1.weight"], ours["online.backbone.conv1.weight"])
 
 
-def test_they_replace_initial_values_of_a_run_that_starts(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_they_replace_initial_values_of_a_run_that_starts(checkpoint: Path) -> None:
     hook = load(checkpoint)
     config = settings.load(MINI)
     with DefaultScope.overwrite_default_scope("mmdet"):
         detector = MODELS.build(config.model)
     fresh = {name: tensor.clone() for name, tensor in detector.state_dict().items()}
-    logger = logging.getLogger("test")
-    with caplog.at_level(logging.INFO, "test"):
-        hook.before_train(SimpleNamespace(model=detector, logger=logger))
-    assert "pre-trained: 180 of the detector's 208 tensors (backbone 120, neck 48, roi_head 12)" in caplog.text
+    hook.before_train(SimpleNamespace(model=detector))
+    assert hook.summary == (
+        f"{checkpoint}: 180 of the detector's 208 tensors (backbone 120, neck 48, roi_head 12); 28 keep their initial "
+        "values"
+    )
     loaded = detector.state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in hook.weights.items())
     rest = loaded.keys() - hook.weights.keys()
@@ -98,6 +99,32 @@ def test_weights_of_another_size(tmp_path: Path) -> None:
     narrow = save_model(make_model(geometry, backbone="resnet18", width=16, head_convs=2), geometry, tmp_path)
     with pytest.raises(CheckpointError, match=r"of the 180 tensors .*; \d+ are of another shape, the first: neck\."):
         load(narrow)
+
+
+@pytest.mark.parametrize("name", ["mask_rcnn_r50_fpn_1x", "retinanet_r50_fpn_1x"])
+def test_loaded_missing_and_others_are_all(name: str, tmp_path: Path) -> None:
+    """Of weights with tensors that are missing and tensors of another shape."""
+    config = settings.load(CONFIGS / f"{name}.py")
+    own = weights.build(config.model).state_dict()
+    state = dict(own)
+    for i, tensor in enumerate(own):
+        if i % 5 == 0:
+            del state[tensor]
+        elif i % 7 == 0:
+            state[tensor] = torch.zeros(1, 2, 3)
+    torch.save({key: torch.zeros(value.shape) for key, value in state.items()}, tmp_path / "some.pth")
+    with pytest.raises(CheckpointError) as caught:
+        weights.load(tmp_path / "some.pth", config.model, **config.pretrained)
+    said = re.search(
+        r"of the (\d+) tensors .* has (\d+); (\d+) are missing, the first: \S+; (\d+) are of another shape",
+        str(caught.value),
+    )
+    assert said
+    every, loaded, missing, other = map(int, said.groups())
+    expected = [key for key in own if any(re.match(start, key) for start in config.pretrained.names)]
+    assert every == len(expected) == loaded + missing + other
+    assert missing == sum(key not in state for key in expected)
+    assert loaded == sum(key in state and state[key].shape == own[key].shape for key in expected)
 
 
 def test_weights_that_lack_something(checkpoint: Path, tmp_path: Path) -> None:

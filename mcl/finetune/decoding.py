@@ -1,0 +1,35 @@
+"""Images as MMDetection decodes them, or a word about why they cannot be used."""
+
+from typing import Any
+
+import cv2
+from mmcv.transforms import LoadImageFromFile
+from mmdet.registry import TRANSFORMS
+
+
+class BadImageError(RuntimeError):
+    """An image that cannot be decoded, or is not the one that was annotated; the message names the file."""
+
+
+@TRANSFORMS.register_module()
+class LoadCheckedImage(LoadImageFromFile):
+    """MMCV's, which names what is wrong with an image, and notices one that has changed since its header was read."""
+
+    def transform(self, results: dict[str, Any]) -> Any:
+        """Adds the pixels to an image's entry.
+
+        Raises:
+            BadImageError: it cannot be decoded, or has another size than the annotations say.
+        """
+        path, annotated = results["img_path"], (results["height"], results["width"])
+        try:
+            loaded = super().transform(results)
+        except OSError as error:
+            raise BadImageError(f"{path}: cannot read it: {error.strerror or error}") from None
+        except (AssertionError, cv2.error):  # nothing came of it; of an empty file
+            raise BadImageError(f"{path}: cannot be decoded") from None
+        if (found := results["img_shape"]) != annotated:
+            raise BadImageError(
+                f"{path}: {found[1]} x {found[0]} pixels, the annotations say {annotated[1]} x {annotated[0]}"
+            )
+        return loaded

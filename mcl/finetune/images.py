@@ -1,0 +1,117 @@
+"""Images of a COCO-format folder: whether each is the picture that the annotations are of.
+
+There is one rule for EXIF. MMDetection decodes with OpenCV, which turns an image as its EXIF orientation says, so the
+width, height, boxes and masks of annotations are those of the turned image. Pre-training takes pixels as stored.
+"""
+
+import functools
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from dali_pipelines.source import SourceError
+from dali_pipelines.source.files import Local
+from dali_pipelines.source.headers import read_header
+from dali_pipelines.source.index import Image, Index
+from mcl.finetune.console import shown
+from mcl.records.metrics import log
+
+_THREADS = 16
+_CHUNK = 64  # files that a thread takes at a time
+_UPRIGHT = 1
+_ACROSS = (5, 6, 7, 8)  # orientations that exchange width and height
+_RULE = "fine-tuning turns images as their EXIF orientation says, pre-training does not"
+
+
+def check(
+    folder: Path,
+    names: Sequence[str],
+    sizes: Sequence[tuple[float, float]],
+    annotations: Path,
+    *,
+    index: str = "",
+    max_bad_fraction: float = 0.0,
+    decode: bool = False,
+) -> None:
+    """Reads the headers of images, from the index as far as files have not changed, and compares them.
+
+    Args:
+        folder: of the images.
+        names: (n) paths in it.
+        sizes: (n) width and height, pixels, that the annotations state.
+        annotations: the file that does so.
+        index: folder of the index; empty: the user's cache.
+        max_bad_fraction: of the images that need not be readable, since others will replace them.
+        decode: whether to decode images, too.
+
+    Raises:
+        SourceError: an image is missing, has another size, or too many cannot be read.
+    """
+    files, paths = Local(str(folder)), [str(folder / name) for name in names]
+    chunks = [paths[i : i + _CHUNK] for i in range(0, len(paths), _CHUNK)]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        stamps = np.concatenate(list(pool.map(lambda chunk: np.array(list(map(files.stamp, chunk)), np.int64), chunks)))
+    place = Index(index, str(folder), "decoded" if decode else "turned", str(annotations))
+    scan = functools.partial(_scan, decode=decode)
+    with shown(f"{'decoding' if decode else 'reading headers of'} {folder}", "images") as show:
+        table = place.update(
+            paths, paths, stamps, scan, threads=_THREADS, chunk=_CHUNK, progress=lambda done, of, images: show(done, of)
+        )
+    bad = table.bad
+    if missing := [i for i, reason in bad.items() if reason == "no such file"]:
+        raise SourceError(
+            f"{paths[missing[0]]} is missing, and {len(missing) - 1} more images that {annotations} names"
+        )
+    wrong = np.flatnonzero((table.sizes != np.array(sizes)).any(1) & (table.sizes > 0).all(1)).tolist()
+    orientations = table.entries["label"]
+    if wrong:
+        i = wrong[0]
+        found, stated = table.sizes[i].tolist(), list(sizes[i])
+        raise SourceError(
+            f"{paths[i]} has {found[0]} x {found[1]} pixels, but {annotations} says {stated[0]} x {stated[1]}, and "
+            f"{len(wrong) - 1} more images differ: boxes would be of another picture. "
+            f"{_remedy(found, stated, orientations[i])} ({_RULE})"
+        )
+    if turned := np.flatnonzero(orientations > _UPRIGHT).tolist():
+        log.warning(
+            "%s: %d images have an EXIF orientation, e.g. %s; boxes must be those of the turned image (%s)",
+            *(annotations, len(turned), paths[turned[0]], _RULE),
+        )
+    if bad:
+        i, reason = min(bad.items())
+        said = f"{annotations}: {len(bad)} of the {len(paths)} images cannot be used, the first: {paths[i]}: {reason}"
+        if len(bad) > max_bad_fraction * len(paths):
+            allowed = f", or raise data.max_bad_fraction={max_bad_fraction}" if max_bad_fraction else ""
+            raise SourceError(f"{said}; mend these files, or take them out of the annotations{allowed}")
+        log.warning("%s; others will replace them", said)
+
+
+def _remedy(found: list[int], stated: list[float], orientation: int) -> str:
+    if found != stated[::-1]:
+        return "Mend width and height, or take the images that were annotated"
+    if orientation in _ACROSS:
+        return (
+            f"EXIF orientation {orientation} exchanges width and height: if the boxes are those of the image as it is "
+            "stored, remove the orientation (exiftool -Orientation= FOLDER), else exchange width and height in the "
+            "annotations"
+        )
+    return "Width and height are exchanged: exchange them in the annotations, or turn the image"
+
+
+def _scan(path: str, size: int, decode: bool) -> list[Image]:
+    """The image in a file, with its size as OpenCV decodes it, and its EXIF orientation where a class would be."""
+    if not size:  # nor may it be a pipe, of which one would wait for ever
+        return [Image("", 0, size, _UPRIGHT, "the file is empty")]
+    with open(path, "rb") as file:
+        header = read_header(file)
+        if isinstance(header, str):
+            return [Image("", 0, size, _UPRIGHT, header)]
+        if decode:
+            from mmcv import imfrombytes  # what MMDetection loads images with
+
+            file.seek(0)
+            if imfrombytes(file.read()) is None:
+                return [Image("", 0, size, header.orientation, "cannot be decoded")]
+    return [Image("", 0, size, header.orientation, header._replace(size=header.upright))]
