@@ -48,9 +48,9 @@ class DataConfig:
     needs no DALI). auto takes the first that is there."""
     device: Annotated[Literal["auto", "cpu", "gpu"], Trait.RESUMABLE] = "auto"
     """Where images are decoded and augmented."""
-    threads: Annotated[int, Trait.OF_A_MACHINE, Trait.RESUMABLE] = Field(default=0, ge=0)
+    threads: Annotated[int, Trait.OF_A_MACHINE, Trait.RESUMABLE] = Field(default=0, ge=0, le=4096)
     """Loader threads per process; 0 takes the cores available, divided by the processes of this machine."""
-    prefetch: Annotated[int, Trait.RESUMABLE] = Field(default=2, ge=1)
+    prefetch: Annotated[int, Trait.RESUMABLE] = Field(default=2, ge=1, le=1000)
     """Batches prepared ahead."""
     hardware_decoder: Annotated[float, Trait.RESUMABLE] = Field(default=0.65, ge=0, le=1)
     """Share of the JPEGs that a GPU's decoding engine takes, where it has one; its other cores take the rest."""

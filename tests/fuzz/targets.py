@@ -14,7 +14,6 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
-from dali_pipelines.geometry import Geometry
 from dali_pipelines.source import decode, index_file, open_source, read_header
 from mcl import config
 from mcl.config import Config, ConfigError
