@@ -3,6 +3,7 @@
 The string under a field is its documentation; ``mcl pretrain --help`` prints exactly these.
 """
 
+import os
 from enum import Enum
 from typing import Annotated, Literal, Self
 
@@ -20,6 +21,14 @@ class Trait(Enum):
     PATH = "names a file or folder; ~ is the home folder"
     OF_A_MACHINE = "may differ between the machines of a run"
     DECIDES_SPEED = "changes how long a step takes"
+
+
+def can_be_named(name: str) -> bool:
+    """Whether a file can have this name, or path."""
+    try:
+        return b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:  # half a character, as JSON and YAML can write it
+        return False
 
 
 class ConfigError(ValueError):

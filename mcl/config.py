@@ -21,7 +21,7 @@ from pydantic.dataclasses import dataclass
 
 from dali_pipelines.geometry import Geometry, nearest_legal
 from dali_pipelines.plan import Plan
-from dali_pipelines.settings import STRICT, AugmentConfig, ConfigError, DataConfig, Trait
+from dali_pipelines.settings import STRICT, AugmentConfig, ConfigError, DataConfig, Trait, can_be_named
 
 __all__ = [
     "PRESETS",
@@ -529,14 +529,6 @@ def _texts(values: Mapping[str, Any], keys: Mapping[str, Key], prefix: str = "")
                 raise ConfigError(f"{key.name}: no file can be called {value!r}; leave out what is written with \\")
             result[name] = at_home(key.name, value) if Trait.PATH in key.traits else value
     return result
-
-
-def can_be_named(text: str) -> bool:
-    """Whether a file can have a text for its name, or in it."""
-    try:
-        return b"\0" not in os.fsencode(text)
-    except UnicodeEncodeError:  # half a character, as YAML can write it
-        return False
 
 
 def at_home(key: str, path: str) -> str:

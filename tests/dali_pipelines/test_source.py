@@ -265,6 +265,15 @@ def test_coco_images_that_are_broken_or_not_there(tmp_path: Path, folder_of: Wri
         ('{"images": [{"id": 1, "file_name": 2}]}', r"or they are of other types"),
         ('{"images": [{"id": 1, "file_name": "../x.jpg"}]}', r"a\.json, image 1: \.\./x\.jpg may lie outside"),
         ('{"images": [{"id": 1, "file_name": "/x.jpg"}]}', r"a\.json, image 1: /x\.jpg may lie outside"),
+        (
+            '{"images": [{"id": 1, "file_name": "a\\u0000.jpg"}]}',
+            r"a\.json, image 1: no file can be called 'a\\x00\.jpg'",
+        ),
+        (
+            '{"images": [{"id": 1, "file_name": "\\ud800.jpg"}]}',
+            r"a\.json, image 1: no file can be called '\\ud800\.jpg'",
+        ),
+        ("[" * 100_000, r"a\.json is not a JSON file: maximum recursion"),
         ('{"images": []}', r"no images in "),
     ],
 )
