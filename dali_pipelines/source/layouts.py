@@ -77,7 +77,7 @@ def coco(annotations: Files, path: str, allow_outside: bool) -> Listing:
         raise SourceError(f'{path} has no list "images"; name a COCO annotation file')
     try:
         named = sorted((image["id"], image["file_name"]) for image in content["images"])
-        names = [_inside(name, allow_outside, f"{path}, image {number}") for number, name in named]
+        names = [_inside(name, allow_outside, f"{path}, image {number!r}") for number, name in named]
     except (KeyError, TypeError, AttributeError):
         raise SourceError(f'{path}: an image lacks "id" or "file_name", or they are of other types') from None
     return names, [""] * len(names)
@@ -90,7 +90,7 @@ def _inside(name: str, allow_outside: bool, where: str) -> str:
     outside = name.startswith("/") or is_remote(name) or ".." in name.split("/")
     if outside and not allow_outside:
         raise SourceError(
-            f"{where}: {name} may lie outside the folder of data.root; name files relative to it, without .., or set "
+            f"{where}: {name!r} may lie outside the folder of data.root; name files relative to it, without .., or set "
             "data.allow_outside=true if you trust this file"
         )
     return name if is_remote(name) else posixpath.normpath(name)

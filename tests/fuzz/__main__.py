@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Sequence
 from multiprocessing import get_context
 from pathlib import Path
+from random import Random
 from typing import Any, NamedTuple
 
 import atheris
@@ -88,7 +89,7 @@ def run(name: str, options: Sequence[str], log: Path | None = None) -> None:
             read(data)
         except Exception as error:
             ours = type(error).__module__.partition(".")[0] in ("mcl", "dali_pipelines")
-            if not ours or len(str(error).splitlines()) != 1:
+            if not ours or "\n" in str(error):
                 raise
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0)
@@ -99,7 +100,7 @@ def run(name: str, options: Sequence[str], log: Path | None = None) -> None:
         def change(old: bytes) -> bytes:
             return atheris.Mutate(old, max(most, len(old)))  # type: ignore[no-any-return]
 
-        return (target.mutate(data, change) if seed % 2 else change(data))[:most]
+        return (target.mutate(data, change, Random(seed)) if seed % 2 else change(data))[:most]
 
     corpora = [] if any(map(os.path.isfile, options)) else [str(good)]
     atheris.Setup([name, f"-dict={dictionary}", *options, *corpora], once, custom_mutator=mutate)

@@ -25,7 +25,7 @@ from mcl.train.checkpoint import CheckpointError
 from tests.conftest import ROOT
 from tests.dali_pipelines.encodings import encodings
 from tests.dali_pipelines.shards import example, write_tar, write_tfrecord
-from tests.fuzz import checksums
+from tests.fuzz import mutations
 from tests.mcl.finetune import test_annotations as annotations
 from tests.mcl.tiny import TINY
 
@@ -38,7 +38,7 @@ class Target(NamedTuple):
     """Inputs that are read without an error."""
     reader: Callable[[Path], Read]
     """What reads them, from a folder that is its own."""
-    mutate: checksums.Mutate = checksums.none
+    mutate: mutations.Mutate = mutations.none
     words: tuple[str, ...] = ()
     """Of the format, or odd: to be put anywhere."""
 
@@ -294,8 +294,8 @@ def use(cfg: Config) -> None:
         yaml.safe_dump(config.to_dict(cfg), file)
         file.flush()
         assert config.load(file.name) == cfg
+    cfg.doubts()
     cfg.images_per_rank(1)
-    cfg.plan(1000, 32)
 
 
 def presets() -> list[bytes]:
@@ -308,11 +308,9 @@ def words(folder: Path) -> Read:
 
 def overrides() -> Iterable[bytes]:
     for path in config.PRESETS.glob("*.yaml"):
-        content = yaml.safe_load(path.read_text())
-        pairs = {key.name: config.value(config.load(path), key.name) for key in config.all_keys()}
-        yield "\n".join(
-            f"{name}={json.dumps(value)}" for name, value in pairs.items() if name.partition(".")[0] in content
-        ).encode()
+        cfg = config.load(path)
+        values = {key.name: config.value(cfg, key.name) for key in config.all_keys()}
+        yield "\n".join(f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in values.items()).encode()
 
 
 TENSORS = ('"OURS"', '"THEIRS"', '"TENSOR"', '"model"', '"state_dict"', '"format"', '"config"')
@@ -320,16 +318,20 @@ KEYS = tuple(key.name for key in config.all_keys())
 YAML = ("&a ", "*a", "<<: ", "!!binary ", "!!set ", "? ", "- ", "'", "|", "2001-01-01", "0x", ".inf", "010", "1:30")
 
 TARGETS = {
-    "headers": Target(pictures, header, checksums.png),
+    "headers": Target(pictures, header, mutations.png),
     "lists": Target(lists, source("list"), words=("..", "/", "://", "\ufeff")),
-    "tar": Target(tars, source("webdataset"), checksums.tar),
-    "tfrecord": Target(tfrecords, source("tfrecord"), checksums.tfrecord),
-    "index": Target(indices, index, checksums.zip),
-    "coco": Target(coco, source("coco"), words=ODD + FIELDS),
-    "annotations": Target(coco, checked, words=ODD + FIELDS),
-    "checkpoint": Target(checkpoints, from_file(use_checkpoint), checksums.zip),
-    "fields": Target(lambda: [json.dumps(fields()).encode()], from_fields(use_checkpoint), words=ODD + TENSORS + KEYS),
-    "pretrained": Target(lambda: [json.dumps(fields()).encode()], from_fields(pretrained), words=ODD + TENSORS),
+    "tar": Target(tars, source("webdataset"), mutations.tar),
+    "tfrecord": Target(tfrecords, source("tfrecord"), mutations.tfrecord),
+    "index": Target(indices, index, mutations.zip),
+    "coco": Target(coco, source("coco"), mutations.json, ODD + FIELDS),
+    "annotations": Target(coco, checked, mutations.json, ODD + FIELDS),
+    "checkpoint": Target(checkpoints, from_file(use_checkpoint), mutations.zip),
+    "fields": Target(
+        lambda: [json.dumps(fields()).encode()], from_fields(use_checkpoint), mutations.json, ODD + TENSORS + KEYS
+    ),
+    "pretrained": Target(
+        lambda: [json.dumps(fields()).encode()], from_fields(pretrained), mutations.json, ODD + TENSORS
+    ),
     "yaml": Target(presets, from_file(lambda file: use(config.load(file))), words=ODD + KEYS + YAML),
     "words": Target(overrides, words, words=ODD + KEYS + YAML),
 }
