@@ -17,6 +17,9 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 STRIDE = 32
 """Stride of the coarsest feature map, C5."""
 
+MOST_CELLS = 1024
+"""Far more than memory holds."""
+
 IntArray = npt.NDArray[np.int64]
 
 
@@ -63,8 +66,8 @@ class Geometry:
             raise ValueError(f"queries: {list(self.queries)} must be at least 1; 4 is one canvas in 4")
 
     def _check_cells(self, cells: int, where: str) -> None:
-        if cells < 1:
-            raise ValueError(f"{where}cells: {cells} must be at least 1")
+        if not 1 <= cells <= MOST_CELLS:
+            raise ValueError(f"{where}cells: {cells} must be at least 1 and at most {MOST_CELLS}")
         for k in self.images_per_canvas:
             if STRIDE * cells % k:
                 raise ValueError(f"{where}images_per_canvas: {k} must divide the canvas side of {STRIDE * cells} px")

@@ -3,6 +3,7 @@
 The string under a field is its documentation; ``mcl pretrain --help`` prints exactly these.
 """
 
+import os
 from enum import Enum
 from typing import Annotated, Literal, Self
 
@@ -20,6 +21,14 @@ class Trait(Enum):
     PATH = "names a file or folder; ~ is the home folder"
     OF_A_MACHINE = "may differ between the machines of a run"
     DECIDES_SPEED = "changes how long a step takes"
+
+
+def can_be_named(name: str) -> bool:
+    """Whether a file can have this name, or path."""
+    try:
+        return b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:  # half a character, as JSON and YAML can write it
+        return False
 
 
 class ConfigError(ValueError):
@@ -48,9 +57,9 @@ class DataConfig:
     needs no DALI). auto takes the first that is there."""
     device: Annotated[Literal["auto", "cpu", "gpu"], Trait.RESUMABLE] = "auto"
     """Where images are decoded and augmented."""
-    threads: Annotated[int, Trait.OF_A_MACHINE, Trait.RESUMABLE] = Field(default=0, ge=0)
+    threads: Annotated[int, Trait.OF_A_MACHINE, Trait.RESUMABLE] = Field(default=0, ge=0, le=4096)
     """Loader threads per process; 0 takes the cores available, divided by the processes of this machine."""
-    prefetch: Annotated[int, Trait.RESUMABLE] = Field(default=2, ge=1)
+    prefetch: Annotated[int, Trait.RESUMABLE] = Field(default=2, ge=1, le=1000)
     """Batches prepared ahead."""
     hardware_decoder: Annotated[float, Trait.RESUMABLE] = Field(default=0.65, ge=0, le=1)
     """Share of the JPEGs that a GPU's decoding engine takes, where it has one; its other cores take the rest."""

@@ -7,6 +7,7 @@ key that is text is taken as it was typed; all others are YAML. The string under
 
 import dataclasses
 import difflib
+import itertools
 import json
 import math
 import os
@@ -20,7 +21,7 @@ from pydantic.dataclasses import dataclass
 
 from dali_pipelines.geometry import Geometry, nearest_legal
 from dali_pipelines.plan import Plan
-from dali_pipelines.settings import STRICT, AugmentConfig, ConfigError, DataConfig, Trait
+from dali_pipelines.settings import STRICT, AugmentConfig, ConfigError, DataConfig, Trait, can_be_named
 
 __all__ = [
     "PRESETS",
@@ -50,11 +51,11 @@ __all__ = [
 class ModelConfig:
     backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"
     """Backbone, named as in torchvision."""
-    width: int = Field(default=256, ge=1)
+    width: int = Field(default=256, ge=1, le=2**16)
     """Channels of the FPN, of the region head and of the embedding."""
-    head_convs: int = Field(default=4, ge=0)
+    head_convs: int = Field(default=4, ge=0, le=100)
     """3x3 convolutions of the region head."""
-    hidden: int = Field(default=2048, ge=1)
+    hidden: int = Field(default=2048, ge=1, le=2**20)
     """Hidden units of projector and predictors."""
     compute: Literal["matched", "released"] = "matched"
     """Populations of FPN and head: only what the loss reads, or everything the authors' code computes (3.9 times the
@@ -73,7 +74,7 @@ class OptimConfig:
     """Learning rate per 256 images: lr = base_lr * trainer.global_batch / 256."""
     final_lr: float = Field(default=1e-4, ge=0)
     """Learning rate at the end of the cosine, absolute."""
-    warmup_epochs: float = Field(default=10.0225, ge=0)
+    warmup_epochs: float = Field(default=10.0225, ge=0, le=1e6)
     """Length of the linear warm-up, which multiplies the cosine; rounded to steps (3,127 for ImageNet at 4,096)."""
     warmup_start: float = Field(default=1e-4, ge=0, le=1)
     """Factor at the first step of the warm-up."""
@@ -98,7 +99,7 @@ class OptimConfig:
 class TrainerConfig:
     epochs: int = Field(default=100, ge=1)
     """Length of the run and of all schedules."""
-    global_batch: Annotated[int, Trait.DECIDES_SPEED] = Field(default=4096, ge=1)
+    global_batch: Annotated[int, Trait.DECIDES_SPEED] = Field(default=4096, ge=1, le=2**20)
     """Images per step, over all processes."""
     precision: Annotated[Literal["fp32", "bf16", "fp16", "fp64"], Trait.DECIDES_SPEED] = "bf16"
     """Arithmetic of the networks: autocast for bf16 and fp16 (with loss scaling); the loss is computed in fp32, or in
@@ -122,7 +123,7 @@ class TrainerConfig:
     steps in a row."""
     device: Annotated[Literal["auto", "cpu", "cuda"], Trait.RESUMABLE] = "auto"
     """Where the networks live."""
-    threads: Annotated[int, Trait.OF_A_MACHINE, Trait.RESUMABLE] = Field(default=0, ge=0)
+    threads: Annotated[int, Trait.OF_A_MACHINE, Trait.RESUMABLE] = Field(default=0, ge=0, le=4096)
     """CPU threads of PyTorch; 0 leaves its default."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of weights, order, crops, augmentations and montages."""
@@ -136,7 +137,7 @@ class TrainerConfig:
     """auto continues the run found in the run folder; never refuses to touch a folder that holds one."""
     init_from: Annotated[str, Trait.PATH] = ""
     """Checkpoint whose weights start a new run; not a resume."""
-    timeout: Annotated[float, Trait.RESUMABLE] = Field(default=600.0, gt=0)
+    timeout: Annotated[float, Trait.RESUMABLE] = Field(default=600.0, gt=0, le=1e8)
     """Seconds without progress after which a run of several processes ends and names the one that hangs; more than
     loading and computing a step, and saving, may take."""
 
@@ -404,11 +405,30 @@ def from_dict(values: Mapping[str, Any]) -> Config:
         raise ConfigError(f"{key}: {message} (got {got})") from None
 
 
+_MOST_VALUES = 100_000
+
+
 class _Plain(yaml.SafeLoader):
     """YAML whose words stay words, for what they mean depends on the key: 007 may be a name, and `no` one of a list.
 
     Without YAML's guesses, 010 is ten instead of eight, 1:30 no number of seconds, and 1e-3 a number.
     """
+
+    def get_single_node(self) -> yaml.Node | None:
+        node: yaml.Node | None = super().get_single_node()
+        if node is not None and _written_out(node, {}) > _MOST_VALUES:
+            raise yaml.YAMLError(f"more than {_MOST_VALUES} values, or an alias within its own anchor")
+        return node
+
+
+def _written_out(node: yaml.Node, known: dict[yaml.Node, float]) -> float:
+    """Nodes that a node stands for, all aliases written out."""
+    if node not in known:
+        known[node] = math.inf  # until it is known: for aliases within it
+        values = itertools.chain.from_iterable(node.value) if isinstance(node, yaml.MappingNode) else node.value
+        children = () if isinstance(node, yaml.ScalarNode) else values
+        known[node] = 1 + sum(_written_out(child, known) for child in children)
+    return known[node]
 
 
 _Plain.yaml_implicit_resolvers = {
@@ -425,7 +445,7 @@ def plain(text: str | bytes) -> Any:
     """
     try:
         value = _Plain(text).get_single_data()
-        json.dumps(value, skipkeys=True)  # it can be written down: no anchor in it leads back to itself
+        json.dumps(value, skipkeys=True)  # no bytes, dates or sets, for which YAML has tags
     except yaml.YAMLError:
         raise
     except Exception as error:  # a tag on what it does not fit raises nearly anything
@@ -504,8 +524,10 @@ def _texts(values: Mapping[str, Any], keys: Mapping[str, Key], prefix: str = "")
             result[name] = _texts(value, keys, f"{prefix}{name}.")
         elif key and key.kind is str and value is None:
             result[name] = ""
-        elif key and Trait.PATH in key.traits and isinstance(value, str):
-            result[name] = at_home(key.name, value)
+        elif key and isinstance(value, str):
+            if not can_be_named(value):
+                raise ConfigError(f"{key.name}: no file can be called {value!r}; leave out what is written with \\")
+            result[name] = at_home(key.name, value) if Trait.PATH in key.traits else value
     return result
 
 

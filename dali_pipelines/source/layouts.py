@@ -10,6 +10,7 @@ import posixpath
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+from dali_pipelines.settings import can_be_named
 from dali_pipelines.source.files import Files, SourceError, is_remote
 from dali_pipelines.source.headers import EXTENSIONS
 
@@ -70,13 +71,13 @@ def coco(annotations: Files, path: str, allow_outside: bool) -> Listing:
         content = json.loads(
             annotations.read(path), object_hook=lambda o: o if {"file_name", "images"} & {*o} else None
         )
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SourceError(f"{path} is not a JSON file: {error}") from None
     if not isinstance(content, dict) or not isinstance(content.get("images"), list):
         raise SourceError(f'{path} has no list "images"; name a COCO annotation file')
     try:
         named = sorted((image["id"], image["file_name"]) for image in content["images"])
-        names = [_inside(name, allow_outside, f"{path}, image {number}") for number, name in named]
+        names = [_inside(name, allow_outside, f"{path}, image {number!r}") for number, name in named]
     except (KeyError, TypeError, AttributeError):
         raise SourceError(f'{path}: an image lacks "id" or "file_name", or they are of other types') from None
     return names, [""] * len(names)
@@ -84,10 +85,12 @@ def coco(annotations: Files, path: str, allow_outside: bool) -> Listing:
 
 def _inside(name: str, allow_outside: bool, where: str) -> str:
     """The path, normalised, if it may be used."""
+    if not can_be_named(name):
+        raise SourceError(f"{where}: no file can be called {name!r}; correct or remove the entry")
     outside = name.startswith("/") or is_remote(name) or ".." in name.split("/")
     if outside and not allow_outside:
         raise SourceError(
-            f"{where}: {name} may lie outside the folder of data.root; name files relative to it, without .., or set "
+            f"{where}: {name!r} may lie outside the folder of data.root; name files relative to it, without .., or set "
             "data.allow_outside=true if you trust this file"
         )
     return name if is_remote(name) else posixpath.normpath(name)

@@ -82,7 +82,7 @@ def export(
     cfg = config.override(config.from_dict(state["config"]), overrides)
     with torch.device("meta"):  # initial values would take longer than all the rest
         model = MCL(cfg.model, cfg.montage)
-    checkpoint.restore(model.to_empty(device="cpu"), state["model"], path)
+    checkpoint.restore(model, state["model"], path)
     target.check(cfg.model, parts)
     _check_parts(target, parts, model.online, cfg)
 

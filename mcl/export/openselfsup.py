@@ -13,7 +13,7 @@ from mcl.config import Config, DataConfig, ModelConfig, OptimConfig, TrainerConf
 from mcl.export.files import write
 from mcl.models import MCL
 from mcl.train import checkpoint
-from mcl.train.checkpoint import FORMAT, CheckpointError, reason
+from mcl.train.checkpoint import FORMAT, CheckpointError, is_weights, reason
 
 _FPN_MAPS = 4
 _BACKBONES = {(False, 2): "resnet18", (False, 6): "resnet34", (True, 6): "resnet50", (True, 23): "resnet101"}
@@ -144,7 +144,7 @@ def _read(source: Path) -> dict[str, Tensor]:
     if isinstance(content, dict) and "model" in content and "format" in content:
         raise CheckpointError(f"{source}: is a checkpoint of mcl already; use it as it is")
     state = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not state or not all(isinstance(t, Tensor) for t in state.values()):
+    if not is_weights(state):
         raise CheckpointError(
             f"{source}: holds no state_dict of tensors; expected a training checkpoint of the authors"
         )
@@ -155,7 +155,7 @@ def _infer(state: dict[str, Tensor], source: Path) -> tuple[ModelConfig, Geometr
     """Model and levels that the shapes tell of; what the two leave open is the released configuration's."""
 
     def size(name: str) -> int:
-        return len(_tensor(state, name, source))
+        return _tensor(state, name, source).shape[:1].numel()
 
     def count(pattern: str) -> int:
         return sum(re.fullmatch(pattern, name) is not None for name in state)
@@ -173,14 +173,20 @@ def _infer(state: dict[str, Tensor], source: Path) -> tuple[ModelConfig, Geometr
     levels, known = count(r"head\.predictor\.\d+\.mlp\.0\.weight"), Geometry()
     if levels > known.levels:
         raise CheckpointError(f"{source}: {levels} levels under head.predictor, at most {known.levels} can be imported")
-    model = ModelConfig(
-        backbone=backbone,  # type: ignore[arg-type]
-        width=width,
-        head_convs=count(r"encoder_q\.2\.cls_convs\.\d+\.conv\.weight"),
-        hidden=hidden,
-        compute="released",
-        loss_weights=ModelConfig().loss_weights[:levels],
-    )
+    try:
+        model = ModelConfig(
+            backbone=backbone,  # type: ignore[arg-type]
+            width=width,
+            head_convs=count(r"encoder_q\.2\.cls_convs\.\d+\.conv\.weight"),
+            hidden=hidden,
+            compute="released",
+            loss_weights=ModelConfig().loss_weights[:levels],
+        )
+    except ValueError:
+        raise CheckpointError(
+            f"{source}: width {width} and {hidden} hidden units, as its shapes have it, are no model's; expected a "
+            "whole training checkpoint of the authors' MCL"
+        ) from None
     return model, Geometry(ratios=known.ratios[:levels], images_per_canvas=known.images_per_canvas[:levels])
 
 

@@ -70,10 +70,9 @@ def _newest(files: list[Path]) -> tuple[Path, Mapping[str, Any]]:
     for path in files:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return path, dict(state["meta"].get("mcl", {}))
         except Exception as error:  # half a file fails in the zip reader, the unpickler or the tensor reader
             log.warning("%s: incomplete (%s); trying the one before", path, reason(error))
-            continue
-        return path, state["meta"].get("mcl", {})
     raise CheckpointError(
         f"{files[0].parent}: none of the {len(files)} checkpoints can be read; remove them to start anew"
     )

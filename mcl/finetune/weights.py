@@ -16,7 +16,7 @@ from mcl.config import ConfigError
 from mcl.export import export
 from mcl.export.convert import TARGETS
 from mcl.finetune.hooks import LoadWeights
-from mcl.train.checkpoint import CheckpointError, reason
+from mcl.train.checkpoint import CheckpointError, is_weights, reason
 
 
 def load(
@@ -90,8 +90,8 @@ def _read(path: Path, target: str, expected: Sequence[str]) -> dict[str, Tensor]
         except ConfigError as error:
             cause = str(error).removeprefix("--parts: ")
             raise ConfigError(f"pretrained.names: asks {path} for its {', '.join(parts)}: {cause}") from None
-    weights = state.get("state_dict", state) if isinstance(state, dict) else {}
-    if not weights or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
+    weights = state.get("state_dict", state) if isinstance(state, dict) else None
+    if not is_weights(weights):
         raise CheckpointError(f"weights: {path} holds no weights; take a checkpoint of mcl or an export --to {target}")
     return dict(weights)
 

@@ -11,8 +11,9 @@ import hashlib
 import os
 import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeGuard
 
 import torch
 
@@ -27,6 +28,8 @@ _CHECKSUM = "sha256"
 _TRAILER = re.compile(rb"\nsha256 ([0-9a-f]{64})\n")
 _TRAILER_SIZE = 73  # bytes
 _DAMAGED = "use an earlier one of the same folder"
+_ALWAYS = {"config": dict, "step": int, "model": dict}
+_TO_RESUME = {"optimizer": dict, "scaler": dict, "loader": dict, "files": str, "rng": dict, "environment": dict}
 
 
 class CheckpointError(RuntimeError):
@@ -94,17 +97,17 @@ def load(path: str | Path) -> dict[str, Any]:
             f"{path}: incomplete or not a checkpoint of mcl ({reason(error)}); "
             "use an earlier one of the same folder. The authors' own checkpoints go through mcl import-openselfsup"
         ) from error
-    if not isinstance(state, dict) or "model" not in state or state.get("format") != FORMAT:
+    if not _holds(state, {"format": int, **_ALWAYS}) or state["format"] != FORMAT or not is_weights(state["model"]):
         raise CheckpointError(
             f"{path}: not a checkpoint of mcl (format {FORMAT}); the authors' own go through mcl import-openselfsup"
         )
-    if state.pop("checksum", None) and not checked:
+    if state.pop("checksum", None) is not None and not checked:
         raise CheckpointError(f"{path}: damaged: its checksum is missing; {_DAMAGED}")
     return state
 
 
 def latest(folder: Path) -> dict[str, Any] | None:
-    """The newest checkpoint that can be read; broken ones are skipped with a warning. None if there is none.
+    """The newest checkpoint that a run can be resumed from; others are skipped with a warning. None if there is none.
 
     Raises:
         CheckpointError: there are checkpoints, and none can be read.
@@ -112,7 +115,12 @@ def latest(folder: Path) -> dict[str, Any] | None:
     files = steps(folder)
     for path in reversed(files):
         try:
-            return load(path)
+            state = load(path)
+            if not _holds(state, _TO_RESUME):
+                raise CheckpointError(
+                    f"{path}: holds no more than weights; start a new run with trainer.init_from={path}"
+                )
+            return state
         except CheckpointError as error:
             warnings.warn(f"{error}; trying the one before", stacklevel=2)
     if files:
@@ -128,13 +136,14 @@ def load_model(path: str | Path) -> tuple[MCL, Config]:
     """
     state = load(path)
     cfg = config.from_dict(state["config"])
-    model = MCL(cfg.model, cfg.montage)
+    with torch.device("meta"):  # no memory before the shapes have been compared
+        model = MCL(cfg.model, cfg.montage)
     restore(model, state["model"], path)
     return model, cfg
 
 
 def restore(model: MCL, weights: dict[str, torch.Tensor], path: str | Path) -> None:
-    """Loads weights strictly.
+    """Loads weights strictly, into a model that may be without memory (on the device meta); then it is on the CPU.
 
     Raises:
         CheckpointError: the weights are another model's; the first differing key is named.
@@ -148,7 +157,26 @@ def restore(model: MCL, weights: dict[str, torch.Tensor], path: str | Path) -> N
             f"{path}: weights of another model: {len(missing)} keys missing, {len(unexpected)} unexpected, "
             f"{len(shapes)} of another shape, the first: {first}; set the section model as it was trained"
         )
+    if any(tensor.is_meta for tensor in own.values()):
+        model.to_empty(device="cpu")
     model.load_state_dict(weights)
+
+
+def is_weights(content: Any) -> TypeGuard[dict[str, torch.Tensor]]:
+    """Whether something is a dictionary of dense tensors on the CPU, and not empty."""
+    return (
+        isinstance(content, dict)
+        and len(content) > 0
+        and all(isinstance(name, str) for name in content)
+        and all(
+            isinstance(t, torch.Tensor) and t.layout is torch.strided and t.device.type == "cpu"
+            for t in content.values()
+        )
+    )
+
+
+def _holds(state: Any, entries: Mapping[str, type]) -> TypeGuard[dict[str, Any]]:
+    return isinstance(state, dict) and all(isinstance(state.get(key), kind) for key, kind in entries.items())
 
 
 def reason(error: Exception) -> str:

@@ -135,7 +135,7 @@ def test_list_file_with_absolute_paths_and_spaces(tmp_path: Path, folder_of: Wri
     listing.write_text(f"{path}\n{path} 5\ntwo words/000.jpg 5\ntwo words/000.jpg\ttwo words\n")
     with pytest.raises(SourceError, match="does not exist"):
         open_source(str(tmp_path / "lists.txt"))
-    with pytest.raises(SourceError, match=rf"list\.txt, line 1: {path} may lie outside .* data\.allow_outside=true"):
+    with pytest.raises(SourceError, match=rf"list\.txt, line 1: .{path}. may lie outside .* data\.allow_outside=true"):
         open_source(str(listing))
     s = open_source(str(listing), allow_outside=True)
     assert s.paths == (str(path),) * 4
@@ -159,7 +159,7 @@ def test_a_list_may_not_lead_out_of_its_folder(tmp_path: Path, folder_of: Write)
     listing = tmp_path / "data" / "list.txt"
     for line in ("../secret/000.jpg", "in/../../secret/000.jpg", str(outside)):
         listing.write_text(f"000.jpg\n\n{line} 3\n")
-        with pytest.raises(SourceError, match=rf"data\.root: .*list\.txt, line 3: {line} may lie outside"):
+        with pytest.raises(SourceError, match=rf"data\.root: .*list\.txt, line 3: .{line}. may lie outside"):
             open_source(str(listing))
         s = open_source(str(listing), allow_outside=True)
         assert [Path(path).resolve() for path in s.paths or ()] == [inside, outside]
@@ -263,8 +263,18 @@ def test_coco_images_that_are_broken_or_not_there(tmp_path: Path, folder_of: Wri
         ('{"annotations": []}', r'a\.json has no list "images"'),
         ('{"images": [{"id": 1}]}', r'a\.json: an image lacks "id" or "file_name"'),
         ('{"images": [{"id": 1, "file_name": 2}]}', r"or they are of other types"),
-        ('{"images": [{"id": 1, "file_name": "../x.jpg"}]}', r"a\.json, image 1: \.\./x\.jpg may lie outside"),
-        ('{"images": [{"id": 1, "file_name": "/x.jpg"}]}', r"a\.json, image 1: /x\.jpg may lie outside"),
+        ('{"images": [{"id": 1, "file_name": "../x.jpg"}]}', r"a\.json, image 1: .\.\./x\.jpg. may lie outside"),
+        ('{"images": [{"id": 1, "file_name": "/x.jpg"}]}', r"a\.json, image 1: ./x\.jpg. may lie outside"),
+        (
+            '{"images": [{"id": 1, "file_name": "a\\u0000.jpg"}]}',
+            r"a\.json, image 1: no file can be called 'a\\x00\.jpg'",
+        ),
+        (
+            '{"images": [{"id": 1, "file_name": "\\ud800.jpg"}]}',
+            r"a\.json, image 1: no file can be called '\\ud800\.jpg'",
+        ),
+        ('{"images": [{"id": "\\n", "file_name": "\\n/.."}]}', r"a\.json, image '\\n': '\\n/\.\.' may lie outside"),
+        ("[" * 100_000, r"a\.json is not a JSON file: maximum recursion"),
         ('{"images": []}', r"no images in "),
     ],
 )

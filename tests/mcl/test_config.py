@@ -103,13 +103,22 @@ def test_coco_preset_has_the_iterations_of_imagenet() -> None:
         ("montage.images_per_canvas=[1, 4, 16]", r"montage\.images_per_canvas: 3 entries for 4 ratios"),
         ("montage.schedule=[[0, 5]]", r"montage\.schedule: epochs \[0\] must increase from 1 on"),
         ("montage.schedule=[[8, 5], [4, 7]]", r"montage\.schedule: epochs \[8, 4\] must increase"),
-        ("montage.schedule=[[4, 0]]", r"montage\.schedule: from epoch 4 on: cells: 0 must be at least 1$"),
+        ("montage.schedule=[[4, 0]]", r"montage\.schedule: from epoch 4 on: cells: 0 must be at least 1 and"),
         ("montage.schedule=[4, 5]", r"montage\.schedule"),
         ("montage.schedule=[[4, 5.5]]", r"montage\.schedule.*integer"),
         ("model.loss_weights=[1, 1]", r"model\.loss_weights: 2 weights for the 4 levels"),
         ("name=a/b", r"name: 'a/b' is not a plain folder name"),
         ("name=..", r"name: '\.\.' is not a plain folder name"),
         ("name=", r"name: '' is not a plain folder name"),
+        ("name=a\0b", r"name: no file can be called 'a\\x00b'"),
+        ("data.root=a\0b", r"data\.root: no file can be called"),
+        ("output=\ud800", r"output: no file can be called '\\ud800'"),
+        ("trainer.global_batch=1000000000000000", r"trainer\.global_batch: .*less than or equal to 1048576"),
+        ("montage.cells=1000000000000000", r"montage\.cells: 1000000000000000 must be at least 1 and at most 1024"),
+        ("model.head_convs=1000000000", r"model\.head_convs: .*less than or equal to 100"),
+        ("model.width=1000000000000000000000", r"model\.width: .*less than or equal to 65536"),
+        ("optim.warmup_epochs=1e308", r"optim\.warmup_epochs: .*less than or equal to 1000000"),
+        ("trainer.timeout=1e300", r"trainer\.timeout: .*less than or equal"),
         ("name=a\nb", r"name: 'a\\nb' is not a plain folder name"),
         ("trainer.epochs=", r"trainer\.epochs: Input should be a valid integer \(got nothing\)"),
         ("optim.base_lr=inf", r"optim\.base_lr: .*finite"),
@@ -232,7 +241,7 @@ def test_without_a_home_there_is_no_folder_of_its_sign(word: str, monkeypatch: p
     ("content", "message"),
     [
         ("a: [", "not a YAML file"),
-        ("a: &a {b: *a}", "not a YAML file: Circular reference"),
+        ("a: &a {b: *a}", "not a YAML file: .*an alias within its own anchor"),
         ("a: !!int x", "not a YAML file"),
         ("a: !!binary aGk=", "not a YAML file: .*not JSON serializable"),
         ("- 1", "expected keys and values, found list"),
@@ -341,3 +350,28 @@ def test_command_line_keys_are_frozen() -> None:
     """Adding or renaming a key is a decision: change tests/data/keys.txt with it."""
     keys = [key.name for key in config.all_keys()]
     assert keys == (ROOT / "tests" / "data" / "keys.txt").read_text().split()
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["x0: &x0 [1, 1]", *(f"x{i}: &x{i} [{', '.join([f'*x{i - 1}'] * 10)}]" for i in range(1, 12))],
+        ["x0: &x0 {name: a}", *(f"x{i}: &x{i} {{<<: [{', '.join([f'*x{i - 1}'] * 10)}]}}" for i in range(1, 12))],
+        ["data: &a [*a]"],
+        ["data: &a {root: *a}"],
+    ],
+)
+def test_aliases_that_stand_for_too_much(tmp_path: Path, lines: list[str]) -> None:
+    file = tmp_path / "x.yaml"
+    file.write_text("\n".join(lines))
+    with pytest.raises(ConfigError, match=r"x\.yaml: not a YAML file: more than 100000 values, or an alias within"):
+        config.load(file)
+
+
+def test_anchors_and_merges(tmp_path: Path) -> None:
+    file = tmp_path / "x.yaml"
+    file.write_text(
+        "trainer: &a {epochs: 3}\noptim: {warmup_epochs: 1}\nlog: {<<: {preview: off}}\nname: &b x\noutput: *b"
+    )
+    cfg = config.load(file)
+    assert (cfg.trainer.epochs, cfg.log.preview, cfg.name, cfg.output) == (3, False, "x", "x")

@@ -238,3 +238,22 @@ def test_unusable_files_are_named(hollow: dict[str, Tensor], save: Save, tmp_pat
             import_file(path, tmp_path / "again.pt")
     with pytest.raises(CheckpointError, match="name another output"):
         import_file(source, source)
+
+
+@pytest.mark.parametrize("shape", [(), (0, 3), (2**40, 3)])
+@pytest.mark.parametrize("name", ["encoder_q.1.lateral_convs.3.conv.weight", "encoder_q.2.mlp.0.weight"])
+def test_shapes_of_no_model(
+    hollow: dict[str, Tensor], save: Save, tmp_path: Path, name: str, shape: tuple[int, ...]
+) -> None:
+    source = save(hollow | {name: torch.tensor(0.0).expand(shape)})
+    with pytest.raises(CheckpointError, match=r"epoch_100\.pth: .*(, as its shapes have it, are no model's|has shape)"):
+        import_file(source, tmp_path / "ours.pt")
+    assert not (tmp_path / "ours.pt").exists()
+
+
+@pytest.mark.parametrize("content", [[1], {"a": 3}, {3: torch.ones(1)}, {"a": torch.ones(1).to_sparse()}, None, {}])
+def test_no_weights(tmp_path: Path, content: Any) -> None:
+    for state in (content, {"state_dict": content}):
+        torch.save(state, tmp_path / "x.pth")
+        with pytest.raises(CheckpointError, match=r"x\.pth: holds no state_dict of tensors"):
+            import_file(tmp_path / "x.pth", tmp_path / "ours.pt")

@@ -142,3 +142,12 @@ def test_no_weights(tmp_path: Path) -> None:
     torch.save({"epoch": 3}, tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match=r"other\.pth holds no weights; take a checkpoint of mcl"):
         load(tmp_path / "other.pth")
+
+
+@pytest.mark.parametrize(
+    "content", [[1], {"state_dict": [1]}, {"state_dict": 3}, {3: torch.ones(1)}, {"a": 1}, {}, None]
+)
+def test_what_holds_no_weights(tmp_path: Path, content: object) -> None:
+    torch.save(content, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match=r"weights: .*x\.pth holds no weights"):
+        load(tmp_path / "x.pth")

@@ -12,13 +12,17 @@ from unittest import mock
 import pytest
 import torch
 
+from mcl import config
 from mcl.train import checkpoint
 from mcl.train.checkpoint import CheckpointError
 from mcl.train.saving import Saver
 
 
 def state(step: int, size: int = 100) -> dict[str, Any]:
-    return {"step": step, "model": {"weight": torch.full((size,), float(step))}, "loader": {"bad": {3: "broken"}}}
+    """Whole in form."""
+    resumed = {key: {} for key in ("optimizer", "scaler", "rng", "environment")} | {"files": "none", "config": {}}
+    model = {"weight": torch.full((size,), float(step))}
+    return {"step": step, "model": model, "loader": {"bad": {3: "broken"}}, **resumed}
 
 
 @contextmanager
@@ -47,7 +51,7 @@ def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
     path.write_bytes(content)
     loaded = checkpoint.load(path)
     assert torch.equal(loaded["model"]["weight"], torch.ones(100))
-    assert loaded.keys() == {"format", "step", "model", "loader"}
+    assert loaded.keys() == {"format", *state(1)}
 
 
 @pytest.mark.fault("a checkpoint that was cut short, at many lengths")
@@ -147,3 +151,43 @@ def test_a_failed_save_is_told_at_the_next_look(tmp_path: Path) -> None:
     saver.save(state(2))  # it has been told, and the disk is free again
     saver.wait()
     assert checkpoint.load(tmp_path / "last.pt")["step"] == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"format": value} for value in (2, "1", None, torch.ones(2))),
+        *({"config": value} for value in (None, "x", [], torch.ones(2))),
+        *({"step": value} for value in (None, 0.5, "3", torch.ones(2))),
+        *({"model": value} for value in (None, {}, [torch.ones(2)], {"weight": 3.0}, {3: torch.ones(2)})),
+        {"model": {"weight": torch.ones(2).to_sparse()}},
+        {"model": {"weight": torch.ones(2, device="meta")}},
+    ],
+)
+def test_other_contents_are_no_checkpoint(tmp_path: Path, change: dict[str, Any]) -> None:
+    torch.save({"format": checkpoint.FORMAT, **state(1), **change}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=r"x\.pt: not a checkpoint of mcl"):
+        checkpoint.load(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("key", ["optimizer", "scaler", "loader", "files", "rng", "environment"])
+def test_weights_alone_are_not_resumed(tmp_path: Path, key: str) -> None:
+    """As mcl import-openselfsup writes them."""
+    path = tmp_path / "step_00000001.pt"
+    torch.save({"format": checkpoint.FORMAT, **{k: v for k, v in state(1).items() if k != key}}, path)
+    assert checkpoint.load(path)["step"] == 1
+    with (
+        pytest.warns(
+            UserWarning, match=r"step_00000001\.pt: holds no more than weights; start a new run with trainer\.init_from"
+        ),
+        pytest.raises(CheckpointError, match="none of the 1 checkpoints can be read"),
+    ):
+        checkpoint.latest(tmp_path)
+
+
+def test_a_model_takes_no_memory_before_its_weights_are_known_to_fit(tmp_path: Path) -> None:
+    """As many numbers as there is no memory for, in a file that has one."""
+    cfg = config.from_dict({"model": {"backbone": "resnet18", "width": 2**16, "hidden": 2**20}})
+    torch.save({"format": checkpoint.FORMAT, **state(1), "config": config.to_dict(cfg)}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match="weights of another model"):
+        checkpoint.load_model(tmp_path / "x.pt")

@@ -1,0 +1,338 @@
+"""What is fuzzed: everything that reads what others may have written."""
+
+import contextlib
+import functools
+import io
+import json
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+import yaml
+from PIL import Image
+from torch import Tensor
+
+from dali_pipelines.source import decode, index_file, open_source, read_header
+from mcl import config
+from mcl.config import Config, ConfigError
+from mcl.export import export, openselfsup
+from mcl.finetune.annotations import check
+from mcl.models import MCL
+from mcl.train import checkpoint
+from mcl.train.checkpoint import CheckpointError
+from tests.conftest import ROOT
+from tests.dali_pipelines.encodings import encodings
+from tests.dali_pipelines.shards import example, write_tar, write_tfrecord
+from tests.fuzz import mutations
+from tests.mcl.finetune import test_annotations as annotations
+from tests.mcl.tiny import TINY
+
+Read = Callable[[bytes], object]
+"""Reads an input as mcl does. Errors of our own are right; any other is a finding."""
+
+
+class Target(NamedTuple):
+    good: Callable[[], Iterable[bytes]]
+    """Inputs that are read without an error."""
+    reader: Callable[[Path], Read]
+    """What reads them, from a folder that is its own."""
+    mutate: mutations.Mutate = mutations.none
+    words: tuple[str, ...] = ()
+    """Of the format, or odd: to be put anywhere."""
+
+
+# ------------------------------------------------------------------------------------------------------ images
+
+SIZE = 64, 48  # of the encodings
+
+
+def picture() -> Image.Image:
+    return Image.linear_gradient("L").resize(SIZE).convert("RGB")
+
+
+def pictures() -> list[bytes]:
+    return [encoded for encoded in encodings(picture()).values() if len(encoded) < 1 << 14]
+
+
+def png() -> bytes:
+    file = io.BytesIO()
+    picture().save(file, "PNG")
+    return file.getvalue()
+
+
+def header(folder: Path) -> Read:
+    Image.init()
+
+    def read(data: bytes) -> None:
+        found = read_header(io.BytesIO(data))
+        if not isinstance(found, str) and found.size[0] * found.size[1] < 1 << 16:
+            with contextlib.suppress(OSError):
+                assert decode(data).shape == (*found.size[::-1], 3)
+
+    return read
+
+
+def source(kind: str) -> Callable[[Path], Read]:
+    """Opens a source of which the input says where its images lie."""
+
+    def reader(folder: Path) -> Read:
+        file, images = folder / "file", folder / "images"
+        images.mkdir()
+        (images / "a.png").write_bytes(png())
+        root, named = (images, file) if kind == "coco" else (images / "file", "")
+
+        def read(data: bytes) -> None:
+            Path(named or root).write_bytes(data)
+            found = open_source(str(root), kind, annotations=str(named), index="/dev/null", threads=1)  # type: ignore[arg-type]
+            found.fingerprint()
+            for i in range(min(len(found), 4)):
+                with contextlib.suppress(OSError):
+                    found.read(i)
+
+        return read
+
+    return reader
+
+
+def lists() -> list[bytes]:
+    lines = ["a.png 1", "b/c d.jpg\t2", "a.png", "", "b/d.jpeg\tsome class"]
+    return ["\n".join(lines).encode(), ("\ufeff" + "\r\n".join(lines)).encode(), b"\xe9.png 3\n", b"x y z.tif 7\n"]
+
+
+def tars() -> Iterable[bytes]:
+    members = [("a.png", png()), ("a.cls", b"3"), ("b/c.jpg", b""), ("b/c.cls", b"-1"), ("long" * 20 + ".png", b"x")]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.tar"
+        for format in range(3):  # ustar, GNU, pax
+            write_tar(path, members, format=format)
+            yield path.read_bytes()
+        write_tar(path, members[:1], pax_headers={"comment": "x", "GNU.sparse.map": "0,9"})
+        yield path.read_bytes() * 2
+
+
+def tfrecords() -> Iterable[bytes]:
+    records = [
+        example(image__encoded=png(), image__class__label=3),
+        example(image__encoded=[b"a", b"b"], image__class__label=[-1, 2], image__height=1.0),
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.tfrecord"
+        for count in (1, 2):
+            write_tfrecord(path, records[:count])
+            yield path.read_bytes()
+
+
+def index(folder: Path) -> Read:
+    """Opens a folder with this index: whatever it says, the images are found as they are."""
+    images = folder / "images"
+    images.mkdir()
+    for name in ("a", "b"):
+        (images / f"{name}.png").write_bytes(png())
+    file = index_file(str(folder), str(images), "flat", "")
+
+    def read(data: bytes) -> None:
+        file.write_bytes(data)
+        assert open_source(str(images), "flat", index=str(folder), threads=1).sizes.tolist() == [[*SIZE]] * 2
+
+    return read
+
+
+def indices() -> list[bytes]:
+    with tempfile.TemporaryDirectory() as folder:
+        index(Path(folder))(b"")
+        return [path.read_bytes() for path in Path(folder).glob("*.npz")]
+
+
+# ------------------------------------------------------------------------------------------------- annotations
+
+ODD = (
+    "null",
+    "true",
+    "-1",
+    "0",
+    "0.5",
+    "1e999",
+    "NaN",
+    "[]",
+    "{}",
+    "9" * 400,
+    '"7"',
+    '"\\ud800"',
+    '"\\u0000"',
+    "[" * 99,
+)
+FIELDS = ("images", "annotations", "categories", "id", "file_name", "bbox", "segmentation", "counts", "size", "iscrowd")
+
+
+def coco() -> Iterable[bytes]:
+    content = annotations.example()
+    yield json.dumps(content).encode()
+    yield json.dumps(content).encode("utf-16")
+    content["images"][1]["file_name"] = "a.png"
+    content["annotations"] = content["annotations"][:1]
+    yield json.dumps(content).encode()
+
+
+def checked(folder: Path) -> Read:
+    def read(data: bytes) -> None:
+        check(data, "x.json", masks=False)
+        check(data, "x.json")
+
+    return read
+
+
+# ------------------------------------------------------------------------------------------------- checkpoints
+
+
+def hollow() -> dict[str, Tensor]:
+    """The state of a small model, all tensors one number, repeated: so its file is small."""
+    cfg = config.from_dict(TINY)
+    with torch.device("meta"):
+        state = MCL(cfg.model, cfg.montage).state_dict()
+    numbers = {dtype: torch.zeros((), dtype=dtype) for dtype in {tensor.dtype for tensor in state.values()}}
+    return {name: numbers[tensor.dtype].expand(tensor.shape) for name, tensor in state.items()}
+
+
+def fields() -> dict[str, Any]:
+    """What a checkpoint holds beside tensors, for which there are words."""
+    return {
+        "format": checkpoint.FORMAT,
+        "config": config.to_dict(config.from_dict(TINY)),
+        "step": 3,
+        "model": "OURS",
+        "state_dict": "THEIRS",
+    }
+
+
+def save(content: Any, file: BinaryIO) -> None:
+    """Writes a checkpoint of these fields."""
+
+    def filled(node: Any) -> Any:
+        if isinstance(node, dict):
+            return {key: filled(value) for key, value in node.items()}
+        if isinstance(node, list):
+            return [*map(filled, node)]
+        words = {"OURS": hollow, "THEIRS": lambda: {openselfsup.their_name(n): t for n, t in hollow().items()}}
+        return words[node]() if node in words else torch.zeros(3) if node == "TENSOR" else node
+
+    torch.save(filled(content), file)
+
+
+def checkpoints() -> Iterable[bytes]:
+    for left_out in ("state_dict", "model"):
+        file = io.BytesIO()
+        save({key: value for key, value in fields().items() if key != left_out}, file)
+        yield file.getvalue()
+
+
+def use_checkpoint(file: Path) -> None:
+    """All that is done with one, whatever it holds."""
+    uses = (
+        checkpoint.load_model,
+        lambda file: export(file, "timm", output=file.with_suffix(".pth")),
+        lambda file: openselfsup.import_file(file, file.with_suffix(".mcl.pt")),
+    )
+    for use in uses:
+        with contextlib.suppress(CheckpointError, ConfigError):
+            use(file)
+
+
+def from_file(use: Callable[[Path], object]) -> Callable[[Path], Read]:
+    """Reads a file with the input in it."""
+
+    def reader(folder: Path) -> Read:
+        file = folder / "file.pt"
+
+        def read(data: bytes) -> None:
+            file.write_bytes(data)
+            use(file)
+
+        return read
+
+    return reader
+
+
+def from_fields(use: Callable[[Path], object]) -> Callable[[Path], Read]:
+    """Reads a checkpoint of which the input is the fields, as JSON."""
+
+    def reader(folder: Path) -> Read:
+        file = folder / "file.pt"
+
+        def read(data: bytes) -> None:
+            with contextlib.suppress(ValueError, RecursionError), open(file, "wb") as opened:
+                save(json.loads(data), opened)
+            use(file)
+
+        return read
+
+    return reader
+
+
+@functools.cache
+def detector() -> Any:
+    """The configuration of a detector of that backbone."""
+    from mcl.finetune import settings
+
+    return settings.load(ROOT / "configs" / "finetune" / "mask_rcnn_r18_fpn_mini.py").model
+
+
+def pretrained(file: Path) -> None:
+    """Takes weights over into a detector."""
+    from mcl.finetune import weights
+
+    weights.load(file, detector(), "mmdet", [], [r"backbone\."])
+
+
+# ----------------------------------------------------------------------------------------------- configurations
+
+
+def use(cfg: Config) -> None:
+    """What happens to every configuration that is accepted."""
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        yaml.safe_dump(config.to_dict(cfg), file)
+        file.flush()
+        assert config.load(file.name) == cfg
+    cfg.doubts()
+    cfg.images_per_rank(1)
+
+
+def presets() -> list[bytes]:
+    return [path.read_bytes() for path in config.PRESETS.glob("*.yaml")]
+
+
+def words(folder: Path) -> Read:
+    return lambda data: use(config.override(Config(), data.decode(errors="surrogateescape").split("\n")))
+
+
+def overrides() -> Iterable[bytes]:
+    for path in config.PRESETS.glob("*.yaml"):
+        cfg = config.load(path)
+        values = {key.name: config.value(cfg, key.name) for key in config.all_keys()}
+        yield "\n".join(f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in values.items()).encode()
+
+
+TENSORS = ('"OURS"', '"THEIRS"', '"TENSOR"', '"model"', '"state_dict"', '"format"', '"config"')
+KEYS = tuple(key.name for key in config.all_keys())
+YAML = ("&a ", "*a", "<<: ", "!!binary ", "!!set ", "? ", "- ", "'", "|", "2001-01-01", "0x", ".inf", "010", "1:30")
+
+TARGETS = {
+    "headers": Target(pictures, header, mutations.png),
+    "lists": Target(lists, source("list"), words=("..", "/", "://", "\ufeff")),
+    "tar": Target(tars, source("webdataset"), mutations.tar),
+    "tfrecord": Target(tfrecords, source("tfrecord"), mutations.tfrecord),
+    "index": Target(indices, index, mutations.zip),
+    "coco": Target(coco, source("coco"), mutations.json, ODD + FIELDS),
+    "annotations": Target(coco, checked, mutations.json, ODD + FIELDS),
+    "checkpoint": Target(checkpoints, from_file(use_checkpoint), mutations.zip),
+    "fields": Target(
+        lambda: [json.dumps(fields()).encode()], from_fields(use_checkpoint), mutations.json, ODD + TENSORS + KEYS
+    ),
+    "pretrained": Target(
+        lambda: [json.dumps(fields()).encode()], from_fields(pretrained), mutations.json, ODD + TENSORS
+    ),
+    "yaml": Target(presets, from_file(lambda file: use(config.load(file))), words=ODD + KEYS + YAML),
+    "words": Target(overrides, words, words=ODD + KEYS + YAML),
+}
+"""By name."""
