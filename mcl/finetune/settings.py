@@ -21,11 +21,13 @@ _ANYTHING: TypeAdapter[Any] = TypeAdapter(Annotated[int | FiniteFloat | str, Fie
 _SWITCHES = {"true": True, "false": False}
 
 _PATHS = ("output", "weights", "data.root", "data.index")
-_OURS: dict[str, type] = {
-    **dict.fromkeys(("name", *_PATHS), str),
-    **dict.fromkeys(("global_batch", "train_cfg.max_iters"), int),
-    **dict.fromkeys(("train_dataloader.num_workers", "val_dataloader.num_workers"), int),
+_LEAST = {
+    **{"global_batch": 1, "val_dataloader.batch_size": 1, "train_cfg.max_iters": 1, "train_cfg.val_interval": 1},
+    **{"train_dataloader.num_workers": 0, "val_dataloader.num_workers": 0, "randomness.seed": 0},
 }
+"""Least values of whole numbers."""
+
+_OURS: dict[str, type] = dict.fromkeys(("name", *_PATHS), str) | dict.fromkeys(_LEAST, int)
 """Types of keys that mcl itself reads, whatever a file or a null has put there."""
 
 
@@ -128,14 +130,14 @@ def adapt(config: Config) -> None:
     fraction = config.data.max_bad_fraction
     if not isinstance(fraction, int | float) or not 0 <= fraction <= 1:
         raise ConfigError(f"data.max_bad_fraction: {fraction} must be a number between 0 and 1")
-    for key in ("train_dataloader", "val_dataloader"):
-        if config[key].num_workers < 0:
-            raise ConfigError(f"{key}.num_workers: {config[key].num_workers} must be at least 0")
+    for key, node, index in _places(config):
+        if key in _LEAST and node[index] < _LEAST[key]:
+            raise ConfigError(f"{key}: {node[index]} must be at least {_LEAST[key]}")
     cuda = torch.cuda.is_available()
     config.launcher, processes = _launcher()
     if processes > 1 and not cuda:
         raise ConfigError(f"{processes} processes, but no GPU: MMEngine trains on a CPU in one process; start one")
-    if config.global_batch < 1 or config.global_batch % processes:
+    if config.global_batch % processes:
         raise ConfigError(f"global_batch: {config.global_batch} does not divide by {processes} processes")
     config.train_dataloader.batch_size = config.global_batch // processes
     if config.amp:
@@ -143,8 +145,6 @@ def adapt(config: Config) -> None:
             raise ConfigError("amp: needs a GPU; leave it out")
         config.optim_wrapper.update(type="AmpOptimWrapper", loss_scale="dynamic")
     steps = config.train_cfg.max_iters
-    if steps < 1:
-        raise ConfigError(f"train_cfg.max_iters: {steps} must be at least 1")
     late = [m for scheduler in config.param_scheduler for m in scheduler.get("milestones", ()) if m >= steps]
     if late:
         log.warning(
