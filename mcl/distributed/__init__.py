@@ -96,8 +96,8 @@ def naming_peers() -> Iterator[None]:
         raise PeerError(
             f"another process ended or hangs, so a collective of rank {rank()} failed ({said.splitlines()[0]}). Its "
             "own error is in train.log or in the output of torchrun; if pre-training hangs, its stack will be in the "
-            "run's folder hangs, and NCCL's flight recorder in nccl_rank_*. If no process failed, NCCL_DEBUG=INFO tells more "
-            "about the network. The same command continues"
+            "run's folder hangs, and NCCL's flight recorder in nccl_rank_*. If no process failed, NCCL_DEBUG=INFO "
+            "tells more about the network. The same command continues"
         ) from error
 
 
