@@ -290,12 +290,17 @@ def pretrained(file: Path) -> None:
 
 def use(cfg: Config) -> None:
     """What happens to every configuration that is accepted."""
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-        yaml.safe_dump(config.to_dict(cfg), file)
-        file.flush()
-        assert config.load(file.name) == cfg
+    assert config.from_dict(config.to_dict(cfg)) == cfg
     cfg.doubts()
     cfg.images_per_rank(1)
+
+
+def use_file(file: Path) -> None:
+    """It is written into the run folder, too, and read from there."""
+    cfg = config.load(file)
+    use(cfg)
+    file.write_text(yaml.safe_dump(config.to_dict(cfg)))
+    assert config.load(file) == cfg
 
 
 def presets() -> list[bytes]:
@@ -332,7 +337,7 @@ TARGETS = {
     "pretrained": Target(
         lambda: [json.dumps(fields()).encode()], from_fields(pretrained), mutations.json, ODD + TENSORS
     ),
-    "yaml": Target(presets, from_file(lambda file: use(config.load(file))), words=ODD + KEYS + YAML),
+    "yaml": Target(presets, from_file(use_file), words=ODD + KEYS + YAML),
     "words": Target(overrides, words, words=ODD + KEYS + YAML),
 }
 """By name."""
