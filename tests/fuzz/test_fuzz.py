@@ -11,7 +11,7 @@ from tests.conftest import ROOT
 pytestmark = [pytest.mark.soak, pytest.mark.skipif(sys.version_info >= (3, 14), reason="atheris needs CPython 3.13")]
 
 PLANTED = """
-import ctypes
+import ctypes, sqlite3
 from pathlib import Path
 from tests.fuzz import __main__ as fuzzing
 from tests.fuzz.targets import Target
@@ -21,9 +21,12 @@ def read(data):
         {fault}
 
 if __name__ == "__main__":
+    fuzzing.SECONDS_IN_C = 5
     fuzzing.TARGETS["planted"] = Target(lambda: [b"good"], lambda folder: read)
     print(fuzzing.fuzz("planted", Path({folder!r}), 300).finding)
 """
+
+FOREVER = "WITH RECURSIVE c(x) AS (VALUES(1) UNION ALL SELECT x + 1 FROM c) SELECT max(x) FROM c"
 
 
 def test_for_a_minute(tmp_path: Path) -> None:
@@ -38,6 +41,7 @@ def test_for_a_minute(tmp_path: Path) -> None:
         ("raise KeyError(3)", "KeyError: 3"),
         ("ctypes.string_at(0)", "deadly signal"),
         ("while True: pass", "Slow: an input takes more than 2 s"),
+        (f"sqlite3.connect(':memory:').execute({FOREVER!r}).fetchone()", "libFuzzer: timeout"),
         ("bytearray(400 << 20)", "MemoryError: an input takes 4"),
     ],
 )
