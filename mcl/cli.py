@@ -19,7 +19,7 @@ from mcl.config import ConfigError, all_keys
 TARGETS = ["mmdet", "mmdet-retinanet", "mmpretrain", "detectron2", "torchvision", "torchvision-detection", "timm"]
 """Those of :data:`mcl.export.TARGETS`, which takes seconds to import."""
 
-_STOPPING = "stopping: training ends after the step under way, with a checkpoint; a second signal ends it at once\n"
+_STOPPING = "stopping; in training after this step, with a checkpoint; a second signal ends at once\n"
 
 Run = Callable[[argparse.Namespace], Iterable[object]]
 """What a verb does; what it yields is printed."""

@@ -20,7 +20,7 @@ from mcl.evaluation.scoring import describe
 from mcl.models import MCL
 from mcl.records import preview as pictures
 from mcl.records import report
-from mcl.records.metrics import Metrics, log, read, recorded_errors
+from mcl.records.metrics import Metrics, log, log_to_file, read, recorded_errors
 from mcl.train import checkpoint
 from mcl.train.trainer import Trainer, resolve_device
 
@@ -37,18 +37,17 @@ def pretrain(cfg: Config) -> None:
         PeerError: another process ended or hangs.
         NonFiniteLossError, Interrupted: see :meth:`mcl.train.trainer.Trainer.fit`.
     """
-    try:
-        with recorded_errors(), distributed.naming_peers():
-            trainer = Trainer(cfg)
-            first = distributed.rank() == 0
-            if not trainer.finished:
-                if first:
-                    _draw(cfg, lambda folder: montages(cfg, trainer.step, folder, trainer.loader.source))
-                trainer.fit()
-    finally:
-        distributed.teardown()  # what follows is the first process's alone
+    with recorded_errors(), distributed.naming_peers():
+        trainer = Trainer(cfg)
+        first = distributed.rank() == 0
+        if not trainer.finished:
+            if first:
+                _draw(cfg, lambda folder: montages(cfg, trainer.step, folder, trainer.loader.source))
+            trainer.fit()
+    distributed.teardown()  # what follows is the first process's alone
     if first:
-        _finish(trainer)
+        with recorded_errors():
+            _finish(trainer)
 
 
 def _finish(trainer: Trainer) -> None:
@@ -60,7 +59,10 @@ def _finish(trainer: Trainer) -> None:
         for scores in done:
             log.info("%s", describe(scores))
     else:
-        _evaluate(trainer, missing)
+        if trainer.finished:
+            log_to_file(folder)
+        if missing:
+            _evaluate(trainer, missing)
         _draw(cfg, lambda pictures_folder: features(trainer.model, cfg, pictures_folder))
         report.write(folder)
     log.info("report: %s", folder / "report.html")

@@ -22,7 +22,7 @@ class Interrupted(SystemExit):
 class Signals:
     """Within the context, SIGINT and SIGTERM are noted instead of obeyed; a later second SIGINT acts as usual.
 
-    Who sends SIGTERM twice, as a scheduler and torchrun together do, has SIGKILL for what does not end in time.
+    A second SIGTERM is ignored here: schedulers and torchrun both send one.
     """
 
     def __init__(self) -> None:
@@ -49,6 +49,8 @@ class Signals:
 # signal handlers writes the number of each signal to its input, which ends with this process.
 _WATCHER = """
 import os, select, signal, sys, time
+for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_IGN)
 parent, first = int(sys.argv[1]), 0.0
 while said := os.read(0, 1):
     now = time.monotonic()
@@ -72,7 +74,7 @@ _LOST = "a second signal: this process ends within ten seconds; what was done si
 
 @contextlib.contextmanager
 def a_second_one_ends(first: str) -> Iterator[None]:
-    """Within the context; handlers of signals are the caller's.
+    """Lets a second signal end the process within the context. It installs no handlers; the caller does.
 
     Args:
         first: what is said on stderr at the first signal that a handler notes, whatever the process is doing.
@@ -99,9 +101,11 @@ _open = -1  # the watcher's input
 
 def _let_go() -> None:
     """A forked process is not watched."""
+    global _open
     if _open >= 0:
         signal.set_wakeup_fd(-1)
         os.close(_open)
+    _open = -1
 
 
 os.register_at_fork(after_in_child=_let_go)

@@ -29,8 +29,6 @@ _ORIENTATION = 0x0112
 class Header(NamedTuple):
     """What an image says about itself."""
 
-    format: str  # one of FORMATS
-    mode: str  # Pillow's: L, RGB, RGBA, CMYK, ...
     size: tuple[int, int]  # width, height, pixels as stored, which are those that engines decode
     orientation: int  # of EXIF, or of a TIFF: 1 to 8, 1 where it says nothing
     by_pillow: bool  # DALI does not decode it, or not rightly, so that Pillow does for all engines
@@ -59,7 +57,7 @@ def read_header(file: IO[bytes]) -> Header | str:
             if not _tiles(image) and image.format != "WEBP":
                 return "its header is all there is of it"
             orientation, stored = orientation_of(image), stored_size(image)
-            header = Header(image.format, image.mode, stored, orientation, not _by_dali(image, orientation))
+            header = Header(stored, orientation, not _by_dali(image, orientation))
     except UnidentifiedImageError:
         return NO_IMAGE
     except Exception as error:  # broken headers make Pillow raise nearly anything; all of it means a bad image
@@ -134,4 +132,6 @@ def _by_dali(image: Image.Image, orientation: int) -> bool:
         return False
     codec, _, _, arguments = _tiles(image)[0]
     raw = arguments if isinstance(arguments, str) else arguments[0]
+    if codec == "jpeg" and raw == "CMYK;I":
+        return "adobe" in image.info  # or it is not known which end of the scale is white
     return codec in ("jpeg", "raw", "libtiff") and raw in ("L", "RGB", "BGR")

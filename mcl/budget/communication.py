@@ -80,7 +80,7 @@ def exchanges(count: Count, accumulate: int, device: str) -> list[Exchange]:
         Exchange("BatchNorm forward", "all-gather" if gathered else "all-reduce", forward * accumulate),
         Exchange("BatchNorm backward", "all-reduce", backward * accumulate),
         Exchange("gradients", "all-reduce", buckets(count.gradients)),
-        Exchange("signals", "all-reduce", [8]),  # between hosts, beside the training: mcl.distributed.signals.Consensus
+        Exchange("signals", "all-reduce", [8]),  # between hosts, beside the training: mcl.distributed.consensus
     ]
 
 

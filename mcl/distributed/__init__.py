@@ -1,6 +1,6 @@
 """Processes of a run: torchrun starts them and ends them all when one fails; PyTorch's process group connects them.
 
-Here are the group, and collectives over it, of which a single process needs none.
+This module holds the process group and its collectives. With one process they do nothing.
 """
 
 import os
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mcl.config import ConfigError
-from mcl.distributed import launch
+from mcl.distributed import hang, launch
 
 T = TypeVar("T")
 
@@ -54,22 +54,24 @@ def setup(device: str, timeout: float = 600, folder: Path | None = None) -> None
             )
         torch.cuda.set_device(local_rank())
         if folder is not None:
-            os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # collectives
-            os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
-            os.environ.setdefault("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", str(folder / "nccl_rank_"))
+            os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(folder / "nccl_rank_"))
     if "TORCHELASTIC_RUN_ID" in os.environ:  # a process saves and ends when torchrun was killed
         torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGTERM)  # type: ignore[attr-defined]
     global _timeout
     _timeout = timedelta(seconds=timeout)
     try:
         store, rank, size = launch.meet(_timeout)
-        backend = "nccl" if device == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=_timeout, store=store, rank=rank, world_size=size)
+        options: dict[str, Any] = {"timeout": _timeout, "store": store, "rank": rank, "world_size": size}
+        if device == "cuda":  # NCCL starts, or fails, here
+            dist.init_process_group("nccl", device_id=torch.device("cuda", local_rank()), **options)
+        else:
+            dist.init_process_group("gloo", **options)
         barrier()
     except (ValueError, RuntimeError) as error:
         raise ConfigError(
             f"MASTER_ADDR, MASTER_PORT, WORLD_SIZE: {size} processes did not meet at {os.environ['MASTER_ADDR']}:"
-            f"{os.environ['MASTER_PORT']} ({str(error).splitlines()[0]}); start all of them, on the same kind of device"
+            f"{os.environ['MASTER_PORT']} ({str(error).splitlines()[0]}); start all of them, on the same kind of "
+            "device; if machines have several networks, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME choose one"
         ) from error
 
 
@@ -82,17 +84,20 @@ def teardown() -> None:
 
 @contextmanager
 def naming_peers() -> Iterator[None]:
-    """Turns the error of a broken collective into a :class:`PeerError`."""
+    """Turns the error of a collective that failed into a :class:`PeerError`, and ends a process that cannot leave."""
     try:
         yield
-    except RuntimeError as error:
+    except Exception as error:
+        hang.end_after(hang.GRACE)  # leaving the group may wait for processes that are gone
         said = str(error)
-        if world_size() == 1 or not (isinstance(error, dist.DistError) or "gloo" in said or "NCCL" in said):
+        ours = type(error) is RuntimeError and any(word in said for word in ("gloo", "NCCL", "monitoredBarrier"))
+        if world_size() == 1 or not (isinstance(error, dist.DistError) or ours):
             raise
         raise PeerError(
-            f"another process ended or hangs, so a collective of rank {rank()} failed ({said.partition('. ')[0]}). Its "
-            "own error is in train.log or in the output of torchrun; if it hangs, its stack will be in the run's "
-            "folder hangs, and NCCL's flight recorder in nccl_rank_*. The same command continues"
+            f"another process ended or hangs, so a collective of rank {rank()} failed ({said.splitlines()[0]}). Its "
+            "own error is in train.log or in the output of torchrun; if pre-training hangs, its stack will be in the "
+            "run's folder hangs, and NCCL's flight recorder in nccl_rank_*. If no process failed, NCCL_DEBUG=INFO tells more "
+            "about the network. The same command continues"
         ) from error
 
 
@@ -114,12 +119,12 @@ def world_size() -> int:
 
 def local_rank() -> int:
     """Rank among the processes of this machine."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return int(os.environ["LOCAL_RANK"]) if launch.launched() else 0
 
 
 def local_world_size() -> int:
     """Processes of this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if launch.launched() else 1
 
 
 class Gather:
@@ -154,7 +159,7 @@ def gather_objects(value: Any) -> list[Any]:
 def barrier(timeout: timedelta | None = None) -> None:
     """Waits for all processes; the error of rank 0 names those that do not come."""
     if world_size() > 1:
-        dist.monitored_barrier(hosts(), timeout, wait_all_ranks=True)
+        dist.monitored_barrier(hosts(), timeout or _timeout, wait_all_ranks=True)
 
 
 def in_turn(work: Callable[[], T]) -> T:
@@ -162,6 +167,7 @@ def in_turn(work: Callable[[], T]) -> T:
 
     It is for work whose result a file keeps for whoever comes later. It may take longer than a step: a day at most.
     """
+    hosts()
     first = local_rank() == 0
     if first:
         result = work()

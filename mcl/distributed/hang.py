@@ -1,44 +1,51 @@
-"""Processes that hang end by themselves, and leave behind where they hung."""
+"""Processes that hang end by themselves, and leave behind where they hung.
+
+Python's ``faulthandler`` ends them without the interpreter, also where they hang in C code.
+"""
 
 import contextlib
 import faulthandler
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Self
 
 from mcl import distributed
 
-GRACE = 20.0  # seconds for the timeouts of PyTorch's collectives, which say more, to come first
+GRACE = 25.0
+"""Seconds in which the timeouts of PyTorch's collectives, which say more, come first; torchrun kills at 30."""
 
 
-class Deadline:
-    """Ends this process when :meth:`extend` is not called for `timeout` seconds and a grace; a single one is let be.
+def end_after(seconds: float) -> None:
+    """Ends this process after a while, with the stacks of all threads on stderr. With one process it does nothing."""
+    if distributed.world_size() > 1:
+        faulthandler.dump_traceback_later(seconds, exit=True)
 
-    Python's ``faulthandler`` does it, without the interpreter: a process that hangs in C code ends, too.
+
+@contextlib.contextmanager
+def deadline(folder: Path, timeout: float) -> Iterator[Callable[[], None]]:
+    """Ends this process when there is no progress for `timeout` seconds and a grace. With one process it does nothing.
 
     Args:
-        folder: of ``rank_<rank>.txt``, to which the stacks of all threads are written then.
+        folder: of ``rank_<rank>.txt``, to which the stacks of all threads are appended then.
+
+    Yields:
+        What to call at every progress.
     """
+    if distributed.world_size() == 1:
+        yield lambda: None
+        return
+    folder.mkdir(exist_ok=True)
+    with open(path := folder / f"rank_{distributed.rank()}.txt", "a") as file:
 
-    def __init__(self, folder: Path, timeout: float) -> None:
-        self._timeout = timeout + GRACE
-        self._path = folder / f"rank_{distributed.rank()}.txt"
+        def extend() -> None:
+            faulthandler.dump_traceback_later(timeout + GRACE, exit=True, file=file)
 
-    def __enter__(self) -> Self:
-        if distributed.world_size() > 1:
-            self._path.parent.mkdir(exist_ok=True)
-            self._file = open(self._path, "w")  # as long as the context
-        self.extend()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if distributed.world_size() > 1:
+        extend()
+        try:
+            yield extend
+        finally:
             faulthandler.cancel_dump_traceback_later()
-            self._file.close()
-            self._path.unlink()
-            with contextlib.suppress(OSError):  # until the last one
-                self._path.parent.rmdir()
-
-    def extend(self) -> None:
-        """Notes progress."""
-        if distributed.world_size() > 1:
-            faulthandler.dump_traceback_later(self._timeout, exit=True, file=self._file)
+            if not os.fstat(file.fileno()).st_size:
+                path.unlink()
+                with contextlib.suppress(OSError):  # until the last one
+                    folder.rmdir()

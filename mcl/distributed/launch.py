@@ -15,6 +15,11 @@ from mcl.config import ConfigError
 _RESOLVE = 60.0  # seconds, within which the name of the first machine must resolve
 
 
+def launched() -> bool:
+    """Whether this process is one of several; without WORLD_SIZE the other variables are left over and mean nothing."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
 def world_size() -> int:
     """Processes of the run; 1 unless a launcher said otherwise, whatever variables are left over from another run.
 
@@ -38,10 +43,11 @@ def world_size() -> int:
 
 
 def meet(timeout: timedelta) -> tuple[Store, int, int]:
-    """The store of this start of the processes, rank and world size.
+    """A store that only the processes started together share, rank and world size.
 
     torchrun keeps its store when it restarts them (seen in PyTorch 2.14, where gloo then reads addresses of processes
     that are gone), and its agents on several machines may count restarts differently. So rank 0 names each start.
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 would do instead, but only in torchrun's own environment.
 
     Raises:
         DistStoreError: not all of them came in time.
@@ -52,6 +58,7 @@ def meet(timeout: timedelta) -> tuple[Store, int, int]:
         here = PrefixStore(start, store)
         store.set("start", start)
         here.wait([f"rank {other}" for other in range(1, size)], timeout)
+        store.delete_key("exception_dump")  # by which NCCL's watchdogs would end this start, too
         here.set("all", "")
         return here, rank, size
     end, answered = time.monotonic() + timeout.total_seconds(), ""

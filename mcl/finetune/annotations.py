@@ -92,7 +92,7 @@ def _load(data: bytes, name: str, corrections: Counter[str]) -> dict[str, Any]:
     """The object in a file."""
     encoding = json.detect_encoding(data)
     try:
-        content = json.loads(data.decode(encoding), parse_constant=str)  # NaN as text, which no field takes
+        content = json.loads(data.decode(encoding), parse_constant=str)  # NaN as text, which no number is
     except UnicodeDecodeError as error:
         raise SourceError(
             f"{name}: is not {encoding.upper()} (byte {error.start}); convert it, e.g. by iconv -f latin1 -t utf-8"

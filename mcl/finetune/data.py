@@ -81,15 +81,13 @@ def open_folder(
     if not folder.is_dir():
         raise SourceError(f"data.root: {root} does not exist")
     splits = _splits(folder, (_LVIS, *_LAYOUTS) if lvis else (*_LAYOUTS, _LVIS))
-    check = functools.partial(check_images, index=index)
-    train, used = _read(folder, splits[0], masks, functools.partial(check, max_bad_fraction=max_bad_fraction))
-    val, _ = _read(folder, splits[1], masks, functools.partial(check, decode=True))
+    (train, used, trained_on), (val, _, evaluated_on) = (_read(folder, split, masks) for split in splits)
     if train != val:
         raise SourceError(
             f"data.root: {splits[0].annotations} and {splits[1].annotations} must have the same categories in the same "
             f"order; {_difference(train, val)}"
         )
-    names = [str(name) for name in wanted or ()]  # YAML has a number for a category of digits
+    names = [str(name) for name in wanted or ()]  # a Python file may have a number for a category of digits
     for name, count in Counter(names).items():
         if count > 1:
             raise ConfigError(f"data.classes: {name!r} is named {count} times; name it once")
@@ -106,6 +104,8 @@ def open_folder(
             f"{folder / splits[0].annotations}: nothing to train on: no object of {what} with an area, no crowd, in an "
             f"image of at least {MIN_SIDE} x {MIN_SIDE} pixels; set data.classes, or data.root, to others"
         )
+    trained_on(index=index, max_bad_fraction=max_bad_fraction)
+    evaluated_on(index=index, decode=True)
     return Folder(folder, *splits, classes)
 
 
@@ -125,12 +125,12 @@ def _splits(folder: Path, layouts: Sequence[Split]) -> tuple[Split, Split]:
     raise SourceError(f"data.root: {folder} has no annotations; it must have {'; '.join(names)}")
 
 
-def _read(folder: Path, split: Split, masks: bool, check: Callable[..., None]) -> tuple[list[str], set[str]]:
-    """Checks an annotation file and, by `check`, its images.
+def _read(folder: Path, split: Split, masks: bool) -> tuple[list[str], set[str], Callable[..., None]]:
+    """Checks an annotation file.
 
     Returns:
-        Names of the categories, and of those that MMDetection trains on: that have an object with an area, no crowd,
-        in an image that is not too small.
+        Names of the categories; those that MMDetection trains on: that have an object with an area, no crowd, in an
+        image that is not too small; and :func:`~mcl.finetune.images.check` of its images.
     """
     path = folder / split.annotations
     images, categories, annotations, corrections = read(path, masks)
@@ -147,13 +147,14 @@ def _read(folder: Path, split: Split, masks: bool, check: Callable[..., None]) -
     used = {annotation["category_id"] for annotation in annotations}
     if unused := [name for key, name in names.items() if key not in used]:
         log.warning("%s: no object of %d categories, e.g. %r", path, len(unused), unused[0])
-    check(folder / split.images, [image["file_name"] for image in images], list(sizes.values()), path)
     trained = {
         a["category_id"]
         for a in objects
         if not (a["iscrowd"] or a.get("ignore")) and min(sizes[a["image_id"]]) >= MIN_SIDE
     }
-    return list(names.values()), {names[key] for key in trained}
+    files = [image["file_name"] for image in images]
+    check = functools.partial(check_images, folder / split.images, files, list(sizes.values()), path)
+    return list(names.values()), {names[key] for key in trained}, check
 
 
 def _difference(train: Sequence[str], val: Sequence[str]) -> str:

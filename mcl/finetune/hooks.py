@@ -12,7 +12,7 @@ from mmengine.registry import HOOKS
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from mcl.distributed.signals import Consensus
+from mcl.distributed.consensus import Consensus
 from mcl.finetune.console import shown
 from mcl.finetune.loading import seed_everything
 from mcl.records.metrics import log

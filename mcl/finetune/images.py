@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from dali_pipelines.source import SourceError
-from dali_pipelines.source.files import Local
-from dali_pipelines.source.headers import read_header
+from dali_pipelines.source.files import MISSING, Local
+from dali_pipelines.source.headers import Header, read_header
 from dali_pipelines.source.index import Image, Index
 from mcl.finetune.console import shown
 from mcl.records.metrics import log
@@ -21,7 +21,6 @@ from mcl.records.metrics import log
 _THREADS = 16
 _CHUNK = 64  # files that a thread takes at a time
 _UPRIGHT = 1
-_ACROSS = (5, 6, 7, 8)  # orientations that exchange width and height
 _RULE = "fine-tuning turns images as their EXIF orientation says, pre-training does not"
 
 
@@ -53,19 +52,18 @@ def check(
     chunks = [paths[i : i + _CHUNK] for i in range(0, len(paths), _CHUNK)]
     with ThreadPoolExecutor(_THREADS) as pool:
         stamps = np.concatenate(list(pool.map(lambda chunk: np.array(list(map(files.stamp, chunk)), np.int64), chunks)))
-    place = Index(index, str(folder), "decoded" if decode else "turned", str(annotations))
+    if missing := np.flatnonzero((stamps == MISSING).all(1)).tolist():
+        raise SourceError(
+            f"{paths[missing[0]]} is missing, and {len(missing) - 1} more images that {annotations} names"
+        )
+    place = Index(index, str(folder), "COCO, decoded" if decode else "COCO, headers", str(annotations))
     scan = functools.partial(_scan, decode=decode)
     with shown(f"{'decoding' if decode else 'reading headers of'} {folder}", "images") as show:
         table = place.update(
             paths, paths, stamps, scan, threads=_THREADS, chunk=_CHUNK, progress=lambda done, of, images: show(done, of)
         )
-    bad = table.bad
-    if missing := [i for i, reason in bad.items() if reason == "no such file"]:
-        raise SourceError(
-            f"{paths[missing[0]]} is missing, and {len(missing) - 1} more images that {annotations} names"
-        )
     wrong = np.flatnonzero((table.sizes != np.array(sizes)).any(1) & (table.sizes > 0).all(1)).tolist()
-    orientations = table.entries["label"]
+    orientations = table.entries["label"]  # by _scan
     if wrong:
         i = wrong[0]
         found, stated = table.sizes[i].tolist(), list(sizes[i])
@@ -79,7 +77,7 @@ def check(
             "%s: %d images have an EXIF orientation, e.g. %s; boxes must be those of the turned image (%s)",
             *(annotations, len(turned), paths[turned[0]], _RULE),
         )
-    if bad:
+    if bad := table.bad:
         i, reason = min(bad.items())
         said = f"{annotations}: {len(bad)} of the {len(paths)} images cannot be used, the first: {paths[i]}: {reason}"
         if len(bad) > max_bad_fraction * len(paths):
@@ -91,7 +89,7 @@ def check(
 def _remedy(found: list[int], stated: list[float], orientation: int) -> str:
     if found != stated[::-1]:
         return "Mend width and height, or take the images that were annotated"
-    if orientation in _ACROSS:
+    if orientation > 4:  # which exchanges width and height
         return (
             f"EXIF orientation {orientation} exchanges width and height: if the boxes are those of the image as it is "
             "stored, remove the orientation (exiftool -Orientation= FOLDER), else exchange width and height in the "
@@ -106,12 +104,16 @@ def _scan(path: str, size: int, decode: bool) -> list[Image]:
         return [Image("", 0, size, _UPRIGHT, "the file is empty")]
     with open(path, "rb") as file:
         header = read_header(file)
-        if isinstance(header, str):
-            return [Image("", 0, size, _UPRIGHT, header)]
-        if decode:
-            from mmcv import imfrombytes  # what MMDetection loads images with
-
+        encoded = b""
+        if decode or isinstance(header, str):  # OpenCV may read what pre-training does not
             file.seek(0)
-            if imfrombytes(file.read()) is None:
-                return [Image("", 0, size, header.orientation, "cannot be decoded")]
-    return [Image("", 0, size, header.orientation, header._replace(size=header.upright))]
+            encoded = file.read()
+    if not encoded:
+        assert not isinstance(header, str)
+        return [Image("", 0, size, header.orientation, header._replace(size=header.upright))]
+    from mmcv import imfrombytes  # what MMDetection loads images with
+
+    if (pixels := imfrombytes(encoded)) is None:
+        return [Image("", 0, size, _UPRIGHT, header if isinstance(header, str) else "cannot be decoded")]
+    orientation = _UPRIGHT if isinstance(header, str) else header.orientation
+    return [Image("", 0, size, orientation, Header(pixels.shape[1::-1], orientation, by_pillow=False))]

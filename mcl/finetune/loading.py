@@ -2,7 +2,6 @@
 
 import atexit
 import copy
-import ctypes
 import functools
 import itertools
 import math
@@ -40,7 +39,6 @@ def seed_everything(*key: int) -> None:
     torch.manual_seed(int(words[0]))
 
 
-_PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when its parent has ended
 _leaving = multiprocessing.RawValue("b", 0)  # shared with the processes that are forked from this one
 
 
@@ -55,7 +53,7 @@ def outlive_sigterm(worker: int) -> None:
 
     Schedulers and torchrun send SIGTERM to all processes.
     """
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)  # type: ignore[attr-defined]
 
     def obey(number: int, frame: FrameType | None) -> None:
         if _leaving.value:
@@ -97,15 +95,15 @@ class SeededDataset(RepeatDataset):
                 return super().__getitem__(index)
             except BadImageError as error:
                 self._replace(index, str(error))
-        raise AssertionError("nothing but broken images are too many")
+        raise AssertionError("unreachable: _replace raises when all are broken")
 
     def _candidates(self, index: int) -> Iterator[int]:
-        """The image, and what replaces it: those of its orientation that follow it, then the others."""
+        """The image, and what replaces it: first those behind it that are portrait or landscape as it is."""
         yield index
-        upright = is_upright(self.get_data_info(index))
-        for wanted in (upright, not upright):
+        portrait = is_portrait(self.get_data_info(index))
+        for wanted in (portrait, not portrait):
             for other in itertools.chain(range(index + 1, len(self)), range(index)):
-                if is_upright(self.get_data_info(other)) == wanted:
+                if is_portrait(self.get_data_info(other)) == wanted:
                     yield other
 
     def _replace(self, index: int, said: str) -> None:
@@ -121,7 +119,7 @@ class SeededDataset(RepeatDataset):
             )
 
 
-def is_upright(info: Mapping[str, Any]) -> bool:
+def is_portrait(info: Mapping[str, Any]) -> bool:
     """Whether an image is higher than wide."""
     return bool(info["height"] > info["width"])
 
@@ -158,7 +156,7 @@ class LVISFolder(COCOFolder):
 
 @DATA_SAMPLERS.register_module()
 class EndlessBatches(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, index), epoch after epoch, each of images that are all upright or all not.
+    """Batches of (epoch, index), epoch after epoch, each of images that are all portrait or all not.
 
     Args:
         sampler: MMEngine's ``DefaultSampler`` of a :class:`SeededDataset`.
@@ -170,7 +168,7 @@ class EndlessBatches(Sampler[list[tuple[int, int]]]):
         self.start = 0
         """Batches that the next iterator leaves out."""
 
-        self._is_upright = functools.cache(lambda index: is_upright(sampler.dataset.get_data_info(index)))
+        self._is_portrait = functools.cache(lambda index: is_portrait(sampler.dataset.get_data_info(index)))
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         return itertools.islice(self._batches(), self.start, None)
@@ -184,7 +182,7 @@ class EndlessBatches(Sampler[list[tuple[int, int]]]):
         for epoch in itertools.count():
             self.sampler.set_epoch(epoch)
             for index in self.sampler:
-                group = groups[self._is_upright(index)]
+                group = groups[self._is_portrait(index)]
                 group.append((epoch, index))
                 if len(group) == self.batch_size:
                     yield group[:]

@@ -21,17 +21,23 @@ _ANYTHING: TypeAdapter[Any] = TypeAdapter(Annotated[int | FiniteFloat | str, Fie
 _SWITCHES = {"true": True, "false": False}
 
 _PATHS = ("output", "weights", "data.root", "data.index")
-_NEEDED = ("resume", "amp", "timeout", "data.classes", "data.max_bad_fraction", "randomness.seed")
+_LEAST = {
+    **{"global_batch": 1, "val_dataloader.batch_size": 1, "train_cfg.max_iters": 1, "train_cfg.val_interval": 1},
+    **{"train_dataloader.num_workers": 0, "val_dataloader.num_workers": 0, "randomness.seed": 0},
+}
+"""Least values of whole numbers."""
+
 _SECTIONS = ("model", "pretrained", "optim_wrapper", "train_dataloader.dataset", "val_dataloader.dataset")
 _OURS: dict[str, type] = {
-    **dict.fromkeys(_NEEDED, object),
+    **dict.fromkeys(("resume", "amp", "timeout", "data.classes", "data.max_bad_fraction"), object),
     **dict.fromkeys((*_SECTIONS, "val_evaluator"), dict),
     "param_scheduler": list,
     **dict.fromkeys(("name", *_PATHS), str),
-    **dict.fromkeys(("global_batch", "train_cfg.max_iters"), int),
-    **dict.fromkeys(("train_dataloader.num_workers", "val_dataloader.num_workers"), int),
+    **dict.fromkeys(_LEAST, int),
 }
 """Types of keys that mcl itself reads, whatever a file, a null or another section has put there."""
+
+_OPTIONAL = ("val_dataloader.batch_size", "train_cfg.val_interval")  # MMEngine has values for them
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -54,6 +60,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
         _override(config, word)
     places = {name: (node, index) for name, node, index in _places(config)}
     for key, kind in _OURS.items():
+        if key not in places and key in _OPTIONAL:
+            continue
         if key not in places:
             raise ConfigError(f"{key}: is missing; set it, or leave the section around it as the files have it")
         node, index = places[key]
@@ -136,14 +144,14 @@ def adapt(config: Config) -> None:
     fraction = config.data.max_bad_fraction
     if not isinstance(fraction, int | float) or not 0 <= fraction <= 1:
         raise ConfigError(f"data.max_bad_fraction: {fraction} must be a number between 0 and 1")
-    for key in ("train_dataloader", "val_dataloader"):
-        if config[key].num_workers < 0:
-            raise ConfigError(f"{key}.num_workers: {config[key].num_workers} must be at least 0")
+    for key, node, index in _places(config):
+        if key in _LEAST and node[index] < _LEAST[key]:
+            raise ConfigError(f"{key}: {node[index]} must be at least {_LEAST[key]}")
     cuda = torch.cuda.is_available()
     config.launcher, processes = _launcher()
     if processes > 1 and not cuda:
         raise ConfigError(f"{processes} processes, but no GPU: MMEngine trains on a CPU in one process; start one")
-    if config.global_batch < 1 or config.global_batch % processes:
+    if config.global_batch % processes:
         raise ConfigError(f"global_batch: {config.global_batch} does not divide by {processes} processes")
     config.train_dataloader.batch_size = config.global_batch // processes
     if config.amp:
@@ -151,8 +159,6 @@ def adapt(config: Config) -> None:
             raise ConfigError("amp: needs a GPU; leave it out")
         config.optim_wrapper.update(type="AmpOptimWrapper", loss_scale="dynamic")
     steps = config.train_cfg.max_iters
-    if steps < 1:
-        raise ConfigError(f"train_cfg.max_iters: {steps} must be at least 1")
     schedulers = [scheduler for scheduler in config.param_scheduler if isinstance(scheduler, dict)]
     milestones = [m for scheduler in schedulers for m in scheduler.get("milestones") or () if isinstance(m, int)]
     late = [m for m in milestones if m >= steps]

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 from mcl.records.metrics import log
 from mcl.train import checkpoint
 
-_PATIENCE = 30.0  # seconds
+_PATIENCE = 10.0  # seconds, of the 30 that torchrun gives
 
 
 class Saver:

@@ -1,6 +1,7 @@
 """The training loop, readable top to bottom."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,8 @@ from dali_pipelines.loader import MontageLoader, default_threads
 from dali_pipelines.source import Source, open_images
 from mcl import distributed, ops
 from mcl.config import Config, ConfigError, changed_keys, from_dict, to_dict, value
-from mcl.distributed import agreement
-from mcl.distributed.hang import Deadline
-from mcl.distributed.signals import Consensus
+from mcl.distributed import hang, launch
+from mcl.distributed.consensus import Consensus
 from mcl.evaluation import check_evaluations
 from mcl.models import MCL, Output
 from mcl.models.norm import synchronize
@@ -30,7 +30,7 @@ from mcl.records.metrics import (
     rewrite,
 )
 from mcl.signals import Interrupted, Signals
-from mcl.train import checkpoint, ema
+from mcl.train import agreement, checkpoint, ema
 from mcl.train.optim import learning_rate
 from mcl.train.saving import Saver
 from mcl.train.step import TrainingStep
@@ -71,6 +71,7 @@ class Trainer:
     def __init__(self, config: Config) -> None:
         self.config, self.folder = config, config.run_folder
         trainer = config.trainer
+        launch.world_size()  # refuses what is not torchrun's
         self.device = resolve_device(trainer.device)
         distributed.setup(self.device.type, trainer.timeout, self.folder)
         log_to_console()
@@ -81,7 +82,8 @@ class Trainer:
         self.images = config.images_per_rank(distributed.world_size())
         source = distributed.in_turn(lambda: open_images(config.data))
         distributed.in_turn(lambda: check_evaluations(config, source))
-        state = checkpoint.latest(self.folder / "checkpoints")
+        state = distributed.in_turn(lambda: checkpoint.latest(self.folder / "checkpoints"))
+        hang.end_after(trainer.timeout + hang.GRACE)
         agreement.check(config, self.device.type, source, None if state is None else state["step"])
         if state is not None:
             self._check_resumable(state, source)
@@ -123,20 +125,20 @@ class Trainer:
             NonFiniteLossError: see there.
             Interrupted: SIGINT or SIGTERM arrived; a checkpoint was saved.
         """
-        with Deadline(self.folder / "hangs", self.config.trainer.timeout) as deadline:
-            self._fit(deadline)
+        with hang.deadline(self.folder / "hangs", self.config.trainer.timeout) as extend:
+            self._fit(extend)
 
-    def _fit(self, deadline: Deadline) -> None:
+    def _fit(self, extend: Callable[[], None]) -> None:
         metrics = Metrics(self.config, self.step) if distributed.rank() == 0 else None
         self._describe()
         consensus, stop = Consensus(), 0
         trainer = self.config.trainer
         every = max(1, round(trainer.checkpoint_epochs * self.steps_per_epoch))
         stopwatch = Stopwatch(self.steps - self.step, self._update.timer)
-        try:
-            with Signals() as signals, ProgressBar(self.config, self.step, self.steps) as bar:
+        with Signals() as signals, ProgressBar(self.config, self.step, self.steps) as bar:
+            try:
                 while self.step < self.steps and not stop:
-                    deadline.extend()
+                    extend()
                     with stopwatch.waiting():
                         query, key = next(self.loader)
                     output, grad_norm = self.train_step(query, key)
@@ -156,14 +158,14 @@ class Trainer:
                     self._saver.check()
                 self._saver.wait()
                 distributed.barrier()  # torchrun ends the others as soon as one has failed, or was stopped
-            if stop:
+            finally:
+                self._saver.settle()
+                self.loader.close()
+                if metrics is not None:
+                    metrics.close()
+            if stop := stop or signals.received:
                 log.warning("stopped by signal %d at step %d; the same command continues", stop, self.step)
                 raise Interrupted(128 + stop)
-        finally:
-            self._saver.settle()
-            self.loader.close()
-            if metrics is not None:
-                metrics.close()
 
     def train_step(self, query: MontageBatch, key: MontageBatch) -> tuple[Output, Tensor]:
         """The next step (:class:`~mcl.train.step.TrainingStep`), at its place in the schedules."""

@@ -15,7 +15,7 @@ from mcl import cli, distributed
 from mcl.budget import budget, communication, count, show
 from mcl.budget.communication import LINKS, Links
 from mcl.config import Config
-from mcl.distributed.signals import Consensus
+from mcl.distributed.consensus import Consensus
 from mcl.models import MCL
 from mcl.models.norm import synchronize
 from mcl.train.step import TrainingStep

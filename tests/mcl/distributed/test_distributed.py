@@ -1,5 +1,6 @@
 """Two processes over gloo."""
 
+import faulthandler
 import json
 import math
 import subprocess
@@ -11,6 +12,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 import yaml
 
 from dali_pipelines.loader import BadDataError
@@ -120,3 +122,27 @@ def test_two_processes_train_and_resume(photos: Path, tmp_path: Path) -> None:
     assert all(value == pytest.approx(uniform, rel=0.2) for value in train[0]["loss_level"])
     assert checkpoint.load(folder / "checkpoints" / "last.pt")["environment"]["world_size"] == 2
     assert (folder / "report.html").exists()
+
+
+class OursError(RuntimeError):
+    """May name a path that holds any word."""
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed by peer"), distributed.PeerError),
+        (RuntimeError("[Rank 0]: Ranks 1 failed to pass monitoredBarrier in 3000 ms"), distributed.PeerError),
+        (dist.DistBackendError("NCCL error"), distributed.PeerError),
+        (OursError("/data/gloo/run/last.pt: cannot save"), OursError),
+        (RuntimeError("shapes differ"), RuntimeError),
+    ],
+)
+def test_errors_of_collectives_are_others_doing(
+    error: Exception, raised: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    with pytest.raises(Exception) as caught, distributed.naming_peers():  # noqa: PT011
+        raise error
+    faulthandler.cancel_dump_traceback_later()
+    assert type(caught.value) is raised

@@ -8,8 +8,10 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch
 import yaml
 
 from mcl import distributed
@@ -18,7 +20,7 @@ from mcl.distributed import launch
 from mcl.records.metrics import read
 from mcl.train import checkpoint
 from tests.conftest import ROOT
-from tests.mcl.ranks import free_port
+from tests.mcl.ranks import free_port, in_ranks
 from tests.mcl.tiny import TINY
 
 SCRIPT = ROOT / "scripts" / "slurm.sbatch"
@@ -61,7 +63,7 @@ class Job:
 
     def start(self, *words: str, state: str = "RUNNING") -> "subprocess.Popen[str]":
         slurm = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_CPUS_PER_TASK": "1"}
-        slurm["SLURM_JOB_NUM_NODES"] = "1"
+        slurm |= {"SLURM_JOB_NUM_NODES": "1", "PROCESSES_PER_NODE": "2"}
         # In a virtual environment Python finds its packages by where it is started from.
         environment = {**os.environ, **slurm, "SAID": str(self.said), "STATE": state}
         environment["PYTHONPATH"] = os.pathsep.join(sys.path)
@@ -102,9 +104,7 @@ def test_before_its_time_is_up_a_job_saves_and_goes_back_to_the_queue(tmp_path: 
     assert checkpoint.load(tmp_path / "tiny" / "checkpoints" / "last.pt")["step"] >= 2
     hostnames, srun, _, requeue = job.said.read_text().splitlines()
     assert hostnames == "scontrol show hostnames node[1-2]"
-    assert srun.startswith(
-        "srun --kill-on-bad-exit=1 --cpu-bind=none --cpus-per-task=1 python -m torch.distributed.run"
-    )
+    assert srun.startswith("srun --kill-on-bad-exit=1 --wait=0 --cpu-bind=none --cpus-per-task=1 python -m torch.dist")
     assert requeue == f"scontrol requeue {os.getpid()}"
 
 
@@ -112,7 +112,7 @@ def test_before_its_time_is_up_a_job_saves_and_goes_back_to_the_queue(tmp_path: 
 @pytest.mark.fault("scancel of a SLURM job")
 def test_a_cancelled_job_saves_and_stays_away(tmp_path: Path, photos: Path) -> None:
     job = Job(tmp_path, photos)
-    assert "stopped by signal 15" in stop(job, after=2, state="CANCELLED")
+    assert "stopped by signal 15" in stop(job, after=2, state="COMPLETING")
     assert "scontrol requeue" not in job.said.read_text()
 
 
@@ -192,6 +192,7 @@ def test_variables_left_behind_make_a_single_process(environment: pytest.MonkeyP
         environment.setenv(name, value)
     distributed.setup("cpu")
     assert (distributed.rank(), distributed.world_size()) == (0, 1)
+    assert (distributed.local_rank(), distributed.local_world_size()) == (0, 1)
 
 
 def test_processes_of_srun_alone_are_refused(environment: pytest.MonkeyPatch) -> None:
@@ -206,3 +207,36 @@ def test_nobody_listens(environment: pytest.MonkeyPatch) -> None:
         environment.setenv(name, value)
     with pytest.raises(ConfigError, match=r"2 processes did not meet at 127\.0\.0\.1:"):
         distributed.setup("cpu", 1)
+
+
+def meet(port: int, sizes: list[str], devices: list[str], timeout: float, gpus: int) -> str:
+    """What this rank is told when it joins a group of such a size on such a device; `gpus` are seen."""
+    distributed.teardown()
+    rank = int(os.environ["RANK"])
+    os.environ |= {"WORLD_SIZE": sizes[rank], "LOCAL_WORLD_SIZE": sizes[rank], "MASTER_PORT": str(port)}
+    start = time.monotonic()
+    with mock.patch.object(torch.cuda, "device_count", return_value=gpus), mock.patch.object(torch.cuda, "set_device"):
+        try:
+            distributed.setup(devices[rank], timeout)
+        except ConfigError as error:
+            assert time.monotonic() - start < timeout + 60
+            return str(error)
+        return str(distributed.world_size())
+
+
+def test_processes_that_belong_together_meet() -> None:
+    assert in_ranks(2, meet, free_port(), ["2", "2"], ["cpu", "cpu"], 60.0, 0) == ["2", "2"]
+
+
+@pytest.mark.parametrize("sizes", [["3", "3"], ["2", "4"], ["4", "2"]])
+def test_processes_that_do_not_are_refused(sizes: list[str]) -> None:
+    """One does not come, or was started as one of another number."""
+    for said, size in zip(in_ranks(2, meet, free_port(), sizes, ["cpu", "cpu"], 3.0, 0), sizes, strict=True):
+        assert said.startswith(f"MASTER_ADDR, MASTER_PORT, WORLD_SIZE: {size} processes did not meet at 127.0.0.1:")
+        assert "start all of them, on the same kind of device" in said
+
+
+def test_processes_must_see_their_gpus() -> None:
+    _, second = in_ranks(2, meet, free_port(), ["2", "2"], ["cpu", "cuda"], 3.0, 1)
+    assert second.startswith("trainer.device: process 1 of its machine sees 1 GPUs; start one process per GPU, and let")
+    assert second.endswith("(under SLURM: no --gpus-per-task)")

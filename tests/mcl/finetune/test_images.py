@@ -213,6 +213,15 @@ def test_an_image_that_changed_is_not_trained_on(fresh: Path, tmp_path: Path) ->
     assert "64 x 48 pixels, the annotations say 128 x " in (tmp_path / "run" / "bad_files.jsonl").read_text()
 
 
+def test_what_opencv_alone_reads_is_used(fresh: Path) -> None:
+    """Pre-training refuses such formats."""
+    for split in ("train", "val"):
+        path = next((fresh / split).glob("*.jpg"))
+        with Image.open(path) as image:
+            path.write_bytes(encode(image, "GIF", 1))
+    open_folder(str(fresh))
+
+
 def test_too_many_broken_images_end_the_run(fresh: Path, tmp_path: Path) -> None:
     """In one line, from a loading process, too."""
     damage(fresh / "train" / "1.jpg", CUT)

@@ -2,14 +2,12 @@
 
 import os
 import tempfile
-import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
-import pytest
 import torch
 import torch.distributed as dist
 
@@ -18,10 +16,10 @@ from dali_pipelines import pipelines
 from dali_pipelines.source import Source
 from mcl import config, distributed
 from mcl.config import Config, ConfigError
-from mcl.distributed import agreement
 from mcl.ops import steps
+from mcl.train import agreement
 from mcl.train.trainer import Trainer
-from tests.mcl.ranks import free_port, in_ranks
+from tests.mcl.ranks import in_ranks
 from tests.mcl.tiny import TINY
 
 Words = list[list[str]]  # by rank
@@ -129,39 +127,6 @@ def test_code_libraries_images_and_checkpoints_must_be_the_same(tmp_path: Path) 
     assert newest.startswith(
         "the newest checkpoint: none on rank 2, 3, of step 4 on rank 0; put output on a file system"
     )
-
-
-def meet(port: int, sizes: list[str], devices: list[str], timeout: float, gpus: int) -> str:
-    """What this rank is told when it joins a group of such a size on such a device; `gpus` are seen."""
-    distributed.teardown()
-    rank = int(os.environ["RANK"])
-    os.environ |= {"WORLD_SIZE": sizes[rank], "LOCAL_WORLD_SIZE": sizes[rank], "MASTER_PORT": str(port)}
-    start = time.monotonic()
-    with mock.patch.object(torch.cuda, "device_count", return_value=gpus), mock.patch.object(torch.cuda, "set_device"):
-        try:
-            distributed.setup(devices[rank], timeout)
-        except ConfigError as error:
-            assert time.monotonic() - start < timeout + 60
-            return str(error)
-        return str(distributed.world_size())
-
-
-def test_processes_that_belong_together_meet() -> None:
-    assert in_ranks(2, meet, free_port(), ["2", "2"], ["cpu", "cpu"], 60.0, 0) == ["2", "2"]
-
-
-@pytest.mark.parametrize("sizes", [["3", "3"], ["2", "4"], ["4", "2"]])
-def test_processes_that_do_not_are_refused(sizes: list[str]) -> None:
-    """One does not come, or was started as one of another number."""
-    for said, size in zip(in_ranks(2, meet, free_port(), sizes, ["cpu", "cpu"], 3.0, 0), sizes, strict=True):
-        assert said.startswith(f"MASTER_ADDR, MASTER_PORT, WORLD_SIZE: {size} processes did not meet at 127.0.0.1:")
-        assert said.endswith("start all of them, on the same kind of device")
-
-
-def test_processes_must_see_their_gpus() -> None:
-    _, second = in_ranks(2, meet, free_port(), ["2", "2"], ["cpu", "cuda"], 3.0, 1)
-    assert second.startswith("trainer.device: process 1 of its machine sees 1 GPUs; start one process per GPU, and let")
-    assert second.endswith("(under SLURM: no --gpus-per-task)")
 
 
 def test_a_single_process_makes_no_group(tmp_path: Path, photos: Path, thin_backbone: None) -> None:
