@@ -8,12 +8,15 @@ REQUIREMENTS := $(filter-out requirements/mmdet.txt,$(wildcard requirements/*.tx
 KERNELS := $(shell find kernels/csrc kernels/dali -type f)
 CPP := $(shell find kernels tests/kernels -name '*.h' -o -name '*.cpp' -o -name '*.cc' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test soak check format bench data setup mmdet clean
+MINUTES ?= 5
+
+.PHONY: help demo test soak fuzz check format bench data setup mmdet clean
 
 help:
 	@echo "make demo    pre-train on the photographs of this repository (2 minutes on two cores)"
 	@echo "make test    run the tests (4 minutes on two cores; the first time make mmdet, too)"
 	@echo "make soak    run the long tests"
+	@echo "make fuzz    feed damaged files to all that reads files, for five minutes or MINUTES=..."
 	@echo "make check   ruff, mypy and clang-format"
 	@echo "make format  let ruff and clang-format format the code"
 	@echo "make bench   benchmark operators, loader and training steps, on the images of make data"
@@ -49,6 +52,9 @@ test: setup mmdet
 soak: setup mmdet
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses=4 --durations=15 -m "soak or fault"
 
+fuzz: setup mmdet
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --minutes $(MINUTES)
+
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -79,4 +85,4 @@ data: setup
 	$(BIN)/python scripts/build_data.py coco data/packages data/cutouts
 
 clean:
-	rm -rf .venv build mcl/_C* */libmcl_dali* *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf .venv build mcl/_C* */libmcl_dali* *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .fuzz

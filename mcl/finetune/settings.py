@@ -27,8 +27,17 @@ _LEAST = {
 }
 """Least values of whole numbers."""
 
-_OURS: dict[str, type] = dict.fromkeys(("name", *_PATHS), str) | dict.fromkeys(_LEAST, int)
-"""Types of keys that mcl itself reads, whatever a file or a null has put there."""
+_SECTIONS = ("model", "pretrained", "optim_wrapper", "train_dataloader.dataset", "val_dataloader.dataset")
+_OURS: dict[str, type] = {
+    **dict.fromkeys(("resume", "amp", "timeout", "data.classes", "data.max_bad_fraction"), object),
+    **dict.fromkeys((*_SECTIONS, "val_evaluator"), dict),
+    "param_scheduler": list,
+    **dict.fromkeys(("name", *_PATHS), str),
+    **dict.fromkeys(_LEAST, int),
+}
+"""Types of keys that mcl itself reads, whatever a file, a null or another section has put there."""
+
+_OPTIONAL = ("val_dataloader.batch_size", "train_cfg.val_interval")  # MMEngine has values for them
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -49,8 +58,13 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f'{path}: not a configuration of mcl finetune; its _base_ must be one, "_base_/runtime.py"')
     for word in overrides:
         _override(config, word)
-    for key, node, index in _places(config):
-        kind = _OURS.get(key, object)
+    places = {name: (node, index) for name, node, index in _places(config)}
+    for key, kind in _OURS.items():
+        if key not in places and key in _OPTIONAL:
+            continue
+        if key not in places:
+            raise ConfigError(f"{key}: is missing; set it, or leave the section around it as the files have it")
+        node, index = places[key]
         if not isinstance(node[index], kind):
             raise ConfigError(f"{key}: expected {kind.__name__}, got {node[index]!r}")
         if key in _PATHS:
@@ -145,7 +159,9 @@ def adapt(config: Config) -> None:
             raise ConfigError("amp: needs a GPU; leave it out")
         config.optim_wrapper.update(type="AmpOptimWrapper", loss_scale="dynamic")
     steps = config.train_cfg.max_iters
-    late = [m for scheduler in config.param_scheduler for m in scheduler.get("milestones", ()) if m >= steps]
+    schedulers = [scheduler for scheduler in config.param_scheduler if isinstance(scheduler, dict)]
+    milestones = [m for scheduler in schedulers for m in scheduler.get("milestones") or () if isinstance(m, int)]
+    late = [m for m in milestones if m >= steps]
     if late:
         log.warning(
             "the learning rate will not fall at %s: train_cfg.max_iters=%d; set param_scheduler.1.milestones",

@@ -1,14 +1,16 @@
 """Fuzzing by atheris, which is libFuzzer for Python: ``make fuzz``, or ``python -m tests.fuzz --help``."""
 
 import argparse
+import contextlib
 import os
 import re
 import resource
 import signal
 import sys
 import tempfile
+import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from multiprocessing import get_context
 from pathlib import Path
 from random import Random
@@ -83,18 +85,14 @@ def run(name: str, options: Sequence[str], log: Path | None = None) -> None:
     signal.signal(signal.SIGPROF, _expire)
 
     def once(data: bytes) -> None:
-        before = _peak()
-        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
         try:
-            read(data)
-        except Exception as error:
+            with _limits():
+                read(data)
+        except BaseException as error:
             ours = type(error).__module__.partition(".")[0] in ("mcl", "dali_pipelines")
             if not ours or "\n" in str(error):
-                raise
-        finally:
-            signal.setitimer(signal.ITIMER_PROF, 0)
-        if (grown := _peak() - before) > MEGABYTES:
-            raise MemoryError(f"an input takes {grown} MB")
+                traceback.print_exc()
+                os.abort()  # then libFuzzer writes the input
 
     def mutate(data: bytes, most: int, seed: int) -> bytes:
         def change(old: bytes) -> bytes:
@@ -105,6 +103,23 @@ def run(name: str, options: Sequence[str], log: Path | None = None) -> None:
     corpora = [] if any(map(os.path.isfile, options)) else [str(good)]
     atheris.Setup([name, f"-dict={dictionary}", *options, *corpora], once, custom_mutator=mutate)
     atheris.Fuzz()
+
+
+@contextlib.contextmanager
+def _limits() -> Iterator[None]:
+    """Of the time and memory of an input.
+
+    Raises:
+        Slow, MemoryError: it took more.
+    """
+    before = _peak()
+    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        if (grown := _peak() - before) > MEGABYTES:
+            raise MemoryError(f"an input takes {grown} MB")
 
 
 def _expire(*_: Any) -> None:

@@ -290,12 +290,17 @@ def pretrained(file: Path) -> None:
 
 def use(cfg: Config) -> None:
     """What happens to every configuration that is accepted."""
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-        yaml.safe_dump(config.to_dict(cfg), file)
-        file.flush()
-        assert config.load(file.name) == cfg
+    assert config.from_dict(config.to_dict(cfg)) == cfg
     cfg.doubts()
     cfg.images_per_rank(1)
+
+
+def use_file(file: Path) -> None:
+    """It is written into the run folder, too, and read from there."""
+    cfg = config.load(file)
+    use(cfg)
+    file.write_text(yaml.safe_dump(config.to_dict(cfg)))
+    assert config.load(file) == cfg
 
 
 def presets() -> list[bytes]:
@@ -307,10 +312,12 @@ def words(folder: Path) -> Read:
 
 
 def overrides() -> Iterable[bytes]:
+    """Five keys each: more would take longer."""
     for path in config.PRESETS.glob("*.yaml"):
         cfg = config.load(path)
         values = {key.name: config.value(cfg, key.name) for key in config.all_keys()}
-        yield "\n".join(f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in values.items()).encode()
+        lines = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in values.items()]
+        yield from ("\n".join(lines[i : i + 5]).encode() for i in range(0, len(lines), 5))
 
 
 TENSORS = ('"OURS"', '"THEIRS"', '"TENSOR"', '"model"', '"state_dict"', '"format"', '"config"')
@@ -332,7 +339,7 @@ TARGETS = {
     "pretrained": Target(
         lambda: [json.dumps(fields()).encode()], from_fields(pretrained), mutations.json, ODD + TENSORS
     ),
-    "yaml": Target(presets, from_file(lambda file: use(config.load(file))), words=ODD + KEYS + YAML),
+    "yaml": Target(presets, from_file(use_file), words=ODD + KEYS + YAML),
     "words": Target(overrides, words, words=ODD + KEYS + YAML),
 }
 """By name."""

@@ -308,7 +308,8 @@ def test_cores_to_load_follow_the_pixels_of_each_stage() -> None:
 
 def record_run(cfg: Config, device: str, rates: list[float]) -> None:
     """A run folder with these speeds, one record per epoch."""
-    state = {"config": config.to_dict(cfg), "step": 1, "model": {}}
+    state: dict[str, Any] = {key: {} for key in ("optimizer", "scaler", "loader", "rng")} | {"files": "", "step": 1}
+    state |= {"config": config.to_dict(cfg), "model": {"weight": torch.zeros(1)}}
     state["environment"] = {"device": device, "world_size": 8}
     checkpoint.save(cfg.run_folder / "checkpoints", state, 1)
     records = [{"kind": "train", "step": i, "epoch": i + 1.0, "images_per_s": r} for i, r in enumerate(rates)]

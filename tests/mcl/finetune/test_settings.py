@@ -99,6 +99,11 @@ def test_lists_have_the_elements_of_those_they_replace() -> None:
         ("train_cfg.max_iters=on", r"train_cfg\.max_iters: expected int, as in 1200, got 'on'"),
         ("train_cfg.max_iters=", r"train_cfg\.max_iters: expected int, as in 1200, got ''"),
         ("train_cfg.max_iters=null", r"train_cfg\.max_iters: expected int, got None"),
+        ("train_cfg={}", r"train_cfg\.max_iters: is missing; set it, or leave the section around it"),
+        ("train_dataloader={}", r"train_dataloader\.\w+: is missing"),
+        ("train_dataloader.dataset=null", r"train_dataloader\.dataset: expected dict, got None"),
+        ("data={}", r"data\.\w+: is missing"),
+        ("param_scheduler=null", r"param_scheduler: expected list, got None"),
         ("optim_wrapper.optimizer.lr=nan", r"optim_wrapper\.optimizer\.lr: expected float, as in 0\.06, got 'nan'"),
         ("model.backbone=vgg", r"model\.backbone: expected dict, as in {.*}, got 'vgg'"),
         ("global_batch=0", r"global_batch: 0 must be at least 1"),
@@ -165,3 +170,8 @@ def test_processes(preset: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     preset.global_batch = 12
     with pytest.raises(ConfigError, match="global_batch: 12 does not divide by 8 processes"):
         settings.adapt(preset)
+
+
+@pytest.mark.parametrize("word", ["param_scheduler=[null]", "param_scheduler.1.milestones=null"])
+def test_schedules_are_for_mmengine_to_check(word: str) -> None:
+    settings.load(MINI, [word])
