@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from benchmarks.common import ROOT, portable
-from dali_pipelines.source.layouts import is_image
+from dali_pipelines.source.listings import is_image
 from mcl import config
 from mcl.config import Config
 from mcl.records.metrics import rewrite

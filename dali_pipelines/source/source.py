@@ -13,7 +13,7 @@ import numpy.typing as npt
 from tqdm.auto import tqdm
 
 from dali_pipelines.settings import DataConfig
-from dali_pipelines.source import layouts, shards
+from dali_pipelines.source import listings, shards
 from dali_pipelines.source.decoding import recode
 from dali_pipelines.source.files import MISSING, Files, SourceError, is_remote, open_files
 from dali_pipelines.source.headers import EXTENSIONS, read_header
@@ -162,11 +162,11 @@ def _open(
 
     threads = max(threads, files.threads)
     if kind == "coco":
-        names, classes = layouts.coco(open_files(annotations, annotations), annotations, allow_outside)
+        names, classes = listings.coco(open_files(annotations, annotations), annotations, allow_outside)
     elif kind == "list":
-        names, classes = layouts.list_file(files, path, allow_outside)
+        names, classes = listings.list_file(files, path, allow_outside)
     else:
-        names, classes = layouts.folders(files, kind == "flat", threads)
+        names, classes = listings.folders(files, kind == "flat", threads)
     if not names:
         raise SourceError(f"no images in {root} (looked for {', '.join(EXTENSIONS)}; data.source={kind})")
 
@@ -257,7 +257,7 @@ def _recognise(root: str, found: str, files: Files, annotations: str) -> str:
         return "coco"
     if found == "folder":
         names, folders = files.entries(files.base)
-        if any(map(layouts.is_image, names)):
+        if any(map(listings.is_image, names)):
             return "flat"
         kinds = [kind for kind in SHARDS if any(map(shards.NAMES[kind].search, names))]
         if folders or not kinds:

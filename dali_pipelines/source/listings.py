@@ -1,4 +1,4 @@
-"""Layouts of plain files: which files are images, in which order, and of which class.
+"""Listings of plain files: which files are images, in which order, and of which class.
 
 Each function returns paths relative to the base of its files, and the name of each one's class ("" if unknown).
 """
