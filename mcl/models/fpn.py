@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mcl.models.norm import BatchNorm2d, normalize
+from mcl.models.norm import BatchNorm
 
 
 class ConvNorm(nn.Module):
@@ -16,11 +16,12 @@ class ConvNorm(nn.Module):
     def __init__(self, inputs: int, outputs: int, kernel: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
-        self.norm = BatchNorm2d(outputs)
+        self.norm = BatchNorm(outputs)
 
     def forward(self, x: Tensor, counts: Sequence[int] = (), relu: bool = False) -> Tensor:
-        """ReLU is taken last, if wanted; `counts` as for :func:`normalize`."""
-        return normalize(self.norm, self.conv(x), counts, relu=relu)
+        """ReLU is taken last, if wanted; `counts` as for :class:`BatchNorm`."""
+        y: Tensor = self.norm(self.conv(x), counts, relu=relu)
+        return y
 
 
 class FPN(nn.Module):

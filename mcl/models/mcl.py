@@ -160,10 +160,12 @@ class MCL(nn.Module):
 
     def predictions(self, views: Sequence[MontageBatch]) -> list[list[Tensor]]:
         """Online predictions of the tiles of each view and level: (R, width)."""
-        return [
-            [predict(z) for predict, z in zip(self.predictors, embeddings, strict=True)]
-            for embeddings in self.online(*(view.first(view.query_counts) for view in views))
-        ]
+        levels = zip(*self.online(*(view.first(view.query_counts) for view in views)), strict=True)
+        predicted = []
+        for predict, embeddings in zip(self.predictors, levels, strict=True):
+            counts = [len(z) for z in embeddings]
+            predicted.append(predict(torch.cat(embeddings), counts).split(counts))
+        return [list(of_view) for of_view in zip(*predicted, strict=True)]
 
     def positives(self, view: MontageBatch) -> list[Tensor]:
         """Row in the bank of targets of each tile's own image: per level (R,) int64."""

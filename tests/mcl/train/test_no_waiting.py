@@ -17,6 +17,7 @@ from dali_pipelines.batch import MontageBatch
 from mcl import ops
 from mcl.config import Config
 from mcl.models import MCL
+from mcl.models.norm import BatchNorm
 from mcl.records.meters import Meter
 from mcl.train import ema
 from mcl.train.optim import build_optimizer
@@ -104,8 +105,8 @@ def check_whole_step(words: Sequence[str]) -> None:
     seen = step_under_watch(cfg, step).seen
     matched = cfg.model.compute == "matched"
     passes = cfg.trainer.accumulate * (1 if matched else 2)
-    norms = sum(isinstance(m, nn.BatchNorm2d) for m in step.model.online.backbone.modules())
-    assert seen["mcl::batch_norm_backward"] >= passes * norms
+    norms = sum(isinstance(m, BatchNorm) for m in step.model.online.backbone.modules())
+    assert seen["mcl::batch_norm_backward_apply"] >= passes * norms
     assert seen["mcl::region_pool_backward"] == (passes if matched else 0)  # released cuts tiles by a reshape
     assert seen["aten::_foreach_norm"] == 1  # clipping
     operator = {"lars": "mcl::lars_", "sgd": "aten::_fused_sgd_", "adamw": "aten::_fused_adamw_"}[cfg.optim.name]
