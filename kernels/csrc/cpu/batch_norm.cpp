@@ -35,6 +35,20 @@ void for_each_chunk(const std::vector<Chunk>& chunks, const F& f) {
   });
 }
 
+// Rows, their mean, and the sum of squared distances from it, of one channel.
+struct Moments {
+  double rows = 0, mean = 0, squares = 0;
+
+  // Chan, Golub and LeVeque's update by other rows.
+  void add(double other_rows, double other_mean, double other_squares) {
+    if (other_rows == 0) return;
+    const double all = rows + other_rows, distance = other_mean - mean, share = other_rows / all;
+    mean += distance * share;
+    squares += other_squares + distance * distance * rows * share;
+    rows = all;
+  }
+};
+
 // Mean, weight / standard deviation and bias per group and channel.
 template <typename A>
 struct Affines {
@@ -96,14 +110,15 @@ Tensor batch_norm_stats(Tensor x, Counts counts) {
 Tensor batch_norm_combine(Tensor parts, std::optional<Tensor> running_mean, std::optional<Tensor> running_var,
                           std::optional<Tensor> batches, std::optional<double> momentum, double eps) {
   check_combine(parts, running_mean, running_var, batches);
-  const int64_t groups = parts.size(1), channels = parts.size(2) / 2;
+  const int processes = static_cast<int>(parts.size(0)), groups = static_cast<int>(parts.size(1));
+  const int channels = static_cast<int>(parts.size(2) / 2);
   int64_t* tracked = batches ? write<int64_t>(*batches) : nullptr;
   const Tracking tracking{tracked, momentum.value_or(-1)};
   Tensor statistics = empty_small(parts, {groups, parts.size(2)});
   dispatch_types(parts, [&](auto, auto computed) {
     using A = decltype(computed);
-    for (int64_t c = 0; c < channels; ++c)
-      combine(read<A>(parts), parts.size(0), groups, channels, c, running_mean ? write<A>(*running_mean) : nullptr,
+    for (int c = 0; c < channels; ++c)
+      combine(read<A>(parts), processes, groups, channels, c, running_mean ? write<A>(*running_mean) : nullptr,
               running_var ? write<A>(*running_var) : nullptr, tracking, eps, write<A>(statistics));
   });
   if (tracked != nullptr) *tracked += groups;

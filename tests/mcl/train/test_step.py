@@ -303,7 +303,7 @@ def shared_step() -> dict[str, Any]:
     model.register_forward_pre_hook(lambda *_: events.append("step"))
     model.online.register_forward_hook(lambda *_: events.append("online"))
     with (
-        mock.patch.object(dist, "all_gather_into_tensor", noting("gather", dist.all_gather_into_tensor)),
+        mock.patch.object(Gather, "__init__", noting("gather", Gather.__init__)),
         mock.patch.object(Gather, "wait", noting("wait", Gather.wait)),
     ):
         output, norm, gradients = still(step, views(cfg, 1 + 2 * distributed.rank(), world=2))
