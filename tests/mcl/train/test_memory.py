@@ -85,7 +85,7 @@ def out_of_order(cfg: Config) -> set[str]:
         if isinstance(module, nn.Conv2d | BatchNorm):
             module.register_forward_hook(functools.partial(watch, name))
     step(*views(cfg), lr=0.1, momentum=0.99)
-    assert min(watched.values()) > 100
+    assert min(watched.values()) > 50
     parameters = step.model.named_parameters()
     return found | {name for name, p in parameters if p.grad is not None and p.grad.stride() != p.stride()}
 
