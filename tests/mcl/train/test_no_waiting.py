@@ -12,17 +12,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dali_pipelines.batch import MontageBatch
 from mcl import ops
 from mcl.config import Config
 from mcl.models import MCL
 from mcl.models.norm import BatchNorm
+from mcl.ops import fallback
 from mcl.records.meters import Meter
 from mcl.train import ema
 from mcl.train.optim import build_optimizer
 from mcl.train.step import TrainingStep
 from tests.mcl.detector import Detector, Waited
+from tests.mcl.ops.test_batch_norm import OPERATORS, arguments
 from tests.step import build, configure, views
 
 # ---------------------------------------------------------------------------------------------------- the detector
@@ -286,6 +289,20 @@ def test_the_backward_of_regions_stays_on_the_device() -> None:
         (found,) = torch.ops.mcl.region_pool_backward(grad, list(f.shape), [8.0], boxes, index, 0, True)
     assert (found.device.type, found.dtype, found.shape, found.stride()) == ("cuda", f.dtype, f.shape, f.stride())
     assert detector.seen["mcl::region_pool_backward"] == 1
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_norms_without_the_extension_stay_on_the_device(name: str) -> None:
+    """Each operator in PyTorch; results are as the fake kernels say."""
+    given = arguments(torch.bfloat16)[name]
+    with FakeTensorMode(), Detector("cuda"):
+        fakes = tree_map_only(
+            Tensor, lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda"), given
+        )
+        results = [getattr(fallback, name)(*fakes), getattr(torch.ops.mcl, name)(*fakes)]
+    found, expected = ([(t.shape, t.dtype, t.device, t.stride()) for t in tree_leaves(result)] for result in results)
+    assert found == expected
+    assert {t[2].type for t in found} == {"cuda"}
 
 
 @pytest.mark.usefixtures("thin_backbone")
