@@ -5,13 +5,15 @@ tensors that claim to be on a GPU, which sees copies between it and the host, to
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dali_pipelines.batch import MontageBatch
@@ -263,8 +265,20 @@ def pretended(view: MontageBatch, device: str) -> MontageBatch:
     return dataclasses.replace(view, **fakes)
 
 
+@pytest.fixture
+def processes(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Of a group that exchanges nothing."""
+    if request.param > 1:
+        dist.init_process_group("fake", rank=0, world_size=request.param, store=FakeStore())
+    yield request.param
+    if request.param > 1:
+        dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.distributed.all_gather_into_tensor:FutureWarning")
+@pytest.mark.parametrize("processes", [1, 8], indirect=True)
 @pytest.mark.parametrize("compute", ["matched", "released"])
-def test_forward_and_metrics_stay_on_the_device(compute: str) -> None:
+def test_forward_and_metrics_stay_on_the_device(compute: str, processes: int) -> None:
     """Without autocast, which needs a GPU; as backward does, which whole steps above have shown."""
     cfg = configure(f"model.compute={compute}")
     model = without_memory(cfg)
@@ -278,6 +292,8 @@ def test_forward_and_metrics_stay_on_the_device(compute: str) -> None:
             meter.add(0, output, output.loss.detach())
     assert output.loss.device.type == "cuda"
     assert detector.seen["mcl::region_pool"] == (2 if compute == "matched" else 0)  # of both networks
+    gathered = detector.seen["c10d::_allgather_base_"]
+    assert gathered == (0 if processes == 1 else 2 + detector.seen["mcl::batch_norm_apply"])  # 2 of targets
 
 
 def test_the_backward_of_regions_stays_on_the_device() -> None:
