@@ -98,10 +98,8 @@ class _Normalize(torch.autograd.Function):
         of_x = torch.ops.mcl.batch_norm_backward_apply(
             grad, x, weight, bias, statistics, sums, ctx.counts, ctx.relu and y is None
         )
-        _, weighted, biased = ctx.needs_input_grad[:3]
-        return of_x, of_weight if weighted else None, of_bias if biased else None, None, None, (
-            grad if ctx.added else None
-        ), None  # fmt: skip
+        parameters = None if weight is None else of_weight, None if bias is None else of_bias
+        return of_x, *parameters, None, None, grad if ctx.added else None, None
 
 
 def _channels_last(x: Tensor) -> Tensor:
