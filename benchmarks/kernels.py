@@ -25,7 +25,6 @@ from mcl import config, ops
 from mcl.models import MCL
 from mcl.ops import fallback
 from mcl.ops.batch_norm import batch_norm
-from mcl.ops.library import compiled
 from mcl.train import ema
 from mcl.train.optim import LARS
 
@@ -140,10 +139,10 @@ def norm(images: int, dtype: str, channels: int, side: int, residual: bool) -> C
     """BatchNorm in training, with what follows it in a residual block."""
     maps = [_noise(images, channels, side, side, dtype=dtype, layout="channels_last") for _ in range(1 + residual)]
     weight, bias = (torch.full((channels,), value, device=DEVICE, requires_grad=True) for value in (1.0, 0.0))
-    running = torch.zeros(channels, device=DEVICE), torch.ones(channels, device=DEVICE)
+    running = torch.zeros(channels, device=DEVICE), torch.ones(channels, device=DEVICE), None
 
     def plain() -> Tensor:
-        y = F.batch_norm(maps[0], *running, weight, bias, training=True)
+        y = F.batch_norm(maps[0], *running[:2], weight, bias, training=True)
         return F.relu(y + maps[1] if residual else y)
 
     def fused() -> Tensor:
@@ -221,10 +220,9 @@ def measure(images: int, fewer: int, channels: int, repeat: int) -> list[Result]
         pool = functools.partial(region_pool, images, channels, dtype, layout, kind == "random")
         cases[f"region_pool {kind} {dtype} {layout}"] = pool
     cases["region_pool grid fp32 NCHW, all canvases on all maps"] = lambda: multiscale(fewer, channels)
-    if compiled("batch_norm", DEVICE):
-        for dtype, (channels_, side, residual) in itertools.product(DTYPES, NORMS):
-            name = f"BatchNorm{', addition' * residual}, ReLU, {channels_} channels, {side} x {side}, {dtype}"
-            cases[name] = functools.partial(norm, fewer, dtype, channels_, side, residual)
+    for dtype, (channels_, side, residual) in itertools.product(DTYPES, NORMS):
+        name = f"BatchNorm{', addition' * residual}, ReLU, {channels_} channels, {side} x {side}, {dtype}"
+        cases[name] = functools.partial(norm, fewer, dtype, channels_, side, residual)
     results = []
     for name in progress([*cases, "LARS and momentum network"], str):
         results += race(name, cases[name](), repeat) if name in cases else steps(repeat)

@@ -211,7 +211,7 @@ def _extensions() -> Iterator[Check]:
         yield Check("C++ extension", "note", "not built", False, ops.missing, _BUILD)
     else:
         built = " and ".join(d.upper() for d in ("cpu", "cuda") if ops.compiled("region_pool", d))
-        why = "region pooling, BatchNorm on CPUs, optimiser steps"
+        why = "region pooling, BatchNorm, optimiser steps"
         yield Check("C++ extension", "ok", f"built for {built}", True, why)
     device = _device()
     tasks: dict[tuple[str, str], list[str]] = {}

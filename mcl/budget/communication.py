@@ -9,8 +9,7 @@ Calls and bytes are counted: they are those of a real step. Times are estimates,
   latter, and sends (W - 1) / W of the result per pass. Links carry their full rate, which is more than is measured.
 * Gradients travel during backward, all but the last bucket, which is complete only when backward is. Targets travel
   during the forward pass of the online network. BatchNorm waits for its statistics, every time.
-* All processes are ready at the same moment. PyTorch's SyncBatchNorm also makes the host wait in every forward call,
-  which is not in these times.
+* All processes are ready at the same moment.
 * Signals go from host to host while the next steps run, and cost them nothing.
 """
 
@@ -62,22 +61,19 @@ LINKS = (
 )
 
 
-def exchanges(count: Count, accumulate: int, device: str) -> list[Exchange]:
+def exchanges(count: Count, accumulate: int) -> list[Exchange]:
     """What a step exchanges, whatever the number of processes, if they are more than one.
 
     Args:
         count: of a micro-batch.
         accumulate: micro-batches of a step.
-        device: cuda, where BatchNorm is PyTorch's, or cpu, where it is ours.
     """
-    gathered = device == "cuda"  # mean, inverse deviation and count of every process; ours adds sums, in float64
-    elements = [(n.element if gathered else 8, n) for n in count.norms]
-    forward = [element * (2 * n.channels + 1) for element, n in elements]
-    # The two sums of the gradient; ours hands over one for the count, too.
-    backward = [element * (2 * n.channels + (not gathered)) for element, n in elements if n.returns]
+    # Per group: mean, squared distances and number of rows; then the two sums of the gradient.
+    forward = [n.element * n.groups * (2 * n.channels + 1) for n in count.norms]
+    backward = [n.element * n.groups * 2 * n.channels for n in count.norms if n.returns]
     return [
         Exchange("targets", "all-gather", [size * accumulate for size in count.targets]),
-        Exchange("BatchNorm forward", "all-gather" if gathered else "all-reduce", forward * accumulate),
+        Exchange("BatchNorm forward", "all-gather", forward * accumulate),
         Exchange("BatchNorm backward", "all-reduce", backward * accumulate),
         Exchange("gradients", "all-reduce", buckets(count.gradients)),
         Exchange("signals", "all-reduce", [8]),  # between hosts, beside the training: mcl.distributed.consensus
@@ -134,17 +130,16 @@ def describe(
     """
     said: dict[str, Any] = {
         "nodes": nodes,
-        "per_step": {"cuda": [], "cpu": []},
+        "per_step": [],
         "links": [asdict(k) for k in links],
         "latency": LATENCY_SOURCE,
         "scales": [],
     }
     if gpus == 1:
         return said
-    for device, calls in said["per_step"].items():
-        for e in exchanges(stages[-1].count, stages[-1].accumulate, device):
-            sizes = {"calls": len(e.sizes), "bytes": sum(e.sizes)}
-            calls.append({"purpose": e.purpose, "operation": e.operation, **sizes})
+    for e in exchanges(stages[-1].count, stages[-1].accumulate):
+        sizes = {"calls": len(e.sizes), "bytes": sum(e.sizes)}
+        said["per_step"].append({"purpose": e.purpose, "operation": e.operation, **sizes})
     rates = {y.hardware: y.one * supervised for y in yardsticks(precision)}
     doubling = [*(1 << i for i in range(nodes.bit_length()) if 1 << i < nodes), nodes]
     said["scales"] = [
@@ -191,7 +186,7 @@ def step_times(stage: Stage, rate: float, share: float, world: int, nodes: int, 
     online = time({part: value for part, value in stage.count.forward.items() if part != "momentum network"})
     took = {
         e.purpose: [collective_time(e.operation, size, world, nodes, links) for size in e.sizes]
-        for e in exchanges(stage.count, stage.accumulate, "cuda")
+        for e in exchanges(stage.count, stage.accumulate)
     }
     norms = sum(took["BatchNorm forward"]) + sum(took["BatchNorm backward"])
     targets, gradients = sum(took["targets"]), sum(took["gradients"])

@@ -7,8 +7,7 @@ takes seconds. What is counted is what runs, forward and backward, both views:
   from the gradients that autograd really computes; the first convolution, for example, has none towards its input.
 * Not counted, since they compute little for what they read and write: BatchNorm, activations, pooling, interpolation,
   softmax, clipping, optimiser and momentum update; region pooling, which on the montage's grid only copies.
-* Bytes of what autograd keeps between forward and backward, each piece of memory once. (Under autocast a fake BatchNorm
-  keeps its two statistics per channel in 2 bytes each, a real one in 4: 0.2 MB of R50's gigabytes.)
+* Bytes of what autograd keeps between forward and backward, each piece of memory once.
 * What several processes would have to exchange: calls of BatchNorm, gradients in the order in which they come, targets.
 """
 
@@ -57,6 +56,7 @@ class Normalization:
     """A call of a BatchNorm in training mode."""
 
     channels: int
+    groups: int  # each is normalised by itself
     element: int  # bytes of what its statistics are computed in
     returns: bool  # whether backward comes through it; not where it is computed again, nor in the momentum network
 
@@ -156,8 +156,8 @@ class _Meter(TorchDispatchMode):
         x, *counts = inputs[:2]
         element = torch.promote_types(x.dtype, torch.float32).itemsize
         returns = torch.is_grad_enabled() and self._returning is None
-        groups = max(1, len(counts[0]) if counts else 1)  # each is normalised by itself
-        self.norms += [Normalization(module.num_features, element, returns)] * groups
+        groups = max(1, len(counts[0]) if counts else 1)
+        self.norms.append(Normalization(module.num_features, groups, element, returns))
 
     def run(self, precision: str, loss: Callable[[], Tensor]) -> None:
         """Counts forward and backward; `precision` as trainer.precision."""

@@ -9,30 +9,33 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models import resnet
 from torchvision.models.resnet import ResNet
 
-from mcl.models import norm
+from mcl.models.norm import BatchNorm
 
 
 class BasicBlock(resnet.BasicBlock):  # type: ignore[misc]  # torchvision has no types
     """torchvision's block of two convolutions; BatchNorm takes what follows it along."""
 
     def forward(self, x: Tensor, counts: Sequence[int] = ()) -> Tensor:
-        y = norm.normalize(self.bn1, self.conv1(x), counts, relu=True)
-        return norm.normalize(self.bn2, self.conv2(y), counts, _shortcut(self, x, counts), relu=True)
+        y: Tensor = self.bn1(self.conv1(x), counts, relu=True)
+        y = self.bn2(self.conv2(y), counts, _shortcut(self, x, counts), relu=True)
+        return y
 
 
 class Bottleneck(resnet.Bottleneck):  # type: ignore[misc]
     """torchvision's block of three convolutions; BatchNorm takes what follows it along."""
 
     def forward(self, x: Tensor, counts: Sequence[int] = ()) -> Tensor:
-        y = norm.normalize(self.bn1, self.conv1(x), counts, relu=True)
-        y = norm.normalize(self.bn2, self.conv2(y), counts, relu=True)
-        return norm.normalize(self.bn3, self.conv3(y), counts, _shortcut(self, x, counts), relu=True)
+        y: Tensor = self.bn1(self.conv1(x), counts, relu=True)
+        y = self.bn2(self.conv2(y), counts, relu=True)
+        y = self.bn3(self.conv3(y), counts, _shortcut(self, x, counts), relu=True)
+        return y
 
 
 def _shortcut(block: nn.Module, x: Tensor, counts: Sequence[int]) -> Tensor:
     if not isinstance(block.downsample, nn.Sequential):
         return x
-    return norm.normalize(block.downsample[1], block.downsample[0](x), counts)
+    y: Tensor = block.downsample[1](block.downsample[0](x), counts)
+    return y
 
 
 _RESNETS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
@@ -56,7 +59,7 @@ class Backbone(ResNet):  # type: ignore[misc]  # torchvision has no types
 
     def __init__(self, name: str, recompute: bool = False) -> None:
         block, depths = _RESNETS[name]
-        super().__init__(block, depths, norm_layer=norm.BatchNorm2d)
+        super().__init__(block, depths, norm_layer=BatchNorm)
         del self.avgpool, self.fc
         self.recompute = recompute
         self.channels = tuple(64 * 2**i * block.expansion for i in (3, 2, 1, 0))
@@ -81,7 +84,7 @@ class Backbone(ResNet):  # type: ignore[misc]  # torchvision has no types
 
     def stem(self, x: Tensor, counts: Sequence[int] = ()) -> Tensor:
         """(n, 3, S, S) to (n, 64, S / 4, S / 4)."""
-        y: Tensor = self.maxpool(norm.normalize(self.bn1, self.conv1(x), counts, relu=True))
+        y: Tensor = self.maxpool(self.bn1(self.conv1(x), counts, relu=True))
         return y
 
     def _run(self, block: Callable[[Tensor, Sequence[int]], Tensor], x: Tensor, counts: Sequence[int]) -> Tensor:
@@ -100,13 +103,12 @@ class Backbone(ResNet):  # type: ignore[misc]  # torchvision has no types
     @contextlib.contextmanager
     def _frozen_statistics(self) -> Iterator[None]:
         """Running statistics, which have seen the batch the first time, stay as they are."""
-        norms = [m for m in self.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        before = [(n.momentum, n.num_batches_tracked) for n in norms]
-        for n, (_, batches) in zip(norms, before, strict=True):
-            # PyTorch's SyncBatchNorm insists on a count.
-            n.momentum, n.num_batches_tracked = 0.0, None if batches is None else torch.zeros_like(batches)
+        norms = [m for m in self.modules() if isinstance(m, BatchNorm) and m.training]
+        before = [(n.running_mean, n.running_var, n.num_batches_tracked) for n in norms]
+        for n in norms:
+            n.running_mean = n.running_var = n.num_batches_tracked = None
         try:
             yield
         finally:
-            for n, (momentum, batches) in zip(norms, before, strict=True):
-                n.momentum, n.num_batches_tracked = momentum, batches
+            for n, buffers in zip(norms, before, strict=True):
+                n.running_mean, n.running_var, n.num_batches_tracked = buffers

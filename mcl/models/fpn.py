@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mcl.models.norm import BatchNorm2d, normalize
+from mcl.models.norm import BatchNorm
 
 
 class ConvNorm(nn.Module):
@@ -16,11 +16,12 @@ class ConvNorm(nn.Module):
     def __init__(self, inputs: int, outputs: int, kernel: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
-        self.norm = BatchNorm2d(outputs)
+        self.norm = BatchNorm(outputs)
 
     def forward(self, x: Tensor, counts: Sequence[int] = (), relu: bool = False) -> Tensor:
-        """ReLU is taken last, if wanted; `counts` as for :func:`normalize`."""
-        return normalize(self.norm, self.conv(x), counts, relu=relu)
+        """ReLU is taken last, if wanted; `counts` as for :class:`BatchNorm`."""
+        y: Tensor = self.norm(self.conv(x), counts, relu=relu)
+        return y
 
 
 class FPN(nn.Module):
@@ -41,7 +42,9 @@ class FPN(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight)
 
-    def forward(self, features: Sequence[Tensor], levels: Sequence[int], counts: Sequence[int] = ()) -> list[Tensor]:
+    def forward(
+        self, features: Sequence[Tensor], levels: Sequence[int], counts: Sequence[int] = (), views: Sequence[int] = ()
+    ) -> list[Tensor]:
         """Output maps of the given levels, of all canvases or, with `counts`, of each group of them one.
 
         Only the laterals that these need are computed. Groups go through a convolution together, for products of few
@@ -51,16 +54,17 @@ class FPN(nn.Module):
             features: the backbone's maps, coarsest first: (n, channels[i], h * 2^i, w * 2^i).
             levels: indices into `depths`: increasing, or of each group.
             counts: canvases per group, n together.
+            views: without `counts`, canvases that BatchNorm sees by themselves, n together.
         """
         if counts:
             return self._of_groups(features, levels, counts)
         merged: list[Tensor] = []
         for depth in range(self.depths[levels[-1]] + 1):
-            x = self.laterals[depth](features[depth])
+            x = self.laterals[depth](features[depth], views)
             if merged:
                 x = x + F.interpolate(merged[-1], scale_factor=2, mode="nearest")
             merged.append(x)
-        return [self.outputs[level](merged[self.depths[level]]) for level in levels]
+        return [self.outputs[level](merged[self.depths[level]], views) for level in levels]
 
     def _of_groups(self, features: Sequence[Tensor], levels: Sequence[int], counts: Sequence[int]) -> list[Tensor]:
         maps: dict[int, Tensor] = {}  # per group, at its own depth

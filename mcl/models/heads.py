@@ -4,10 +4,9 @@ from collections.abc import Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from mcl.models.fpn import ConvNorm
-from mcl.models.norm import BatchNorm1d, normalize
+from mcl.models.norm import BatchNorm
 
 
 class RegionHead(nn.Module):
@@ -24,12 +23,12 @@ class RegionHead(nn.Module):
     def __init__(self, width: int, convs: int, hidden: int) -> None:
         super().__init__()
         self.convs = nn.ModuleList(ConvNorm(width, width, 3) for _ in range(convs))
-        self.projector = Projector(
+        self.projector = MLP(
             nn.Linear(width, hidden),
-            BatchNorm1d(hidden),
+            BatchNorm(hidden),
             nn.ReLU(inplace=True),
             nn.Linear(hidden, width),
-            BatchNorm1d(width, affine=False),
+            BatchNorm(width, affine=False),
         )
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -47,18 +46,18 @@ class RegionHead(nn.Module):
         return embeddings
 
 
-class Projector(nn.Sequential):
-    """MLP whose BatchNorms see the rows of each level by themselves."""
+class MLP(nn.Sequential):
+    """Layers whose BatchNorms see groups of rows by themselves."""
 
-    def forward(self, x: Tensor, counts: Sequence[int]) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, counts: Sequence[int] = ()) -> Tensor:
         for layer in self:
-            x = normalize(layer, x, counts) if isinstance(layer, _BatchNorm) else layer(x)
+            x = layer(x, counts) if isinstance(layer, BatchNorm) else layer(x)
         return x
 
 
-def predictor(width: int, hidden: int) -> nn.Sequential:
+def predictor(width: int, hidden: int) -> MLP:
     """MLP of the online side, (R, width) to (R, width)."""
-    mlp = nn.Sequential(nn.Linear(width, hidden), BatchNorm1d(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, width))
+    mlp = MLP(nn.Linear(width, hidden), BatchNorm(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, width))
     for module in mlp:
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.01)

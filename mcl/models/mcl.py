@@ -15,7 +15,7 @@ from mcl import distributed
 from mcl.config import ModelConfig
 from mcl.distributed import Gather
 from mcl.models.backbones import Backbone
-from mcl.models.fpn import FPN
+from mcl.models.fpn import FPN, Groups
 from mcl.models.heads import RegionHead, predictor
 from mcl.ops import region_pool
 from mcl.train.loss import contrast, total_loss
@@ -46,7 +46,7 @@ class Encoder(nn.Module):
         Returns:
             Per view and level, (R, width).
         """
-        return self._matched(views) if self.compute == "matched" else [self._released(view) for view in views]
+        return self._matched(views) if self.compute == "matched" else self._released(views)
 
     def _matched(self, views: Sequence[MontageBatch]) -> list[list[Tensor]]:
         """All views together: products of few rows are slow."""
@@ -59,12 +59,16 @@ class Encoder(nn.Module):
         embeddings = self.head(self.pool(maps, levels, regions, views[0].cells), counts).split(counts)
         return [list(embeddings[i : i + len(canvases)]) for i in range(0, len(regions), len(canvases))]
 
-    def _released(self, view: MontageBatch) -> list[Tensor]:
-        """Every tile of every map goes through the head, the finest map first."""
-        maps = self.fpn(self.backbone(view.pixels), range(len(view.ratios)))
-        every = [self.head(cut(x, ratio)) for x, ratio in zip(maps[::-1], view.ratios[::-1], strict=True)][::-1]
-        bounds = list(itertools.accumulate(view.canvas_counts, initial=0))
-        return [every[i][bounds[i] * r**2 : bounds[i + 1] * r**2] for i, r in enumerate(view.ratios)]
+    def _released(self, views: Sequence[MontageBatch]) -> list[list[Tensor]]:
+        """Every tile of every map goes through the head, view after view, the finest map first."""
+        counts, ratios = [len(view.pixels) for view in views], views[0].ratios
+        maps = self.fpn(self.backbone(join([view.pixels for view in views]), counts), range(len(ratios)), views=counts)
+        bounds = list(itertools.accumulate(views[0].canvas_counts, initial=0))
+        embeddings = []
+        for own in zip(*(Groups.apply(x, tuple(counts)) for x in maps), strict=True):
+            every = [self.head(cut(x, ratio)) for x, ratio in zip(own[::-1], ratios[::-1], strict=True)][::-1]
+            embeddings.append([every[i][bounds[i] * r**2 : bounds[i + 1] * r**2] for i, r in enumerate(ratios)])
+        return embeddings
 
     def pool(self, maps: Sequence[Tensor], levels: Sequence[int], boxes: Sequence[Tensor], cells: int) -> Tensor:
         """(R, width, cells, cells), the tiles of each map, whose level is given, map after map; in one launch."""
@@ -160,10 +164,12 @@ class MCL(nn.Module):
 
     def predictions(self, views: Sequence[MontageBatch]) -> list[list[Tensor]]:
         """Online predictions of the tiles of each view and level: (R, width)."""
-        return [
-            [predict(z) for predict, z in zip(self.predictors, embeddings, strict=True)]
-            for embeddings in self.online(*(view.first(view.query_counts) for view in views))
-        ]
+        levels = zip(*self.online(*(view.first(view.query_counts) for view in views)), strict=True)
+        predicted = []
+        for predict, embeddings in zip(self.predictors, levels, strict=True):
+            counts = [len(z) for z in embeddings]
+            predicted.append(predict(join(embeddings), counts).split(counts))
+        return [list(of_view) for of_view in zip(*predicted, strict=True)]
 
     def positives(self, view: MontageBatch) -> list[Tensor]:
         """Row in the bank of targets of each tile's own image: per level (R,) int64."""

@@ -1,46 +1,45 @@
-"""BatchNorm in training, with the addition and the ReLU that follow it, on CPUs: fewer passes over memory."""
+"""BatchNorm in training, with the addition and the ReLU that follow it: groups of rows, over all processes.
+
+Statistics are one tensor (groups, 2 c + 1), so that processes exchange it in one collective: c means, c of what belongs
+to them (first the sums of squared distances from the mean, then 1 / standard deviation), and the number of rows.
+"""
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses import FakeTensor
 
-from mcl.ops.library import compiled
+from mcl import distributed
+from mcl.ops.library import library
 
-
-def serves(x: Tensor) -> bool:
-    """Whether the extension normalises this tensor: float32, float64 or bfloat16, on a CPU.
-
-    Fake tensors stand for those of a GPU, which PyTorch normalises.
-    """
-    dtypes = (torch.float32, torch.float64, torch.bfloat16)
-    real = not isinstance(x, FakeTensor)
-    return real and compiled("batch_norm", x.device.type) and x.dtype in dtypes and x.dim() in (2, 4)
+Running = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def batch_norm(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    running: tuple[Tensor, Tensor] | None,
+    running: Running,
     counts: Sequence[int],
-    momentum: float,
+    momentum: float | None,
     eps: float,
     residual: Tensor | None = None,
     relu: bool = False,
 ) -> Tensor:
     """``relu(F.batch_norm(x, training=True) + residual)`` for groups of rows, each with statistics of its own.
 
-    Computed in fp32, in fp64 where x is, and rounded once. Sums have one order, whatever the number of threads.
+    Statistics are those of all processes' rows; each direction is one collective, for all groups. Computed in fp32, in
+    fp64 where x is, and rounded once. Sums have one order, whatever the number of threads. Nothing is read back from
+    the device. Gradients of weight and bias are each process's own part, which DistributedDataParallel averages.
 
     Args:
-        x: (n, c) or (n, c, h, w), of which :func:`serves` approves.
+        x: (n, c) or (n, c, h, w); float16, bfloat16, float32 or float64.
         weight, bias: (c,) float64 where x is and float32 otherwise; 1 and 0 without them.
-        running: mean and variance (c,), updated in place, group after group.
-        counts: rows of each group, n together; each needs more than one value per channel.
-        momentum: part of a group's statistics in the running ones.
+        running: mean and variance (c,) and the number of batches (), or None; updated in place, group after group.
+        counts: rows of each group, n together.
+        momentum: part of a group's statistics in the running ones; None for the mean of all groups so far.
         eps: added to the variance.
         residual: as x; added to what was normalised.
         relu: whether the sum is cut off at 0.
@@ -49,45 +48,92 @@ def batch_norm(
         As x, channels_last.
 
     Raises:
-        ValueError: a group with one value per channel, which has no variance.
+        ValueError: x has other dimensions, or a group one value per channel, which has no variance.
     """
-    cells = x[0, 0].numel()
-    if min(counts) * cells < 2:
+    if x.dim() not in (2, 4):
+        raise ValueError(f"x: shape {tuple(x.shape)} must be (n, c) or (n, c, h, w)")
+    processes = distributed.world_size()
+    if min(counts) * x[0, 0].numel() * processes < 2:
         raise ValueError(
             f"x: shape {tuple(x.shape)} in groups of {list(counts)}: more than one value per channel needed"
         )
-    y: Tensor = _BatchNorm.apply(x, weight, bias, running, list(counts), momentum, eps, residual, relu)
+    x, counts = _channels_last(x), list(counts)
+    with torch.no_grad():
+        parts = torch.ops.mcl.batch_norm_stats(x, counts)[None]
+        if processes > 1:
+            own, parts = parts, parts.new_empty(processes, *parts.shape[1:])
+            dist.all_gather_into_tensor(parts, own)
+        statistics = torch.ops.mcl.batch_norm_combine(parts, *running, momentum, eps)
+    if residual is not None:
+        residual = _channels_last(residual).to(x.dtype)
+    y: Tensor = _Normalize.apply(x, weight, bias, statistics, counts, residual, relu)
     return y
 
 
-class _BatchNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, running: tuple[Tensor, Tensor] | None,
-        counts: list[int], momentum: float, eps: float, residual: Tensor | None, relu: bool,
-    ) -> Tensor:  # fmt: skip
-        x = _channels_last(x)
-        added = None if residual is None else _channels_last(residual).to(x.dtype)
-        y, mean, inverse = torch.ops.mcl.batch_norm(
-            x, weight, bias, *(running or (None, None)), counts, momentum, eps, added, relu
-        )
-        # Backward sees in x itself what ReLU let through, unless something was added.
-        ctx.save_for_backward(x, y if added is not None else None, weight, bias, mean, inverse)
-        ctx.counts, ctx.relu, ctx.residual = counts, relu, None if residual is None else residual.dtype
-        normalized: Tensor = y
-        return normalized
+class _Normalize(torch.autograd.Function):
+    """Of rows whose statistics are known; its gradient is that through the statistics, too."""
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: Tensor, counts: list[int],
+        residual: Tensor | None, relu: bool,
+    ) -> Tensor:  # fmt: skip
+        y: Tensor = torch.ops.mcl.batch_norm_apply(x, weight, bias, statistics, counts, residual, relu)
+        # Backward sees in x itself what ReLU let through, unless something was added.
+        ctx.save_for_backward(x, y if relu and residual is not None else None, weight, bias, statistics)
+        ctx.counts, ctx.relu, ctx.added = counts, relu, residual is not None
+        return y
+
+    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, y, weight, bias, mean, inverse = ctx.saved_tensors
-        of_x, of_weight, of_bias, of_residual = torch.ops.mcl.batch_norm_backward(
-            _channels_last(grad.to(x.dtype)), x, y, weight, bias, mean, inverse, ctx.counts, ctx.relu
+        x, y, weight, bias, statistics = ctx.saved_tensors
+        grad = _channels_last(grad)
+        sums, (of_bias, of_weight), passed = torch.ops.mcl.batch_norm_backward_reduce(
+            grad, x, y, weight, bias, statistics, ctx.counts, ctx.relu
         )
-        _, weighted, biased = ctx.needs_input_grad[:3]
-        added = None if ctx.residual is None else of_residual.to(ctx.residual)
-        return of_x, of_weight if weighted else None, of_bias if biased else None, None, None, None, None, added, None
+        if distributed.world_size() > 1:
+            dist.all_reduce(sums)
+        if y is not None:
+            grad = passed
+        of_x = torch.ops.mcl.batch_norm_backward_apply(
+            grad, x, weight, bias, statistics, sums, ctx.counts, ctx.relu and y is None
+        )
+        parameters = None if weight is None else of_weight, None if bias is None else of_bias
+        return of_x, *parameters, None, None, grad if ctx.added else None, None
 
 
 def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.contiguous_format)
+
+
+def _small(x: Tensor, *size: int) -> Tensor:
+    return x.new_empty(size, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+@torch.library.register_fake("mcl::batch_norm_stats", lib=library)
+def _fake_stats(x: Tensor, counts: list[int]) -> Tensor:
+    return _small(x, len(counts), 2 * x.shape[1] + 1)
+
+
+@torch.library.register_fake("mcl::batch_norm_combine", lib=library)
+def _fake_combine(parts: Tensor, *rest: object) -> Tensor:
+    return torch.empty_like(parts[0])
+
+
+@torch.library.register_fake("mcl::batch_norm_apply", lib=library)
+def _fake_apply(x: Tensor, *rest: object) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.register_fake("mcl::batch_norm_backward_reduce", lib=library)
+def _fake_backward_reduce(
+    grad: Tensor, x: Tensor, y: Tensor | None, weight: Tensor | None, bias: Tensor | None, statistics: Tensor,
+    counts: list[int], relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    passed = _small(x, 0) if y is None else torch.empty_like(x)
+    return _small(x, 2, len(counts), x.shape[1]), _small(x, 2, x.shape[1]), passed
+
+
+@torch.library.register_fake("mcl::batch_norm_backward_apply", lib=library)
+def _fake_backward_apply(grad: Tensor, x: Tensor, *rest: object) -> Tensor:
+    return torch.empty_like(x)

@@ -1,6 +1,7 @@
 """The operators in PyTorch and NumPy, for machines where the extension was not built: right, and slow for regions."""
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -127,6 +128,115 @@ def region_pool_backward(
     memory_format = torch.channels_last if last else torch.contiguous_format
     # Never a view of a sum: an operator's results must be tensors of their own.
     return [torch.empty_like(s, dtype=grad.dtype, memory_format=memory_format).copy_(s) for s in sums]
+
+
+@fallback("batch_norm_stats")
+def batch_norm_stats(x: Tensor, counts: list[int]) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    cells = x[0, 0].numel()
+    groups = []
+    for rows, count in zip(wide.split(counts), counts, strict=True):
+        var, mean = torch.var_mean(rows, _over_rows(x), correction=0)
+        number = wide.new_full((1,), float(count * cells))
+        groups.append(torch.cat([mean, var * number, number]))
+    return torch.stack(groups)
+
+
+@fallback("batch_norm_combine")
+def batch_norm_combine(
+    parts: Tensor, running_mean: Tensor | None, running_var: Tensor | None, batches: Tensor | None,
+    momentum: float | None, eps: float,
+) -> Tensor:  # fmt: skip
+    mean, squares, rows = (part.double() for part in _parted(parts))
+    all_rows = rows.sum(0)
+    center = (mean * rows).sum(0) / all_rows
+    squares = (squares + (mean - center).square() * rows).sum(0)
+    inverse = (squares / all_rows + eps).rsqrt()
+    for group in range(len(center)):
+        if batches is not None:
+            batches += 1
+        if running_mean is None or running_var is None:
+            continue
+        share: Any = 1 / batches if momentum is None else momentum  # type: ignore[operator]
+        var = squares[group] / (all_rows[group] - 1)
+        for running, new in ((running_mean, center[group]), (running_var, var)):
+            running.copy_((1 - share) * running + share * new)
+    return torch.cat([center, inverse, all_rows], 1).to(parts.dtype)
+
+
+@fallback("batch_norm_apply")
+def batch_norm_apply(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: Tensor, counts: list[int],
+    residual: Tensor | None, relu: bool,
+) -> Tensor:  # fmt: skip
+    y = torch.empty_like(x)
+    added = itertools.repeat(None) if residual is None else residual.split(counts)
+    for rows, own, more, to in zip(x.split(counts), statistics, added, y.split(counts), strict=False):
+        value = _affine(rows, weight, bias, own)
+        value = value if more is None else value + more
+        to.copy_(value.relu() if relu else value)
+    return y
+
+
+@fallback("batch_norm_backward_reduce")
+def batch_norm_backward_reduce(
+    grad: Tensor, x: Tensor, y: Tensor | None, weight: Tensor | None, bias: Tensor | None, statistics: Tensor,
+    counts: list[int], relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    passed = grad.new_empty(0, dtype=statistics.dtype) if y is None else torch.where(y <= 0, 0, grad)
+    sums = []
+    for rows, of_y, own in zip(x.split(counts), (grad if y is None else passed).split(counts), statistics, strict=True):
+        through = _through(of_y, rows, weight, bias, own, relu and y is None)
+        sums.append(torch.stack([(through * f).sum(_over_rows(x)) for f in (1, _affine(rows, None, None, own))]))
+    by_group = torch.stack(sums, 1)
+    return by_group, by_group.sum(1), passed
+
+
+@fallback("batch_norm_backward_apply")
+def batch_norm_backward_apply(
+    grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: Tensor, sums: Tensor,
+    counts: list[int], relu: bool,
+) -> Tensor:  # fmt: skip
+    of_x = torch.empty_like(x)
+    groups = zip(x.split(counts), grad.split(counts), statistics, sums.unbind(1), of_x.split(counts), strict=True)
+    for rows, of_y, own, of_group, to in groups:
+        plain, weighted = (_along(x, total / own[-1]) for total in of_group)
+        through = _through(of_y, rows, weight, bias, own, relu)
+        scale = own[x.shape[1] : -1] if weight is None else own[x.shape[1] : -1] * weight
+        to.copy_(_along(x, scale) * (through - plain - _affine(rows, None, None, own) * weighted))
+    return of_x
+
+
+def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: Tensor) -> Tensor:
+    """Rows of a group, normalised, in the dtype of its statistics (2 c + 1,)."""
+    mean, inverse, _ = _parted(statistics)
+    value = (x.to(mean) - _along(x, mean)) * _along(x, inverse if weight is None else inverse * weight)
+    return value if bias is None else value + _along(x, bias)
+
+
+def _through(
+    grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: Tensor, relu: bool
+) -> Tensor:
+    """What ReLU lets through of a group's gradient."""
+    wide = grad.to(statistics)
+    return torch.where(_affine(x, weight, bias, statistics) <= 0, 0, wide) if relu else wide
+
+
+def _parted(statistics: Tensor) -> tuple[Tensor, ...]:
+    """(..., 2 c + 1) as batch_norm has it: two of (..., c), and the numbers of rows (..., 1)."""
+    channels = statistics.shape[-1] // 2
+    parts: tuple[Tensor, ...] = statistics.split([channels, channels, 1], -1)
+    return parts
+
+
+def _over_rows(x: Tensor) -> list[int]:
+    """All dimensions but that of channels."""
+    return [0, *range(2, x.dim())]
+
+
+def _along(x: Tensor, values: Tensor) -> Tensor:
+    """(c,) along the channels of x."""
+    return values.view(-1, *[1] * (x.dim() - 2))
 
 
 @fallback("norms")

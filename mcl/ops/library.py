@@ -17,13 +17,22 @@ SCHEMAS = {
         "(Tensor grad, SymInt[] sizes, float[] strides, Tensor boxes, Tensor index, int sampling_ratio,"
         " bool channels_last) -> Tensor[]"
     ),
-    "batch_norm": (
-        "(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, int[] counts,"
-        " float momentum, float eps, Tensor? residual, bool relu) -> (Tensor, Tensor, Tensor)"
+    "batch_norm_stats": "(Tensor x, SymInt[] counts) -> Tensor",
+    "batch_norm_combine": (
+        "(Tensor parts, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? batches, float? momentum,"
+        " float eps) -> Tensor"
     ),
-    "batch_norm_backward": (
-        "(Tensor grad, Tensor x, Tensor? y, Tensor? weight, Tensor? bias, Tensor mean, Tensor inverse, int[] counts,"
-        " bool relu) -> (Tensor, Tensor, Tensor, Tensor)"
+    "batch_norm_apply": (
+        "(Tensor x, Tensor? weight, Tensor? bias, Tensor statistics, SymInt[] counts, Tensor? residual, bool relu)"
+        " -> Tensor"
+    ),
+    "batch_norm_backward_reduce": (
+        "(Tensor grad, Tensor x, Tensor? y, Tensor? weight, Tensor? bias, Tensor statistics, SymInt[] counts,"
+        " bool relu) -> (Tensor, Tensor, Tensor)"
+    ),
+    "batch_norm_backward_apply": (
+        "(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, Tensor statistics, Tensor sums, SymInt[] counts,"
+        " bool relu) -> Tensor"
     ),
     "norms": "(Tensor[] tensors) -> Tensor",
     "lars_": (

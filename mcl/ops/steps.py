@@ -88,9 +88,7 @@ def backends(device: str) -> dict[str, tuple[str, str]]:
             chosen[task] = ("apex", "it is installed")
         elif task in ("clip", "cross_entropy"):
             chosen[task] = ("PyTorch", "apex is not installed" if device == "cuda" else "apex serves CUDA only")
-        elif task == "batch_norm" and device == "cuda":
-            chosen[task] = ("PyTorch", "ours serves CPUs only")
-        elif compiled(task, device):
+        elif compiled("batch_norm_apply" if task == "batch_norm" else task, device):
             chosen[task] = ("mcl", "the extension is built")
         else:
             chosen[task] = ("PyTorch", missing or f"the extension is built without {device.upper()}")

@@ -1,7 +1,4 @@
-"""A training step: forward, backward, clip, optimiser, momentum network. The host waits for none of it.
-
-PyTorch's SyncBatchNorm does, on several GPUs: it leaves out the processes without a batch, whose number it reads.
-"""
+"""A training step: forward, backward, clip, optimiser, momentum network. The host waits for none of it."""
 
 import contextlib
 import os

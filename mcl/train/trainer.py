@@ -18,7 +18,6 @@ from mcl.distributed import hang, launch
 from mcl.distributed.consensus import Consensus
 from mcl.evaluation import check_evaluations
 from mcl.models import MCL, Output
-from mcl.models.norm import synchronize
 from mcl.records.meters import Meter, Stopwatch
 from mcl.records.metrics import (
     BadFiles,
@@ -104,7 +103,6 @@ class Trainer:
         if trainer.init_from:
             initial = checkpoint.load(trainer.init_from)
             checkpoint.restore(self.model, initial["model"], trainer.init_from)
-        self.model = synchronize(self.model, self.device.type)
         self._update = TrainingStep(config, self.model, self.device)
         self._skips = trainer.on_nonfinite == "skip"
         self._meter = Meter(len(config.montage.ratios), self.device, trainer.precision == "fp16", self._skips)

@@ -6,9 +6,6 @@ import torch
 from benchmarks import kernels
 from benchmarks.common import summary
 from benchmarks.kernels import Case
-from mcl.ops.library import compiled
-
-NORM = pytest.mark.skipif(not compiled("batch_norm", kernels.DEVICE), reason="batch_norm was not compiled")
 
 
 def case(wrong: float = 0.0) -> Case:
@@ -35,8 +32,8 @@ def test_ways_that_differ_are_not_raced() -> None:
         lambda: kernels.region_pool(32, 4, "fp32", "channels_last", random=True),
         lambda: kernels.region_pool(32, 4, "bf16", "NCHW", random=False),
         lambda: kernels.multiscale(32, 4),
-        pytest.param(lambda: kernels.norm(2, "bf16", 8, 6, residual=True), marks=NORM),
-        pytest.param(lambda: kernels.norm(2, "fp32", 8, 6, residual=False), marks=NORM),
+        lambda: kernels.norm(2, "bf16", 8, 6, residual=True),
+        lambda: kernels.norm(2, "fp32", 8, 6, residual=False),
     ],
 )
 def test_cases_agree(make: object) -> None:

@@ -2,14 +2,17 @@
 
 import hashlib
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
 from mcl import ops
+from mcl.ops.batch_norm import batch_norm
 from mcl.ops.library import compiled
 from tests.mcl.ops.regions import LAYOUTS, STRIDES, check_errors, maps, random_boxes
+from tests.mcl.ops.test_batch_norm import OPERATORS, SHAPES, inputs, reference
 from tests.mcl.ops.test_steps import STEP, lists
 from tests.mcl.train.test_optim import NAMES, build, check_equal, everything, set_gradients
 
@@ -18,7 +21,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 @pytest.fixture(autouse=True)
 def _built_for_cuda() -> None:
-    for name in ("region_pool", "region_pool_backward", "norms", "lars_", "ema_"):
+    for name in ("region_pool", "region_pool_backward", *OPERATORS, "norms", "lars_", "ema_"):
         assert compiled(name, "cuda"), f"{name}: build with MCL_BUILD_CUDA=1"
 
 
@@ -62,6 +65,54 @@ def test_hundred_backwards_give_one_hash() -> None:
         raw = b"".join(g.contiguous().view(torch.int16).cpu().numpy().tobytes() for g in grads)
         hashes.add(hashlib.sha256(raw).hexdigest())
     assert len(hashes) == 1
+
+
+def normalized(
+    function: Callable[..., Tensor], device: str, dtype: torch.dtype, shape: tuple[int, ...], counts: list[int],
+    added: bool, relu: bool, given: torch.dtype,
+) -> list[Tensor]:  # fmt: skip
+    """Output, running statistics and gradients on a device, in `dtype`, of values that `given` has."""
+    wide = torch.promote_types(dtype, torch.float32)
+    x, weight, bias, mean, var, residual, grad = (t.to(device) for t in inputs(shape, given))
+    x, residual, grad = (t.to(dtype) for t in (x, residual, grad))
+    weight, bias, mean, var = (t.to(wide) for t in (weight, bias, mean, var))
+    leaves = [x, weight, bias, *([residual] if added else [])]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    options = (0.1, 1e-5) if function is batch_norm else ()
+    y = function(x, weight, bias, (mean, var, None), counts, *options, residual if added else None, relu)
+    return [t.cpu() for t in (y, mean, var, *torch.autograd.grad(y, leaves, grad))]
+
+
+@pytest.mark.parametrize(("added", "relu"), [(False, False), (False, True), (True, False), (True, True)])
+@pytest.mark.parametrize(("shape", "counts"), SHAPES, ids=str)
+def test_norms_in_float64_equal_the_cpus(shape: tuple[int, ...], counts: list[int], added: bool, relu: bool) -> None:
+    cpu, cuda = (
+        normalized(batch_norm, device, torch.float64, shape, counts, added, relu, torch.float64)
+        for device in ("cpu", "cuda")
+    )
+    for ours, theirs in zip(cuda, cpu, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("added", [False, True])
+def test_norms_err_at_most_twice_as_much_as_plain_pytorch(dtype: torch.dtype, added: bool) -> None:
+    case = ((8, 64, 30, 30), [5, 3], added, True, dtype)
+    truth, theirs, ours = (
+        normalized(function, "cuda", kind, *case)
+        for function, kind in ((reference, torch.float64), (reference, dtype), (batch_norm, dtype))
+    )
+    for exact, plain, found in zip(truth, theirs, ours, strict=True):
+        error = (found.double() - exact).norm()
+        assert error <= 2 * (plain.double() - exact).norm() + 1e-6 * exact.norm()
+
+
+def test_norms_give_equal_bits_every_time() -> None:
+    case = ((32, 256, 28, 28), [20, 12], True, True, torch.bfloat16)
+    first, *others = (normalized(batch_norm, "cuda", torch.bfloat16, *case) for _ in range(10))
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
 def test_another_stream_is_followed() -> None:

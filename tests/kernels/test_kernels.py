@@ -15,7 +15,7 @@ from tests.kernels import programs, ptxas
 from tests.kernels.programs import EMULATION
 
 CUDA = ROOT / "kernels" / "csrc" / "cuda"
-PROGRAMS = ["region_pool", "steps"]
+PROGRAMS = ["batch_norm", "region_pool", "steps"]
 
 
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
@@ -33,17 +33,42 @@ def test_every_line_of_the_kernels_is_executed(program: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("file", "right", "wrong", "sanitizer", "report"),
+    ("program", "file", "right", "wrong", "sanitizer", "report"),
     [
-        ("lars.cuh", "  __syncthreads();\n", "", "thread", "data race"),
-        ("tensor_table.cuh", ": table.size[low];", ": table.size[low] + 1;", "address", "heap-buffer-overflow"),
-        ("tensor_table.cuh", "*found_inf != 0;", "*found_inf > 1;", None, "weights of a skipped step: element 0 is"),
-        ("lars.cuh", "distance > 0; distance /= 2", "distance > 1; distance /= 2", None, "norm: element 0 is"),
+        ("steps", "lars.cuh", "  __syncthreads();\n", "", "thread", "data race"),
+        (
+            "steps",
+            "tensor_table.cuh",
+            ": table.size[low];",
+            ": table.size[low] + 1;",
+            "address",
+            "heap-buffer-overflow",
+        ),
+        (
+            "steps",
+            "tensor_table.cuh",
+            "*found_inf != 0;",
+            "*found_inf > 1;",
+            None,
+            "weights of a skipped step: element 0",
+        ),
+        ("steps", "lars.cuh", "distance > 0; distance /= 2", "distance > 1; distance /= 2", None, "norm: element 0 is"),
+        ("batch_norm", "batch_norm.cuh", "  __syncthreads();  // all values are there\n", "", "thread", "data race"),
+        ("batch_norm", "batch_norm.cuh", "  __syncthreads();  // all sums are there\n", "", "thread", "data race"),
+        (
+            "batch_norm",
+            "batch_norm.cuh",
+            "min(rows, part * step)",
+            "min(rows + 1, part * step)",
+            None,
+            "statistics: element",
+        ),
+        ("batch_norm", "batch_norm.cuh", "own[rows.channels + v]", "own[v]", None, "output: element"),
     ],
-    ids=["missing barrier", "out of bounds", "flag", "wrong sum"],
+    ids=["barrier", "bounds", "flag", "sum", "barrier of slots", "barrier of parts", "group", "statistics"],
 )
 def test_faults_planted_in_the_kernels_are_found(
-    file: str, right: str, wrong: str, sanitizer: str | None, report: str, tmp_path: Path
+    program: str, file: str, right: str, wrong: str, sanitizer: str | None, report: str, tmp_path: Path
 ) -> None:
     """The same program with one line of a kernel changed."""
     sources = shutil.copytree(ROOT / "kernels", tmp_path / "kernels")
@@ -52,8 +77,8 @@ def test_faults_planted_in_the_kernels_are_found(
     assert text.count(right) == 1
     faulty.write_text(text.replace(right, wrong))
     flags = programs.SANITIZERS[sanitizer] if sanitizer else []
-    program = EMULATION / "steps.cpp"
-    result = programs.run(programs.build(program, tmp_path / "faulty", f"-iquote{sources / 'csrc'}", *flags))
+    built = programs.build(EMULATION / f"{program}.cpp", tmp_path / "faulty", f"-iquote{sources / 'csrc'}", *flags)
+    result = programs.run(built)
     assert result.returncode != 0
     assert report in result.stdout + result.stderr
 
@@ -68,7 +93,14 @@ def test_no_kernel_spills_registers() -> None:
         pytest.skip("the extension was built without CUDA")
     kernels = ptxas.parse(ptxas.REPORT.read_text())
     names = " ".join(k.name for k in kernels)
-    for name in ("region_pool_forward", "region_pool_backward", "boxes_by_canvas", "lars_update", "ema_update"):
+    for name in (
+        "region_pool_forward",
+        "region_pool_backward",
+        "batch_norm_apply",
+        "batch_norm_gradient",
+        "lars_update",
+        "ema_update",
+    ):
         assert name in names
     assert {"sm_80", "sm_90"} <= {k.architecture for k in kernels}
     assert [k for k in kernels if k.spill_stores or k.spill_loads or k.stack] == []

@@ -4,38 +4,11 @@
 // A what is computed in. Arithmetic runs along the channels; a chunk of rows is taken while it lies in the cache.
 #pragma once
 
-#include <bit>
 #include <cstdint>
 
 #include "cpu/vectorize.h"
 
 namespace mcl::cpu {
-
-// Elements of maps that are computed with in fp32, or as they are.
-struct BFloat16 {
-  uint16_t bits;
-};
-
-template <typename A>
-inline A load(const A* x) {
-  return *x;
-}
-
-inline float load(const BFloat16* x) {
-  return std::bit_cast<float>(static_cast<uint32_t>(x->bits) << 16);
-}
-
-template <typename A>
-inline void store(A* to, A value) {
-  *to = value;
-}
-
-// To the nearest, ties to even; NaN stays NaN.
-inline void store(BFloat16* to, float value) {
-  const uint32_t bits = std::bit_cast<uint32_t>(value);
-  const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  to->bits = static_cast<uint16_t>(value == value ? rounded : 0x7fc0);
-}
 
 // What normalises the rows of one group; per channel.
 template <typename A>
@@ -55,11 +28,11 @@ MCL_VECTORIZE void moments(const T* __restrict__ x, int64_t rows, int64_t channe
                            A* __restrict__ squares) {
   for (int64_t c = 0; c < channels; ++c) mean[c] = squares[c] = A(0);
   for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < channels; ++c) mean[c] += load(x + r * channels + c);
+    for (int64_t c = 0; c < channels; ++c) mean[c] += static_cast<A>(x[r * channels + c]);
   for (int64_t c = 0; c < channels; ++c) mean[c] /= static_cast<A>(rows);
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = 0; c < channels; ++c) {
-      const A distance = load(x + r * channels + c) - mean[c];
+      const A distance = static_cast<A>(x[r * channels + c]) - mean[c];
       squares[c] += distance * distance;
     }
 }
@@ -72,10 +45,10 @@ MCL_VECTORIZE void normalize(const T* __restrict__ x, const T* __restrict__ resi
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = 0; c < channels; ++c) {
       const int64_t i = r * channels + c;
-      A value = affine(load(x + i), mean[c], scale[c], shift[c]);
-      if constexpr (kResidual) value += load(residual + i);
+      A value = affine(static_cast<A>(x[i]), mean[c], scale[c], shift[c]);
+      if constexpr (kResidual) value += static_cast<A>(residual[i]);
       if constexpr (kRelu) value = value < A(0) ? A(0) : value;  // NaN stays
-      store(y + i, value);
+      y[i] = static_cast<T>(value);
     }
 }
 
@@ -83,7 +56,7 @@ MCL_VECTORIZE void normalize(const T* __restrict__ x, const T* __restrict__ resi
 template <bool kResidual, bool kRelu, typename T, typename A>
 inline A through(A grad, A x, const T* y, A mean, A scale, A shift) {
   if constexpr (!kRelu) return grad;
-  if constexpr (kResidual) return load(y) <= A(0) ? A(0) : grad;
+  if constexpr (kResidual) return static_cast<A>(*y) <= A(0) ? A(0) : grad;
   return affine(x, mean, scale, shift) <= A(0) ? A(0) : grad;
 }
 
@@ -97,9 +70,9 @@ MCL_VECTORIZE void gradient_sums(const T* __restrict__ grad, const T* __restrict
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = 0; c < channels; ++c) {
       const int64_t i = r * channels + c;
-      const A value = load(x + i);
-      const A g = through<kResidual, kRelu>(load(grad + i), value, y + i, mean[c], scale[c], shift[c]);
-      if constexpr (kResidual) store(of_residual + i, g);
+      const A value = static_cast<A>(x[i]);
+      const A g = through<kResidual, kRelu>(static_cast<A>(grad[i]), value, y + i, mean[c], scale[c], shift[c]);
+      if constexpr (kResidual) of_residual[i] = static_cast<T>(g);
       sum[c] += g;
       weighted[c] += g * (value - mean[c]);
     }
@@ -115,9 +88,9 @@ MCL_VECTORIZE void gradient(const T* __restrict__ grad, const T* __restrict__ x,
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = 0; c < channels; ++c) {
       const int64_t i = r * channels + c;
-      const A value = load(x + i);
-      const A g = through<false, kRelu, T>(load(grad + i), value, nullptr, mean[c], scale[c], shift[c]);
-      store(of_x + i, scale[c] * g + (slope[c] * (value - mean[c]) + offset[c]));
+      const A value = static_cast<A>(x[i]);
+      const A g = through<false, kRelu, T>(static_cast<A>(grad[i]), value, nullptr, mean[c], scale[c], shift[c]);
+      of_x[i] = static_cast<T>(scale[c] * g + (slope[c] * (value - mean[c]) + offset[c]));
     }
 }
 

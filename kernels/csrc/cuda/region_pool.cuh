@@ -4,6 +4,7 @@
 // up to 16 bytes.
 #pragma once
 
+#include "cuda/pack.cuh"
 #include "region_sampling.h"
 
 namespace mcl::cuda {
@@ -11,11 +12,6 @@ namespace mcl::cuda {
 constexpr int kWarp = 32;
 constexpr int kThreads = 256;
 constexpr int kBlocks = 2;  // of one multiprocessor at least; more would make the compiler spill registers
-
-template <typename T, int VEC>
-struct alignas(sizeof(T) * VEC) Pack {
-  T value[VEC];
-};
 
 template <int VEC, bool DENSE, typename T>
 __device__ __forceinline__ Pack<T, VEC> load(const T* from, int64_t channel_stride) {

@@ -17,7 +17,6 @@ from mcl.budget.communication import LINKS, Links
 from mcl.config import Config
 from mcl.distributed.consensus import Consensus
 from mcl.models import MCL
-from mcl.models.norm import synchronize
 from mcl.train.step import TrainingStep
 from tests.conftest import ROOT, ThinBackbone
 from tests.mcl.ranks import in_ranks
@@ -63,9 +62,7 @@ def exchanged(cases: list[Config]) -> list[dict[str, list[int]]]:
     said = []
     for cfg in cases:
         with thin(cfg):
-            step = TrainingStep(
-                cfg, synchronize(MCL(cfg.model, cfg.montage, cfg.trainer.recompute), "cpu"), torch.device("cpu")
-            )
+            step = TrainingStep(cfg, MCL(cfg.model, cfg.montage, cfg.trainer.recompute), torch.device("cpu"))
         query, key = views(cfg, world=distributed.world_size())
         consensus = Consensus()
         for _ in range(2):
@@ -79,7 +76,7 @@ def exchanged(cases: list[Config]) -> list[dict[str, list[int]]]:
 
 @pytest.mark.parametrize("cases", [THIN, pytest.param([REAL], marks=pytest.mark.soak)], ids=["thin", "resnet18"])
 def test_calls_and_bytes_are_those_of_a_real_step(cases: list[Config]) -> None:
-    """Every single one, on CPUs; PyTorch's SyncBatchNorm, whose numbers the budget has for GPUs, does not run there."""
+    """Every single one."""
     buckets = []
     for sizes in in_ranks(2, exchanged, cases):
         for cfg, real in zip(cases, sizes, strict=True):
@@ -89,7 +86,7 @@ def test_calls_and_bytes_are_those_of_a_real_step(cases: list[Config]) -> None:
                     *(cfg.model, cfg.montage, cfg.images_per_rank(2) // accumulate, 2 * accumulate),
                     *(cfg.trainer.precision, cfg.trainer.recompute),
                 )
-            predicted = communication.exchanges(counted, accumulate, "cpu")
+            predicted = communication.exchanges(counted, accumulate)
             for operation in ("all-reduce", "all-gather"):
                 calls = [size for e in predicted if e.operation == operation for size in e.sizes]
                 assert sorted(calls) == sorted(real[operation]), (cfg, operation)
@@ -97,14 +94,18 @@ def test_calls_and_bytes_are_those_of_a_real_step(cases: list[Config]) -> None:
     assert max(buckets) >= 2
 
 
-def test_on_gpus_it_is_what_pytorchs_batchnorm_exchanges() -> None:
-    """2 C + 1 numbers of every process forward, 2 C backward, in fp32 and in fp64."""
-    norms = [count.Normalization(3, 4, True), count.Normalization(5, 4, False), count.Normalization(2, 8, True)]
+def test_all_groups_of_a_norm_go_together() -> None:
+    """2 C + 1 numbers of each forward, 2 C backward, in fp32 and in fp64."""
+    norms = [
+        count.Normalization(3, 1, 4, True),
+        count.Normalization(5, 2, 4, False),
+        count.Normalization(2, 3, 8, True),
+    ]
     counted = count.Count({}, {}, {}, {}, norms, [1000, 24], [64, 64])
-    targets, forward, backward, gradients, signals = communication.exchanges(counted, 2, "cuda")
+    targets, forward, backward, gradients, signals = communication.exchanges(counted, 2)
     assert (targets.operation, targets.sizes) == ("all-gather", [128, 128])
-    assert (forward.operation, forward.sizes) == ("all-gather", [28, 44, 40] * 2)
-    assert (backward.operation, backward.sizes) == ("all-reduce", [24, 32] * 2)
+    assert (forward.operation, forward.sizes) == ("all-gather", [28, 88, 120] * 2)
+    assert (backward.operation, backward.sizes) == ("all-reduce", [24, 96] * 2)
     assert (gradients.operation, gradients.sizes) == ("all-reduce", [1024])
     assert (signals.operation, signals.sizes) == ("all-reduce", [8])
 
@@ -139,7 +140,7 @@ def test_seconds_of_a_collective() -> None:
 def test_what_arithmetic_hides() -> None:
     """Gradients fit into backward but for the last bucket, or do not; BatchNorm is never hidden."""
     flops = {"backbone": 3 * 10**12, "loss": 10**12, "momentum network": 2 * 10**12}
-    norms = [count.Normalization(256, 4, True)]
+    norms = [count.Normalization(256, 1, 4, True)]
 
     def step(gradients: list[int], targets: int, share: float = 1.0) -> tuple[float, ...]:
         counted = count.Count(flops, {"backbone": 8 * 10**12}, {}, {}, norms, gradients, [targets])
@@ -178,9 +179,9 @@ def test_a_budget_says_what_many_gpus_cost(capsys: pytest.CaptureFixture[str]) -
         assert s["efficiency"] == pytest.approx(s["compute_s"] / (s["compute_s"] + s["exposed_s"]))
         assert s["exposed_s"] >= s["batchnorm_s"]
     documented = (ROOT / "mcl" / "budget" / "cost.py").read_text()
-    assert all(key in documented for key in [*said, *scales[0], *said["links"][0], *said["per_step"]["cuda"][0]])
+    assert all(key in documented for key in [*said, *scales[0], *said["links"][0], *said["per_step"][0]])
     text = show.tables(result)
-    assert re.search(r"gradients +all-reduce +\d+ +[\d.,]+ +all-reduce", text)
+    assert re.search(r"gradients +all-reduce +\d+ +[\d.,]+\n", text)
     assert re.search(r"H100, estimate +8 +64 +2,048 ", text)
     assert max(map(len, text.splitlines())) < 160
 
@@ -196,7 +197,7 @@ def test_links_are_published_ones_unless_given() -> None:
 
 def test_a_single_gpu_exchanges_nothing() -> None:
     said = budget(configure("trainer.global_batch=8"), gpus=1)
-    assert said["communication"]["per_step"] == {"cuda": [], "cpu": []}
+    assert said["communication"]["per_step"] == []
     assert said["communication"]["scales"] == []
     assert "communication" not in show.tables(said)
 

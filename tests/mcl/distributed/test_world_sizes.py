@@ -11,7 +11,6 @@ from dali_pipelines.batch import MontageBatch
 from mcl import distributed
 from mcl.config import Config
 from mcl.models import MCL
-from mcl.models.norm import synchronize
 from mcl.train.step import TrainingStep
 from tests.conftest import ThinBackbone
 from tests.fp64 import fast_convolutions
@@ -42,7 +41,7 @@ def train(cfg: Config, steps: int) -> dict[str, Any]:
     """Loss and gradient norm of every step, and everything that the model holds after them."""
     torch.manual_seed(0)
     with mock.patch("mcl.models.mcl.Backbone", TwoMaps):
-        model = synchronize(MCL(cfg.model, cfg.montage), "cpu")
+        model = MCL(cfg.model, cfg.montage)
     step = TrainingStep(cfg, model, torch.device("cpu"))
     losses, norms = [], []
     with fast_convolutions():

@@ -15,7 +15,6 @@ from dali_pipelines.batch import MontageBatch
 from dali_pipelines.geometry import Geometry
 from mcl import config
 from mcl.models import MCL
-from mcl.ops.batch_norm import serves
 from mcl.train.loss import contrast, total_loss
 from tests.conftest import ThinBackbone, random_view
 from tests.fp64 import fast_convolutions
@@ -159,7 +158,6 @@ class OneByOne(MCL):
         return [super(OneByOne, self).predictions([view])[0] for view in views]
 
 
-@pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize(
     ("backbone", "geometry", "images"),
     [
@@ -168,11 +166,8 @@ class OneByOne(MCL):
         ("resnet18", Geometry(cells=2, ratios=(1, 2), images_per_canvas=(1, 4)), 4),
     ],
 )
-def test_views_together_are_the_views_one_by_one(
-    backbone: str, geometry: Geometry, images: int, compiled: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Losses, gradients and running statistics, with and without the operator that normalises groups."""
-    monkeypatch.setattr("mcl.models.norm.serves", serves if compiled else lambda x: False)
+def test_views_together_are_the_views_one_by_one(backbone: str, geometry: Geometry, images: int) -> None:
+    """Losses, gradients and running statistics."""
     views = [random_view(geometry, images, seed, torch.float64) for seed in (1, 2)]
     views = [dataclasses.replace(view, query_counts=geometry.query_canvases(images)) for view in views]
     together, _ = models(backbone, geometry)

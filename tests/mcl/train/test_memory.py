@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.profiler import profile
 
 from mcl.config import Config
+from mcl.models.norm import BatchNorm
 from tests.step import FOUR_LEVELS, build, configure, views
 
 
@@ -54,8 +55,8 @@ def test_steady_steps_copy_what_is_known_and_keep_nothing() -> None:
     assert first.calls == second.calls  # of operators, allocations among them
 
     copies = second.copies()
-    # On a CPU a linear layer copies its bias to the output: two in each predictor, per view, and in both projectors.
-    assert copies.pop("aten::linear") == 2 * (2 * 2) + 2 * 2
+    # On a CPU a linear layer copies its bias to the output: two in each predictor and in both projectors.
+    assert copies.pop("aten::linear") == 2 * 2 + 2 * 2
     # The library's layout of a weight's gradient becomes ours, or our layout of a weight the library's.
     assert 0 < copies.pop("ConvolutionBackward0") <= second.calls["ConvolutionBackward0"]
     assert copies.pop("AvgPool2DBackward0") == 2  # one value per tile and channel
@@ -81,10 +82,10 @@ def out_of_order(cfg: Config) -> set[str]:
                 x.register_hook(functools.partial(note, f"{what}'s gradient", name))
 
     for name, module in step.model.named_modules():
-        if isinstance(module, nn.Conv2d | nn.BatchNorm2d):
+        if isinstance(module, nn.Conv2d | BatchNorm):
             module.register_forward_hook(functools.partial(watch, name))
     step(*views(cfg), lr=0.1, momentum=0.99)
-    assert min(watched.values()) > 100
+    assert min(watched.values()) > 50
     parameters = step.model.named_parameters()
     return found | {name for name, p in parameters if p.grad is not None and p.grad.stride() != p.stride()}
 

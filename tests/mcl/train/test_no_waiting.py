@@ -5,23 +5,29 @@ tensors that claim to be on a GPU, which sees copies between it and the host, to
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dali_pipelines.batch import MontageBatch
 from mcl import ops
 from mcl.config import Config
 from mcl.models import MCL
+from mcl.models.norm import BatchNorm
+from mcl.ops import fallback
 from mcl.records.meters import Meter
 from mcl.train import ema
 from mcl.train.optim import build_optimizer
 from mcl.train.step import TrainingStep
 from tests.mcl.detector import Detector, Waited
+from tests.mcl.ops.test_batch_norm import OPERATORS, arguments
 from tests.step import build, configure, views
 
 # ---------------------------------------------------------------------------------------------------- the detector
@@ -102,10 +108,10 @@ def check_whole_step(words: Sequence[str]) -> None:
     cfg = configure(*words)
     step = build(cfg)
     seen = step_under_watch(cfg, step).seen
+    passes = cfg.trainer.accumulate
+    norms = sum(isinstance(m, BatchNorm) for m in step.model.online.backbone.modules())
+    assert seen["mcl::batch_norm_backward_apply"] >= passes * norms
     matched = cfg.model.compute == "matched"
-    passes = cfg.trainer.accumulate * (1 if matched else 2)
-    norms = sum(isinstance(m, nn.BatchNorm2d) for m in step.model.online.backbone.modules())
-    assert seen["mcl::batch_norm_backward"] >= passes * norms
     assert seen["mcl::region_pool_backward"] == (passes if matched else 0)  # released cuts tiles by a reshape
     assert seen["aten::_foreach_norm"] == 1  # clipping
     operator = {"lars": "mcl::lars_", "sgd": "aten::_fused_sgd_", "adamw": "aten::_fused_adamw_"}[cfg.optim.name]
@@ -259,8 +265,20 @@ def pretended(view: MontageBatch, device: str) -> MontageBatch:
     return dataclasses.replace(view, **fakes)
 
 
+@pytest.fixture
+def processes(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Of a group that exchanges nothing."""
+    if request.param > 1:
+        dist.init_process_group("fake", rank=0, world_size=request.param, store=FakeStore())
+    yield request.param
+    if request.param > 1:
+        dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.distributed.all_gather_into_tensor:FutureWarning")
+@pytest.mark.parametrize("processes", [1, 8], indirect=True)
 @pytest.mark.parametrize("compute", ["matched", "released"])
-def test_forward_and_metrics_stay_on_the_device(compute: str) -> None:
+def test_forward_and_metrics_stay_on_the_device(compute: str, processes: int) -> None:
     """Without autocast, which needs a GPU; as backward does, which whole steps above have shown."""
     cfg = configure(f"model.compute={compute}")
     model = without_memory(cfg)
@@ -274,6 +292,8 @@ def test_forward_and_metrics_stay_on_the_device(compute: str) -> None:
             meter.add(0, output, output.loss.detach())
     assert output.loss.device.type == "cuda"
     assert detector.seen["mcl::region_pool"] == (2 if compute == "matched" else 0)  # of both networks
+    gathered = detector.seen["c10d::_allgather_base_"]
+    assert gathered == (0 if processes == 1 else 2 + detector.seen["mcl::batch_norm_apply"])  # 2 of targets
 
 
 def test_the_backward_of_regions_stays_on_the_device() -> None:
@@ -285,6 +305,20 @@ def test_the_backward_of_regions_stays_on_the_device() -> None:
         (found,) = torch.ops.mcl.region_pool_backward(grad, list(f.shape), [8.0], boxes, index, 0, True)
     assert (found.device.type, found.dtype, found.shape, found.stride()) == ("cuda", f.dtype, f.shape, f.stride())
     assert detector.seen["mcl::region_pool_backward"] == 1
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_norms_without_the_extension_stay_on_the_device(name: str) -> None:
+    """Each operator in PyTorch; results are as the fake kernels say."""
+    given = arguments(torch.bfloat16)[name]
+    with FakeTensorMode(), Detector("cuda"):
+        fakes = tree_map_only(
+            Tensor, lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda"), given
+        )
+        results = [getattr(fallback, name)(*fakes), getattr(torch.ops.mcl, name)(*fakes)]
+    found, expected = ([(t.shape, t.dtype, t.device, t.stride()) for t in tree_leaves(result)] for result in results)
+    assert found == expected
+    assert {t[2].type for t in found} == {"cuda"}
 
 
 @pytest.mark.usefixtures("thin_backbone")

@@ -3,7 +3,6 @@
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from typing import Any, TypeVar
 from unittest import mock
 
@@ -19,7 +18,6 @@ from mcl import distributed
 from mcl.config import Config, ConfigError
 from mcl.distributed import Gather
 from mcl.models import MCL, Output, backbones
-from mcl.models.norm import synchronize
 from mcl.train.step import TrainingStep
 from tests.conftest import ThinBackbone, view
 from tests.fp64 import fast_convolutions
@@ -168,20 +166,6 @@ def recompute_and_compare(backbone: str, precision: str, steps: int) -> None:
     assert same_bits(plain, again)
 
 
-def test_recomputing_agrees_with_pytorchs_synchronised_norm() -> None:
-    """Which GPUs have; without processes it computes on a CPU, too."""
-    backbone = backbones.Backbone("resnet18").train()
-    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    found = []
-    for recompute in (False, True):
-        copy = nn.SyncBatchNorm.convert_sync_batchnorm(deepcopy(backbone))
-        copy.recompute = recompute
-        copy(x)[0].square().sum().backward()
-        found.append({**dict(copy.named_buffers()), **{name: p.grad for name, p in copy.named_parameters()}})
-    assert found[0]["layer4.1.bn2.num_batches_tracked"] == 1
-    assert same_bits(*found)
-
-
 @pytest.mark.usefixtures("thin_backbone")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_images_of_half_precision_are_taken(precision: str) -> None:
@@ -314,12 +298,12 @@ def shared_step() -> dict[str, Any]:
         mock.patch(f"{TrainingStep.__module__}.DistributedDataParallel", Watched),
     ):
         torch.manual_seed(0)
-        model = synchronize(MCL(cfg.model, cfg.montage), "cpu")
+        model = MCL(cfg.model, cfg.montage)
         step = TrainingStep(cfg, model, torch.device("cpu"))
     model.register_forward_pre_hook(lambda *_: events.append("step"))
     model.online.register_forward_hook(lambda *_: events.append("online"))
     with (
-        mock.patch.object(dist, "all_gather_into_tensor", noting("gather", dist.all_gather_into_tensor)),
+        mock.patch.object(Gather, "__init__", noting("gather", Gather.__init__)),
         mock.patch.object(Gather, "wait", noting("wait", Gather.wait)),
     ):
         output, norm, gradients = still(step, views(cfg, 1 + 2 * distributed.rank(), world=2))

@@ -1,0 +1,80 @@
+// Checks and bookkeeping of batch_norm that do not depend on the device.
+//
+// Statistics are a tensor (groups, 2 C + 1): C means, C of what belongs to them, and the number of rows. What belongs
+// to a mean is the sum of squared distances from it in batch_norm_stats' result, which processes can add, and 1 /
+// standard deviation in that of batch_norm_combine.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+namespace mcl {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Counts = std::vector<int64_t>;
+
+// Rows (n, C) with their channels next to each other, which channels_last makes of maps; in groups.
+struct Rows {
+  int64_t channels;
+  std::vector<int64_t> first;  // row of each group; then their number
+
+  // counts: of the first dimension of x, per group.
+  Rows(const Tensor& x, const Counts& counts);
+  int64_t groups() const { return static_cast<int64_t>(first.size()) - 1; }
+  int64_t statistics() const { return 2 * channels + 1; }  // of a group
+};
+
+// Raises where a tensor has not the shape, dtype, device and layout of x, naming it.
+void check_like(const Tensor& t, const Tensor& x, const char* name);
+
+// Raises where a tensor of a size has not the dtype that x is computed in, naming it.
+void check_small(const std::optional<Tensor>& t, const Tensor& x, int64_t size, const char* name);
+
+// Checks what both directions are given besides maps.
+void check_apply(const Rows& all, const Tensor& x, const std::optional<Tensor>& weight,
+                 const std::optional<Tensor>& bias, const Tensor& statistics);
+
+// Checks what batch_norm_combine is given: (processes, groups, 2 C + 1).
+void check_combine(const Tensor& parts, const std::optional<Tensor>& running_mean,
+                   const std::optional<Tensor>& running_var, const std::optional<Tensor>& batches);
+
+// Uninitialised, of the dtype that x is computed in.
+Tensor empty_small(const Tensor& x, std::vector<int64_t> size);
+
+// Calls f(of the type of the elements, of the type that they are computed in).
+template <typename F>
+void dispatch_types(const Tensor& x, F&& f) {
+  switch (x.scalar_type()) {
+    case ScalarType::Double:
+      return f(double{}, double{});
+    case ScalarType::Float:
+      return f(float{}, float{});
+    case ScalarType::Half:
+      return f(torch::headeronly::Half{}, float{});
+    case ScalarType::BFloat16:
+      return f(torch::headeronly::BFloat16{}, float{});
+    default:
+      STD_TORCH_CHECK(false, "batch_norm: x must be float64, float32, float16 or bfloat16");
+  }
+}
+
+// Calls f with two conditions as constants.
+template <typename F>
+void dispatch_conditions(bool residual, bool relu, F&& f) {
+  using True = std::true_type;
+  using False = std::false_type;
+  if (residual) return relu ? f(True{}, True{}) : f(True{}, False{});
+  return relu ? f(False{}, True{}) : f(False{}, False{});
+}
+
+}  // namespace mcl

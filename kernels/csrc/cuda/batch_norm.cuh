@@ -1,0 +1,331 @@
+// BatchNorm on CUDA: kernels only. No launches, no torch, no headers of CUDA, so that they can be emulated.
+//
+// Maps are rows of channels that lie next to each other, VEC of which travel as one word of up to 16 bytes. A block
+// works on a part of one group's rows and on a tile of channels: `lanes` threads stand side by side along the channels,
+// and the others go down the rows. Sums of parts go to memory, and another kernel adds them in their order: no atomics,
+// and equal bits every time, on every GPU.
+#pragma once
+
+#include <algorithm>
+#include <bit>
+
+#include "batch_norm_math.h"
+#include "cuda/pack.cuh"
+
+namespace mcl::cuda {
+
+constexpr int kNormThreads = 256;
+constexpr int kNormBlocks = 2;       // of one multiprocessor at least
+constexpr int kMaxGroups = 64;       // they travel with the kernel's arguments
+constexpr int kRowsPerThread = 16;   // at least, where there are as many
+constexpr int kBlocksOfGrid = 1024;  // about
+constexpr int kFinishLanes = 32;     // channels of a block that adds parts
+constexpr int kCombineThreads = 64;
+
+struct NormRows {
+  int64_t first[kMaxGroups + 1];  // row of each group; then their number
+  int groups, channels, parts, lanes, tiles;
+
+  // The rows of a part of a group, which may be none.
+  __device__ __forceinline__ int64_t begin(int group, int part) const {
+    const int64_t rows = first[group + 1] - first[group], step = (rows + parts - 1) / parts;
+    return first[group] + min(rows, part * step);
+  }
+  __device__ __forceinline__ int64_t number(int group, int part) const {
+    return begin(group, part + 1) - begin(group, part);
+  }
+};
+
+// first: groups + 1 rows. It depends on nothing of a GPU, and so do not the sums.
+inline NormRows make_rows(const int64_t* first, int groups, int channels, int vector) {
+  NormRows rows{};
+  int64_t longest = 0;
+  for (int g = 0; g <= groups; ++g) {
+    rows.first[g] = first[g];
+    if (g > 0) longest = std::max(longest, first[g] - first[g - 1]);
+  }
+  const unsigned words = static_cast<unsigned>(channels / vector);
+  rows.groups = groups;
+  rows.channels = channels;
+  rows.lanes = static_cast<int>(std::min(std::bit_ceil(words), 32u));
+  rows.tiles = static_cast<int>((words + rows.lanes - 1) / rows.lanes);
+  const int64_t per_part = kNormThreads / rows.lanes * kRowsPerThread;
+  const int64_t most = std::max(1, kBlocksOfGrid / (rows.tiles * groups));
+  rows.parts = static_cast<int>(std::clamp<int64_t>((longest + per_part - 1) / per_part, 1, most));
+  return rows;
+}
+
+// Where a thread works. Grid: (parts, tiles, groups). Block: kNormThreads.
+struct Place {
+  int group, lane, slot, slots, channel;
+  int64_t begin, end;
+  bool active;
+
+  __device__ __forceinline__ Place(const NormRows& rows, int vector)
+      : group(blockIdx.z),
+        lane(threadIdx.x % rows.lanes),
+        slot(threadIdx.x / rows.lanes),
+        slots(kNormThreads / rows.lanes),
+        channel((blockIdx.y * rows.lanes + lane) * vector),
+        begin(rows.begin(group, blockIdx.x)),
+        end(rows.begin(group, blockIdx.x + 1)),
+        active(channel < rows.channels) {}
+
+  // Calls f(index of the thread's first channel) for its rows.
+  template <typename F>
+  __device__ __forceinline__ void for_each_row(const NormRows& rows, const F& f) const {
+#pragma unroll 4
+    for (int64_t r = begin + slot; r < end; r += slots) f(r * rows.channels + channel);
+  }
+};
+
+template <int VEC, typename T>
+__device__ __forceinline__ Pack<T, VEC> load_pack(const T* from) {
+  return *reinterpret_cast<const Pack<T, VEC>*>(from);
+}
+
+template <int VEC, typename T>
+__device__ __forceinline__ void store_pack(T* to, const Pack<T, VEC>& pack) {
+  *reinterpret_cast<Pack<T, VEC>*>(to) = pack;
+}
+
+// What normalises the channels of a thread: (x - mean) * scale + shift.
+template <typename A, int VEC>
+struct Affines {
+  A mean[VEC], scale[VEC], shift[VEC];
+
+  __device__ __forceinline__ Affines(const NormRows& rows, const Place& at, const A* statistics, const A* weight,
+                                     const A* bias) {
+    const A* own = statistics + at.group * (2 * int64_t(rows.channels) + 1) + at.channel;
+    for (int v = 0; v < VEC; ++v) {
+      mean[v] = own[v];
+      scale[v] = own[rows.channels + v] * (weight == nullptr ? A(1) : weight[at.channel + v]);
+      shift[v] = bias == nullptr ? A(0) : bias[at.channel + v];
+    }
+  }
+  __device__ __forceinline__ A operator()(A x, int v) const { return (x - mean[v]) * scale[v] + shift[v]; }
+};
+
+// Adds each of N values over the slots of the block, for its slot 0, in one order. Block: kNormThreads.
+template <typename A, int N>
+__device__ __forceinline__ void add_slots(const Place& at, A (&values)[N]) {
+  __shared__ A sums[N][kNormThreads];
+  for (int i = 0; i < N; ++i) sums[i][threadIdx.x] = values[i];
+  __syncthreads();  // all values are there
+  for (int half = kNormThreads / 2; half >= kNormThreads / at.slots; half /= 2) {
+    if (static_cast<int>(threadIdx.x) < half)
+      for (int i = 0; i < N; ++i) sums[i][threadIdx.x] += sums[i][threadIdx.x + half];
+    __syncthreads();
+  }
+  for (int i = 0; i < N; ++i) values[i] = sums[i][threadIdx.x];
+}
+
+// Means and squares of every part: partials (parts, groups, 2, channels).
+//
+// Distances are from the part's first row, which is among the values: so no digits are lost where they lie far from 0.
+template <typename T, typename A, int VEC>
+__global__ void __launch_bounds__(kNormThreads, kNormBlocks)
+    batch_norm_partials(NormRows rows, const T* __restrict__ x, A* __restrict__ partials) {
+  const Place at(rows, VEC);
+  if (at.begin == at.end) return;
+  A origin[VEC] = {}, sums[2 * VEC] = {};
+  if (at.active) {
+    const auto first = load_pack<VEC>(x + at.begin * rows.channels + at.channel);
+    for (int v = 0; v < VEC; ++v) origin[v] = static_cast<A>(first.value[v]);
+    at.for_each_row(rows, [&](int64_t i) {
+      const auto pack = load_pack<VEC>(x + i);
+      for (int v = 0; v < VEC; ++v) {
+        const A distance = static_cast<A>(pack.value[v]) - origin[v];
+        sums[v] += distance;
+        sums[VEC + v] += distance * distance;
+      }
+    });
+  }
+  add_slots(at, sums);
+  if (!at.active || at.slot != 0) return;
+  A* to = partials + (int64_t(blockIdx.x) * rows.groups + at.group) * 2 * rows.channels + at.channel;
+  const A number = static_cast<A>(at.end - at.begin);
+  for (int v = 0; v < VEC; ++v) {
+    const A shift = sums[v] / number, squares = sums[VEC + v] - sums[v] * shift;
+    to[v] = origin[v] + shift;
+    to[rows.channels + v] = squares < A(0) ? A(0) : squares;  // NaN stays
+  }
+}
+
+// Sum over the threads that have the same channel. Block: kNormThreads.
+__device__ __forceinline__ double add_finish(double x) {
+  __shared__ double sums[kNormThreads];
+  sums[threadIdx.x] = x;
+  __syncthreads();  // all sums are there
+  double total = 0;
+  for (int i = threadIdx.x % kFinishLanes; i < kNormThreads; i += kFinishLanes) total += sums[i];
+  __syncthreads();  // the next call may write
+  return total;
+}
+
+// statistics[g] = means, squares and number of rows of group g. Grid: (tiles of kFinishLanes channels, groups).
+template <typename A>
+__global__ void __launch_bounds__(kNormThreads, kNormBlocks)
+    batch_norm_merge(NormRows rows, const A* __restrict__ partials, A* __restrict__ statistics) {
+  const int group = blockIdx.y, slot = threadIdx.x / kFinishLanes, slots = kNormThreads / kFinishLanes;
+  const int c = blockIdx.x * kFinishLanes + threadIdx.x % kFinishLanes;
+  const bool active = c < rows.channels;
+  const double all = static_cast<double>(rows.first[group + 1] - rows.first[group]);
+  const auto over_parts = [&](const auto& of_part) {
+    double sum = 0;
+    for (int p = slot; active && p < rows.parts; p += slots) {
+      const int64_t number = rows.number(group, p);
+      const A* part = partials + (int64_t(p) * rows.groups + group) * 2 * rows.channels + c;
+      if (number > 0) sum += of_part(static_cast<double>(number), double(part[0]), double(part[rows.channels]));
+    }
+    return add_finish(sum);
+  };
+  const double mean = over_parts([](double number, double of_part, double) { return number * of_part; }) / all;
+  const double squares = over_parts([&](double number, double of_part, double spread) {
+    return spread + number * (of_part - mean) * (of_part - mean);
+  });
+  if (!active || slot != 0) return;
+  A* to = statistics + group * (2 * int64_t(rows.channels) + 1);
+  to[c] = static_cast<A>(mean);
+  to[rows.channels + c] = static_cast<A>(squares);
+  if (c == 0) to[2 * rows.channels] = static_cast<A>(all);
+}
+
+// Statistics over processes, and running ones; see batch_norm_math.h. Grid: any, one block where momentum is negative.
+// Block: kCombineThreads.
+template <typename A>
+__global__ void __launch_bounds__(kCombineThreads)
+    batch_norm_combine(const A* parts, int processes, int groups, int channels, A* running_mean, A* running_var,
+                       int64_t* batches, double momentum, double eps, A* statistics) {
+  const Tracking tracking{batches, momentum};
+  for (int c = blockIdx.x * kCombineThreads + threadIdx.x; c < channels; c += gridDim.x * kCombineThreads)
+    combine(parts, processes, groups, channels, c, running_mean, running_var, tracking, eps, statistics);
+  __syncthreads();  // all have read it
+  if (batches != nullptr && blockIdx.x == 0 && threadIdx.x == 0) *batches += groups;
+}
+
+// y = relu(affine(x) + residual), either part if wanted; residual may be null.
+template <typename T, typename A, int VEC>
+__global__ void __launch_bounds__(kNormThreads, kNormBlocks)
+    batch_norm_apply(NormRows rows, const T* __restrict__ x, const T* __restrict__ residual, const A* statistics,
+                     const A* weight, const A* bias, bool relu, T* __restrict__ y) {
+  const Place at(rows, VEC);
+  if (!at.active) return;
+  const Affines<A, VEC> affine(rows, at, statistics, weight, bias);
+  at.for_each_row(rows, [&](int64_t i) {
+    auto pack = load_pack<VEC>(x + i);
+    Pack<T, VEC> added;
+    if (residual != nullptr) added = load_pack<VEC>(residual + i);
+    for (int v = 0; v < VEC; ++v) {
+      A value = affine(static_cast<A>(pack.value[v]), v);
+      if (residual != nullptr) value += static_cast<A>(added.value[v]);
+      if (relu && value < A(0)) value = A(0);  // NaN stays
+      pack.value[v] = static_cast<T>(value);
+    }
+    store_pack<VEC>(y + i, pack);
+  });
+}
+
+// Sums of every part, of the gradient that ReLU lets through and of it times (x - mean): partials as above. ReLU is
+// judged by y where it is given, and `passed` is written; else by x, if `relu`.
+template <typename T, typename A, int VEC>
+__global__ void __launch_bounds__(kNormThreads, kNormBlocks)
+    batch_norm_gradient_partials(NormRows rows, const T* __restrict__ grad, const T* __restrict__ x,
+                                 const T* __restrict__ y, const A* statistics, const A* weight, const A* bias,
+                                 bool relu, T* __restrict__ passed, A* __restrict__ partials) {
+  const Place at(rows, VEC);
+  if (at.begin == at.end) return;
+  A sums[2 * VEC] = {};
+  if (at.active) {
+    const Affines<A, VEC> affine(rows, at, statistics, weight, bias);
+    at.for_each_row(rows, [&](int64_t i) {
+      auto gradient = load_pack<VEC>(grad + i);
+      const auto pack = load_pack<VEC>(x + i);
+      if (y != nullptr) {
+        const auto output = load_pack<VEC>(y + i);
+        for (int v = 0; v < VEC; ++v)
+          if (static_cast<A>(output.value[v]) <= A(0)) gradient.value[v] = static_cast<T>(0.0f);
+        store_pack<VEC>(passed + i, gradient);
+      }
+      for (int v = 0; v < VEC; ++v) {
+        const A value = static_cast<A>(pack.value[v]);
+        const bool stopped = relu && affine(value, v) <= A(0);
+        const A through = stopped ? A(0) : static_cast<A>(gradient.value[v]);
+        sums[v] += through;
+        sums[VEC + v] += through * (value - affine.mean[v]);
+      }
+    });
+  }
+  add_slots(at, sums);
+  if (!at.active || at.slot != 0) return;
+  A* to = partials + (int64_t(blockIdx.x) * rows.groups + at.group) * 2 * rows.channels + at.channel;
+  for (int v = 0; v < VEC; ++v) {
+    to[v] = sums[v];
+    to[rows.channels + v] = sums[VEC + v];
+  }
+}
+
+// sums (2, groups, channels) of the gradient and of it times the normalised x; parameters (2, channels): over groups.
+// Grid: tiles of kFinishLanes channels.
+template <typename A>
+__global__ void __launch_bounds__(kNormThreads, kNormBlocks)
+    batch_norm_gradient_sums(NormRows rows, const A* __restrict__ partials, const A* statistics, A* __restrict__ sums,
+                             A* __restrict__ parameters) {
+  const int slot = threadIdx.x / kFinishLanes, slots = kNormThreads / kFinishLanes;
+  const int c = blockIdx.x * kFinishLanes + threadIdx.x % kFinishLanes;
+  const bool active = c < rows.channels;
+  double of_bias = 0, of_weight = 0;
+  for (int g = 0; g < rows.groups; ++g) {
+    double plain = 0, weighted = 0;
+    for (int p = slot; active && p < rows.parts; p += slots) {
+      const A* part = partials + (int64_t(p) * rows.groups + g) * 2 * rows.channels + c;
+      if (rows.number(g, p) == 0) continue;
+      plain += part[0];
+      weighted += part[rows.channels];
+    }
+    plain = add_finish(plain);
+    weighted = add_finish(weighted);
+    if (!active || slot != 0) continue;
+    weighted *= statistics[g * (2 * int64_t(rows.channels) + 1) + rows.channels + c];
+    sums[int64_t(g) * rows.channels + c] = static_cast<A>(plain);
+    sums[int64_t(rows.groups + g) * rows.channels + c] = static_cast<A>(weighted);
+    of_bias += plain;
+    of_weight += weighted;
+  }
+  if (!active || slot != 0) return;
+  parameters[c] = static_cast<A>(of_bias);
+  parameters[rows.channels + c] = static_cast<A>(of_weight);
+}
+
+// Gradient of x, from the sums over all processes.
+template <typename T, typename A, int VEC>
+__global__ void __launch_bounds__(kNormThreads, kNormBlocks)
+    batch_norm_gradient(NormRows rows, const T* __restrict__ grad, const T* __restrict__ x, const A* statistics,
+                        const A* weight, const A* bias, const A* sums, bool relu, T* __restrict__ of_x) {
+  const Place at(rows, VEC);
+  if (!at.active) return;
+  const Affines<A, VEC> affine(rows, at, statistics, weight, bias);
+  A slope[VEC], offset[VEC];
+  const int64_t size = 2 * int64_t(rows.channels) + 1;
+  const A all = statistics[at.group * size + 2 * rows.channels];
+  for (int v = 0; v < VEC; ++v) {
+    const int64_t c = at.channel + v;
+    const A share = affine.scale[v] / all;
+    const A inverse = statistics[at.group * size + rows.channels + c];
+    slope[v] = -share * inverse * sums[int64_t(rows.groups + at.group) * rows.channels + c];
+    offset[v] = -share * sums[int64_t(at.group) * rows.channels + c];
+  }
+  at.for_each_row(rows, [&](int64_t i) {
+    const auto gradient = load_pack<VEC>(grad + i);
+    auto pack = load_pack<VEC>(x + i);
+    for (int v = 0; v < VEC; ++v) {
+      const A value = static_cast<A>(pack.value[v]);
+      const bool stopped = relu && affine(value, v) <= A(0);
+      const A through = stopped ? A(0) : static_cast<A>(gradient.value[v]);
+      pack.value[v] = static_cast<T>(affine.scale[v] * through + (slope[v] * (value - affine.mean[v]) + offset[v]));
+    }
+    store_pack<VEC>(of_x + i, pack);
+  });
+}
+
+}  // namespace mcl::cuda

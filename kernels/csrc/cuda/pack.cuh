@@ -1,0 +1,11 @@
+// Elements that travel as one word.
+#pragma once
+
+namespace mcl::cuda {
+
+template <typename T, int VEC>
+struct alignas(sizeof(T) * VEC) Pack {
+  T value[VEC];
+};
+
+}  // namespace mcl::cuda
