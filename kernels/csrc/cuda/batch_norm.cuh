@@ -36,7 +36,7 @@ struct NormRows {
   }
 };
 
-// first: groups + 1 rows. It depends on nothing of a GPU, and so do not the sums.
+// first: groups + 1 rows. Nothing of it depends on the GPU.
 inline NormRows make_rows(const int64_t* first, int groups, int channels, int vector) {
   NormRows rows{};
   int64_t longest = 0;
