@@ -3,7 +3,7 @@
 // Maps are rows of channels that lie next to each other, VEC of which travel as one word of up to 16 bytes. A block
 // works on a part of one group's rows and on a tile of channels: `lanes` threads stand side by side along the channels,
 // and the others go down the rows. Sums of parts go to memory, and another kernel adds them in their order: no atomics,
-// and equal bits every time, on every GPU.
+// and equal bits every time.
 #pragma once
 
 #include <algorithm>
@@ -36,7 +36,7 @@ struct NormRows {
   }
 };
 
-// first: groups + 1 rows. It depends on nothing of a GPU, and so do not the sums.
+// first: groups + 1 rows. Nothing of it depends on the GPU.
 inline NormRows make_rows(const int64_t* first, int groups, int channels, int vector) {
   NormRows rows{};
   int64_t longest = 0;
