@@ -26,7 +26,7 @@ from benchmarks.common import ROOT
 from benchmarks.transfer_protocol import Protocol, ProtocolError, Work
 from dali_pipelines.source import open_source
 from mcl.budget import count
-from mcl.config import Config
+from mcl.config import Config, to_dict
 from mcl.export import files
 from mcl.export.mmdet import rename
 from mcl.models.backbones import Backbone
@@ -184,7 +184,7 @@ def train(learner: Supervised | MoCo, work: Work, seed: int, folder: Path) -> li
     optimizer = build_optimizer(optim, learner)
     parameters = [p for p in learner.parameters() if p.requires_grad]
     per_epoch, losses = len(photos) // batch, list[float]()
-    state = checkpoint.latest(folder / "checkpoints")
+    state = checkpoint.latest(folder / "checkpoints", {"optimizer": dict, "losses": list})
     if state is not None:
         for name, tensor in tensors(learner).items():
             tensor.copy_(state["model"][name])
@@ -207,8 +207,9 @@ def train(learner: Supervised | MoCo, work: Work, seed: int, folder: Path) -> li
             raise FloatingPointError(f"{folder}: the loss of epoch {epoch} is not finite; lower optim.base_lr")
         losses.append(total / per_epoch)
         print(f"epoch {epoch + 1} of {epochs}: loss {losses[-1]:.4f}", flush=True)
-        state = {"model": tensors(learner), "optimizer": optimizer.state_dict(), "losses": losses}
-        checkpoint.save(folder / "checkpoints", {"step": len(losses) * per_epoch, **state}, keep=2)
+        state = {"config": to_dict(config), "step": len(losses) * per_epoch, "model": tensors(learner)}
+        state |= {"optimizer": optimizer.state_dict(), "losses": losses}
+        checkpoint.save(folder / "checkpoints", state, keep=2)
     weights = {str(rename(f"backbone.body.{k}", 0)): v for k, v in learner.backbone.state_dict().items()}
     source = folder / "checkpoints" / checkpoint.LAST
     files.write(folder / WEIGHTS, source, lambda file: files.save_openmmlab(weights, {}, file))

@@ -106,8 +106,12 @@ def load(path: str | Path) -> dict[str, Any]:
     return state
 
 
-def latest(folder: Path) -> dict[str, Any] | None:
+def latest(folder: Path, needed: Mapping[str, type] = _TO_RESUME) -> dict[str, Any] | None:
     """The newest checkpoint that a run can be resumed from; others are skipped with a warning. None if there is none.
+
+    Args:
+        folder: of the checkpoints.
+        needed: entries that it must have, and their types.
 
     Raises:
         CheckpointError: there are checkpoints, and none can be read.
@@ -116,7 +120,7 @@ def latest(folder: Path) -> dict[str, Any] | None:
     for path in reversed(files):
         try:
             state = load(path)
-            if not _holds(state, _TO_RESUME):
+            if not _holds(state, needed):
                 raise CheckpointError(
                     f"{path}: holds no more than weights; start a new run with trainer.init_from={path}"
                 )

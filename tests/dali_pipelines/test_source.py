@@ -378,7 +378,7 @@ def test_headers_tell_orientation_and_upright_size(picture: Image.Image, kind: s
         file.seek(0)
         found = source.read_header(file)
         assert not isinstance(found, str)
-        assert (found.format, found.mode, found.size) == (kind, "RGB", (64, 48))
+        assert found.size == (64, 48)
         assert found.orientation == max(orientation, 1)
         with Image.open(file) as image:
             assert found.upright == ImageOps.exif_transpose(image).size
