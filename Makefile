@@ -14,7 +14,7 @@ MINUTES ?= 5
 
 help:
 	@echo "make demo    pre-train on the photographs of this repository (2 minutes on two cores)"
-	@echo "make test    run the tests (4 minutes on two cores; the first time make mmdet, too)"
+	@echo "make test    run the tests (6 minutes on two cores; the first time make mmdet, too)"
 	@echo "make soak    run the long tests"
 	@echo "make fuzz    feed damaged files to all that reads files, for five minutes or MINUTES=..."
 	@echo "make check   ruff, mypy and clang-format"
