@@ -22,7 +22,7 @@ from dali_pipelines.source.index import Image, Index, Int64s, Progress
 Kind = Literal["auto", "folders", "flat", "list", "coco", "webdataset", "tfrecord"]
 SHARDS = ("webdataset", "tfrecord")
 
-_CHUNK = 64  # files that a thread reads at a time
+CHUNK = 64  # files that a thread reads at a time
 _HEADER = 1 << 14  # bytes of a file fetched at a time for its header
 _MOST_CLASSES = 100_000  # beyond, integers are names (dates, perhaps) and no class numbers
 
@@ -175,8 +175,8 @@ def _open(
             return [Image("", 0, size, -1, read_header(file))]
 
     paths = tuple(name if name.startswith("/") or is_remote(name) else f"{base}/{name}" for name in names)
-    stamps = _stamps(files, paths, threads)
-    table = place.update(names, paths, stamps, scan, threads=threads, chunk=_CHUNK, progress=progress)
+    stamps = stamps_of(files, paths, threads)
+    table = place.update(names, paths, stamps, scan, threads=threads, chunk=CHUNK, progress=progress)
     labels, numbered = _number(classes)
     by_pillow = table.entries["by_pillow"].copy()
     return Source(
@@ -199,7 +199,7 @@ def _open_shards(
 ) -> Source:
     found = shards.find_shards(files, path, kind)
     paths = [f"{files.base}/{name}" for name in found]
-    stamps = _stamps(files, paths, threads)
+    stamps = stamps_of(files, paths, threads)
     missing = [paths[i] for i in np.flatnonzero((stamps == MISSING).all(1))]
     if missing:
         raise SourceError(f"{missing[0]} does not exist ({len(missing)} of {len(paths)} shards of {root})")
@@ -273,9 +273,9 @@ def _recognise(root: str, found: str, files: Files, annotations: str) -> str:
     return "list"
 
 
-def _stamps(files: Files, paths: Sequence[str], threads: int) -> Int64s:
-    """(f, 2)"""
-    chunks = [paths[i : i + _CHUNK] for i in range(0, len(paths), _CHUNK)]
+def stamps_of(files: Files, paths: Sequence[str], threads: int) -> Int64s:
+    """(f, 2) time and size of every file, by which it is told whether it has changed."""
+    chunks = [paths[i : i + CHUNK] for i in range(0, len(paths), CHUNK)]
     with ThreadPoolExecutor(threads) as pool:
         stamps = pool.map(lambda chunk: np.array(list(map(files.stamp, chunk)), np.int64), chunks)
         return np.concatenate([np.zeros((0, 2), np.int64), *stamps])

@@ -6,7 +6,6 @@ width, height, boxes and masks of annotations are those of the turned image. Pre
 
 import functools
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +14,11 @@ from dali_pipelines.source import SourceError
 from dali_pipelines.source.files import MISSING, Local
 from dali_pipelines.source.headers import Header, read_header
 from dali_pipelines.source.index import Image, Index
+from dali_pipelines.source.source import CHUNK, stamps_of
 from mcl.finetune.console import shown
 from mcl.records.metrics import log
 
 _THREADS = 16
-_CHUNK = 64  # files that a thread takes at a time
 _UPRIGHT = 1
 _RULE = "fine-tuning turns images as their EXIF orientation says, pre-training does not"
 
@@ -49,9 +48,7 @@ def check(
         SourceError: an image is missing, has another size, or too many cannot be read.
     """
     files, paths = Local(str(folder)), [str(folder / name) for name in names]
-    chunks = [paths[i : i + _CHUNK] for i in range(0, len(paths), _CHUNK)]
-    with ThreadPoolExecutor(_THREADS) as pool:
-        stamps = np.concatenate(list(pool.map(lambda chunk: np.array(list(map(files.stamp, chunk)), np.int64), chunks)))
+    stamps = stamps_of(files, paths, _THREADS)
     if missing := np.flatnonzero((stamps == MISSING).all(1)).tolist():
         raise SourceError(
             f"{paths[missing[0]]} is missing, and {len(missing) - 1} more images that {annotations} names"
@@ -60,7 +57,7 @@ def check(
     scan = functools.partial(_scan, decode=decode)
     with shown(f"{'decoding' if decode else 'reading headers of'} {folder}", "images") as show:
         table = place.update(
-            paths, paths, stamps, scan, threads=_THREADS, chunk=_CHUNK, progress=lambda done, of, images: show(done, of)
+            paths, paths, stamps, scan, threads=_THREADS, chunk=CHUNK, progress=lambda done, of, images: show(done, of)
         )
     wrong = np.flatnonzero((table.sizes != np.array(sizes)).any(1) & (table.sizes > 0).all(1)).tolist()
     orientations = table.entries["label"]  # by _scan

@@ -8,7 +8,10 @@ import pytest
 
 from tests.conftest import ROOT
 
-pytestmark = [pytest.mark.soak, pytest.mark.skipif(sys.version_info >= (3, 14), reason="atheris needs CPython 3.13")]
+pytestmark = [
+    pytest.mark.soak,
+    pytest.mark.skipif(sys.version_info >= (3, 14), reason="atheris has no release for CPython 3.14"),
+]
 
 PLANTED = """
 import ctypes, sqlite3

@@ -9,24 +9,12 @@
 #include "check.h"
 #include "cpu/batch_norm_kernel.h"
 #include "cuda/batch_norm.cuh"
+#include "types.h"
 
 namespace {
 
 using namespace mcl;
 using cuda::kNormThreads;
-
-// Largest error of a result, relative to what is rounded to T.
-template <typename T>
-constexpr double kTolerance = 1e-12;
-template <>
-constexpr double kTolerance<float> = 1e-5;
-template <>
-constexpr double kTolerance<c10::Half> = 2e-3;
-template <>
-constexpr double kTolerance<c10::BFloat16> = 1.6e-2;
-
-template <typename T>
-using Accumulate = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 template <typename To, typename From>
 std::vector<To> convert_all(const std::vector<From>& from) {

@@ -9,23 +9,11 @@
 #include "check.h"
 #include "cpu/region_pool_kernel.h"
 #include "cuda/region_pool.cuh"
+#include "types.h"
 
 namespace {
 
 using namespace mcl;
-
-// Largest error of a result, relative to what is rounded to T.
-template <typename T>
-constexpr double kTolerance = 1e-12;
-template <>
-constexpr double kTolerance<float> = 1e-5;
-template <>
-constexpr double kTolerance<c10::Half> = 2e-3;
-template <>
-constexpr double kTolerance<c10::BFloat16> = 1.6e-2;
-
-template <typename T>
-using Accumulate = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 struct Shape {
   int rows, height, width;
