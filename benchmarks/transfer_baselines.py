@@ -27,8 +27,8 @@ from benchmarks.transfer_protocol import Protocol, ProtocolError, Work
 from dali_pipelines.source import open_source
 from mcl.budget import count
 from mcl.config import Config, to_dict
-from mcl.export import files
-from mcl.export.mmdet import rename
+from mcl.exporters import files
+from mcl.exporters.mmdet import rename
 from mcl.models.backbones import Backbone
 from mcl.train import checkpoint
 from mcl.train.optim import build_optimizer, learning_rate, set_learning_rate

@@ -67,7 +67,7 @@ class Protocol:
     """Of the embedding."""
     detection: str = "data/cutouts"
     """COCO-format folder, to fine-tune on."""
-    detector: str = "configs/finetune/mask_rcnn_r18_fpn_mini.py"
+    detector: str = "mcl/finetune/configs/mask_rcnn_r18_fpn_mini.py"
     finetuning: tuple[str, ...] = (
         "train_cfg.max_iters=1200",
         "train_cfg.val_interval=400",

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from mcl import __version__, signals
-from mcl.config import ConfigError, all_keys
+from mcl.config import DETECTORS, PRESETS, ConfigError, all_keys
 
 TARGETS = ["mmdet", "mmdet-retinanet", "mmpretrain", "detectron2", "torchvision", "torchvision-detection", "timm"]
-"""Those of :data:`mcl.export.TARGETS`, which takes seconds to import."""
+"""Those of :data:`mcl.exporters.TARGETS`, which takes seconds to import."""
 
 _STOPPING = "stopping; in training after this step, with a checkpoint; a second signal ends at once\n"
 
@@ -36,12 +36,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"unrecognized arguments: {' '.join(words)}{hint}")
     if words:
         options.overrides += words
-    first = os.environ.get("RANK", "0") == "0" and options.verb in ("pretrain", "finetune")
+    worker = os.environ.get("TORCHELASTIC_RUN_ID", "").startswith("mcl-")  # what it has to say, the launcher says
+    first = os.environ.get("RANK", "0") == "0" and options.verb in ("pretrain", "finetune") and not worker
     try:
         _prepare()
         with signals.a_second_one_ends(_STOPPING if first else ""):
             for text in options.run(options):
                 _print(text)
+    except signals.Interrupted as stop:
+        sys.exit(stop.code)
     except KeyboardInterrupt:
         print(f"mcl {options.verb}: interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
@@ -55,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             message = f"{error.filename}: {error.strerror}"
         else:
             raise
-        print(f"mcl {options.verb}: error: {message}", file=sys.stderr)
+        if not worker:
+            print(f"mcl {options.verb}: error: {message}", file=sys.stderr)
         sys.exit(getattr(error, "exit_code", 2))
 
 
@@ -160,7 +164,9 @@ def _parser() -> argparse.ArgumentParser:
         "train a detector in MMDetection",
         description="Trains a detector from given weights, or continues the run of that name. Writes output/name/.",
     )
-    finetune.add_argument("config", type=Path, help="Python file, e.g. configs/finetune/mask_rcnn_r50_fpn_1x.py")
+    finetune.add_argument(
+        "config", type=Path, help="Python file, or the name of one of mcl's, such as mask_rcnn_r50_fpn_1x"
+    )
     add_overrides(finetune, "keys of that file, e.g. weights=runs/mcl/checkpoints/last.pt data.root=FOLDER name=NAME")
 
     preview = verb("preview", _preview, "draw a step's montages, and a checkpoint's feature maps")
@@ -196,6 +202,13 @@ def _parser() -> argparse.ArgumentParser:
     budget.add_argument("--json", action="store_true", help="print JSON, and nothing else")
     budget.add_argument("--plot", type=Path, metavar="FILE.png", help="picture to write")
 
+    verb("presets", _presets, "list the configurations that are known by their names")
+
+    config = verb("config", _config, "print a configuration with all of its keys")
+    config.add_argument("config", type=Path, nargs="?", help="preset or YAML file")
+    add_overrides(config, "e.g. trainer.epochs=10")
+    config.add_argument("--schema", action="store_true", help="print the JSON schema of all keys, for editors")
+
     verb("doctor", _doctor, "what is installed, what is used, and why")
     return parser
 
@@ -225,7 +238,7 @@ def _type_name(kind: Any) -> str:
 def _pretrain(options: argparse.Namespace) -> Iterable[str]:
     from mcl import commands, config
 
-    commands.pretrain(config.load(options.config, options.overrides))
+    commands.run(config.load(options.config, options.overrides))
     return ()
 
 
@@ -236,7 +249,7 @@ def _evaluate(options: argparse.Namespace) -> Iterable[str]:
 
 
 def _export(options: argparse.Namespace) -> Iterable[object]:
-    from mcl.export import export
+    from mcl.exporters import export
 
     yield export(
         options.checkpoint,
@@ -250,7 +263,7 @@ def _export(options: argparse.Namespace) -> Iterable[object]:
 
 
 def _import(options: argparse.Namespace) -> Iterable[object]:
-    from mcl.export import openselfsup
+    from mcl.exporters import openselfsup
 
     yield openselfsup.import_file(options.file, options.output or options.file.with_suffix(".mcl.pt"))
 
@@ -263,7 +276,7 @@ def _finetune(options: argparse.Namespace) -> Iterable[str]:
 
     with distributed.naming_peers():
         table = record(finetune)(options.config, options.overrides) or ""
-    if distributed.rank() == 0:
+    if distributed.rank() == 0 and table:
         yield table.rstrip()
 
 
@@ -290,6 +303,27 @@ def _budget(options: argparse.Namespace) -> Iterable[str]:
     yield json.dumps(result, indent=1) if options.json else show.tables(result)
     if options.plot:
         show.plot(result, options.plot)
+
+
+def _presets(options: argparse.Namespace) -> Iterable[str]:
+    for use, folder, kind in (("pretrain", PRESETS, "yaml"), ("finetune", DETECTORS, "py")):
+        yield f"mcl {use}"
+        for file in sorted(folder.glob(f"*.{kind}")):
+            yield f"  {file.stem:<36}  {file.read_text().splitlines()[0].removeprefix('# ').removesuffix('.')}"
+
+
+def _config(options: argparse.Namespace) -> Iterable[str]:
+    import yaml
+
+    from mcl import config
+
+    if options.schema:
+        yield json.dumps(config.schema(), indent=1)
+    elif options.config is None:
+        raise ConfigError("name a preset or a YAML file; mcl presets lists the presets")
+    else:
+        cfg = config.load(options.config, options.overrides)
+        yield yaml.safe_dump(config.to_dict(cfg), sort_keys=False).rstrip()
 
 
 def _doctor(options: argparse.Namespace) -> Iterable[str]:

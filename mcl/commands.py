@@ -2,11 +2,14 @@
 
 import dataclasses
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
+import yaml
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from dali_pipelines.batch import MontageBatch
@@ -15,6 +18,7 @@ from dali_pipelines.loader import BadDataError, MontageLoader
 from dali_pipelines.source import Source, SourceError, index_file, open_images
 from mcl import config, distributed, evaluation
 from mcl.config import Config, ConfigError, DataConfig
+from mcl.distributed import local
 from mcl.evaluation.features import load_photo
 from mcl.evaluation.scoring import describe
 from mcl.models import MCL
@@ -26,6 +30,31 @@ from mcl.train.trainer import Trainer, resolve_device
 
 _PREVIEW_PHOTOS = 6
 _BAD_EXAMPLES = 5
+
+
+def run(cfg: Config) -> None:
+    """:func:`pretrain` on the devices of ``trainer.devices``, in one process for each.
+
+    Raises:
+        ProcessError: one of several processes failed; and see :func:`pretrain`.
+    """
+    trainer = cfg.trainer
+    gpus = torch.cuda.device_count() if trainer.device != "cpu" else 0
+    numbers = local.devices("trainer.devices", trainer.devices, gpus, partial(_divides, cfg))
+    if numbers == [0]:
+        return pretrain(cfg)
+    cfg.images_per_rank(len(numbers))
+    with tempfile.TemporaryDirectory(prefix="mcl-") as folder:
+        file = Path(folder) / "config.yaml"
+        file.write_text(yaml.safe_dump(config.to_dict(cfg), sort_keys=False))
+        local.run(["pretrain", str(file)], numbers, "trainer.devices", gpus, trainer.timeout)
+
+
+def _divides(cfg: Config, processes: int) -> bool:
+    try:
+        return cfg.images_per_rank(processes) > 0
+    except ConfigError:
+        return False
 
 
 @record  # for torchrun, which then says why a process ended

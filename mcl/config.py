@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_origin
 
 import yaml
-from pydantic import Field, TypeAdapter, ValidationError, model_validator
+from annotated_types import Len
+from pydantic import Field, NonNegativeInt, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
 from dali_pipelines.geometry import Geometry, nearest_legal
@@ -24,6 +25,7 @@ from dali_pipelines.plan import Plan
 from dali_pipelines.settings import STRICT, AugmentConfig, ConfigError, DataConfig, Trait, can_be_named
 
 __all__ = [
+    "DETECTORS",
     "PRESETS",
     "AugmentConfig",
     "Config",
@@ -42,6 +44,7 @@ __all__ = [
     "load",
     "override",
     "plain",
+    "schema",
     "to_dict",
     "value",
 ]
@@ -95,6 +98,9 @@ class OptimConfig:
     """Momentum of the target network at the first step; it rises to 1 along a half cosine."""
 
 
+Devices = Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] | Annotated[tuple[NonNegativeInt, ...], Len(1)]
+
+
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class TrainerConfig:
     epochs: int = Field(default=100, ge=1)
@@ -123,6 +129,9 @@ class TrainerConfig:
     steps in a row."""
     device: Annotated[Literal["auto", "cpu", "cuda"], Trait.RESUMABLE] = "auto"
     """Where the networks live."""
+    devices: Annotated[Devices, Trait.OF_A_MACHINE, Trait.RESUMABLE] = "auto"
+    """Processes that mcl pretrain starts on this machine where no launcher, such as torchrun, did: a number, one per
+    GPU or over gloo on the CPU; a list of GPUs, such as [0,2]; auto: one per GPU, as far as global_batch divides."""
     threads: Annotated[int, Trait.OF_A_MACHINE, Trait.RESUMABLE] = Field(default=0, ge=0, le=4096)
     """CPU threads of PyTorch; 0 leaves its default."""
     seed: int = Field(default=0, ge=0, lt=2**63)
@@ -326,7 +335,10 @@ def is_folder_name(name: str) -> bool:
 
 
 PRESETS = Path(__file__).parent / "presets"
-"""Configurations that are known by their names."""
+"""Configurations of ``mcl pretrain`` that are known by their names."""
+
+DETECTORS = Path(__file__).parent / "finetune" / "configs"
+"""Those of ``mcl finetune``."""
 
 _ADAPTER: TypeAdapter[Config] = TypeAdapter(Config)
 
@@ -383,6 +395,11 @@ def to_dict(config: Config) -> dict[str, Any]:
     return plain
 
 
+def schema() -> dict[str, Any]:
+    """JSON schema of a configuration, by which editors complete and check YAML files."""
+    return _ADAPTER.json_schema()
+
+
 def from_dict(values: Mapping[str, Any]) -> Config:
     """Builds and checks a configuration.
 
@@ -396,11 +413,19 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     try:
         return _ADAPTER.validate_python(_texts(values, known))
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list, such as [1, 2]")
+        first, *others = error.errors()
+        parts = [str(part) for part in first["loc"]]
+        key = next((k for n in range(len(parts), 0, -1) if (k := ".".join(parts[:n])) in known), ".".join(parts))
         if first["type"] == "value_error":  # our own checks: `loc` is the section, the message starts with its key
+            message = first["msg"].removeprefix("Value error, ")
             raise ConfigError(f"{key}.{message}" if key else message) from None
+        # A key of several types has an error for each.
+        same = [first, *(other for other in others if ".".join(map(str, other["loc"])).startswith(f"{key}."))]
+        wanted = list(
+            dict.fromkeys(one["msg"].removeprefix("Input should be ").partition(", unable")[0] for one in same)
+        )
+        message = first["msg"] if len(wanted) == 1 else f"Input should be {' or '.join(wanted)}"
+        message = message.replace("a valid tuple", "a list, such as [1, 2]")
         got = "nothing" if first["input"] is None else repr(first["input"])
         raise ConfigError(f"{key}: {message} (got {got})") from None
 
@@ -453,10 +478,11 @@ def plain(text: str | bytes) -> Any:
     return value
 
 
-def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """Reads a YAML file, or a preset by its name, and applies ``key=value`` words to it (:func:`override`).
+def load(path: str | Path, overrides: Iterable[str] | Mapping[str, Any] = ()) -> Config:
+    """Reads a YAML file, or a preset by its name, and applies words or values to it (:func:`override`).
 
-    In the file, too, text is what is written.
+    In the file, too, text is what is written. Its data.val_root belongs to its data.root: who sets another root takes
+    the held-out images away, unless they are set, too.
 
     Raises:
         ConfigError: no such file or preset, not YAML, or see :func:`from_dict`.
@@ -476,39 +502,48 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         values = {}
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected keys and values, found {type(values).__name__}")
-    return from_dict(_apply(values, overrides))
+    changes = _changes(overrides)
+    if "data.root" in changes and isinstance(values.get("data"), dict):
+        values["data"].pop("val_root", None)
+    return from_dict(_apply(values, changes))
 
 
-def override(config: Config, overrides: Iterable[str]) -> Config:
-    """Applies ``key=value`` words to a configuration; nothing behind the = is the empty text, or none.
+def override(config: Config, overrides: Iterable[str] | Mapping[str, Any]) -> Config:
+    """Applies ``key=value`` words to a configuration, or values by dotted keys; nothing behind the = is the empty text.
 
     Raises:
         ConfigError: see :func:`from_dict`.
     """
-    return from_dict(_apply(to_dict(config), overrides))
+    return from_dict(_apply(to_dict(config), _changes(overrides)))
 
 
-def _apply(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+def _changes(overrides: Iterable[str] | Mapping[str, Any]) -> dict[str, Any]:
+    """Values by dotted keys."""
+    if isinstance(overrides, Mapping):
+        return dict(overrides)
     texts = {key.name for key in all_keys() if key.is_text}
+    values = {}
     for word in overrides:
         key, separator, text = word.partition("=")
         if not separator:
             raise ConfigError(f"{word!r}: expected key=value")
         try:
-            _set(values, key, text if key in texts else plain(text))
+            values[key] = text if key in texts else plain(text)
         except yaml.YAMLError:
             raise ConfigError(f"{key}: cannot read the value {text!r}") from None
     return values
 
 
-def _set(values: dict[str, Any], key: str, value: Any) -> None:
-    *parents, leaf = key.split(".")
-    node = values
-    for parent in parents:
-        node = node.setdefault(parent, {})
-        if not isinstance(node, dict):
-            raise ConfigError(f"{key}: {parent} is not a section")
-    node[leaf] = value
+def _apply(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    for key, value in changes.items():
+        *parents, leaf = key.split(".")
+        node = values
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"{key}: {parent} is not a section")
+        node[leaf] = value
+    return values
 
 
 def _texts(values: Mapping[str, Any], keys: Mapping[str, Key], prefix: str = "") -> dict[str, Any]:

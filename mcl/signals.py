@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
@@ -15,8 +16,16 @@ _AGAIN = 2.0
 torchrun passes it on."""
 
 
-class Interrupted(SystemExit):
-    """A signal ended the run, after everything was saved; the exit code is 128 + the signal's number, as in a shell."""
+class Interrupted(KeyboardInterrupt):
+    """A signal ended the run, after everything was saved.
+
+    Args:
+        code: of the process, 128 + the signal's number, as in a shell.
+    """
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
 
 
 class Signals:
@@ -31,7 +40,8 @@ class Signals:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        if threading.current_thread() is threading.main_thread():  # no other one may
+            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *exception: object) -> None:

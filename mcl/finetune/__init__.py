@@ -5,18 +5,21 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from mcl.config import ConfigError
+from mcl.distributed import local
 
 
 def finetune(path: Path, overrides: Sequence[str] = ()) -> str:
     """Trains and evaluates the detector of an MMDetection configuration, or continues its run.
 
     Args:
-        path: Python file, e.g. ``configs/finetune/mask_rcnn_r50_fpn_1x.py``.
+        path: Python file, or the name of one of mcl's, such as ``mask_rcnn_r50_fpn_1x``.
         overrides: ``key=value`` words; keys are those of the file.
 
     Returns:
-        The table of AP, in percent, of every evaluation.
+        The table of AP, in percent, of every evaluation; empty if other processes have trained and printed it.
 
     Raises:
         ConfigError: wrong configuration, or MMDetection is not installed.
@@ -33,7 +36,13 @@ def finetune(path: Path, overrides: Sequence[str] = ()) -> str:
         raise ConfigError(f"mcl finetune needs MMDetection ({error}); install it: make mmdet") from None
     from mcl.finetune import settings, training
 
-    return training.finetune(settings.load(path, overrides))
+    config = settings.load(path, overrides)
+    gpus = torch.cuda.device_count()
+    numbers = local.devices("devices", config.devices, gpus, lambda n: config.global_batch % n == 0)
+    if numbers == [0]:
+        return training.finetune(config)
+    local.run(["finetune", str(path), *overrides], numbers, "devices", gpus, config.timeout)
+    return ""
 
 
 __all__ = ["finetune"]

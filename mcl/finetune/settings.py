@@ -9,15 +9,16 @@ from typing import Annotated, Any
 import torch
 import yaml
 from mmengine.config import Config
-from pydantic import Field, FiniteFloat, TypeAdapter
+from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 
-from mcl.config import ConfigError, at_home, is_folder_name, plain
+from mcl.config import DETECTORS, ConfigError, Devices, at_home, is_folder_name, plain
 from mcl.distributed import launch
 from mcl.records.metrics import log
 
 _TYPES: dict[type, TypeAdapter[Any]] = {bool: TypeAdapter(bool), int: TypeAdapter(int), float: TypeAdapter(FiniteFloat)}
 _NUMBER: TypeAdapter[Any] = TypeAdapter(int | FiniteFloat)
 _ANYTHING: TypeAdapter[Any] = TypeAdapter(Annotated[int | FiniteFloat | str, Field(union_mode="left_to_right")])
+_DEVICES: TypeAdapter[Any] = TypeAdapter(Devices)
 _SWITCHES = {"true": True, "false": False}
 
 _PATHS = ("output", "weights", "data.root", "data.index")
@@ -29,7 +30,7 @@ _LEAST = {
 
 _SECTIONS = ("model", "pretrained", "optim_wrapper", "train_dataloader.dataset", "val_dataloader.dataset")
 _OURS: dict[str, type] = {
-    **dict.fromkeys(("resume", "amp", "timeout", "data.classes", "data.max_bad_fraction"), object),
+    **dict.fromkeys(("resume", "amp", "timeout", "devices", "data.classes", "data.max_bad_fraction"), object),
     **dict.fromkeys((*_SECTIONS, "val_evaluator"), dict),
     "param_scheduler": list,
     **dict.fromkeys(("name", *_PATHS), str),
@@ -49,7 +50,10 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: no such file, not a configuration of ``mcl finetune``, unknown key, or illegal value.
     """
     if not path.is_file():
-        raise ConfigError(f"{path}: no such configuration; those of mcl are in configs/finetune")
+        own = {file.stem: file for file in sorted(DETECTORS.glob("*.py"))}
+        if str(path) not in own:
+            raise ConfigError(f"{path}: no such file; configurations of mcl are {', '.join(own)}")
+        path = own[str(path)]
     try:
         config = Config.fromfile(path)
     except Exception as error:  # a Python file may raise anything
@@ -147,6 +151,12 @@ def adapt(config: Config) -> None:
     for key, node, index in _places(config):
         if key in _LEAST and node[index] < _LEAST[key]:
             raise ConfigError(f"{key}: {node[index]} must be at least {_LEAST[key]}")
+    try:
+        config.devices = _DEVICES.validate_python(plain(str(config.devices)))
+    except (yaml.YAMLError, ValidationError):
+        raise ConfigError(
+            f"devices: {config.devices} must be auto, a number or a list of GPUs, such as [0,2]"
+        ) from None
     cuda = torch.cuda.is_available()
     config.launcher, processes = _launcher()
     if processes > 1 and not cuda:

@@ -13,8 +13,8 @@ from mmengine.registry import DefaultScope
 from torch import Tensor
 
 from mcl.config import ConfigError
-from mcl.export import export
-from mcl.export.convert import TARGETS
+from mcl.exporters import export
+from mcl.exporters.convert import TARGETS
 from mcl.finetune.hooks import LoadWeights
 from mcl.train.checkpoint import CheckpointError, is_weights, reason
 

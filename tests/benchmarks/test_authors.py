@@ -9,7 +9,7 @@ import torch
 from benchmarks.authors import Authors, AuthorsStep
 from benchmarks.step import CONTENDERS, Setting, Step
 from mcl import config
-from mcl.export.openselfsup import their_name
+from mcl.exporters.openselfsup import their_name
 from mcl.models import MCL
 from tests.conftest import random_view
 from tests.fp64 import fast_convolutions

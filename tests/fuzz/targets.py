@@ -17,7 +17,7 @@ from torch import Tensor
 from dali_pipelines.source import decode, index_file, open_source, read_header
 from mcl import config
 from mcl.config import Config, ConfigError
-from mcl.export import export, openselfsup
+from mcl.exporters import export, openselfsup
 from mcl.finetune.annotations import check
 from mcl.models import MCL
 from mcl.train import checkpoint
@@ -275,7 +275,7 @@ def detector() -> Any:
     """The configuration of a detector of that backbone."""
     from mcl.finetune import settings
 
-    return settings.load(ROOT / "configs" / "finetune" / "mask_rcnn_r18_fpn_mini.py").model
+    return settings.load(ROOT / "mcl" / "finetune" / "configs" / "mask_rcnn_r18_fpn_mini.py").model
 
 
 def pretrained(file: Path) -> None:

@@ -18,7 +18,7 @@ import torch
 from mcl import commands as run
 from mcl import config
 from mcl.config import ConfigError
-from mcl.export import TARGETS, export, openselfsup
+from mcl.exporters import TARGETS, export, openselfsup
 from mcl.models import MCL
 from mcl.train import checkpoint
 from mcl.train.checkpoint import CheckpointError

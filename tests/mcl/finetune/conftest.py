@@ -13,9 +13,9 @@ from PIL import Image
 from dali_pipelines.geometry import Geometry
 from mcl.records.metrics import log
 from tests.conftest import PHOTOS, ROOT
-from tests.mcl.export.conftest import make_model, save_model
+from tests.mcl.exporters.conftest import make_model, save_model
 
-CONFIGS = ROOT / "configs" / "finetune"
+CONFIGS = ROOT / "mcl" / "finetune" / "configs"
 MINI = CONFIGS / "mask_rcnn_r18_fpn_mini.py"
 CLASSES = ("thing", "part")
 TINY = (

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dali_pipelines.geometry import Geometry
 from mcl.finetune import weights
 from mcl.finetune.settings import innermost
-from tests.mcl.export.conftest import make_model, save_model
+from tests.mcl.exporters.conftest import make_model, save_model
 from tests.mcl.finetune.conftest import CONFIGS
 
 

@@ -49,7 +49,9 @@ def test_inferencer_and_detector(folder: Path, checkpoint: Path, tmp_path: Path)
         assert np.allclose(ours, theirs, atol=1e-4)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "finetune").glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "mcl" / "finetune" / "configs").glob("*.py")), ids=lambda path: path.stem
+)
 def test_every_configuration_has_a_test_set(path: Path, folder: Path) -> None:
     """It is that of the evaluations, loaded as MMDetection loads."""
     config = settings.load(path, ["data.classes=[]"])

@@ -14,12 +14,12 @@ from mmengine.registry import DefaultScope
 
 from dali_pipelines.geometry import Geometry
 from mcl.config import ConfigError
-from mcl.export import export
+from mcl.exporters import export
 from mcl.finetune import settings, weights
 from mcl.finetune.hooks import LoadWeights
 from mcl.train import checkpoint as checkpoints
 from mcl.train.checkpoint import CheckpointError
-from tests.mcl.export.conftest import make_model, save_model
+from tests.mcl.exporters.conftest import make_model, save_model
 from tests.mcl.finetune.conftest import CONFIGS, MINI
 
 

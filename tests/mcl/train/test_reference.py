@@ -15,7 +15,7 @@ from dali_pipelines.batch import MontageBatch
 from dali_pipelines.layout import assemble
 from mcl import config
 from mcl.config import Config
-from mcl.export.openselfsup import their_name
+from mcl.exporters.openselfsup import their_name
 from mcl.models import MCL
 from mcl.train import ema
 from mcl.train.optim import build_optimizer, excluded, set_learning_rate

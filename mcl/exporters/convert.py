@@ -17,12 +17,12 @@ from dali_pipelines.loader import MontageLoader
 from dali_pipelines.source import open_images
 from mcl import __version__, config
 from mcl.config import Config, ConfigError
-from mcl.export import detectron2, mmdet, mmpretrain, timm, torchvision
-from mcl.export.canonical import PARTS, canonical_names
-from mcl.export.files import default_path, write
-from mcl.export.summary import Report
-from mcl.export.target import Target
-from mcl.export.verify import verify
+from mcl.exporters import detectron2, mmdet, mmpretrain, timm, torchvision
+from mcl.exporters.canonical import PARTS, canonical_names
+from mcl.exporters.files import default_path, write
+from mcl.exporters.summary import Report
+from mcl.exporters.target import Target
+from mcl.exporters.verify import verify
 from mcl.models import MCL, Encoder
 from mcl.train import checkpoint
 from mcl.train.checkpoint import CheckpointError
@@ -52,7 +52,7 @@ def export(
     network: Literal["online", "target"] = "online",
     check: bool = False,
     output: Path | None = None,
-    overrides: Sequence[str] = (),
+    overrides: Sequence[str] | Mapping[str, Any] = (),
 ) -> Report:
     """Writes the weights of a checkpoint for another library.
 
@@ -65,7 +65,7 @@ def export(
         check: load the weights into the library's own model first, and compare features.
         output: file to write; by default ``<run folder>/exports/<to>.<ending>``, or ``<stem>.<to>.<ending>`` next to a
             checkpoint that lies in no run folder.
-        overrides: ``key=value`` words, for where the images of data.root are now.
+        overrides: ``key=value`` words, or values by dotted keys, for where the images of data.root are now.
 
     Raises:
         CheckpointError: the checkpoint cannot be read, cannot be verified, or `output` cannot be written.
@@ -73,6 +73,8 @@ def export(
             read, a library that is not installed.
         SourceError: no images to re-estimate statistics on.
     """
+    if to not in TARGETS:
+        raise ConfigError(f"--to: no library {to!r}; there are {', '.join(TARGETS)}")
     target = TARGETS[to]
     parts = _parts(target, parts)
     output = output or default_path(path, target.name + next(iter(target.saves)))

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from mcl.config import ModelConfig
-from mcl.export.files import save_openmmlab
-from mcl.export.target import Target, Twin
+from mcl.exporters.files import save_openmmlab
+from mcl.exporters.target import Target, Twin
 from mcl.models.backbones import Backbone
 
 INSTALL = "make mmdet, in a checkout of mcl"

@@ -8,8 +8,8 @@ from torchvision import models
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from mcl.config import ConfigError, ModelConfig
-from mcl.export.files import save_plain, save_safetensors
-from mcl.export.target import Target, Twin
+from mcl.exporters.files import save_plain, save_safetensors
+from mcl.exporters.target import Target, Twin
 
 _SAVES = {".pth": save_plain, ".safetensors": save_safetensors}
 _INSTALL = "pip install torchvision"

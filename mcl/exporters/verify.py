@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from mcl.config import ConfigError, ModelConfig
-from mcl.export.summary import Verified
-from mcl.export.target import Target
+from mcl.exporters.summary import Verified
+from mcl.exporters.target import Target
 from mcl.models import Encoder
 from mcl.train.checkpoint import CheckpointError
 

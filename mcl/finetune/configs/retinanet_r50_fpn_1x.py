@@ -1,4 +1,5 @@
-# RetinaNet: its FPN starts at C3, so P2 stays behind, and so does the box head. P6 and P7 are detectron2's.
+# COCO: RetinaNet, ResNet-50 FPN, 1x schedule.
+# Its FPN starts at C3, so P2 stays behind, and so does the box head. P6 and P7 are detectron2's.
 _base_ = [
     "mmdet::_base_/models/retinanet_r50_fpn.py",
     "_base_/runtime.py",

@@ -5,8 +5,8 @@ Counts of BatchNorm's batches are left out: detectron2's frozen BatchNorm has no
 
 import re
 
-from mcl.export.files import save_detectron2
-from mcl.export.target import Target
+from mcl.exporters.files import save_detectron2
+from mcl.exporters.target import Target
 
 _CONVS = {"inner_blocks": "fpn_lateral", "layer_blocks": "fpn_output"}
 

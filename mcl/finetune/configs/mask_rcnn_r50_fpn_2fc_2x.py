@@ -1,4 +1,5 @@
-_base_ = "mask_rcnn_r50_fpn_1x.py"
+# COCO: Mask R-CNN with the standard box head, ResNet-50 FPN, 2x schedule.
+_base_ = "mask_rcnn_r50_fpn_2fc_1x.py"
 train_cfg = dict(max_iters=180000)
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.001, by_epoch=False, begin=0, end=1000),

@@ -1,4 +1,5 @@
-# LVIS v1: images with rare categories repeated, up to 300 detections of any score. Evaluated as COCO is, for which a
+# LVIS v1: Mask R-CNN, ResNet-50 FPN, 1x schedule.
+# Images with rare categories are repeated; up to 300 detections of any score. It is evaluated as COCO is, for which a
 # detection of a category that nobody looked for in the image is wrong: lower than, and not, the benchmark's own AP.
 _base_ = "mask_rcnn_r50_fpn_1x.py"
 train_dataloader = dict(

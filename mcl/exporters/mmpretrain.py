@@ -3,9 +3,9 @@
 from typing import Any
 
 from mcl.config import ModelConfig
-from mcl.export.files import save_openmmlab
-from mcl.export.mmdet import INSTALL, RCNN, backbone, depth
-from mcl.export.target import Target, Twin
+from mcl.exporters.files import save_openmmlab
+from mcl.exporters.mmdet import INSTALL, RCNN, backbone, depth
+from mcl.exporters.target import Target, Twin
 
 
 def _build(config: ModelConfig) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dali_pipelines.geometry import Geometry
 from mcl.config import Config, DataConfig, ModelConfig, OptimConfig, TrainerConfig, to_dict
-from mcl.export.files import write
+from mcl.exporters.files import write
 from mcl.models import MCL
 from mcl.train import checkpoint
 from mcl.train.checkpoint import FORMAT, CheckpointError, is_weights, reason

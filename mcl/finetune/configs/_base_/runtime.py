@@ -10,6 +10,7 @@ data = dict(
 )
 timeout = 600.0  # seconds that a batch may take to come from the loaders' processes
 weights = ""  # checkpoint of mcl, or what `mcl export` made of one; empty: from scratch
+devices = "auto"  # a number, a list of GPUs, or auto: all GPUs; for what no launcher, such as torchrun, has started
 amp = False  # mixed precision, on a GPU
 # Which target of `mcl export` has the weights, how names in it change, and beginnings (regular expressions) of the
 # detector's tensors that must all be in it.

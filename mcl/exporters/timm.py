@@ -5,9 +5,9 @@ from typing import Any
 from torch import Tensor
 
 from mcl.config import ModelConfig
-from mcl.export.files import save_plain, save_safetensors
-from mcl.export.target import Target, Twin
-from mcl.export.torchvision import resnet_name
+from mcl.exporters.files import save_plain, save_safetensors
+from mcl.exporters.target import Target, Twin
+from mcl.exporters.torchvision import resnet_name
 
 
 def _build(config: ModelConfig) -> Any:

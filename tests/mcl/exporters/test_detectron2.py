@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mcl.export import export
+from mcl.exporters import export
 from mcl.models import MCL
 
 Shapes = dict[str, tuple[int, ...]]

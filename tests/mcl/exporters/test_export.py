@@ -20,14 +20,14 @@ from dali_pipelines.source import SourceError, open_source
 from mcl import cli
 from mcl import commands as run
 from mcl.config import Config, ConfigError, DataConfig, ModelConfig, TrainerConfig
-from mcl.export import TARGETS, export
-from mcl.export.canonical import canonical_names
-from mcl.export.files import default_path, write
-from mcl.export.openselfsup import import_file, their_name
+from mcl.exporters import TARGETS, export
+from mcl.exporters.canonical import canonical_names
+from mcl.exporters.files import default_path, write
+from mcl.exporters.openselfsup import import_file, their_name
 from mcl.models import MCL
 from mcl.train import checkpoint
 from mcl.train.checkpoint import CheckpointError
-from tests.mcl.export.conftest import make_model, save_model
+from tests.mcl.exporters.conftest import make_model, save_model
 
 
 def test_canonical_names_and_shapes_are_torchvisions() -> None:
@@ -202,7 +202,7 @@ def test_verification_fails_where_the_library_differs(
 def test_target_network_gets_statistics_of_its_own(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mcl.export.convert._STATISTICS_BATCHES", 2)
+    monkeypatch.setattr("mcl.exporters.convert._STATISTICS_BATCHES", 2)
     geometry = Geometry(cells=1)
     model = make_model(geometry, backbone="resnet18", width=8)
     path = save_model(model, geometry, tmp_path, root="/no/where")

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from mcl.config import ModelConfig
-from mcl.export.files import Save
+from mcl.exporters.files import Save
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from dali_pipelines.geometry import Geometry
 from mcl import config
 from mcl.config import ModelConfig
-from mcl.export.openselfsup import import_file, their_name
+from mcl.exporters.openselfsup import import_file, their_name
 from mcl.models import MCL
 from mcl.train import checkpoint
 from mcl.train.checkpoint import CheckpointError

@@ -11,10 +11,10 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from mcl.export import export
+from mcl.exporters import export
 from mcl.models import MCL
 from tests.conftest import ROOT
-from tests.mcl.export.conftest import image
+from tests.mcl.exporters.conftest import image
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text(), re.DOTALL)
 

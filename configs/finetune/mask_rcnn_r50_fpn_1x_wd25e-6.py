@@ -1,3 +1,0 @@
-# SoCo's weight decay, with which the authors' script repeats its runs.
-_base_ = "mask_rcnn_r50_fpn_1x.py"
-optim_wrapper = dict(optimizer=dict(weight_decay=2.5e-5))

@@ -1,0 +1,167 @@
+"""The verbs of ``mcl`` as functions: what the command line does, with the same errors as exceptions."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from mcl import commands, evaluation, exporters
+from mcl import config as configuration
+from mcl.config import Config
+from mcl.exporters import Report
+from mcl.models.backbones import Backbone
+from mcl.records.metrics import Record, read
+from mcl.train import checkpoint
+from mcl.train.trainer import resolve_device
+
+
+def load_config(config: str | Path | Config, /, **keys: Any) -> Config:
+    """A configuration with some keys set.
+
+    Args:
+        config: a preset's name, the path of a YAML file, or a configuration.
+        keys: values of keys, or of several keys of a section as a dictionary: ``data={"root": "photos"}``. Dotted names
+            go through ``**{"data.root": "photos"}``.
+
+    Raises:
+        ConfigError: no such preset, file or key, or an illegal value.
+    """
+    values = dict(_by_dotted_key(keys))
+    return configuration.override(config, values) if isinstance(config, Config) else configuration.load(config, values)
+
+
+def _by_dotted_key(keys: Mapping[str, Any], section: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in keys.items():
+        if isinstance(value, Mapping):
+            yield from _by_dotted_key(value, f"{section}{key}.")
+        else:
+            yield f"{section}{key}", os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run."""
+
+    config: Config
+
+    @property
+    def folder(self) -> Path:
+        """What :func:`pretrain` wrote."""
+        return self.config.run_folder
+
+    @property
+    def checkpoint(self) -> Path:
+        """The newest checkpoint, for :func:`evaluate`, :func:`export` and :func:`load_backbone`."""
+        return self.folder / "checkpoints" / checkpoint.LAST
+
+    @property
+    def report(self) -> Path:
+        """Curves, scores and pictures."""
+        return self.folder / "report.html"
+
+    @property
+    def records(self) -> list[Record]:
+        """Of ``metrics.jsonl``, in the order of steps."""
+        return read(self.folder / "metrics.jsonl")
+
+
+def pretrain(config: str | Path | Config, /, **keys: Any) -> Run:
+    """Trains, or continues the run in the configuration's folder, on all GPUs, or the CPU where there is none.
+
+    Args:
+        config, keys: as of :func:`load_config`.
+
+    Raises:
+        ConfigError, SourceError, CheckpointError: wrong input, before any work starts.
+        ProcessError: one of several processes failed.
+        NonFiniteLossError: the loss became infinite or NaN.
+        Interrupted: Ctrl-C or SIGTERM, after a checkpoint was saved; a ``KeyboardInterrupt``.
+    """
+    cfg = load_config(config, **keys)
+    commands.run(cfg)
+    return Run(cfg)
+
+
+def evaluate(name: Literal["retrieval", "knn", "linear"], checkpoint_file: str | Path, /, **keys: Any) -> list[Record]:
+    """Scores a checkpoint beside its random initialisation.
+
+    Args:
+        name: of the evaluation; ``mcl evaluate --help`` says what each does.
+        checkpoint_file: of mcl.
+        keys: as of :func:`load_config`, for where the images are now.
+
+    Returns:
+        A record for data.root, with ``split`` train, and one for data.val_root, if that is set, with ``split`` val.
+
+    Raises:
+        CheckpointError, ConfigError, SourceError: wrong input.
+    """
+    model, cfg = checkpoint.load_model(checkpoint_file)
+    cfg = load_config(cfg, **keys)
+    return list(evaluation.evaluate(name, model, cfg, resolve_device(cfg.trainer.device)))
+
+
+def export(
+    checkpoint_file: str | Path,
+    to: str,
+    /,
+    *,
+    parts: Sequence[str] = (),
+    network: Literal["online", "target"] = "online",
+    verify: bool = False,
+    output: str | Path | None = None,
+    **keys: Any,
+) -> Report:
+    """Writes the weights of a checkpoint for another library.
+
+    Args:
+        checkpoint_file: of mcl.
+        to: the library that reads them; ``mcl export --help`` lists those that there are.
+        parts, network, output: as of :func:`mcl.exporters.export`.
+        verify: load the weights into the library's own model first, and compare features.
+        keys: as of :func:`load_config`, for where the images of data.root are now.
+
+    Raises:
+        CheckpointError, ConfigError, SourceError: see :func:`mcl.exporters.export`.
+    """
+    return exporters.export(
+        Path(checkpoint_file),
+        to,
+        parts=parts,
+        network=network,
+        check=verify,
+        output=None if output is None else Path(output),
+        overrides=dict(_by_dotted_key(keys)),
+    )
+
+
+class FeatureMaps(nn.Module):
+    """A backbone whose output is named by stride.
+
+    Attributes:
+        channels: of the maps, by stride.
+        mean, std: per channel, with which images, RGB from 0 to 1, are normalised.
+    """
+
+    def __init__(self, backbone: Backbone, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.channels = dict(zip((4, 8, 16, 32), reversed(backbone.channels), strict=True))
+
+    def forward(self, images: Tensor) -> dict[int, Tensor]:
+        """(n, 3, h, w), normalised, to (n, channels[s], h / s, w / s) for s in 4, 8, 16, 32."""
+        return dict(zip(self.channels, reversed(self.backbone(images)), strict=True))
+
+
+def load_backbone(checkpoint_file: str | Path) -> FeatureMaps:
+    """The trained backbone of a checkpoint, on the CPU, in evaluation mode.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read.
+    """
+    model, cfg = checkpoint.load_model(checkpoint_file)
+    return FeatureMaps(model.online.backbone, cfg.augment.mean, cfg.augment.std).eval()

@@ -1,0 +1,131 @@
+"""One process per device of this machine, started by PyTorch's elastic launcher where no other launcher did."""
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from mcl.config import ConfigError
+from mcl.distributed import launch
+from mcl.signals import Interrupted
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+_RUN_ID = "mcl-"
+_HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+
+
+class ProcessError(RuntimeError):
+    """A process of the run failed; the message is its own."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def devices(key: str, wanted: Any, gpus: int, fits: Callable[[int], bool]) -> list[int]:
+    """Numbers of the devices to start processes on; ``[0]`` where another launcher started this process.
+
+    Args:
+        key: of the configuration, for errors.
+        wanted: its value: a number of processes, a list of GPUs, or auto, for as many GPUs as fit.
+        gpus: that PyTorch sees; 0 where they are not to be used.
+        fits: whether the batch divides by a number of processes.
+
+    Raises:
+        ConfigError: there are no such GPUs.
+    """
+    launch.world_size()  # refuses what is not torchrun's
+    if "WORLD_SIZE" in os.environ:
+        return [0]
+    if wanted == "auto":
+        return list(range(max((n for n in range(1, gpus + 1) if fits(n)), default=1)))
+    numbers = list(range(wanted)) if isinstance(wanted, int) else list(wanted)
+    if not (gpus or isinstance(wanted, int)):
+        raise ConfigError(f"{key}: a list names GPUs, and there are none to train on; set a number")
+    if gpus and max(numbers) >= gpus:
+        raise ConfigError(f"{key}: there is no GPU {max(numbers)}; PyTorch sees {gpus}, counted from 0")
+    return numbers
+
+
+def is_worker() -> bool:
+    """Whether :func:`run` of another process started this one."""
+    return os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(_RUN_ID)
+
+
+def run(words: Sequence[str], numbers: Sequence[int], key: str, gpus: int, timeout: float) -> None:
+    """Runs ``mcl`` with these words in one process for each of these devices, and waits for them.
+
+    As under torchrun, a process that fails ends the others, and SIGTERM and Ctrl-C reach all of them.
+
+    Args:
+        words: the verb and its arguments.
+        numbers: of the devices.
+        key: of the configuration that :func:`devices` read them from.
+        gpus: as there.
+        timeout: seconds that the processes have to save and leave after a signal.
+
+    Raises:
+        ProcessError: one of them failed.
+        Interrupted: a signal ended them, after a checkpoint was saved.
+    """
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    where = "one per GPU" if gpus else "on the CPU"
+    print(f"starting {len(numbers)} processes, {where}; {key}=1 starts one", flush=True)
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what happens is said in one line
+    with _environment(numbers, gpus, timeout):
+        settings = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=len(numbers),
+            run_id=f"{_RUN_ID}{uuid.uuid4().hex}",
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            max_restarts=0,
+            monitor_interval=0.5,
+        )
+        try:
+            elastic_launch(settings, sys.executable)("-m", "mcl", *words)
+        except SignalException as error:
+            raise Interrupted(128 + error.sigval) from None
+        except ChildFailedError as error:
+            raise _first(error) from None
+
+
+def _first(error: "ChildFailedError") -> ProcessError:
+    """The failure that was not a consequence of another one."""
+    said = []
+    for rank, failure in error.failures.items():
+        recorded: Any = failure.message
+        text = recorded["message"] if isinstance(recorded, dict) else f"rank {rank}: {recorded}"
+        kind, _, message = text.partition(": ")
+        said.append((kind == "PeerError", failure.timestamp, message if kind.endswith("Error") else text, failure))
+    *_, message, failure = min(said, key=lambda one: one[:2])
+    return ProcessError(message, failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
+
+
+@contextlib.contextmanager
+def _environment(numbers: Sequence[int], gpus: int, timeout: float) -> Iterator[None]:
+    """Of the processes: their GPUs, their share of the cores, and the time to save when a signal ends them."""
+    environment, handlers = dict(os.environ), {number: signal.getsignal(number) for number in _HANDLED}
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(numbers))))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(int(timeout)))
+    if gpus:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible else [str(n) for n in range(gpus)]
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names[n] for n in numbers)
+    try:
+        yield
+    finally:  # the launcher has set handlers and variables of its own
+        os.environ.clear()
+        os.environ.update(environment)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
