@@ -164,9 +164,7 @@ def _parser() -> argparse.ArgumentParser:
         "train a detector in MMDetection",
         description="Trains a detector from given weights, or continues the run of that name. Writes output/name/.",
     )
-    finetune.add_argument(
-        "config", type=Path, help="Python file, or the name of one of mcl's, such as mask_rcnn_r50_fpn_1x"
-    )
+    finetune.add_argument("config", type=Path, help="preset, such as mask_rcnn_r50_fpn_1x, or Python file")
     add_overrides(finetune, "keys of that file, e.g. weights=runs/mcl/checkpoints/last.pt data.root=FOLDER name=NAME")
 
     preview = verb("preview", _preview, "draw a step's montages, and a checkpoint's feature maps")

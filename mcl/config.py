@@ -259,7 +259,13 @@ class Config:
             rank, world_size: of the process, and how many there are.
             geometry: in place of ``montage``.
             seed: in place of ``trainer.seed``.
+
+        Raises:
+            ConfigError: the images of a process and step fill no whole number of canvases.
         """
+        if not (geometry or self.montage).legal(images):
+            near = ", ".join(map(str, nearest_legal(geometry or self.montage, images)))
+            raise ConfigError(f"montage: {images} images fill no whole number of canvases; nearest legal: {near}")
         return Plan(
             seed=self.trainer.seed if seed is None else seed,
             size=size,

@@ -154,9 +154,7 @@ def adapt(config: Config) -> None:
     try:
         config.devices = _DEVICES.validate_python(plain(str(config.devices)))
     except (yaml.YAMLError, ValidationError):
-        raise ConfigError(
-            f"devices: {config.devices} must be auto, a number or a list of GPUs, such as [0,2]"
-        ) from None
+        raise ConfigError(f"devices: {config.devices} must be auto, a number or a list of GPUs, as [0,2]") from None
     cuda = torch.cuda.is_available()
     config.launcher, processes = _launcher()
     if processes > 1 and not cuda:

@@ -1,6 +1,6 @@
 # PASCAL VOC 07+12: Faster R-CNN, ResNet-50 C4, 24,000 steps.
-# The data are converted to a COCO-format folder: trainval of both years is train, test of 2007 is val. The last stage of
-# the backbone is the box head, with one BatchNorm more behind it.
+# The data are converted to a COCO-format folder: trainval of both years is train, test of 2007 is val. The last stage
+# of the backbone is the box head, with one BatchNorm more behind it.
 _base_ = [
     "mmdet::_base_/models/faster-rcnn_r50-caffe-c4.py",
     "_base_/runtime.py",

@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("mmdet", reason="needs MMDetection: make mmdet")
 
+from mcl.config import DETECTORS
 from mcl.finetune import finetune, settings
 from mcl.finetune.data import open_folder
 from mcl.finetune.training import use
@@ -49,9 +50,7 @@ def test_inferencer_and_detector(folder: Path, checkpoint: Path, tmp_path: Path)
         assert np.allclose(ours, theirs, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "mcl" / "finetune" / "configs").glob("*.py")), ids=lambda path: path.stem
-)
+@pytest.mark.parametrize("path", sorted(DETECTORS.glob("*.py")), ids=lambda path: path.stem)
 def test_every_configuration_has_a_test_set(path: Path, folder: Path) -> None:
     """It is that of the evaluations, loaded as MMDetection loads."""
     config = settings.load(path, ["data.classes=[]"])
