@@ -110,6 +110,13 @@ class TrainerConfig:
     precision: Annotated[Literal["fp32", "bf16", "fp16", "fp64"], Trait.DECIDES_SPEED] = "bf16"
     """Arithmetic of the networks: autocast for bf16 and fp16 (with loss scaling); the loss is computed in fp32, or in
     fp64 there."""
+    tf32: Annotated[bool, Trait.DECIDES_SPEED] = True
+    """Convolutions of precision fp32 round their inputs to TF32 (10 bits of mantissa) on GPUs that have it, as is
+    PyTorch's default. Linear layers and the loss are in full fp32."""
+    deterministic: Annotated[bool, Trait.RESUMABLE, Trait.DECIDES_SPEED] = False
+    """The same run on the same GPUs gives the same weights, bit for bit, and so does a run that was resumed: only
+    deterministic algorithms, images decoded on the CPU, gradients of processes added in the order of their ranks
+    (which takes longer). Without it this holds on CPUs, for one or two processes."""
     accumulate: Annotated[int, Trait.DECIDES_SPEED] = Field(default=1, ge=1)
     """Micro-batches per step and process: memory of one of them, gradients of all, each against the targets of all.
     BatchNorm has the statistics of one."""
@@ -119,7 +126,7 @@ class TrainerConfig:
     """Backbones and heads through torch.compile, which on CUDA generates Triton kernels; new shapes compile anew."""
     cuda_graph: Annotated[bool, Trait.RESUMABLE, Trait.DECIDES_SPEED] = False
     """Forward and backward as one recorded CUDA graph, for one process; recorded anew when montage.schedule changes
-    the canvas."""
+    the canvas. Collectives in a graph would be hidden from NCCL's timeouts, by which a run that hangs ends."""
     max_loss_scale: float = Field(default=2.0**14, ge=1)
     """Upper bound of the fp16 loss scale."""
     on_nonfinite: Annotated[Literal["stop", "skip"], Trait.RESUMABLE] = "stop"
@@ -197,6 +204,10 @@ class Config:
             raise ValueError(f"model.loss_weights: {weights} weights for the {levels} levels of montage.ratios")
         if self.trainer.compile and self.trainer.recompute:
             raise ValueError("trainer.recompute: torch.compile cannot recompute; set it or trainer.compile to false")
+        if self.trainer.compile and self.trainer.deterministic:
+            raise ValueError(
+                "trainer.deterministic: torch.compile chooses kernels by timing; set it or trainer.compile to false"
+            )
         if not is_folder_name(self.name):
             raise ValueError(f"name: {self.name!r} is not a plain folder name")
         return self

@@ -15,6 +15,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import GradBucket  # type: ignore[attr-defined]
 
 from mcl.config import ConfigError
 from mcl.distributed import hang, launch
@@ -146,6 +147,28 @@ class Gather:
         if self._work is not None:
             self._work.wait()
         return self._all
+
+
+def add_up(x: Tensor) -> Tensor:
+    """The sum over all processes, in the order of their ranks where PyTorch is to be deterministic; x is used up."""
+    if torch.are_deterministic_algorithms_enabled():
+        return _in_order(Gather(x[None]).wait())
+    dist.all_reduce(x)
+    return x
+
+
+def average_in_order(_: object, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+    """Adds gradients in the order of ranks, as a communication hook of DistributedDataParallel. An all-reduce of three
+    or more adds in an order that depends on the place in the bucket, and a resumed run begins with other buckets."""
+    own = bucket.buffer()
+    parts = own.new_empty(world_size(), len(own))
+    work = cast(dist.Work, dist.all_gather_into_tensor(parts, own[None], async_op=True))
+    return work.get_future().then(lambda _: torch.div(_in_order(parts), world_size(), out=own))
+
+
+def _in_order(parts: Tensor) -> Tensor:
+    """The sum over the first dimension, whose order does not depend on the shape as that of torch.sum does."""
+    return sum(parts[1:].unbind(), parts[0])
 
 
 def gather_objects(value: Any) -> list[Any]:

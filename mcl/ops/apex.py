@@ -1,12 +1,12 @@
-"""NVIDIA apex, where it is installed: norms, momentum network, clipping and cross-entropy of CUDA tensors.
+"""NVIDIA apex, where it is installed: norms, momentum network and cross-entropy of CUDA tensors.
 
 apex comes from its sources or from NVIDIA's containers, never from PyPI, whose project of that name is another. Its
 multi-tensor kernels take contiguous CUDA tensors and a flag: not zero makes kernels return at once, and checks for
-overflow set it. So every call brings a fresh flag.
+overflow set it. So every call brings a fresh flag. Its own ``clip_grad_norm_`` is not used: it reads the norm back.
 """
 
 import importlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,12 +25,11 @@ def _find(module: str, name: str) -> Any:
 _applier = _find("apex.multi_tensor_apply", "multi_tensor_applier")
 _l2norm = _find("amp_C", "multi_tensor_l2norm")
 _axpby = _find("amp_C", "multi_tensor_axpby")
-_clip: Any = _find("apex.contrib.clip_grad", "clip_grad_norm_") if _l2norm else None
 _cross_entropy = _find("apex.contrib.xentropy", "SoftmaxCrossEntropyLoss")
 _parts = {
     "norms": [_applier, _l2norm],
     "ema_": [_applier, _axpby],
-    "clip": [_clip],
+    "clip": [_applier, _l2norm],
     "cross_entropy": [_cross_entropy],
 }
 
@@ -56,9 +55,10 @@ def ema_(targets: Sequence[Tensor], onlines: Sequence[Tensor], momentum: float) 
     _applier(_axpby, _flag(targets), [x, y, x], momentum, 1 - momentum, -1)
 
 
-def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-    norm: Tensor = _clip(parameters, max_norm)
-    return norm
+def total_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """The norm of all elements, ()."""
+    norm: Tensor = _applier(_l2norm, _flag(tensors), [_flat(tensors)], False)[0]
+    return norm.view(())
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

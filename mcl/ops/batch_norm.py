@@ -92,7 +92,7 @@ class _Normalize(torch.autograd.Function):
             grad, x, y, weight, bias, statistics, ctx.counts, ctx.relu
         )
         if distributed.world_size() > 1:
-            dist.all_reduce(sums)
+            sums = distributed.add_up(sums)
         if y is not None:
             grad = passed
         of_x = torch.ops.mcl.batch_norm_backward_apply(

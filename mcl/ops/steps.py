@@ -66,11 +66,11 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     """
     parameters = [p for p in parameters if p.grad is not None]
     grads = [p.grad for p in parameters if p.grad is not None]
-    if grads and apex.serves("clip", grads):
-        return apex.clip_grad_norm_(parameters, max_norm)
-    if math.isinf(max_norm):
-        return nn.utils.get_total_norm(grads)
-    return nn.utils.clip_grad_norm_(parameters, max_norm)
+    served = grads and apex.serves("clip", grads)
+    norm = apex.total_norm(grads) if served else nn.utils.get_total_norm(grads)
+    if not math.isinf(max_norm):
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

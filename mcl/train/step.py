@@ -135,7 +135,10 @@ class TrainingStep:
     def _parallel(self) -> nn.Module:
         devices = [self._device.index] if self._device.type == "cuda" else None
         # Buffers are equal on all ranks already; gradients need no copy of their own.
-        return DistributedDataParallel(self.model, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+        parallel = DistributedDataParallel(self.model, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+        if self._config.trainer.deterministic:
+            parallel.register_comm_hook(None, distributed.average_in_order)
+        return parallel
 
     def _recorder(self) -> CudaRecorder:
         if self._device.type != "cuda":

@@ -29,7 +29,7 @@ from mcl.records.metrics import (
     rewrite,
 )
 from mcl.signals import Interrupted, Signals
-from mcl.train import agreement, checkpoint, ema
+from mcl.train import agreement, arithmetic, checkpoint, ema
 from mcl.train.optim import learning_rate
 from mcl.train.saving import Saver
 from mcl.train.step import TrainingStep
@@ -72,6 +72,7 @@ class Trainer:
         trainer = config.trainer
         launch.world_size()  # refuses what is not torchrun's
         self.device = resolve_device(trainer.device)
+        arithmetic.choose(trainer)
         distributed.setup(self.device.type, trainer.timeout, self.folder)
         log_to_console()
         if trainer.threads:
@@ -94,6 +95,7 @@ class Trainer:
             gpu=self.device.index,
             threads=config.data.threads or default_threads(distributed.local_world_size()),
         )
+        arithmetic.check(config, self.device.type, self.loader.device)
         self.steps_per_epoch = plan.steps_per_epoch
         self.steps = trainer.epochs * self.steps_per_epoch
         self.step = 0
@@ -208,6 +210,11 @@ class Trainer:
             torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
         before, now = state["environment"], self._environment()
         changed = [f"{k} was {before.get(k)}, is {now[k]}" for k in now if before.get(k) != now[k]]
+        if changed and before.get("deterministic") and self.config.trainer.deterministic:
+            raise ConfigError(
+                f"trainer.deterministic: the run in {self.folder} cannot be resumed bit for bit: {'; '.join(changed)}; "
+                "go back to that, or set trainer.deterministic=false"
+            )
         if changed:
             log.warning("resuming, but not bit for bit: %s", "; ".join(changed))
 
@@ -243,6 +250,7 @@ class Trainer:
             "engine": f"{self.loader.engine_name} on {self.loader.device}",
             "operators": ops.describe(self.device.type),
             "compiled": self.config.trainer.compile,
+            "deterministic": self.config.trainer.deterministic,
         }
 
     # ------------------------------------------------------------------------------------------------ set-up and words
@@ -278,9 +286,9 @@ class Trainer:
         if trainer.device == "auto" and self.device.type == "cpu" and _DRIVER.exists():
             log.warning("training on the CPU, since PyTorch sees no CUDA device, though there is a driver: mcl doctor")
         log.info(
-            f"{model.backbone}, canvas {plan.geometry.canvas} px, {model.compute}, {trainer.precision} on "
-            f"{self.device} x {distributed.world_size()}; {plan.global_batch} images per step, "
-            f"{self.steps_per_epoch} steps per epoch, {self.steps} steps"
+            f"{model.backbone}, canvas {plan.geometry.canvas} px, {model.compute}, "
+            f"{arithmetic.describe(trainer, self.device.type)} on {self.device} x {distributed.world_size()}; "
+            f"{plan.global_batch} images per step, {self.steps_per_epoch} steps per epoch, {self.steps} steps"
         )
         if distributed.rank() == 0:
             for doubt in self.config.doubts():

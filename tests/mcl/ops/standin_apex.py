@@ -1,6 +1,7 @@
 """A stand-in for NVIDIA apex in plain PyTorch: the calls that mcl makes, with apex's contracts, each recorded.
 
 It is no apex: it shows which arguments mcl passes, and that results are equal where apex keeps to its documentation.
+The host reads nothing but where apex's does.
 """
 
 import sys
@@ -23,30 +24,34 @@ class StandIn:
     def applier(self, op: Any, noop: Tensor, lists: list[list[Tensor]], *args: Any) -> Any:
         return op(CHUNK, noop, lists, *args)
 
-    def _check(self, chunk: int, noop: Tensor, lists: list[list[Tensor]]) -> bool:
+    def _check(self, chunk: int, noop: Tensor, lists: list[list[Tensor]]) -> None:
         assert chunk == CHUNK
         assert (noop.dtype, noop.shape) == (torch.int32, (1,))
         assert len({len(tensors) for tensors in lists}) == 1
         assert all(t.is_contiguous() and t.dtype == torch.float32 for tensors in lists for t in tensors)
-        return bool(noop == 0)
 
     def multi_tensor_l2norm(self, chunk: int, noop: Tensor, lists: Any, per_tensor: bool) -> tuple[Tensor, Tensor]:
         self.calls.append(("l2norm", (len(lists), len(lists[0]), per_tensor)))
-        assert self._check(chunk, noop, lists)
+        self._check(chunk, noop, lists)
         each = torch.stack([t.norm() for t in lists[0]])
-        return each.norm(), each if per_tensor else torch.empty(0)
+        return each.norm()[None], each if per_tensor else torch.empty(0)
 
     def multi_tensor_axpby(self, chunk: int, noop: Tensor, lists: Any, a: float, b: float, arg_to_check: int) -> None:
         self.calls.append(("axpby", (len(lists), a, b, arg_to_check)))
-        if self._check(chunk, noop, lists):
-            for x, y, out in zip(*lists, strict=True):
-                out.copy_(a * x + b * y)
-                if not out.isfinite().all():
-                    noop.fill_(1)
+        self._check(chunk, noop, lists)
+        stays = noop.view(()) != 0
+        for x, y, out in zip(*lists, strict=True):
+            out.copy_(torch.where(stays, out, a * x + b * y))
+            noop.logical_or_(~out.isfinite().all())
 
-    def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2.0) -> Tensor:
-        self.calls.append(("clip", (max_norm, norm_type)))
-        return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
+    def clip_grad_norm_(self, parameters: Any, max_norm: float) -> Tensor:
+        """apex hands the factor to a kernel that takes a float: the host waits for it."""
+        grads = [p.grad for p in parameters]
+        norm = torch.stack([grad.norm() for grad in grads]).norm()
+        scale = float((max_norm / (norm + 1e-6)).clamp(max=1))
+        self.calls.append(("clip", (scale,)))
+        torch._foreach_mul_(grads, scale)
+        return norm
 
     def cross_entropy(
         self, logits: Tensor, labels: Tensor, smoothing: float = 0.0, padding_idx: int = 0, half_to_float: bool = False

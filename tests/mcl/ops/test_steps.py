@@ -187,16 +187,32 @@ def test_apex_is_called_by_its_contract_with_equal_results(stand_in: standin_ape
     assert stand_in.calls == []
     assert all(torch.equal(a, b) for a, b in zip(before, targets, strict=True))
 
-    parameter = nn.Parameter(torch.ones(4))
-    parameter.grad = torch.full((4,), 3.0)
-    assert ops.clip_grad_norm_([parameter], 1.5).item() == 6
-    assert parameter.grad.tolist() == pytest.approx([0.75] * 4, rel=1e-4)
-    assert stand_in.calls == [("clip", (1.5, 2.0))]
+    stand_in.calls.clear()
+    parameter = nn.Parameter(torch.ones(1, 2, 2, 1).contiguous(memory_format=torch.channels_last))
+    parameter.grad = torch.full_like(parameter, 3.0)
+    for limit, grad in ((math.inf, 3.0), (7.0, 3.0), (1.5, 0.75)):
+        norm = ops.clip_grad_norm_([parameter], limit)
+        assert (norm.shape, norm.item()) == ((), 6)
+        assert parameter.grad.flatten().tolist() == pytest.approx([grad] * 4, rel=1e-4)
+    assert stand_in.calls == [("l2norm", (1, 1, False))] * 3
 
     stand_in.calls.clear()
     logits, labels = torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 0, 0])  # label 0 counts like any other
     torch.testing.assert_close(ops.cross_entropy(logits, labels), F.cross_entropy(logits, labels))
     assert stand_in.calls == [("xentropy", (0.0, -1, False))]
+
+
+def test_nothing_is_read_back_from_apex_either(stand_in: standin_apex.StandIn) -> None:
+    weights, grads, momenta = lists(torch.float32)
+    for w, grad in zip(weights, grads, strict=True):
+        w.grad = grad
+    logits, labels = torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 0, 0])
+    with Detector("cpu"):
+        ops.cross_entropy(logits, labels)
+        ops.clip_grad_norm_(weights, 1.0)
+        ops.lars_(weights, grads, momenta, **STEP)
+        ops.ema_(grads, weights, 0.9)
+    assert [name for name, _ in stand_in.calls] == ["xentropy", "l2norm", "l2norm", "axpby"]
 
 
 def test_apex_gets_nothing_but_fp32(stand_in: standin_apex.StandIn) -> None:
