@@ -43,8 +43,9 @@ from dali_pipelines.batch import MontageBatch, in_order
 from dali_pipelines.geometry import STRIDE
 from mcl import config
 from mcl.budget import budget, count
-from mcl.config import Config
+from mcl.config import Config, TrainerConfig
 from mcl.models import MCL
+from mcl.train import arithmetic
 from mcl.train.optim import AUTOCAST
 from mcl.train.step import TrainingStep
 from mcl.train.trainer import resolve_device
@@ -336,6 +337,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=default, help="who takes part")
     options = parser.parse_args(arguments)
     setting = Setting(options.backbone, options.cells, options.images, options.precision, options.device)
+    arithmetic.choose(TrainerConfig())
     contenders = {name: CONTENDERS[name][1](setting) for name in options.contenders}
     stages = {name: contenders[name].stages() for name in progress(list(contenders), "counting FLOPs, {}".format)}
     results = evaluate(stages, *measure(contenders, stages, options.repeat), options.images)

@@ -25,7 +25,7 @@ from mcl.models import MCL
 from mcl.records import preview as pictures
 from mcl.records import report
 from mcl.records.metrics import Metrics, log, log_to_file, read, recorded_errors
-from mcl.train import checkpoint
+from mcl.train import arithmetic, checkpoint
 from mcl.train.trainer import Trainer, resolve_device
 
 _PREVIEW_PHOTOS = 6
@@ -130,6 +130,7 @@ def evaluate(name: str, path: Path, overrides: Sequence[str]) -> Iterator[str]:
     """
     model, cfg = checkpoint.load_model(path)
     cfg = config.override(cfg, overrides)
+    arithmetic.choose(cfg.trainer)
     for scores in evaluation.evaluate(name, model, cfg, resolve_device(cfg.trainer.device)):
         yield describe(scores)
 

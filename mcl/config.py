@@ -126,7 +126,7 @@ class TrainerConfig:
     """Backbones and heads through torch.compile, which on CUDA generates Triton kernels; new shapes compile anew."""
     cuda_graph: Annotated[bool, Trait.RESUMABLE, Trait.DECIDES_SPEED] = False
     """Forward and backward as one recorded CUDA graph, for one process; recorded anew when montage.schedule changes
-    the canvas. Collectives in a graph would be hidden from NCCL's timeouts, by which a run that hangs ends."""
+    the canvas. Not for several processes, whose collectives would be outside NCCL's timeouts in a graph."""
     max_loss_scale: float = Field(default=2.0**14, ge=1)
     """Upper bound of the fp16 loss scale."""
     on_nonfinite: Annotated[Literal["stop", "skip"], Trait.RESUMABLE] = "stop"

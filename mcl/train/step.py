@@ -144,7 +144,7 @@ class TrainingStep:
         if self._device.type != "cuda":
             raise ConfigError("trainer.cuda_graph: needs a CUDA device; use trainer.cuda_graph=false")
         if distributed.world_size() > 1:
-            raise ConfigError("trainer.cuda_graph: records one process alone so far; use trainer.cuda_graph=false")
+            raise ConfigError("trainer.cuda_graph: records one process alone; use trainer.cuda_graph=false")
         return CudaRecorder(self.model.buffers(), lambda: self.optimizer.zero_grad(set_to_none=True))
 
 

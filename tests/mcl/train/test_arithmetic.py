@@ -77,9 +77,9 @@ def test_cublas_is_told_before_cuda_starts(monkeypatch: pytest.MonkeyPatch) -> N
     exact = TrainerConfig(deterministic=True)
     arithmetic.choose(TrainerConfig())
     assert WORKSPACE not in os.environ
-    with mock.patch.object(torch.cuda, "is_initialized", lambda: True):
-        with pytest.raises(ConfigError, match=rf"{WORKSPACE} is not set, and CUDA has started.*set it to :4096:8"):
-            arithmetic.choose(exact)
+    said = rf"{WORKSPACE} is not set, and CUDA has started.*set it to :4096:8"
+    with mock.patch("torch.cuda.is_initialized", return_value=True), pytest.raises(ConfigError, match=said):
+        arithmetic.choose(exact)
     arithmetic.choose(exact)
     assert os.environ[WORKSPACE] == ":4096:8"
     monkeypatch.setenv(WORKSPACE, ":16:8")
@@ -150,7 +150,7 @@ def test_what_would_compute_other_numbers_is_refused_on_resume(tiny: Config, thi
     Trainer(exact).fit()
     assert "fp32, deterministic on cpu x 1" in (log := tiny.run_folder / "train.log").read_text()
     checkpoint.steps(tiny.run_folder / "checkpoints")[-1].unlink()
-    with mock.patch("dali_pipelines.loader.choose_engine", lambda data, cuda: ("torchvision", "cpu", "no DALI")):
+    with mock.patch("dali_pipelines.loader.choose_engine", return_value=("torchvision", "cpu", "no DALI")):
         changed = "engine was fused on cpu, is torchvision on cpu"
         with pytest.raises(ConfigError, match=rf"trainer\.deterministic: .*{changed}; go back to that, or set trainer"):
             Trainer(exact)

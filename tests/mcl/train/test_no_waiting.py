@@ -4,9 +4,13 @@ Every operator passes a detector: once in whole steps on the CPU, which sees wha
 tensors that claim to be on a GPU, which sees copies between it and the host, too.
 """
 
+import contextlib
 import dataclasses
+import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,18 +21,19 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dali_pipelines.batch import MontageBatch
-from mcl import ops
 from mcl.config import Config
 from mcl.models import MCL
 from mcl.models.norm import BatchNorm
 from mcl.ops import fallback
 from mcl.records.meters import Meter
-from mcl.train import ema
-from mcl.train.optim import build_optimizer
+from mcl.records.timers import HostClock, Timer
+from mcl.train.optim import AUTOCAST
 from mcl.train.step import TrainingStep
+from tests.conftest import ThinBackbone
 from tests.mcl.detector import Detector, Waited
 from tests.mcl.ops.test_batch_norm import OPERATORS, arguments
-from tests.step import build, configure, views
+from tests.mcl.ranks import in_ranks
+from tests.step import FOUR_LEVELS, build, configure, views
 
 # ---------------------------------------------------------------------------------------------------- the detector
 
@@ -188,6 +193,28 @@ def test_a_step_that_may_be_skipped_copies_buffers_alone(optimizer: str) -> None
     assert not {"aten::clone", "aten::copy_", "aten::_foreach_clone"} & more.keys()
 
 
+def wrapped_steps() -> list[Counter[str]]:
+    """What is seen of this rank's steps, in DistributedDataParallel: in every precision, with either choice."""
+    seen = []
+    for precision, choice in itertools.product(("fp32", "bf16", "fp16"), ("stop", "skip")):
+        words = f"trainer.precision={precision}", f"trainer.on_nonfinite={choice}", "trainer.accumulate=2"
+        cfg = configure(*FOUR_LEVELS, *words, "trainer.global_batch=16", "optim.clip_norm=1")
+        with mock.patch("mcl.models.mcl.Backbone", ThinBackbone):
+            step, (query, key) = build(cfg), views(cfg, world=2)
+        meter = Meter(4, torch.device("cpu"), precision == "fp16", choice == "skip")
+        with Detector("cpu") as detector:
+            for number in range(2):  # buckets are made anew after the first
+                meter.add(number, *step(query, key, lr=0.1, momentum=0.99))
+        seen.append(detector.seen)
+    return seen
+
+
+def test_nor_does_one_of_several_processes() -> None:
+    for seen in itertools.chain(*in_ranks(2, wrapped_steps)):
+        assert seen["c10d::allreduce_"] > seen["mcl::batch_norm_backward_reduce"] > 0  # of gradients, and of each norm
+        assert seen["mcl::lars_"] == 4
+
+
 class Peeking(torch.autograd.Function):
     """The identity, which looks for zeros in its gradient."""
 
@@ -265,35 +292,73 @@ def pretended(view: MontageBatch, device: str) -> MontageBatch:
     return dataclasses.replace(view, **fakes)
 
 
+@contextlib.contextmanager
+def autocast(step: TrainingStep) -> Iterator[None]:
+    """By the switches that torch.autocast turns where there is a GPU."""
+    dtype = AUTOCAST.get(step._config.trainer.precision)
+    torch.set_autocast_enabled("cuda", dtype is not None)
+    torch.set_autocast_dtype("cuda", dtype or torch.float16)
+    yield
+    torch.set_autocast_enabled("cuda", False)
+    torch.clear_autocast_cache()
+
+
 @pytest.fixture
-def processes(request: pytest.FixtureRequest) -> Iterator[int]:
-    """Of a group that exchanges nothing."""
-    if request.param > 1:
-        dist.init_process_group("fake", rank=0, world_size=request.param, store=FakeStore())
-    yield request.param
-    if request.param > 1:
-        dist.destroy_process_group()
+def pretending(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step takes tensors that claim to be on a GPU; there is no backward, whose engine needs a driver."""
+    monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(Timer, "on", lambda device: Timer(HostClock()))
+    monkeypatch.setattr(MCL, "to", lambda model, *_, **__: pretend(model))
+    monkeypatch.setattr(TrainingStep, "autocast", autocast)
+    monkeypatch.setattr(TrainingStep, "_parallel", lambda step: step.model)
+    monkeypatch.setattr(Tensor, "backward", lambda loss: None)
+
+
+@pytest.fixture
+def eight_processes() -> Iterator[None]:
+    """A group that exchanges nothing."""
+    dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.mark.filterwarnings("ignore:`torch.distributed.all_gather_into_tensor:FutureWarning")
-@pytest.mark.parametrize("processes", [1, 8], indirect=True)
-@pytest.mark.parametrize("compute", ["matched", "released"])
-def test_forward_and_metrics_stay_on_the_device(compute: str, processes: int) -> None:
-    """Without autocast, which needs a GPU; as backward does, which whole steps above have shown."""
-    cfg = configure(f"model.compute={compute}")
+@pytest.mark.usefixtures("pretending", "eight_processes")
+@pytest.mark.parametrize("choice", ["stop", "skip"])
+@pytest.mark.parametrize(
+    ("precision", "optimizer", "compute"),
+    [("fp32", "lars", "released"), ("bf16", "sgd", "matched"), ("fp16", "adamw", "matched")],
+)
+def test_a_step_stays_on_the_device(precision: str, optimizer: str, compute: str, choice: str) -> None:
+    """All of it but backward, of which whole steps above have shown it, and its metrics."""
+    words = f"trainer.precision={precision}", f"optim.name={optimizer}", f"model.compute={compute}"
+    cfg = configure(*words, f"trainer.on_nonfinite={choice}", "optim.clip_norm=1")
     model = without_memory(cfg)
     query, key = views(cfg)
+    convolved = set()
+
+    def give_gradients(*_: Any) -> None:
+        for p in model.parameters():
+            p.grad = torch.empty_like(p) if p.requires_grad else None
+
     with FakeTensorMode():
-        pretend(model)
         query, key = pretended(query, "cuda"), pretended(key, "cuda")
-        meter = Meter(2, torch.device("cuda"))
+        step = TrainingStep(cfg, model, torch.device("cuda"))
+        meter = Meter(2, torch.device("cuda"), precision == "fp16", choice == "skip")
+        model.register_forward_hook(give_gradients)
+        model.online.backbone.conv1.register_forward_hook(lambda module, inputs, out: convolved.add(out.dtype))
         with Detector("cuda") as detector:
-            output = model(query, key)
-            meter.add(0, output, output.loss.detach())
-    assert output.loss.device.type == "cuda"
-    assert detector.seen["mcl::region_pool"] == (2 if compute == "matched" else 0)  # of both networks
-    gathered = detector.seen["c10d::_allgather_base_"]
-    assert gathered == (0 if processes == 1 else 2 + detector.seen["mcl::batch_norm_apply"])  # 2 of targets
+            for number in range(2):  # the optimiser's state comes to be in the first
+                output, norm = step(query, key, lr=0.1, momentum=0.99)
+                meter.add(number, output, norm)
+    assert convolved == {AUTOCAST.get(precision, torch.float32)}
+    assert {output.loss.device.type, norm.device.type} == {"cuda"}
+    assert {tensor.device.type for state in step.optimizer.state.values() for tensor in state.values()} == {"cuda"}
+    seen = detector.seen
+    assert seen["mcl::region_pool"] == (4 if compute == "matched" else 0)  # of both networks, in both steps
+    assert seen["c10d::_allgather_base_"] == 4 + seen["mcl::batch_norm_apply"]  # of targets, and a norm's
+    assert seen["aten::_amp_update_scale_"] == (2 if precision == "fp16" else 0)
+    assert seen["mcl::ema_"] == 2
 
 
 def test_the_backward_of_regions_stays_on_the_device() -> None:
@@ -319,31 +384,6 @@ def test_norms_without_the_extension_stay_on_the_device(name: str) -> None:
     found, expected = ([(t.shape, t.dtype, t.device, t.stride()) for t in tree_leaves(result)] for result in results)
     assert found == expected
     assert {t[2].type for t in found} == {"cuda"}
-
-
-@pytest.mark.usefixtures("thin_backbone")
-@pytest.mark.parametrize("optimizer", ["lars", "adamw", "sgd"])
-@pytest.mark.parametrize("skips", [False, True])
-def test_clipping_optimiser_and_momentum_network_stay_on_the_device(optimizer: str, skips: bool) -> None:
-    """With gradients set by hand. PyTorch takes lists of fake tensors one by one; above they passed as lists."""
-    cfg = configure(f"optim.name={optimizer}")
-    model = without_memory(cfg)
-    with FakeTensorMode():
-        pretend(model)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        update = build_optimizer(cfg.optim, model)
-        with Detector("cuda") as detector:
-            for _ in range(2):  # its state comes to be in the first
-                for p in trained:
-                    p.grad = torch.empty_like(p)
-                norm = ops.clip_grad_norm_(trained, 1.0)
-                found_inf = (~norm.isfinite()).float() if skips else None
-                update.found_inf = found_inf  # type: ignore[attr-defined]
-                update.step()
-                ema.update(model.target.parameters(), model.online.parameters(), 0.99, found_inf)
-    assert norm.device.type == "cuda"
-    assert {tensor.device.type for state in update.state.values() for tensor in state.values()} == {"cuda"}
-    assert detector.seen["mcl::ema_"] == 2
 
 
 @pytest.mark.usefixtures("thin_backbone")
