@@ -8,6 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
+from torch import Tensor
 
 from mcl import config, distributed
 from mcl.config import Config, ConfigError, TrainerConfig
@@ -122,26 +123,31 @@ def test_on_one_cpu_it_changes_nothing(words: list[str]) -> None:
     assert equal(*weights)
 
 
-def resume(words: list[str]) -> int:
-    """Weights of this rank that differ after a third step, once with and once without a pause before it."""
-    cfg = configure(*FOUR_LEVELS, "trainer.global_batch=12", *words)
+def resume(choice: str) -> tuple[int, Tensor]:
+    """Weights of this rank that differ after a third step, once with and once without a pause before it; the norms of
+    all gradients."""
+    cfg = configure(*FOUR_LEVELS, "trainer.global_batch=12", f"trainer.deterministic={choice}")
     arithmetic.choose(cfg.trainer)
     batches = [views(cfg, seed + 2 * distributed.rank(), world=3) for seed in (1, 101, 201)]
     with mock.patch("mcl.models.mcl.Backbone", ThinBackbone):
         whole, resumed = build(cfg), build(cfg)
-    for batch in batches[:2]:
-        whole(*batch, lr=0.1, momentum=0.9)
+    norms = [whole(*batch, lr=0.1, momentum=0.9)[1] for batch in batches[:2]]
     resumed.model.load_state_dict(whole.model.state_dict())
     resumed.load_state_dict(copy.deepcopy(whole.state_dict()))
-    for step in (whole, resumed):
-        step(*batches[2], lr=0.1, momentum=0.9)
+    norms += [step(*batches[2], lr=0.1, momentum=0.9)[1] for step in (whole, resumed)]
     a, b = whole.model.state_dict(), resumed.model.state_dict()
-    return sum(int((a[name] != b[name]).sum()) for name in a)
+    return sum(int((a[name] != b[name]).sum()) for name in a), torch.stack(norms)
+
+
+def resume_both() -> list[tuple[int, Tensor]]:
+    return [resume("true"), resume("false")]
 
 
 def test_three_processes_resume_bit_for_bit() -> None:
     """Gradients lie in other buckets after the first step, and an all-reduce adds them in another order."""
-    assert in_ranks(3, resume, ["trainer.deterministic=true"]) == [0, 0, 0]
+    for (differ, norms), (_, of_all_reduce) in in_ranks(3, resume_both):
+        assert differ == 0
+        torch.testing.assert_close(norms, of_all_reduce)
 
 
 def test_what_would_compute_other_numbers_is_refused_on_resume(tiny: Config, thin_backbone: None) -> None:
