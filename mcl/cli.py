@@ -205,7 +205,7 @@ def _parser() -> argparse.ArgumentParser:
         "install-mmdet",
         _install_mmdet,
         "install MMDetection, for mcl finetune",
-        description="Installs MMDetection beside PyTorch, which stays as it is. Builds mmcv: up to 8 minutes on 2 cores.",
+        description="Installs MMDetection beside PyTorch, which stays as it is. Builds mmcv: 8 minutes on 2 cores.",
     )
     install.add_argument(
         "--fork", choices=["openmmlab", "onedl"], default="openmmlab", help="onedl: a fork that is maintained"

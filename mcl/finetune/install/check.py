@@ -1,5 +1,4 @@
-"""Smoke test of MMDetection: a detector finds boxes, through mmcv's compiled operators.
-"""
+"""Smoke test of MMDetection: a detector finds boxes, through mmcv's compiled operators."""
 
 from pathlib import Path
 
