@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 MMDET := .venv/.mmdet
-REQUIREMENTS := $(filter-out requirements/mmdet.txt,$(wildcard requirements/*.txt))
+REQUIREMENTS := $(wildcard requirements/*.txt)
 KERNELS := $(shell find kernels/csrc kernels/dali -type f)
 CPP := $(shell find kernels tests/kernels -name '*.h' -o -name '*.cpp' -o -name '*.cc' -o -name '*.cu' -o -name '*.cuh')
 
@@ -37,8 +37,8 @@ $(INSTALLED): $(REQUIREMENTS) pyproject.toml setup.py $(KERNELS)
 
 mmdet: $(MMDET)
 
-$(MMDET): $(INSTALLED) requirements/mmdet.txt scripts/install_mmdet.sh scripts/check_mmdet.py
-	bash scripts/install_mmdet.sh $(BIN)/python
+$(MMDET): $(INSTALLED) $(wildcard mcl/finetune/install/*)
+	$(BIN)/mcl install-mmdet
 	touch $@
 
 demo: setup

@@ -258,7 +258,7 @@ def _apex() -> Iterator[Check]:
 def _others() -> Iterator[Check]:
     """Packages that draw, log or fine-tune, and what each is for."""
     for name in ("mmengine", "mmcv", "mmdet"):
-        yield _package(name, "note", "only mcl finetune needs it", "make mmdet")
+        yield _package(name, "note", "only mcl finetune needs it", "mcl install-mmdet")
     for name, why in (
         ("tensorboard", "log.tensorboard is on by default"),
         ("matplotlib", "draws the curves of a report"),

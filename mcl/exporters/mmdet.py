@@ -14,7 +14,7 @@ from mcl.exporters.files import save_openmmlab
 from mcl.exporters.target import Target, Twin
 from mcl.models.backbones import Backbone
 
-INSTALL = "make mmdet, in a checkout of mcl"
+INSTALL = "mcl install-mmdet"
 _CONVS = {"inner_blocks": "lateral_convs", "layer_blocks": "fpn_convs"}
 _MODULES = {"0": "conv", "1": "bn"}
 _BATCH_NORM = {"type": "BN"}

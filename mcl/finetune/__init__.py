@@ -33,7 +33,7 @@ def finetune(path: Path, overrides: Sequence[str] = ()) -> str:
     try:
         import mmdet.apis  # noqa: F401  # whatever of mmcv and mmengine it needs, too
     except (ImportError, AssertionError) as error:  # the latter for a version of mmcv that it does not take
-        raise ConfigError(f"mcl finetune needs MMDetection ({error}); install it: make mmdet") from None
+        raise ConfigError(f"mcl finetune needs MMDetection ({error}); install it: mcl install-mmdet") from None
     from mcl.finetune import settings, training
 
     config = settings.load(path, overrides)

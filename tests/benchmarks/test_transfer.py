@@ -226,7 +226,8 @@ def test_commands_load_the_parts_of_the_method(work: Work) -> None:
     assert f"weights={work.folder}/pretrain/mcl-3/checkpoints/last.pt" in words["mcl-fpn"]
     assert "model.compute=released" in transfer.pretrain(Cell("mcl-released", 0), work).arguments
     assert "model.compute=released" not in transfer.pretrain(Cell("mcl-all", 0), work).arguments
-    assert commands["moco"].shell.startswith("CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 python -m mcl finetune mcl/finetune/configs/")
+    start = "CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 python -m mcl finetune mcl/finetune/configs/"
+    assert commands["moco"].shell.startswith(start)
     assert r"""'pretrained.names=['"'"'backbone\.'"'"']'""" in commands["moco"].shell
 
 

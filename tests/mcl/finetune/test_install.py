@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from mcl.config import DETECTORS
 from tests.conftest import ROOT
 
 WITHOUT = """
@@ -34,7 +35,7 @@ def test_what_make_mmdet_has_installed_can_be_imported(name: str) -> None:
 
 
 def install(python: str, **environment: str) -> "subprocess.CompletedProcess[str]":
-    command = ["bash", str(ROOT / "scripts" / "install_mmdet.sh"), python]
+    command = ["bash", str(DETECTORS.parent / "install" / "install.sh"), python]
     return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
 
 
@@ -58,4 +59,4 @@ def test_a_python_without_torch(tmp_path: Path) -> None:
     python.chmod(0o755)
     done = install(str(python), PYTHONPATH="")
     assert done.returncode == 1
-    assert f"{python} has no torch; run make setup first" in done.stderr
+    assert f"{python} has no torch; install mcl first" in done.stderr

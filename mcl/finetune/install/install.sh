@@ -1,27 +1,30 @@
 #!/usr/bin/env bash
-# Install MMDetection and mmpretrain beside the torch that PYTHON has, which stays as it is.
+# Install MMDetection and mmpretrain beside the torch that PYTHON has, which stays as it is. `mcl install-mmdet` runs it.
 #
-# usage: bash scripts/install_mmdet.sh PYTHON
+# usage: bash install.sh PYTHON [openmmlab|onedl]
 #
-# mmcv 2.1.0, the last version that MMDetection 3.3.0 takes, has no wheel for a current torch, and asks for C++17 where
-# torch's headers need C++20. So it is built from its source on PyPI, by a compiler that is told C++20: up to 8 minutes
-# on two cores. The wheel is kept in $XDG_CACHE_HOME/mcl/mmcv (~/.cache) for the next environment with that torch.
+# mmcv has no wheel for a current torch, and asks for C++17 where torch's headers need C++20. So it is built from its
+# source on PyPI, by a compiler that is told C++20: up to 8 minutes on two cores. The wheel is kept in $XDG_CACHE_HOME/mcl/mmcv (~/.cache) for the next environment with that torch.
 #
 # environment: CXX (g++), MAX_JOBS (as cores and memory allow), FORCE_CUDA=1 to compile mmcv's CUDA operators where no
 # GPU is seen (where one is, they are compiled anyway), TORCH_CUDA_ARCH_LIST for which GPUs (those seen), CUDA_HOME.
 set -euo pipefail
 
-MMCV=2.1.0
 GIB_PER_JOB=2  # a compilation with torch's headers
 
 fail() {
-  printf 'install_mmdet.sh: %s\n' "$@" >&2
+  printf 'mcl install-mmdet: %s\n' "$@" >&2
   exit 1
 }
 
-[ $# -eq 1 ] || fail "usage: install_mmdet.sh PYTHON"
+[ $# -ge 1 ] || fail "usage: install.sh PYTHON [openmmlab|onedl]"
 python=$1
 here=$(cd "$(dirname "$0")" && pwd)
+list=$here/${2:-openmmlab}.txt
+[ -r "$list" ] || fail "no fork $2; there are openmmlab and onedl"
+mmcv=$(grep -E '^(onedl-)?mmcv==' "$list")
+package=${mmcv%==*}
+wheel=${package//-/_}-${mmcv#*==}
 pip() { "$python" -m pip --disable-pip-version-check "$@"; }
 
 # What a compiled mmcv depends on, e.g. torch2.14.1+cu130-cp311-cpu, or ...-cuda9.0 for a GPU of that capability.
@@ -34,7 +37,7 @@ if torch.cuda.is_available() or os.environ.get("FORCE_CUDA") == "1":
     device = "cuda" + (os.environ.get("TORCH_CUDA_ARCH_LIST") or seen or "").replace(";", "_").replace(" ", "_")
 print(f"torch{torch.__version__}-cp{sys.version_info.major}{sys.version_info.minor}-{device}")
 END
-) || fail "$python has no torch; run make setup first"
+) || fail "$python has no torch; install mcl first"
 [[ $key != *-cuda ]] || fail "FORCE_CUDA=1, and no GPU is seen: say for which GPUs mmcv's operators are compiled," \
   "e.g. TORCH_CUDA_ARCH_LIST='8.0;9.0' for A100 and H100."
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/mcl/mmcv/$key
@@ -67,28 +70,29 @@ build() {
   local cuda=""
   if [[ $key == *-cuda* ]] && ! cuda=$(find_nvcc); then
     fail "mmcv's operators for the GPU need the CUDA compiler, nvcc, which is not in CUDA_HOME, PATH or /usr/local/cuda." \
-      "Install the toolkit of torch's CUDA version, or do without: CUDA_VISIBLE_DEVICES= make mmdet builds for CPUs."
+      "Install the toolkit of torch's CUDA version, or do without: CUDA_VISIBLE_DEVICES= mcl install-mmdet builds for CPUs."
   fi
   mkdir -p "$cache"
   work=$(mktemp -d "$cache/.building.XXXXXX")
   trap 'rm -rf "$work"' EXIT
   compiler cxx "${CXX:-g++}" -g0  # what Python was built with may have -g, which more than doubles the time
   [ -z "$cuda" ] || compiler nvcc "$cuda" ""
-  echo "building mmcv $MMCV for $key: up to 8 minutes on two cores; what the compiler says is in $log"
+  echo "building $mmcv for $key: up to 8 minutes on two cores; what the compiler says is in $log"
   # pip's own cache would offer a wheel that was built for another torch.
   if ! CXX=$work/cxx PYTORCH_NVCC=$work/nvcc MMCV_WITH_OPS=1 MAX_JOBS=${MAX_JOBS:-$(jobs)} \
-    pip wheel --verbose --no-cache-dir --no-deps --no-build-isolation --no-binary mmcv -w "$work" "mmcv==$MMCV" \
+    pip wheel --verbose --no-cache-dir --no-deps --no-build-isolation --no-binary "$package" -w "$work" "$mmcv" \
     >"$log" 2>&1; then
     grep -E -m 5 '(error:|Error:|ERROR|Killed|No space left)' "$log" >&2 || tail -n 5 "$log" >&2
-    fail "mmcv $MMCV could not be built for $key. Above are the first errors, all is in $log." \
+    fail "$mmcv could not be built for $key. Above are the first errors, all is in $log." \
       "'Killed': too little memory, set MAX_JOBS=1. 'could not find': PyPI cannot be reached." \
       "An error in torch's headers: g++ 11 or later is needed, or CXX that names another."
   fi
-  mv "$work"/mmcv-*.whl "$cache"
+  mv "$work/$wheel"-*.whl "$cache"
 }
 
-ls "$cache"/mmcv-$MMCV-*.whl >/dev/null 2>&1 || build
-pip install --quiet --no-deps -r "$here/../requirements/mmdet.txt"
-pip install --quiet --no-deps --force-reinstall "$cache"/mmcv-$MMCV-*.whl
-"$python" -W ignore "$here/check_mmdet.py" || fail "MMDetection was installed, but does not work: see above." \
+ls "$cache/$wheel"-*.whl >/dev/null 2>&1 || build
+others=$(grep -E '^(onedl-)?mm(engine|det|detection|pretrain)==' "$list")
+pip install --quiet --no-deps -r "$here/packages.txt" $others
+pip install --quiet --no-deps --force-reinstall "$cache/$wheel"-*.whl
+"$python" -W ignore "$here/check.py" || fail "MMDetection was installed, but does not work: see above." \
   "If mmcv._ext cannot be loaded, remove $cache and try again."

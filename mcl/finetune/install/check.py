@@ -1,7 +1,4 @@
-"""Smoke test of MMDetection: a detector finds boxes, through mmcv's compiled operators.
-
-usage: python scripts/check_mmdet.py
-"""
+"""Smoke test of MMDetection: a detector finds boxes, through mmcv's compiled operators."""
 
 from pathlib import Path
 
