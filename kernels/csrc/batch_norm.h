@@ -1,8 +1,8 @@
 // Checks and bookkeeping of batch_norm that do not depend on the device.
 //
 // Statistics are a tensor (groups, 2 C + 1): C means, C of what belongs to them, and the number of rows. What belongs
-// to a mean is the sum of squared distances from it in batch_norm_stats' result, which processes can add, and 1 /
-// standard deviation in that of batch_norm_combine.
+// to a mean is the sum of squared distances from it in batch_norm_stats' result (1, groups, 2 C + 1), which processes
+// can add, and 1 / standard deviation in that of batch_norm_combine. batch_norm_stats_alone is both, of one process.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -16,6 +16,8 @@
 #include <optional>
 #include <tuple>
 #include <vector>
+
+#include "batch_norm_math.h"
 
 namespace mcl {
 
@@ -47,6 +49,15 @@ void check_apply(const Rows& all, const Tensor& x, const std::optional<Tensor>& 
 // Checks what batch_norm_combine is given: (processes, groups, 2 C + 1).
 void check_combine(const Tensor& parts, const std::optional<Tensor>& running_mean,
                    const std::optional<Tensor>& running_var, const std::optional<Tensor>& batches);
+
+// Of tensors that check_combine has seen.
+template <typename A>
+Running<A> make_running(const std::optional<Tensor>& mean, const std::optional<Tensor>& var,
+                        const std::optional<Tensor>& batches, std::optional<double> momentum) {
+  return {mean ? static_cast<A*>(mean->mutable_data_ptr()) : nullptr,
+          var ? static_cast<A*>(var->mutable_data_ptr()) : nullptr,
+          batches ? static_cast<int64_t*>(batches->mutable_data_ptr()) : nullptr, momentum.value_or(-1)};
+}
 
 // Uninitialised, of the dtype that x is computed in.
 Tensor empty_small(const Tensor& x, std::vector<int64_t> size);

@@ -59,11 +59,13 @@ def batch_norm(
         )
     x, counts = _channels_last(x), list(counts)
     with torch.no_grad():
-        parts = torch.ops.mcl.batch_norm_stats(x, counts)[None]
-        if processes > 1:
-            own, parts = parts, parts.new_empty(processes, *parts.shape[1:])
+        if processes == 1:
+            statistics = torch.ops.mcl.batch_norm_stats_alone(x, counts, *running, momentum, eps)
+        else:
+            own = torch.ops.mcl.batch_norm_stats(x, counts)
+            parts = own.new_empty(processes, *own.shape[1:])
             dist.all_gather_into_tensor(parts, own)
-        statistics = torch.ops.mcl.batch_norm_combine(parts, *running, momentum, eps)
+            statistics = torch.ops.mcl.batch_norm_combine(parts, *running, momentum, eps)
     if residual is not None:
         residual = _channels_last(residual).to(x.dtype)
     y: Tensor = _Normalize.apply(x, weight, bias, statistics, counts, residual, relu)
@@ -112,6 +114,11 @@ def _small(x: Tensor, *size: int) -> Tensor:
 
 @torch.library.register_fake("mcl::batch_norm_stats", lib=library)
 def _fake_stats(x: Tensor, counts: list[int]) -> Tensor:
+    return _small(x, 1, len(counts), 2 * x.shape[1] + 1)
+
+
+@torch.library.register_fake("mcl::batch_norm_stats_alone", lib=library)
+def _fake_stats_alone(x: Tensor, counts: list[int], *rest: object) -> Tensor:
     return _small(x, len(counts), 2 * x.shape[1] + 1)
 
 

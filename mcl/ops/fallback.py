@@ -139,7 +139,12 @@ def batch_norm_stats(x: Tensor, counts: list[int]) -> Tensor:
         var, mean = torch.var_mean(rows, _over_rows(x), correction=0)
         number = wide.new_full((1,), float(count * cells))
         groups.append(torch.cat([mean, var * number, number]))
-    return torch.stack(groups)
+    return torch.stack(groups)[None]
+
+
+@fallback("batch_norm_stats_alone")
+def batch_norm_stats_alone(x: Tensor, counts: list[int], *rest: Any) -> Tensor:
+    return batch_norm_combine(batch_norm_stats(x, counts), *rest)
 
 
 @fallback("batch_norm_combine")

@@ -18,6 +18,10 @@ SCHEMAS = {
         " bool channels_last) -> Tensor[]"
     ),
     "batch_norm_stats": "(Tensor x, SymInt[] counts) -> Tensor",
+    "batch_norm_stats_alone": (
+        "(Tensor x, SymInt[] counts, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? batches,"
+        " float? momentum, float eps) -> Tensor"
+    ),
     "batch_norm_combine": (
         "(Tensor parts, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? batches, float? momentum,"
         " float eps) -> Tensor"

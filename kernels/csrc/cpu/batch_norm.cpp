@@ -1,8 +1,8 @@
 #include "batch_norm.h"
 
 #include <algorithm>
+#include <cmath>
 
-#include "batch_norm_math.h"
 #include "cpu/access.h"
 #include "cpu/batch_norm_kernel.h"
 
@@ -49,22 +49,29 @@ struct Moments {
   }
 };
 
-// Mean, weight / standard deviation and bias per group and channel.
+// What lies per group and channel, (groups, C) each, is in tensors: these start where a line of the cache does.
+// Vectors that cross lines took the kernels up to half as long again.
+
+// Mean, weight / standard deviation and bias.
 template <typename A>
 struct Affines {
   int64_t channels, size;
   const A* statistics;
-  std::vector<A> scale, shift;
+  Tensor memory;  // of the following
+  A *mean, *scale, *shift;
 
   Affines(const Rows& all, const Tensor& statistics_, const std::optional<Tensor>& weight,
           const std::optional<Tensor>& bias)
       : channels(all.channels),
         size(all.statistics()),
         statistics(read<A>(statistics_)),
-        scale(all.groups() * channels),
-        shift(scale.size()) {
-    for (int64_t i = 0; i < static_cast<int64_t>(scale.size()); ++i) {
+        memory(empty_small(statistics_, {3, all.groups(), channels})),
+        mean(write<A>(memory)),
+        scale(mean + all.groups() * channels),
+        shift(scale + all.groups() * channels) {
+    for (int64_t i = 0; i < all.groups() * channels; ++i) {
       const int64_t c = i % channels;
+      mean[i] = statistics[i / channels * size + c];
       scale[i] = inverse(i / channels)[c] * (weight ? read<A>(*weight)[c] : A(1));
       shift[i] = bias ? read<A>(*bias)[c] : A(0);
     }
@@ -73,7 +80,8 @@ struct Affines {
   const A* inverse(int64_t group) const { return statistics + group * size + channels; }
   A rows(int64_t group) const { return statistics[group * size + 2 * channels]; }
   Affine<A> of(int64_t group) const {
-    return {statistics + group * size, scale.data() + group * channels, shift.data() + group * channels};
+    const int64_t at = group * channels;
+    return {mean + at, scale + at, shift + at};
   }
 };
 
@@ -81,14 +89,14 @@ Tensor batch_norm_stats(Tensor x, Counts counts) {
   const Rows all(x, counts);
   const std::vector<Chunk> chunks = chunks_of(all);
   const int64_t channels = all.channels, size = all.statistics();
-  Tensor statistics = empty_small(x, {all.groups(), size});
+  Tensor statistics = empty_small(x, {1, all.groups(), size});
+  const Tensor of_chunks = empty_small(x, {2, static_cast<int64_t>(chunks.size()), channels});
   dispatch_types(x, [&](auto stored, auto computed) {
     using T = decltype(stored);
     using A = decltype(computed);
-    std::vector<A> means(chunks.size() * channels), squares(means.size());
+    A *means = write<A>(of_chunks), *squares = means + chunks.size() * channels;
     for_each_chunk(chunks, [&](int64_t i, const Chunk& chunk) {
-      moments(read<T>(x) + chunk.row * channels, chunk.rows, channels, means.data() + i * channels,
-              squares.data() + i * channels);
+      moments(read<T>(x) + chunk.row * channels, chunk.rows, channels, means + i * channels, squares + i * channels);
     });
     std::vector<Moments> sums(all.groups() * channels);
     for (size_t i = 0; i < chunks.size(); ++i)
@@ -110,19 +118,36 @@ Tensor batch_norm_stats(Tensor x, Counts counts) {
 Tensor batch_norm_combine(Tensor parts, std::optional<Tensor> running_mean, std::optional<Tensor> running_var,
                           std::optional<Tensor> batches, std::optional<double> momentum, double eps) {
   check_combine(parts, running_mean, running_var, batches);
-  const int processes = static_cast<int>(parts.size(0)), groups = static_cast<int>(parts.size(1));
-  const int channels = static_cast<int>(parts.size(2) / 2);
-  int64_t* tracked = batches ? write<int64_t>(*batches) : nullptr;
-  const Tracking tracking{tracked, momentum.value_or(-1)};
-  Tensor statistics = empty_small(parts, {groups, parts.size(2)});
+  const int64_t processes = parts.size(0), groups = parts.size(1), size = parts.size(2), channels = size / 2;
+  Tensor statistics = empty_small(parts, {groups, size});
   dispatch_types(parts, [&](auto, auto computed) {
     using A = decltype(computed);
-    for (int c = 0; c < channels; ++c)
-      combine(read<A>(parts), processes, groups, channels, c, running_mean ? write<A>(*running_mean) : nullptr,
-              running_var ? write<A>(*running_var) : nullptr, tracking, eps, write<A>(statistics));
+    const Running<A> running = make_running<A>(running_mean, running_var, batches, momentum);
+    for (int64_t g = 0; g < groups; ++g) {
+      A* to = write<A>(statistics) + g * size;
+      double rows = 0;
+      for (int64_t p = 0; p < processes; ++p) rows += read<A>(parts)[(p * groups + g) * size + 2 * channels];
+      for (int64_t c = 0; c < channels; ++c) {
+        Moments sum;
+        for (int64_t p = 0; p < processes; ++p) {
+          const A* part = read<A>(parts) + (p * groups + g) * size;
+          sum.add(part[2 * channels], part[c], part[channels + c]);
+        }
+        to[c] = static_cast<A>(sum.mean);
+        to[channels + c] = static_cast<A>(1 / std::sqrt(sum.squares / rows + eps));
+        running.take(g, c, rows, sum.mean, sum.squares);
+      }
+      to[2 * channels] = static_cast<A>(rows);
+    }
+    if (running.batches != nullptr) *running.batches += groups;
   });
-  if (tracked != nullptr) *tracked += groups;
   return statistics;
+}
+
+Tensor batch_norm_stats_alone(Tensor x, Counts counts, std::optional<Tensor> running_mean,
+                              std::optional<Tensor> running_var, std::optional<Tensor> batches,
+                              std::optional<double> momentum, double eps) {
+  return batch_norm_combine(batch_norm_stats(x, counts), running_mean, running_var, batches, momentum, eps);
 }
 
 Tensor batch_norm_apply(Tensor x, std::optional<Tensor> weight, std::optional<Tensor> bias, Tensor statistics,
@@ -157,18 +182,19 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward_reduce(Tensor grad, Tenso
   const int64_t channels = all.channels, groups = all.groups();
   Tensor sums = empty_small(x, {2, groups, channels}), parameters = empty_small(x, {2, channels});
   Tensor passed = y ? torch::stable::empty_like(x) : empty_small(x, {0});
+  const Tensor of_chunks = empty_small(x, {2, static_cast<int64_t>(chunks.size()), channels});
   dispatch_types(x, [&](auto stored, auto computed) {
     using T = decltype(stored);
     using A = decltype(computed);
     const Affines<A> affines(all, statistics, weight, bias);
-    std::vector<A> plain(chunks.size() * channels), weighted(plain.size());
+    A *plain = write<A>(of_chunks), *weighted = plain + chunks.size() * channels;
     dispatch_conditions(y.has_value(), relu || y, [&](auto with_y, auto with_relu) {
       for_each_chunk(chunks, [&](int64_t i, const Chunk& chunk) {
         const int64_t at = chunk.row * channels;
-        gradient_sums<with_y.value, with_relu.value>(
-            read<T>(grad) + at, read<T>(x) + at, y ? read<T>(*y) + at : nullptr, chunk.rows, channels,
-            affines.of(chunk.group), plain.data() + i * channels, weighted.data() + i * channels,
-            y ? write<T>(passed) + at : nullptr);
+        gradient_sums<with_y.value, with_relu.value>(read<T>(grad) + at, read<T>(x) + at,
+                                                     y ? read<T>(*y) + at : nullptr, chunk.rows, channels,
+                                                     affines.of(chunk.group), plain + i * channels,
+                                                     weighted + i * channels, y ? write<T>(passed) + at : nullptr);
       });
     });
     std::vector<double> sum(2 * groups * channels), total(2 * channels);
@@ -202,7 +228,8 @@ Tensor batch_norm_backward_apply(Tensor grad, Tensor x, std::optional<Tensor> we
     using A = decltype(computed);
     const Affines<A> affines(all, statistics, weight, bias);
     const A *sum = read<A>(sums), *product = sum + groups * channels;
-    std::vector<A> slope(groups * channels), offset(slope.size());
+    const Tensor lines = empty_small(x, {2, groups, channels});
+    A *slope = write<A>(lines), *offset = slope + groups * channels;
     for (int64_t i = 0; i < groups * channels; ++i) {
       const double share = affines.scale[i] / static_cast<double>(affines.rows(i / channels));
       slope[i] = static_cast<A>(-share * affines.inverse(i / channels)[i % channels] * product[i]);
@@ -212,7 +239,7 @@ Tensor batch_norm_backward_apply(Tensor grad, Tensor x, std::optional<Tensor> we
       for_each_chunk(chunks_of(all), [&](int64_t, const Chunk& chunk) {
         const int64_t at = chunk.row * channels, group = chunk.group * channels;
         gradient<with_relu.value>(read<T>(grad) + at, read<T>(x) + at, chunk.rows, channels, affines.of(chunk.group),
-                                  slope.data() + group, offset.data() + group, write<T>(of_x) + at);
+                                  slope + group, offset + group, write<T>(of_x) + at);
       });
     });
   });
@@ -224,6 +251,7 @@ Tensor batch_norm_backward_apply(Tensor grad, Tensor x, std::optional<Tensor> we
 STABLE_TORCH_LIBRARY_IMPL(mcl, CPU, library) {
   library.impl("batch_norm_stats", TORCH_BOX(&batch_norm_stats));
   library.impl("batch_norm_combine", TORCH_BOX(&batch_norm_combine));
+  library.impl("batch_norm_stats_alone", TORCH_BOX(&batch_norm_stats_alone));
   library.impl("batch_norm_apply", TORCH_BOX(&batch_norm_apply));
   library.impl("batch_norm_backward_reduce", TORCH_BOX(&batch_norm_backward_reduce));
   library.impl("batch_norm_backward_apply", TORCH_BOX(&batch_norm_backward_apply));

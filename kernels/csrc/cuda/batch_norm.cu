@@ -46,26 +46,37 @@ void launch(const Rows& all, const Tensor& x, std::initializer_list<const Tensor
   });
 }
 
-int finish_tiles(const NormRows& rows) {
-  return (rows.channels + cuda::kFinishLanes - 1) / cuda::kFinishLanes;
+int finish_tiles(int channels) {
+  return std::max(1, (channels + cuda::kFinishLanes - 1) / cuda::kFinishLanes);
 }
 
-Tensor partials_of(const NormRows& rows, const Tensor& x) {
-  return empty_small(x, {rows.parts, rows.groups, 2, rows.channels});
-}
-
-Tensor batch_norm_stats(Tensor x, Counts counts) {
+// Statistics of parts of the rows: (parts, groups, 2 C + 1). Such memory may be freed as soon as what reads it has been
+// launched: what is allocated next comes later on this stream.
+Tensor stats_of_parts(const Tensor& x, const Counts& counts) {
   const Rows all(x, counts);
   const cuda::Stream stream(x);
-  Tensor statistics = empty_small(x, {all.groups(), all.statistics()});
+  Tensor partials = empty_small(x, {1, all.groups(), all.statistics()});
   launch(all, x, {&x}, [&](auto stored, auto computed, auto vector, const NormRows& rows, dim3 grid) {
     using T = decltype(stored);
     using A = decltype(computed);
-    Tensor partials = partials_of(rows, x);  // may be freed at once: what is allocated next comes later on this stream
+    partials = empty_small(x, {rows.parts, rows.groups, all.statistics()});
     cuda::batch_norm_partials<T, A, vector>
         <<<grid, kNormThreads, 0, stream.get()>>>(rows, read<T>(x), write<A>(partials));
-    cuda::batch_norm_merge<A><<<dim3(finish_tiles(rows), rows.groups), kNormThreads, 0, stream.get()>>>(
-        rows, read<A>(partials), write<A>(statistics));
+  });
+  cuda::check_launch("batch_norm_stats");
+  return partials;
+}
+
+Tensor batch_norm_stats(Tensor x, Counts counts) {
+  const Tensor partials = stats_of_parts(x, counts);
+  const cuda::Stream stream(x);
+  const int groups = static_cast<int>(partials.size(1)), channels = static_cast<int>(partials.size(2) / 2);
+  Tensor statistics = empty_small(x, {1, groups, partials.size(2)});
+  dispatch_types(partials, [&](auto, auto computed) {
+    using A = decltype(computed);
+    cuda::batch_norm_combine<A><<<finish_tiles(channels), kNormThreads, 0, stream.get()>>>(
+        read<A>(partials), static_cast<int>(partials.size(0)), groups, channels, false, Running<A>{}, 0,
+        write<A>(statistics));
   });
   cuda::check_launch("batch_norm_stats");
   return statistics;
@@ -77,16 +88,20 @@ Tensor batch_norm_combine(Tensor parts, std::optional<Tensor> running_mean, std:
   const cuda::Stream stream(parts);
   const int groups = static_cast<int>(parts.size(1)), channels = static_cast<int>(parts.size(2) / 2);
   Tensor statistics = empty_small(parts, {groups, parts.size(2)});
-  const unsigned blocks = momentum ? (channels + cuda::kCombineThreads - 1) / cuda::kCombineThreads : 1;
   dispatch_types(parts, [&](auto, auto computed) {
     using A = decltype(computed);
-    cuda::batch_norm_combine<A><<<std::max(blocks, 1u), cuda::kCombineThreads, 0, stream.get()>>>(
-        read<A>(parts), static_cast<int>(parts.size(0)), groups, channels,
-        running_mean ? write<A>(*running_mean) : nullptr, running_var ? write<A>(*running_var) : nullptr,
-        batches ? write<int64_t>(*batches) : nullptr, momentum.value_or(-1), eps, write<A>(statistics));
+    cuda::batch_norm_combine<A><<<momentum ? finish_tiles(channels) : 1, kNormThreads, 0, stream.get()>>>(
+        read<A>(parts), static_cast<int>(parts.size(0)), groups, channels, true,
+        make_running<A>(running_mean, running_var, batches, momentum), eps, write<A>(statistics));
   });
   cuda::check_launch("batch_norm_combine");
   return statistics;
+}
+
+Tensor batch_norm_stats_alone(Tensor x, Counts counts, std::optional<Tensor> running_mean,
+                              std::optional<Tensor> running_var, std::optional<Tensor> batches,
+                              std::optional<double> momentum, double eps) {
+  return batch_norm_combine(stats_of_parts(x, counts), running_mean, running_var, batches, momentum, eps);
 }
 
 Tensor batch_norm_apply(Tensor x, std::optional<Tensor> weight, std::optional<Tensor> bias, Tensor statistics,
@@ -123,11 +138,11 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward_reduce(Tensor grad, Tenso
          [&](auto stored, auto computed, auto vector, const NormRows& rows, dim3 grid) {
            using T = decltype(stored);
            using A = decltype(computed);
-           Tensor partials = partials_of(rows, x);
+           const Tensor partials = empty_small(x, {rows.parts, rows.groups, 2, rows.channels});
            cuda::batch_norm_gradient_partials<T, A, vector><<<grid, kNormThreads, 0, stream.get()>>>(
                rows, read<T>(grad), read<T>(x), read<T>(y), read<A>(statistics), read<A>(weight), read<A>(bias),
                relu && !y, y ? write<T>(passed) : nullptr, write<A>(partials));
-           cuda::batch_norm_gradient_sums<A><<<finish_tiles(rows), kNormThreads, 0, stream.get()>>>(
+           cuda::batch_norm_gradient_sums<A><<<finish_tiles(rows.channels), kNormThreads, 0, stream.get()>>>(
                rows, read<A>(partials), read<A>(statistics), write<A>(sums), write<A>(parameters));
          });
   cuda::check_launch("batch_norm_backward_reduce");
@@ -158,6 +173,7 @@ Tensor batch_norm_backward_apply(Tensor grad, Tensor x, std::optional<Tensor> we
 STABLE_TORCH_LIBRARY_IMPL(mcl, CUDA, library) {
   library.impl("batch_norm_stats", TORCH_BOX(&batch_norm_stats));
   library.impl("batch_norm_combine", TORCH_BOX(&batch_norm_combine));
+  library.impl("batch_norm_stats_alone", TORCH_BOX(&batch_norm_stats_alone));
   library.impl("batch_norm_apply", TORCH_BOX(&batch_norm_apply));
   library.impl("batch_norm_backward_reduce", TORCH_BOX(&batch_norm_backward_reduce));
   library.impl("batch_norm_backward_apply", TORCH_BOX(&batch_norm_backward_apply));

@@ -19,8 +19,7 @@ constexpr int kNormBlocks = 2;       // of one multiprocessor at least
 constexpr int kMaxGroups = 64;       // they travel with the kernel's arguments
 constexpr int kRowsPerThread = 16;   // at least, where there are as many
 constexpr int kBlocksOfGrid = 1024;  // about
-constexpr int kFinishLanes = 32;     // channels of a block that adds parts
-constexpr int kCombineThreads = 64;
+constexpr int kFinishLanes = 8;      // channels of a block that adds parts; they fill a sector of the cache
 
 struct NormRows {
   int64_t first[kMaxGroups + 1];  // row of each group; then their number
@@ -120,13 +119,16 @@ __device__ __forceinline__ void add_slots(const Place& at, A (&values)[N]) {
   for (int i = 0; i < N; ++i) values[i] = sums[i][threadIdx.x];
 }
 
-// Means and squares of every part: partials (parts, groups, 2, channels).
+// Statistics of every part, as batch_norm_stats has them of all rows: partials (parts, groups, 2 channels + 1).
 //
 // Distances are from the part's first row, which is among the values: so no digits are lost where they lie far from 0.
 template <typename T, typename A, int VEC>
 __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     batch_norm_partials(NormRows rows, const T* __restrict__ x, A* __restrict__ partials) {
   const Place at(rows, VEC);
+  A* to = partials + (int64_t(blockIdx.x) * rows.groups + at.group) * (2 * int64_t(rows.channels) + 1);
+  const A number = static_cast<A>(at.end - at.begin);
+  if (blockIdx.y == 0 && threadIdx.x == 0) to[2 * rows.channels] = number;
   if (at.begin == at.end) return;
   A origin[VEC] = {}, sums[2 * VEC] = {};
   if (at.active) {
@@ -143,65 +145,66 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
   }
   add_slots(at, sums);
   if (!at.active || at.slot != 0) return;
-  A* to = partials + (int64_t(blockIdx.x) * rows.groups + at.group) * 2 * rows.channels + at.channel;
-  const A number = static_cast<A>(at.end - at.begin);
   for (int v = 0; v < VEC; ++v) {
     const A shift = sums[v] / number, squares = sums[VEC + v] - sums[v] * shift;
-    to[v] = origin[v] + shift;
-    to[rows.channels + v] = squares < A(0) ? A(0) : squares;  // NaN stays
+    to[at.channel + v] = origin[v] + shift;
+    to[rows.channels + at.channel + v] = squares < A(0) ? A(0) : squares;  // NaN stays
   }
 }
 
-// Sum over the threads that have the same channel. Block: kNormThreads.
-__device__ __forceinline__ double add_finish(double x) {
-  __shared__ double sums[kNormThreads];
-  sums[threadIdx.x] = x;
+// Adds each of N values over the threads that have the same channel. Block: kNormThreads.
+template <int N>
+__device__ __forceinline__ void add_finish(double (&values)[N]) {
+  __shared__ double sums[N][kNormThreads];
+  for (int i = 0; i < N; ++i) sums[i][threadIdx.x] = values[i];
   __syncthreads();  // all sums are there
-  double total = 0;
-  for (int i = threadIdx.x % kFinishLanes; i < kNormThreads; i += kFinishLanes) total += sums[i];
+  for (int i = 0; i < N; ++i) {
+    values[i] = 0;
+    for (int t = threadIdx.x % kFinishLanes; t < kNormThreads; t += kFinishLanes) values[i] += sums[i][t];
+  }
   __syncthreads();  // the next call may write
-  return total;
 }
 
-// statistics[g] = means, squares and number of rows of group g. Grid: (tiles of kFinishLanes channels, groups).
+// Statistics of parts, of one process's rows or of all processes, put together: those of batch_norm_stats, or, if
+// `final`, of batch_norm_combine. Grid: tiles of kFinishLanes channels, or one block, where momentum is negative.
 template <typename A>
 __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
-    batch_norm_merge(NormRows rows, const A* __restrict__ partials, A* __restrict__ statistics) {
-  const int group = blockIdx.y, slot = threadIdx.x / kFinishLanes, slots = kNormThreads / kFinishLanes;
-  const int c = blockIdx.x * kFinishLanes + threadIdx.x % kFinishLanes;
-  const bool active = c < rows.channels;
-  const double all = static_cast<double>(rows.first[group + 1] - rows.first[group]);
-  const auto over_parts = [&](const auto& of_part) {
-    double sum = 0;
-    for (int p = slot; active && p < rows.parts; p += slots) {
-      const int64_t number = rows.number(group, p);
-      const A* part = partials + (int64_t(p) * rows.groups + group) * 2 * rows.channels + c;
-      if (number > 0) sum += of_part(static_cast<double>(number), double(part[0]), double(part[rows.channels]));
+    batch_norm_combine(const A* __restrict__ partials, int parts, int groups, int channels, bool final,
+                       Running<A> running, double eps, A* __restrict__ statistics) {
+  const int slot = threadIdx.x / kFinishLanes, slots = kNormThreads / kFinishLanes;
+  const int64_t size = 2 * int64_t(channels) + 1;
+  for (int first = blockIdx.x * kFinishLanes; first < channels; first += gridDim.x * kFinishLanes) {
+    const int c = first + threadIdx.x % kFinishLanes;
+    const bool active = c < channels;
+    for (int g = 0; g < groups; ++g) {
+      const auto for_each_part = [&](const auto& f) {
+        for (int p = slot; active && p < parts; p += slots) {
+          const A* part = partials + (int64_t(p) * groups + g) * size;
+          const double number = part[2 * channels];
+          if (number > 0) f(number, double(part[c]), double(part[channels + c]));
+        }
+      };
+      double sums[2] = {}, squares[1] = {};
+      for_each_part([&](double number, double of_part, double) {
+        sums[0] += number;
+        sums[1] += number * of_part;
+      });
+      add_finish(sums);
+      const double rows = sums[0], mean = sums[1] / rows;
+      for_each_part([&](double number, double of_part, double spread) {
+        squares[0] += spread + number * (of_part - mean) * (of_part - mean);
+      });
+      add_finish(squares);
+      if (!active || slot != 0) continue;
+      A* to = statistics + g * size;
+      to[c] = static_cast<A>(mean);
+      to[channels + c] = static_cast<A>(final ? 1 / sqrt(squares[0] / rows + eps) : squares[0]);
+      if (c == 0) to[2 * channels] = static_cast<A>(rows);
+      running.take(g, c, rows, mean, squares[0]);
     }
-    return add_finish(sum);
-  };
-  const double mean = over_parts([](double number, double of_part, double) { return number * of_part; }) / all;
-  const double squares = over_parts([&](double number, double of_part, double spread) {
-    return spread + number * (of_part - mean) * (of_part - mean);
-  });
-  if (!active || slot != 0) return;
-  A* to = statistics + group * (2 * int64_t(rows.channels) + 1);
-  to[c] = static_cast<A>(mean);
-  to[rows.channels + c] = static_cast<A>(squares);
-  if (c == 0) to[2 * rows.channels] = static_cast<A>(all);
-}
-
-// Statistics over processes, and running ones; see batch_norm_math.h. Grid: any, one block where momentum is negative.
-// Block: kCombineThreads.
-template <typename A>
-__global__ void __launch_bounds__(kCombineThreads)
-    batch_norm_combine(const A* parts, int processes, int groups, int channels, A* running_mean, A* running_var,
-                       int64_t* batches, double momentum, double eps, A* statistics) {
-  const Tracking tracking{batches, momentum};
-  for (int c = blockIdx.x * kCombineThreads + threadIdx.x; c < channels; c += gridDim.x * kCombineThreads)
-    combine(parts, processes, groups, channels, c, running_mean, running_var, tracking, eps, statistics);
+  }
   __syncthreads();  // all have read it
-  if (batches != nullptr && blockIdx.x == 0 && threadIdx.x == 0) *batches += groups;
+  if (running.batches != nullptr && blockIdx.x == 0 && threadIdx.x == 0) *running.batches += groups;
 }
 
 // y = relu(affine(x) + residual), either part if wanted; residual may be null.
@@ -226,8 +229,8 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
   });
 }
 
-// Sums of every part, of the gradient that ReLU lets through and of it times (x - mean): partials as above. ReLU is
-// judged by y where it is given, and `passed` is written; else by x, if `relu`.
+// Sums of every part, of the gradient that ReLU lets through and of it times (x - mean): partials (parts, groups, 2,
+// channels). ReLU is judged by y where it is given, and `passed` is written; else by x, if `relu`.
 template <typename T, typename A, int VEC>
 __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     batch_norm_gradient_partials(NormRows rows, const T* __restrict__ grad, const T* __restrict__ x,
@@ -276,17 +279,17 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
   const bool active = c < rows.channels;
   double of_bias = 0, of_weight = 0;
   for (int g = 0; g < rows.groups; ++g) {
-    double plain = 0, weighted = 0;
+    double added[2] = {};
     for (int p = slot; active && p < rows.parts; p += slots) {
       const A* part = partials + (int64_t(p) * rows.groups + g) * 2 * rows.channels + c;
       if (rows.number(g, p) == 0) continue;
-      plain += part[0];
-      weighted += part[rows.channels];
+      added[0] += part[0];
+      added[1] += part[rows.channels];
     }
-    plain = add_finish(plain);
-    weighted = add_finish(weighted);
+    add_finish(added);
     if (!active || slot != 0) continue;
-    weighted *= statistics[g * (2 * int64_t(rows.channels) + 1) + rows.channels + c];
+    const double plain = added[0];
+    const double weighted = added[1] * statistics[g * (2 * int64_t(rows.channels) + 1) + rows.channels + c];
     sums[int64_t(g) * rows.channels + c] = static_cast<A>(plain);
     sums[int64_t(rows.groups + g) * rows.channels + c] = static_cast<A>(weighted);
     of_bias += plain;

@@ -102,23 +102,26 @@ void compare(const Case& c) {
   const cuda::NormRows rows = cuda::make_rows(first.data(), groups, channels, VEC);
   const dim3 grid(rows.parts, rows.tiles, groups);
   const int tiles = (channels + cuda::kFinishLanes - 1) / cuda::kFinishLanes;
-  std::vector<A> partials(rows.parts * groups * 2 * channels, A(std::nanf(""))),
+  std::vector<A> partials(rows.parts * groups * (2 * channels + 1), A(std::nanf(""))),
       statistics(groups * (2 * channels + 1));
   std::vector<A> combined(statistics.size()), sums(2 * groups * channels), parameters(2 * channels);
   emulation::launch(grid, kNormThreads, cuda::batch_norm_partials<T, A, VEC>, rows, x.data(), partials.data());
-  emulation::launch(dim3(tiles, groups), kNormThreads, cuda::batch_norm_merge<A>, rows, partials.data(),
-                    statistics.data());
-  // Two processes that have the same rows, so that only their number differs from one process.
-  std::vector<A> parts = statistics, running_mean(channels, A(2)), running_var(channels, A(2));
-  parts.insert(parts.end(), statistics.begin(), statistics.end());
+  std::vector<A> running_mean(channels, A(2)), running_var(channels, A(2));
   int64_t batches = 3;
   const double momentum = c.affine ? 0.25 : -1;  // of a momentum, and of means of all groups
-  emulation::launch(momentum < 0 ? 1 : 2, cuda::kCombineThreads, cuda::batch_norm_combine<A>, parts.data(), 2, groups,
-                    channels, running_mean.data(), running_var.data(), &batches, momentum, eps, combined.data());
+  const auto combine = [&](const std::vector<A>& from, int parts, bool final, const Running<A>& running,
+                           std::vector<A>& to) {
+    emulation::launch(running.momentum < 0 ? 1 : tiles, kNormThreads, cuda::batch_norm_combine<A>, from.data(), parts,
+                      groups, channels, final, running, eps, to.data());
+  };
+  combine(partials, rows.parts, false, {}, statistics);
+  // Two processes that have the same rows, so that only their number differs from one process.
+  std::vector<A> both = statistics;
+  both.insert(both.end(), statistics.begin(), statistics.end());
+  combine(both, 2, true, {running_mean.data(), running_var.data(), &batches, momentum}, combined);
   check::close(c.name + ", batches", std::vector<int64_t>{batches}, std::vector<int64_t>{3 + groups}, 0);
+  combine(partials, rows.parts, true, {}, combined);
   std::fill(partials.begin(), partials.end(), A(std::nanf("")));
-  emulation::launch(1, cuda::kCombineThreads, cuda::batch_norm_combine<A>, statistics.data(), 1, groups, channels,
-                    nullptr, nullptr, nullptr, momentum, eps, combined.data());
   emulation::launch(grid, kNormThreads, cuda::batch_norm_apply<T, A, VEC>, rows, x.data(),
                     c.residual ? residual.data() : nullptr, combined.data(), by, shift, c.relu, y.data());
   const bool by_y = c.residual && c.relu;

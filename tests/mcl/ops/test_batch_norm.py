@@ -12,7 +12,8 @@ from mcl.ops import fallback
 from mcl.ops.batch_norm import Running, batch_norm
 from mcl.ops.library import compiled
 
-OPERATORS = [f"batch_norm_{part}" for part in ("stats", "combine", "apply", "backward_reduce", "backward_apply")]
+PARTS = ("stats", "stats_alone", "combine", "apply", "backward_reduce", "backward_apply")
+OPERATORS = [f"batch_norm_{part}" for part in PARTS]
 
 
 @pytest.fixture(params=["compiled", "fallback"])
@@ -189,12 +190,13 @@ def test_gradients_are_those_of_finite_differences(shape: tuple[int, ...], added
 def arguments(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
     """Of each operator."""
     x, weight, bias, mean, var, residual, grad = inputs((6, 5, 3, 4), dtype)
-    statistics = fallback.batch_norm_combine(fallback.batch_norm_stats(x, [4, 2])[None], None, None, None, 0.1, 1e-5)
+    statistics = fallback.batch_norm_stats_alone(x, [4, 2], None, None, None, 0.1, 1e-5)
     y = fallback.batch_norm_apply(x, weight, bias, statistics, [4, 2], residual, True)
     sums, _, passed = fallback.batch_norm_backward_reduce(grad, x, y, weight, bias, statistics, [4, 2], True)
     values = [
         (x, [4, 2]),
-        (torch.stack([fallback.batch_norm_stats(x, [4, 2])] * 3), mean, var, torch.tensor(7), None, 1e-5),
+        (x, [4, 2], mean, var, torch.tensor(7), None, 1e-5),
+        (torch.cat([fallback.batch_norm_stats(x, [4, 2])] * 3), mean, var, torch.tensor(7), None, 1e-5),
         (x, weight, bias, statistics, [4, 2], residual, True),
         (grad, x, y, weight, bias, statistics, [4, 2], True),
         (passed, x, weight, bias, statistics, sums, [4, 2], False),

@@ -1,0 +1,180 @@
+"""Kernel launches of a training step, and the memory that its norms move: ``python -m tests.kernels.launches``.
+
+Forward and backward of both views run on PyTorch's fake tensors, and every operator counts as the kernels that it
+launches on a GPU: ours as their sources launch (a test), PyTorch's and cuDNN's by the table below. The tensors claim to
+be on a CPU, since autograd needs a driver for others; operators of a GPU's forward are the same (a test).
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.common import markdown
+from dali_pipelines.batch import MontageBatch, in_order
+from dali_pipelines.layout import tile_boxes
+from mcl import config
+from mcl.config import Config
+from mcl.models import MCL
+from mcl.models.norm import BatchNorm
+
+_VIEWS = "detach expand select slice split_with_sizes t unbind unsqueeze view empty empty_like promote_types device"
+_ONE = """_log_softmax _log_softmax_backward_data _to_copy add add_ addmm avg_pool2d avg_pool2d_backward cat clamp_min
+    clone convolution copy_ div eq gather gt index_copy_ linalg_vector_norm masked_fill_ max_pool2d_with_indices mean mm
+    mul neg new_full nll_loss_forward ones_like relu_ scalar_tensor stack sub sum threshold_backward upsample_nearest2d
+    upsample_nearest2d_backward where zero_"""
+LAUNCHES = {
+    **dict.fromkeys(_VIEWS.split(), 0),
+    **dict.fromkeys(_ONE.split(), 1),
+    **dict.fromkeys(("max_pool2d_with_indices_backward", "nll_loss_backward"), 2),  # zeros, which the next adds to
+    # channels_last: statistics; the running ones and 1 / standard deviation; the map. Backward: sums; the map.
+    "native_batch_norm": 3,
+    "native_batch_norm_backward": 2,
+    "batch_norm_stats": 2,
+    "batch_norm_stats_alone": 2,
+    "batch_norm_combine": 1,
+    "batch_norm_apply": 1,
+    "batch_norm_backward_reduce": 2,
+    "batch_norm_backward_apply": 1,
+    "region_pool": 1,
+    "region_pool_backward": 2,
+}
+"""Of each operator, but for ``convolution_backward``: one for each gradient."""
+
+PASSES = {
+    "native_batch_norm": 3,
+    "native_batch_norm_backward": 5,
+    "add_": 3,
+    "relu_": 2,
+    "threshold_backward": 3,
+    "batch_norm_stats": 1,
+    "batch_norm_stats_alone": 1,
+    "batch_norm_combine": 0,
+    "batch_norm_apply": 2,
+    "batch_norm_backward_reduce": 2,
+    "batch_norm_backward_apply": 3,
+}
+"""Maps that norms, and the additions and ReLUs behind them, read and write."""
+
+_PRODUCTS = {"convolution", "convolution_backward", "mm", "addmm"}
+
+
+class Meter(TorchDispatchMode):
+    """Counts launches by kind, and bytes that norms move."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.operators: Counter[str] = Counter()
+        self.launches: Counter[str] = Counter()
+        self.moved = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._opname
+        self.operators[name] += 1
+        kind = "norms" if name in PASSES else "convolutions, products" if name in _PRODUCTS else "all others"
+        self.launches[kind] += sum(args[-1]) if name == "convolution_backward" else LAUNCHES[name]
+        if name in PASSES:
+            self.moved += (PASSES[name] + self._more(name, args)) * args[0].nbytes
+        return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def _more(name: str, args: Any) -> int:
+        """Passes for a residual, which is read, or for its gradient, which is written after y has been read."""
+        if name == "batch_norm_apply":
+            return int(args[5] is not None)
+        return 2 * (args[2] is not None) if name == "batch_norm_backward_reduce" else 0
+
+
+@contextmanager
+def autocast(device: str) -> Iterator[None]:
+    """In bf16, also where there is no such device."""
+    torch.set_autocast_dtype(device, torch.bfloat16)
+    torch.set_autocast_enabled(device, True)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled(device, False)
+        torch.clear_autocast_cache()
+
+
+def one_by_one(model: MCL) -> None:
+    """PyTorch's BatchNorm of each group, the addition and the ReLU after it; view after view."""
+
+    def split_up(norm: BatchNorm) -> Any:
+        def forward(x: Tensor, counts: Sequence[int] = (), residual: Tensor | None = None, relu: bool = False) -> Tensor:
+            groups = [_BatchNorm.forward(norm, rows) for rows in (x.split(list(counts)) if len(counts) > 1 else [x])]
+            y = torch.cat(groups) if len(groups) > 1 else groups[0]
+            if residual is not None:
+                y += residual
+            return y.relu_() if relu else y
+
+        return forward
+
+    for module in model.modules():
+        if isinstance(module, BatchNorm):
+            module.forward = split_up(module)  # type: ignore[method-assign]
+    predictions, targets = model.predictions, model.targets
+    model.predictions = lambda views: [predictions([view])[0] for view in views]  # type: ignore[method-assign]
+    model.targets = lambda views: [targets([view])[0] for view in views]  # type: ignore[method-assign]
+
+
+def step(cfg: Config, images: int, before: bool, device: str = "cpu") -> tuple[Meter, Meter]:
+    """Forward and backward, on a CPU only; `before` as :func:`one_by_one` has it."""
+    with torch.device("meta"):
+        model = MCL(cfg.model, cfg.montage).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    tile_boxes(cfg.montage, images)  # which are remembered: not to be those without memory
+    forward, backward = Meter(), Meter()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device=device)
+        if before:
+            one_by_one(model)
+        query, key = (_view(cfg, images, device) for _ in range(2))
+        with autocast(device), forward:
+            loss = model(query, key).loss
+        if device == "cpu":
+            with backward:
+                loss.backward()
+    return forward, backward
+
+
+def _view(cfg: Config, images: int, device: str) -> MontageBatch:
+    side = cfg.montage.canvas
+    view = in_order(cfg.montage, images, torch.empty(sum(cfg.montage.canvases(images)), 3, side, side))
+    tensors = {f.name: getattr(view, f.name) for f in dataclasses.fields(view)}
+    moved: dict[str, Any] = {
+        name: torch.empty(t.shape, dtype=t.dtype, device=device) for name, t in tensors.items() if isinstance(t, Tensor)
+    }
+    moved["pixels"] = moved["pixels"].to(memory_format=torch.channels_last)
+    return dataclasses.replace(view, **moved)
+
+
+def counted() -> tuple[Meter, Meter]:
+    """The whole step of the default configuration, ResNet-50 in bf16 with 128 images: before and now."""
+    cfg, total = config.from_dict({}), []
+    for before in (True, False):
+        forward, backward = step(cfg, 128, before)
+        forward.launches += backward.launches
+        forward.moved += backward.moved
+        total.append(forward)
+    return total[0], total[1]
+
+
+def table() -> str:
+    """Markdown."""
+    before, now = counted()
+    rows = [[kind, before.launches[kind], now.launches[kind]] for kind in now.launches]
+    rows.append(["**launches**", before.launches.total(), now.launches.total()])
+    rows.append(["**GB that norms read and write**", before.moved / 1e9, now.moved / 1e9])
+    shown = [[what, f"{a:,.4g}", f"{b:,.4g}", f"{b / a - 1:+.0%}"] for what, a, b in rows]
+    return markdown(["a step", "PyTorch's norms, view by view", "now", ""], shown)
+
+
+if __name__ == "__main__":
+    print(table())
