@@ -357,14 +357,24 @@ def test_two_processes_gather_early_reduce_once_and_compute_what_one_does() -> N
 # ---------------------------------------------------------------------------------------------------- compiling
 
 
-@pytest.mark.soak
-def test_compiled_steps_are_plain_steps() -> None:
-    """Two micro-batches each, the second step without compiling anything anew; in float64, as updates blow up what
-    float32 rounds."""
-    words = ("trainer.global_batch=8", "trainer.accumulate=2", "trainer.precision=fp64")
+def compiled_and_plain() -> list[tuple[float, float]]:
+    """Losses of two steps of two micro-batches each, the second one without compiling anything anew; in float64, as
+    updates blow up what float32 rounds."""
+    world = distributed.world_size()
+    words = (f"trainer.global_batch={8 * world}", "trainer.accumulate=2", "trainer.precision=fp64")
     plain, compiled = build(configure(*words)), build(configure(*words, "trainer.compile=true"))
+    losses = []
     for seed in (1, 3):
-        batch = views(configure(*words), seed)
+        batch = views(configure(*words), seed + 4 * distributed.rank(), world)
         with torch.compiler.set_stance("fail_on_recompile" if seed > 1 else "default"):
-            found = compiled(*batch, lr=0.1, momentum=0.9)[0].loss
-        assert found.item() == pytest.approx(plain(*batch, lr=0.1, momentum=0.9)[0].loss.item(), rel=1e-10)
+            found = compiled(*batch, lr=0.1, momentum=0.9)[0].loss.item()
+        losses.append((found, plain(*batch, lr=0.1, momentum=0.9)[0].loss.item()))
+    return losses
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("world", [1, 2])
+def test_compiled_steps_are_plain_steps(world: int) -> None:
+    for losses in in_ranks(world, compiled_and_plain) if world > 1 else [compiled_and_plain()]:
+        for found, expected in losses:
+            assert found == pytest.approx(expected, rel=1e-10)
