@@ -62,7 +62,7 @@ class FPN(nn.Module):
         for depth in range(self.depths[levels[-1]] + 1):
             x = self.laterals[depth](features[depth], views)
             if merged:
-                x = x + F.interpolate(merged[-1], scale_factor=2, mode="nearest")
+                x = x + _twice_as_fine(merged[-1])
             merged.append(x)
         return [self.outputs[level](merged[self.depths[level]], views) for level in levels]
 
@@ -78,7 +78,7 @@ class FPN(nn.Module):
                 x = _join(_split(x, counts), groups)
             x = lateral(x, [counts[g] for g in groups])
             if above:
-                x = x + F.interpolate(_join(above, groups), scale_factor=2, mode="nearest")
+                x = x + _twice_as_fine(_join(above, groups))
             above = dict(zip(groups, _split(x, [counts[g] for g in groups]).values(), strict=True))
             maps |= {g: above[g] for g in groups if self.depths[levels[g]] == depth}
         for level, output in enumerate(self.outputs):
@@ -87,6 +87,12 @@ class FPN(nn.Module):
                 sizes = [counts[g] for g in groups]
                 maps |= zip(groups, _split(output(_join(maps, groups), sizes), sizes).values(), strict=True)
         return [maps[g] for g in range(len(counts))]
+
+
+def _twice_as_fine(x: Tensor) -> Tensor:
+    """Every cell four times; in its dtype, of which autocast would make fp32 on a GPU, and so of all that follows."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.interpolate(x, scale_factor=2, mode="nearest")
 
 
 def _split(x: Tensor, counts: Sequence[int]) -> dict[int, Tensor]:

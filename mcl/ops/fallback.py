@@ -144,7 +144,8 @@ def batch_norm_stats(x: Tensor, counts: list[int]) -> Tensor:
 
 @fallback("batch_norm_stats_alone")
 def batch_norm_stats_alone(x: Tensor, counts: list[int], *rest: Any) -> Tensor:
-    return batch_norm_combine(batch_norm_stats(x, counts), *rest)
+    statistics: Tensor = batch_norm_combine(batch_norm_stats(x, counts), *rest)
+    return statistics
 
 
 @fallback("batch_norm_combine")

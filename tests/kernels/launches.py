@@ -6,6 +6,7 @@ be on a CPU, since autograd needs a driver for others; operators of a GPU's forw
 """
 
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -63,6 +64,7 @@ PASSES = {
 }
 """Maps that norms, and the additions and ReLUs behind them, read and write."""
 
+KINDS = ("norms", "convolutions, products", "all others")
 _PRODUCTS = {"convolution", "convolution_backward", "mm", "addmm"}
 
 
@@ -78,9 +80,9 @@ class Meter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._opname
         self.operators[name] += 1
-        kind = "norms" if name in PASSES else "convolutions, products" if name in _PRODUCTS else "all others"
+        kind = KINDS[0 if name in PASSES else 1 if name in _PRODUCTS else 2]
         self.launches[kind] += sum(args[-1]) if name == "convolution_backward" else LAUNCHES[name]
-        if name in PASSES:
+        if name in PASSES and args[0].dim():  # not numbers of batches
             self.moved += (PASSES[name] + self._more(name, args)) * args[0].nbytes
         return func(*args, **(kwargs or {}))
 
@@ -97,36 +99,40 @@ def autocast(device: str) -> Iterator[None]:
     """In bf16, also where there is no such device."""
     torch.set_autocast_dtype(device, torch.bfloat16)
     torch.set_autocast_enabled(device, True)
+    torch.autocast_increment_nesting()  # or others inside would end by forgetting which weights have been cast
     try:
         yield
     finally:
+        torch.autocast_decrement_nesting()
         torch.set_autocast_enabled(device, False)
         torch.clear_autocast_cache()
 
 
-def one_by_one(model: MCL) -> None:
-    """PyTorch's BatchNorm of each group, the addition and the ReLU after it; view after view."""
+def in_turn(norm: BatchNorm) -> Any:
+    """Its forward by PyTorch's BatchNorm: each group by itself, then the addition, then ReLU."""
 
-    def split_up(norm: BatchNorm) -> Any:
-        def forward(x: Tensor, counts: Sequence[int] = (), residual: Tensor | None = None, relu: bool = False) -> Tensor:
-            groups = [_BatchNorm.forward(norm, rows) for rows in (x.split(list(counts)) if len(counts) > 1 else [x])]
-            y = torch.cat(groups) if len(groups) > 1 else groups[0]
-            if residual is not None:
-                y += residual
-            return y.relu_() if relu else y
+    def forward(x: Tensor, counts: Sequence[int] = (), residual: Tensor | None = None, relu: bool = False) -> Tensor:
+        groups = [_BatchNorm.forward(norm, rows) for rows in (x.split(list(counts)) if len(counts) > 1 else [x])]
+        y = torch.cat(groups) if len(groups) > 1 else groups[0]
+        if residual is not None:
+            y += residual
+        return y.relu_() if relu else y
 
-        return forward
+    return forward
 
+
+def as_before(model: MCL) -> None:
+    """Gives a model PyTorch's norms, and lets one view after the other pass it."""
     for module in model.modules():
         if isinstance(module, BatchNorm):
-            module.forward = split_up(module)  # type: ignore[method-assign]
+            module.forward = in_turn(module)  # type: ignore[method-assign]
     predictions, targets = model.predictions, model.targets
     model.predictions = lambda views: [predictions([view])[0] for view in views]  # type: ignore[method-assign]
     model.targets = lambda views: [targets([view])[0] for view in views]  # type: ignore[method-assign]
 
 
 def step(cfg: Config, images: int, before: bool, device: str = "cpu") -> tuple[Meter, Meter]:
-    """Forward and backward, on a CPU only; `before` as :func:`one_by_one` has it."""
+    """Forward and backward, on a CPU only; `before` as :func:`as_before` has it."""
     with torch.device("meta"):
         model = MCL(cfg.model, cfg.montage).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     tile_boxes(cfg.montage, images)  # which are remembered: not to be those without memory
@@ -134,7 +140,7 @@ def step(cfg: Config, images: int, before: bool, device: str = "cpu") -> tuple[M
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device=device)
         if before:
-            one_by_one(model)
+            as_before(model)
         query, key = (_view(cfg, images, device) for _ in range(2))
         with autocast(device), forward:
             loss = model(query, key).loss
@@ -155,6 +161,7 @@ def _view(cfg: Config, images: int, device: str) -> MontageBatch:
     return dataclasses.replace(view, **moved)
 
 
+@functools.cache
 def counted() -> tuple[Meter, Meter]:
     """The whole step of the default configuration, ResNet-50 in bf16 with 128 images: before and now."""
     cfg, total = config.from_dict({}), []
@@ -169,7 +176,7 @@ def counted() -> tuple[Meter, Meter]:
 def table() -> str:
     """Markdown."""
     before, now = counted()
-    rows = [[kind, before.launches[kind], now.launches[kind]] for kind in now.launches]
+    rows = [[kind, before.launches[kind], now.launches[kind]] for kind in KINDS]
     rows.append(["**launches**", before.launches.total(), now.launches.total()])
     rows.append(["**GB that norms read and write**", before.moved / 1e9, now.moved / 1e9])
     shown = [[what, f"{a:,.4g}", f"{b:,.4g}", f"{b / a - 1:+.0%}"] for what, a, b in rows]

@@ -1,0 +1,74 @@
+"""The count of launches: what it counts by, by hand; what the documents say of it."""
+
+import re
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+
+from mcl import config
+from mcl.models.norm import BatchNorm
+from mcl.ops.library import SCHEMAS
+from tests.conftest import ROOT
+from tests.kernels import launches
+
+
+def test_our_operators_count_as_their_sources_launch() -> None:
+    """Each function of a .cu file, with the functions that it calls."""
+    for source in (ROOT / "kernels" / "csrc" / "cuda").glob("*.cu"):
+        bodies = dict(re.findall(r"^\S.* (\w+)\([^;]*?\) \{\n(.*?)^\}", source.read_text(), re.MULTILINE | re.DOTALL))
+
+        def launched(name: str, bodies: dict[str, str] = bodies) -> int:
+            called = re.findall(r"(?<![:\w])(\w+)\(", bodies[name])
+            return bodies[name].count("<<<") + sum(launched(other) for other in called if other in bodies)
+
+        for name in bodies.keys() & launches.LAUNCHES.keys() & SCHEMAS.keys():
+            assert launched(name) == launches.LAUNCHES[name], name
+    ours = {name for name in SCHEMAS if name.startswith(("batch_norm", "region_pool"))}
+    assert ours <= launches.LAUNCHES.keys()
+
+
+def normalized(before: bool) -> tuple[Counter[str], float]:
+    """Launches of a BatchNorm of two groups, addition and ReLU, forward and backward; maps that it moves."""
+    with FakeTensorMode():
+        norm = BatchNorm(8)
+        x, residual = (
+            torch.empty(6, 8, 5, 5, dtype=torch.bfloat16).to(memory_format=torch.channels_last).requires_grad_()
+            for _ in range(2)
+        )
+        if before:
+            norm.forward = launches.in_turn(norm)  # type: ignore[method-assign]
+        with launches.Meter() as meter:
+            y: Tensor = norm(x, [4, 2], residual, relu=True)
+            torch.autograd.grad(y, [x, residual, norm.weight], torch.empty_like(x))
+    return meter.launches, meter.moved / x.nbytes
+
+
+def test_one_norm_by_hand() -> None:
+    now, moved = normalized(before=False)
+    assert (+now, moved) == ({"norms": 6}, 4 + 7)  # as the other table of kernels/README.md has it
+    before, moved = normalized(before=True)
+    assert moved == 8 + 8
+    # Forward: each group 3 and its number of batches, addition, ReLU. Backward: each group 2, ReLU.
+    assert before["norms"] == 2 * (3 + 1) + 2 + 2 * 2 + 1
+    assert before["all others"] >= 2  # cat, and the sum of the weight's gradients
+
+
+@pytest.mark.usefixtures("thin_backbone")
+def test_forward_is_that_of_a_gpu() -> None:
+    """Where tensors claim to be on one. Without a GPU PyTorch does not know that cuDNN would keep channels_last, and so
+    our norms copy what they are given."""
+    cfg = config.from_dict({})
+    for before in (True, False):
+        operators, on_gpu = (launches.step(cfg, 32, before, device)[0].operators for device in ("cpu", "cuda"))
+        more, fewer = on_gpu - operators, operators - on_gpu
+        assert (more.keys() - {"device"}, fewer.keys() - {"device"}) == (set() if before else {"clone"}, set())
+
+
+def test_the_documented_table_is_what_is_counted() -> None:
+    before, now = launches.counted()
+    assert now.launches.total() <= 0.5 * before.launches.total()
+    assert now.moved <= 0.68 * before.moved
+    assert launches.table() in (ROOT / "kernels" / "README.md").read_text()
