@@ -5,8 +5,10 @@ from collections import Counter
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from mcl import config
 from mcl.models.norm import BatchNorm
@@ -54,6 +56,17 @@ def test_one_norm_by_hand() -> None:
     # Forward: each group 3 and its number of batches, addition, ReLU. Backward: each group 2, ReLU.
     assert before["norms"] == 2 * (3 + 1) + 2 + 2 * 2 + 1
     assert before["all others"] >= 2  # cat, and the sum of the weight's gradients
+
+
+@pytest.mark.filterwarnings("ignore:`torch.distributed.all_gather_into_tensor:FutureWarning")
+def test_several_processes_launch_three_more() -> None:
+    """Two of them collectives."""
+    dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
+    try:
+        now, _ = normalized(before=False)
+    finally:
+        dist.destroy_process_group()
+    assert (now["norms"], now["all others"]) == (4 + 3, 2)
 
 
 @pytest.mark.usefixtures("thin_backbone")
