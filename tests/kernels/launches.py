@@ -26,11 +26,12 @@ from mcl.config import Config
 from mcl.models import MCL
 from mcl.models.norm import BatchNorm
 
-_VIEWS = "detach expand select slice split_with_sizes t unbind unsqueeze view empty empty_like new_empty promote_types device"
-_ONE = """_allgather_base_ allreduce_ _log_softmax _log_softmax_backward_data _to_copy add add_ addmm avg_pool2d avg_pool2d_backward cat clamp_min
-    clone convolution copy_ div eq gather gt index_copy_ linalg_vector_norm masked_fill_ max_pool2d_with_indices mean mm
-    mul neg new_full nll_loss_forward ones_like relu_ scalar_tensor stack sub sum threshold_backward upsample_nearest2d
-    upsample_nearest2d_backward where zero_"""
+_VIEWS = """detach device empty empty_like expand new_empty promote_types select slice split_with_sizes t unbind
+    unsqueeze view"""
+_ONE = """_allgather_base_ _log_softmax _log_softmax_backward_data _to_copy add add_ addmm allreduce_ avg_pool2d
+    avg_pool2d_backward cat clamp_min clone convolution copy_ div eq gather gt index_copy_ linalg_vector_norm
+    masked_fill_ max_pool2d_with_indices mean mm mul neg new_full nll_loss_forward ones_like relu_ scalar_tensor stack
+    sub sum threshold_backward upsample_nearest2d upsample_nearest2d_backward where zero_"""
 LAUNCHES = {
     **dict.fromkeys(_VIEWS.split(), 0),
     **dict.fromkeys(_ONE.split(), 1),
