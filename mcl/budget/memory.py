@@ -35,9 +35,8 @@ def memory(config: Config, processes: int, image: float | None = None) -> dict[s
     part = images // trainer.accumulate
     while geometry.query_canvases(part)[0] < 2:
         part *= 2  # BatchNorm has the rows of all processes, but here there is one
-    counted = count.step(
-        *(config.model, geometry, part, processes * trainer.accumulate, trainer.precision, trainer.recompute)
-    )
+    banks = processes * trainer.accumulate
+    counted = count.step(config.model, geometry, part, banks, trainer.precision, trainer.recompute)
     batch = 2 * sum(geometry.canvases(images)) * 3 * geometry.canvas**2 * _BATCH_BYTES[data.dtype]
     # The loader's, the step's, the one before; and the copies that micro-batches and graphs read.
     batches = data.prefetch + 2 + (trainer.accumulate > 1) + trainer.cuda_graph

@@ -98,10 +98,11 @@ class Trainer:
             threads=config.data.threads or default_threads(distributed.local_world_size()),
         )
         arithmetic.check(config, self.device.type, self.loader.device)
-        self.config = config = memory.fit(config, self.device, self.loader)
         self.steps_per_epoch = plan.steps_per_epoch
         self.steps = trainer.epochs * self.steps_per_epoch
         self.step = 0
+        if state is None or state["step"] < self.steps:
+            self.config = config = memory.fit(config, self.device, self.loader)
 
         torch.manual_seed(trainer.seed)  # the same weights on every rank
         self.model = MCL(config.model, config.montage, trainer.recompute)

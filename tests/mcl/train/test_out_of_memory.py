@@ -152,19 +152,24 @@ def preset(cfg: Config) -> Path:
 
 
 def test_auto_becomes_a_number_that_stays(tiny: Config) -> None:
-    """In config.yaml and in checkpoints; a run that is resumed where there is more memory, or where it is stated."""
+    """In config.yaml, in checkpoints, and where the run is resumed with more memory; once finished it needs none."""
+    tiny = config.override(tiny, ["trainer.epochs=1", "trainer.checkpoint_epochs=0.5"])
     auto = config.override(tiny, [AUTO])
     with mock.patch.object(memory, "free", return_value=total(tiny) - 1):
-        Trainer(config.override(auto, ["trainer.epochs=1"])).fit()
+        Trainer(auto).fit()
     written = config.from_dict(yaml.safe_load((tiny.run_folder / "config.yaml").read_text()))
     saved = config.from_dict(checkpoint.load(tiny.run_folder / "checkpoints" / "last.pt")["config"])
     assert written.trainer.accumulate == saved.trainer.accumulate == 2
-    for word in (AUTO, "trainer.accumulate=2"):
-        again = config.override(tiny, ["trainer.epochs=1", word])
-        with mock.patch.object(memory, "free", return_value=1 << 40):
-            assert Trainer(again).config.trainer.accumulate == 2
-    with pytest.raises(ConfigError, match=r"trainer\.accumulate: was 2 .* is now 1"):
-        Trainer(config.override(tiny, ["trainer.epochs=1"]))
+    with mock.patch.object(memory, "free", return_value=1):
+        assert Trainer(auto).finished
+        checkpoint.steps(tiny.run_folder / "checkpoints")[-1].unlink()
+        with pytest.raises(ConfigError, match=r"trainer\.accumulate: a step of 16 images needs"):
+            Trainer(auto)
+    with mock.patch.object(memory, "free", return_value=1 << 40):
+        resumed = Trainer(auto)
+        assert (resumed.step, resumed.config.trainer.accumulate) == (2, 2)
+        with pytest.raises(ConfigError, match=r"trainer\.accumulate: was 2 .* is now 1"):
+            Trainer(tiny)
 
 
 def test_an_error_for_want_of_memory_says_what_helps(tiny: Config, capsys: pytest.CaptureFixture[str]) -> None:
