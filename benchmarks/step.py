@@ -22,13 +22,11 @@ import ctypes
 import dataclasses
 import functools
 import multiprocessing
-import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from operator import itemgetter
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,7 +43,7 @@ from mcl import config
 from mcl.budget import budget, count
 from mcl.config import Config, TrainerConfig
 from mcl.models import MCL
-from mcl.train import arithmetic
+from mcl.train import arithmetic, memory
 from mcl.train.optim import AUTOCAST
 from mcl.train.step import TrainingStep
 from mcl.train.trainer import resolve_device
@@ -128,7 +126,8 @@ class Pretraining:
         if self.plain:
             update = AuthorsStep(self.config, Authors(self.config.model, self.config.montage.cells).to(device))
         else:
-            update = TrainingStep(self.config, MCL(self.config.model, self.config.montage), device)
+            model = MCL(self.config.model, self.config.montage, self.config.trainer.recompute)
+            update = TrainingStep(self.config, model, device)
         images = self.config.trainer.global_batch
         lr = optim.base_lr * images / 256
 
@@ -172,9 +171,9 @@ CONTENDERS: dict[str, tuple[str, Callable[[Setting], Contender]]] = {
     "supervised_canvas": ("supervised, canvas size", lambda setting: Supervised(setting, STRIDE * setting.cells)),
     "authors": (
         "authors, plain PyTorch",
-        lambda setting: dataclasses.replace(_preset(setting, "in1k_released"), plain=True),
+        lambda setting: dataclasses.replace(_preset(setting, "in1k_released", "trainer.recompute=false"), plain=True),
     ),
-    "released": ("released", lambda setting: _preset(setting, "in1k_released")),
+    "released": ("released", lambda setting: _preset(setting, "in1k_released", "trainer.recompute=false")),
     "matched": ("matched", lambda setting: _preset(setting, "in1k")),
     "recompute": ("matched, recompute", lambda setting: _preset(setting, "in1k", "trainer.recompute=true")),
     "bf16": ("matched, bf16", lambda setting: _preset(setting, "in1k", "trainer.precision=bf16")),
@@ -212,10 +211,8 @@ def seconds(side: int) -> float:
 
 def peak() -> int:
     """Bytes at the peak of a process of :func:`apart`: resident, or allocated by PyTorch on the GPU."""
-    if torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated()
-    # Not getrusage's ru_maxrss: Linux hands a parent's peak down to the process that it starts.
-    return 1024 * int(re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[0])
+    device = torch.device("cuda" if torch.cuda.is_initialized() else "cpu")
+    return round(1e9 * memory.peak(device)["peak_memory_gb"])
 
 
 Stages = Mapping[str, Sequence[Stage]]

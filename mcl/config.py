@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, Self, get_origin
 
 import yaml
 from annotated_types import Len
-from pydantic import Field, NonNegativeInt, TypeAdapter, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, NonNegativeInt, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
 from dali_pipelines.geometry import Geometry, nearest_legal
@@ -101,6 +101,9 @@ class OptimConfig:
 Devices = Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] | Annotated[tuple[NonNegativeInt, ...], Len(1)]
 
 
+_AUTO_IS_0 = BeforeValidator(lambda n: 0 if n == "auto" else n, json_schema_input_type=Literal["auto"] | int)
+
+
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class TrainerConfig:
     epochs: int = Field(default=100, ge=1)
@@ -117,9 +120,10 @@ class TrainerConfig:
     """The same run on the same GPUs gives the same weights, bit for bit, and so does a run that was resumed: only
     deterministic algorithms, images decoded on the CPU, gradients of processes added in the order of their ranks
     (which takes longer). Without it this holds on CPUs, for one or two processes."""
-    accumulate: Annotated[int, Trait.DECIDES_SPEED] = Field(default=1, ge=1)
+    accumulate: Annotated[int, Trait.DECIDES_SPEED, _AUTO_IS_0] = Field(default=1, ge=0)
     """Micro-batches per step and process: memory of one of them, gradients of all, each against the targets of all.
-    BatchNorm has the statistics of one."""
+    BatchNorm has the statistics of one. auto, or 0: the fewest whose step fits into the free memory of every GPU, on
+    CPUs 1; the number is written down with the run, which keeps it when it is resumed, on whatever GPUs."""
     recompute: Annotated[bool, Trait.RESUMABLE, Trait.DECIDES_SPEED] = False
     """Activation checkpointing: the insides of backbone blocks are not kept for backward, but computed again."""
     compile: Annotated[bool, Trait.RESUMABLE, Trait.DECIDES_SPEED] = False
@@ -145,6 +149,9 @@ class TrainerConfig:
     """Seed of weights, order, crops, augmentations and montages."""
     log_every: Annotated[int, Trait.RESUMABLE] = Field(default=10, ge=1)
     """Steps between two records in metrics.jsonl."""
+    profile: Annotated[int, Trait.RESUMABLE] = Field(default=0, ge=0, le=1000)
+    """Steps that the first process profiles, after the first five: profile/trace.json.gz, for chrome://tracing, and the
+    time of every operator and kernel in profile/table.txt of the run folder. 0: none."""
     checkpoint_epochs: Annotated[float, Trait.RESUMABLE] = Field(default=4.0, gt=0)
     """Epochs between two checkpoints."""
     keep: Annotated[int, Trait.RESUMABLE] = Field(default=3, ge=1)
@@ -308,7 +315,8 @@ class Config:
             )
         self._check_queries(images)
         self._check_accumulate(images)
-        online = [canvases // self.trainer.accumulate for canvases in geometry.query_canvases(images)]
+        parts = self.trainer.accumulate or 1  # auto is not resolved before the GPUs are known
+        online = [canvases // parts for canvases in geometry.query_canvases(images)]
         if world_size * online[0] < 2:  # a canvas of level 0 is a single tile
             raise ConfigError(
                 "montage.queries: one query of level 0 per micro-batch leaves the projector's BatchNorm a single row; "
@@ -317,17 +325,20 @@ class Config:
         if min(online) * geometry.fewest_cells**2 < 2:
             key = "montage.cells" if geometry.cells == 1 else "montage.schedule"
             raise ConfigError(
-                f"trainer.global_batch: {images // self.trainer.accumulate} images per process and micro-batch and 1 "
+                f"trainer.global_batch: {images // parts} images per process and micro-batch and 1 "
                 f"cell ({key}) leave BatchNorm one value per channel; double the batch or use 2 cells"
             )
         return images
 
+    def parts(self, images: int) -> list[int]:
+        """Numbers of micro-batches by which the canvases of every level, online queries and others, divide."""
+        largest = math.gcd(*self.montage.query_canvases(images), *self.montage.canvases(images))
+        return [n for n in range(1, largest + 1) if largest % n == 0]
+
     def _check_accumulate(self, images: int) -> None:
-        """Whether the canvases of every level, online queries and others, divide by the micro-batches."""
         online, canvases = self.montage.query_canvases(images), self.montage.canvases(images)
-        largest = math.gcd(*online, *canvases)
-        if largest % self.trainer.accumulate:
-            legal = [n for n in range(1, largest + 1) if largest % n == 0]
+        legal = self.parts(images)
+        if self.trainer.accumulate not in (0, *legal):
             raise ConfigError(
                 f"trainer.accumulate: {images} images per process make {list(canvases)} canvases, of which "
                 f"{list(online)} are online queries; these divide by {', '.join(map(str, legal))}, not by "

@@ -14,7 +14,7 @@ what is not, and :mod:`mcl.budget.communication`), times are estimates unless th
 | ratio_to_supervised | the one over the other |
 | parts | by part: ``forward``, ``backward`` (GFLOP per image, mean over the epochs), ``parameters`` (number), ``saved_bytes`` |
 | stages | of the canvas schedule: ``first_epoch``, ``epochs``, ``cells``, ``canvas`` (px), ``gflop_per_image``, ``ratio_to_supervised``, ``parts`` (GFLOP per image), ``saved_bytes`` |
-| memory | bytes per GPU, largest stage: ``parameters``, ``gradients``, ``optimizer``, ``momentum_network``, ``canvases`` (of both views, as often as the loader holds them: ``data.prefetch``, the step's and the one before), ``activations`` (what autograd saves; on a CPU with bf16 instructions somewhat less), ``total`` |
+| memory | bytes per GPU, largest stage: ``parameters``, ``gradients``, ``optimizer``, ``momentum_network``, ``canvases`` (of both views, as often as they are held: by the loader ``data.prefetch`` times, by the step, its micro-batches or graph, and by the step before), ``activations`` (what autograd saves; on a CPU with bf16 instructions somewhat less), ``temporaries`` (what else lives at the worst moment), ``decoder`` (of a loader on the GPU; for photographs of 500 x 375 px), ``margin`` (workspaces, NCCL, fragmentation: assumed), ``total``: what a run compares with the free memory |
 | time | of the whole run, a list: ``kind`` (estimate or measured), ``hardware``, ``gpus``, ``images_per_s``, ``hours``, ``gpu_hours``, ``tflop_per_s_per_gpu``, ``source``; ``loader_images_per_s_per_gpu`` (in the fastest stage), ``gate_share`` (what that takes of DALI's gate, H100 only), ``cpu_cores_per_gpu`` (for loading on CPUs, null unless benchmarked) |
 | communication | ``nodes``; ``per_step``: a list, by ``purpose``: ``operation``, ``calls`` and ``bytes`` that a process hands over, counted; ``links`` (``hardware``, ``within_gb_per_s`` and ``between_gb_per_s`` nodes, one direction, ``source``), ``latency`` (its source); ``scales``, estimates for as many images per GPU, a list: ``hardware``, ``gpus``, ``nodes``, ``global_batch``, seconds of a mean step: ``compute_s``, ``gradients_s``, ``targets_s``, ``batchnorm_s``, ``exposed_s`` (of these three, not hidden by compute), and ``efficiency``; no lists for one GPU |
 | loader | ``views`` (pixels made per image, in views of 224 px, largest stage), ``gate`` (``images_per_s``, ``source``), ``cpu`` (see :func:`~mcl.budget.hardware.loading_on_cpu`) |
@@ -27,11 +27,11 @@ from typing import Any
 from dali_pipelines.source import indexed_images
 from mcl.budget import communication, count, hardware
 from mcl.budget.count import PARTS, Stage
-from mcl.config import Config, ConfigError
+from mcl.budget.memory import first_epochs, memory
+from mcl.config import Config, ConfigError, override
 
 _RELEASED_IMAGES = 128  # per GPU
 _GIGA = 1e9
-_BATCH_BYTES = {"float32": 4, "float16": 2}
 
 
 def budget(
@@ -42,6 +42,8 @@ def budget(
     images: int | None = None,
 ) -> dict[str, Any]:
     """Counts the steps of a configuration; takes seconds per stage of its canvas schedule.
+
+    ``trainer.accumulate=auto`` counts as 1.
 
     Args:
         gpus: processes; None takes as many as give each of them 128 images, or, where that is impossible, more.
@@ -57,6 +59,8 @@ def budget(
         raise ConfigError(f"--gpus: {gpus} must be at least 1")
     if images is not None and images < 1:
         raise ConfigError(f"--images: {images} must be at least 1")
+    if not config.trainer.accumulate:  # auto: nobody knows on which GPUs
+        config = override(config, ["trainer.accumulate=1"])
     images, images_from = _images(config, images)
     gpus = gpus or _processes(config)
     nodes, links = communication.nodes_of(gpus, nodes), communication.links_of(bandwidth)
@@ -80,7 +84,7 @@ def budget(
         "ratio_to_supervised": mean / supervised,
         "parts": _parts(stages),
         "stages": [_describe(s, supervised) for s in stages],
-        "memory": _memory(config, stages),
+        "memory": memory(config, gpus),
         "time": hardware.times(stages, images, resnet50, precision, measured, loading),
         "communication": communication.describe(stages, resnet50, precision, gpus, nodes, links),
         "loader": {
@@ -111,7 +115,7 @@ def _processes(config: Config) -> int:
 def _stages(config: Config, gpus: int) -> list[Stage]:
     trainer, epochs = config.trainer, config.trainer.epochs
     images, processes = config.images_per_rank(gpus) // trainer.accumulate, gpus * trainer.accumulate
-    firsts = [0, *(epoch for epoch, _ in config.montage.schedule if epoch < epochs)]
+    firsts = first_epochs(config)
     stages = []
     for first, end in zip(firsts, [*firsts[1:], epochs], strict=True):
         geometry = config.montage.at(first)
@@ -148,18 +152,6 @@ def _describe(stage: Stage, supervised: float) -> dict[str, Any]:
         "parts": {p: (counted.forward[p] + counted.backward[p]) / stage.images / _GIGA for p in PARTS},
         "saved_bytes": stage.saved,
     }
-
-
-def _memory(config: Config, stages: list[Stage]) -> dict[str, int]:
-    largest = _largest(stages)
-    canvases = sum(largest.geometry.canvases(largest.images * largest.accumulate))
-    batch = 2 * canvases * 3 * largest.geometry.canvas**2 * _BATCH_BYTES[config.data.dtype]
-    memory = {
-        **count.state(config.model, config.montage, config.optim, config.trainer.precision),
-        "canvases": (config.data.prefetch + 2) * batch,
-        "activations": largest.saved,
-    }
-    return {**memory, "total": sum(memory.values())}
 
 
 def _largest(stages: list[Stage]) -> Stage:

@@ -7,11 +7,13 @@ takes seconds. What is counted is what runs, forward and backward, both views:
   from the gradients that autograd really computes; the first convolution, for example, has none towards its input.
 * Not counted, since they compute little for what they read and write: BatchNorm, activations, pooling, interpolation,
   softmax, clipping, optimiser and momentum update; region pooling, which on the montage's grid only copies.
-* Bytes of what autograd keeps between forward and backward, each piece of memory once.
+* Bytes of what autograd keeps between forward and backward, each piece of memory once, and of all that lives at once
+  at the worst moment.
 * What several processes would have to exchange: calls of BatchNorm, gradients in the order in which they come, targets.
 """
 
 import functools
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ import torchvision
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 from dali_pipelines.batch import in_order
@@ -72,6 +75,7 @@ class Count:
     norms: Sequence[Normalization]  # in the order of calls
     gradients: Sequence[int]  # bytes of each, in the order in which backward computes them
     targets: Sequence[int]  # bytes of a bank, per view, before they are gathered
+    peak: int  # bytes of all that forward and backward hold at once, what is saved among it
 
     @property
     def flops(self) -> int:
@@ -117,9 +121,13 @@ class _Meter(TorchDispatchMode):
         self.saved: Counter[str] = Counter()
         self.norms: list[Normalization] = []
         self.gradients: list[int] = []
+        self.peak = 0
         self._inside = ["loss"]
         self._returning: str | None = None
-        self._storages = {storage._cdata: storage for storage in (t.untyped_storage() for t in known)}
+        # Addresses of storages, as long as they live: another one may get the place.
+        self._known = {t.untyped_storage()._cdata for t in known}
+        self._booked = set(self._known)
+        self._living = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -132,7 +140,28 @@ class _Meter(TorchDispatchMode):
                 self.forward[self._inside[-1]] += flops
             else:
                 self.backward[self._returning] += flops
+        for tensor in tree_iter(out):
+            if isinstance(tensor, Tensor):
+                self._live(tensor.untyped_storage())
         return out
+
+    def _live(self, storage: torch.UntypedStorage) -> None:
+        if self._first(storage, self._known):
+            self._living += storage.nbytes()
+            self.peak = max(self.peak, self._living)
+            weakref.finalize(storage, self._die, storage.nbytes())
+
+    def _die(self, size: int) -> None:
+        self._living -= size
+
+    @staticmethod
+    def _first(storage: torch.UntypedStorage, seen: set[int]) -> bool:
+        """Whether a storage is not among those seen; it is from now on, as long as it lives."""
+        if storage._cdata in seen:
+            return False
+        seen.add(storage._cdata)
+        weakref.finalize(storage, seen.discard, storage._cdata)
+        return True
 
     def watch(self, model: nn.Module) -> None:
         """Follows which part is running, calls of BatchNorms, and gradients as they come."""
@@ -169,8 +198,7 @@ class _Meter(TorchDispatchMode):
 
     def _save(self, tensor: Tensor) -> tuple[str, Tensor]:
         part, storage = self._inside[-1], tensor.untyped_storage()
-        if storage._cdata not in self._storages:
-            self._storages[storage._cdata] = storage  # kept, so that no other storage gets its place
+        if self._first(storage, self._booked):
             self.saved[part] += storage.nbytes()
         return part, tensor
 
@@ -214,7 +242,8 @@ def step(
     parameters = Counter[str]()
     for name, p in mcl.named_parameters():
         parameters[_owner(name)] += p.numel()
-    return Count(meter.forward, meter.backward, meter.saved, parameters, meter.norms, meter.gradients, targets)
+    counts = meter.forward, meter.backward, meter.saved, parameters
+    return Count(*counts, meter.norms, meter.gradients, targets, meter.peak)
 
 
 @functools.cache

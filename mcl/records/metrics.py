@@ -218,7 +218,7 @@ def describe(record: Record) -> str:
     return (
         f"step {record['step']:>6}  epoch {record['epoch']:7.2f}  loss {record['loss']:8.4f}  "
         f"cos +/- {_cosines(record)}  lr {record['lr']:.2e}  {record['images_per_s']:7.1f} img/s  "
-        f"wait {record['data_wait']:4.0%}  eta {eta(record['eta_s'])}"
+        f"wait {record['data_wait']:4.0%}  {record['peak_memory_gb']:5.1f} GB  eta {eta(record['eta_s'])}"
     )
 
 

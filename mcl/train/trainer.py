@@ -28,8 +28,9 @@ from mcl.records.metrics import (
     log_to_file,
     rewrite,
 )
+from mcl.records.profile import profiled
 from mcl.signals import Interrupted, Signals
-from mcl.train import agreement, arithmetic, checkpoint, ema
+from mcl.train import agreement, arithmetic, checkpoint, ema, memory
 from mcl.train.optim import learning_rate
 from mcl.train.saving import Saver
 from mcl.train.step import TrainingStep
@@ -86,6 +87,7 @@ class Trainer:
         hang.end_after(trainer.timeout + hang.GRACE)
         agreement.check(config, self.device.type, source, None if state is None else state["step"])
         if state is not None:
+            self.config = config = memory.as_before(config, state)
             self._check_resumable(state, source)
         plan = config.plan(len(source), self.images, distributed.rank(), distributed.world_size())
         self.loader = MontageLoader(
@@ -99,6 +101,8 @@ class Trainer:
         self.steps_per_epoch = plan.steps_per_epoch
         self.steps = trainer.epochs * self.steps_per_epoch
         self.step = 0
+        if state is None or state["step"] < self.steps:
+            self.config = config = memory.fit(config, self.device, self.loader)
 
         torch.manual_seed(trainer.seed)  # the same weights on every rank
         self.model = MCL(config.model, config.montage, trainer.recompute)
@@ -135,17 +139,23 @@ class Trainer:
         trainer = self.config.trainer
         every = max(1, round(trainer.checkpoint_epochs * self.steps_per_epoch))
         stopwatch = Stopwatch(self.steps - self.step, self._update.timer)
-        with Signals() as signals, ProgressBar(self.config, self.step, self.steps) as bar:
+        with (
+            Signals() as signals,
+            ProgressBar(self.config, self.step, self.steps) as bar,
+            profiled(self.folder / "profile", trainer.profile) as count_step,
+        ):
             try:
                 while self.step < self.steps and not stop:
                     extend()
                     with stopwatch.waiting():
                         query, key = next(self.loader)
-                    output, grad_norm = self.train_step(query, key)
+                    with memory.explained(self.config, self.device, self.loader):
+                        output, grad_norm = self.train_step(query, key)
                     self._meter.add(self.step, output, grad_norm)
                     self.step += 1
                     stopwatch.lap(trainer.global_batch)
                     bar.advance()
+                    count_step()
                     stop = consensus(signals.received)
                     if self.step % trainer.log_every == 0 or self.step == self.steps:
                         record = self._record(stopwatch)
@@ -308,6 +318,7 @@ class Trainer:
             "lr": learning_rate(optim, trainer.global_batch, last, self.steps, self.steps_per_epoch),
             "ema": ema.momentum(optim.ema, last, self.steps),
             **stopwatch.read(),
+            **memory.peak(self.device),
             **means,
         }
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import step
 from benchmarks.step import CONTENDERS, Pretraining, Setting, Stage
@@ -61,6 +62,15 @@ def test_stages_of_a_schedule_have_its_epochs_and_what_was_counted() -> None:
     counted = count.step(cfg.model, cfg.montage.at(50), 32, 1, "fp32")
     assert stages[1]["gflop_per_image"] == pytest.approx(counted.flops / 32 / 1e9)
     assert stages[1]["saved_bytes"] == sum(counted.saved.values())
+
+
+def test_what_is_computed_again_is_computed_and_counted() -> None:
+    contender = CONTENDERS["recompute"][1](SETTING)
+    step = contender.start()
+    with FlopCounterMode(display=False) as counter:
+        step(64)
+    (stage,) = contender.stages()
+    assert counter.get_total_flops() / 32 / 1e9 == pytest.approx(stage["gflop_per_image"])
 
 
 def test_supervised_is_counted_at_its_own_size() -> None:

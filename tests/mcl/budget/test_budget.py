@@ -1,6 +1,7 @@
 """What a configuration costs: counted on tensors without memory, and equal to what runs."""
 
 import dataclasses
+import itertools
 import json
 import re
 import sys
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from dali_pipelines.geometry import Geometry
@@ -18,6 +20,7 @@ from dali_pipelines.source import open_images
 from mcl import cli, config
 from mcl import commands as run
 from mcl.budget import budget, count, hardware, show
+from mcl.budget.memory import memory
 from mcl.config import Config, ModelConfig, OptimConfig
 from mcl.models import MCL
 from mcl.train import checkpoint
@@ -36,7 +39,7 @@ def preset(name: str, *words: str) -> Config:
 
 def stage(epochs: int, flops: int, views: float) -> count.Stage:
     """Of steps of one image."""
-    counted = count.Count({"backbone": flops}, {}, {}, {}, [], [], [])
+    counted = count.Count({"backbone": flops}, {}, {}, {}, [], [], [], 0)
     return count.Stage(0, epochs, Geometry(), counted, images=1, accumulate=1, views=views)
 
 
@@ -103,6 +106,36 @@ def test_the_readme_says_what_the_presets_cost() -> None:
     for name, flops, ratio in rows:
         result = budget(preset(name, "trainer.precision=fp32"))
         assert (flops, ratio) == (f"{result['gflop_per_image']:.1f}", f"{result['ratio_to_supervised']:.2f}"), name
+
+
+@pytest.mark.soak
+def test_the_documents_say_what_fits_and_presets_fit_their_machines() -> None:
+    pattern = r"^\| (`mcl_r50.*`) \| ([\d.]+)(?: \(recomputes\))? \| ([\d.]+) \| ([\d.]+) \| (\d+) GB \|$"
+    rows = re.findall(pattern, (ROOT / "docs" / "cluster.md").read_text(), re.MULTILINE)
+    documented = [(name, *said) for names, *said in rows for name in re.findall(r"`(\w+)`", names)]
+    assert {name for name, *_ in documented} == {path.stem for path in PRESETS.glob("mcl_r50*.yaml")}
+    for name, *said, room in documented:
+        settings = [], ["trainer.recompute=true"], ["trainer.recompute=false", "trainer.accumulate=2"]
+        sizes = [memory(preset(name, *words), 8)["total"] for words in settings]
+        assert said == [f"{size / 1e9:.1f}" for size in sizes], name
+        assert f"For 8 GPUs of {room} GB." in (PRESETS / f"{name}.yaml").read_text()
+        assert sizes[0] <= 1e9 * int(room)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_peak_is_that_of_a_real_step(recompute: bool) -> None:
+    """By what PyTorch's profiler saw allocated and freed; oneDNN's own scratch memory is not counted."""
+    geometry = dataclasses.replace(FEWER, cells=2)
+    mcl = MCL(TWO_LEVELS, geometry, recompute).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    few = geometry.query_canvases(8)
+    views = [dataclasses.replace(random_view(geometry, 8, seed), query_counts=few) for seed in (1, 2)]
+    with profile(profile_memory=True) as profiler:
+        mcl(*views).loss.backward()
+    assert profiler.profiler is not None
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    peak = max(itertools.accumulate(sizes))
+    assert 0.9 * peak <= count.step(TWO_LEVELS, geometry, 8, 1, "fp32", recompute).peak <= 1.001 * peak
 
 
 @pytest.mark.parametrize(
@@ -327,6 +360,7 @@ def no_dali(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_json_is_all_that_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Without images and DALI; a picture beside it."""
     words = ["data.root=", f"output={tmp_path}", "montage.queries=[2,1,1,1]", "trainer.precision=bf16"]
+    words.append("trainer.accumulate=auto")
     picture = tmp_path / "budget.png"
     cli.main(["budget", str(PRESETS / "mcl_r18_fpn_demo.yaml"), *words, "--json", "--plot", str(picture)])
     printed = capsys.readouterr()

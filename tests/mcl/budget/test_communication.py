@@ -101,7 +101,7 @@ def test_all_groups_of_a_norm_go_together() -> None:
         count.Normalization(5, 2, 4, False),
         count.Normalization(2, 3, 8, True),
     ]
-    counted = count.Count({}, {}, {}, {}, norms, [1000, 24], [64, 64])
+    counted = count.Count({}, {}, {}, {}, norms, [1000, 24], [64, 64], 0)
     targets, forward, backward, gradients, signals = communication.exchanges(counted, 2)
     assert (targets.operation, targets.sizes) == ("all-gather", [128, 128])
     assert (forward.operation, forward.sizes) == ("all-gather", [28, 88, 120] * 2)
@@ -143,7 +143,7 @@ def test_what_arithmetic_hides() -> None:
     norms = [count.Normalization(256, 1, 4, True)]
 
     def step(gradients: list[int], targets: int, share: float = 1.0) -> tuple[float, ...]:
-        counted = count.Count(flops, {"backbone": 8 * 10**12}, {}, {}, norms, gradients, [targets])
+        counted = count.Count(flops, {"backbone": 8 * 10**12}, {}, {}, norms, gradients, [targets], 0)
         stage = count.Stage(0, 1, Geometry(), counted, images=8, accumulate=1, views=1.0)
         return tuple(communication.step_times(stage, 1e13, share, 16, 2, LINKS[0]).values())
 

@@ -4,6 +4,7 @@ Two ranks over gloo, forked from a server that has imported what they need, run 
 """
 
 import contextlib
+import json
 import multiprocessing
 import os
 import random
@@ -21,6 +22,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 import yaml
 
 from mcl import cli, config
@@ -192,6 +194,32 @@ def test_sigterm_to_one_stops_all_with_a_checkpoint(
     with Run(preset, tmp_path) as run:
         assert run.ends() == [0, 0]
     check_same_end(run.folder, undisturbed)
+
+
+def fill_memory_in_third_step(rank: int) -> None:
+    """Of rank 1, whose error is kept as torchrun would keep it."""
+    step = Trainer.train_step
+
+    def fail(trainer: Trainer, *views: Any) -> Any:
+        if rank == 1 and trainer.step == 2:
+            os.environ["TORCHELASTIC_ERROR_FILE"] = str(trainer.folder / "error.json")
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return step(trainer, *views)
+
+    Trainer.train_step = fail  # type: ignore[method-assign]
+
+
+@pytest.mark.fault("a rank out of memory")
+def test_out_of_memory_on_one_rank(preset: Path, tmp_path: Path) -> None:
+    """The launcher gets the line that says what helps, and the log has the traceback."""
+    with Run(preset, tmp_path, plant=fill_memory_in_third_step) as run:
+        assert run.ends() == [3, 2]
+    said = json.loads((run.folder / "error.json").read_text())["message"]["message"]
+    assert said.startswith(
+        "OutOfMemoryError: trainer.accumulate: a step of 4 images did not fit into the memory of rank 1"
+    )
+    assert "; set trainer.recompute=true (" in said
+    assert "Tried to allocate 2.00 GiB" in run.log()
 
 
 def hang_in_fifth_step(rank: int) -> None:

@@ -77,6 +77,7 @@ def test_run_folder(tiny: Config, photos: Path) -> None:
     assert [r["step"] for r in train] == [2, 4, 6, 8]
     assert all(math.isfinite(r["loss"]) and r["images_per_s"] > 0 and 0 <= r["data_wait"] <= 1 for r in train)
     assert train[-1]["eta_s"] == 0
+    assert all(r["peak_memory_gb"] > 0 for r in train)
     assert all(len(r["positive"]) == len(r["negative"]) == 2 for r in train)
     assert [r["name"] for r in records if r["kind"] == "eval"] == ["retrieval", "knn"]
     assert {p.suffix for p in (folder / "preview").iterdir()} == {".png"}
@@ -121,8 +122,8 @@ def test_stopped_by_a_signal_and_resumed(tiny: Config) -> None:
     resumed.fit()
     a, b = last_weights(tiny), last_weights(undisturbed)
     assert all(equal(a[key], b[key]) for key in ("step", "model", "optimizer", "scaler", "loader", "rng"))
-    # The records of both runs are the same but for speed and time.
-    times = ("images_per_s", "data_wait", "saving", "forward", "backward", "optimizer", "eta_s")
+    # The records of both runs are the same but for speed, time and memory.
+    times = ("images_per_s", "data_wait", "saving", "forward", "backward", "optimizer", "eta_s", "peak_memory_gb")
     timeless = [
         [{k: v for k, v in r.items() if k not in times} for r in read(c.run_folder / "metrics.jsonl")]
         for c in (tiny, undisturbed)

@@ -1,0 +1,54 @@
+"""What a step needs of a GPU's memory."""
+
+from mcl.budget import count
+from mcl.config import Config
+
+_BATCH_BYTES = {"float32": 4, "float16": 2}
+_LIBRARIES = 2 * 10**9
+"""Bytes that libraries take: workspaces of cuDNN and cuBLAS, NCCL's buffers, modules of kernels. An assumption."""
+_FRAGMENTED = 0.05
+"""Part of PyTorch's memory that lies idle between tensors. An assumption."""
+_DECODED = 3
+"""Decoded images that the loader holds on a GPU for each one of a step, the decoder's own memory among them. An
+assumption."""
+_PHOTOGRAPH = 3 * 500 * 375
+"""Bytes of a decoded image where nothing says how large images are: the usual one of ImageNet."""
+
+
+def first_epochs(config: Config) -> list[int]:
+    """Where the sizes of the canvas schedule begin."""
+    return [0, *(epoch for epoch, _ in config.montage.schedule if epoch < config.trainer.epochs)]
+
+
+def memory(config: Config, processes: int, image: float | None = None) -> dict[str, int]:
+    """Bytes per GPU, at the largest canvases of the run; see :mod:`mcl.budget.cost`. Takes a second or a few.
+
+    Args:
+        image: bytes of a decoded image on the GPU, on average; 0 if a CPU decodes, None if nobody knows.
+
+    Raises:
+        ConfigError: trainer.global_batch or trainer.accumulate is not legal for so many processes.
+    """
+    trainer, data = config.trainer, config.data
+    geometry = max((config.montage.at(epoch) for epoch in first_epochs(config)), key=lambda g: g.cells)
+    images = config.images_per_rank(processes)
+    part = images // trainer.accumulate
+    while geometry.query_canvases(part)[0] < 2:
+        part *= 2  # BatchNorm has the rows of all processes, but here there is one
+    banks = processes * trainer.accumulate
+    counted = count.step(config.model, geometry, part, banks, trainer.precision, trainer.recompute)
+    batch = 2 * sum(geometry.canvases(images)) * 3 * geometry.canvas**2 * _BATCH_BYTES[data.dtype]
+    # The loader's, the step's, the one before; and the copies that micro-batches and graphs read.
+    batches = data.prefetch + 2 + (trainer.accumulate > 1) + trainer.cuda_graph
+    saved = sum(counted.saved.values())
+    sizes = {
+        **count.state(config.model, config.montage, config.optim, trainer.precision),
+        "canvases": batches * batch,
+        "activations": saved,
+        "temporaries": counted.peak - saved,
+    }
+    if image is None:
+        image = 0 if data.device == "cpu" else _PHOTOGRAPH
+    sizes["decoder"] = int(_DECODED * images * image)
+    sizes["margin"] = _LIBRARIES + int(_FRAGMENTED * sum(sizes.values()))
+    return {**sizes, "total": sum(sizes.values())}
