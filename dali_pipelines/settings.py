@@ -54,9 +54,10 @@ class DataConfig:
     """Held-out images, same layout (for COCO: a folder); the end-of-run evaluation uses them when given."""
     engine: Literal["auto", "fused", "stock", "torchvision"] = "auto"
     """What carries the augmentation plan out: mcl's own DALI operator, stock DALI operators, or torchvision (slow,
-    needs no DALI). auto takes the first that is there."""
+    needs no DALI). auto takes the first that is there, on a CPU or a GPU."""
     device: Annotated[Literal["auto", "cpu", "gpu"], Trait.RESUMABLE] = "auto"
-    """Where images are decoded and augmented."""
+    """Where images are decoded and augmented. auto: the fused engine runs on the CPU where there are at least 8 loader
+    threads per GPU, or no GPU, and else on the GPU; the stock engine on the GPU, if there is one."""
     threads: Annotated[int, Trait.OF_A_MACHINE, Trait.RESUMABLE] = Field(default=0, ge=0, le=4096)
     """Loader threads per process; 0 takes the cores available, divided by the processes of this machine."""
     prefetch: Annotated[int, Trait.RESUMABLE] = Field(default=2, ge=1, le=1000)

@@ -218,7 +218,11 @@ def _parser() -> argparse.ArgumentParser:
     add_overrides(config, "e.g. trainer.epochs=10")
     config.add_argument("--schema", action="store_true", help="print the JSON schema of all keys, for editors")
 
-    verb("doctor", _doctor, "what is installed, what is used, and why")
+    doctor = verb("doctor", _doctor, "what is installed, what is used, and why")
+    doctor.add_argument(
+        "--measure", action="store_true", help="instead, time how images load, seconds each way, and say what to take"
+    )
+    add_overrides(doctor, "with --measure, e.g. data.root=/data/imagenet/train; default: the repository's photographs")
     return parser
 
 
@@ -343,6 +347,13 @@ def _config(options: argparse.Namespace) -> Iterable[str]:
 def _doctor(options: argparse.Namespace) -> Iterable[str]:
     from mcl import doctor
 
+    if options.measure:
+        from mcl.measure import measure
+
+        yield from measure(options.overrides)
+        return
+    if options.overrides:
+        raise ConfigError("keys are for mcl doctor --measure")
     checks = doctor.checks()
     yield doctor.report(checks)
     sys.exit(0 if doctor.ok(checks) else 1)

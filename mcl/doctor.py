@@ -8,6 +8,7 @@ import importlib.machinery
 import importlib.util
 import os
 import platform
+import re
 import subprocess
 import sys
 import textwrap
@@ -24,6 +25,8 @@ _ABSENT = "not installed"
 _MARKS = {"ok": "ok", "note": "-", "missing": "MISSING"}
 _DALI = "pip install nvidia-dali-cuda130"
 _BUILD = "pip install --no-build-isolation -e ."
+BUILT_FOR = Path(mcl.__file__).parent / "_C.architectures.txt"
+"""GPUs that the extension was compiled for, as setup.py leaves it: "7.5;8.0+PTX", empty where it is for CPUs only."""
 _PYTHON = (3, 11)
 _TORCH = (2, 10)
 
@@ -176,14 +179,14 @@ def _cpu() -> Iterator[Check]:
 def _dali() -> Iterator[Check]:
     """DALI, and who decodes JPEG files."""
     dali, reason = _probe("nvidia.dali")
-    if dali is not None and _device() == "cuda":
+    loader, _ = _probe("dali_pipelines.loader")
+    if dali is not None and loader is not None and _choice(loader)[1] == "gpu":
         yield Check("DALI", "ok", dali.__version__, True, "decodes and augments on the GPU")
         why = "on the GPU, and its decoding engine if it has one"
         yield Check("JPEG decoder", "ok", "nvJPEG, in DALI", True, why)
     elif dali is not None:
-        why = "decodes and augments on the CPU, as there is no CUDA device"
-        yield Check("DALI", "ok", dali.__version__, True, why)
-        yield Check("JPEG decoder", "ok", "libjpeg-turbo, in DALI", True, "nvJPEG needs a CUDA device")
+        yield Check("DALI", "ok", dali.__version__, True, "decodes and augments on the CPU: see loader")
+        yield Check("JPEG decoder", "ok", "libjpeg-turbo, in DALI", True, "nvJPEG decodes with data.device=gpu only")
     else:
         if reason == _ABSENT:
             yield Check(
@@ -211,15 +214,47 @@ def _extensions() -> Iterator[Check]:
         yield Check("C++ extension", "note", "not built", False, ops.missing, _BUILD)
     else:
         built = " and ".join(d.upper() for d in ("cpu", "cuda") if ops.compiled("region_pool", d))
-        why = "region pooling, BatchNorm, optimiser steps"
-        yield Check("C++ extension", "ok", f"built for {built}", True, why)
+        yield _built(f"built for {built}", ops.compiled("region_pool", "cuda"))
     device = _device()
     tasks: dict[tuple[str, str], list[str]] = {}
     for task, backend in ops.backends(device).items():
         tasks.setdefault(backend, []).append(task)
     for (library, why), names in tasks.items():
         detail = f"{library} on {device.upper()}: {', '.join(names)}"
-        yield Check("operators", "note" if library == "PyTorch" else "ok", detail, True, why)
+        yield Check("operators", "note" if library in ("PyTorch", "torchvision") else "ok", detail, True, why)
+
+
+def _built(detail: str, with_cuda: bool) -> Check:
+    """Whether the extension serves the GPUs that are here."""
+    torch, _ = _probe("torch")
+    gpus = range(torch.cuda.device_count()) if _device() == "cuda" else ()
+    if gpus and not with_cuda:
+        why = "GPUs run PyTorch's operators, which are slower"
+        return Check("C++ extension", "note", detail, False, why, f"MCL_BUILD_CUDA=1 {_BUILD}")
+    architectures = BUILT_FOR.read_text().strip() if with_cuda and BUILT_FOR.exists() else ""
+    detail += f" ({architectures})" * bool(architectures)
+    for index in gpus:
+        gpu = torch.cuda.get_device_properties(index)
+        if architectures and not _serves(architectures, (gpu.major, gpu.minor)):
+            why = f"CUDA {index}, {gpu.name}, has compute capability {gpu.major}.{gpu.minor}"
+            remedy = f"TORCH_CUDA_ARCH_LIST={gpu.major}.{gpu.minor} {_BUILD}"
+            return Check("C++ extension", "missing", detail, False, why, remedy)
+    return Check("C++ extension", "ok", detail, True, "region pooling, BatchNorm, optimiser steps")
+
+
+def _serves(architectures: str, own: tuple[int, int]) -> bool:
+    """Whether machine code of the same major version or, for any later GPU, PTX is there."""
+    built = re.findall(r"(\d+)\.(\d)[af]?(\+PTX)?", architectures)
+    return any((int(a), int(b)) <= own and (int(a) == own[0] or ptx) for a, b, ptx in built)
+
+
+def _choice(loader: Any) -> tuple[str, str, str]:
+    """Engine and device that a process loads with by default, and why; `loader` is the module."""
+    torch, _ = _probe("torch")
+    cuda = _device() == "cuda"
+    threads = loader.default_threads(torch.cuda.device_count() if cuda else 1)
+    choice: tuple[str, str, str] = loader.choose_engine(loader.DataConfig(), cuda, threads)
+    return choice
 
 
 def _loader() -> Iterator[Check]:
@@ -228,10 +263,12 @@ def _loader() -> Iterator[Check]:
     if loader is None:
         yield Check("loader", "missing", reason, False, "the loader cannot be imported", _BUILD)
         return
-    engine, device, why = loader.choose_engine(loader.DataConfig(), _device() == "cuda")
+    engine, device, why = _choice(loader)
     detail = f"{engine} engine on {device.upper()}"
-    if engine == "fused" and device == _device().replace("cuda", "gpu"):
+    if engine == "fused" and _device() == "cpu":
         yield Check("loader", "ok", detail, True, "the fastest there is")
+    elif engine == "fused" and "loader threads" in why:
+        yield Check("loader", "ok", detail, True, f"{why}; mcl doctor --measure times the others")
     else:
         yield Check("loader", "note", detail, True, why, _BUILD)
 

@@ -1,16 +1,17 @@
-"""The Python face of kernels/: operators of the compiled extension, with PyTorch behind them where it is absent."""
+"""The Python face of kernels/: operators of the compiled extension, with PyTorch and torchvision where it is absent."""
 
 from mcl.ops import fallback  # noqa: F401  registers what the extension lacks
 from mcl.ops.batch_norm import batch_norm
 from mcl.ops.library import compiled, missing
 from mcl.ops.region_pool import region_pool
-from mcl.ops.steps import backends, clip_grad_norm_, cross_entropy, describe, ema_, lars_, norms
+from mcl.ops.steps import backends, clip_grad_norm_, costs, cross_entropy, describe, ema_, lars_, norms
 
 __all__ = [
     "backends",
     "batch_norm",
     "clip_grad_norm_",
     "compiled",
+    "costs",
     "cross_entropy",
     "describe",
     "ema_",

@@ -1,7 +1,5 @@
-"""Schemas of the operators, and who implements them: the compiled extension, or PyTorch where it is absent."""
+"""Schemas of the operators, and who implements them: the compiled extension, or :mod:`mcl.ops.fallback`."""
 
-import functools
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -96,10 +94,3 @@ def fallback(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         return function
 
     return register
-
-
-@functools.cache  # once is enough
-def warn_slow() -> None:
-    """Tells the user that region pooling runs on PyTorch."""
-    reason = missing or "the extension was built without CUDA; MCL_BUILD_CUDA=1 builds it with CUDA"
-    warnings.warn(f"mcl.ops: region pooling runs on PyTorch, slowly: {reason}", RuntimeWarning, stacklevel=2)

@@ -13,6 +13,14 @@ from torch import Tensor, nn
 from mcl.ops import apex
 from mcl.ops.library import compiled, library, missing
 
+_WITHOUT = {
+    "region_pool": "a launch per map, and on GPUs gradients that are added in no fixed order",
+    "batch_norm": "more launches, and more passes over every map",
+    "lars_": "more passes over the parameters",
+    "ema_": "more passes over the parameters",
+}
+"""What it costs that the extension lacks an operator."""
+
 
 def norms(tensors: Sequence[Tensor]) -> Tensor:
     """L2 norms of fp32 or fp64 tensors without gaps in memory: (T,), in their dtype, on their device."""
@@ -91,8 +99,20 @@ def backends(device: str) -> dict[str, tuple[str, str]]:
         elif compiled("batch_norm_apply" if task == "batch_norm" else task, device):
             chosen[task] = ("mcl", "the extension is built")
         else:
-            chosen[task] = ("PyTorch", missing or f"the extension is built without {device.upper()}")
+            rebuild = "MCL_BUILD_CUDA=1 pip install --no-build-isolation -e . builds it with"
+            why = missing or f"the extension is built without {device.upper()}; {rebuild}"
+            chosen[task] = ("torchvision" if task == "region_pool" else "PyTorch", why)
     return chosen
+
+
+def costs(device: str) -> str:
+    """What is slower on "cpu" or "cuda" for want of compiled operators, why, and the remedy; empty if nothing is."""
+    served = backends(device)
+    lacking = [task for task in _WITHOUT if served[task][0] in ("PyTorch", "torchvision")]
+    if not lacking:
+        return ""
+    each = "; ".join(f"{task}: {_WITHOUT[task]}" for task in lacking)
+    return f"steps are slower without mcl's {device.upper()} operators ({each}): {served[lacking[0]][1]}"
 
 
 def describe(device: str) -> str:

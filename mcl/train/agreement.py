@@ -7,7 +7,7 @@ import torch
 
 import dali_pipelines
 import mcl
-from dali_pipelines.loader import choose_engine
+from dali_pipelines.loader import choose_engine, default_threads
 from dali_pipelines.source import Source
 from mcl import distributed, ops
 from mcl.config import Config, ConfigError, Trait, all_keys, value
@@ -61,7 +61,8 @@ def _statement(config: Config, device: str, source: Source, step: int | None) ->
 
 def _engine(config: Config, device: str) -> str:
     try:
-        engine, on, _ = choose_engine(config.data, device == "cuda")
+        threads = config.data.threads or default_threads(distributed.local_world_size())
+        engine, on, _ = choose_engine(config.data, device == "cuda", threads)
     except ConfigError as error:  # the loader's to raise, on all processes
         return f"none ({error})"
     if engine == "torchvision":

@@ -290,6 +290,8 @@ class Trainer:
             )
         log.info("loader: %s on %s (%s)", self.loader.engine_name, self.loader.device, self.loader.reason)
         log.info("operators: %s", ops.describe(self.device.type))
+        if costs := ops.costs(self.device.type):
+            log.warning("%s", costs)
         load, cores = os.getloadavg()[0], os.cpu_count() or 1
         if load > _BUSY * cores and distributed.rank() == 0:
             log.warning("the machine is busy: its load is %.1f on %d cores, so steps will be slower", load, cores)

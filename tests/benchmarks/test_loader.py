@@ -108,7 +108,7 @@ def test_a_run_reports_what_it_measured_and_what_is_missing(
     monkeypatch.setitem(sys.modules, "lightly", None)  # as if it were not installed
     file, plot = tmp_path / "loader.json", tmp_path / "loader.png"
     arguments = ["--data", str(photos / "val"), "--batch", "32", "--threads", "1", "--repeat", "1", "--seconds", "0.1"]
-    ours = choose_engine(DataConfig(device="cpu"), cuda=False)[0]
+    ours = choose_engine(DataConfig(device="cpu"), cuda=False, threads=1)[0]
     contenders = ["decode", ours, "released", "lightly"]
     loader.main([*arguments, "--contenders", *contenders, "--json", str(file), "--plot", str(plot)])
 

@@ -423,34 +423,37 @@ def installed(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytes
     return state
 
 
-def possible(installed: str, cuda: bool) -> list[tuple[str, str]]:
-    """Engines and devices that can be had, the best ones first."""
-    gpu = {"everything": ["fused", "stock"], "no DALI": []}.get(installed, ["stock"])
-    cpu = {"everything": ["fused", "stock"], "plugin without CUDA": ["fused", "stock"], "no DALI": []}
-    on_cpu = [*cpu.get(installed, ["stock"]), "torchvision"]
-    return [(engine, "gpu") for engine in gpu if cuda] + [(engine, "cpu") for engine in on_cpu]
+def possible(installed: str, cuda: bool, threads: int) -> list[tuple[str, str]]:
+    """Engines and devices that can be had, the best ones first, by the rule at data.device."""
+    fused = {"everything": ["cpu", "gpu"] if threads >= 8 else ["gpu", "cpu"], "plugin without CUDA": ["cpu"]}
+    found = [("fused", device) for device in fused.get(installed, [])]
+    found += [("stock", device) for device in ("gpu", "cpu") if installed != "no DALI"]
+    return [(engine, device) for engine, device in [*found, ("torchvision", "cpu")] if cuda or device == "cpu"]
 
 
 @pytest.mark.parametrize("installed", INSTALLED, indirect=True)
-@pytest.mark.parametrize("cuda", [False, True], ids=["no CUDA", "CUDA"])
+@pytest.mark.parametrize(("cuda", "threads"), [(False, 64), (True, 7), (True, 8)])
 @pytest.mark.parametrize("device", ["auto", "cpu", "gpu"])
 @pytest.mark.parametrize("engine", ["auto", *ENGINES])
-def test_the_first_choice_that_can_be_had_is_taken(installed: str, cuda: bool, engine: str, device: str) -> None:
+def test_the_first_choice_that_can_be_had_is_taken(
+    installed: str, cuda: bool, threads: int, engine: str, device: str
+) -> None:
     asked = DataConfig(engine=engine, device=device)  # type: ignore[arg-type]
-    fitting = [(e, d) for e, d in possible(installed, cuda) if engine in ("auto", e) and device in ("auto", d)]
+    fitting = [(e, d) for e, d in possible(installed, cuda, threads) if engine in ("auto", e) and device in ("auto", d)]
     if fitting:
-        *choice, reason = choose_engine(asked, cuda)
+        *choice, reason = choose_engine(asked, cuda, threads)
         assert tuple(choice) == fitting[0]
         assert reason
     else:
         with pytest.raises(ConfigError, match=r"^data\.(engine|device): \w+ (needs|cannot be had)"):
-            choose_engine(asked, cuda)
+            choose_engine(asked, cuda, threads)
 
 
 @pytest.mark.parametrize(
     ("installed", "asked", "cuda", "reason"),
     [
-        ("everything", {}, True, "the first choice"),
+        ("everything", {}, True, "4 loader threads per GPU, fewer than 8$"),
+        ("everything", {"device": "gpu"}, True, "the first choice"),
         ("everything", {}, False, "no CUDA device"),
         ("everything", {"device": "cpu"}, False, "the first choice"),
         ("everything", {"engine": "torchvision"}, True, "the torchvision engine runs on CPUs only"),
@@ -465,7 +468,7 @@ def test_the_first_choice_that_can_be_had_is_taken(installed: str, cuda: bool, e
 def test_the_reason_says_what_is_missing_and_how_to_get_it(
     installed: str, asked: dict[str, str], cuda: bool, reason: str
 ) -> None:
-    _, _, said = choose_engine(DataConfig(**asked), cuda)  # type: ignore[arg-type]
+    _, _, said = choose_engine(DataConfig(**asked), cuda, 4)  # type: ignore[arg-type]
     assert re.match(reason, said)
     assert said.count(";") == len(set(said.split("; "))) - 1  # nothing twice
 
@@ -514,7 +517,7 @@ def test_what_cannot_be_had_is_refused_with_the_remedy(
     installed: str, asked: dict[str, str], cuda: bool, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=f"^{message}"):
-        choose_engine(DataConfig(**asked), cuda)  # type: ignore[arg-type]
+        choose_engine(DataConfig(**asked), cuda, 4)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -530,6 +533,18 @@ def test_the_engine_that_steps_in_loads(installed: str, engine: str, good: Sourc
 def test_a_loader_refuses_a_gpu_that_is_not_there(good: Source) -> None:
     with pytest.raises(ConfigError, match=r"data\.device: gpu needs a CUDA device; use data\.device=cpu"):
         make_loader(good, "auto", device="gpu")
+
+
+@pytest.mark.parametrize("installed", ["everything"], indirect=True)
+@pytest.mark.parametrize(
+    ("cores", "gpus", "chosen"),
+    [(128, 8, ("fused", "cpu", "16 loader threads per GPU, at least 8")),
+     (32, 8, ("fused", "gpu", "4 loader threads per GPU, fewer than 8"))],
+)  # fmt: skip
+@pytest.mark.usefixtures("installed")
+def test_where_a_machine_loads(cores: int, gpus: int, chosen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    assert choose_engine(DataConfig(), True, default_threads(gpus)) == chosen
 
 
 def test_threads_are_shared_among_the_processes_of_a_machine() -> None:

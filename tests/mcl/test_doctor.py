@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
@@ -128,13 +129,24 @@ def test_dali_absent_and_broken(machine: Machine) -> None:
     assert broken["DALI"].remedy == "pip install --force-reinstall nvidia-dali-cuda130"
 
 
-def test_jpeg_decoder_follows_the_device(machine: Machine) -> None:
-    dali = SimpleNamespace(__version__="2.0")
-    gpu = machine(stands={"nvidia.dali": dali, "torch": torch_with_gpu()})
-    assert "nvJPEG" in gpu["JPEG decoder"].detail
-    assert "GPU" in gpu["DALI"].why
-    cpu = machine(stands={"nvidia.dali": dali, "torch": torch_with_gpu(is_available=lambda: False)})
-    assert "libjpeg-turbo" in cpu["JPEG decoder"].detail
+@pytest.mark.parametrize(
+    ("cores", "gpu", "loader", "decoder"),
+    [
+        (15, True, "fused engine on GPU; 7 loader threads per GPU, fewer than 8", "nvJPEG"),
+        (16, True, "fused engine on CPU; 8 loader threads per GPU, at least 8", "libjpeg-turbo"),
+        (16, False, "fused engine on CPU; the fastest there is", "libjpeg-turbo"),
+    ],
+)
+def test_loader_and_decoder_follow_cores_and_device(
+    cores: int, gpu: bool, loader: str, decoder: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setattr(pipelines, "load_plugin", lambda: {"cpu", "gpu"})
+    found = machine(stands={"torch": torch_with_gpu(is_available=lambda: gpu)})
+    assert f"{found['loader'].detail}; {found['loader'].why}".startswith(loader)
+    assert found["loader"].status == "ok"
+    assert found["JPEG decoder"].detail == f"{decoder}, in DALI"
+    assert loader.split()[3].strip(";") in found["DALI"].why
 
 
 def test_cuda_devices_and_their_absence(machine: Machine, nvidia_smi: Callable[[str], None]) -> None:
@@ -226,6 +238,34 @@ def test_the_extension_and_who_does_what(machine: Machine) -> None:
     )
     broken = machine(broken={"mcl.ops": ImportError("no torch")})["C++ extension"]
     assert (broken.status, broken.detail) == ("missing", "broken: ImportError: no torch")
+
+
+@pytest.mark.parametrize(
+    ("built_for", "capability", "status", "remedy"),
+    [
+        ("7.5;8.0;9.0;10.0;12.0+PTX", (7, 5), "ok", ""),
+        ("7.5;8.0;9.0;10.0;12.0+PTX", (8, 9), "ok", ""),  # runs the code for 8.0
+        ("7.5;8.0;9.0;10.0;12.0+PTX", (13, 0), "ok", ""),  # compiles the PTX
+        ("9.0", (10, 0), "missing", "TORCH_CUDA_ARCH_LIST=10.0"),
+        ("8.6 9.0+PTX", (8, 0), "missing", "TORCH_CUDA_ARCH_LIST=8.0"),
+        (None, (8, 0), "note", "MCL_BUILD_CUDA=1"),
+    ],
+)
+def test_the_extension_is_compared_with_the_gpus(
+    built_for: str | None, capability: tuple[int, int], status: str, remedy: str, machine: Machine, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(doctor, "BUILT_FOR", tmp_path / "architectures.txt")
+    doctor.BUILT_FOR.write_text(f"{built_for or ''}\n")
+    gpu = SimpleNamespace(name="A GPU", total_memory=1, major=capability[0], minor=capability[1])
+    ops = SimpleNamespace(
+        missing="", backends=lambda _: {}, compiled=lambda _, on: on == "cpu" or built_for is not None
+    )
+    torch = torch_with_gpu(get_device_properties=lambda _: gpu)
+    check = machine(stands={"torch": torch, "mcl.ops": ops})["C++ extension"]
+    assert check.status == status
+    assert check.remedy == (f"{remedy} pip install --no-build-isolation -e ." if remedy else "")
+    assert built_for is None or built_for in check.detail
 
 
 def test_the_engine_that_loads_images_and_why_not_a_faster_one(

@@ -1,6 +1,6 @@
 """region_pool against hand-computed cases, the reshape, torchvision, and plain PyTorch at the same precision.
 
-Every test of values runs the compiled operator and the PyTorch one.
+Tests of values run the compiled operator and what takes its place, torchvision's.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ SPECIAL = [math.nan, math.inf, -math.inf]
 
 
 class _Fallback(torch.autograd.Function):
-    """The operator's PyTorch implementation, whatever the extension offers."""
+    """What takes the operator's place, whatever the extension offers."""
 
     @staticmethod
     def forward(ctx: Any, strides: Any, boxes: Tensor, index: Tensor, size: int, ratio: int, *maps: Tensor) -> Tensor:
@@ -57,11 +57,12 @@ def pool(request: pytest.FixtureRequest) -> Iterator[Pool]:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_grid_is_the_reshape_bit_for_bit(pool: Pool, dtype: torch.dtype, layout: torch.memory_format) -> None:
-    """Four levels in one launch, forward and backward; values that are no number are copied, too."""
+    """Four levels in one call, forward and backward; our operator copies values that are no number, too."""
     geometry = Geometry(cells=3)
     canvases = geometry.canvases(32)
     features = [torch.randn(n, 6, 3 * r, 3 * r) for n, r in zip(canvases, geometry.ratios, strict=True)]
-    features[1][0, 0, 0, :3] = torch.tensor(SPECIAL)
+    if pool is region_pool:
+        features[1][0, 0, 0, :3] = torch.tensor(SPECIAL)
     features = [f.to(dtype).contiguous(memory_format=layout).requires_grad_() for f in features]
     boxes = tile_boxes(geometry, 32).clone()
     tiles = geometry.tiles(32)
@@ -194,13 +195,13 @@ def test_boxes_without_area(pool: Pool) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("special", SPECIAL)
-def test_what_is_not_finite_stays_where_it_is(pool: Pool, special: float, layout: torch.memory_format) -> None:
+def test_what_is_not_finite_stays_where_it_is(special: float, layout: torch.memory_format) -> None:
     """Beside a box it is never multiplied by a weight of zero; in a box it reaches the bins that it has a weight in."""
     features = torch.ones(1, 3, 8, 8).contiguous(memory_format=layout)
     features[0, :, :, 4] = special
     features.requires_grad_()
     boxes = torch.tensor([[0, 0, 0, 4, 4.0], [0, 0, 0, 8, 4], [0, 0.5, 0, 4.5, 4], [0, 0.25, 0, 4.25, 4]])
-    pooled = pool([features], [1.0], boxes, torch.zeros(4, dtype=torch.int64), 4, 1)
+    pooled = region_pool([features], [1.0], boxes, torch.zeros(4, dtype=torch.int64), 4, 1)
     # The second has bins of two cells, and samples between them. The others have a sample per cell, the third half a
     # cell off the centres, so that its last bin reads the special column.
     finite = torch.tensor([[True] * 4, [True, True, False, True], [True] * 3 + [False], [True] * 3 + [False]])
@@ -241,6 +242,19 @@ def test_huge_boxes_take_no_more_samples_than_the_map_has_cells(pool: Pool) -> N
     pooled = pool([features], [1.0], boxes, torch.zeros(1, dtype=torch.int64), 7)
     assert bool(pooled.isfinite().all())
     torch.autograd.grad(pooled.sum(), features)
+
+
+@pytest.mark.parametrize("ratio", [0, 2])
+def test_torchvision_in_its_place_gives_the_same(ratio: int) -> None:
+    """Tiles and any boxes, in float64, forward and backward: but for bins that are larger than their map."""
+    boxes, index = random_boxes(200, [3, 2, 1], 128, seed=8 + ratio)
+    boxes[:20, 1:] *= 3
+    features = maps(torch.float64, torch.channels_last)
+    ours, theirs = (p(features, STRIDES, boxes, index, 4, ratio) for p in (region_pool, _fallback))
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    grad = torch.randn_like(ours)
+    for a, b in zip(*(torch.autograd.grad(o, features, grad) for o in (ours, theirs)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-11)
 
 
 def test_hundred_backwards_give_one_hash() -> None:

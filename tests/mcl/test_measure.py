@@ -1,0 +1,56 @@
+"""``mcl doctor --measure``: real loaders on real images; a GPU is simulated where only the advice is tested."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dali_pipelines.settings import DataConfig
+from mcl import cli, measure
+from mcl.config import ConfigError
+
+SMALL = ["montage.cells=1", "montage.ratios=[1,2]", "montage.images_per_canvas=[1,4]", "model.loss_weights=[1,1]"]
+
+
+def test_engines_are_timed_on_the_images_given(few_photos: Path) -> None:
+    header, *timed, advice = measure.measure([f"data.root={few_photos}", "data.threads=1", *SMALL], seconds=0.01)
+    assert header == f"32 images in {few_photos}, 32 a step, 1 loader threads; 0.01 s each after a warm-up"
+    rates = {line.rsplit(maxsplit=2)[0].strip(): float(line.split()[-2].replace(",", "")) for line in timed}
+    assert list(rates) == ["data.engine=fused data.device=cpu", "data.engine=stock data.device=cpu"]
+    assert advice == f"take {max(rates, key=rates.__getitem__)}"
+
+
+@pytest.mark.parametrize(
+    ("rates", "advice"),
+    [
+        ({"fused cpu": 1500.0, "fused gpu": 9000.0, "stock cpu": 100.0, "stock gpu": 4000.0}, "fused data.device=cpu"),
+        ({"fused cpu": 1200.0, "fused gpu": 9000.0, "stock cpu": 100.0, "stock gpu": 4000.0}, "fused data.device=gpu"),
+    ],
+)
+def test_cpus_load_where_they_keep_up_with_the_gpu(
+    rates: dict[str, float], advice: str, few_photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rate(source: Any, plan: Any, data: DataConfig, *_: Any) -> float:
+        return rates[f"{data.engine} {data.device}"]
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr("dali_pipelines.loader._obstacle", lambda *_: None)
+    monkeypatch.setattr(measure, "_images_per_s", rate)
+    *_, said, took = measure.measure([f"data.root={few_photos}"])
+    # A supervised step's 2,470 images/s of an A100, times 28.7 / 13.466, over 3.78 such steps.
+    assert re.fullmatch(r"NVIDIA H100 80GB HBM3: training takes about 1,39\d images/s \(mcl budget, H100\)", said)
+    assert took == f"take data.engine={advice}"
+
+
+def test_what_cannot_be_had_is_said(few_photos: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.device: gpu needs a CUDA device"):
+        list(measure.measure([f"data.root={few_photos}", "data.device=gpu", *SMALL]))
+
+
+def test_keys_without_measure(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["doctor", "data.root=x"])
+    assert capsys.readouterr().err == "mcl doctor: error: keys are for mcl doctor --measure\n"

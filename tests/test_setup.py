@@ -1,0 +1,104 @@
+"""Which CUDA compiler setup.py takes on which machine, without compiling; toolkits and drivers are simulated."""
+
+import os
+import runpy
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import setuptools
+import torch
+from torch.utils import cpp_extension
+
+from tests.conftest import ROOT
+
+Setup = Callable[..., dict[str, Any]]
+REMEDY = 'no compiler for CUDA 13.0; pip install "cuda-toolkit[cccl,nvcc]==13.0.*"'
+
+
+def toolkit(home: Path, version: str) -> Path:
+    """A compiler that can say what it is, and a runtime."""
+    nvcc = home / "bin/nvcc"
+    nvcc.parent.mkdir(parents=True)
+    known = "compute_75 compute_80 compute_86 compute_90"
+    nvcc.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo "release {version}, V{version}.88" || echo {known}')
+    nvcc.chmod(0o755)
+    (home / "lib").mkdir()
+    (home / "lib/libcudart.so.13").touch()
+    return home
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setup:
+    """Runs setup.py; `installed` is the version of the CUDA toolkit, `wheel` whether PyPI's compiler is there."""
+
+    def run(installed: str = "", wheel: bool = True, driver: bool = False, wish: str = "") -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        monkeypatch.setattr(setuptools, "setup", lambda **given: found.update(given))
+        home = toolkit(tmp_path / "cuda", installed) if installed else None
+        monkeypatch.setattr(cpp_extension, "CUDA_HOME", home and str(home))
+        if wheel:
+            toolkit(tmp_path / "site-packages/nvidia/cu13", "13.0")
+        monkeypatch.setattr(torch, "__file__", str(tmp_path / "site-packages/torch/__init__.py"))
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(
+            shutil, "which", lambda name: None if name == "nvidia-smi" and not driver else f"/bin/{name}"
+        )
+        exists = Path.exists
+        monkeypatch.setattr(Path, "exists", lambda path: "/proc/driver" not in str(path) and exists(path))
+        for name in ("TORCH_CUDA_ARCH_LIST", "MAX_JOBS"):  # which setup.py sets
+            monkeypatch.setenv(name, "")
+            monkeypatch.delenv(name)
+        monkeypatch.setenv("MCL_BUILD_CUDA", wish)
+        monkeypatch.setattr("sys.argv", ["setup.py", "build_ext"])
+        monkeypatch.chdir(ROOT)
+        return found | runpy.run_path("setup.py")
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("given", "compiler", "said"),
+    [
+        ({"installed": "13.2"}, "cuda", ""),
+        ({"installed": "12.4"}, "site-packages/nvidia/cu13", "cuda is CUDA 12.4, which torch, built for CUDA 13.0, "),
+        ({"installed": "12.4", "wheel": False}, None, f"built for CPUs only: {REMEDY}"),
+        ({"driver": True}, "site-packages/nvidia/cu13", "compiling with "),
+        ({"driver": True, "wheel": False}, None, f"built for CPUs only: {REMEDY}"),
+        ({"wish": "1"}, "site-packages/nvidia/cu13", "compiling with "),
+        ({}, None, "no NVIDIA driver and no CUDA toolkit; MCL_BUILD_CUDA=1 compiles for GPUs elsewhere"),
+        ({"installed": "13.0", "driver": True, "wish": "0"}, None, ""),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_compiler_that_is_taken(
+    given: dict[str, Any], compiler: str | None, said: str, machine: Setup, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    operators, plugin = machine(**given)["ext_modules"]
+    for extension in (operators, plugin):
+        assert any(source.endswith(".cu") for source in extension.sources) == (compiler is not None)
+    if compiler:
+        assert str(tmp_path / compiler) == cpp_extension.CUDA_HOME
+        assert os.environ["TORCH_CUDA_ARCH_LIST"] == "7.5;8.0;9.0+PTX"  # this compiler knows no later ones
+    assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "said"), [({"wheel": False}, REMEDY), ({"wheel": False, "installed": "12.4"}, REMEDY)], ids=str
+)
+def test_cuda_that_is_asked_for_and_cannot_be_had(given: dict[str, Any], said: str, machine: Setup) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        machine(**given, wish="1")
+    assert stopped.value.code == f"MCL_BUILD_CUDA=1: {said}, or set CUDA_HOME to such a toolkit, or MCL_BUILD_CUDA=0"
+
+
+def test_one_list_of_architectures(machine: Setup) -> None:
+    """What setup.py compiles for is what the documents promise and what the pinned PyTorch runs on."""
+    architectures = machine()["ARCHITECTURES"]
+    assert f"compute capability {architectures[0]} (Turing) or later" in (ROOT / "README.md").read_text()
+    assert f"`{';'.join(architectures)}`" in (ROOT / "kernels/README.md").read_text()
+    pytorch = torch._C._cuda_getArchFlags()
+    assert pytorch is None or {f"sm_{a.replace('.', '')}" for a in architectures} <= set(pytorch.split())
