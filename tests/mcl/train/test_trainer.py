@@ -268,15 +268,19 @@ def test_a_disk_that_is_still_full_leaves_records_as_they_were(tiny: Config) -> 
     assert before == {name: (tiny.run_folder / name).read_bytes() for name in before}
 
 
-def test_a_driver_without_a_device_is_worth_a_word(
+def test_the_first_lines_name_what_is_slow(
     tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "driver").touch()
     monkeypatch.setattr("mcl.train.trainer._DRIVER", tmp_path / "driver")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("mcl.ops.steps.compiled", lambda *_: False)
     trainer = Trainer(tiny)
     trainer.fit()
-    assert "training on the CPU, since PyTorch sees no CUDA device" in (trainer.folder / "train.log").read_text()
+    text = (trainer.folder / "train.log").read_text()
+    assert "training on the CPU, since PyTorch sees no CUDA device" in text
+    assert "loader: fused on cpu (no CUDA device)" in text
+    assert "steps are slower without mcl's CPU operators (region_pool: a launch per map" in text
 
 
 def test_nothing_is_written_before_all_is_accepted(tiny: Config, few_photos: Path, tmp_path: Path) -> None:
