@@ -11,8 +11,9 @@ from torch import Tensor
 from mcl import ops
 from mcl.ops.batch_norm import batch_norm
 from mcl.ops.library import compiled
-from tests.mcl.ops.regions import LAYOUTS, STRIDES, check_errors, maps, random_boxes
+from tests.mcl.ops.regions import LAYOUTS, STRIDES, Pool, check_errors, maps, random_boxes
 from tests.mcl.ops.test_batch_norm import OPERATORS, SHAPES, inputs, reference
+from tests.mcl.ops.test_region_pool import without_the_extension
 from tests.mcl.ops.test_steps import STEP, lists
 from tests.mcl.train.test_optim import NAMES, build, check_equal, everything, set_gradients
 
@@ -28,14 +29,15 @@ def _built_for_cuda() -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("channels", [3, 4, 64])
 @pytest.mark.parametrize("ratio", [0, 2])
-def test_regions_in_float64_equal_the_cpus(layout: torch.memory_format, channels: int, ratio: int) -> None:
+@pytest.mark.parametrize("pool", [ops.region_pool, without_the_extension])
+def test_regions_in_float64_equal_the_cpus(pool: Pool, layout: torch.memory_format, channels: int, ratio: int) -> None:
     """A box that is copied and one that is NaN among them."""
     boxes, index = random_boxes(300, [3, 2, 1], 128, seed=ratio)
     boxes[:2, 1:] = torch.tensor([[0.0, 0.0, 64.0, 64.0], [float("nan")] * 4])
     results = []
-    for device in ("cpu", "cuda"):
+    for device, function in (("cpu", ops.region_pool), ("cuda", pool)):
         features = [f.detach().to(device).requires_grad_() for f in maps(torch.float64, layout, channels)]
-        pooled = ops.region_pool(features, STRIDES, boxes.to(device), index.to(device), 2, ratio)
+        pooled = function(features, STRIDES, boxes.to(device), index.to(device), 2, ratio)
         grad = torch.arange(pooled.numel(), device=device).view(pooled.shape).sin().to(pooled.dtype)
         results.append([pooled, *torch.autograd.grad(pooled, features, grad)])
     for cpu, cuda in zip(*results, strict=True):

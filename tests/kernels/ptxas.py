@@ -15,8 +15,8 @@ REPORT = Path(mcl.__file__).parent / "_C.ptxas.txt"
 THREADS = 256
 """Of a block; those of make_tiles have 384, with the same occupancy."""
 
-_SHARED = {"sm_80": 164, "sm_90": 228, "sm_100": 228}
-"""KiB of shared memory of a multiprocessor; all have 65,536 registers, 64 warps, 32 blocks."""
+_LIMITS = {"sm_75": (64, 32, 16), "sm_80": (164, 64, 32), "sm_120": (100, 48, 24)}
+"""KiB of shared memory, warps and blocks of a multiprocessor, for others as below; all have 65,536 registers."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,12 @@ class Kernel:
 
     @property
     def occupancy(self) -> float:
-        """Resident warps of 64, for blocks of 256 threads: computed from registers and shared memory, not measured."""
+        """Share of resident warps, for blocks of 256 threads: computed from registers and shared memory, not measured."""
         warps = THREADS // 32
+        memory, most_warps, most_blocks = _LIMITS.get(self.architecture, (228, 64, 32))
         registers = -(-self.registers * 32 // 256) * 256  # are given to warps in units of 256
-        shared = _SHARED.get(self.architecture, 164) * 1024 // (self.shared + 1024)  # 1 KiB of each block is reserved
-        return min(65536 // (registers * warps), shared, 64 // warps, 32) * warps / 64
+        shared = memory * 1024 // (self.shared + 1024)  # 1 KiB of each block is reserved
+        return min(65536 // (registers * warps), shared, most_warps // warps, most_blocks) * warps / most_warps
 
 
 def parse(text: str) -> list[Kernel]:

@@ -31,16 +31,19 @@ def test_parse_reads_every_kernel_on_every_architecture() -> None:
 
 
 @pytest.mark.parametrize(
-    ("registers", "shared", "occupancy"),
+    ("architecture", "registers", "shared", "occupancy"),
     [
-        (32, 0, 1.0),  # 8 blocks of 8 warps fill 64 warps and 65,536 registers
-        (40, 0, 0.75),  # 40 * 256 = 10,240 registers a block: 6 blocks
-        (255, 0, 0.125),  # rounded up to 256 per thread: one block
-        (32, 50 * 1024, 0.375),  # 51 of 164 KiB a block: 3 blocks
+        ("sm_80", 32, 0, 1.0),  # 8 blocks of 8 warps fill 64 warps and 65,536 registers
+        ("sm_80", 40, 0, 0.75),  # 40 * 256 = 10,240 registers a block: 6 blocks
+        ("sm_80", 255, 0, 0.125),  # rounded up to 256 per thread: one block
+        ("sm_80", 32, 50 * 1024, 0.375),  # 51 of 164 KiB a block: 3 blocks
+        ("sm_75", 64, 0, 1.0),  # 4 blocks of 8 warps are all that it holds
+        ("sm_75", 64, 20 * 1024, 0.75),  # 21 of 64 KiB a block: 3 blocks
+        ("sm_120", 64, 0, 4 / 6),  # 4 blocks of 6
     ],
 )
-def test_occupancy_by_hand(registers: int, shared: int, occupancy: float) -> None:
-    assert Kernel("", "sm_80", registers, 0, 0, 0, shared).occupancy == occupancy
+def test_occupancy_by_hand(architecture: str, registers: int, shared: int, occupancy: float) -> None:
+    assert Kernel("", architecture, registers, 0, 0, 0, shared).occupancy == occupancy
 
 
 def test_table_says_how_to_get_a_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

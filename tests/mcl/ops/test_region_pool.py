@@ -38,7 +38,7 @@ class _Fallback(torch.autograd.Function):
         return None, None, None, None, None, *grads
 
 
-def _fallback(
+def without_the_extension(
     features: list[Tensor], strides: list[float], boxes: Tensor, index: Tensor, size: int, sampling_ratio: int = 0
 ) -> Tensor:
     result: Tensor = _Fallback.apply(strides, boxes, index, size, sampling_ratio, *features)
@@ -51,7 +51,7 @@ def pool(request: pytest.FixtureRequest) -> Iterator[Pool]:
         assert compiled("region_pool", "cpu"), "the extension is not built"
         yield region_pool
     else:
-        yield _fallback
+        yield without_the_extension
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -250,7 +250,7 @@ def test_torchvision_in_its_place_gives_the_same(ratio: int) -> None:
     boxes, index = random_boxes(200, [3, 2, 1], 128, seed=8 + ratio)
     boxes[:20, 1:] *= 3
     features = maps(torch.float64, torch.channels_last)
-    ours, theirs = (p(features, STRIDES, boxes, index, 4, ratio) for p in (region_pool, _fallback))
+    ours, theirs = (p(features, STRIDES, boxes, index, 4, ratio) for p in (region_pool, without_the_extension))
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     grad = torch.randn_like(ours)
     for a, b in zip(*(torch.autograd.grad(o, features, grad) for o in (ours, theirs)), strict=True):
