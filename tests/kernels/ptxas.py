@@ -33,7 +33,7 @@ class Kernel:
 
     @property
     def occupancy(self) -> float:
-        """Share of resident warps, for blocks of 256 threads: computed from registers and shared memory, not measured."""
+        """Share of the warps that fit, in blocks of 256 threads: computed from registers and shared memory."""
         warps = THREADS // 32
         memory, most_warps, most_blocks = _LIMITS.get(self.architecture, (228, 64, 32))
         registers = -(-self.registers * 32 // 256) * 256  # are given to warps in units of 256
