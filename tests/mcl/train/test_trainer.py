@@ -268,9 +268,7 @@ def test_a_disk_that_is_still_full_leaves_records_as_they_were(tiny: Config) -> 
     assert before == {name: (tiny.run_folder / name).read_bytes() for name in before}
 
 
-def test_the_first_lines_name_what_is_slow(
-    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_first_lines_name_what_is_slow(tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "driver").touch()
     monkeypatch.setattr("mcl.train.trainer._DRIVER", tmp_path / "driver")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
