@@ -48,7 +48,7 @@ def _statement(config: Config, device: str, source: Source, step: int | None) ->
         "the operators": (ops.describe(device), f"{doctor}; build the extension on all of them"),
         "the engine of the loader": (
             _engine(config, device),
-            f"{doctor}; install the same DALI, and build its plugin, on all of them; where cores differ, set data.device",
+            f"{doctor}; install the same DALI and plugin on all of them; where cores differ, set data.device",
         ),
         **{key: (repr(value(config, key)), "start all processes with the same configuration") for key in keys},
         "data.root": (images, "give all machines the same files: names, classes, sizes and broken ones"),
