@@ -92,7 +92,7 @@ def test_only_new_and_changed_files_are_read_again(
     assert reads(root)[1] == 0
     (root / "000.jpg").unlink()
     assert reads(root)[1] == 0
-    assert np.load(next(reads.index.iterdir()))["files_images"].sum() == 5
+    assert np.load(next(reads.index.iterdir()))["counts"].sum() == 5
 
 
 def test_missing_files_are_looked_for_again(tmp_path: Path, folder_of: Write, reads: Reads) -> None:
@@ -220,7 +220,7 @@ def test_an_index_of_another_version_is_built_anew(tmp_path: Path, folder_of: Wr
     first, _ = reads(tmp_path / "root")
     (file,) = reads.index.iterdir()
     with np.load(file) as arrays:
-        columns = {**arrays, "format": arrays["format"] + change, "files_images": arrays["files_images"] + 7}
+        columns = {**arrays, "format": arrays["format"] + change, "counts": arrays["counts"] + 7}
     np.savez(file, **columns)
     with pytest.warns(UserWarning, match=r"built anew \(written by another version\)"):
         again = open_source(str(tmp_path / "root"), index=str(reads.index))
