@@ -74,7 +74,8 @@ class Names(Sequence[str]):
     def __getitem__(self, i: slice) -> tuple[str, ...]: ...
     def __getitem__(self, i: int | slice) -> str | tuple[str, ...]:
         if isinstance(i, slice):
-            return tuple(self[k] for k in range(*i.indices(len(self))))
+            rows = range(*i.indices(len(self)))
+            return tuple(self._texts(rows.start, rows.stop) if rows.step == 1 else map(self.__getitem__, rows))
         i = range(len(self))[operator.index(i)]
         return next(self._texts(i, i + 1))
 
@@ -82,7 +83,7 @@ class Names(Sequence[str]):
         return isinstance(other, Sequence) and len(self) == len(other) and all(map(operator.eq, self, other))
 
     def _texts(self, start: int, stop: int) -> Iterator[str]:
-        offsets = self.offsets[start : stop + 1].tolist()
+        offsets = self.offsets[start : max(start, stop) + 1].tolist()
         content, first = self.content[offsets[0] : offsets[-1]].tobytes(), offsets[0]
         for begin, end in zip(offsets, offsets[1:], strict=False):
             text = content[begin - first : end - first].decode(*_CODEC)

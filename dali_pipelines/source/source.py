@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,7 @@ SHARDS = ("webdataset", "tfrecord")
 
 CHUNK = 64  # files that a thread reads at a time
 _HEADER = 1 << 14  # bytes of a file fetched at a time for its header
+_MANY = 1 << 14  # names in memory at a time
 _MOST_CLASSES = 100_000  # beyond, integers are names (dates, perhaps) and no class numbers
 
 
@@ -67,11 +68,15 @@ class Source:
 
     @functools.cached_property
     def _digest(self) -> str:
-        prefix, whole, between = self.base.rstrip("/") + "/", hashlib.sha256(), ""
-        for name in self.names:  # one by one: there may be millions
-            whole.update((between + name.removeprefix(prefix)).encode("utf-8", "surrogateescape"))
-            between = "\n"
+        prefix, whole = self.base.rstrip("/") + "/", hashlib.sha256()
+        for i in range(0, len(self), _MANY):
+            part = "\n".join(name.removeprefix(prefix) for name in self.names[i : i + _MANY])
+            whole.update(("\n" * (i > 0) + part).encode("utf-8", "surrogateescape"))
         return whole.hexdigest()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.digest()  # which whoever is given the pickle need not compute
+        return self.__dict__
 
     def fingerprint(self) -> str:
         """Hash of everything that plans depend on: names, classes, sizes, and which images are bad."""
