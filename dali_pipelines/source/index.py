@@ -6,7 +6,7 @@ import hashlib
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -68,8 +68,9 @@ class Table(NamedTuple):
 
     @classmethod
     def concatenate(cls, parts: Sequence[Self]) -> Self:
-        columns = zip(*parts, strict=True)
-        return cls(*((Names if isinstance(c[0], Names) else np).concatenate(c) for c in columns))
+        """Their files one behind the other."""
+        columns: Iterator[Any] = zip(*parts, strict=True)
+        return cls._make((Names if isinstance(c[0], Names) else np).concatenate(c) for c in columns)
 
     @property
     def bad(self) -> dict[int, str]:
@@ -79,8 +80,8 @@ class Table(NamedTuple):
     def take(self, rows: Int64s) -> Self:
         """The files of these numbers, in this order."""
         images = spread((np.cumsum(self.counts) - self.counts)[rows], self.counts[rows])
-        of_files, of_images = self[:3], self[3:]
-        return type(self)(*(_take(c, rows) for c in of_files), *(_take(c, images) for c in of_images))
+        columns: list[Any] = [_take(c, rows) for c in self[:3]] + [_take(c, images) for c in self[3:]]
+        return type(self)(*columns)
 
 
 def _take(column: Any, rows: Int64s) -> Any:

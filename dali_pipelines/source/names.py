@@ -1,6 +1,7 @@
 """Names of files, and other texts, of which there may be millions."""
 
 import dataclasses
+import itertools
 import operator
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -85,7 +86,7 @@ class Names(Sequence[str]):
     def _texts(self, start: int, stop: int) -> Iterator[str]:
         offsets = self.offsets[start : max(start, stop) + 1].tolist()
         content, first = self.content[offsets[0] : offsets[-1]].tobytes(), offsets[0]
-        for begin, end in zip(offsets, offsets[1:], strict=False):
+        for begin, end in itertools.pairwise(offsets):
             text = content[begin - first : end - first].decode(*_CODEC)
             below = self.folder is not None and not text.startswith("/") and "://" not in text
             yield f"{self.folder}/{text}" if below else text

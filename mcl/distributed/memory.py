@@ -39,7 +39,7 @@ def offer(value: Any) -> tuple[Offer, int]:
     memory = os.memfd_create(name)
     spans = []
     with open(memory, "wb", closefd=False) as file:
-        for content in (pickled, *(array.raw() for array in arrays)):
+        for content in (memoryview(pickled), *(array.raw() for array in arrays)):
             start = file.seek(-(-file.tell() // _ALIGNMENT) * _ALIGNMENT)
             file.write(content)
             spans.append((start, file.tell()))

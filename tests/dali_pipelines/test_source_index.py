@@ -2,12 +2,14 @@
 
 import io
 import os
+import pickle
 import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+import tracemalloc
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +21,7 @@ from PIL import Image
 from dali_pipelines.source import Source, SourceError, headers, index_file, open_source
 from dali_pipelines.source.files import RangeFile
 from tests.conftest import ROOT
+from tests.dali_pipelines import imagenet
 from tests.dali_pipelines.shards import write_tar
 
 Write = Callable[[Path, int], list[Path]]
@@ -298,6 +301,25 @@ def test_a_broken_shard_does_not_cost_the_others(tmp_path: Path, folder_of: Writ
         open_source(str(tmp_path / "shards"), index=str(reads.index), threads=1)
     (tmp_path / "shards" / "c.tar").unlink()
     assert reads(tmp_path / "shards")[1] < 2
+
+
+def test_an_image_takes_few_bytes(tmp_path: Path) -> None:
+    """While a source is opened, afterwards, and in a pickle of it, which is as many arrays and little else."""
+    images = imagenet.make(tmp_path / "root", tmp_path / "index", classes=40)
+    tracemalloc.start()
+    try:
+        s = open_source(str(tmp_path / "root"), index=str(tmp_path / "index"))
+        kept, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(s) == images == 40_000
+    assert s.sizes[[0, -1]].tolist() == [[*imagenet.SIZE]] * 2
+    assert kept / images < 60
+    assert most / images < 250
+    arrays: list[pickle.PickleBuffer] = []
+    pickled = pickle.dumps(s, protocol=5, buffer_callback=arrays.append)
+    assert len(pickled) < 10_000
+    assert sum(array.raw().nbytes for array in arrays) / images < 60
 
 
 def test_progress(tmp_path: Path, folder_of: Write, reads: Reads) -> None:
