@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -13,12 +14,15 @@ import tracemalloc
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from tqdm.auto import tqdm
 
-from dali_pipelines.source import Source, SourceError, headers, index_file, open_source
+from dali_pipelines.settings import DataConfig
+from dali_pipelines.source import Source, SourceError, headers, index_file, listings, open_images, open_source, source
 from dali_pipelines.source.files import RangeFile
 from tests.conftest import ROOT
 from tests.dali_pipelines import imagenet
@@ -332,6 +336,23 @@ def test_progress(tmp_path: Path, folder_of: Write, reads: Reads) -> None:
     said.clear()
     reads(root, progress=lambda *numbers: said.append(numbers))
     assert said == []
+
+
+def test_bars_say_when_each_part_will_end(
+    tmp_path: Path, folder_of: Write, reads: Reads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = io.StringIO()
+
+    def shown(*arguments: Any, **options: Any) -> Any:
+        return tqdm(*arguments, **options | {"disable": False, "delay": 0, "mininterval": 0, "file": terminal})
+
+    monkeypatch.setattr(listings, "tqdm", shown)
+    monkeypatch.setattr(source, "tqdm", shown)
+    for name in ("a", "b"):
+        many(tmp_path / "root" / name, folder_of, 70)
+    open_images(DataConfig(root=str(tmp_path / "root"), index=str(reads.index)))
+    for part in ("listing: .*2/2 .*<.* folders/s", "checking: .*/192 .*<.* files/s", "headers: .*/140 .*<.* files/s"):
+        assert re.search(part, terminal.getvalue()), part
 
 
 def test_headers_are_read_a_piece_at_a_time(picture: Image.Image, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def pss() -> float:
 
 
 def open_many(root: str, index: str) -> list[float]:
-    """Images, seconds, and the most memory that this rank needed and what it keeps, MB."""
+    """Images, seconds of this rank's cores, the most memory that it needed and what it keeps, MB."""
     before, sampled, done = pss(), [0.0], Event()
 
     def watch() -> None:
@@ -66,11 +66,11 @@ def open_many(root: str, index: str) -> list[float]:
 
     watching = Thread(target=watch)
     watching.start()
-    start = time.perf_counter()
+    start = time.process_time()
     source = distributed.once_per_machine(lambda: open_images(DataConfig(root=root, index=index)))
     source.fingerprint()
+    seconds = time.process_time() - start
     distributed.barrier()
-    seconds = time.perf_counter() - start
     done.set()
     watching.join()
     return [len(source), seconds, max(sampled) - before, pss() - before]
@@ -81,8 +81,8 @@ def test_eight_processes_open_as_many_images_as_imagenet_has(tmp_path: Path) -> 
     images = imagenet.make(tmp_path / "root", tmp_path / "index", 1281)
     ranks = in_ranks(8, open_many, str(tmp_path / "root"), str(tmp_path / "index"))
     seen, seconds, most, kept = zip(*ranks, strict=True)
-    print(f"{max(seconds):.1f} s, at most {sum(most):.0f} MB, {sum(kept):.0f} MB afterwards")
+    print(f"{sum(seconds):.1f} s of a core, at most {sum(most):.0f} MB, {sum(kept):.0f} MB afterwards")
     assert set(seen) == {images} == {1_281_000}
-    assert max(seconds) < 20
+    assert sum(seconds) < 20
     assert sum(most) < 1500
     assert sum(kept) < 400
