@@ -24,6 +24,7 @@ VIEWS = 2
 
 _CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop
 _SUBSTITUTE_DRAWS = 64
+_AT_ONCE = 1 << 16  # samples whose words are drawn at a time: every process draws those of all samples
 
 
 class Purpose(IntEnum):
@@ -71,15 +72,17 @@ def _uniform(words: npt.NDArray[np.uint32]) -> npt.NDArray[np.float64]:
     return words / 2.0**32
 
 
-def _shuffle(words: npt.NDArray[np.uint32]) -> IntArray:
-    """The permutation that sorts n rows of random words, the first two of each read as one 64-bit number."""
-    return np.argsort(words[:, 0].astype(np.uint64) << np.uint64(32) | words[:, 1], kind="stable")
+def _keys(words: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint64]:
+    """(n,) the first two of each row of random words, read as one 64-bit number: what is sorted by them is shuffled."""
+    return words[:, 0].astype(np.uint64) << np.uint64(32) | words[:, 1]
 
 
 @functools.lru_cache(maxsize=2)
 def order(seed: int, epoch: int, size: int) -> IntArray:
     """The order in which an epoch visits `size` samples: a permutation."""
-    permutation = _shuffle(_words(seed, epoch, np.arange(size), Purpose.ORDER, 1))
+    samples = np.array_split(np.arange(size), size // _AT_ONCE + 1)
+    keys = [_keys(_words(seed, epoch, some, Purpose.ORDER, 1)) for some in samples]
+    permutation = np.argsort(np.concatenate(keys), kind="stable")
     permutation.flags.writeable = False
     return permutation
 
@@ -262,4 +265,5 @@ class Plan:
         if level == 0:
             return np.arange(count)
         items = np.arange(count) + self.rank * count  # ranks shuffle differently
-        return _shuffle(_words(self.seed, step, items, Purpose.SLOTS, 1, view, level)) % self.images
+        words = _words(self.seed, step, items, Purpose.SLOTS, 1, view, level)
+        return np.argsort(_keys(words), kind="stable") % self.images

@@ -11,7 +11,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, cast
+from typing import Any, BinaryIO, Literal, Self, cast
 
 Stamp = tuple[int, int]
 """Version (modification time or hash of an ETag) and size in bytes: a file with the same stamp is the same file."""
@@ -35,8 +35,8 @@ class Local:
 
     local = True
     """Whether other libraries can open the paths, too."""
-    threads = 1
-    """Fewest threads to read many files with."""
+    threads = min(32, len(os.sched_getaffinity(0)) + 4)
+    """Threads to read many files with: what ThreadPoolExecutor takes for reading, of the cores of this process."""
     block = 1 << 16
     """Bytes fetched at a time where a shard is read from one end to the other."""
 
@@ -121,8 +121,12 @@ class Remote:
             raise SourceError(f"{root}: {error}") from error
         self._base = inner.rstrip("/").removesuffix(root[len(base) :])  # `base` as the file system knows it
         self._fs.invalidate_cache()  # fsspec shares one file system, and what it has listed, among all who ask for it
+        self._root = root
         self._lock = threading.Lock()
         self._stamps: dict[str, dict[str, Stamp]] = {}  # of the folders listed so far
+
+    def __reduce__(self) -> tuple[type[Self], tuple[str, str]]:
+        return type(self), (self._root, self.base)
 
     def kind(self, path: str) -> Literal["file", "folder", ""]:
         try:

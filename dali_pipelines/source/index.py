@@ -1,12 +1,12 @@
 """The index: what reading the files of a source revealed, kept in a file so that it need not be read again."""
 
+import dataclasses
 import errno
 import hashlib
-import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -16,31 +16,14 @@ import numpy.typing as npt
 
 from dali_pipelines.source.files import MISSING, Stamp, is_remote, replacing
 from dali_pipelines.source.headers import Header
+from dali_pipelines.source.names import Int64s, Names, spread
 
 Progress = Callable[[int, int, int], None]
 """Called with files read, files to read, images in those read."""
 
-_FORMAT = 3  # another number where files of before would be misread, or what is decided by headers has changed
+_FORMAT = 4  # another number where files of before would be misread, or what is decided by headers has changed
 _SAVE_SECONDS = 5.0
 _UNREAD: Stamp = (-1, -2)  # of no file: what could not be read is tried again at the next opening
-
-Int64s = npt.NDArray[np.int64]
-Records = npt.NDArray[np.void]
-
-FILE = np.dtype([("name", object), ("stamp", np.int64, 2), ("images", np.int64)])
-"""A file of a source, and the number of images in it."""
-
-ENTRY = np.dtype(
-    [
-        ("name", object),
-        ("extent", np.int64, 2),
-        ("label", np.int64),
-        ("size", np.int32, 2),
-        ("by_pillow", np.bool_),
-        ("problem", object),
-    ]
-)
-"""An image of a file; its size is 0, 0 where there is a problem."""
 
 
 class Image(NamedTuple):
@@ -52,45 +35,57 @@ class Image(NamedTuple):
     label: int  # -1 unknown
     header: Header | str  # or why it cannot be used
 
-    def found(self) -> tuple[tuple[int, int], bool, str]:
-        """The last fields of ENTRY."""
-        if isinstance(self.header, str):
-            return (0, 0), False, self.header
-        return self.header.size, self.header.by_pillow, ""
-
 
 class Table(NamedTuple):
     """f files and their n images, in order: a plain file is one image, a shard holds any number."""
 
-    files: Records  # (f,) of FILE
-    entries: Records  # (n,) of ENTRY
+    files: Names  # (f,)
+    stamps: Int64s  # (f, 2)
+    counts: Int64s  # (f,) images in the file
+    names: Names  # (n,) within the file
+    extents: Int64s  # (n, 2) offset, length in the file, bytes
+    labels: Int64s  # (n,)
+    sizes: npt.NDArray[np.int32]  # (n, 2) width, height, pixels; 0, 0 where there is a problem
+    by_pillow: npt.NDArray[np.bool_]  # (n,)
+    problems: Names  # (n,) why the image cannot be used; empty where it can
 
     @classmethod
     def of(cls, files: Sequence[tuple[str, Stamp, Sequence[Image]]]) -> Self:
         """From names and stamps of files, and the images in them."""
-        entries = [
-            (image.name, (image.offset, image.length), image.label, *image.found())
-            for *_, found in files
-            for image in found
-        ]
-        return cls(np.array([(*file, len(found)) for *file, found in files], FILE), np.array(entries, ENTRY))
+        images = [image for *_, found in files for image in found]
+        headers = [Header((0, 0), 1, False) if isinstance(i.header, str) else i.header for i in images]
+        return cls(
+            Names.of(name for name, *_ in files),
+            np.array([stamp for _, stamp, _ in files], np.int64).reshape(-1, 2),
+            np.array([len(found) for *_, found in files], np.int64),
+            Names.of(image.name for image in images),
+            np.array([(image.offset, image.length) for image in images], np.int64).reshape(-1, 2),
+            np.array([image.label for image in images], np.int64),
+            np.array([header.size for header in headers], np.int32).reshape(-1, 2),
+            np.array([header.by_pillow for header in headers], np.bool_),
+            Names.of(i.header if isinstance(i.header, str) else "" for i in images),
+        )
 
-    @property
-    def sizes(self) -> npt.NDArray[np.int32]:
-        """(n, 2) width, height, pixels; 0, 0 for a bad image."""
-        return self.entries["size"].copy()
+    @classmethod
+    def concatenate(cls, parts: Sequence[Self]) -> Self:
+        """Their files one behind the other."""
+        columns: Iterator[Any] = zip(*parts, strict=True)
+        return cls._make((Names if isinstance(c[0], Names) else np).concatenate(c) for c in columns)
 
     @property
     def bad(self) -> dict[int, str]:
         """Why images cannot be used."""
-        return {i: problem for i, problem in enumerate(self.entries["problem"]) if problem}
+        return {i: self.problems[i] for i in np.flatnonzero(np.diff(self.problems.offsets)).tolist()}
 
-    def take(self, files: Int64s) -> Self:
+    def take(self, rows: Int64s) -> Self:
         """The files of these numbers, in this order."""
-        counts = self.files["images"][files]
-        # Number of a file's first image here, less that of its first image there, for every image there.
-        shift = (np.cumsum(self.files["images"]) - self.files["images"])[files] - (np.cumsum(counts) - counts)
-        return type(self)(self.files[files], self.entries[np.repeat(shift, counts) + np.arange(counts.sum())])
+        images = spread((np.cumsum(self.counts) - self.counts)[rows], self.counts[rows])
+        columns: list[Any] = [_take(c, rows) for c in self[:3]] + [_take(c, images) for c in self[3:]]
+        return type(self)(*columns)
+
+
+def _take(column: Any, rows: Int64s) -> Any:
+    return column.take(rows) if isinstance(column, Names) else column[rows]
 
 
 def index_file(folder: str, root: str, kind: str, annotations: str) -> Path:
@@ -121,12 +116,11 @@ class Index:
 
     def images(self) -> int:
         """How many images it holds, as they were when it was written; 0 where there is no file."""
-        return len(self._load().entries)
+        return len(self._load().labels)
 
     def update(
         self,
-        files: Sequence[str],
-        paths: Sequence[str],
+        files: Names,
         stamps: Int64s,
         scan: Callable[[str, int], list[Image]],
         *,
@@ -137,8 +131,7 @@ class Index:
         """Reads the files that are new or have changed, and keeps the index file up to date.
 
         Args:
-            files: names of the files, in the order wanted; one may occur several times.
-            paths: where they lie.
+            files: (f,) in the order wanted; one may occur several times. Their texts are kept, without the folder.
             stamps: (f, 2) what they are now; those of missing files are ``MISSING``.
             scan: the images of a file, from its path and size; an OSError makes it bad until the next opening.
             threads: files read at a time.
@@ -148,30 +141,36 @@ class Index:
             The table of `files`.
         """
         known = self._load()
-        rows = {name: i for i, name in enumerate(known.files["name"])}
-        found = np.array([rows.get(name, -1) for name in files], np.int64)
-        fresh = found >= 0
-        fresh[fresh] = (known.files["stamp"][found[fresh]] == stamps[fresh]).all(1)
-        kept = np.unique(found[fresh])
-        if fresh.all() and len(kept) == len(known.files):
+        if files.same(known.files) and np.array_equal(stamps, known.stamps):
+            return known
+        found = _rows(files, known.files)
+        fresh = found < len(known.files)
+        fresh[fresh] = (known.stamps[found[fresh]] == stamps[fresh]).all(1)
+        _, first, again = np.unique(found, return_index=True, return_inverse=True)  # of every file that occurs
+        order = np.argsort(first)
+        first, again = first[order], np.argsort(order)[again]
+        if fresh.all() and len(first) == len(known.files):
             return known.take(found)
-        parts = [known.take(kept)]
-        now = {files[i]: (paths[i], tuple(stamps[i].tolist())) for i in np.flatnonzero(~fresh).tolist()}
-        stale = list(now)
+
+        stale = first[~fresh[first]]
+        parts, places = [known.take(found[first[fresh[first]]])], [first[fresh[first]]]
         chunks = [stale[i : i + chunk] for i in range(0, len(stale), chunk)]
         done, images, saved, pause = 0, 0, time.monotonic(), _SAVE_SECONDS
 
         def save() -> Table:
-            parts[:] = [Table(*map(np.concatenate, zip(*parts, strict=True)))]
+            order = np.argsort(np.concatenate(places))
+            places[:] = [np.concatenate(places)[order]]
+            parts[:] = [Table.concatenate(parts).take(order)]
             self._save(parts[0])
             return parts[0]
 
         pool = ThreadPoolExecutor(threads)
         try:
-            for future in as_completed([pool.submit(_scan, names, now, scan) for names in chunks]):
-                part = future.result()
-                parts.append(part)
-                done, images = done + len(part.files), images + len(part.entries)
+            tasks = {pool.submit(_scan, files, stamps, rows, scan): rows for rows in chunks}
+            for task in as_completed(tasks):
+                parts.append(task.result())
+                places.append(tasks.pop(task))
+                done, images = done + len(places[-1]), images + len(parts[-1].labels)
                 if progress is not None:
                     progress(done, len(stale), images)
                 if done < len(stale) and (begun := time.monotonic()) > saved + pause:
@@ -181,8 +180,7 @@ class Index:
         finally:
             pool.shutdown(cancel_futures=True)
             whole = save()
-        rows = {name: i for i, name in enumerate(whole.files["name"])}
-        return whole.take(np.array([rows[name] for name in files], np.int64))
+        return whole.take(again)
 
     def _load(self) -> Table:
         try:
@@ -191,8 +189,9 @@ class Index:
                     raise ValueError("written by another version")
                 if arrays["identity"] != self._identity:
                     raise ValueError("the index of other images")
-                table = Table(_unpack("files", FILE, arrays), _unpack("entries", ENTRY, arrays))
-            if table.files["images"].sum() != len(table.entries):
+                table = Table(*(_unpack(name, arrays) for name in Table._fields))
+            by_file, by_image = table[:3], table[3:]
+            if {*map(len, by_file)} != {len(table.counts)} or {*map(len, by_image)} != {table.counts.sum()}:
                 raise ValueError("its parts do not fit together")
             return table
         except (FileNotFoundError, NotADirectoryError):
@@ -209,8 +208,7 @@ class Index:
             if self.path.parts[0] == "~":
                 raise FileNotFoundError(errno.ENOENT, "there is no home folder")
             with replacing(self.path) as file:
-                columns = _pack("files", table.files) | _pack("entries", table.entries)
-                np.savez(file, allow_pickle=False, format=_FORMAT, identity=self._identity, **columns)
+                np.savez(file, allow_pickle=False, format=_FORMAT, identity=self._identity, **_pack(table))
         except OSError as error:
             self._writable = False
             warnings.warn(
@@ -220,30 +218,33 @@ class Index:
             )
 
 
-def _scan(names: list[str], now: Mapping[str, tuple[str, Stamp]], scan: Callable[[str, int], list[Image]]) -> Table:
-    files = []
-    for name in names:
-        path, stamp = now[name]
+def _rows(files: Names, known: Names) -> Int64s:
+    """(f,) where each text stands in `known`; one that does not gets a number behind, all that are alike the same."""
+    rows = {name: i for i, name in enumerate(known)}
+    texts = enumerate(dataclasses.replace(files, folder=None), len(known))
+    return np.fromiter((rows.setdefault(name, i) for i, name in texts), np.int64, len(files))
+
+
+def _scan(files: Names, stamps: Int64s, rows: Int64s, scan: Callable[[str, int], list[Image]]) -> Table:
+    """The table of the files of these numbers."""
+    read = []
+    for i in rows.tolist():
+        stamp: Stamp = tuple(stamps[i].tolist())
         try:
-            found = [Image("", 0, 0, -1, "no such file")] if stamp == MISSING else scan(path, stamp[1])
+            found = [Image("", 0, 0, -1, "no such file")] if stamp == MISSING else scan(files[i], stamp[1])
         except OSError as error:
             found, stamp = [Image("", 0, 0, -1, f"cannot read it: {error.strerror or error}")], _UNREAD
-        files.append((name, stamp, found))
-    return Table.of(files)
+        read.append(("", stamp, found))
+    return Table.of(read)._replace(files=dataclasses.replace(files, folder=None).take(rows))
 
 
-def _pack(part: str, records: Records) -> dict[str, npt.NDArray[Any]]:
-    """A column for every field; texts as JSON: NumPy's own strings would all take the length of the longest."""
-    columns = {f"{part}_{name}": records[name] for name in records.dtype.names or ()}
-    return {
-        name: np.frombuffer(json.dumps(column.tolist()).encode(), np.uint8) if column.dtype.hasobject else column
-        for name, column in columns.items()
-    }
+def _pack(table: Table) -> dict[str, npt.NDArray[Any]]:
+    columns: dict[str, npt.NDArray[Any]] = {}
+    for name, column in table._asdict().items():
+        named = isinstance(column, Names)
+        columns |= {name: column.content, f"{name}_offsets": column.offsets} if named else {name: column}
+    return columns
 
 
-def _unpack(part: str, dtype: np.dtype[np.void], arrays: Mapping[str, npt.NDArray[Any]]) -> Records:
-    columns = []
-    for name in dtype.names or ():
-        column = arrays[f"{part}_{name}"]
-        columns.append(np.array(json.loads(column.tobytes()), object) if dtype[name].hasobject else column)
-    return np.rec.fromarrays(columns, dtype).view(np.ndarray)
+def _unpack(name: str, arrays: Mapping[str, npt.NDArray[Any]]) -> Any:
+    return Names(arrays[name], arrays[f"{name}_offsets"]) if f"{name}_offsets" in arrays else arrays[name]

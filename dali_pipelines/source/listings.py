@@ -10,11 +10,14 @@ import posixpath
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+from tqdm.auto import tqdm
+
 from dali_pipelines.settings import can_be_named
 from dali_pipelines.source.files import Files, SourceError, is_remote
 from dali_pipelines.source.headers import EXTENSIONS
+from dali_pipelines.source.names import Names
 
-Listing = tuple[list[str], list[str]]
+Listing = tuple[Names, list[str]]
 
 
 def is_image(name: str) -> bool:
@@ -23,14 +26,16 @@ def is_image(name: str) -> bool:
 
 def folders(files: Files, flat: bool, threads: int) -> Listing:
     """A folder of class folders, or a flat folder of images, searched to any depth."""
-    names: list[str] = []
+    parts: list[Names] = []
     classes: list[str] = []
     below = [""] if flat else files.entries(files.base)[1]
     with ThreadPoolExecutor(threads) as pool:
-        for folder, found in zip(below, pool.map(lambda f: list(_images_below(files, f)), below), strict=True):
-            names += found
+        listed = pool.map(lambda folder: Names.of(_images_below(files, folder)), below)
+        bar = tqdm(listed, "listing", len(below), unit=" folders", disable=None, delay=1, leave=False)
+        for folder, found in zip(below, bar, strict=True):
+            parts.append(found)
             classes += [folder] * len(found)
-    return names, classes
+    return Names.concatenate([Names.of([]), *parts]), classes
 
 
 def _images_below(files: Files, folder: str) -> Iterator[str]:
@@ -54,7 +59,7 @@ def list_file(files: Files, path: str, allow_outside: bool) -> Listing:
         name, label = (line, "") if is_image(line) else _split_class(line)
         names.append(_inside(name, allow_outside, f"{path}, line {number}"))
         classes.append(label)
-    return names, classes
+    return Names.of(names), classes
 
 
 def _split_class(line: str) -> tuple[str, str]:
@@ -80,7 +85,7 @@ def coco(annotations: Files, path: str, allow_outside: bool) -> Listing:
         names = [_inside(name, allow_outside, f"{path}, image {number!r}") for number, name in named]
     except (KeyError, TypeError, AttributeError):
         raise SourceError(f'{path}: an image lacks "id" or "file_name", or they are of other types') from None
-    return names, [""] * len(names)
+    return Names.of(names), [""] * len(names)
 
 
 def _inside(name: str, allow_outside: bool, where: str) -> str:

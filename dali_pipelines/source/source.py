@@ -1,12 +1,13 @@
 """A source: n images, where they lie, and how to open one."""
 
+import dataclasses
 import functools
 import hashlib
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -17,13 +18,15 @@ from dali_pipelines.source import listings, shards
 from dali_pipelines.source.decoding import recode
 from dali_pipelines.source.files import MISSING, Files, SourceError, is_remote, open_files
 from dali_pipelines.source.headers import EXTENSIONS, read_header
-from dali_pipelines.source.index import Image, Index, Int64s, Progress
+from dali_pipelines.source.index import Image, Index, Progress
+from dali_pipelines.source.names import Int64s, Names
 
 Kind = Literal["auto", "folders", "flat", "list", "coco", "webdataset", "tfrecord"]
 SHARDS = ("webdataset", "tfrecord")
 
 CHUNK = 64  # files that a thread reads at a time
 _HEADER = 1 << 14  # bytes of a file fetched at a time for its header
+_MANY = 1 << 14  # names in memory at a time
 _MOST_CLASSES = 100_000  # beyond, integers are names (dates, perhaps) and no class numbers
 
 
@@ -33,7 +36,7 @@ class Source:
 
     root: str
     kind: str  # never auto
-    names: tuple[str, ...]  # (n) path of the file, or of the shard and the member's name behind it
+    names: Sequence[str]  # (n) path of the file, or of the shard and the member's name behind it
     labels: npt.NDArray[np.int64]  # (n,) class, -1 unknown
     sizes: npt.NDArray[np.int32]  # (n, 2) width, height, pixels as stored; 0, 0 for a bad image
     base: str  # folder that digest() leaves out of the names
@@ -43,7 +46,7 @@ class Source:
     bad: dict[int, str] = field(default_factory=dict)  # what the headers revealed: index -> reason
     by_pillow: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
     """(n,) images that DALI's decoders get wrong, or cannot decode: `read` gives their pixels as a PPM."""
-    paths: tuple[str, ...] | None = None
+    paths: Sequence[str] | None = None
     """Local files that others can open and decode; None where an image needs `read`."""
 
     def __len__(self) -> int:
@@ -61,9 +64,19 @@ class Source:
 
     def digest(self) -> str:
         """Hash of the names below the root, in order: two sources with the same one number the same images."""
-        prefix = self.base.rstrip("/") + "/"
-        names = "\n".join(name.removeprefix(prefix) for name in self.names)
-        return hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest()
+        return self._digest
+
+    @functools.cached_property
+    def _digest(self) -> str:
+        prefix, whole = self.base.rstrip("/") + "/", hashlib.sha256()
+        for i in range(0, len(self), _MANY):
+            part = "\n".join(name.removeprefix(prefix) for name in self.names[i : i + _MANY])
+            whole.update(("\n" * (i > 0) + part).encode("utf-8", "surrogateescape"))
+        return whole.hexdigest()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.digest()  # which whoever is given the pickle need not compute
+        return self.__dict__
 
     def fingerprint(self) -> str:
         """Hash of everything that plans depend on: names, classes, sizes, and which images are bad."""
@@ -113,7 +126,7 @@ def open_source(
     root: str,
     kind: Kind = "auto",
     *,
-    threads: int = 8,
+    threads: int = 0,
     key: str = "data.root",
     annotations: str = "",
     index: str = "",
@@ -126,7 +139,7 @@ def open_source(
         root: a folder, a list file, shards (a folder of them, one, or a pattern); or a URL that fsspec reads.
         kind: what root is. auto: a file is a list, or a shard by its name; a folder with images directly in it is flat;
             one with nothing but shards in it holds shards; any other has class folders; with `annotations` it is coco.
-        threads: files read at a time, at least; object stores are asked for more.
+        threads: files read at a time; 0 follows the cores, and asks object stores for more.
         key: of the configuration, for errors.
         annotations: COCO annotation file that names the images of the folder.
         index: folder in which indices are kept; empty: the user's cache.
@@ -160,7 +173,7 @@ def _open(
     if kind in SHARDS:
         return _open_shards(root, path, kind, files, place, threads, progress)
 
-    threads = max(threads, files.threads)
+    threads = threads or files.threads
     if kind == "coco":
         names, classes = listings.coco(open_files(annotations, annotations), annotations, allow_outside)
     elif kind == "list":
@@ -174,11 +187,10 @@ def _open(
         with files.open(path, size, _HEADER) as file:
             return [Image("", 0, size, -1, read_header(file))]
 
-    paths = tuple(name if name.startswith("/") or is_remote(name) else f"{base}/{name}" for name in names)
+    paths = dataclasses.replace(names, folder=base)
     stamps = stamps_of(files, paths, threads)
-    table = place.update(names, paths, stamps, scan, threads=threads, chunk=CHUNK, progress=progress)
+    table = place.update(paths, stamps, scan, threads=threads, chunk=CHUNK, progress=progress)
     labels, numbered = _number(classes)
-    by_pillow = table.entries["by_pillow"].copy()
     return Source(
         root=root,
         kind=kind,
@@ -186,56 +198,58 @@ def _open(
         labels=labels,
         sizes=table.sizes,
         base=base,
-        read=_recoding(lambda i: files.read(paths[i]), by_pillow),
+        read=functools.partial(_read_file, files, paths, table.by_pillow),
         classes=numbered,
         bad=table.bad,
-        by_pillow=by_pillow,
-        paths=paths if files.local and not by_pillow.any() else None,
+        by_pillow=table.by_pillow,
+        paths=paths if files.local and not table.by_pillow.any() else None,
     )
 
 
 def _open_shards(
     root: str, path: str, kind: str, files: Files, place: Index, threads: int, progress: Progress | None
 ) -> Source:
-    found = shards.find_shards(files, path, kind)
-    paths = [f"{files.base}/{name}" for name in found]
+    paths = Names.of(shards.find_shards(files, path, kind), files.base)
+    threads = threads or min(8, files.threads)  # each scans megabytes
     stamps = stamps_of(files, paths, threads)
-    missing = [paths[i] for i in np.flatnonzero((stamps == MISSING).all(1))]
-    if missing:
-        raise SourceError(f"{missing[0]} does not exist ({len(missing)} of {len(paths)} shards of {root})")
+    if missing := np.flatnonzero((stamps == MISSING).all(1)).tolist():
+        raise SourceError(f"{paths[missing[0]]} does not exist ({len(missing)} of {len(paths)} shards of {root})")
     scan = functools.partial(shards.scan_shard, files, kind)
-    table = place.update(found, paths, stamps, scan, threads=threads, chunk=1, progress=progress)
-    if not len(table.entries):
+    table = place.update(paths, stamps, scan, threads=threads, chunk=1, progress=progress)
+    if not len(table.labels):
         raise SourceError(f"no images in the {len(paths)} shards of {root} (data.source={kind})")
-    counts, ends = table.files["images"], np.cumsum(table.files["images"])
-    extents, by_pillow = table.entries["extent"].copy(), table.entries["by_pillow"].copy()
-
-    def read(i: int) -> bytes:
-        path = paths[int(np.searchsorted(ends, i, "right"))]
-        offset, length = extents[i].tolist()
-        data = files.read(path, offset, offset + length)
-        if len(data) < length or not length:
-            raise OSError(f"{path} is cut short or damaged: {len(data)} of {length} bytes at {offset}")
-        return data
-
-    labels, classes = _number_integers(table.entries["label"].copy())
+    shard = np.repeat(np.arange(len(paths)), table.counts)
+    labels, classes = _number_integers(table.labels)
     return Source(
         root=root,
         kind=kind,
-        names=tuple(map("{}/{}".format, np.repeat(np.array(paths, object), counts), table.entries["name"])),
+        names=Names.of(f"{paths[i]}/{name}" for i, name in zip(shard.tolist(), table.names, strict=True)),
         labels=labels,
         sizes=table.sizes,
         base=files.base,
-        read=_recoding(read, by_pillow),
+        read=functools.partial(_read_member, files, paths, shard, table.extents, table.by_pillow),
         classes=classes,
         bad=table.bad,
-        by_pillow=by_pillow,
+        by_pillow=table.by_pillow,
     )
 
 
-def _recoding(read: Callable[[int], bytes], by_pillow: npt.NDArray[np.bool_]) -> Callable[[int], bytes]:
-    """`read`, for all engines to decode alike."""
-    return lambda i: recode(read(i)) if by_pillow[i] else read(i)
+# ``Source.read`` is one of these with its first arguments, so that other processes can be given it.
+
+
+def _read_file(files: Files, paths: Names, by_pillow: npt.NDArray[np.bool_], i: int) -> bytes:
+    data = files.read(paths[i])
+    return recode(data) if by_pillow[i] else data
+
+
+def _read_member(
+    files: Files, paths: Names, shard: Int64s, extents: Int64s, by_pillow: npt.NDArray[np.bool_], i: int
+) -> bytes:
+    path, (offset, length) = paths[shard[i]], extents[i].tolist()
+    data = files.read(path, offset, offset + length)
+    if len(data) < length or not length:
+        raise OSError(f"{path} is cut short or damaged: {len(data)} of {length} bytes at {offset}")
+    return recode(data) if by_pillow[i] else data
 
 
 def _resolve(kind: str, root: str, found: str, files: Files, annotations: str) -> str:
@@ -275,19 +289,20 @@ def _recognise(root: str, found: str, files: Files, annotations: str) -> str:
 
 def stamps_of(files: Files, paths: Sequence[str], threads: int) -> Int64s:
     """(f, 2) time and size of every file, by which it is told whether it has changed."""
-    chunks = [paths[i : i + CHUNK] for i in range(0, len(paths), CHUNK)]
+    starts = range(0, len(paths), CHUNK)
     with ThreadPoolExecutor(threads) as pool:
-        stamps = pool.map(lambda chunk: np.array(list(map(files.stamp, chunk)), np.int64), chunks)
-        return np.concatenate([np.zeros((0, 2), np.int64), *stamps])
+        stamps = pool.map(lambda i: np.array(list(map(files.stamp, paths[i : i + CHUNK])), np.int64), starts)
+        bar = tqdm(stamps, "checking", len(starts), unit=" files", unit_scale=CHUNK, disable=None, delay=1, leave=False)
+        return np.concatenate([np.zeros((0, 2), np.int64), *bar])
 
 
 def _number(names: Sequence[str]) -> tuple[Int64s, tuple[str, ...]]:
     """Class numbers: the integers themselves where all names are integers, else the rank of the name; "" is unknown."""
     known = sorted(set(names) - {""})
     if known and all(name.isdecimal() and len(name) < 19 for name in known):
-        return _number_integers(np.array([int(name) if name else -1 for name in names], np.int64))
+        return _number_integers(np.fromiter((int(name or -1) for name in names), np.int64, len(names)))
     number = {name: i for i, name in enumerate(known)} | {"": -1}
-    return np.array([number[name] for name in names], np.int64), tuple(known)
+    return np.fromiter(map(number.__getitem__, names), np.int64, len(names)), tuple(known)
 
 
 def _number_integers(labels: Int64s) -> tuple[Int64s, tuple[str, ...]]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed import GradBucket  # type: ignore[attr-defined]
 
 from mcl.config import ConfigError
-from mcl.distributed import hang, launch
+from mcl.distributed import hang, launch, memory
 
 T = TypeVar("T")
 
@@ -208,3 +208,27 @@ def in_turn(work: Callable[[], T]) -> T:
         result = work()
     barrier(timedelta(days=1))
     return result if first else work()
+
+
+def once_per_machine(work: Callable[[], T]) -> T:
+    """What `work` returns on the first process of a machine: the others map its memory instead of calling it.
+
+    It is for large arrays of NumPy in what can be pickled. It may take longer than a step: a day at most.
+    """
+    if world_size() == 1:
+        return work()
+    hosts()
+    own, descriptor = memory.offer(work()) if local_rank() == 0 else (None, None)
+    barrier(timedelta(days=1))
+    found = next((offer for offer in gather_objects(own) if offer is not None and offer.here()), None)
+    if found is None:
+        warnings.warn(
+            f"rank {rank()} cannot read the memory of its machine's first process, so it reads all files itself; start "
+            "the processes of a machine in one container",
+            stacklevel=2,
+        )
+    result: T = work() if found is None else found.take()
+    barrier(timedelta(days=1))
+    if descriptor is not None:
+        os.close(descriptor)
+    return result

@@ -14,11 +14,11 @@ from dali_pipelines.source import SourceError
 from dali_pipelines.source.files import MISSING, Local
 from dali_pipelines.source.headers import Header, read_header
 from dali_pipelines.source.index import Image, Index
+from dali_pipelines.source.names import Names
 from dali_pipelines.source.source import CHUNK, stamps_of
 from mcl.finetune.console import shown
 from mcl.records.metrics import log
 
-_THREADS = 16
 _UPRIGHT = 1
 _RULE = "fine-tuning turns images as their EXIF orientation says, pre-training does not"
 
@@ -47,8 +47,8 @@ def check(
     Raises:
         SourceError: an image is missing, has another size, or too many cannot be read.
     """
-    files, paths = Local(str(folder)), [str(folder / name) for name in names]
-    stamps = stamps_of(files, paths, _THREADS)
+    files, paths = Local(str(folder)), Names.of(str(folder / name) for name in names)
+    stamps = stamps_of(files, paths, files.threads)
     if missing := np.flatnonzero((stamps == MISSING).all(1)).tolist():
         raise SourceError(
             f"{paths[missing[0]]} is missing, and {len(missing) - 1} more images that {annotations} names"
@@ -57,10 +57,10 @@ def check(
     scan = functools.partial(_scan, decode=decode)
     with shown(f"{'decoding' if decode else 'reading headers of'} {folder}", "images") as show:
         table = place.update(
-            paths, paths, stamps, scan, threads=_THREADS, chunk=CHUNK, progress=lambda done, of, images: show(done, of)
+            paths, stamps, scan, threads=files.threads, chunk=CHUNK, progress=lambda done, of, images: show(done, of)
         )
     wrong = np.flatnonzero((table.sizes != np.array(sizes)).any(1) & (table.sizes > 0).all(1)).tolist()
-    orientations = table.entries["label"]  # by _scan
+    orientations = table.labels  # by _scan
     if wrong:
         i = wrong[0]
         found, stated = table.sizes[i].tolist(), list(sizes[i])

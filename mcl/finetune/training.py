@@ -37,7 +37,7 @@ def _finetune(config: Config) -> str:
     masks = "segm" in config.val_evaluator.metric
     lvis = config.val_dataloader.dataset.type == "LVISFolder"
     data = config.data
-    folder = distributed.in_turn(
+    folder = distributed.once_per_machine(
         lambda: open_folder(data.root, data.classes, masks, lvis, data.index, data.max_bad_fraction)
     )
     use(config, folder)

@@ -81,8 +81,8 @@ class Trainer:
 
         # Nothing is written before all is accepted.
         self.images = config.images_per_rank(distributed.world_size())
-        source = distributed.in_turn(lambda: open_images(config.data))
-        distributed.in_turn(lambda: check_evaluations(config, source))
+        source = distributed.once_per_machine(lambda: open_images(config.data))
+        distributed.once_per_machine(lambda: check_evaluations(config, source))
         state = distributed.in_turn(lambda: checkpoint.latest(self.folder / "checkpoints"))
         hang.end_after(trainer.timeout + hang.GRACE)
         agreement.check(config, self.device.type, source, None if state is None else state["step"])

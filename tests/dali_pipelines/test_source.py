@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import pickle
 import shutil
 import struct
 import zlib
@@ -16,6 +17,7 @@ from PIL import Image, ImageOps
 from dali_pipelines import source
 from dali_pipelines.source import Source, SourceError, open_source
 from tests.dali_pipelines.images import write_animated, write_truncated
+from tests.dali_pipelines.loading import KINDS, make_source
 
 Write = Callable[[Path, int], list[Path]]
 
@@ -307,6 +309,16 @@ def test_fingerprints_tell_what_digests_do_not(tmp_path: Path, folder_of: Write,
     assert len({s.fingerprint() for s in sources}) == 4
     os.rename(tmp_path / "a" / "001.jpg", tmp_path / "a" / "002.jpg")
     assert open_source(str(tmp_path)).digest() != turned.digest()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_source_can_be_given_to_another_process(tmp_path: Path, pictures: list[str], kind: str) -> None:
+    """As a pickle; its pixels come from the same files."""
+    images = [Path(path).read_bytes() for path in pictures]
+    s = make_source(kind, tmp_path / "root", images)
+    given = pickle.loads(pickle.dumps(s))
+    assert (given.names, given.paths, given.fingerprint()) == (s.names, s.paths, s.fingerprint())
+    assert [given.read(i) for i in range(len(given))] == images
 
 
 def test_a_moved_folder_has_the_same_digest(tmp_path: Path, folder_of: Write) -> None:

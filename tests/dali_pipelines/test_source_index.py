@@ -2,23 +2,30 @@
 
 import io
 import os
+import pickle
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+import tracemalloc
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from tqdm.auto import tqdm
 
-from dali_pipelines.source import Source, SourceError, headers, index_file, open_source
+from dali_pipelines.settings import DataConfig
+from dali_pipelines.source import Source, SourceError, headers, index_file, listings, open_images, open_source, source
 from dali_pipelines.source.files import RangeFile
 from tests.conftest import ROOT
+from tests.dali_pipelines import imagenet
 from tests.dali_pipelines.shards import write_tar
 
 Write = Callable[[Path, int], list[Path]]
@@ -92,7 +99,7 @@ def test_only_new_and_changed_files_are_read_again(
     assert reads(root)[1] == 0
     (root / "000.jpg").unlink()
     assert reads(root)[1] == 0
-    assert np.load(next(reads.index.iterdir()))["files_images"].sum() == 5
+    assert np.load(next(reads.index.iterdir()))["counts"].sum() == 5
 
 
 def test_missing_files_are_looked_for_again(tmp_path: Path, folder_of: Write, reads: Reads) -> None:
@@ -220,7 +227,7 @@ def test_an_index_of_another_version_is_built_anew(tmp_path: Path, folder_of: Wr
     first, _ = reads(tmp_path / "root")
     (file,) = reads.index.iterdir()
     with np.load(file) as arrays:
-        columns = {**arrays, "format": arrays["format"] + change, "files_images": arrays["files_images"] + 7}
+        columns = {**arrays, "format": arrays["format"] + change, "counts": arrays["counts"] + 7}
     np.savez(file, **columns)
     with pytest.warns(UserWarning, match=r"built anew \(written by another version\)"):
         again = open_source(str(tmp_path / "root"), index=str(reads.index))
@@ -300,6 +307,25 @@ def test_a_broken_shard_does_not_cost_the_others(tmp_path: Path, folder_of: Writ
     assert reads(tmp_path / "shards")[1] < 2
 
 
+def test_an_image_takes_few_bytes(tmp_path: Path) -> None:
+    """While a source is opened, afterwards, and in a pickle of it, which is as many arrays and little else."""
+    images = imagenet.make(tmp_path / "root", tmp_path / "index", classes=40)
+    tracemalloc.start()
+    try:
+        s = open_source(str(tmp_path / "root"), index=str(tmp_path / "index"))
+        kept, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(s) == images == 40_000
+    assert s.sizes[[0, -1]].tolist() == [[*imagenet.SIZE]] * 2
+    assert kept / images < 60
+    assert most / images < 250
+    arrays: list[pickle.PickleBuffer] = []
+    pickled = pickle.dumps(s, protocol=5, buffer_callback=arrays.append)
+    assert len(pickled) < 10_000
+    assert sum(array.raw().nbytes for array in arrays) / images < 60
+
+
 def test_progress(tmp_path: Path, folder_of: Write, reads: Reads) -> None:
     root = many(tmp_path / "root", folder_of)
     said: list[tuple[int, int, int]] = []
@@ -310,6 +336,23 @@ def test_progress(tmp_path: Path, folder_of: Write, reads: Reads) -> None:
     said.clear()
     reads(root, progress=lambda *numbers: said.append(numbers))
     assert said == []
+
+
+def test_bars_say_when_each_part_will_end(
+    tmp_path: Path, folder_of: Write, reads: Reads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = io.StringIO()
+
+    def shown(*arguments: Any, **options: Any) -> Any:
+        return tqdm(*arguments, **options | {"disable": False, "delay": 0, "mininterval": 0, "file": terminal})
+
+    monkeypatch.setattr(listings, "tqdm", shown)
+    monkeypatch.setattr(source, "tqdm", shown)
+    for name in ("a", "b"):
+        many(tmp_path / "root" / name, folder_of, 70)
+    open_images(DataConfig(root=str(tmp_path / "root"), index=str(reads.index)))
+    for part in ("listing: .*2/2 .*<.* folders/s", "checking: .*/192 .*<.* files/s", "headers: .*/140 .*<.* files/s"):
+        assert re.search(part, terminal.getvalue()), part
 
 
 def test_headers_are_read_a_piece_at_a_time(picture: Image.Image, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import json
 import math
 import subprocess
 import sys
-import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,6 +18,7 @@ import yaml
 from dali_pipelines.loader import BadDataError
 from dali_pipelines.plan import order
 from dali_pipelines.source import headers, open_images
+from dali_pipelines.source.files import Local
 from mcl import config, distributed
 from mcl.config import DataConfig
 from mcl.records.metrics import read
@@ -28,18 +29,23 @@ from tests.mcl.ranks import free_port, in_ranks
 from tests.mcl.tiny import TINY
 
 
-def open_in_turn(root: str, index: str) -> list[int]:
-    """How many images a rank sees, and how many headers it has read."""
-    opened, reads = headers.Image.open, []
+def open_once(root: str, index: str) -> list[Any]:
+    """How many images a rank sees, which ones, and how many folders it has listed, files checked and headers read."""
+    calls: Counter[str] = Counter()
 
-    def count(file: Any) -> Any:
-        reads.append(1)
-        time.sleep(0.02 if distributed.rank() == 0 else 0)
-        return opened(file)
+    def counted(owner: Any, name: str) -> Any:
+        method = getattr(owner, name)
 
-    with mock.patch.object(headers.Image, "open", count):
-        source = distributed.in_turn(lambda: open_images(DataConfig(root=root, index=index)))
-    return [len(source), len(reads)]
+        def call(*arguments: Any) -> Any:
+            calls[name] += 1
+            return method(*arguments)
+
+        return mock.patch.object(owner, name, call)
+
+    with counted(Local, "entries"), counted(Local, "stamp"), counted(headers.Image, "open"):
+        source = distributed.once_per_machine(lambda: open_images(DataConfig(root=root, index=index)))
+    images = [len(source), source.fingerprint(), source.read(len(source) - 1)[:200]]
+    return [images, calls["entries"] > 0, calls["stamp"], calls["open"]]
 
 
 def train_all(preset: dict[str, Any], runs: list[list[str]]) -> list[Any]:
@@ -60,9 +66,13 @@ def train_all(preset: dict[str, Any], runs: list[list[str]]) -> list[Any]:
     return said
 
 
-def test_one_process_of_a_machine_reads_the_headers(photos: Path, tmp_path: Path) -> None:
-    """The other one reads the index."""
-    assert in_ranks(2, open_in_turn, str(photos / "val"), str(tmp_path / "index")) == [[66, 66], [66, 0]]
+@pytest.mark.parametrize("folder", ["index", "file/index"])
+def test_one_process_of_a_machine_lists_checks_and_reads(photos: Path, tmp_path: Path, folder: str) -> None:
+    """The others are given what it found, even where no index can be written."""
+    (tmp_path / "file").touch()
+    first, second = in_ranks(2, open_once, str(photos / "val"), str(tmp_path / folder))
+    assert first[0] == second[0]
+    assert (first[0][0], first[1:], second[1:]) == (66, [True, 66, 66], [False, 0, 0])
 
 
 def test_what_one_rank_finds_broken_all_of_them_know(photos: Path, tmp_path: Path) -> None:
