@@ -55,7 +55,7 @@ def test_a_reader_that_has_enough_is_no_error(
         (["preview", DEMO, "--output", DEMO], r"error: .*montage_000000\.png: cannot write the picture \(.*\); choose"),
         (["budget", DEMO, "--plot", "/proc/budget.png"], r"error: --plot: /proc/budget\.png cannot be written"),
         (
-            ["evaluate", "knn", "configs"],
+            ["evaluate", "knn", "docs"],
             r"error: configs: a folder; name a checkpoint in it, such as configs/last\.pt",
         ),
         (["pretrain", DEMO, "data.rot=x"], r"error: data\.rot: no such key; did you mean data\.root\?"),
