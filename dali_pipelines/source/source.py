@@ -38,16 +38,24 @@ class Source:
     sizes: npt.NDArray[np.int32]  # (n, 2) width, height, pixels as stored; 0, 0 for a bad image
     base: str  # folder that digest() leaves out of the names
     read: Callable[[int], bytes] = field(repr=False)
-    """The encoded image of a number; thread-safe. It raises an OSError that says why it cannot be read (any more)."""
+    """The bytes of an image; thread-safe. It raises an OSError that says why it cannot be read (any more)."""
     classes: tuple[str, ...] = ()
     bad: dict[int, str] = field(default_factory=dict)  # what the headers revealed: index -> reason
     by_pillow: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
-    """(n,) images that DALI's decoders get wrong, or cannot decode: `read` gives their pixels as a PPM."""
+    """(n,) images that DALI's decoders get wrong, or cannot decode."""
     paths: tuple[str, ...] | None = None
-    """Local files that others can open and decode; None where an image needs `read`."""
+    """Local files that others can open, too; None where an image needs `read`."""
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def encoded(self, i: int) -> bytes:
+        """Image i for all engines to decode alike: its bytes, or Pillow's pixels as a PPM.
+
+        Raises:
+            OSError: it cannot be read, or not be decoded by Pillow.
+        """
+        return recode(self.read(i)) if self.by_pillow[i] else self.read(i)
 
     def check_size(self, i: int, size: tuple[int, int]) -> None:
         """Compares width and height of image i as decoded with what its header said, which plans are made with.
@@ -178,7 +186,6 @@ def _open(
     stamps = stamps_of(files, paths, threads)
     table = place.update(names, paths, stamps, scan, threads=threads, chunk=CHUNK, progress=progress)
     labels, numbered = _number(classes)
-    by_pillow = table.entries["by_pillow"].copy()
     return Source(
         root=root,
         kind=kind,
@@ -186,11 +193,11 @@ def _open(
         labels=labels,
         sizes=table.sizes,
         base=base,
-        read=_recoding(lambda i: files.read(paths[i]), by_pillow),
+        read=lambda i: files.read(paths[i]),
         classes=numbered,
         bad=table.bad,
-        by_pillow=by_pillow,
-        paths=paths if files.local and not by_pillow.any() else None,
+        by_pillow=table.entries["by_pillow"].copy(),
+        paths=paths if files.local else None,
     )
 
 
@@ -208,7 +215,7 @@ def _open_shards(
     if not len(table.entries):
         raise SourceError(f"no images in the {len(paths)} shards of {root} (data.source={kind})")
     counts, ends = table.files["images"], np.cumsum(table.files["images"])
-    extents, by_pillow = table.entries["extent"].copy(), table.entries["by_pillow"].copy()
+    extents = table.entries["extent"].copy()
 
     def read(i: int) -> bytes:
         path = paths[int(np.searchsorted(ends, i, "right"))]
@@ -226,16 +233,11 @@ def _open_shards(
         labels=labels,
         sizes=table.sizes,
         base=files.base,
-        read=_recoding(read, by_pillow),
+        read=read,
         classes=classes,
         bad=table.bad,
-        by_pillow=by_pillow,
+        by_pillow=table.entries["by_pillow"].copy(),
     )
-
-
-def _recoding(read: Callable[[int], bytes], by_pillow: npt.NDArray[np.bool_]) -> Callable[[int], bytes]:
-    """`read`, for all engines to decode alike."""
-    return lambda i: recode(read(i)) if by_pillow[i] else read(i)
 
 
 def _resolve(kind: str, root: str, found: str, files: Files, annotations: str) -> str:
