@@ -1,4 +1,4 @@
-"""What only a GPU can show of the loader: that it notices there, too, what has changed, and that nobody waits in vain."""
+"""What only a GPU can show of the loader: it notices there, too, what has changed, and nobody waits in vain."""
 
 from collections.abc import Callable
 from pathlib import Path
