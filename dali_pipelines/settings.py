@@ -61,7 +61,7 @@ class DataConfig:
     threads: Annotated[int, Trait.OF_A_MACHINE, Trait.RESUMABLE] = Field(default=0, ge=0, le=4096)
     """Loader threads per process; 0 takes the cores available, divided by the processes of this machine."""
     prefetch: Annotated[int, Trait.RESUMABLE] = Field(default=2, ge=1, le=1000)
-    """Batches prepared ahead."""
+    """Batches prepared ahead, and steps that the host may be ahead of a GPU."""
     hardware_decoder: Annotated[float, Trait.RESUMABLE] = Field(default=0.65, ge=0, le=1)
     """Share of the JPEGs that a GPU's decoding engine takes, where it has one; its other cores take the rest."""
     dtype: Literal["auto", "float32", "float16"] = "auto"
