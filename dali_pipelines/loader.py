@@ -1,9 +1,11 @@
 """The loader: steps of a plan, carried out by an engine, as pairs of :class:`~dali_pipelines.batch.MontageBatch`."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import itertools
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +18,7 @@ from torch.utils.dlpack import from_dlpack
 
 from dali_pipelines.batch import MontageBatch, in_order
 from dali_pipelines.layout import lay_out
+from dali_pipelines.lending import Lending
 from dali_pipelines.plan import Plan, StepPlan
 from dali_pipelines.settings import ConfigError, DataConfig
 from dali_pipelines.source import Source, decode
@@ -25,10 +28,19 @@ if TYPE_CHECKING:
     from dali_pipelines.reference import TorchvisionEngine
 
 READERS = 32
-"""Threads that read shards and object stores, of which a read may take long."""
+"""Threads that read shards and object stores, of which a read may take long, and that decode with Pillow."""
 
 READ_AHEAD = 2
-"""Steps that they are ahead of DALI."""
+"""Steps that they are ahead of DALI, at most."""
+
+DECODED_AHEAD = 1 << 30
+"""Bytes of pixels decoded by Pillow with which no further step is begun, so that there are never more than these and
+those of one step."""
+
+_MEMORY = re.compile(
+    "out of memory|bad_alloc|cudaErrorMemoryAllocation|CUDA allocation failed|(Can't|Cannot) allocate", re.IGNORECASE
+)
+_READS_IMAGES = re.compile(r"operator `nvidia\.dali\.fn\.(io\.file\.read|peek_image_shape|decoders\.image)`")
 
 ENOUGH_THREADS = 8
 """Loader threads per GPU with which CPUs load: three times what an A100 takes of the default preset, by mcl budget."""
@@ -36,6 +48,10 @@ ENOUGH_THREADS = 8
 
 class BadDataError(RuntimeError):
     """More images than ``data.max_bad_fraction`` cannot be decoded."""
+
+
+class LoaderMemoryError(RuntimeError):
+    """There is not enough memory, of the GPU or the machine, for what the loader is asked to do."""
 
 
 class DaliEngine:
@@ -65,13 +81,13 @@ class DaliEngine:
 
         self._plans, self._source, self._gpu, self._dali = plans, source, gpu, pipelines
         self._fused = name == "fused"
-        if self._fused:
+        with contextlib.suppress(RuntimeError):  # stock can do without; but it keeps decoders' errors off the console
             pipelines.load_plugin()
         self._feed = pipelines.fused_feed if self._fused else pipelines.stock_feed
-        self._readers = None if source.paths is not None else ThreadPoolExecutor(max(threads, READERS))
+        self._by_path = ~source.by_pillow & (source.paths is not None)  # (n,) read by DALI's threads
+        self._readers = ThreadPoolExecutor(max(threads, READERS))
         self._reading: deque[tuple[StepPlan, Iterator[bytes]]] = deque()
         self._fed: deque[StepPlan] = deque()  # not yet collected
-        self._lent: deque[tuple[list[Tensor], torch.cuda.Event]] = deque()
         define = pipelines.fused_pipeline if self._fused else pipelines.stock_pipeline
         self._pipeline = define(
             self._next,
@@ -84,14 +100,17 @@ class DaliEngine:
         )
         self._pipeline.build()
 
-    def collect(self) -> list[Tensor]:
-        """Canvases of every view of the next step: [(K, 3, S, S) channels_last, ...], in memory that nobody reuses.
+    def collect(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Canvases of every view of the next step, [(K, 3, S, S) channels_last, ...], and the memory that is lent.
+
+        On a GPU, what the current stream is given next waits for them; the host does not. Nobody reuses their memory
+        as long as somebody holds it, but who drops it must not have left work behind that reads it.
 
         Raises:
             RuntimeError, OSError: an image of the steps in flight cannot be read or decoded, or has changed; the
                 pipeline cannot be used any more.
         """
-        *made, shapes = self._pipeline.run()
+        *made, shapes = self._pipeline.run(None if self._gpu is None else torch.cuda.current_stream(self._gpu))
         plan = self._fed.popleft()
         for i, shape in zip(plan.index.tolist(), shapes.as_array().tolist(), strict=True):
             self._source.check_size(i, (shape[1], shape[0]))
@@ -105,22 +124,12 @@ class DaliEngine:
                 lay_out(tiles[view * geometry.levels :][: geometry.levels], shown, geometry.ratios)
                 for view, shown in enumerate(plan.tile_images)
             ]
-        if self._gpu is not None:
-            self._lend(outputs)
-        return views
-
-    def _lend(self, outputs: list[Tensor]) -> None:
-        """Keeps DALI's memory until the GPU has done with it: whoever drops a tensor does not wait for that."""
-        if self._lent:  # all that reads the last step's has been queued by now
-            self._lent[-1][1].record(torch.cuda.current_stream(self._gpu))
-        while self._lent and self._lent[0][1].query():
-            self._lent.popleft()
-        self._lent.append((outputs, torch.cuda.Event()))
+        return views, outputs
 
     def decodes(self, i: int) -> str | None:
         """Why image i of the source cannot be decoded as planned; None if it can."""
         try:
-            encoded = self._source.read(i)
+            encoded = self._source.encoded(i)
             try:
                 _, shape = self._dali.decode_pipeline(encoded).run()
             except RuntimeError:
@@ -130,32 +139,42 @@ class DaliEngine:
         except OSError as error:
             return str(error)
         except RuntimeError as error:
-            # DALI quotes the pipeline's source first, says what happened, then that the pipeline is lost.
-            text = str(error).rpartition("encountered:")[2]
-            return "DALI: " + next((line.strip(" :") for line in text.splitlines() if line.strip()), "cannot decode it")
+            return None if _MEMORY.search(str(error)) else _cause(error)
+        except MemoryError:  # which says nothing about the image, either
+            pass
         return None
 
     def _next(self, _: int) -> list[Any]:
         """What is fed to the pipeline for the next step."""
-        if self._readers is None:
+        ahead = 0 if self._by_path.all() else READ_AHEAD
+        while not self._reading or (len(self._reading) <= ahead and self._decoded_ahead() < DECODED_AHEAD):
             plan = next(self._plans)
-            assert self._source.paths is not None
-            encoded = [np.frombuffer(os.fsencode(self._source.paths[i]), np.uint8) for i in plan.index]
-        else:
-            while len(self._reading) <= READ_AHEAD:
-                plan = next(self._plans)
-                self._reading.append((plan, self._readers.map(self._source.read, plan.index.tolist())))
-            plan, contents = self._reading.popleft()
-            encoded = [np.frombuffer(content, np.uint8) for content in contents]
+            ours = plan.index[~self._by_path[plan.index]]
+            self._reading.append((plan, self._readers.map(self._source.encoded, ours.tolist())))
+        plan, read = self._reading.popleft()
+        is_path, paths = self._by_path[plan.index], self._source.paths or ()
+        contents = [
+            os.fsencode(paths[i]) if by_path else next(read)
+            for i, by_path in zip(plan.index, is_path.tolist(), strict=True)
+        ]
         self._fed.append(plan)
-        return self._feed(plan, encoded)
+        return [[np.frombuffer(content, np.uint8) for content in contents], is_path, *self._feed(plan)]
+
+    def _decoded_ahead(self) -> int:
+        """Bytes of the pixels that Pillow decodes for the steps being read."""
+        by_pillow, sizes = self._source.by_pillow, self._source.sizes
+        indices = [plan.index[by_pillow[plan.index]] for plan, _ in self._reading]
+        return sum(3 * int(sizes[index].prod(1, dtype=np.int64).sum()) for index in indices)
 
     def close(self) -> None:
-        if self._lent:
-            torch.cuda.current_stream(self._gpu).synchronize()  # it may still read DALI's memory
         self._pipeline = None
-        if self._readers is not None:
-            self._readers.shutdown(cancel_futures=True)
+        self._readers.shutdown(cancel_futures=True)
+
+
+def _cause(error: Exception) -> str:
+    """What happened in a pipeline, in a line: DALI quotes its source before, and says behind that it is lost."""
+    text = str(error).rpartition("encountered:")[2]
+    return "DALI: " + next((line.strip(" :") for line in text.splitlines() if line.strip()), "cannot decode it")
 
 
 def choose_engine(data: DataConfig, cuda: bool, threads: int) -> tuple[str, str, str]:
@@ -233,6 +252,7 @@ class MontageLoader:
     Raises:
         ConfigError: fewer images than a step needs, or an engine that is not there.
         BadDataError: too many bad files; raised when they are found.
+        LoaderMemoryError: see there; raised when a step is loaded.
     """
 
     def __init__(
@@ -252,7 +272,8 @@ class MontageLoader:
         self.source, self.plan = source, plan
         self._threads = threads or data.threads or default_threads()
         self.engine_name, self.device, self.reason = choose_engine(data, gpu is not None, self._threads)
-        self._data, self._gpu = data, gpu
+        self._data, self._gpu = data, gpu  # data.dtype may still be auto, which is float32 where nobody trains
+        self._lending = None if gpu is None else Lending(gpu, data.prefetch)
         self._on_bad: Callable[[int, str, str], None] | None = None
         self._engine: DaliEngine | TorchvisionEngine | None = None
         self._ahead: deque[StepPlan] = deque()  # drawn by the engine, not yet collected
@@ -268,10 +289,12 @@ class MontageLoader:
             if self._engine is None:
                 self._engine = self._make_engine()
             try:
-                views = self._engine.collect()
-            except (RuntimeError, OSError, UnicodeDecodeError) as error:  # the last: DALI quotes a name of other bytes
+                views, memory = self._engine.collect()
+            except (RuntimeError, MemoryError, OSError, UnicodeDecodeError) as error:
                 self._find_bad(error)
                 continue
+            if self._lending is not None:
+                self._lending.lend(memory)
             plan = self._ahead.popleft()
             self.position += 1
             query, key = (self._batch(plan, view, pixels) for view, pixels in enumerate(views))
@@ -301,6 +324,8 @@ class MontageLoader:
 
     def close(self) -> None:
         """Stops the threads; the next step starts them again."""
+        if self._lending is not None:
+            self._lending.settle()
         if self._engine is not None:
             self._engine.close()
         self._engine = None
@@ -332,7 +357,6 @@ class MontageLoader:
             plan.geometry,
             plan.augment,
             self._data,
-            files=source.paths is not None,
             device="gpu" if self.device == "gpu" else "cpu",
             upload=self._gpu is not None and self.device == "cpu",
             usual=(width, height),
@@ -340,14 +364,37 @@ class MontageLoader:
         return DaliEngine(self._plans(), source, self.engine_name, graph, plan.images, self._threads, self._gpu)
 
     def _find_bad(self, error: Exception) -> None:
-        """Decodes the files of the steps in flight one by one, notes the broken ones and restarts the engine."""
+        """Decodes the files of the steps in flight one by one, notes the broken ones and restarts the engine.
+
+        Raises:
+            LoaderMemoryError: memory was what is missing.
+            Exception: `error`, if no image can be to blame.
+        """
         assert self._engine is not None
-        suspects = np.unique(np.concatenate([plan.index for plan in self._ahead]))
-        reasons = {int(i): self._engine.decodes(int(i)) for i in suspects}
-        found = {i: reason for i, reason in reasons.items() if reason is not None}
-        self.close()
-        if not found:
+        text, remedies = (
+            str(error),
+            {
+                "cpu": "lower data.prefetch, data.threads or trainer.global_batch",
+                "gpu": "lower data.prefetch, set data.device=cpu, or leave it more by a larger trainer.accumulate",
+            },
+        )
+        if isinstance(error, MemoryError) or _MEMORY.search(text):
+            cause = next(filter(_MEMORY.search, text.splitlines()), "out of memory").strip()
+            raise LoaderMemoryError(
+                f"not enough memory to load a step on the {self.device.upper()} ({cause}); {remedies[self.device]}"
+            ) from error
+        # DALI quotes names of files in its errors, which may be no text.
+        if not isinstance(error, (OSError, UnicodeDecodeError)) and not _READS_IMAGES.search(text):
             raise error
+        engine, suspects = self._engine, np.unique(np.concatenate([plan.index for plan in self._ahead]))
+        self.close()  # gives its memory back
+        reasons = {int(i): engine.decodes(int(i)) for i in suspects}
+        found = {i: reason for i, reason in reasons.items() if reason is not None}
+        if not found:
+            raise LoaderMemoryError(
+                f"the {len(suspects)} images of the next steps can be decoded one by one, but not together "
+                f"({_cause(error)}), as where memory is too little: {remedies[self.device]}"
+            ) from error
         self._add_bad(found)
 
     def _add_bad(self, found: dict[int, str]) -> None:

@@ -26,7 +26,7 @@ from dali_pipelines.stock_ops import Node, Recipe
 PLUGIN = Path(__file__).parent / "libmcl_dali.so"
 """The fused operator, as setup.py builds it."""
 
-_DTYPES = {"float32": types.FLOAT, "float16": types.FLOAT16}
+_DTYPES = {"auto": types.FLOAT, "float32": types.FLOAT, "float16": types.FLOAT16}
 
 Feed = Callable[[int], list[Any]]
 """What ``external_source`` calls for each batch, with its number: the arrays of a plan."""
@@ -39,8 +39,6 @@ class Graph:
     geometry: Geometry
     augment: AugmentConfig
     data: DataConfig
-    files: bool
-    """Images are fed as paths, which DALI's threads read, and not as bytes."""
     device: Literal["cpu", "gpu"] = "cpu"
     """Where images are decoded and augmented."""
     upload: bool = False
@@ -70,11 +68,11 @@ def load_plugin() -> frozenset[str]:
     return frozenset(device for device, names in registered.items() if "mcl__Montage" in names)
 
 
-@pipeline_def
+@pipeline_def(enable_conditionals=True)
 def fused_pipeline(feed: Feed, graph: Graph) -> tuple[Node, ...]:
     """The canvases of every view, (N, K * S / N, S, 3), which is (K, S, S, 3) in memory; then the images' shapes."""
-    encoded, recipes, slots, cells = fn.external_source(source=feed, num_outputs=4, batch=True)
-    image, shape = decode(encoded, graph)
+    contents, is_path, recipes, slots, cells = fn.external_source(source=feed, num_outputs=5, batch=True)
+    image, shape = decode(read(contents, is_path), graph)
     views = fn.mcl.montage(  # type: ignore[attr-defined]  # the plugin's
         image,
         recipes,
@@ -89,14 +87,13 @@ def fused_pipeline(feed: Feed, graph: Graph) -> tuple[Node, ...]:
     return *(view.gpu() if graph.upload else view for view in views), shape
 
 
-def fused_feed(plan: StepPlan, encoded: list[npt.NDArray[np.uint8]]) -> list[Any]:
-    """Images, recipes (N, VIEWS * levels, 17), slots (N, tiles of one image) and cells (N,), for the fused pipeline."""
-    n = len(encoded)
+def fused_feed(plan: StepPlan) -> list[Any]:
+    """Recipes (N, VIEWS * levels, 17), slots (N, tiles of one image) and cells (N,), for the fused pipeline."""
+    n = len(plan.index)
     recipes = [recipe_rows(a) for a in chain(*plan.augmentations)]
     # Every image is shown equally often, so the slots sorted by image are a row per image.
     slots = [np.argsort(shown, kind="stable").reshape(n, -1) for shown in chain(*plan.tile_images)]
     return [
-        encoded,
         np.stack(recipes, 1),
         np.concatenate(slots, 1).astype(np.int32),
         np.full(n, plan.geometry.cells, np.int32),
@@ -112,9 +109,9 @@ def recipe_rows(a: Augmentation) -> npt.NDArray[np.float32]:
 @pipeline_def(enable_conditionals=True)
 def stock_pipeline(feed: Feed, graph: Graph) -> tuple[Node, ...]:
     """The tiles of every view and level, (N, tile, tile, 3), for PyTorch to lay out; then the images' shapes."""
-    inputs = 2 + VIEWS * graph.geometry.levels * stock_ops.RECIPE_NODES
-    encoded, canvas, *rest = fn.external_source(source=feed, num_outputs=inputs, batch=True)
-    image, shape = decode(encoded, graph)
+    inputs = 3 + VIEWS * graph.geometry.levels * stock_ops.RECIPE_NODES
+    contents, is_path, canvas, *rest = fn.external_source(source=feed, num_outputs=inputs, batch=True)
+    image, shape = decode(read(contents, is_path), graph)
     nodes = iter(rest)
     result = []
     for _ in range(VIEWS):
@@ -125,10 +122,17 @@ def stock_pipeline(feed: Feed, graph: Graph) -> tuple[Node, ...]:
     return *result, shape
 
 
-def stock_feed(plan: StepPlan, encoded: list[npt.NDArray[np.uint8]]) -> list[Any]:
-    """Images, sides of the canvas (N,), and the arrays of all recipes, for the stock pipeline."""
-    canvas = np.full(len(encoded), plan.geometry.canvas, np.int32)
-    return [encoded, canvas, *chain(*map(stock_ops.recipe_arrays, chain(*plan.augmentations)))]
+def stock_feed(plan: StepPlan) -> list[Any]:
+    """Sides of the canvas (N,), and the arrays of all recipes, for the stock pipeline."""
+    canvas = np.full(len(plan.index), plan.geometry.canvas, np.int32)
+    return [canvas, *chain(*map(stock_ops.recipe_arrays, chain(*plan.augmentations)))]
+
+
+def read(contents: Node, is_path: Node) -> Node:
+    """Encoded images: what DALI's threads read where contents are paths, else the contents themselves."""
+    if is_path:
+        contents = fn.io.file.read(contents)
+    return contents
 
 
 def decode(encoded: Node, graph: Graph) -> tuple[Node, Node]:
@@ -137,8 +141,6 @@ def decode(encoded: Node, graph: Graph) -> tuple[Node, Node]:
     Returns:
         The image, and its shape (height, width, 3) on the CPU, by which one that has changed since is noticed.
     """
-    if graph.files:
-        encoded = fn.io.file.read(encoded)
     # DALI's decoder crashes where it cannot read the header of one of 32 images or more; this operator only fails. The
     # shape that is given to the encoded bytes, their own, makes the decoder wait for it.
     header = fn.peek_image_shape(encoded, dtype=types.INT32)
@@ -172,6 +174,6 @@ def decode_pipeline(encoded: bytes) -> Pipeline:
     @pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
     def pipeline() -> tuple[Node, ...]:
         image = fn.external_source(source=lambda: [np.frombuffer(encoded, np.uint8)], batch=True)
-        return decode(image, Graph(Geometry(), AugmentConfig(), DataConfig(), files=False))
+        return decode(image, Graph(Geometry(), AugmentConfig(), DataConfig()))
 
     return pipeline()

@@ -86,13 +86,13 @@ class TorchvisionEngine:
         self._plans, self._source = plans, source
         self._mean = torch.tensor(augment.mean).view(3, 1, 1) * 255
         self._std = torch.tensor(augment.std).view(3, 1, 1) * 255
-        self._dtype = getattr(torch, data.dtype)
+        self._dtype = torch.float16 if data.dtype == "float16" else torch.float32
         self._pool = ThreadPoolExecutor(threads)
         self._prefetch = data.prefetch
         self._pending: deque[tuple[StepPlan, list[Future[list[list[Tensor]]]]]] = deque()
 
-    def collect(self) -> list[Tensor]:
-        """Canvases of every view of the next step: [(K, 3, S, S) channels_last, ...].
+    def collect(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Canvases of every view of the next step, [(K, 3, S, S) channels_last, ...]; none of it is lent.
 
         Raises:
             OSError: an image of this step cannot be decoded.
@@ -107,7 +107,7 @@ class TorchvisionEngine:
             tiles = [torch.stack(level) for level in zip(*(sample[view] for sample in samples), strict=True)]
             canvases = lay_out(tiles, tile_images, plan.geometry.ratios)
             views.append(((canvases.float() - self._mean) / self._std).to(self._dtype))
-        return views
+        return views, []
 
     def decodes(self, i: int) -> str | None:
         """Why image i of the source cannot be decoded; None if it can."""

@@ -61,11 +61,12 @@ class DataConfig:
     threads: Annotated[int, Trait.OF_A_MACHINE, Trait.RESUMABLE] = Field(default=0, ge=0, le=4096)
     """Loader threads per process; 0 takes the cores available, divided by the processes of this machine."""
     prefetch: Annotated[int, Trait.RESUMABLE] = Field(default=2, ge=1, le=1000)
-    """Batches prepared ahead."""
+    """Batches prepared ahead, and steps that the host may be ahead of a GPU."""
     hardware_decoder: Annotated[float, Trait.RESUMABLE] = Field(default=0.65, ge=0, le=1)
     """Share of the JPEGs that a GPU's decoding engine takes, where it has one; its other cores take the rest."""
-    dtype: Literal["float32", "float16"] = "float32"
-    """Element type of the images handed to the network."""
+    dtype: Literal["auto", "float32", "float16"] = "auto"
+    """Element type of the images handed to the network; auto takes float16, half the memory, in training where
+    trainer.precision is bf16 or fp16, and float32 elsewhere."""
     tile_sampling: Literal["direct", "released"] = "direct"
     """direct: crop and rescale straight to the tile's size, blur scaled with it. released: augment at canvas size, then
     take every r-th pixel, as the authors' code does."""

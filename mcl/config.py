@@ -259,6 +259,13 @@ class Config:
     def run_folder(self) -> Path:
         return Path(self.output) / self.name
 
+    @property
+    def loading(self) -> DataConfig:
+        """``data`` for training, ``data.dtype`` resolved."""
+        half = self.trainer.precision in ("bf16", "fp16")
+        dtype: Any = ("float16" if half else "float32") if self.data.dtype == "auto" else self.data.dtype
+        return dataclasses.replace(self.data, dtype=dtype)
+
     def plan(
         self,
         size: int,

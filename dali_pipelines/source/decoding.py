@@ -24,6 +24,7 @@ def decode(encoded: bytes) -> npt.NDArray[np.uint8]:
 
     Raises:
         OSError: the image cannot be decoded, or ends too early.
+        MemoryError: which says nothing about the image.
     """
     try:
         with open_image(io.BytesIO(encoded)) as opened:
@@ -37,6 +38,8 @@ def decode(encoded: bytes) -> npt.NDArray[np.uint8]:
             return np.array(image.convert("RGB"))
     except UnidentifiedImageError:
         raise OSError(NO_IMAGE) from None
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow's decoders raise nearly anything
         raise OSError(f"{type(error).__name__}: {error}") from error
 
@@ -45,7 +48,7 @@ def recode(encoded: bytes) -> bytes:
     """The same pixels as a PPM, which every engine decodes alike.
 
     Raises:
-        OSError: see :func:`decode`.
+        OSError, MemoryError: see :func:`decode`.
     """
     pixels = decode(encoded)
-    return b"P6\n%d %d\n255\n" % (pixels.shape[1], pixels.shape[0]) + pixels.tobytes()
+    return b"".join((b"P6\n%d %d\n255\n" % (pixels.shape[1], pixels.shape[0]), pixels.data))

@@ -41,16 +41,24 @@ class Source:
     sizes: npt.NDArray[np.int32]  # (n, 2) width, height, pixels as stored; 0, 0 for a bad image
     base: str  # folder that digest() leaves out of the names
     read: Callable[[int], bytes] = field(repr=False)
-    """The encoded image of a number; thread-safe. It raises an OSError that says why it cannot be read (any more)."""
+    """The bytes of an image; thread-safe. It raises an OSError that says why it cannot be read (any more)."""
     classes: tuple[str, ...] = ()
     bad: dict[int, str] = field(default_factory=dict)  # what the headers revealed: index -> reason
     by_pillow: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
-    """(n,) images that DALI's decoders get wrong, or cannot decode: `read` gives their pixels as a PPM."""
+    """(n,) images that DALI's decoders get wrong, or cannot decode."""
     paths: Sequence[str] | None = None
-    """Local files that others can open and decode; None where an image needs `read`."""
+    """Local files that others can open, too; None where an image needs `read`."""
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def encoded(self, i: int) -> bytes:
+        """Image i for all engines to decode alike: its bytes, or Pillow's pixels as a PPM.
+
+        Raises:
+            OSError: it cannot be read, or not be decoded by Pillow.
+        """
+        return recode(self.read(i)) if self.by_pillow[i] else self.read(i)
 
     def check_size(self, i: int, size: tuple[int, int]) -> None:
         """Compares width and height of image i as decoded with what its header said, which plans are made with.
@@ -198,11 +206,11 @@ def _open(
         labels=labels,
         sizes=table.sizes,
         base=base,
-        read=functools.partial(_read_file, files, paths, table.by_pillow),
+        read=functools.partial(_read_file, files, paths),
         classes=numbered,
         bad=table.bad,
         by_pillow=table.by_pillow,
-        paths=paths if files.local and not table.by_pillow.any() else None,
+        paths=paths if files.local else None,
     )
 
 
@@ -227,7 +235,7 @@ def _open_shards(
         labels=labels,
         sizes=table.sizes,
         base=files.base,
-        read=functools.partial(_read_member, files, paths, shard, table.extents, table.by_pillow),
+        read=functools.partial(_read_member, files, paths, shard, table.extents),
         classes=classes,
         bad=table.bad,
         by_pillow=table.by_pillow,
@@ -237,19 +245,16 @@ def _open_shards(
 # ``Source.read`` is one of these with its first arguments, so that other processes can be given it.
 
 
-def _read_file(files: Files, paths: Names, by_pillow: npt.NDArray[np.bool_], i: int) -> bytes:
-    data = files.read(paths[i])
-    return recode(data) if by_pillow[i] else data
+def _read_file(files: Files, paths: Names, i: int) -> bytes:
+    return files.read(paths[i])
 
 
-def _read_member(
-    files: Files, paths: Names, shard: Int64s, extents: Int64s, by_pillow: npt.NDArray[np.bool_], i: int
-) -> bytes:
+def _read_member(files: Files, paths: Names, shard: Int64s, extents: Int64s, i: int) -> bytes:
     path, (offset, length) = paths[shard[i]], extents[i].tolist()
     data = files.read(path, offset, offset + length)
     if len(data) < length or not length:
         raise OSError(f"{path} is cut short or damaged: {len(data)} of {length} bytes at {offset}")
-    return recode(data) if by_pillow[i] else data
+    return data
 
 
 def _resolve(kind: str, root: str, found: str, files: Files, annotations: str) -> str:

@@ -29,7 +29,7 @@ def memory(config: Config, processes: int, image: float | None = None) -> dict[s
     Raises:
         ConfigError: trainer.global_batch or trainer.accumulate is not legal for so many processes.
     """
-    trainer, data = config.trainer, config.data
+    trainer, data = config.trainer, config.loading
     geometry = max((config.montage.at(epoch) for epoch in first_epochs(config)), key=lambda g: g.cells)
     images = config.images_per_rank(processes)
     part = images // trainer.accumulate
@@ -38,8 +38,8 @@ def memory(config: Config, processes: int, image: float | None = None) -> dict[s
     banks = processes * trainer.accumulate
     counted = count.step(config.model, geometry, part, banks, trainer.precision, trainer.recompute)
     batch = 2 * sum(geometry.canvases(images)) * 3 * geometry.canvas**2 * _BATCH_BYTES[data.dtype]
-    # The loader's, the step's, the one before; and the copies that micro-batches and graphs read.
-    batches = data.prefetch + 2 + (trainer.accumulate > 1) + trainer.cuda_graph
+    # The loader's, those that the GPU has not finished, the step's; and the copies that micro-batches and graphs read.
+    batches = 2 * data.prefetch + 1 + (trainer.accumulate > 1) + trainer.cuda_graph
     saved = sum(counted.saved.values())
     sizes = {
         **count.state(config.model, config.montage, config.optim, trainer.precision),

@@ -95,8 +95,8 @@ class Stopwatch:
         self._images = self._done = 0
 
     def waiting(self) -> AbstractContextManager[None]:
-        """Times a wait for the loader."""
-        return self._trainer.phase("data_wait")
+        """Times a wait for the loader: on a GPU its own, and not that of a host that is ahead of it."""
+        return self._phases.phase("data_wait")
 
     def saving(self) -> AbstractContextManager[None]:
         """Times how long a checkpoint keeps the training."""
@@ -112,8 +112,7 @@ class Stopwatch:
     def read(self) -> Record:
         """Speed (images/s) and shares since the last call, seconds left by the mean pace so far. Waits for the device.
 
-        What is missing from 1 is the trainer's own work, and on a GPU the time in which it had nothing to do; there,
-        waiting for the loader may coincide with the phases.
+        What is missing from 1 is the trainer's own work, and on a GPU other time in which it had nothing to do.
         """
         times = {"data_wait": 0.0, "saving": 0.0} | self._trainer.read() | self._phases.read()
         now = self._clock()

@@ -93,7 +93,7 @@ class Trainer:
         self.loader = MontageLoader(
             source,
             plan,
-            config.data,
+            config.loading,
             gpu=self.device.index,
             threads=config.data.threads or default_threads(distributed.local_world_size()),
         )

@@ -110,7 +110,7 @@ def _fate(source: Source, i: int) -> tuple[str, str]:
         by_pillow = decode(source.read(i)).astype(int)
     except OSError:
         return "replaced when it is decoded", ""
-    by_dali = np.array(pipelines.decode_pipeline(source.read(i)).run()[0].at(0))
+    by_dali = np.array(pipelines.decode_pipeline(source.encoded(i)).run()[0].at(0))
     fate = "decoded by Pillow" if source.by_pillow[i] else "decoded by the engine"
     return fate, str(np.abs(by_pillow - by_dali).max())
 

@@ -17,14 +17,13 @@ DECODER = "decoders__Image"
 SHAPE = "_Shape"  # reads no pixels, on whatever device they are
 
 
-def define(preset: Config, engine: str, device: str, gpu: int | None = None, files: bool = True) -> Any:
+def define(preset: Config, engine: str, device: str, gpu: int | None = None) -> Any:
     """The pipeline of a preset, defined but not built: building for a GPU fails where there is none."""
     pipelines.load_plugin()
     graph = pipelines.Graph(
         preset.montage,
         preset.augment,
         preset.data,
-        files=files,
         device=device,  # type: ignore[arg-type]
         upload=gpu is not None and device == "cpu",
         usual=(4000, 3000),
@@ -162,9 +161,3 @@ def test_canvases_made_on_the_cpu_are_uploaded_where_the_network_is_on_a_gpu(eng
     assert {output.device for output in canvases} == {"gpu"}
     assert shape.device == "cpu"
     assert [device for name, device, _ in operators(pipeline) if name == DECODER] == ["cpu"]
-
-
-def test_bytes_are_decoded_without_reading_files() -> None:
-    names = [name for name, _, _ in operators(define(config.from_dict({}), "fused", "cpu", files=False))]
-    assert DECODER in names
-    assert not any("file" in name for name in names)

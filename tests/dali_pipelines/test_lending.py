@@ -1,13 +1,21 @@
 """The memory of canvases on a GPU, which DALI lends, is given back when the GPU has read it, and not before."""
 
+import dataclasses
 import weakref
-from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from dali_pipelines.loader import DaliEngine
+from dali_pipelines import pipelines
+from dali_pipelines.lending import Lending
+from dali_pipelines.loader import MontageLoader
+from dali_pipelines.source import open_source
+from mcl.config import DataConfig
+from tests.dali_pipelines.loading import make_loader
 
 
 class Gpu:
@@ -16,8 +24,10 @@ class Gpu:
     def __init__(self) -> None:
         self.recorded: list[str] = []  # streams, in the order in which events were recorded on them
         self.passed = 0
+        self.waits: list[int] = []  # events that the host has waited for
 
-    def event(self) -> "Event":
+    def event(self, blocking: bool) -> "Event":
+        assert blocking, "the host would spin"
         return Event(self)
 
 
@@ -36,20 +46,34 @@ class Event:
         assert self._number, "asked before the step that reads the memory was queued"
         return self._gpu.passed >= self._number
 
+    def synchronize(self) -> None:
+        if not self.query():
+            self._gpu.waits.append(self._number)
+            self._gpu.passed = self._number
 
-def test_memory_is_kept_until_the_training_stream_is_past_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu = Gpu()
-    monkeypatch.setattr(torch.cuda, "Event", gpu.event)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"training on {device}")
-    engine = DaliEngine.__new__(DaliEngine)
-    engine._gpu, engine._lent = 3, deque()
+
+class Stream(str):
+    def synchronize(self) -> None:
+        pass
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
+    fake = Gpu()
+    monkeypatch.setattr(torch.cuda, "Event", fake.event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(f"training on {device}"))
+    return fake
+
+
+def test_memory_is_kept_until_the_training_stream_is_past_it(gpu: Gpu) -> None:
+    lending = Lending(gpu=3, ahead=4)
     steps: list[weakref.ref[Tensor]] = []
 
     def lend() -> list[bool]:
         """The next step; which of the steps' memory is kept then, though nobody else holds it."""
         output = torch.empty(1)
         steps.append(weakref.ref(output))
-        engine._lend([output])
+        lending.lend([output])
         del output
         return [step() is not None for step in steps]
 
@@ -62,3 +86,50 @@ def test_memory_is_kept_until_the_training_stream_is_past_it(monkeypatch: pytest
     assert lend() == [False, True, True, True]
     gpu.passed = 3
     assert lend() == [False, False, False, True, True]
+    lending.settle()
+    assert lend() == [False] * 5 + [True]
+    assert gpu.waits == []
+
+
+@pytest.mark.parametrize("ahead", [1, 2, 5])
+def test_the_host_is_only_so_many_steps_ahead_of_the_gpu(gpu: Gpu, ahead: int) -> None:
+    """However slow the GPU is, and however much a CUDA graph queues at once."""
+    lending = Lending(gpu=0, ahead=ahead)
+    for step in range(1, 20):  # 1 is the first
+        lending.lend([])
+        assert step - 1 - gpu.passed <= ahead
+    assert gpu.waits == list(range(1, 19 - ahead))  # and it waits for no step sooner than it must
+
+
+@pytest.mark.parametrize("engine", ["fused", "stock", "torchvision"])
+def test_steps_of_every_engine_are_lent_and_bound_to_the_training_stream(
+    gpu: Gpu,
+    engine: str,
+    tmp_path: Path,
+    folder_of: Callable[[Path, int], list[Path]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A pipeline on the CPU stands in for one that uploads canvases."""
+    bound: list[str] = []
+
+    def define(real: Callable[..., Any]) -> Callable[..., Any]:
+        def pipeline(feed: Any, graph: pipelines.Graph, device_id: int, **rest: Any) -> Any:
+            assert graph.upload
+            made = real(feed, dataclasses.replace(graph, upload=False), device_id=None, **rest)
+            run = made.run
+            made.run = lambda stream: [bound.append(stream), run()][1]
+            return made
+
+        return pipeline
+
+    for name in ("fused_pipeline", "stock_pipeline"):
+        monkeypatch.setattr(pipelines, name, define(getattr(pipelines, name)))
+    folder_of(tmp_path, 8)
+    plan = make_loader(open_source(str(tmp_path)), "torchvision").plan
+    data = DataConfig(engine=engine, device="cpu", prefetch=2)  # type: ignore[arg-type]
+    with MontageLoader(open_source(str(tmp_path)), plan, data, gpu=3, threads=1) as loader:
+        for _ in range(6):
+            next(loader)
+    assert gpu.recorded == ["training on 3"] * 5
+    assert gpu.waits == [1, 2, 3]
+    assert bound == ([] if engine == "torchvision" else ["training on 3"] * 6)

@@ -1,14 +1,17 @@
 """The loader: replaced files, memory that is handed over, and the choice of the engine."""
 
+import dataclasses
 import gc
 import importlib.util
 import io
 import itertools
+import math
 import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +22,21 @@ import pytest
 import torch
 from PIL import Image
 
+import dali_pipelines.loader
 from dali_pipelines import pipelines
 from dali_pipelines.geometry import Geometry
-from dali_pipelines.loader import BadDataError, MontageLoader, choose_engine, default_threads
+from dali_pipelines.loader import (
+    READ_AHEAD,
+    BadDataError,
+    DaliEngine,
+    LoaderMemoryError,
+    MontageLoader,
+    choose_engine,
+    default_threads,
+)
 from dali_pipelines.plan import Plan
-from dali_pipelines.source import Source, open_source
+from dali_pipelines.reference import TorchvisionEngine
+from dali_pipelines.source import Source, decoding, open_source
 from mcl.config import AugmentConfig, ConfigError, DataConfig
 from tests.conftest import ROOT
 from tests.dali_pipelines.images import write_animated, write_huge, write_truncated
@@ -273,38 +286,51 @@ import ctypes, sys
 from dali_pipelines.source import open_source
 from tests.dali_pipelines.loading import make_loader
 report = lambda i, name, reason: print(f"bad: {name}: {reason}", file=sys.stderr, flush=True)
-with make_loader(open_source(sys.argv[1]), "fused", on_bad=report, max_bad_fraction=0.5) as loader:
+with make_loader(open_source(sys.argv[1]), sys.argv[2], on_bad=report, max_bad_fraction=0.5) as loader:
     next(loader), next(loader)
 cpp = ctypes.CDLL("libstdc++.so.6")
 cerr = ctypes.addressof(ctypes.c_char.in_dll(cpp, "_ZSt4cerr"))
 error = b"\\33[0;31m[ERROR] "
-for text in (b"one line\\n", error, b"of others\\n", error + b"\\33[0m", b"[png_parser] x", b"\\n", b"end"):
+decoder = error + b"\\33[0m[nvjpeg_cuda_decoder] "
+for text in (
+    *(b"one line\\n", error, b"of others\\n", b"\\n", b"[ERROR:0@0.1] global dnn.cpp:1 of others\\n"),
+    *(decoder, b"Could not decode jpeg code stream - nvJPEG error #3\\n"),
+    *(decoder, b"Could not create nvjpeg decoder: x\\n", decoder + b"CUDA error #2: out of memory in a stream\\n"),
+    *(decoder[:15], b"\\n", b"end"),
+):
     cpp._ZNSo5writeEPKcl(ctypes.c_void_p(cerr), text, ctypes.c_long(len(text)))  # std::cerr.write
 """
 
 
-@pytest.mark.parametrize("level", [None, "1"])
+@pytest.mark.parametrize(("engine", "level"), [("fused", None), ("stock", None), ("fused", "1")])
 def test_dali_prints_nothing_of_its_own_about_broken_images(
-    tmp_path: Path, folder_of: Write, picture: Image.Image, level: str | None
+    tmp_path: Path, folder_of: Write, picture: Image.Image, engine: str, level: str | None
 ) -> None:
-    """Unless it is asked to; and what others write to the same stream is all there."""
+    """Unless it is asked to; and what else is written to the same stream is all there, of memory and CUDA above all."""
     folder_of(tmp_path, 12)
     for i in range(3):
         write_truncated(tmp_path / f"{i}.jpg", picture.rotate(i))
     picture.save(tmp_path / "3.png")
     os.truncate(tmp_path / "3.png", 2000)
+    for path in (tmp_path / "4.tif", tmp_path / "5.bmp"):
+        picture.save(path)
+        os.truncate(path, 2000 if path.suffix == ".bmp" else 9000)
     environment = {k: v for k, v in os.environ.items() if k != "DALI_NVIMGCODEC_LOG_LEVEL"}
     environment |= {} if level is None else {"DALI_NVIMGCODEC_LOG_LEVEL": level}
-    command = [sys.executable, "-c", QUIET, str(tmp_path)]
+    command = [sys.executable, "-c", QUIET, str(tmp_path), engine]
     lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=True).stderr
-    ours = [line for line in lines.splitlines() if line.startswith("bad: ")]
-    assert len(ours) == 4
-    others = ["one line", "\33[0;31m[ERROR] of others", "end"]
+    found = [line for line in lines.splitlines() if not line.startswith("TIFF")]  # of libtiff within Pillow
+    ours = [line for line in found if line.startswith("bad: ")]
+    assert len(ours) == 6
+    error = "\33[0;31m[ERROR] "
+    decoder = f"{error}\33[0m[nvjpeg_cuda_decoder] "
+    others = ["one line", f"{error}of others", "", "[ERROR:0@0.1] global dnn.cpp:1 of others"]
+    others += [f"{decoder}Could not create nvjpeg decoder: x", f"{decoder}CUDA error #2: out of memory in a stream"]
     if level is None:
-        assert lines.splitlines() == [*ours, *others]
+        assert found == [*ours, *others, decoder[:15], "end"]
     else:
         assert lines.count("Premature end of JPEG data") >= 3
-        assert "[png_parser] x" in lines
+        assert "nvJPEG error #3" in lines
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -347,18 +373,198 @@ def test_every_kind_of_readable_file_goes_through(
     assert loader.bad == {}
 
 
-def test_an_error_that_no_file_explains_is_passed_on(good: Source, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dali_pipelines import reference
+# -------------------------------------------------------------------------------------------------- images by Pillow
+
+
+def palette_bmp(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.convert("P", palette=Image.Palette.ADAPTIVE).save(file, "BMP")
+    return file.getvalue()
+
+
+def as_png(encoded: bytes) -> bytes:
+    file = io.BytesIO()
+    with Image.open(io.BytesIO(encoded)) as image:
+        image.convert("RGB").save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture
+def mixed(tmp_path: Path, encoded: list[bytes], picture: Image.Image) -> tuple[Source, Source, list[int]]:
+    """Some images that only Pillow decodes rightly among others; the same pixels as PNG; which they are."""
+    ours = [3, 7]
+    images = [palette_bmp(picture.rotate(i)) if i in ours else image for i, image in enumerate(encoded[:IMAGES])]
+    mixed = make_source("folders", tmp_path / "mixed", images)
+    assert np.flatnonzero(mixed.by_pillow).tolist() == ours
+    plain = [as_png(image) if i in ours else image for i, image in enumerate(images)]
+    return mixed, make_source("folders", tmp_path / "plain", plain), ours
+
+
+class Counted:
+    """A source's `read`, and of which images it was asked for."""
+
+    def __init__(self, source: Source) -> None:
+        self.read, self.asked = source.read, list[int]()
+        self.source = dataclasses.replace(source, read=self)
+
+    def __call__(self, i: int) -> bytes:
+        self.asked.append(i)
+        return self.read(i)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_of_plain_files_only_those_for_pillow_are_read_by_us(
+    mixed: tuple[Source, Source, list[int]], engine: str
+) -> None:
+    source, plain, ours = mixed
+    counted = Counted(source)
+    with make_loader(counted.source, engine) as loader, make_loader(plain, engine) as other:
+        assert all_equal(take(loader, 3), take(other, 3))
+    assert set(counted.asked) == (set(range(IMAGES)) if engine == "torchvision" else set(ours))
+
+
+def test_pillow_decodes_an_image_once(mixed: tuple[Source, Source, list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[object] = []
+    open_image = decoding.open_image
+    monkeypatch.setattr(decoding, "open_image", lambda file: opened.append(file) or open_image(file))
+    with make_loader(mixed[0], "torchvision", prefetch=1) as loader:
+        next(loader)
+    assert len(opened) == IMAGES
+
+
+@pytest.mark.parametrize("bound", [0, 64 * 48 * 3 * 2 - 1, 64 * 48 * 3 * 4, 1 << 30])
+def test_pixels_that_wait_are_bounded_by_their_bytes(
+    mixed: tuple[Source, Source, list[int]], bound: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two images of each step are decoded by Pillow; no step is begun while those that wait have as many bytes."""
+    monkeypatch.setattr(dali_pipelines.loader, "DECODED_AHEAD", bound)
+    counted = Counted(mixed[0])
+    waiting = max(0, min(READ_AHEAD, math.ceil(bound / (64 * 48 * 3 * 2)) - 1))
+    with make_loader(counted.source, "fused", prefetch=1) as loader:
+        for steps in range(1, 4):
+            next(loader)
+            deadline = time.monotonic() + 20
+            while len(counted.asked) < 2 * (steps + waiting) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert len(counted.asked) == 2 * (steps + waiting)
+
+
+# -------------------------------------------------------------------------------------------------- other errors
+
+DALI_ERROR = """Critical error in pipeline:
+Error in GPU operator `nvidia.dali.fn.{}`,
+which was used in the pipeline definition with the following traceback:
+
+  File "pipelines.py", line 99, in pipeline
+
+encountered:
+
+{}
+Current pipeline object is no longer valid.
+"""
+
+
+def fail_with(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps end in an error, and no image may be suspected."""
 
     def fail(*_: object) -> None:
-        raise RuntimeError("out of memory")
+        raise error
 
-    monkeypatch.setattr(reference, "make_tile", fail)
-    monkeypatch.setattr(pipelines, "recipe_rows", fail)
-    for engine in ("torchvision", "fused"):
-        with make_loader(good, engine) as loader, pytest.raises(RuntimeError, match="out of memory"):
+    monkeypatch.setattr(TorchvisionEngine, "collect", fail)
+    monkeypatch.setattr(TorchvisionEngine, "decodes", lambda *_: pytest.fail("decodes one image after the other"))
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (RuntimeError(DALI_ERROR.format("decoders.image", "std::bad_alloc")), r"std::bad_alloc"),
+        (
+            RuntimeError(
+                DALI_ERROR.format("mcl.montage", "CUDA runtime API error cudaErrorMemoryAllocation (2):\nout of memory")
+            ),
+            r"CUDA runtime API error cudaErrorMemoryAllocation \(2\):",
+        ),
+        (RuntimeError("CUDA allocation failed\nRequested: 7"), "CUDA allocation failed"),
+        (RuntimeError("Can't allocate 123 bytes on device 0."), r"Can't allocate 123 bytes on device 0\."),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "CUDA out of memory.*"),
+        (MemoryError(), "out of memory"),
+        (OSError(12, "Cannot allocate memory"), r"\[Errno 12\] Cannot allocate memory"),
+    ],
+)
+def test_too_little_memory_is_said_at_once_with_the_remedy(
+    good: Source, error: Exception, cause: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_with(error, monkeypatch)
+    with make_loader(good, "torchvision") as loader:
+        with pytest.raises(LoaderMemoryError, match=rf"on the CPU \({cause}\); lower data\.prefetch, data\.threads or"):
             next(loader)
-        assert loader.bad == {}
+        loader.device = "gpu"
+        with pytest.raises(LoaderMemoryError, match=rf"on the GPU \({cause}\).*prefetch.*device=cpu.*accumulate"):
+            next(loader)
+    assert loader.bad == {}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError(DALI_ERROR.format("mcl.montage", "montage: the output is not one piece of memory")),
+        RuntimeError("CUDA runtime API error cudaErrorIllegalAddress (700)"),
+        RuntimeError("shape '[2, 3]' is invalid for input of size 5"),
+    ],
+)
+def test_an_error_that_no_image_can_explain_is_passed_on_at_once(
+    good: Source, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_with(error, monkeypatch)
+    with make_loader(good, "torchvision") as loader, pytest.raises(RuntimeError) as raised:
+        next(loader)
+    assert raised.value is error
+    assert loader.bad == {}
+
+
+def test_images_that_only_decode_alone_are_not_bad(good: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    """nvImageCodec tells DALI only that it failed, also where it found no memory."""
+    collect = DaliEngine.collect
+
+    def fail(engine: DaliEngine) -> None:
+        collect(engine)
+        raise RuntimeError(DALI_ERROR.format("decoders.image", "Failed to decode sample #3 : "))
+
+    monkeypatch.setattr(DaliEngine, "collect", fail)
+    message = r"one by one, but not together \(DALI: Failed to decode sample #3\), .* memory .* lower data\.prefetch"
+    with make_loader(good, "fused") as loader, pytest.raises(LoaderMemoryError, match=message):
+        next(loader)
+    assert loader.bad == {}
+
+
+LITTLE_MEMORY = """
+import pathlib, resource, sys
+from dali_pipelines.loader import LoaderMemoryError
+from dali_pipelines.source import open_source
+from tests.dali_pipelines.loading import make_loader
+with make_loader(open_source(sys.argv[1]), sys.argv[2], threads=2) as loader:
+    next(loader)
+    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (64 << 20),) * 2)
+    try:
+        for _ in range(9):
+            next(loader)
+    except LoaderMemoryError as error:
+        print(error, len(loader.bad))
+"""
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("engine", ENGINES)
+def test_memory_that_really_is_too_little_makes_no_image_bad(tmp_path: Path, engine: str) -> None:
+    for i in range(16):
+        side = 16 if i < IMAGES else 6000  # 108 MB each; some of them are in the second step
+        Image.new("RGB", (side, side)).save(tmp_path / f"{i:02}.jpg")
+    command = [sys.executable, "-c", LITTLE_MEMORY, str(tmp_path), engine]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert re.fullmatch(
+        r"(not enough memory|the \d+ images .* memory is too little).*data\.prefetch.* 0\n", done.stdout
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- memory

@@ -246,7 +246,7 @@ def test_who_decodes_is_kept(tmp_path: Path, reads: Reads, picture: Image.Image)
         assert read == n
         assert s.by_pillow.tolist() == [False, True, False]
         assert s.sizes.tolist() == [[64, 48]] * 3
-        assert s.paths is None
+        assert s.paths == s.names
 
 
 def test_a_folder_that_cannot_be_written_only_warns(tmp_path: Path, folder_of: Write) -> None:

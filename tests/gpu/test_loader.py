@@ -1,4 +1,4 @@
-"""What only a GPU can show of the loader: that it notices there, too, what has changed."""
+"""What only a GPU can show of the loader: it notices there, too, what has changed, and nobody waits in vain."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -45,3 +45,27 @@ def test_an_image_that_has_changed_is_replaced(photos: Path, tmp_path: Path, eng
         (query, _) = next(loader)
     assert list(loader.bad) == [7]
     assert 7 not in query.index.tolist()
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+@pytest.mark.parametrize("engine", ["fused", "stock"])
+def test_a_gpu_that_is_behind_reads_the_canvases_of_each_step(photos: Path, engine: str, device: str) -> None:
+    """The host neither waits for DALI nor overwrites what is still to be read."""
+    source = open_source(str(photos / "val"))
+    plan = Plan(seed=0, size=len(source), images=IMAGES, geometry=GEOMETRY, augment=AugmentConfig())
+    config = DataConfig(engine=engine, device=device, prefetch=3)  # type: ignore[arg-type]
+
+    def sums(behind: bool) -> list[float]:
+        made = []
+        with MontageLoader(source, plan, config, gpu=0, threads=2) as loader:
+            for _ in range(12):
+                query, key = next(loader)
+                if behind:
+                    torch.cuda._sleep(100_000_000)  # about 50 ms
+                else:
+                    torch.cuda.synchronize()
+                made.append((query.pixels.double() * key.pixels).sum())
+                del query, key
+        return torch.stack(made).tolist()
+
+    assert sums(behind=True) == sums(behind=False)

@@ -60,7 +60,7 @@ def batches(
     @pipeline_def(batch_size=IMAGES, num_threads=2, device_id=0 if device == "gpu" else None)
     def pipeline() -> tuple[Any, ...]:
         path, recipes, slots, cells = fn.external_source(
-            source=lambda step: pipelines.fused_feed(plan.step(step, sizes), paths), num_outputs=4, batch=True
+            source=lambda step: [paths, *pipelines.fused_feed(plan.step(step, sizes))], num_outputs=4, batch=True
         )
         images = fn.decoders.image(fn.io.file.read(path), device="cpu", output_type=types.RGB, adjust_orientation=False)
         views = fn.mcl.montage(

@@ -1,37 +1,46 @@
-// Keeps DALI's own errors about broken images off the console: the loader names the file and says what is wrong.
+// Keeps what decoders say of broken images off the console: the loader names the file and says what is wrong.
 //
-// nvImageCodec writes them to std::cerr, for each image and at each try, and DALI has no setting that is without them.
-// Who sets DALI_NVIMGCODEC_LOG_LEVEL has asked for them.
+// nvImageCodec, and OpenCV within it, write it to std::cerr, for each image and at each try, and DALI has no setting
+// that is without it. Who sets DALI_NVIMGCODEC_LOG_LEVEL has asked for it. Whatever else they write, of memory, CUDA or
+// decoders that cannot be made, is passed on.
+#include <algorithm>
 #include <cstdlib>
-#include <cstring>
 #include <iostream>
-#include <limits>
+#include <regex>
 #include <streambuf>
+#include <string>
 #include <string_view>
 
 namespace mcl {
 namespace {
 
-constexpr std::string_view kError = "\033[0;31m[ERROR] \033[0m[";  // what such a line starts with; written in pieces
-constexpr size_t kOther = std::numeric_limits<size_t>::max();
+constexpr std::string_view kStarts[] = {"\033[0;31m[ERROR] \033[0m[", "[ERROR:", "[ WARN:"};  // written in pieces
 
-// Passes on all lines but those.
+bool is_of_an_image(const std::string& line) {
+  static const std::regex pattern(
+      R"((.*\] \S*\[\w+_(decoder|parser)\] (?=.*(decode |retrieve|parse|stream))|\[.*\] global (loadsave|grfmt_\w+)\.cpp))"
+      R"((?!.*(CUDA|memory|alloc)))",
+      std::regex::icase);
+  return std::regex_search(line, pattern, std::regex_constants::match_continuous);
+}
+
+// Passes on all other lines.
 class Filter : public std::streambuf {
  public:
   explicit Filter(std::streambuf* to) : to_(to) {}
 
  protected:
   int_type overflow(int_type c) override {
-    if (c != traits_type::eof()) put(traits_type::to_char_type(c));
+    const char character = traits_type::to_char_type(c);
+    if (c != traits_type::eof()) put({&character, 1});
     return traits_type::not_eof(c);
   }
 
   std::streamsize xsputn(const char* text, std::streamsize n) override {
-    if (n > 0 && (matched_ == 0 || matched_ == kOther) && !std::memchr(text, kError[0], n)) {
-      to_->sputn(text, n);  // in one piece
-      matched_ = text[n - 1] == '\n' ? 0 : kOther;
-    } else {
-      for (std::streamsize i = 0; i < n; ++i) put(text[i]);
+    for (std::string_view rest(text, n); !rest.empty();) {
+      const size_t end = std::min(rest.find('\n'), rest.size() - 1) + 1;
+      put(rest.substr(0, end));
+      rest.remove_prefix(end);
     }
     return n;
   }
@@ -39,24 +48,32 @@ class Filter : public std::streambuf {
   int sync() override { return to_->pubsync(); }
 
  private:
-  void put(char c) {
-    if (matched_ < kError.size()) {
-      if (c == kError[matched_]) {
-        ++matched_;
-        return;
-      }
-      to_->sputn(kError.data(), static_cast<std::streamsize>(matched_));
-      matched_ = kOther;
-    }
-    if (matched_ == kOther) to_->sputc(c);
-    if (c == '\n') matched_ = 0;
+  // Takes a part of a line, or all of it.
+  void put(std::string_view part) {
+    line_ += part;
+    const bool ends = part.back() == '\n';
+    if (!passing_ && !ends && may_be_one()) return;
+    dropped_ = !passing_ && (is_of_an_image(line_) || (dropped_ && line_ == "\n"));  // OpenCV leaves lines empty
+    if (!dropped_) to_->sputn(line_.data(), static_cast<std::streamsize>(line_.size()));
+    line_.clear();
+    passing_ = !ends;
+  }
+
+  static bool may_be_one() {
+    for (const auto& start : kStarts)
+      if (start.substr(0, line_.size()) == std::string_view(line_).substr(0, start.size())) return true;
+    return false;
   }
 
   std::streambuf* to_;
-  static thread_local size_t matched_;  // characters of kError in this thread's line so far; kOther: another line
+  static thread_local std::string line_;  // of this thread, as far as it is held back
+  static thread_local bool passing_;      // the rest of the line follows its start
+  static thread_local bool dropped_;      // the last line
 };
 
-thread_local size_t Filter::matched_ = 0;
+thread_local std::string Filter::line_;
+thread_local bool Filter::passing_ = false;
+thread_local bool Filter::dropped_ = false;
 
 // Never deleted: std::cerr may be written to until the process is gone.
 [[maybe_unused]] const bool installed = [] {

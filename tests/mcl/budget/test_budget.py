@@ -369,7 +369,7 @@ def test_json_is_all_that_is_printed(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert result["ratio_to_supervised"] == pytest.approx(result["gflop_per_image"] / supervised)
     assert (result["supervised"]["model"], result["gpus"], result["images_per_gpu"]) == ("resnet18", 1, 32)
     assert result["memory"]["total"] == sum(v for k, v in result["memory"].items() if k != "total")
-    assert result["memory"]["canvases"] == (2 + 2) * 2 * (32 + 8 + 2 + 1) * 3 * 64 * 64 * 4
+    assert result["memory"]["canvases"] == (2 + 2 + 1) * 2 * (32 + 8 + 2 + 1) * 3 * 64 * 64 * 2
     assert result["memory"]["activations"] == result["stages"][0]["saved_bytes"]
     assert result["loader"]["views"] == pytest.approx(2 * (1 + 1 / 4 + 1 / 16 + 1 / 64) * (64 / 224) ** 2)
     assert picture.read_bytes().startswith(b"\x89PNG")

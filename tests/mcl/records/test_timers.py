@@ -118,3 +118,22 @@ def test_the_gpus_clock_is_waited_for_by_reading_alone(monkeypatch: pytest.Monke
     assert gpu.waits == 0
     assert timer.read() == {"forward": 0.75}
     assert gpu.waits == 2
+
+
+def test_a_gpu_that_is_busy_while_the_host_waits_does_not_wait_for_data(
+    monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    """The host may wait for the GPU in the loader, which bounds how far it is ahead."""
+    gpu = Gpu()
+    monkeypatch.setattr(torch.cuda, "Event", gpu.event)
+    stopwatch = Stopwatch(steps=2, phases=Timer.on(torch.device("cuda")), clock=clock)
+    with stopwatch.waiting():
+        clock.now += 3
+    clock.now += 1
+    stopwatch.lap(16)
+    assert stopwatch.read()["data_wait"] == 0
+    with stopwatch.waiting():
+        gpu.time += 2000  # milliseconds; the canvases come late, though the host does not wait for them
+    clock.now += 4
+    stopwatch.lap(16)
+    assert stopwatch.read()["data_wait"] == 0.5

@@ -169,8 +169,10 @@ def recompute_and_compare(backbone: str, precision: str, steps: int) -> None:
 @pytest.mark.usefixtures("thin_backbone")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_images_of_half_precision_are_taken(precision: str) -> None:
-    """``data.dtype: float16`` halves what goes to the device, whatever is computed in."""
+    """``data.dtype: float16`` halves what goes to the device, whatever is computed in; it is the choice of bf16."""
     cfg = configure(f"trainer.precision={precision}")
+    assert cfg.loading.dtype == ("float16" if precision == "bf16" else "float32")
+    assert configure(f"trainer.precision={precision}", "data.dtype=float32").loading.dtype == "float32"
     query, key = (batch.to(torch.device("cpu"), torch.float16) for batch in views(cfg, 1))
     output, _ = build(cfg)(query, key, lr=0.1, momentum=0.9)
     assert output.loss.dtype == torch.float32

@@ -84,6 +84,14 @@ def test_run_folder(tiny: Config, photos: Path) -> None:
     assert list((folder / "tensorboard").iterdir())
 
 
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.float16)])
+def test_images_come_in_half_precision_where_the_network_computes_in_it(
+    tiny: Config, precision: str, dtype: torch.dtype
+) -> None:
+    with Trainer(config.override(tiny, [f"trainer.precision={precision}"])).loader as loader:
+        assert [view.pixels.dtype for view in next(loader)] == [dtype] * 2
+
+
 def test_accumulated_metrics_are_the_steps_means(tiny: Config) -> None:
     """The record of two steps holds the mean of what the model returned."""
     trainer = Trainer(tiny)
