@@ -1,15 +1,18 @@
 """Annotation files in COCO's format, which training and evaluation read only after the check here."""
 
 import contextlib
+import gc
+import hashlib
 import json
 import os
 import reprlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dali_pipelines.source import SourceError
+from dali_pipelines.source.files import Stamp
 
 Entry = dict[str, Any]
 
@@ -26,27 +29,59 @@ class Annotations(NamedTuple):
     annotations: list[Entry]
     corrections: str
     """What differs from the file; empty if nothing does."""
+    digest: bytes
+    """SHA-256 of the file."""
 
 
 class _Wrong(Exception):
     """Says what a field must be, or what is wrong with an annotation."""
 
 
-def read(path: Path, masks: bool = True) -> Annotations:
+_kept: dict[tuple[Path, Stamp], tuple[bool, Annotations]] = {}
+"""What was read, and whether masks were needed, by file."""
+
+
+def read(path: Path, masks: bool = True, keep: bool = False) -> Annotations:
     """Reads and checks an annotation file.
 
     Args:
         path: the file.
-        masks: whether every object must have a mask; if not, masks are left out unseen.
+        masks: whether every object must have a mask; if not, masks are not looked at, and are left out unless those of
+            the kept annotations were needed.
+        keep: for others in this process that read the same file, if it has not changed, until :func:`forget`.
 
     Raises:
         SourceError: the file cannot be read, or as :func:`check` says.
     """
     try:
-        data = path.read_bytes()
+        status = path.stat()
+        key = path, (status.st_mtime_ns, status.st_size)
+        with_masks, annotations = _kept.get(key, (False, None))
+        if annotations is None or masks > with_masks:
+            with without_collection():
+                annotations = check(path.read_bytes(), str(path), masks)
+            if keep:
+                _kept[key] = masks, annotations
+        return annotations
     except OSError as error:
         raise SourceError(f"{path}: cannot be read ({error.strerror})") from None
-    return check(data, str(path), masks)
+
+
+def forget() -> None:
+    """Gives back the memory of what was kept, which is 3 GB for COCO."""
+    _kept.clear()
+
+
+@contextlib.contextmanager
+def without_collection() -> Iterator[None]:
+    """Switches Python's garbage collector off, which would go through millions of new objects again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def check(data: bytes, name: str, masks: bool = True) -> Annotations:
@@ -85,7 +120,7 @@ def check(data: bytes, name: str, masks: bool = True) -> Annotations:
         raise SourceError(f"{name}: no box has a width and a height; write COCO's annotations anew")
     _renumber(found, "annotations", corrections)
     what = ", ".join(f"{what} ({count})" for what, count in corrections.items())
-    return Annotations(images, categories, found, what)
+    return Annotations(images, categories, found, what, hashlib.sha256(data).digest())
 
 
 def _load(data: bytes, name: str, corrections: Counter[str]) -> dict[str, Any]:

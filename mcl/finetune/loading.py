@@ -148,6 +148,10 @@ class COCOFolder(CocoDataset):
         self.COCOAPI = functools.partial(CheckedCOCO, masks=masks)
         super().__init__(pipeline=pipeline, **options)
 
+    def load_data_list(self) -> Any:
+        with annotations.without_collection():
+            return super().load_data_list()
+
 
 @DATASETS.register_module()
 class LVISFolder(COCOFolder):

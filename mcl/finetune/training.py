@@ -13,7 +13,7 @@ from mmengine.utils.dl_utils import set_multi_processing
 
 from mcl import distributed
 from mcl.config import ConfigError
-from mcl.finetune import console, hooks, metric, resume, weights
+from mcl.finetune import annotations, console, hooks, metric, resume, weights
 from mcl.finetune.data import Folder, open_folder
 from mcl.finetune.settings import innermost, replace
 from mcl.finetune.workers import check_shared_memory, failing_in_words
@@ -37,9 +37,7 @@ def _finetune(config: Config) -> str:
     masks = "segm" in config.val_evaluator.metric
     lvis = config.val_dataloader.dataset.type == "LVISFolder"
     data = config.data
-    folder = distributed.once_per_machine(
-        lambda: open_folder(data.root, data.classes, masks, lvis, data.index, data.max_bad_fraction)
-    )
+    folder = open_folder(data.root, data.classes, masks, lvis, data.index, data.max_bad_fraction)
     use(config, folder)
     check_shared_memory(config)
     own: list[Hook] = [resume.prepare(config, folder)]
@@ -68,6 +66,11 @@ class _Runner(Runner):
         logger = super().build_logger(*arguments, **options)
         console.divide(logger)
         return logger
+
+    def build_val_loop(self, loop: Any) -> Any:
+        built = super().build_val_loop(loop)
+        annotations.forget()  # the evaluator of this loop is the last that reads them
+        return built
 
 
 def _records(config: Config) -> list[dict[str, Any]]:

@@ -27,6 +27,7 @@ from pycocotools.mask import encode
 from mcl import cli
 from mcl.config import ConfigError
 from mcl.finetune import console, finetune, hooks, metric
+from mcl.finetune.annotations import read as read_annotations
 from mcl.signals import Interrupted
 from tests.conftest import ROOT
 from tests.mcl.distributed.test_faults import children
@@ -80,8 +81,15 @@ def test_table(whole: tuple[Path, str]) -> None:
     assert all(0 <= record[kind][name] <= 100 for kind in ("box", "mask") for name in ("AP", "AP50", "AP75"))
 
 
-def test_from_scratch(folder: Path, tmp_path: Path) -> None:
+def test_from_scratch(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reads each annotation file once."""
+    read: list[str] = []
+    read_bytes = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: (read.append(path.name), read_bytes(path))[1])
     table = finetune(MINI, words(folder, tmp_path, "scratch", "train_cfg.max_iters=1"))
+    assert sorted(name for name in read if "instances" in name) == ["instances_train.json", "instances_val.json"]
+    read_annotations(folder / "instances_val.json")
+    assert read.count("instances_val.json") == 2, "annotations are kept in memory while it trains"
     assert [line.split(" | ")[:2] for line in table.splitlines()[2:]] == [["| 1", "box"], ["| 1", "mask"]]
 
 
