@@ -94,6 +94,7 @@ class Metrics:
     """
 
     def __init__(self, config: Config, step: int) -> None:
+        check_sinks(config)
         folder = config.run_folder
         self._path = folder / "metrics.jsonl"
         _keep_until(self._path, step)
@@ -102,14 +103,14 @@ class Metrics:
         self._tensorboard: Any = None
         self._wandb: Any = None
         if config.log.tensorboard:
-            with _needed("log.tensorboard", "pip install tensorboard, or log.tensorboard=false"):
-                from torch.utils.tensorboard import SummaryWriter
+            from torch.utils.tensorboard import SummaryWriter
+
             with _needed("log.tensorboard", "log.tensorboard=false does without"):
                 self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         if config.log.wandb:
-            with _needed("log.wandb", "pip install wandb, or log.wandb="):
-                import wandb
-            with _needed("log.wandb", "wandb login, WANDB_MODE=offline, or log.wandb="), _without_waiting():
+            import wandb
+
+            with _accepted_by_wandb():
                 self._wandb = wandb.init(
                     project=config.log.wandb,
                     id=_run_id(folder / "wandb_id"),
@@ -151,6 +152,24 @@ class Metrics:
             self._wandb.finish()
 
 
+def check_sinks(config: Config) -> None:
+    """Looks whether the packages for the log are there, and whether W&B knows the user, before anything is written.
+
+    Raises:
+        ConfigError: a package is missing, or W&B refuses the key or the project.
+    """
+    if config.log.tensorboard:
+        with _needed("log.tensorboard", "pip install tensorboard, or log.tensorboard=false"):
+            import torch.utils.tensorboard
+    if config.log.wandb:
+        with _needed("log.wandb", "pip install wandb, or log.wandb="):
+            import wandb
+        with _accepted_by_wandb():
+            wandb.Settings(project=config.log.wandb)
+            if wandb.setup().settings.mode == "online":
+                wandb.login()
+
+
 @contextlib.contextmanager
 def _needed(key: str, remedy: str) -> Iterator[None]:
     """Says which key asked for what fails, in one line; other packages raise anything, a broken one when imported."""
@@ -161,7 +180,7 @@ def _needed(key: str, remedy: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_waiting() -> Iterator[None]:
+def _accepted_by_wandb() -> Iterator[None]:
     """The process of a run that W&B refused ends at once; W&B's own hook would wait until the network is there."""
 
     def leave() -> None:
@@ -169,7 +188,8 @@ def _without_waiting() -> Iterator[None]:
         os._exit(2)
 
     try:
-        yield
+        with _needed("log.wandb", "wandb login, WANDB_MODE=offline, or log.wandb="):
+            yield
     except Exception:
         atexit.register(leave)  # before W&B's, which was registered earlier
         raise

@@ -23,6 +23,7 @@ from mcl.records.metrics import (
     BadFiles,
     Metrics,
     ProgressBar,
+    check_sinks,
     log,
     log_to_console,
     log_to_file,
@@ -266,12 +267,14 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------ set-up and words
 
     def _prepare_folder(self) -> None:
+        first = distributed.rank() == 0
+        if first:
+            check_sinks(self.config)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             log_to_file(self.folder)
         except OSError as error:
             raise ConfigError(f"output: cannot write to {self.folder} ({error.strerror}); set output=FOLDER") from None
-        first = distributed.rank() == 0
         if first:
             rewrite(self.folder / "config.yaml", yaml.safe_dump(to_dict(self.config), sort_keys=False))
         elsewhere = {} if first else self.loader.source.bad
