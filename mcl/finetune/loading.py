@@ -107,11 +107,11 @@ class SeededDataset(RepeatDataset):
                     yield other
 
     def _replace(self, index: int, said: str) -> None:
-        path = self.get_data_info(index)["img_path"]
-        bad = {path}
+        bad = {index}
         if self._note is not None and self._list is not None:
+            path = self.get_data_info(index)["img_path"]
             self._note(index, path, said.removeprefix(f"{path}: "))
-            bad = {record["path"] for record in read(self._list)}  # by all processes, in all parts of the run
+            bad = {record["index"] for record in read(self._list)}  # by all processes, in all parts of the run
         if len(bad) > self._max_bad_fraction * len(self) or len(bad) == len(self):
             raise BadDataError(
                 f"{len(bad)} of the {len(self)} training images are broken, the last: {said}; mend them, or raise "

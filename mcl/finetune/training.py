@@ -49,6 +49,8 @@ def _finetune(config: Config) -> str:
     try:
         Path(config.work_dir).mkdir(parents=True, exist_ok=True)
         log_to_file(Path(config.work_dir))
+        if distributed.rank() == 0 and not config.resume:
+            (Path(config.work_dir) / BAD_FILES).unlink(missing_ok=True)  # of a run that left no checkpoint
     except OSError as error:
         raise ConfigError(f"output: cannot write to {config.work_dir} ({error.strerror}); set output=FOLDER") from None
     with Signals() as signals:

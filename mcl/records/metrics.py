@@ -50,7 +50,11 @@ def log_to_console() -> None:
     log.addHandler(console)
     log.addHandler(MemoryHandler(1 << 20, flushLevel=logging.CRITICAL + 1))
     logging.captureWarnings(True)
-    logging.getLogger("py.warnings").handlers = log.handlers
+    warned = logging.getLogger("py.warnings")
+    warned.handlers = log.handlers
+    warned.setLevel(
+        logging.WARNING if distributed.rank() == 0 else logging.ERROR
+    )  # libraries warn all ranks of the same
 
 
 def log_to_file(folder: Path) -> None:
@@ -281,7 +285,7 @@ class BadFiles:
 
     def __init__(self, path: Path, elsewhere: Mapping[int, str]) -> None:
         self._path, self._elsewhere = path, elsewhere
-        self._known: set[str] = set()
+        self._known: set[int] = set()  # by index: images may have moved since the run began
         self._size = 0  # of the list when it was last read or written here, bytes
 
     def __call__(self, index: int, path: str, reason: str) -> None:
@@ -290,9 +294,9 @@ class BadFiles:
             return
         size = self._path.stat().st_size if self._path.exists() else 0
         if size != self._size:  # an earlier run or another process has written to it
-            self._known, self._size = {record["path"] for record in read(self._path)}, size
-        if path not in self._known:
-            self._known.add(path)
+            self._known, self._size = {record["index"] for record in read(self._path)}, size
+        if index not in self._known:
+            self._known.add(index)
             log.warning("bad file, replaced: %s: %s", path, reason)
             with _reporting(self._path), open(self._path, "a") as file:
                 file.write(json.dumps({"index": index, "path": path, "reason": reason}) + "\n")

@@ -277,6 +277,8 @@ class Trainer:
             raise ConfigError(f"output: cannot write to {self.folder} ({error.strerror}); set output=FOLDER") from None
         if first:
             rewrite(self.folder / "config.yaml", yaml.safe_dump(to_dict(self.config), sort_keys=False))
+            if not self.step:
+                (self.folder / "bad_files.jsonl").unlink(missing_ok=True)  # of a run that left no checkpoint
         elsewhere = {} if first else self.loader.source.bad
         self.loader.report_bad(BadFiles(self.folder / "bad_files.jsonl", elsewhere))
         if self.step:
