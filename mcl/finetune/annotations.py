@@ -110,11 +110,11 @@ def check(data: bytes, name: str, masks: bool = True) -> Annotations:
                 corrections["boxes without width or height left out"] += 1  # pycocotools lets nothing match them
                 continue
             x, y, width, height = annotation["bbox"]
-            _check_place("box", (x, y, x + width, y + height), image)
+            _check_bounds("box", (x, y, x + width, y + height), image)
             if masks:
                 _check_mask(annotation["segmentation"], image)
         except _Wrong as wrong:
-            raise SourceError(f"{name}: {_place('annotations', number, annotation)} {wrong}") from None
+            raise SourceError(f"{name}: {_entry('annotations', number, annotation)} {wrong}") from None
         found.append(annotation)
     if not found:
         raise SourceError(f"{name}: no box has a width and a height; write COCO's annotations anew")
@@ -149,7 +149,7 @@ def _section(content: Entry, name: str, section: str, masks: bool, corrections: 
     entries = []
     for number, raw in enumerate(raw_entries):
         if not isinstance(raw, dict):
-            what = f"{_place(section, number, {})} is {reprlib.repr(raw)}"
+            what = f"{_entry(section, number, {})} is {reprlib.repr(raw)}"
             raise SourceError(f"{name}: {what}; it must be an object with {', '.join(fields)}")
         entry: Entry = {}
         for field, parse in fields.items():
@@ -160,8 +160,8 @@ def _section(content: Entry, name: str, section: str, masks: bool, corrections: 
                 entry[field] = parse(_default(section, number, field, raw, entry) if value is None else value)
             except _Wrong as wrong:
                 what = f"no {field}" if value is None else f"the {field} {reprlib.repr(value)}"
-                raise SourceError(f"{name}: {_place(section, number, entry)} has {what}; it must be {wrong}") from None
-            if entry[field] != value:
+                raise SourceError(f"{name}: {_entry(section, number, entry)} has {what}; it must be {wrong}") from None
+            if entry[field] != value or isinstance(value, bool):
                 corrections[f"{field} of {section} {'missing' if value is None else 'converted'}"] += 1
         entries.append(entry)
     ids = Counter(str(entry["id"]) for entry in entries)
@@ -171,7 +171,8 @@ def _section(content: Entry, name: str, section: str, masks: bool, corrections: 
     return entries
 
 
-def _place(section: str, number: int, entry: Entry) -> str:
+def _entry(section: str, number: int, entry: Entry) -> str:
+    """An entry in messages: where it stands, and its id if that is known."""
     return f"{section}[{number}]" + (f" (id {reprlib.repr(entry['id'])})" if "id" in entry else "")
 
 
@@ -211,7 +212,7 @@ def _referred(annotation: Entry, field: str, entries: dict[str, Entry]) -> Entry
     return entry
 
 
-def _check_place(what: str, corners: tuple[float, float, float, float], image: Entry) -> None:
+def _check_bounds(what: str, corners: tuple[float, float, float, float], image: Entry) -> None:
     """Something must overlap its image, and may leave it by as much as the image is large."""
     left, top, right, bottom = corners
     width, height = image["width"], image["height"]
@@ -228,7 +229,7 @@ def _check_mask(mask: Any, image: Entry) -> None:
         raise _Wrong(f"has a mask in an image of {width} x {height} pixels; {_MOST_PIXELS} is the most for masks")
     if isinstance(mask, list):
         xs, ys = ([v for polygon in mask for v in polygon[start::2]] for start in (0, 1))
-        _check_place("mask", (min(xs), min(ys), max(xs), max(ys)), image)
+        _check_bounds("mask", (min(xs), min(ys), max(xs), max(ys)), image)
         longest = len(xs) * 3 * max(width, height)
         if longest > _MOST_OUTLINE and sum(map(_distance, xs, xs[1:], ys, ys[1:])) > _MOST_OUTLINE:
             raise _Wrong(f"has a mask with an outline of more than {_MOST_OUTLINE} pixels; simplify it")

@@ -16,7 +16,7 @@ from mcl.config import ConfigError
 from mcl.finetune import annotations, console, hooks, metric, resume, weights
 from mcl.finetune.data import Folder, open_folder
 from mcl.finetune.settings import innermost, replace
-from mcl.finetune.workers import check_shared_memory, failing_in_words
+from mcl.finetune.workers import check_shared_memory, reporting_loader_errors
 from mcl.records.metrics import log_to_console, log_to_file, recorded_errors
 from mcl.signals import Signals
 
@@ -29,7 +29,7 @@ def finetune(config: Config) -> str:
         set_multi_processing(**config.env_cfg.mp_cfg, distributed=True)
         init_dist(config.launcher, **config.env_cfg.dist_cfg)
     log_to_console()
-    with recorded_errors(), failing_in_words(config.timeout):
+    with recorded_errors(), reporting_loader_errors(config.timeout):
         return _finetune(config)
 
 
@@ -66,7 +66,7 @@ def _finetune(config: Config) -> str:
 class _Runner(Runner):
     def build_logger(self, *arguments: Any, **options: Any) -> Any:
         logger = super().build_logger(*arguments, **options)
-        console.divide(logger)
+        console.route_messages(logger)
         return logger
 
     def build_val_loop(self, loop: Any) -> Any:

@@ -58,7 +58,7 @@ def _largest(loader: Any) -> int:
 
 
 @contextlib.contextmanager
-def failing_in_words(timeout: float) -> Iterator[None]:
+def reporting_loader_errors(timeout: float) -> Iterator[None]:
     """Errors in a loader's processes, whose messages are tracebacks, become one line.
 
     Args:

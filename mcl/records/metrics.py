@@ -164,7 +164,7 @@ def check_sinks(config: Config) -> None:
     """
     if config.log.tensorboard:
         with _needed("log.tensorboard", "pip install tensorboard, or log.tensorboard=false"):
-            import torch.utils.tensorboard
+            pass
     if config.log.wandb:
         with _needed("log.wandb", "pip install wandb, or log.wandb="):
             import wandb

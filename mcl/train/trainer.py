@@ -84,7 +84,7 @@ class Trainer:
         self.images = config.images_per_rank(distributed.world_size())
         source = distributed.once_per_machine(lambda: open_images(config.data))
         distributed.once_per_machine(lambda: check_evaluations(config, source))
-        state = distributed.in_turn(lambda: checkpoint.latest(self.folder / "checkpoints"))
+        state = distributed.local_rank_zero_first(lambda: checkpoint.latest(self.folder / "checkpoints"))
         hang.end_after(trainer.timeout + hang.GRACE)
         agreement.check(config, self.device.type, source, None if state is None else state["step"])
         if state is not None:

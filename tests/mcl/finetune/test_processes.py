@@ -29,7 +29,7 @@ def train(config: Any, output: Path) -> str:
 
 @pytest.mark.soak
 def test_two_processes(tmp_path: Path) -> None:
-    """One of them reports, and an image that each of them finds broken, in another epoch, is listed and counted once."""
+    """One of them reports; an image that both find broken, in different epochs, is listed and counted once."""
     folder = make_folder(tmp_path / "coco", train=IMAGES)
     shown_by = []  # [epoch][image]: the rank, of MMEngine's DefaultSampler
     for epoch in range(2):

@@ -111,11 +111,16 @@ def gone(processes: Sequence[int]) -> bool:
 def test_processes_of_others_outlive_a_failing_loader() -> None:
     """Whoever calls :func:`mcl.finetune.finetune` may have processes, too."""
     other, own = (multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,)) for _ in range(2))
-    other.start()
-    try:
-        with pytest.raises(workers.LoaderError, match="no batch came"), workers.failing_in_words(5):
+
+    def load() -> None:
+        with workers.reporting_loader_errors(5):
             own.start()
             raise RuntimeError("DataLoader timed out after 5 seconds")
+
+    other.start()
+    try:
+        with pytest.raises(workers.LoaderError, match="no batch came"):
+            load()
         own.join(5)
         assert own.exitcode == -signal.SIGKILL
         assert other.is_alive()
