@@ -52,9 +52,8 @@ def log_to_console() -> None:
     logging.captureWarnings(True)
     warned = logging.getLogger("py.warnings")
     warned.handlers = log.handlers
-    warned.setLevel(
-        logging.WARNING if distributed.rank() == 0 else logging.ERROR
-    )  # libraries warn all ranks of the same
+    # Libraries warn every rank of the same.
+    warned.setLevel(logging.WARNING if distributed.rank() == 0 else logging.ERROR)
 
 
 def log_to_file(folder: Path) -> None:
@@ -164,7 +163,7 @@ def check_sinks(config: Config) -> None:
     """
     if config.log.tensorboard:
         with _needed("log.tensorboard", "pip install tensorboard, or log.tensorboard=false"):
-            pass
+            import torch.utils.tensorboard  # noqa: F401
     if config.log.wandb:
         with _needed("log.wandb", "pip install wandb, or log.wandb="):
             import wandb
