@@ -43,7 +43,7 @@ __all__ = [
     "from_dict",
     "load",
     "override",
-    "plain",
+    "parse_yaml",
     "schema",
     "to_dict",
     "value",
@@ -497,7 +497,7 @@ _Plain.yaml_implicit_resolvers = {
 }
 
 
-def plain(text: str | bytes) -> Any:
+def parse_yaml(text: str | bytes) -> Any:
     """Reads YAML: nested lists and dictionaries of text; None is null, ~ or nothing.
 
     Raises:
@@ -526,7 +526,7 @@ def load(path: str | Path, overrides: Iterable[str] | Mapping[str, Any] = ()) ->
     if not Path(path).is_file():
         path = presets.get(str(path), path)
     try:
-        values = plain(Path(path).read_bytes())
+        values = parse_yaml(Path(path).read_bytes())
     except OSError as error:
         raise ConfigError(
             f"{path}: cannot read the configuration ({error.strerror}); presets are {', '.join(presets)}"
@@ -563,7 +563,7 @@ def _changes(overrides: Iterable[str] | Mapping[str, Any]) -> dict[str, Any]:
         if not separator:
             raise ConfigError(f"{word!r}: expected key=value")
         try:
-            values[key] = text if key in texts else plain(text)
+            values[key] = text if key in texts else parse_yaml(text)
         except yaml.YAMLError:
             raise ConfigError(f"{key}: cannot read the value {text!r}") from None
     return values

@@ -197,7 +197,7 @@ def barrier(timeout: timedelta | None = None) -> None:
         dist.monitored_barrier(hosts(), timeout or _timeout, wait_all_ranks=True)
 
 
-def in_turn(work: Callable[[], T]) -> T:
+def local_rank_zero_first(work: Callable[[], T]) -> T:
     """Calls `work` on the first process of every machine and then, when all of these are done, on the others.
 
     It is for work whose result a file keeps for whoever comes later. It may take longer than a step: a day at most.

@@ -1,15 +1,18 @@
 """Annotation files in COCO's format, which training and evaluation read only after the check here."""
 
 import contextlib
+import gc
+import hashlib
 import json
 import os
 import reprlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dali_pipelines.source import SourceError
+from dali_pipelines.source.files import Stamp
 
 Entry = dict[str, Any]
 
@@ -26,27 +29,59 @@ class Annotations(NamedTuple):
     annotations: list[Entry]
     corrections: str
     """What differs from the file; empty if nothing does."""
+    digest: bytes
+    """SHA-256 of the file."""
 
 
 class _Wrong(Exception):
     """Says what a field must be, or what is wrong with an annotation."""
 
 
-def read(path: Path, masks: bool = True) -> Annotations:
+_kept: dict[tuple[Path, Stamp], tuple[bool, Annotations]] = {}
+"""What was read, and whether masks were needed, by file."""
+
+
+def read(path: Path, masks: bool = True, keep: bool = False) -> Annotations:
     """Reads and checks an annotation file.
 
     Args:
         path: the file.
-        masks: whether every object must have a mask; if not, masks are left out unseen.
+        masks: whether every object must have a mask; if not, masks are not looked at, and are left out unless those of
+            the kept annotations were needed.
+        keep: for others in this process that read the same file, if it has not changed, until :func:`forget`.
 
     Raises:
         SourceError: the file cannot be read, or as :func:`check` says.
     """
     try:
-        data = path.read_bytes()
+        status = path.stat()
+        key = path, (status.st_mtime_ns, status.st_size)
+        with_masks, annotations = _kept.get(key, (False, None))
+        if annotations is None or masks > with_masks:
+            with without_collection():
+                annotations = check(path.read_bytes(), str(path), masks)
+            if keep:
+                _kept[key] = masks, annotations
+        return annotations
     except OSError as error:
         raise SourceError(f"{path}: cannot be read ({error.strerror})") from None
-    return check(data, str(path), masks)
+
+
+def forget() -> None:
+    """Gives back the memory of what was kept, which is 3 GB for COCO."""
+    _kept.clear()
+
+
+@contextlib.contextmanager
+def without_collection() -> Iterator[None]:
+    """Switches Python's garbage collector off, which would go through millions of new objects again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def check(data: bytes, name: str, masks: bool = True) -> Annotations:
@@ -75,17 +110,17 @@ def check(data: bytes, name: str, masks: bool = True) -> Annotations:
                 corrections["boxes without width or height left out"] += 1  # pycocotools lets nothing match them
                 continue
             x, y, width, height = annotation["bbox"]
-            _check_place("box", (x, y, x + width, y + height), image)
+            _check_bounds("box", (x, y, x + width, y + height), image)
             if masks:
                 _check_mask(annotation["segmentation"], image)
         except _Wrong as wrong:
-            raise SourceError(f"{name}: {_place('annotations', number, annotation)} {wrong}") from None
+            raise SourceError(f"{name}: {_entry('annotations', number, annotation)} {wrong}") from None
         found.append(annotation)
     if not found:
         raise SourceError(f"{name}: no box has a width and a height; write COCO's annotations anew")
     _renumber(found, "annotations", corrections)
     what = ", ".join(f"{what} ({count})" for what, count in corrections.items())
-    return Annotations(images, categories, found, what)
+    return Annotations(images, categories, found, what, hashlib.sha256(data).digest())
 
 
 def _load(data: bytes, name: str, corrections: Counter[str]) -> dict[str, Any]:
@@ -114,7 +149,7 @@ def _section(content: Entry, name: str, section: str, masks: bool, corrections: 
     entries = []
     for number, raw in enumerate(raw_entries):
         if not isinstance(raw, dict):
-            what = f"{_place(section, number, {})} is {reprlib.repr(raw)}"
+            what = f"{_entry(section, number, {})} is {reprlib.repr(raw)}"
             raise SourceError(f"{name}: {what}; it must be an object with {', '.join(fields)}")
         entry: Entry = {}
         for field, parse in fields.items():
@@ -125,8 +160,8 @@ def _section(content: Entry, name: str, section: str, masks: bool, corrections: 
                 entry[field] = parse(_default(section, number, field, raw, entry) if value is None else value)
             except _Wrong as wrong:
                 what = f"no {field}" if value is None else f"the {field} {reprlib.repr(value)}"
-                raise SourceError(f"{name}: {_place(section, number, entry)} has {what}; it must be {wrong}") from None
-            if entry[field] != value:
+                raise SourceError(f"{name}: {_entry(section, number, entry)} has {what}; it must be {wrong}") from None
+            if entry[field] != value or isinstance(value, bool):
                 corrections[f"{field} of {section} {'missing' if value is None else 'converted'}"] += 1
         entries.append(entry)
     ids = Counter(str(entry["id"]) for entry in entries)
@@ -136,7 +171,8 @@ def _section(content: Entry, name: str, section: str, masks: bool, corrections: 
     return entries
 
 
-def _place(section: str, number: int, entry: Entry) -> str:
+def _entry(section: str, number: int, entry: Entry) -> str:
+    """An entry in messages: where it stands, and its id if that is known."""
     return f"{section}[{number}]" + (f" (id {reprlib.repr(entry['id'])})" if "id" in entry else "")
 
 
@@ -176,7 +212,7 @@ def _referred(annotation: Entry, field: str, entries: dict[str, Entry]) -> Entry
     return entry
 
 
-def _check_place(what: str, corners: tuple[float, float, float, float], image: Entry) -> None:
+def _check_bounds(what: str, corners: tuple[float, float, float, float], image: Entry) -> None:
     """Something must overlap its image, and may leave it by as much as the image is large."""
     left, top, right, bottom = corners
     width, height = image["width"], image["height"]
@@ -193,7 +229,7 @@ def _check_mask(mask: Any, image: Entry) -> None:
         raise _Wrong(f"has a mask in an image of {width} x {height} pixels; {_MOST_PIXELS} is the most for masks")
     if isinstance(mask, list):
         xs, ys = ([v for polygon in mask for v in polygon[start::2]] for start in (0, 1))
-        _check_place("mask", (min(xs), min(ys), max(xs), max(ys)), image)
+        _check_bounds("mask", (min(xs), min(ys), max(xs), max(ys)), image)
         longest = len(xs) * 3 * max(width, height)
         if longest > _MOST_OUTLINE and sum(map(_distance, xs, xs[1:], ys, ys[1:])) > _MOST_OUTLINE:
             raise _Wrong(f"has a mask with an outline of more than {_MOST_OUTLINE} pixels; simplify it")

@@ -18,7 +18,7 @@ PAUSE = 10.0
 """Seconds between two lines about progress."""
 
 
-def divide(logger: Any) -> None:
+def route_messages(logger: Any) -> None:
     """MMEngine's messages go into its log file; its steps and warnings are mcl's messages, too."""
     logger.handlers[:] = [handler for handler in logger.handlers if isinstance(handler, logging.FileHandler)]
     logger.addHandler(_Relay())

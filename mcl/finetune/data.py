@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dali_pipelines.source import SourceError
+from mcl import distributed
 from mcl.config import ConfigError
 from mcl.finetune.annotations import read
 from mcl.finetune.images import check as check_images
@@ -44,12 +45,8 @@ class Folder:
     val: Split
     classes: tuple[str, ...]
     """Names of the categories to detect, in the order of the annotations, which is that of the labels."""
-
-    def digest(self) -> str:
-        """Of both annotation files: the same for a copy of the folder elsewhere."""
-        files = [self.root / split.annotations for split in (self.train, self.val)]
-        digests = [hashlib.sha256(file.read_bytes()).digest() for file in files]
-        return hashlib.sha256(b"".join(digests)).hexdigest()
+    digest: str
+    """Of both annotation files: the same for a copy of the folder elsewhere."""
 
 
 def open_folder(
@@ -61,6 +58,9 @@ def open_folder(
     max_bad_fraction: float = 0.0,
 ) -> Folder:
     """Reads both annotation files of a folder and looks whether all that they name is there.
+
+    Annotations are kept for those who read them next (:func:`mcl.finetune.annotations.forget`). Images are looked at by
+    the first process of every machine, and the others wait.
 
     Args:
         root: the folder.
@@ -81,7 +81,8 @@ def open_folder(
     if not folder.is_dir():
         raise SourceError(f"data.root: {root} does not exist")
     splits = _splits(folder, (_LVIS, *_LAYOUTS) if lvis else (*_LAYOUTS, _LVIS))
-    (train, used, trained_on), (val, _, evaluated_on) = (_read(folder, split, masks) for split in splits)
+    # Val first: what its evaluator keeps then does not lie among the millions of objects of train, which are freed.
+    (val, _, evaluated_on), (train, used, trained_on) = (_read(folder, split, masks) for split in splits[::-1])
     if train != val:
         raise SourceError(
             f"data.root: {splits[0].annotations} and {splits[1].annotations} must have the same categories in the same "
@@ -104,9 +105,14 @@ def open_folder(
             f"{folder / splits[0].annotations}: nothing to train on: no object of {what} with an area, no crowd, in an "
             f"image of at least {MIN_SIDE} x {MIN_SIDE} pixels; set data.classes, or data.root, to others"
         )
-    trained_on(index=index, max_bad_fraction=max_bad_fraction)
-    evaluated_on(index=index, decode=True)
-    return Folder(folder, *splits, classes)
+
+    def check_images() -> None:
+        trained_on(index=index, max_bad_fraction=max_bad_fraction)
+        evaluated_on(index=index, decode=True)
+
+    distributed.once_per_machine(check_images)
+    digests = [read(folder / split.annotations, masks).digest for split in splits]
+    return Folder(folder, *splits, classes, hashlib.sha256(b"".join(digests)).hexdigest())
 
 
 def _splits(folder: Path, layouts: Sequence[Split]) -> tuple[Split, Split]:
@@ -133,9 +139,10 @@ def _read(folder: Path, split: Split, masks: bool) -> tuple[list[str], set[str],
         image that is not too small; and :func:`~mcl.finetune.images.check` of its images.
     """
     path = folder / split.annotations
-    images, categories, annotations, corrections = read(path, masks)
+    images, categories, annotations, corrections, _ = read(path, masks, keep=True)
+    warn = log.warning if distributed.rank() == 0 else log.debug  # all processes read the same
     if corrections:
-        log.warning("%s: read with corrections: %s", path, corrections)
+        warn("%s: read with corrections: %s", path, corrections)
     names = {category["id"]: category["name"] for category in categories}
     repeated = [name for name, count in Counter(names.values()).items() if count > 1]
     if repeated:
@@ -143,10 +150,10 @@ def _read(folder: Path, split: Split, masks: bool) -> tuple[list[str], set[str],
     sizes = {image["id"]: (image["width"], image["height"]) for image in images}
     objects = [a for a in annotations if a["area"] > 0 and min(a["bbox"][2:]) >= 1]
     if left := len(annotations) - len(objects):
-        log.warning("%s: %d objects of area 0, or with a side below a pixel, are not trained on", path, left)
+        warn("%s: %d objects of area 0, or with a side below a pixel, are not trained on", path, left)
     used = {annotation["category_id"] for annotation in annotations}
     if unused := [name for key, name in names.items() if key not in used]:
-        log.warning("%s: no object of %d categories, e.g. %r", path, len(unused), unused[0])
+        warn("%s: no object of %d categories, e.g. %r", path, len(unused), unused[0])
     trained = {
         a["category_id"]
         for a in objects

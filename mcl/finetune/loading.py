@@ -107,11 +107,11 @@ class SeededDataset(RepeatDataset):
                     yield other
 
     def _replace(self, index: int, said: str) -> None:
-        path = self.get_data_info(index)["img_path"]
-        bad = {path}
+        bad = {index}
         if self._note is not None and self._list is not None:
+            path = self.get_data_info(index)["img_path"]
             self._note(index, path, said.removeprefix(f"{path}: "))
-            bad = {record["path"] for record in read(self._list)}  # by all processes, in all parts of the run
+            bad = {record["index"] for record in read(self._list)}  # by all processes, in all parts of the run
         if len(bad) > self._max_bad_fraction * len(self) or len(bad) == len(self):
             raise BadDataError(
                 f"{len(bad)} of the {len(self)} training images are broken, the last: {said}; mend them, or raise "
@@ -147,6 +147,10 @@ class COCOFolder(CocoDataset):
         masks = any(step.get("with_mask") for step in pipeline)
         self.COCOAPI = functools.partial(CheckedCOCO, masks=masks)
         super().__init__(pipeline=pipeline, **options)
+
+    def load_data_list(self) -> Any:
+        with annotations.without_collection():
+            return super().load_data_list()
 
 
 @DATASETS.register_module()

@@ -24,7 +24,7 @@ def _decisive(config: Config, folder: Folder) -> dict[str, str]:
     sections = config.to_dict()
     values = {key: sections[key] for key in _DECISIVE}
     values["data.classes"] = sections["data"]["classes"]
-    values["data.root"] = folder.digest()
+    values["data.root"] = folder.digest
     values["pipeline"] = innermost(sections["train_dataloader"])["pipeline"]
     return {key: json.dumps(value, sort_keys=True) for key, value in values.items()}
 

@@ -11,7 +11,7 @@ import yaml
 from mmengine.config import Config
 from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 
-from mcl.config import DETECTORS, ConfigError, Devices, at_home, is_folder_name, plain
+from mcl.config import DETECTORS, ConfigError, Devices, at_home, is_folder_name, parse_yaml
 from mcl.distributed import launch
 from mcl.records.metrics import log
 
@@ -93,7 +93,7 @@ def _override(config: Config, word: str) -> None:
     node, index = places[key]
     old = node[index]
     try:
-        new = text if isinstance(old, str) else _like(old, plain(text))
+        new = text if isinstance(old, str) else _like(old, parse_yaml(text))
         if new is None and old is not None and text not in ("null", "~"):
             raise ValueError("nothing was given")
         node[index] = new
@@ -103,7 +103,7 @@ def _override(config: Config, word: str) -> None:
 
 
 def _like(old: Any, new: Any, element: bool = False) -> Any:
-    """A value as :func:`~mcl.config.plain` has read it, with the numbers and tuples of the one that it replaces.
+    """A value as :func:`~mcl.config.parse_yaml` has read it, with the numbers and tuples of the one that it replaces.
 
     Elements of a list are like the old one's first, or text where that is empty; what replaces None is a number, a
     switch or a text.
@@ -152,7 +152,7 @@ def adapt(config: Config) -> None:
         if key in _LEAST and node[index] < _LEAST[key]:
             raise ConfigError(f"{key}: {node[index]} must be at least {_LEAST[key]}")
     try:
-        config.devices = _DEVICES.validate_python(plain(str(config.devices)))
+        config.devices = _DEVICES.validate_python(parse_yaml(str(config.devices)))
     except (yaml.YAMLError, ValidationError):
         raise ConfigError(f"devices: {config.devices} must be auto, a number or a list of GPUs, as [0,2]") from None
     cuda = torch.cuda.is_available()

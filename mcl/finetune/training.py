@@ -13,10 +13,10 @@ from mmengine.utils.dl_utils import set_multi_processing
 
 from mcl import distributed
 from mcl.config import ConfigError
-from mcl.finetune import console, hooks, metric, resume, weights
+from mcl.finetune import annotations, console, hooks, metric, resume, weights
 from mcl.finetune.data import Folder, open_folder
 from mcl.finetune.settings import innermost, replace
-from mcl.finetune.workers import check_shared_memory, failing_in_words
+from mcl.finetune.workers import check_shared_memory, reporting_loader_errors
 from mcl.records.metrics import log_to_console, log_to_file, recorded_errors
 from mcl.signals import Signals
 
@@ -29,7 +29,7 @@ def finetune(config: Config) -> str:
         set_multi_processing(**config.env_cfg.mp_cfg, distributed=True)
         init_dist(config.launcher, **config.env_cfg.dist_cfg)
     log_to_console()
-    with recorded_errors(), failing_in_words(config.timeout):
+    with recorded_errors(), reporting_loader_errors(config.timeout):
         return _finetune(config)
 
 
@@ -37,9 +37,7 @@ def _finetune(config: Config) -> str:
     masks = "segm" in config.val_evaluator.metric
     lvis = config.val_dataloader.dataset.type == "LVISFolder"
     data = config.data
-    folder = distributed.once_per_machine(
-        lambda: open_folder(data.root, data.classes, masks, lvis, data.index, data.max_bad_fraction)
-    )
+    folder = open_folder(data.root, data.classes, masks, lvis, data.index, data.max_bad_fraction)
     use(config, folder)
     check_shared_memory(config)
     own: list[Hook] = [resume.prepare(config, folder)]
@@ -51,6 +49,8 @@ def _finetune(config: Config) -> str:
     try:
         Path(config.work_dir).mkdir(parents=True, exist_ok=True)
         log_to_file(Path(config.work_dir))
+        if distributed.rank() == 0 and not config.resume:
+            (Path(config.work_dir) / BAD_FILES).unlink(missing_ok=True)  # of a run that left no checkpoint
     except OSError as error:
         raise ConfigError(f"output: cannot write to {config.work_dir} ({error.strerror}); set output=FOLDER") from None
     with Signals() as signals:
@@ -66,8 +66,13 @@ def _finetune(config: Config) -> str:
 class _Runner(Runner):
     def build_logger(self, *arguments: Any, **options: Any) -> Any:
         logger = super().build_logger(*arguments, **options)
-        console.divide(logger)
+        console.route_messages(logger)
         return logger
+
+    def build_val_loop(self, loop: Any) -> Any:
+        built = super().build_val_loop(loop)
+        annotations.forget()  # the evaluator of this loop is the last that reads them
+        return built
 
 
 def _records(config: Config) -> list[dict[str, Any]]:

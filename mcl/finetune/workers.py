@@ -58,7 +58,7 @@ def _largest(loader: Any) -> int:
 
 
 @contextlib.contextmanager
-def failing_in_words(timeout: float) -> Iterator[None]:
+def reporting_loader_errors(timeout: float) -> Iterator[None]:
     """Errors in a loader's processes, whose messages are tracebacks, become one line.
 
     Args:
@@ -69,6 +69,7 @@ def failing_in_words(timeout: float) -> Iterator[None]:
         BadDataError: too many images are broken.
         SourceError: an image to evaluate on is broken.
     """
+    others = multiprocessing.active_children()
     try:
         yield
     except BadDataError as error:
@@ -78,7 +79,7 @@ def failing_in_words(timeout: float) -> Iterator[None]:
     except RuntimeError as error:
         if not str(error).startswith("DataLoader "):
             raise
-        for process in multiprocessing.active_children():
+        for process in set(multiprocessing.active_children()).difference(others):
             process.kill()  # what hangs would not end by itself, and Python waits for it
         if "timed out" in str(error):
             raise LoaderError(

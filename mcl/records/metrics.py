@@ -50,7 +50,10 @@ def log_to_console() -> None:
     log.addHandler(console)
     log.addHandler(MemoryHandler(1 << 20, flushLevel=logging.CRITICAL + 1))
     logging.captureWarnings(True)
-    logging.getLogger("py.warnings").handlers = log.handlers
+    warned = logging.getLogger("py.warnings")
+    warned.handlers = log.handlers
+    # Libraries warn every rank of the same.
+    warned.setLevel(logging.WARNING if distributed.rank() == 0 else logging.ERROR)
 
 
 def log_to_file(folder: Path) -> None:
@@ -94,6 +97,7 @@ class Metrics:
     """
 
     def __init__(self, config: Config, step: int) -> None:
+        check_sinks(config)
         folder = config.run_folder
         self._path = folder / "metrics.jsonl"
         _keep_until(self._path, step)
@@ -102,14 +106,14 @@ class Metrics:
         self._tensorboard: Any = None
         self._wandb: Any = None
         if config.log.tensorboard:
-            with _needed("log.tensorboard", "pip install tensorboard, or log.tensorboard=false"):
-                from torch.utils.tensorboard import SummaryWriter
+            from torch.utils.tensorboard import SummaryWriter
+
             with _needed("log.tensorboard", "log.tensorboard=false does without"):
                 self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         if config.log.wandb:
-            with _needed("log.wandb", "pip install wandb, or log.wandb="):
-                import wandb
-            with _needed("log.wandb", "wandb login, WANDB_MODE=offline, or log.wandb="), _without_waiting():
+            import wandb
+
+            with _accepted_by_wandb():
                 self._wandb = wandb.init(
                     project=config.log.wandb,
                     id=_run_id(folder / "wandb_id"),
@@ -151,6 +155,24 @@ class Metrics:
             self._wandb.finish()
 
 
+def check_sinks(config: Config) -> None:
+    """Looks whether the packages for the log are there, and whether W&B knows the user, before anything is written.
+
+    Raises:
+        ConfigError: a package is missing, or W&B refuses the key or the project.
+    """
+    if config.log.tensorboard:
+        with _needed("log.tensorboard", "pip install tensorboard, or log.tensorboard=false"):
+            import torch.utils.tensorboard  # noqa: F401
+    if config.log.wandb:
+        with _needed("log.wandb", "pip install wandb, or log.wandb="):
+            import wandb
+        with _accepted_by_wandb():
+            wandb.Settings(project=config.log.wandb)
+            if wandb.setup().settings.mode == "online":
+                wandb.login()
+
+
 @contextlib.contextmanager
 def _needed(key: str, remedy: str) -> Iterator[None]:
     """Says which key asked for what fails, in one line; other packages raise anything, a broken one when imported."""
@@ -161,7 +183,7 @@ def _needed(key: str, remedy: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_waiting() -> Iterator[None]:
+def _accepted_by_wandb() -> Iterator[None]:
     """The process of a run that W&B refused ends at once; W&B's own hook would wait until the network is there."""
 
     def leave() -> None:
@@ -169,7 +191,8 @@ def _without_waiting() -> Iterator[None]:
         os._exit(2)
 
     try:
-        yield
+        with _needed("log.wandb", "wandb login, WANDB_MODE=offline, or log.wandb="):
+            yield
     except Exception:
         atexit.register(leave)  # before W&B's, which was registered earlier
         raise
@@ -261,7 +284,7 @@ class BadFiles:
 
     def __init__(self, path: Path, elsewhere: Mapping[int, str]) -> None:
         self._path, self._elsewhere = path, elsewhere
-        self._known: set[str] = set()
+        self._known: set[int] = set()  # by index: images may have moved since the run began
         self._size = 0  # of the list when it was last read or written here, bytes
 
     def __call__(self, index: int, path: str, reason: str) -> None:
@@ -270,9 +293,9 @@ class BadFiles:
             return
         size = self._path.stat().st_size if self._path.exists() else 0
         if size != self._size:  # an earlier run or another process has written to it
-            self._known, self._size = {record["path"] for record in read(self._path)}, size
-        if path not in self._known:
-            self._known.add(path)
+            self._known, self._size = {record["index"] for record in read(self._path)}, size
+        if index not in self._known:
+            self._known.add(index)
             log.warning("bad file, replaced: %s: %s", path, reason)
             with _reporting(self._path), open(self._path, "a") as file:
                 file.write(json.dumps({"index": index, "path": path, "reason": reason}) + "\n")

@@ -23,6 +23,7 @@ from mcl.records.metrics import (
     BadFiles,
     Metrics,
     ProgressBar,
+    check_sinks,
     log,
     log_to_console,
     log_to_file,
@@ -83,7 +84,7 @@ class Trainer:
         self.images = config.images_per_rank(distributed.world_size())
         source = distributed.once_per_machine(lambda: open_images(config.data))
         distributed.once_per_machine(lambda: check_evaluations(config, source))
-        state = distributed.in_turn(lambda: checkpoint.latest(self.folder / "checkpoints"))
+        state = distributed.local_rank_zero_first(lambda: checkpoint.latest(self.folder / "checkpoints"))
         hang.end_after(trainer.timeout + hang.GRACE)
         agreement.check(config, self.device.type, source, None if state is None else state["step"])
         if state is not None:
@@ -266,14 +267,18 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------ set-up and words
 
     def _prepare_folder(self) -> None:
+        first = distributed.rank() == 0
+        if first:
+            check_sinks(self.config)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             log_to_file(self.folder)
         except OSError as error:
             raise ConfigError(f"output: cannot write to {self.folder} ({error.strerror}); set output=FOLDER") from None
-        first = distributed.rank() == 0
         if first:
             rewrite(self.folder / "config.yaml", yaml.safe_dump(to_dict(self.config), sort_keys=False))
+            if not self.step:
+                (self.folder / "bad_files.jsonl").unlink(missing_ok=True)  # of a run that left no checkpoint
         elsewhere = {} if first else self.loader.source.bad
         self.loader.report_bad(BadFiles(self.folder / "bad_files.jsonl", elsewhere))
         if self.step:

@@ -2,12 +2,14 @@
 
 import argparse
 import contextlib
+import io
 import os
 import re
 import resource
 import signal
 import sys
 import tempfile
+import time
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -18,7 +20,8 @@ from typing import Any, NamedTuple
 
 import atheris
 
-with atheris.instrument_imports(include=["PIL", "tarfile", "zipfile", "json", "yaml", "mcl", "dali_pipelines"]):
+PACKAGES = ["PIL", "tarfile", "zipfile", "json", "yaml", "mcl", "dali_pipelines"]
+with contextlib.redirect_stderr(io.StringIO()), atheris.instrument_imports(include=PACKAGES):  # it names every module
     from tests.fuzz.targets import TARGETS  # branches in these packages guide the search
 
 CPU_SECONDS = 2  # an input may take; instrumented code is slower
@@ -141,10 +144,15 @@ def main() -> None:
     names = options.names or list(TARGETS)
     if options.input:
         run(names[0], [options.input])
-    failed = False
-    for name in names:
-        result = fuzz(name, options.folder, int(60 * options.minutes / len(names)))
-        print(f"{result.name:<12}{result.tried:>9} inputs  {result.finding}", flush=True)
+    seconds = int(60 * options.minutes / len(names))
+    failed, took = False, float(seconds)  # a target's start counts, too
+    for done, name in enumerate(names):
+        end = time.strftime("%H:%M:%S", time.localtime(time.time() + took * (len(names) - done)))
+        print(f"{name:<12}{done + 1:>3} of {len(names)}, all until {end}", end="", flush=True)
+        began = time.time()
+        result = fuzz(name, options.folder, seconds)
+        took = time.time() - began
+        print(f"{result.tried:>9} inputs  {result.finding}", flush=True)
         failed |= bool(result.finding)
     sys.exit(failed)
 

@@ -264,7 +264,9 @@ def test_nobody_waits_for_a_stopped_rank(preset: Path, tmp_path: Path, victim: i
 
 
 def test_what_ends_one_rank_as_training_begins_ends_the_others(preset: Path, tmp_path: Path) -> None:
-    with Run(preset, tmp_path, "log.wandb=x", "trainer.timeout=5") as run:
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "tensorboard").touch()  # where the first one needs a folder
+    with Run(preset, tmp_path, "log.tensorboard=true", "trainer.timeout=5") as run:
         assert run.ends() == [2, 3]
     assert "the run ends: ConfigError" in run.log()
 

@@ -1,6 +1,7 @@
 """What the check of annotation files refuses, and what it corrects."""
 
 import codecs
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from dali_pipelines.source import SourceError
-from mcl.finetune.annotations import check, read
+from mcl.finetune.annotations import Annotations, check, forget, read
 
 WIDTH, HEIGHT = 40, 30
 SIZE = [HEIGHT, WIDTH]
@@ -58,7 +59,8 @@ def every(section: str, **values: Any) -> Edit:
 
 def test_what_is_in_order_is_left_as_it_is() -> None:
     content = example()
-    assert check(encode(content), "x")._asdict() == {**content, "corrections": ""}
+    data = encode(content)
+    assert check(data, "x") == Annotations(**content, corrections="", digest=hashlib.sha256(data).digest())
 
 
 @pytest.mark.parametrize(
@@ -209,6 +211,23 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         read(tmp_path)
 
 
+def test_files_are_read_once_until_they_change_or_are_forgotten(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(encode(example()))
+    assert read(path) is not read(path)
+    boxes = read(path, masks=False, keep=True)
+    assert "segmentation" not in boxes.annotations[0]
+    assert read(path, masks=False) is boxes
+    whole = read(path, keep=True)
+    assert whole.annotations[0]["segmentation"] == [POLYGON]
+    assert read(path) is read(path, masks=False) is whole
+    path.write_bytes(edited(first("categories", name="another")))
+    assert read(path).categories[0]["name"] == "another"
+    forget()
+    path.write_bytes(encode(example()))
+    assert read(path) is not whole
+
+
 def as_text(value: Any) -> Any:
     """Numbers as text, at every depth."""
     if isinstance(value, dict):
@@ -241,7 +260,8 @@ def ids(section: str, field: str, change: Callable[[int], Any]) -> Edit:
         (every("annotations", image_id="1"), ""),
         (every("annotations", image_id=1.0), ""),
         (every("annotations", iscrowd=None), "iscrowd of annotations missing (2)"),
-        (every("annotations", iscrowd=False), ""),
+        (every("annotations", iscrowd=False), "iscrowd of annotations converted (2)"),
+        (every("annotations", iscrowd=True), "iscrowd of annotations converted (2)"),
         (every("annotations", iscrowd="0"), "iscrowd of annotations converted (2)"),
         (every("annotations", area=None), "area of annotations missing (2)"),
         (every("annotations", area="200"), "area of annotations converted (2)"),
@@ -266,7 +286,7 @@ def ids(section: str, field: str, change: Callable[[int], Any]) -> Edit:
 )
 def test_corrected(edit: Edit, corrections: str) -> None:
     """All of it comes out as numbers, and with ids by which each annotation is of the image that it was of."""
-    images, categories, annotations, what = check(edited(edit), "x")
+    images, categories, annotations, what, _ = check(edited(edit), "x")
     assert what == corrections
     assert [image["file_name"].split("/")[-1] for image in images] == ["1.jpg", "2.jpg"]
     assert all((image["width"], image["height"]) == (WIDTH, HEIGHT) for image in images)
@@ -286,7 +306,7 @@ def test_corrected(edit: Edit, corrections: str) -> None:
 
 def test_ids_of_images_that_are_text_stay() -> None:
     data = edited(ids("images", "image_id", lambda i: f"image {i}"))
-    images, _, annotations, corrections = check(data, "x")
+    images, _, annotations, corrections, _ = check(data, "x")
     assert [image["id"] for image in images] == [a["image_id"] for a in annotations] == ["image 1", "image 2"]
     assert corrections == ""
 

@@ -237,8 +237,18 @@ def test_too_many_broken_images_end_the_run(fresh: Path, tmp_path: Path) -> None
     assert "Traceback" not in done.stderr
 
 
+def test_broken_images_that_moved_are_counted_once(fresh: Path, tmp_path: Path) -> None:
+    damage(fresh / "train" / "4.jpg", CUT)
+    batches(fresh, tmp_path / "run", 0, 0.2)
+    batches(fresh.rename(tmp_path / "moved"), tmp_path / "run", 0, 0.2)
+    (record,) = map(json.loads, (tmp_path / "run" / "bad_files.jsonl").read_text().splitlines())
+    assert record["path"] == str(fresh / "train" / "4.jpg")
+
+
 def test_a_run_with_a_broken_image(fresh: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     damage(fresh / "train" / "4.jpg", CUT)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "bad_files.jsonl").write_text('{"index": 3, "path": "other", "reason": "of a run before"}\n')
     finetune(MINI, words(fresh, tmp_path, "run", "data.max_bad_fraction=0.5", "train_dataloader.num_workers=1"))
     said = [line for line in capfd.readouterr().out.splitlines() if "bad file" in line]
     assert said == [f"bad file, replaced: {fresh / 'train' / '4.jpg'}: cannot be decoded"]

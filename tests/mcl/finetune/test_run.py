@@ -26,7 +26,7 @@ from pycocotools.mask import encode
 
 from mcl import cli
 from mcl.config import ConfigError
-from mcl.finetune import console, finetune, hooks, metric
+from mcl.finetune import annotations, console, finetune, hooks, metric
 from mcl.signals import Interrupted
 from tests.conftest import ROOT
 from tests.mcl.distributed.test_faults import children
@@ -80,8 +80,16 @@ def test_table(whole: tuple[Path, str]) -> None:
     assert all(0 <= record[kind][name] <= 100 for kind in ("box", "mask") for name in ("AP", "AP50", "AP75"))
 
 
-def test_from_scratch(folder: Path, tmp_path: Path) -> None:
+def test_from_scratch(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reads each annotation file once."""
+    annotations.forget()  # of other tests
+    read: list[str] = []
+    read_bytes = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: (read.append(path.name), read_bytes(path))[1])
     table = finetune(MINI, words(folder, tmp_path, "scratch", "train_cfg.max_iters=1"))
+    assert sorted(name for name in read if "instances" in name) == ["instances_train.json", "instances_val.json"]
+    annotations.read(folder / "instances_val.json")
+    assert read.count("instances_val.json") == 2, "annotations are kept in memory while it trains"
     assert [line.split(" | ")[:2] for line in table.splitlines()[2:]] == [["| 1", "box"], ["| 1", "mask"]]
 
 
@@ -98,8 +106,8 @@ def measured(folder: Path, found: bool) -> dict[str, float]:
     """What an evaluation gives to a detector that finds the first object, or nothing."""
     measure = metric.FolderMetric(ann_file=str(folder / "instances_val.json"), metric=["bbox", "segm"])
     measure.dataset_meta = {"classes": ("thing", "part")}
-    annotations = json.loads((folder / "instances_val.json").read_text())
-    image, (x, y, w, h) = annotations["images"][0], annotations["annotations"][0]["bbox"]
+    content = json.loads((folder / "instances_val.json").read_text())
+    image, (x, y, w, h) = content["images"][0], content["annotations"][0]["bbox"]
     mask = np.zeros((image["height"], image["width"]), np.uint8, order="F")
     mask[y : y + h, x : x + w] = 1
     results = []
@@ -148,6 +156,8 @@ def cut_after_three_steps(run: Path) -> None:
     for path in (run / f"iter_{STEPS}.pth", run / metric.RESULTS, run / metric.TABLE):
         path.unlink(missing_ok=True)
     (run / "iter_5.pth").write_bytes((run / "iter_3.pth").read_bytes()[:1000])
+    torch.save({"state_dict": {}}, run / "iter_7.pth")  # which another program wrote
+    torch.save([], run / "iter_8.pth")
 
 
 def check_same_weights(run: Path, other: Path) -> None:
@@ -234,9 +244,9 @@ def test_other_runs_are_not_continued(folder: Path, checkpoint: Path, whole: tup
         finetune(MINI, [*arguments, "resume=false"])
     moved = shutil.copytree(folder, tmp_path / "moved")
     assert finetune(MINI, [*arguments, f"data.root={moved}"]) == whole[1]
-    annotations = json.loads((moved / "instances_train.json").read_text())
-    annotations["annotations"].pop()
-    (moved / "instances_train.json").write_text(json.dumps(annotations))
+    content = json.loads((moved / "instances_train.json").read_text())
+    content["annotations"].pop()
+    (moved / "instances_train.json").write_text(json.dumps(content))
     with pytest.raises(ConfigError, match=r"whole: the run in this folder had another data\.root; .*name="):
         finetune(MINI, [*arguments, f"data.root={moved}"])
 

@@ -1,5 +1,6 @@
 """Processes that load data: too little memory, no progress, no parent."""
 
+import multiprocessing
 import os
 import re
 import shutil
@@ -105,6 +106,26 @@ def gone(processes: Sequence[int]) -> bool:
     while time.monotonic() < end and any(Path(f"/proc/{process}").exists() for process in processes):
         time.sleep(0.05)
     return not any(Path(f"/proc/{process}").exists() for process in processes)
+
+
+def test_processes_of_others_outlive_a_failing_loader() -> None:
+    """Whoever calls :func:`mcl.finetune.finetune` may have processes, too."""
+    other, own = (multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,)) for _ in range(2))
+
+    def load() -> None:
+        with workers.reporting_loader_errors(5):
+            own.start()
+            raise RuntimeError("DataLoader timed out after 5 seconds")
+
+    other.start()
+    try:
+        with pytest.raises(workers.LoaderError, match="no batch came"):
+            load()
+        own.join(5)
+        assert own.exitcode == -signal.SIGKILL
+        assert other.is_alive()
+    finally:
+        other.kill()
 
 
 @pytest.mark.soak

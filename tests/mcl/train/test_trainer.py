@@ -385,6 +385,7 @@ def test_remedies_for_bad_files_may_be_applied_on_resume(tiny: Config) -> None:
 def test_bad_input_is_refused_before_any_work(tiny: Config, words: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Trainer(config.override(tiny, words)).fit()
+    assert not tiny.run_folder.exists()
 
 
 def test_finished_run_is_not_trained_again(tiny: Config) -> None:
