@@ -6,6 +6,7 @@ A step is forward, backward, clip, optimiser and momentum network, on fixed inpu
 * ``released``: the preset that computes the same, at the same canvases;
 * ``matched``: the preset that needs less for it, likewise;
 * ``recompute``: ``matched`` with activation checkpointing;
+* ``graph``, ``compile``: ``matched`` as a CUDA graph, which needs a GPU, and by torch.compile;
 * ``bf16``: ``matched`` in bf16, whatever ``--precision``; slower than fp32 on a CPU without bf16 instructions, of which
   ``mcl doctor`` tells;
 * ``budget``, ``budget_2x``: the preset of that name at every size of its own canvas schedule, whatever ``--cells``; a
@@ -36,7 +37,7 @@ from torch.optim import SGD
 
 from benchmarks import charts
 from benchmarks.authors import Authors, AuthorsStep
-from benchmarks.common import PRESETS, Result, argument_parser, finish, progress, rounds, summary, tables, timed
+from benchmarks.common import PRESETS, Result, argument_parser, finish, per_call, progress, rounds, summary, tables
 from dali_pipelines.batch import MontageBatch, in_order
 from dali_pipelines.geometry import STRIDE
 from mcl import config
@@ -176,6 +177,8 @@ CONTENDERS: dict[str, tuple[str, Callable[[Setting], Contender]]] = {
     "released": ("released", lambda setting: _preset(setting, "in1k_released", "trainer.recompute=false")),
     "matched": ("matched", lambda setting: _preset(setting, "in1k")),
     "recompute": ("matched, recompute", lambda setting: _preset(setting, "in1k", "trainer.recompute=true")),
+    "graph": ("matched, CUDA graph", lambda setting: _preset(setting, "in1k", "trainer.cuda_graph=true")),
+    "compile": ("matched, torch.compile", lambda setting: _preset(setting, "in1k", "trainer.compile=true")),
     "bf16": ("matched, bf16", lambda setting: _preset(setting, "in1k", "trainer.precision=bf16")),
     "budget": ("budget", lambda setting: _preset(setting, "budget", scheduled=True)),
     "budget_2x": ("budget_2x", lambda setting: _preset(setting, "budget_2x", scheduled=True)),
@@ -199,10 +202,12 @@ def _start(contender: Contender) -> None:
 def seconds(side: int) -> float:
     """Of a step on images, or canvases, of so many pixels, after one that is not timed; in a process of :func:`apart`.
 
+    On a GPU it is the mean of several.
+
     Then what is free goes back, for the other processes.
     """
     _step(side)
-    elapsed = timed(lambda: _step(side))
+    elapsed = per_call(lambda: _step(side), 10)
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     getattr(ctypes.CDLL(None), "malloc_trim", int)(0)  # glibc's

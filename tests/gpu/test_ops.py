@@ -73,8 +73,8 @@ def test_hundred_backwards_give_one_hash(device: torch.device) -> None:
 
 
 def normalized(
-    function: Callable[..., Tensor], device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], counts: list[int],
-    added: bool, relu: bool, given: torch.dtype,
+    function: Callable[..., Tensor], device: torch.device, dtype: torch.dtype, shape: tuple[int, ...],
+    counts: list[int], added: bool, relu: bool, given: torch.dtype,
 ) -> list[Tensor]:  # fmt: skip
     """Output, running statistics and gradients on a device, in `dtype`, of values that `given` has."""
     wide = torch.promote_types(dtype, torch.float32)

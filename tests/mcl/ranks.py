@@ -1,4 +1,4 @@
-"""Processes on one machine, over gloo by default, forked from a server that has imported what they need; what they are given."""
+"""Processes on one machine, forked from a server that has imported what they need; and what they are given."""
 
 import multiprocessing
 import os
