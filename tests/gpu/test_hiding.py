@@ -31,7 +31,7 @@ def test_it_is_hidden_now(pytestconfig: pytest.Config) -> None:
 def test_make_test_runs_the_tests_that_need_one_where_there_is_one(there: bool, tmp_path: Path) -> None:
     calls, done = tmp_path / "calls", tmp_path / "done"
     done.touch()
-    for name, line in {"pytest": f'echo "$@" >> {calls}', "nvidia-smi": f"exit {int(not there)}"}.items():
+    for name, line in {"pytest": f"printf '%s\\n' \"$*\" >> {calls}", "nvidia-smi": f"exit {int(not there)}"}.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
         (tmp_path / name).chmod(0o755)
     words = [f"BIN={tmp_path}", f"INSTALLED={done}", f"MMDET={done}", "-o", str(done)]
