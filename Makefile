@@ -50,7 +50,7 @@ demo: setup
 # processes on two cores, since many tests wait for others.
 test: setup mmdet
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist=worksteal --durations=15
-	if nvidia-smi -L >/dev/null 2>&1; then $(BIN)/pytest -m "gpu and not soak"; fi
+	if nvidia-smi -L >/dev/null 2>&1; then $(BIN)/pytest -m "gpu and not soak" tests/gpu; fi
 
 soak: setup mmdet
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses=4 --durations=15 -m "soak or fault"

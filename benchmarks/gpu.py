@@ -111,7 +111,7 @@ def stages(folder: Path, full: bool, images: int) -> list[Stage]:
     turns = ["--seconds", 2, "--steps", 30, "--repeat", 3]
     step = ["step", "--images", images, "--repeat", 3, "--precision"]
     ways = ["supervised_canvas", "authors", "released", "matched", "recompute", "graph", "compile"]
-    tests = ["-m", "pytest", "-m", "gpu" if full else "gpu and not soak", "--junit-xml", str(folder / "tests.xml")]
+    tests = ["-m", "pytest", "tests/gpu", "-m", "gpu" if full else "gpu and not soak", "--junit-xml", str(folder / "tests.xml")]
     every = [
         Stage("tests", 1200 if full else 150, tests),
         measure("end_to_end", 75, "end_to_end", *preset, *turns),

@@ -39,4 +39,4 @@ def test_make_test_runs_the_tests_that_need_one_where_there_is_one(there: bool, 
     subprocess.run(["make", "test", *words], cwd=ROOT, env=environment, capture_output=True, check=True)
     plain, *gpu = calls.read_text().splitlines()
     assert "-m" not in plain.split()
-    assert gpu == ["-m gpu and not soak"] * there
+    assert gpu == ["-m gpu and not soak tests/gpu"] * there
