@@ -111,7 +111,15 @@ def stages(folder: Path, full: bool, images: int) -> list[Stage]:
     turns = ["--seconds", 2, "--steps", 30, "--repeat", 3]
     step = ["step", "--images", images, "--repeat", 3, "--precision"]
     ways = ["supervised_canvas", "authors", "released", "matched", "recompute", "graph", "compile"]
-    tests = ["-m", "pytest", "tests/gpu", "-m", "gpu" if full else "gpu and not soak", "--junit-xml", str(folder / "tests.xml")]
+    tests = [
+        "-m",
+        "pytest",
+        "tests/gpu",
+        "-m",
+        "gpu" if full else "gpu and not soak",
+        "--junit-xml",
+        str(folder / "tests.xml"),
+    ]
     every = [
         Stage("tests", 1200 if full else 150, tests),
         measure("end_to_end", 75, "end_to_end", *preset, *turns),
@@ -119,9 +127,9 @@ def stages(folder: Path, full: bool, images: int) -> list[Stage]:
         measure("step", 75, *step, "bf16", "--contenders", "supervised", "matched", "graph"),
         measure("kernels", 60, "kernels", "--images", images, "--repeat", 3),
     ]
-    for precision in ("fp32", "bf16", "fp16"):
-        words = [*step, precision, "--contenders", "supervised", *ways, "budget", "budget_2x"]
-        every.append(measure(f"step_{precision}", 900, *words, full=True))
+    for name, words in {"fp32": ["fp32", "--no-tf32"], "tf32": ["fp32"], "bf16": ["bf16"], "fp16": ["fp16"]}.items():
+        words = [*step, *words, "--contenders", "supervised", *ways, "budget", "budget_2x"]
+        every.append(measure(f"step_{name}", 900, *words, full=True))
     every.append(measure("loader", 900, "loader", "--data", PHOTOS, "--batch", images, full=True))
     for device in ("cpu", "gpu"):
         words = ["end_to_end", *preset, f"data.device={device}", *turns]

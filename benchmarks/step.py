@@ -62,6 +62,7 @@ class Setting:
     images: int  # of a step
     precision: str  # as trainer.precision
     device: str  # as trainer.device
+    tf32: bool = True  # as trainer.tf32
 
 
 Stage = dict[str, Any]
@@ -84,6 +85,7 @@ class Supervised:
     def start(self) -> Step:
         """Makes the model."""
         setting, device = self.setting, resolve_device(self.setting.device)
+        arithmetic.choose(TrainerConfig(tf32=setting.tf32))
         model = torchvision.models.get_model(setting.backbone).to(device, memory_format=torch.channels_last)
         lr = 0.1 * setting.images / 256
         optimizer = SGD(model.parameters(), lr, momentum=0.9, weight_decay=1e-4, foreach=True)
@@ -123,6 +125,7 @@ class Pretraining:
     def start(self) -> Step:
         """Makes the model."""
         optim, device = self.config.optim, resolve_device(self.config.trainer.device)
+        arithmetic.choose(self.config.trainer)
         update: Callable[[MontageBatch, MontageBatch, float, float], object]
         if self.plain:
             update = AuthorsStep(self.config, Authors(self.config.model, self.config.montage.cells).to(device))
@@ -162,6 +165,7 @@ def _preset(setting: Setting, name: str, *words: str, scheduled: bool = False) -
         f"trainer.global_batch={setting.images}",
         f"trainer.precision={setting.precision}",
         f"trainer.device={setting.device}",
+        f"trainer.tf32={setting.tf32}",
     ]
     sized = [] if scheduled else [f"montage.cells={setting.cells}"]
     return Pretraining(config.load(PRESETS / f"mcl_r50_fpn_100e_{name}.yaml", [*common, *sized, *words]))
@@ -335,11 +339,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--cells", type=int, default=7, help="montage.cells: canvases of 32 times as many pixels")
     parser.add_argument("--images", type=int, default=32, help="of a step (trainer.global_batch)")
     parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="trainer.precision")
+    parser.add_argument("--no-tf32", action="store_false", dest="tf32", help="trainer.tf32=false")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="trainer.device")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=default, help="who takes part")
     options = parser.parse_args(arguments)
-    setting = Setting(options.backbone, options.cells, options.images, options.precision, options.device)
-    arithmetic.choose(TrainerConfig())
+    setting = Setting(options.backbone, options.cells, options.images, options.precision, options.device, options.tf32)
     contenders = {name: CONTENDERS[name][1](setting) for name in options.contenders}
     stages = {name: contenders[name].stages() for name in progress(list(contenders), "counting FLOPs, {}".format)}
     results = evaluate(stages, *measure(contenders, stages, options.repeat), options.images)

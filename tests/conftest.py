@@ -22,6 +22,8 @@ def pytest_configure(config: pytest.Config) -> None:
     wanted = config.option.markexpr
     if "gpu" not in wanted or "not gpu" in wanted:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # PyTorch and DALI look when they are first asked, not when imported
+    else:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for trainer.deterministic, before CUDA starts
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -120,7 +120,7 @@ def test_full_skips_what_needs_a_package_that_is_not_there(
     skipped = {name: outcome["why"] for name, outcome in outcomes.items() if outcome["status"] == "skipped"}
     assert skipped.pop("build").startswith("the operators are compiled for CUDA")
     assert skipped == dict.fromkeys(("end_to_end_cpu", "end_to_end_gpu"), "nvidia.dali is not installed")
-    assert {f"step_{precision}" for precision in ("fp32", "bf16", "fp16")} | {
+    assert {f"step_{precision}" for precision in ("fp32", "tf32", "bf16", "fp16")} | {
         "loader",
         "profile_graph",
     } < outcomes.keys()

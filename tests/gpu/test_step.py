@@ -3,15 +3,17 @@
 import functools
 import os
 import signal
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
 from mcl import config
-from mcl.config import Config, all_keys
+from mcl.config import Config, TrainerConfig
 from mcl.records.meters import Meter
 from mcl.signals import Interrupted
+from mcl.train import arithmetic
 from mcl.train.step import TrainingStep
 from mcl.train.trainer import Trainer
 from tests.fp64 import fast_convolutions
@@ -25,8 +27,8 @@ SIZES = {"cpu": ("trainer.global_batch=8",), "cuda": ("trainer.global_batch=16",
 FP16 = ("trainer.precision=fp16", "trainer.max_loss_scale=256")
 PRECISIONS = {
     "fp64": ("trainer.precision=fp64",),
-    "fp32": ("trainer.tf32=false",),
-    "tf32": ("trainer.tf32=true",),
+    "fp32": ("trainer.precision=fp32", "trainer.tf32=false"),
+    "tf32": ("trainer.precision=fp32", "trainer.tf32=true"),
     "bf16": ("trainer.precision=bf16",),
     "fp16": FP16,
 }
@@ -40,22 +42,19 @@ WAYS = {
 }
 
 
-def known(*words: str) -> tuple[str, ...]:
-    """The words without those whose key does not exist."""
-    keys = {key.name for key in all_keys()}
-    return tuple(word for word in words if word.partition("=")[0] in keys)
-
-
 @pytest.fixture(autouse=True)
-def _cheap(device: torch.device, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the CPU a backbone that costs nothing, and graphs that are none."""
+def _cheap(device: torch.device, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """On the CPU a backbone that costs nothing, and graphs that are none. PyTorch's switches are set back."""
     if device.type == "cpu":
         request.getfixturevalue("thin_backbone")
         monkeypatch.setattr(TrainingStep, "_recorder", lambda step: Recorder(step.model))
+    yield
+    arithmetic.choose(TrainerConfig())
 
 
 def outcome(cfg: Config, device: torch.device) -> dict[str, Tensor]:
     """Running statistics and gradients of the second of two steps that move no weight, in float64."""
+    arithmetic.choose(cfg.trainer)
     step = build(cfg, device)
     for seed in (1, 3):  # a graph is recorded in the first and replayed in the second
         step(*views(cfg, seed), lr=0, momentum=1)
@@ -71,7 +70,7 @@ def outcome(cfg: Config, device: torch.device) -> dict[str, Tensor]:
 @functools.cache
 def on_the_cpu(*words: str) -> dict[str, Tensor]:
     """With sums as plain as they come: oneDNN adds in float32 more exactly than a GPU."""
-    cfg = configure(*known(*words))
+    cfg = configure(*words)
     with torch.backends.mkldnn.flags(enabled=cfg.trainer.precision != "fp32"), fast_convolutions():
         return outcome(cfg, torch.device("cpu"))
 
@@ -81,12 +80,10 @@ def on_the_cpu(*words: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_step_errs_at_most_twice_as_much_as_the_cpus(device: torch.device, precision: str, way: str) -> None:
     """In float64 it is the CPU's. In less, a ReLU that rounding turns changes all gradients before it, by chance."""
-    if precision == "tf32" and not known("trainer.tf32=true"):
-        pytest.skip("there is no key trainer.tf32")
     common = (*SIZES[device.type], *(WAYS[way] if way == "accumulate" else ()))
     truth = on_the_cpu(*common, *PRECISIONS["fp64"])
     plain = on_the_cpu(*common, *ON_THE_CPU[precision])
-    ours = outcome(configure(*known(*SIZES[device.type], *WAYS[way], *PRECISIONS[precision])), device)
+    ours = outcome(configure(*SIZES[device.type], *WAYS[way], *PRECISIONS[precision]), device)
     for name, exact in truth.items():
         error = (ours[name] - exact).norm()
         if precision == "fp64":
@@ -107,6 +104,7 @@ def test_a_step_errs_at_most_twice_as_much_as_the_cpus(device: torch.device, pre
 )
 def test_the_host_waits_for_no_step(device: torch.device, words: tuple[str, ...]) -> None:
     cfg = configure(*SIZES[device.type], *words)
+    arithmetic.choose(cfg.trainer)
     step = build(cfg, device)
     meter = Meter(len(cfg.montage.ratios), device, cfg.trainer.precision == "fp16", "skip" in words)
     for i in range(2):  # libraries choose their algorithms, and state comes to be
@@ -121,9 +119,7 @@ def test_the_host_waits_for_no_step(device: torch.device, words: tuple[str, ...]
 def test_a_resumed_run_ends_with_the_weights_of_another(
     device: torch.device, tiny: Config, words: tuple[str, ...]
 ) -> None:
-    if not known("trainer.deterministic=true"):
-        pytest.skip("there is no key trainer.deterministic")
-    words = (*words, "trainer.deterministic=true", f"trainer.device={device.type}")
+    words = (*words, "trainer.deterministic=true", f"trainer.device={device.type}", "data.device=cpu")
     whole, stopped = (config.override(tiny, [*words, f"name={name}"]) for name in ("whole", "stopped"))
     Trainer(whole).fit()
     trainer = Trainer(stopped)
