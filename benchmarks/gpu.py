@@ -124,7 +124,7 @@ def stages(folder: Path, full: bool, images: int) -> list[Stage]:
         Stage("tests", 1200 if full else 150, tests),
         measure("end_to_end", 75, "end_to_end", *preset, *turns),
         measure("profile", 45, "profile", *preset),
-        measure("step", 75, *step, "bf16", "--contenders", "supervised", "matched", "graph"),
+        measure("step", 90, *step, "bf16", "--contenders", "supervised", "matched", "graph"),
         measure("kernels", 60, "kernels", "--images", images, "--repeat", 3),
     ]
     for name, words in {"fp32": ["fp32", "--no-tf32"], "tf32": ["fp32"], "bf16": ["bf16"], "fp16": ["fp16"]}.items():
@@ -157,7 +157,7 @@ def run(
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-    outcome: Outcome = {"status": "failed" if status != 0 else "done", "seconds": time.monotonic() - start}
+    outcome: Outcome = {"status": "failed" if status != 0 else "done", "seconds": round(time.monotonic() - start, 1)}
     if status is None:
         outcome["why"] = f"not done after {seconds:.0f} s"
     elif status:

@@ -18,9 +18,8 @@ def test_they_are_launched(built: None, device: torch.device, capsys: pytest.Cap
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    "tool", ["memcheck", *(pytest.param(t, marks=pytest.mark.soak) for t in ("racecheck", "synccheck"))]
-)
+@pytest.mark.soak
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
 def test_compute_sanitizer_finds_nothing(built: None, tool: str) -> None:
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if sanitizer is None:

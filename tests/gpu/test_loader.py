@@ -29,9 +29,11 @@ def source(photos: Path) -> Source:
     return open_source(str(photos / "val"))
 
 
-def make_loader(source: Source, device: torch.device, engine: str, **data: Any) -> MontageLoader:
+def make_loader(source: Source, device: torch.device, engine: str, upload: bool = False, **data: Any) -> MontageLoader:
+    """On the device; or, with `upload`, on the CPU for the device."""
     plan = Plan(seed=0, size=len(source), images=IMAGES, geometry=GEOMETRY, augment=AugmentConfig())
-    config = DataConfig(engine=engine, device="gpu" if device.type == "cuda" else "cpu", **data)  # type: ignore[arg-type]
+    where = "cpu" if upload or device.type == "cpu" else "gpu"
+    config = DataConfig(engine=engine, device=where, **data)  # type: ignore[arg-type]
     try:
         return MontageLoader(source, plan, config, gpu=device.index, threads=2)
     except ConfigError as error:
@@ -52,16 +54,19 @@ def test_its_decoder_gives_the_cpus_pixels_but_for_rounding(source: Source, devi
 
 
 @engines
-def test_pixels_stay_until_a_busy_device_has_read_them(source: Source, device: torch.device, engine: str) -> None:
+@pytest.mark.parametrize("upload", [False, pytest.param(True, marks=pytest.mark.gpu)])
+def test_pixels_stay_until_a_busy_device_has_read_them(
+    source: Source, device: torch.device, engine: str, upload: bool
+) -> None:
     """The host runs ahead of the device by several steps, and holds on to none of them."""
 
     def checksums(busy: bool) -> list[Tensor]:
         sums = []
-        with make_loader(source, device, engine) as loader:
+        with make_loader(source, device, engine, upload, prefetch=3) as loader:
             for _ in range(12 if device.type == "cuda" else 2):
                 query, key = next(loader)
-                if busy and device.type == "cuda":
-                    torch.cuda._sleep(100_000_000)  # clock cycles: longer than a step takes to load
+                if device.type == "cuda":
+                    torch.cuda._sleep(100_000_000) if busy else torch.cuda.synchronize()  # cycles: about 50 ms
                 sums += [view.pixels.double().sum() for view in (query, key)]
         return sums
 

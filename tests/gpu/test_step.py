@@ -106,7 +106,7 @@ def test_the_host_waits_for_no_step(device: torch.device, words: tuple[str, ...]
     cfg = configure(*SIZES[device.type], *words)
     arithmetic.choose(cfg.trainer)
     step = build(cfg, device)
-    meter = Meter(len(cfg.montage.ratios), device, cfg.trainer.precision == "fp16", "skip" in words)
+    meter = Meter(len(cfg.montage.ratios), device, cfg.trainer.precision == "fp16", cfg.trainer.on_nonfinite == "skip")
     for i in range(2):  # libraries choose their algorithms, and state comes to be
         meter.add(i, *step(*views(cfg), lr=0.1, momentum=0.99))
     batch = views(cfg)
