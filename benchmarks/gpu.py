@@ -225,7 +225,7 @@ def bounds(measured: Mapping[str, Mapping[str, Any]]) -> list[str]:
             f"{together['of_slower']:.0%} of its rate."
         )
         if together["bound_by"] == "loader":
-            lines.append("More of data.threads, or another of data.engine and data.device: mcl doctor --measure times them.")
+            lines.append("More data.threads, or another data.engine or data.device: mcl doctor --measure times them.")
     if profile := measured.get("profile"):
         step = profile["step"]
         first, second, *_ = [*step["kinds"].items(), ("nothing else", 0.0), ("nothing else", 0.0)]

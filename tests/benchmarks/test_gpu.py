@@ -181,7 +181,7 @@ def test_a_slow_loader_and_an_idle_gpu_are_named() -> None:
     (step,) = profile.evaluate([], [], seconds=1.0, steps=1, images=32)
     ways = {name: {"contender": name, "seconds": s} for name, s in {"matched": 0.3, "graph": 0.2}.items()}
     words = " ".join(gpu.bounds({"end_to_end": end, "profile": {"step": step}, "step": ways}))
-    assert "The loader bounds the run, which reaches 98% of its rate. More of data.threads" in words
+    assert "The loader bounds the run, which reaches 98% of its rate. More data.threads" in words
     assert "The GPU idles for 100% of a step" in words
     assert "trainer.cuda_graph=true queues it at once" in words
     assert "a CUDA graph makes a step 1.50 times as fast" in words
