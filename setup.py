@@ -5,6 +5,7 @@ Environment:
     MCL_BUILD_CUDA=0|1      without or with CUDA; default: with, if torch is and there is an NVIDIA driver or a toolkit.
     TORCH_CUDA_ARCH_LIST    default ARCHITECTURES, as far as the toolkit knows them, and PTX for the newest.
     MAX_JOBS                parallel compilations; default: as cores and memory allow.
+    MCL_BUILD_PLUGIN=0      without the operator for DALI, where there is no DALI.
 """
 
 import functools
@@ -30,10 +31,14 @@ SOURCES = Path("kernels/csrc")
 PLUGIN = Path("kernels/dali")
 
 
+def with_plugin() -> bool:
+    return flag("MCL_BUILD_PLUGIN") is not False
+
+
 def check_packages() -> bool:
     """Whether torch and DALI are there; stops if an installation needs them."""
     missing = []
-    for name in ("torch", "torchvision", "nvidia.dali"):
+    for name in ("torch", "torchvision", *(["nvidia.dali"] if with_plugin() else [])):
         try:
             importlib.import_module(name)
         except (ImportError, OSError):
@@ -248,6 +253,7 @@ if check_packages() and wanted:
             if report:
                 Path("mcl/_C.ptxas.txt").write_text("\n".join(report) + "\n")
 
-    setup(ext_modules=[extension(), plugin()], cmdclass={"build_ext": Build.with_options(no_python_abi_suffix=True)})
+    extensions = [extension(), *([plugin()] if with_plugin() else [])]
+    setup(ext_modules=extensions, cmdclass={"build_ext": Build.with_options(no_python_abi_suffix=True)})
 else:
     setup()

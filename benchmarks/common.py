@@ -76,7 +76,7 @@ def rounds(names: Sequence[T], repeat: int, turn: Callable[[T, bool], V], shown:
 
 def interleave(functions: Mapping[str, Callable[[], object]], repeat: int) -> dict[str, list[float]]:
     """Seconds of the calls of each function, in rounds that show no progress."""
-    return rounds(list(functions), repeat, lambda name, _: timed(functions[name]), shown=False)
+    return rounds(list(functions), repeat, lambda name, _: per_call(functions[name]), shown=False)
 
 
 def timed(function: Callable[[], object], times: int = 1) -> float:
@@ -88,6 +88,12 @@ def timed(function: Callable[[], object], times: int = 1) -> float:
         function()
     synchronize()
     return time.perf_counter() - start
+
+
+def per_call(function: Callable[[], object], times: int = 20) -> float:
+    """Seconds of a call; on a GPU of one of `times`, so that waiting for the first and the last does not weigh."""
+    times = times if torch.cuda.is_available() else 1
+    return timed(function, times) / times
 
 
 def summary(name: str, seconds: Sequence[float], **more: Any) -> Result:

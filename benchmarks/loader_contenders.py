@@ -80,6 +80,8 @@ def _timed(load: Callable[[], object], times: int, images: int) -> Turn:
     start, core_start = time.perf_counter(), time.process_time()
     for _ in range(times):
         load()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
     return Turn(images, time.perf_counter() - start, time.process_time() - core_start)
 
 
@@ -138,10 +140,13 @@ def decode(job: Job, threads: int) -> Iterator[Take]:
 
 
 @contextmanager
-def montages(job: Job, threads: int, engine: Literal["fused", "stock"]) -> Iterator[Take]:
+def montages(
+    job: Job, threads: int, engine: Literal["fused", "stock"], device: Literal["cpu", "gpu"] = "cpu"
+) -> Iterator[Take]:
     """mcl: two views of four levels, tiled into canvases and normalised."""
+    gpu = 0 if device == "gpu" and torch.cuda.is_available() else None
     try:
-        loader = MontageLoader(job.source, job.plan, DataConfig(engine=engine, device="cpu"), threads=threads)
+        loader = MontageLoader(job.source, job.plan, DataConfig(engine=engine, device=device), gpu=gpu, threads=threads)
     except ConfigError as error:
         raise Missing(str(error)) from error
 
@@ -301,6 +306,8 @@ CONTENDERS: dict[str, tuple[str, Callable[[Job, int], AbstractContextManager[Tak
     "decode": ("decoding alone\n(DALI)", decode),
     "fused": ("mcl, fused operator", functools.partial(montages, engine="fused")),
     "stock": ("mcl, stock DALI", functools.partial(montages, engine="stock")),
+    "fused_gpu": ("mcl, fused operator,\non the GPU", functools.partial(montages, engine="fused", device="gpu")),
+    "stock_gpu": ("mcl, stock DALI,\non the GPU", functools.partial(montages, engine="stock", device="gpu")),
     "released": ("released recipe\n(Pillow, DataLoader)", functools.partial(workers, recipe=released)),
     "torchvision": ("torchvision v2\n(DataLoader)", functools.partial(workers, recipe=torchvision_v2)),
     "lightly": ("lightly\n(DataLoader)", functools.partial(workers, recipe=lightly)),

@@ -6,6 +6,7 @@ A step is forward, backward, clip, optimiser and momentum network, on fixed inpu
 * ``released``: the preset that computes the same, at the same canvases;
 * ``matched``: the preset that needs less for it, likewise;
 * ``recompute``: ``matched`` with activation checkpointing;
+* ``graph``, ``compile``: ``matched`` as a CUDA graph, which needs a GPU, and by torch.compile;
 * ``bf16``: ``matched`` in bf16, whatever ``--precision``; slower than fp32 on a CPU without bf16 instructions, of which
   ``mcl doctor`` tells;
 * ``budget``, ``budget_2x``: the preset of that name at every size of its own canvas schedule, whatever ``--cells``; a
@@ -36,7 +37,7 @@ from torch.optim import SGD
 
 from benchmarks import charts
 from benchmarks.authors import Authors, AuthorsStep
-from benchmarks.common import PRESETS, Result, argument_parser, finish, progress, rounds, summary, tables, timed
+from benchmarks.common import PRESETS, Result, argument_parser, finish, per_call, progress, rounds, summary, tables
 from dali_pipelines.batch import MontageBatch, in_order
 from dali_pipelines.geometry import STRIDE
 from mcl import config
@@ -61,6 +62,7 @@ class Setting:
     images: int  # of a step
     precision: str  # as trainer.precision
     device: str  # as trainer.device
+    tf32: bool = True  # as trainer.tf32
 
 
 Stage = dict[str, Any]
@@ -83,6 +85,7 @@ class Supervised:
     def start(self) -> Step:
         """Makes the model."""
         setting, device = self.setting, resolve_device(self.setting.device)
+        arithmetic.choose(TrainerConfig(tf32=setting.tf32))
         model = torchvision.models.get_model(setting.backbone).to(device, memory_format=torch.channels_last)
         lr = 0.1 * setting.images / 256
         optimizer = SGD(model.parameters(), lr, momentum=0.9, weight_decay=1e-4, foreach=True)
@@ -122,6 +125,7 @@ class Pretraining:
     def start(self) -> Step:
         """Makes the model."""
         optim, device = self.config.optim, resolve_device(self.config.trainer.device)
+        arithmetic.choose(self.config.trainer)
         update: Callable[[MontageBatch, MontageBatch, float, float], object]
         if self.plain:
             update = AuthorsStep(self.config, Authors(self.config.model, self.config.montage.cells).to(device))
@@ -161,6 +165,7 @@ def _preset(setting: Setting, name: str, *words: str, scheduled: bool = False) -
         f"trainer.global_batch={setting.images}",
         f"trainer.precision={setting.precision}",
         f"trainer.device={setting.device}",
+        f"trainer.tf32={setting.tf32}",
     ]
     sized = [] if scheduled else [f"montage.cells={setting.cells}"]
     return Pretraining(config.load(PRESETS / f"mcl_r50_fpn_100e_{name}.yaml", [*common, *sized, *words]))
@@ -176,6 +181,8 @@ CONTENDERS: dict[str, tuple[str, Callable[[Setting], Contender]]] = {
     "released": ("released", lambda setting: _preset(setting, "in1k_released", "trainer.recompute=false")),
     "matched": ("matched", lambda setting: _preset(setting, "in1k")),
     "recompute": ("matched, recompute", lambda setting: _preset(setting, "in1k", "trainer.recompute=true")),
+    "graph": ("matched, CUDA graph", lambda setting: _preset(setting, "in1k", "trainer.cuda_graph=true")),
+    "compile": ("matched, torch.compile", lambda setting: _preset(setting, "in1k", "trainer.compile=true")),
     "bf16": ("matched, bf16", lambda setting: _preset(setting, "in1k", "trainer.precision=bf16")),
     "budget": ("budget", lambda setting: _preset(setting, "budget", scheduled=True)),
     "budget_2x": ("budget_2x", lambda setting: _preset(setting, "budget_2x", scheduled=True)),
@@ -199,10 +206,12 @@ def _start(contender: Contender) -> None:
 def seconds(side: int) -> float:
     """Of a step on images, or canvases, of so many pixels, after one that is not timed; in a process of :func:`apart`.
 
+    On a GPU it is the mean of several.
+
     Then what is free goes back, for the other processes.
     """
     _step(side)
-    elapsed = timed(lambda: _step(side))
+    elapsed = per_call(lambda: _step(side), 10)
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     getattr(ctypes.CDLL(None), "malloc_trim", int)(0)  # glibc's
@@ -330,11 +339,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--cells", type=int, default=7, help="montage.cells: canvases of 32 times as many pixels")
     parser.add_argument("--images", type=int, default=32, help="of a step (trainer.global_batch)")
     parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="trainer.precision")
+    parser.add_argument("--no-tf32", action="store_false", dest="tf32", help="trainer.tf32=false")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="trainer.device")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=default, help="who takes part")
     options = parser.parse_args(arguments)
-    setting = Setting(options.backbone, options.cells, options.images, options.precision, options.device)
-    arithmetic.choose(TrainerConfig())
+    setting = Setting(options.backbone, options.cells, options.images, options.precision, options.device, options.tf32)
     contenders = {name: CONTENDERS[name][1](setting) for name in options.contenders}
     stages = {name: contenders[name].stages() for name in progress(list(contenders), "counting FLOPs, {}".format)}
     results = evaluate(stages, *measure(contenders, stages, options.repeat), options.images)

@@ -17,6 +17,15 @@ ROOT = Path(__file__).parent.parent
 PHOTOS = ROOT / "data" / "photos"
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hides all GPUs unless tests were asked for that need one: all others are about a machine without."""
+    wanted = config.option.markexpr
+    if "gpu" not in wanted or "not gpu" in wanted:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # PyTorch and DALI look when they are first asked, not when imported
+    else:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for trainer.deterministic, before CUDA starts
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _caches(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Indices of image sizes stay out of the user's cache."""

@@ -31,10 +31,11 @@ def configure(*words: str) -> Config:
     return config.override(config.from_dict(SMALL), words)
 
 
-def build(cfg: Config) -> TrainingStep:
-    """A step on the CPU, of a model with the same weights every time."""
+def build(cfg: Config, device: torch.device | None = None) -> TrainingStep:
+    """A step on a device, the CPU by default, of a model with the same weights every time."""
     torch.manual_seed(0)
-    return TrainingStep(cfg, MCL(cfg.model, cfg.montage, cfg.trainer.recompute), torch.device("cpu"))
+    model = MCL(cfg.model, cfg.montage, cfg.trainer.recompute)
+    return TrainingStep(cfg, model, device or torch.device("cpu"))
 
 
 def views(cfg: Config, first_seed: int = 1, world: int = 1) -> tuple[MontageBatch, MontageBatch]:

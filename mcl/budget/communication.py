@@ -20,13 +20,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel.distributed import _DEFAULT_BUCKET_CAP_MB
 
 from mcl.budget.count import Count, Stage
 from mcl.budget.hardware import NODE, yardsticks
 from mcl.config import ConfigError
 
-_BUCKETS = [dist._DEFAULT_FIRST_BUCKET_BYTES, _DEFAULT_BUCKET_CAP_MB * 2**20]  # type: ignore[attr-defined]
+_BUCKETS = [dist._DEFAULT_FIRST_BUCKET_BYTES, 25 * 2**20]  # type: ignore[attr-defined]
 
 LATENCY_SOURCE = "NVIDIA/nccl src/graph/tuning.cc: protocol LL over NVLink (times 1.8 between nodes) and network"
 _BASE = {"ring": 3.6e-6, "tree": 4.4e-6}  # seconds per call

@@ -1,5 +1,6 @@
 """The comparison of training steps: who takes part, what is computed from times, and a quick run of the real thing."""
 
+import dataclasses
 import json
 import os
 import re
@@ -15,7 +16,8 @@ from benchmarks import step
 from benchmarks.step import CONTENDERS, Pretraining, Setting, Stage
 from mcl import config
 from mcl.budget import count
-from mcl.config import Config, ConfigError
+from mcl.config import Config, ConfigError, TrainerConfig
+from mcl.train import arithmetic
 from tests.conftest import ROOT
 
 SETTING = Setting("resnet18", cells=2, images=32, precision="fp32", device="cpu")
@@ -80,6 +82,17 @@ def test_supervised_is_counted_at_its_own_size() -> None:
         3 * 3.628 - 0.236, rel=0.01
     )  # R18: 1.814 GMAC; no gradient to pixels
     assert small["gflop_per_image"] == pytest.approx(whole["gflop_per_image"] * (64 / 224) ** 2, rel=0.01)
+
+
+@pytest.mark.usefixtures("thin_backbone")
+@pytest.mark.parametrize("name", ["supervised", "matched"])
+def test_the_process_of_a_contender_computes_as_a_run_does(name: str) -> None:
+    """What starts there sets PyTorch's switches."""
+    try:
+        CONTENDERS[name][1](dataclasses.replace(SETTING, tf32=False)).start()
+        assert (torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32) == (True, False)
+    finally:
+        arithmetic.choose(TrainerConfig())
 
 
 @dataclass(frozen=True)

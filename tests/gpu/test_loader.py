@@ -1,29 +1,100 @@
-"""What only a GPU can show of the loader: it notices there, too, what has changed, and nobody waits in vain."""
+"""The loader on a GPU: its decoder, the memory that it lends, and what it notices of files that have changed."""
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from dali_pipelines.geometry import Geometry
 from dali_pipelines.loader import MontageLoader
 from dali_pipelines.plan import Plan
-from dali_pipelines.source import open_source
-from mcl.config import AugmentConfig, DataConfig
+from dali_pipelines.source import Source, open_source
+from mcl.config import AugmentConfig, ConfigError, DataConfig
+from tests.gpu.conftest import memory
 
 pytest.importorskip("nvidia.dali")
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
-
 GEOMETRY = Geometry(cells=1)
 IMAGES = 32
+STD = 255 * sum(AugmentConfig().std) / 3
+"""One unit of a normalised pixel, in levels of 8 bits."""
 
 
-@pytest.mark.parametrize("engine", ["fused", "stock"])
+@pytest.fixture(scope="module")
+def source(photos: Path) -> Source:
+    return open_source(str(photos / "val"))
+
+
+def make_loader(source: Source, device: torch.device, engine: str, upload: bool = False, **data: Any) -> MontageLoader:
+    """On the device; or, with `upload`, on the CPU for the device."""
+    plan = Plan(seed=0, size=len(source), images=IMAGES, geometry=GEOMETRY, augment=AugmentConfig())
+    where = "cpu" if upload or device.type == "cpu" else "gpu"
+    config = DataConfig(engine=engine, device=where, **data)  # type: ignore[arg-type]
+    try:
+        return MontageLoader(source, plan, config, gpu=device.index, threads=2)
+    except ConfigError as error:
+        pytest.skip(str(error))
+
+
+engines = pytest.mark.parametrize("engine", ["fused", pytest.param("stock", marks=pytest.mark.gpu)])
+
+
+@engines
+def test_its_decoder_gives_the_cpus_pixels_but_for_rounding(source: Source, device: torch.device, engine: str) -> None:
+    """Of the same files and the same augmentation: on average less than a level apart."""
+    with make_loader(source, device, engine) as one, make_loader(source, torch.device("cpu"), engine) as other:
+        for ours, theirs in zip(next(one), next(other), strict=True):
+            assert ours.pixels.device == device
+            assert ours.tile_images.equal(theirs.tile_images)
+            assert STD * (ours.pixels.cpu().float() - theirs.pixels.float()).abs().mean() < 1
+
+
+@engines
+@pytest.mark.parametrize("upload", [False, pytest.param(True, marks=pytest.mark.gpu)])
+def test_pixels_stay_until_a_busy_device_has_read_them(
+    source: Source, device: torch.device, engine: str, upload: bool
+) -> None:
+    """The host runs ahead of the device by several steps, and holds on to none of them."""
+
+    def checksums(busy: bool) -> list[Tensor]:
+        sums = []
+        with make_loader(source, device, engine, upload, prefetch=3) as loader:
+            for _ in range(12 if device.type == "cuda" else 2):
+                query, key = next(loader)
+                if device.type == "cuda":
+                    torch.cuda._sleep(100_000_000) if busy else torch.cuda.synchronize()  # cycles: about 50 ms
+                sums += [view.pixels.double().sum() for view in (query, key)]
+        return sums
+
+    assert torch.equal(torch.stack(checksums(busy=True)), torch.stack(checksums(busy=False)))
+
+
+@engines
+def test_memory_is_bounded(source: Source, device: torch.device, engine: str) -> None:
+    """Also while a busy device is behind by ten steps."""
+    taken = []
+    with make_loader(source, device, engine) as loader:
+        for _ in range(6 if device.type == "cuda" else 1):
+            for _ in range(10 if device.type == "cuda" else 1):
+                query, key = next(loader)
+                if device.type == "cuda":
+                    torch.cuda._sleep(20_000_000)
+                sum(view.pixels.sum() for view in (query, key))
+            taken.append(memory(device))
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+    assert taken[-1] <= taken[len(taken) // 3] + (64 << 20)
+
+
+@engines
 @pytest.mark.parametrize("change", ["smaller", "larger", "turned", "text"])
-def test_an_image_that_has_changed_is_replaced(photos: Path, tmp_path: Path, engine: str, change: str) -> None:
+def test_an_image_that_has_changed_is_replaced(
+    photos: Path, tmp_path: Path, device: torch.device, engine: str, change: str
+) -> None:
     files = [tmp_path / f"{i:02}.jpg" for i in range(IMAGES)]
     for file, photo in zip(files, sorted((photos / "val").rglob("*.jpg")), strict=False):
         file.write_bytes(photo.read_bytes())
@@ -39,33 +110,7 @@ def test_an_image_that_has_changed_is_replaced(photos: Path, tmp_path: Path, eng
         with Image.open(files[7]) as image:
             changed = changes[change](image)
         changed.save(files[7])
-    plan = Plan(seed=0, size=IMAGES, images=IMAGES, geometry=GEOMETRY, augment=AugmentConfig())
-    config = DataConfig(engine=engine, device="gpu", max_bad_fraction=0.1)  # type: ignore[arg-type]
-    with MontageLoader(source, plan, config, gpu=0, threads=2) as loader:
+    with make_loader(source, device, engine, max_bad_fraction=0.1) as loader:
         (query, _) = next(loader)
     assert list(loader.bad) == [7]
     assert 7 not in query.index.tolist()
-
-
-@pytest.mark.parametrize("device", ["cpu", "gpu"])
-@pytest.mark.parametrize("engine", ["fused", "stock"])
-def test_a_gpu_that_is_behind_reads_the_canvases_of_each_step(photos: Path, engine: str, device: str) -> None:
-    """The host neither waits for DALI nor overwrites what is still to be read."""
-    source = open_source(str(photos / "val"))
-    plan = Plan(seed=0, size=len(source), images=IMAGES, geometry=GEOMETRY, augment=AugmentConfig())
-    config = DataConfig(engine=engine, device=device, prefetch=3)  # type: ignore[arg-type]
-
-    def sums(behind: bool) -> list[float]:
-        made = []
-        with MontageLoader(source, plan, config, gpu=0, threads=2) as loader:
-            for _ in range(12):
-                query, key = next(loader)
-                if behind:
-                    torch.cuda._sleep(100_000_000)  # about 50 ms
-                else:
-                    torch.cuda.synchronize()
-                made.append((query.pixels.double() * key.pixels).sum())
-                del query, key
-        return torch.stack(made).tolist()
-
-    assert sums(behind=True) == sums(behind=False)

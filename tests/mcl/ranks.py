@@ -1,4 +1,4 @@
-"""Processes over gloo on one machine, forked from a server that has imported what they need; what they are given."""
+"""Processes on one machine, forked from a server that has imported what they need; and what they are given."""
 
 import multiprocessing
 import os
@@ -15,13 +15,17 @@ from mcl import distributed
 from tests.conftest import view
 
 
-def in_ranks(world: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What `work` returns in each of `world` processes; it and its arguments are pickled."""
+def in_ranks(world: int, work: Callable[..., Any], *arguments: Any, device: str = "cpu") -> list[Any]:
+    """What `work` returns in each of `world` processes; it and its arguments are pickled.
+
+    Args:
+        device: decides how they are connected, as of :func:`mcl.distributed.setup`.
+    """
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["mcl.train.trainer", "dali_pipelines.pipelines"])
     port = free_port()
     with ProcessPoolExecutor(world, processes) as pool:
-        futures = [pool.submit(_join, rank, world, port, work, arguments) for rank in range(world)]
+        futures = [pool.submit(_join, device, rank, world, port, work, arguments) for rank in range(world)]
         return [future.result(timeout=300) for future in futures]
 
 
@@ -41,10 +45,10 @@ def joined(geometry: Geometry, views: Sequence[MontageBatch]) -> MontageBatch:
     return view(geometry, images * len(views), canvases, torch.cat(shown))
 
 
-def _join(rank: int, world: int, port: int, work: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+def _join(device: str, rank: int, world: int, port: int, work: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     os.environ |= {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)}
-    distributed.setup("cpu")
+    distributed.setup(device)
     try:
         return work(*arguments)
     finally:

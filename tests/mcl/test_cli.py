@@ -56,7 +56,7 @@ def test_a_reader_that_has_enough_is_no_error(
         (["budget", DEMO, "--plot", "/proc/budget.png"], r"error: --plot: /proc/budget\.png cannot be written"),
         (
             ["evaluate", "knn", "docs"],
-            r"error: configs: a folder; name a checkpoint in it, such as configs/last\.pt",
+            r"error: docs: a folder; name a checkpoint in it, such as docs/last\.pt",
         ),
         (["pretrain", DEMO, "data.rot=x"], r"error: data\.rot: no such key; did you mean data\.root\?"),
         (["evaluate", "knn", "nowhere.pt"], r"error: nowhere\.pt: no such checkpoint"),

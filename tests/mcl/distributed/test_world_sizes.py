@@ -1,5 +1,6 @@
 """The same mathematics at any world size: W ranks of B images are one process of W x B images."""
 
+from collections.abc import Sequence
 from typing import Any
 from unittest import mock
 
@@ -37,12 +38,12 @@ def views(cfg: Config, step: int) -> list[MontageBatch]:
     return [joined(cfg.montage, side) for side in zip(*share, strict=True)]
 
 
-def train(cfg: Config, steps: int) -> dict[str, Any]:
+def train(cfg: Config, steps: int, device: str) -> dict[str, Any]:
     """Loss and gradient norm of every step, and everything that the model holds after them."""
     torch.manual_seed(0)
     with mock.patch("mcl.models.mcl.Backbone", TwoMaps):
         model = MCL(cfg.model, cfg.montage)
-    step = TrainingStep(cfg, model, torch.device("cpu"))
+    step = TrainingStep(cfg, model, torch.device(device))
     losses, norms = [], []
     with fast_convolutions():
         for i in range(steps):
@@ -50,7 +51,7 @@ def train(cfg: Config, steps: int) -> dict[str, Any]:
             losses.append(output.loss.item())
             norms.append(norm.item())
     losses = np.mean(distributed.gather_objects(losses), axis=0)
-    state = {name: value.numpy() for name, value in model.state_dict().items()}
+    state = {name: value.cpu().numpy() for name, value in model.state_dict().items()}
     return {"losses": losses.tolist(), "norms": norms, "state": state, "moved": moved(cfg, model)}
 
 
@@ -60,11 +61,23 @@ def moved(cfg: Config, model: MCL) -> float:
     with mock.patch("mcl.models.mcl.Backbone", TwoMaps):
         before = dict(MCL(cfg.model, cfg.montage).named_parameters())
     matrices = [(n, p) for n, p in model.named_parameters() if p.requires_grad and p.ndim > 1]
-    return min(((p - before[n]).norm() / before[n].norm()).item() for n, p in matrices)
+    return min(((p.cpu() - before[n]).norm() / before[n].norm()).item() for n, p in matrices)
 
 
-def trained(cases: list[tuple[Config, int]]) -> list[dict[str, Any]]:
-    return [train(*case) for case in cases]
+def trained(cases: Sequence[tuple[Config, int]], devices: Sequence[str] = ("cpu",)) -> list[dict[str, Any]]:
+    """`devices`: of the ranks; a single one is that of all."""
+    device = devices[distributed.rank() % len(devices)]
+    return [train(*case, device) for case in cases]
+
+
+def check_ranks(ranks: Sequence[dict[str, Any]], alone: dict[str, Any]) -> None:
+    """What ranks computed in float64, against one process."""
+    for rank in ranks:
+        assert rank["losses"] == pytest.approx(alone["losses"], rel=1e-8)
+        assert rank["norms"] == pytest.approx(alone["norms"], rel=1e-8)
+        for name, value in alone["state"].items():
+            bound = 1e-8 * max(abs(value).max(), 1e-3)
+            assert abs(rank["state"][name] - value).max() <= bound, name
 
 
 @pytest.mark.parametrize(
@@ -76,12 +89,9 @@ def test_any_number_of_ranks_computes_the_same(world: int, steps: int) -> None:
     alone, alone_single = trained(cases)
     assert not torch.distributed.is_initialized()
     assert alone["moved"] > 0.0025 * steps
-    for exact, single in in_ranks(world, trained, cases):
-        assert exact["losses"] == pytest.approx(alone["losses"], rel=1e-8)
-        assert exact["norms"] == pytest.approx(alone["norms"], rel=1e-8)
-        for name, value in alone["state"].items():
-            bound = 1e-8 * max(abs(value).max(), 1e-3)
-            assert abs(exact["state"][name] - value).max() <= bound, name
+    ranks = in_ranks(world, trained, cases)
+    check_ranks([exact for exact, _ in ranks], alone)
+    for _, single in ranks:
         for name in ("losses", "norms"):
             assert single[name] == pytest.approx(alone_single[name], rel=1e-4)
             assert single[name] == pytest.approx(alone[name][:1], rel=1e-4)

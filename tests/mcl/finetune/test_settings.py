@@ -18,8 +18,6 @@ from mcl.finetune import settings
 from tests.mcl.finetune.conftest import CONFIGS, MINI
 from tests.mcl.test_config import WORDS
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU does")
-
 
 def test_overrides() -> None:
     config = settings.load(

@@ -1,0 +1,52 @@
+"""What takes `device` runs twice: on the CPU, small, in ``make test``, so that it does not rot; and on a GPU."""
+
+import contextlib
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from mcl.ops.library import compiled
+from tests.mcl.conftest import few_photos, tiny  # noqa: F401
+from tests.mcl.detector import Detector
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param, *([0] if request.param == "cuda" else []))
+
+
+@pytest.fixture(autouse=True)
+def _there_is_one(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+
+
+@pytest.fixture
+def built(request: pytest.FixtureRequest) -> None:
+    """The operators are compiled for the device."""
+    if request.node.get_closest_marker("gpu") and not compiled("region_pool", "cuda"):
+        pytest.skip("the operators are not compiled for CUDA")
+
+
+@contextlib.contextmanager
+def unwaiting(device: torch.device) -> Iterator[None]:
+    """Raises where the host waits for the device; on the CPU, where it would if that were a GPU."""
+    if device.type == "cpu":
+        with Detector("cpu"):
+            yield
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def memory(device: torch.device) -> int:
+    """Bytes taken on a GPU, by whomever; of the CPU's, tests/dali_pipelines/test_soak.py tells more."""
+    if device.type == "cpu":
+        return 0
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free
