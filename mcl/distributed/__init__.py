@@ -210,18 +210,22 @@ def local_rank_zero_first(work: Callable[[], T]) -> T:
     return result if first else work()
 
 
-def once_per_machine(work: Callable[[], T]) -> T:
+def once_per_machine(work: Callable[[], T], of: object = None) -> T:
     """What `work` returns on the first process of a machine: the others map its memory instead of calling it.
 
     It is for large arrays of NumPy in what can be pickled. It may take longer than a step: a day at most.
+
+    Args:
+        of: what the result depends on; a process where it is another than on the first one does its own work.
     """
     if world_size() == 1:
         return work()
     hosts()
     own, descriptor = memory.offer(work()) if local_rank() == 0 else (None, None)
     barrier(timedelta(days=1))
-    found = next((offer for offer in gather_objects(own) if offer is not None and offer.here()), None)
-    if found is None:
+    offer, offered = gather_objects((own, of))[rank() - local_rank()]
+    found = offer if offered == of and offer is not None and offer.here() else None
+    if offered == of and not found:
         warnings.warn(
             f"rank {rank()} cannot read the memory of its machine's first process, so it reads all files itself; start "
             "the processes of a machine in one container",

@@ -82,8 +82,8 @@ class Trainer:
 
         # Nothing is written before all is accepted.
         self.images = config.images_per_rank(distributed.world_size())
-        source = distributed.once_per_machine(lambda: open_images(config.data))
-        distributed.once_per_machine(lambda: check_evaluations(config, source))
+        source = distributed.once_per_machine(lambda: open_images(config.data), config.data)
+        distributed.once_per_machine(lambda: check_evaluations(config, source), config.data)
         state = distributed.local_rank_zero_first(lambda: checkpoint.latest(self.folder / "checkpoints"))
         hang.end_after(trainer.timeout + hang.GRACE)
         agreement.check(config, self.device.type, source, None if state is None else state["step"])

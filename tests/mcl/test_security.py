@@ -62,7 +62,11 @@ def test_nowhere_do_we_read_what_could_execute() -> None:
         for name, call in calls(ast.parse(file.read_text())):
             keywords = {k.arg: ast.unparse(k.value) for k in call.keywords}
             forbidden = ("eval", "exec", "os.system", "yaml.load", "yaml.unsafe_load", "yaml.full_load")
-            assert name not in (*forbidden, "pickle.load", "pickle.loads", "torch.hub.load"), f"{file}: {name}"
+            if (
+                file != ROOT / "mcl/distributed/memory.py"
+            ):  # of another process of the run, as torch.distributed's objects are
+                assert name not in ("pickle.load", "pickle.loads"), f"{file}: {name}"
+            assert name not in (*forbidden, "torch.hub.load"), f"{file}: {name}"
             assert keywords.get("shell") != "True", f"{file}: {name}"
             if name == "torch.load":
                 loads += 1

@@ -123,7 +123,7 @@ def test_wrong_words(word: str, message: str) -> None:
 
 
 def test_wrong_files(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"nowhere\.py: no such configuration"):
+    with pytest.raises(ConfigError, match=r"nowhere\.py: no such file"):
         settings.load(Path("nowhere.py"))
     (tmp_path / "foreign.py").write_text("model = dict(type='MaskRCNN')")
     with pytest.raises(ConfigError, match=r"foreign\.py: not a configuration of mcl finetune"):
