@@ -313,7 +313,8 @@ def measure(options: argparse.Namespace, gpu: Gpu, folder: Path, packages: str) 
         note("wheels", run("wheels", [*pip, "--target", packages, *names], None, folder, environment))
     if options.venv == "yes":
         python = str(ROOT / ".venv" / "bin" / "python")
-        note("build", run("build", ["make", "setup"], None, folder, environment))
+        own = {**environment, "TORCH_CUDA_ARCH_LIST": gpu.capability}
+        note("build", run("build", ["make", "setup"], None, folder, own))
     probed = subprocess.run(
         [python, "-c", _PROBE, *OPTIONAL], env=environment, capture_output=True, text=True, check=False
     )

@@ -25,6 +25,7 @@ from mcl.models import MCL
 from mcl.records import preview as pictures
 from mcl.records import report
 from mcl.records.metrics import Metrics, log, log_to_file, read, recorded_errors
+from mcl.signals import Interrupted
 from mcl.train import arithmetic, checkpoint
 from mcl.train.trainer import Trainer, resolve_device
 
@@ -39,7 +40,7 @@ def run(cfg: Config) -> None:
         ProcessError: one of several processes failed; and see :func:`pretrain`.
     """
     trainer = cfg.trainer
-    gpus = torch.cuda.device_count() if trainer.device != "cpu" else 0
+    gpus = distributed.gpus() if trainer.device != "cpu" else 0
     numbers = local.devices("trainer.devices", trainer.devices, gpus, partial(_divides, cfg))
     if numbers == [0]:
         return pretrain(cfg)
@@ -72,7 +73,11 @@ def pretrain(cfg: Config) -> None:
         if not trainer.finished:
             if first:
                 _draw(cfg, lambda folder: montages(cfg, trainer.step, folder, trainer.loader.source))
-            trainer.fit()
+            try:
+                trainer.fit()
+            except Interrupted:
+                distributed.teardown()
+                raise
     distributed.teardown()  # what follows is the first process's alone
     if first:
         with recorded_errors():

@@ -149,7 +149,7 @@ class TrainerConfig:
     """Seed of weights, order, crops, augmentations and montages."""
     log_every: Annotated[int, Trait.RESUMABLE] = Field(default=10, ge=1)
     """Steps between two records in metrics.jsonl."""
-    profile: Annotated[int, Trait.RESUMABLE] = Field(default=0, ge=0, le=1000)
+    profile: Annotated[int, Trait.RESUMABLE] = Field(default=0, ge=0, le=100)
     """Steps that the first process profiles, after the first five: profile/trace.json.gz, for chrome://tracing, and the
     time of every operator and kernel in profile/table.txt of the run folder. 0: none."""
     checkpoint_epochs: Annotated[float, Trait.RESUMABLE] = Field(default=4.0, gt=0)

@@ -3,6 +3,7 @@
 This module holds the process group and its collectives. With one process they do nothing.
 """
 
+import faulthandler
 import os
 import signal
 import warnings
@@ -49,9 +50,9 @@ def setup(device: str, timeout: float = 600, folder: Path | None = None) -> None
     # PyTorch 2.13 has new names for two things that it also has under these, as do the versions before.
     warnings.filterwarnings("ignore", "`broadcast_buffers` is|`torch.distributed.all_gather_into", FutureWarning)
     if device == "cuda":
-        if local_rank() >= torch.cuda.device_count():
+        if local_rank() >= gpus():
             raise ConfigError(
-                f"trainer.device: process {local_rank()} of its machine sees {torch.cuda.device_count()} GPUs; start "
+                f"trainer.device: process {local_rank()} of its machine sees {gpus()} GPUs; start "
                 "one process per GPU, and let each see all of them (under SLURM: no --gpus-per-task)"
             )
         torch.cuda.set_device(local_rank())
@@ -78,10 +79,18 @@ def setup(device: str, timeout: float = 600, folder: Path | None = None) -> None
 
 
 def teardown() -> None:
+    """Leaves the group; what follows has no deadline."""
     global _hosts
     if dist.is_initialized():
+        hang.end_after(hang.GRACE)
         dist.destroy_process_group()
+        faulthandler.cancel_dump_traceback_later()
     _hosts = None
+
+
+def gpus() -> int:
+    """GPUs that CUDA gives this process; PyTorch's own count is the driver's, before CUDA is initialised."""
+    return torch.accelerator.device_count() if torch.cuda.is_available() else 0
 
 
 @contextmanager

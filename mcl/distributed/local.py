@@ -41,7 +41,7 @@ def devices(key: str, wanted: Any, gpus: int, fits: Callable[[int], bool]) -> li
         ConfigError: there are no such GPUs.
     """
     launch.world_size()  # refuses what is not torchrun's
-    if "WORLD_SIZE" in os.environ:
+    if {"WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys():
         return [0]
     if wanted == "auto":
         return list(range(max((n for n in range(1, gpus + 1) if fits(n)), default=1)))
@@ -89,6 +89,7 @@ def run(words: Sequence[str], numbers: Sequence[int], key: str, gpus: int, timeo
             run_id=f"{_RUN_ID}{uuid.uuid4().hex}",
             rdzv_backend="c10d",
             rdzv_endpoint="localhost:0",
+            local_addr="127.0.0.1",  # the machine's own name need not resolve
             max_restarts=0,
             monitor_interval=0.5,
         )
@@ -116,7 +117,7 @@ def _first(error: "ChildFailedError") -> ProcessError:
 def _environment(numbers: Sequence[int], gpus: int, timeout: float) -> Iterator[None]:
     """Of the processes: their GPUs, their share of the cores, and the time to save when a signal ends them."""
     environment, handlers = dict(os.environ), {number: signal.getsignal(number) for number in _HANDLED}
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(numbers))))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // len(numbers))))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(int(timeout)))
     if gpus:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")

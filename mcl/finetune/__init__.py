@@ -5,8 +5,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
+from mcl import distributed
 from mcl.config import ConfigError
 from mcl.distributed import local
 
@@ -37,7 +36,7 @@ def finetune(path: Path, overrides: Sequence[str] = ()) -> str:
     from mcl.finetune import settings, training
 
     config = settings.load(path, overrides)
-    gpus = torch.cuda.device_count()
+    gpus = distributed.gpus()
     numbers = local.devices("devices", config.devices, gpus, lambda n: config.global_batch % n == 0)
     if numbers == [0]:
         return training.finetune(config)

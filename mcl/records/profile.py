@@ -55,7 +55,7 @@ def _write(folder: Path, profiler: profile) -> None:
         said = "" if idle is None else f"The GPU was idle {idle:.1%} of the time.\n\n"
         rewrite(folder / "table.txt", f"{said}{table}\n")
         log.info("profile: %s", folder)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, MemoryError) as error:
         log.warning("no profile: %s", error)
 
 

@@ -16,8 +16,9 @@ from mcl.records.metrics import Record
 
 _GB = 1e9
 _RECOMPUTE = "trainer.recompute=true"
-_NO_MEMORY = re.compile("out of memory|STATUS_ALLOC_FAILED|can't allocate memory")
-"""How CUDA and its libraries, and PyTorch on a CPU, say that there is no more."""
+_NO_MEMORY = re.compile("out of memory|STATUS_ALLOC_FAILED|can't allocate memory|unable to find an engine")
+"""How CUDA and its libraries, and PyTorch on a CPU, say that there is no more; the last one is cuDNN's, which found no
+memory for the workspace of any algorithm."""
 
 
 class OutOfMemoryError(RuntimeError):

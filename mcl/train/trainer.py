@@ -169,8 +169,11 @@ class Trainer:
                     self._saver.check()
                 self._saver.wait()
                 distributed.barrier()  # torchrun ends the others as soon as one has failed, or was stopped
-            finally:
+            except BaseException:
                 self._saver.settle()
+                hang.end_after(hang.GRACE)  # the loader waits for the GPU, which may wait for a process that has ended
+                raise
+            finally:
                 self.loader.close()
                 if metrics is not None:
                     metrics.close()

@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from dali_pipelines.source import headers, open_images
 from dali_pipelines.source.files import Local
 from mcl import config, distributed
 from mcl.config import DataConfig
+from mcl.distributed import hang
 from mcl.records.metrics import read
 from mcl.train import checkpoint
 from mcl.train.trainer import Trainer
@@ -156,3 +158,15 @@ def test_errors_of_collectives_are_others_doing(
         raise error
     faulthandler.cancel_dump_traceback_later()
     assert type(caught.value) is raised
+
+
+def leave_and_go_on() -> bool:
+    hang.end_after(0.5)
+    distributed.teardown()
+    time.sleep(1)
+    return True
+
+
+def test_what_follows_the_group_has_no_deadline() -> None:
+    """Such as the evaluations of a finished run, which take as long as they take."""
+    assert in_ranks(2, leave_and_go_on) == [True, True]

@@ -38,8 +38,11 @@ def test_devices(wanted: Any, gpus: int, numbers: list[int]) -> None:
 
     with mock.patch.dict(os.environ):
         os.environ.pop("WORLD_SIZE", None)
+        os.environ.pop("LOCAL_RANK", None)
         assert local.devices("trainer.devices", wanted, gpus, fits) == numbers
-        os.environ["WORLD_SIZE"] = "1"  # torchrun decides
+        os.environ["WORLD_SIZE"] = "1"  # left over, or what some schedulers call the number of machines
+        assert local.devices("trainer.devices", wanted, gpus, fits) == numbers
+        os.environ["LOCAL_RANK"] = "0"  # torchrun decides
         assert local.devices("trainer.devices", wanted, gpus, fits) == [0]
 
 

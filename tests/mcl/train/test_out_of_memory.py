@@ -194,10 +194,11 @@ def test_an_error_for_want_of_memory_says_what_helps(tiny: Config, capsys: pytes
     [
         RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("FIND was unable to find an engine to execute this computation"),
         RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried"),
         MemoryError(),
     ],
-    ids=["driver", "cuBLAS", "CPU", "Python"],
+    ids=["driver", "cuBLAS", "cuDNN", "CPU", "Python"],
 )
 def test_whoever_has_no_memory_is_understood(tiny: Config, error: Exception) -> None:
     with (
