@@ -1,10 +1,12 @@
-"""Schemas of the operators, and who implements them: the compiled extension, or :mod:`mcl.ops.fallback`."""
+"""Schemas of the operators, and who implements them: the compiled libraries, or :mod:`mcl.ops.fallback`."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from dali_pipelines import BUILD
 
 SCHEMAS = {
     "region_pool": (
@@ -50,21 +52,34 @@ for _name, _schema in SCHEMAS.items():
     library.define(_name + _schema)
 
 
-def _load() -> str:
-    """Loads the extension that setup.py has built into the package; empty, or why there is none."""
-    found = sorted(Path(__file__).parents[1].glob("_C*.so"))
-    if not found:
-        return "the extension was not built; pip install --no-build-isolation -e . builds it"
+_FOLDER = Path(__file__).parents[1]
+
+
+def _load(name: str) -> str:
+    """Loads a library that setup.py has built into the package; empty, or why there is none."""
+    if not (_FOLDER / name).exists():
+        return f"the extension was not built; {BUILD} installs it"
     try:
-        torch.ops.load_library(str(found[0]))
-    except OSError as error:  # made for another torch or CUDA; the cause names the symbol or library
-        reason = error.__cause__ or error
-        return f"{found[0].name} does not load ({reason}); pip install --no-build-isolation -e . rebuilds it"
+        torch.ops.load_library(str(_FOLDER / name))
+    except OSError as error:  # made for another torch; the cause names the symbol or library
+        return f"{name} does not load ({error.__cause__ or error}); {BUILD} replaces it"
     return ""
 
 
-missing = _load()
-"""Why the extension is not used; empty where it is."""
+def _load_cuda() -> str:
+    """As :func:`_load`, the library of this PyTorch's version of CUDA: another would bring another runtime."""
+    version = (torch.version.cuda or "").partition(".")[0]
+    others = [path.stem.removeprefix("_C_cuda") for path in _FOLDER.glob("_C_cuda*.so")]
+    if others and version not in others:
+        built = f"this PyTorch, {torch.__version__}, is built {f'for CUDA {version}' if version else 'without CUDA'}"
+        return f"the extension serves CUDA {', '.join(others)}, and {built}; install another, or build from a checkout"
+    if (_FOLDER / "_C.so").exists() and not others:
+        return f"the extension is built without CUDA; MCL_BUILD_CUDA=1 {BUILD} builds it with"
+    return _load(f"_C_cuda{version}.so")
+
+
+missing = {"cpu": _load("_C.so"), "cuda": _load_cuda()}
+"""Why the extension is not used on "cpu" and "cuda"; empty where it is."""
 
 
 def compiled(name: str, device: str) -> bool:
