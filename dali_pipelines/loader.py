@@ -224,7 +224,7 @@ def _obstacle(engine: str, device: str, cuda: bool) -> str | None:
     from dali_pipelines import pipelines
 
     if not pipelines.PLUGIN.exists():
-        return f"mcl's DALI plugin was not built; {BUILD} installs it"
+        return f"mcl's DALI plugin is not installed; {BUILD} installs it"
     try:
         devices = pipelines.load_plugin()
     except RuntimeError as error:

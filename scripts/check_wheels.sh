@@ -67,8 +67,8 @@ END
 
 echo "== the pure wheel"
 install --force-reinstall --no-deps "$dist"/mcl_pretrain-*-py3-none-any.whl
-train stock "loader: stock on cpu (mcl's DALI plugin was not built; " "steps are slower without mcl's CPU operators"
+train stock "loader: stock on cpu (" "mcl's DALI plugin is not installed; " "steps are slower without mcl's CPU operators"
 doctor "stock engine on CPU" "torchvision on CPU: region_pool"
 alone python -m pip uninstall --quiet --yes nvidia-dali-cuda130
-train torchvision "loader: torchvision on cpu (NVIDIA DALI is not installed; " "steps are slower"
+train torchvision "loader: torchvision on cpu (" "NVIDIA DALI is not installed; " "steps are slower"
 doctor "torchvision engine on CPU"

@@ -52,33 +52,31 @@ for _name, _schema in SCHEMAS.items():
     library.define(_name + _schema)
 
 
-_FOLDER = Path(__file__).parents[1]
-
-
-def _load(name: str) -> str:
-    """Loads a library that setup.py has built into the package; empty, or why there is none."""
-    if not (_FOLDER / name).exists():
-        return f"the extension was not built; {BUILD} installs it"
+def load(library: Path) -> str:
+    """Loads a library that setup.py has built; returns why it cannot be used, with the remedy, or nothing."""
+    if not library.exists():
+        return f"the extension is not installed; {BUILD} installs it"
     try:
-        torch.ops.load_library(str(_FOLDER / name))
+        torch.ops.load_library(str(library))
     except OSError as error:  # made for another torch; the cause names the symbol or library
-        return f"{name} does not load ({error.__cause__ or error}); {BUILD} replaces it"
+        return f"{library.name} does not load ({error.__cause__ or error}); {BUILD} replaces it"
     return ""
 
 
-def _load_cuda() -> str:
-    """As :func:`_load`, the library of this PyTorch's version of CUDA: another would bring another runtime."""
-    version = (torch.version.cuda or "").partition(".")[0]
-    others = [path.stem.removeprefix("_C_cuda") for path in _FOLDER.glob("_C_cuda*.so")]
-    if others and version not in others:
-        built = f"this PyTorch, {torch.__version__}, is built {f'for CUDA {version}' if version else 'without CUDA'}"
-        return f"the extension serves CUDA {', '.join(others)}, and {built}; install another, or build from a checkout"
-    if (_FOLDER / "_C.so").exists() and not others:
+def load_cuda(folder: Path, cuda: str | None) -> str:
+    """As :func:`load`, that for PyTorch's version of CUDA, as "13.0": another would bring a second CUDA runtime."""
+    version = (cuda or "").partition(".")[0]
+    found = [library.stem.removeprefix("_C_cuda") for library in folder.glob("_C_cuda*.so")]
+    if found and version not in found:
+        ours = f"PyTorch is built {f'for CUDA {version}' if version else 'without CUDA'}"
+        return f"the extension serves CUDA {', '.join(found)}, {ours}; install another PyTorch, or build in a checkout"
+    if not found and (folder / "_C.so").exists():
         return f"the extension is built without CUDA; MCL_BUILD_CUDA=1 {BUILD} builds it with"
-    return _load(f"_C_cuda{version}.so")
+    return load(folder / f"_C_cuda{version}.so")
 
 
-missing = {"cpu": _load("_C.so"), "cuda": _load_cuda()}
+_FOLDER = Path(__file__).parents[1]
+missing = {"cpu": load(_FOLDER / "_C.so"), "cuda": load_cuda(_FOLDER, torch.version.cuda)}
 """Why the extension is not used on "cpu" and "cuda"; empty where it is."""
 
 

@@ -180,6 +180,6 @@ def test_without_the_extension_pytorch_and_torchvision_do_everything() -> None:
         "torchvision: region_pool; PyTorch: batch_norm, norms, lars_, ema_, clip, cross_entropy",
         "steps are slower without mcl's CPU operators (region_pool: a launch per map, and on GPUs gradients that are "
         "added in no fixed order; batch_norm: more launches, and more passes over every map; lars_: more passes over "
-        "the parameters; ema_: more passes over the parameters): the extension was not built; "
+        "the parameters; ema_: more passes over the parameters): the extension is not installed; "
         "pip install --no-build-isolation -e . installs it",
     ]

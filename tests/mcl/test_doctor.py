@@ -227,8 +227,8 @@ def test_the_extension_and_who_does_what(machine: Machine) -> None:
     found = machine()
     assert (found["C++ extension"].status, found["C++ extension"].used) == ("ok", True)
     assert "CPU" in found["C++ extension"].detail
-    pytorch = {"region_pool": ("PyTorch", "the extension was not built")}
-    missing = dict.fromkeys(("cpu", "cuda"), "the extension was not built; pip install ...")
+    pytorch = {"region_pool": ("PyTorch", "the extension is not installed")}
+    missing = dict.fromkeys(("cpu", "cuda"), "the extension is not installed; pip install ...")
     without = SimpleNamespace(missing=missing, backends=lambda device: pytorch)
     found = machine(stands={"mcl.ops": without})
     assert (found["C++ extension"].status, found["C++ extension"].used) == ("note", False)
@@ -280,7 +280,7 @@ def test_the_engine_that_loads_images_and_why_not_a_faster_one(
     monkeypatch.setattr(pipelines, "PLUGIN", tmp_path / "libmcl_dali.so")
     stock = machine()["loader"]
     assert (stock.status, stock.detail) == ("note", "stock engine on CPU")
-    assert "plugin was not built; pip install --no-build-isolation -e . installs it" in stock.why
+    assert "plugin is not installed; pip install --no-build-isolation -e . installs it" in stock.why
     slow = machine(absent=("nvidia",))["loader"]
     assert (slow.status, slow.detail) == ("note", "torchvision engine on CPU")
     assert "DALI is not installed" in slow.why
