@@ -101,7 +101,7 @@ wheels: setup
 	$(BIN)/pip install --disable-pip-version-check -r requirements/wheels.txt
 	rm -rf dist build/wheel
 	$(BIN)/python -m build
-	MCL_BUILD_CUDA=1 $(BIN)/pip wheel --no-build-isolation --no-deps -w build/wheel dist/*.tar.gz
+	MCL_BUILD_CUDA=1 $(BIN)/pip wheel --no-cache-dir --no-build-isolation --no-deps -w build/wheel dist/*.tar.gz
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair -w dist build/wheel/*.whl \
 		--exclude 'libtorch*.so' --exclude libc10.so --exclude 'libcudart.so.*' --exclude libdali.so
 	$(BIN)/twine check --strict dist/*
