@@ -5,6 +5,7 @@ Imports nothing heavy itself, and survives whatever is absent or broken.
 
 import importlib
 import importlib.machinery
+import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -16,10 +17,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import mcl
 from dali_pipelines import BUILD, DALI
+
+if TYPE_CHECKING:
+    from packaging.specifiers import SpecifierSet
 
 _WIDTH = 100
 _ABSENT = "not installed"
@@ -125,15 +129,27 @@ def _pytorch() -> Iterator[Check]:
     problem = "" if (major, minor) >= _TORCH else f"{need} or newer is needed" if torch else "everything needs it"
     yield _needed("torch", reason or release, "networks, losses, optimisers", problem, remedy)
     vision, reason = _probe("torchvision")
-    pair, problem = f"0.{minor + 15}", ""  # torch 2.n goes with torchvision 0.(n + 15)
+    wanted, problem = _wanted("torchvision", "torch"), ""
     if vision is None:  # as one that was made for another torch, whose import fails
         problem, remedy = "the backbones come from it", remedy.replace("--upgrade", "--force-reinstall")
     elif torch is None:
         problem = "it needs torch"
-    elif major == 2 and not vision.__version__.startswith(f"{pair}."):
-        problem, remedy = f"torch {release} goes with torchvision {pair}", f'pip install "torchvision=={pair}.*"'
+    elif not wanted.contains(release, prereleases=True):
+        problem = f"it needs torch{wanted}"
     why = f"backbones; goes with torch {release}"
     yield _needed("torchvision", reason or vision.__version__, why, problem, remedy)
+
+
+def _wanted(package: str, name: str) -> "SpecifierSet":
+    """Versions of another package that an installed one requires."""
+    from packaging.requirements import Requirement
+    from packaging.specifiers import SpecifierSet
+
+    try:
+        requirements = map(Requirement, importlib.metadata.requires(package) or ())
+    except importlib.metadata.PackageNotFoundError:
+        return SpecifierSet()
+    return next((r.specifier for r in requirements if r.name == name), SpecifierSet())
 
 
 def _cuda() -> Iterator[Check]:

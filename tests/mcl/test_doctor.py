@@ -1,6 +1,7 @@
 """``mcl doctor`` on machines where things are absent or broken; absence and GPUs are simulated."""
 
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 import sys
@@ -183,12 +184,23 @@ def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str
     return answer
 
 
-def test_versions_that_do_not_go_together(machine: Machine) -> None:
-    found = machine(stands={"torchvision": SimpleNamespace(__version__="0.20.1"), "torch": fake_torch("2.14.1+cu130")})
-    assert found["torchvision"].why == "torch 2.14.1+cu130 goes with torchvision 0.29"
-    assert found["torchvision"].remedy == 'pip install "torchvision==0.29.*"'
-    old = machine(stands={"torchvision": SimpleNamespace(__version__="0.24.0"), "torch": fake_torch("2.9.0")})
-    assert (old["torch"].status, old["torchvision"].status) == ("missing", "ok")
+@pytest.mark.parametrize(
+    ("torch", "wanted", "why"),
+    [
+        ("2.14.1+cu130", "(==2.11.0)", "it needs torch==2.11.0"),
+        ("2.11.0+cu130", "(==2.11.0)", ""),
+        ("2.15.0+cu132", "(>=2.14.0)", ""),  # later ones go with several versions of torch
+        ("2.9.0", "(==2.9.0)", ""),
+    ],
+)
+def test_versions_that_do_not_go_together(
+    torch: str, wanted: str, why: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: ["numpy", f"torch {wanted}"])
+    found = machine(stands={"torch": fake_torch(torch)})
+    assert found["torchvision"].status == ("missing" if why else "ok")
+    assert not why or found["torchvision"].why == why
+    assert found["torch"].status == ("missing" if torch == "2.9.0" else "ok")
 
 
 def fake_torch(version: str) -> SimpleNamespace:
