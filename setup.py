@@ -1,7 +1,9 @@
-"""Build script: compiles kernels/ into mcl/_C, and stops with the remedy where a half-working package would come out.
+"""Build script: compiles kernels/ where torch is; stops with the remedy where a half-working package would come out.
+
+pip's isolated builds (``pip install .``) have no torch: they make the pure wheel.
 
 Environment:
-    MCL_BUILD_EXTENSION=0   installs without compiling; mcl.ops then runs on PyTorch alone, slowly.
+    MCL_BUILD_EXTENSION=0   compiles nothing: mcl.ops then runs on PyTorch alone, slowly. 1: compiles or fails.
     MCL_BUILD_CUDA=0|1      without or with CUDA; default: with, if torch is and there is an NVIDIA driver or a toolkit.
     TORCH_CUDA_ARCH_LIST    default ARCHITECTURES, as far as the toolkit knows them, and PTX for the newest.
     MAX_JOBS                parallel compilations; default: as cores and memory allow.
@@ -11,15 +13,18 @@ Environment:
 import functools
 import hashlib
 import importlib
+import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 
 FIRST = "pip install -r requirements/torch.txt"
 ARCHITECTURES = ("7.5", "8.0", "9.0", "10.0", "12.0")
@@ -31,26 +36,6 @@ SOURCES = Path("kernels/csrc")
 PLUGIN = Path("kernels/dali")
 
 
-def with_plugin() -> bool:
-    return flag("MCL_BUILD_PLUGIN") is not False
-
-
-def check_packages() -> bool:
-    """Whether torch and DALI are there; stops if an installation needs them."""
-    missing = []
-    for name in ("torch", "torchvision", *(["nvidia.dali"] if with_plugin() else [])):
-        try:
-            importlib.import_module(name)
-        except (ImportError, OSError):
-            missing.append(name)
-    if missing and not {"egg_info", "sdist"} & set(sys.argv):
-        sys.exit(
-            f"mcl needs {' and '.join(missing)} before it is installed, so that pip chooses no other build. Run:\n"
-            f"    {FIRST}\n    pip install --no-build-isolation -e ."
-        )
-    return not missing
-
-
 def flag(name: str) -> bool | None:
     """An environment variable that is 0, 1 or not set."""
     value = os.environ.get(name)
@@ -59,14 +44,34 @@ def flag(name: str) -> bool | None:
     return None if not value else value == "1"
 
 
-def check_compiler() -> None:
+def with_plugin() -> bool:
+    return flag("MCL_BUILD_PLUGIN") is not False
+
+
+def compiles() -> bool:
+    """Whether to compile: where torch is, unless told otherwise; stops where anything needed for it is missing."""
+    wish = flag("MCL_BUILD_EXTENSION")
     flag("MCL_BUILD_CUDA")  # a wrong value is said before anything takes time
+    if wish is False or (wish is None and importlib.util.find_spec("torch") is None):
+        return False
+    missing = []
+    for name in ("torch", "torchvision", *(["nvidia.dali"] if with_plugin() else [])):
+        try:
+            importlib.import_module(name)
+        except (ImportError, OSError):
+            missing.append(name)
+    if missing:
+        sys.exit(
+            f"mcl needs {' and '.join(missing)} before its operators are compiled. Run:\n"
+            f"    {FIRST}\n    pip install --no-build-isolation -e ."
+        )
     compiler = os.environ.get("CXX", "g++").split()[-1]
     if shutil.which(compiler) is None:
         sys.exit(
             f"mcl: no C++ compiler ({compiler}) to build the extension with. Install one (apt install g++), name it "
             "with CXX, or set MCL_BUILD_EXTENSION=0 to run on PyTorch alone, slowly."
         )
+    return True
 
 
 @functools.cache
@@ -146,52 +151,49 @@ def jobs() -> int:
     return max(1, min(len(os.sched_getaffinity(0)), pages // (GIB_PER_JOB << 30)))
 
 
-def runtime(home: Path) -> str:
-    """The CUDA runtime to link with: the one that torch brings and loads, or the toolkit's."""
+def runtime(home: Path, name: str) -> str:
+    """The CUDA runtime to link with: of those that torch brings, or the toolkit's."""
     import torch
 
     packages = Path(torch.__file__).parents[1]
     places = [*packages.glob("nvidia/*/lib"), home / "lib64", home / "lib"]
-    found = [library for place in places for library in sorted(place.glob("libcudart.so*"))]
+    found = [library for place in places for library in sorted(place.glob(name))]
     if not found:
-        sys.exit(
-            f"mcl: no libcudart.so in {', '.join(map(str, places))}; install the CUDA runtime, or MCL_BUILD_CUDA=0"
-        )
+        sys.exit(f"mcl: no {name} in {', '.join(map(str, places))}; install the CUDA runtime, or MCL_BUILD_CUDA=0")
     return str(found[0])
 
 
-def extension() -> Extension:
+def operators() -> list[Extension]:
+    """``mcl._C`` for CPUs, and for GPUs ``mcl._C_cuda13``, of a CUDA version: not every torch has its libraries."""
     import torch
     from torch.utils.cpp_extension import CppExtension
 
-    cuda = toolkit()
     os.environ.setdefault("MAX_JOBS", str(jobs()))
-    sources = [*SOURCES.glob("*.cpp"), *SOURCES.glob("cpu/*.cpp")]
-    include = [str(SOURCES.resolve())]
     # The libtorch symbols that 2.10 promises to keep; so one build serves later versions, too.
     flags = ["-std=c++20", "-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-    compile_args: dict[str, list[str]] = {"cxx": [*flags, "-fvisibility=hidden", "-g0"]}
-    link_args = []
-    if cuda:
+    hidden = "-fvisibility=hidden"
+
+    def extension(name: str, pattern: str, include: Sequence[Path] = (), link_args: Sequence[str] = ()) -> Extension:
+        return CppExtension(
+            name,
+            sorted(map(str, [*SOURCES.glob("*.cpp"), *SOURCES.glob(pattern)])),
+            include_dirs=[str(SOURCES.resolve()), *map(str, include)],
+            extra_compile_args={
+                "cxx": [*flags, hidden, "-g0"],
+                "nvcc": [*flags, "-DUSE_CUDA", "-Xcompiler", hidden, "-Xptxas", "-v"],
+            },
+            extra_link_args=list(link_args),
+            py_limited_api=True,
+        )
+
+    found = [extension("mcl._C", "cpu/*.cpp")]
+    if cuda := toolkit():
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures(cuda))
-        sources += SOURCES.glob("cuda/*.cu")
         # Headers that a minimal toolkit lacks come with torch; the toolkit's own go first.
-        include += [str(p) for p in Path(torch.__file__).parents[1].glob("nvidia/cu*/include")]
-        link_args += [runtime(cuda), "-ltorch_cuda"]
-        compile_args["nvcc"] = [*flags, "-DUSE_CUDA", "-Xcompiler", "-fvisibility=hidden", "-Xptxas", "-v"]
-    return CppExtension(
-        "mcl._C",
-        sorted(map(str, sources)),
-        include_dirs=include,
-        extra_compile_args=compile_args,
-        extra_link_args=link_args,
-        py_limited_api=True,
-    )
-
-
-wanted = flag("MCL_BUILD_EXTENSION") is not False
-if wanted:
-    check_compiler()
+        include = list(Path(torch.__file__).parents[1].glob("nvidia/cu*/include"))
+        link_args = [runtime(cuda, "libcudart.so*"), "-ltorch_cuda"]  # both are loaded before, by torch
+        found.append(extension(f"mcl._C_cuda{major(release(cuda))}", "cuda/*.cu", include, link_args))
+    return found
 
 
 def plugin() -> Extension:
@@ -212,7 +214,8 @@ def plugin() -> Extension:
     link_args = sysconfig.get_link_flags()
     if cuda := toolkit():
         sources += PLUGIN.glob("cuda/*.cu")
-        link_args += [runtime(cuda)]
+        # DALI has a runtime of its own inside, too; so the plugin loads beside a torch for CPUs.
+        link_args += [runtime(cuda, "libcudart_static.a"), "-Wl,--exclude-libs,ALL", "-lrt", "-lpthread", "-ldl"]
         # DALI's headers need the conversions that torch switches off.
         half = [f"-U__CUDA_NO_HALF_{what}__" for what in ("OPERATORS", "CONVERSIONS")]
         compile_args["nvcc"] = [*flags, *half, "-fmad=false", "-Xcompiler", warnings, "-Xptxas", "-v"]
@@ -226,34 +229,59 @@ def plugin() -> Extension:
     )
 
 
-if check_packages() and wanted:
+def dali() -> str:
+    """The DALI that is here, as pip names it; the plugin serves no other."""
+    import nvidia.dali
+
+    return f"nvidia-dali-cuda{str(nvidia.dali.__cuda_version__)[:2]}0=={nvidia.dali.__version__}"
+
+
+def compile_and_setup() -> None:
     from torch.utils.cpp_extension import BuildExtension
 
     class Build(BuildExtension):
-        """Keeps beside the libraries the hash of their sources, and what ptxas says of every kernel: registers, spills,
-        shared memory."""
+        """Keeps beside the libraries what they were built from and for, and what ptxas says of every kernel:
+        registers, spills, shared memory."""
 
-        def build_extensions(self) -> None:
+        def build_extension(self, extension: Extension) -> None:
+            together, self.build_temp = self.build_temp, f"{self.build_temp}/{extension.name}"  # they share sources
+            super().build_extension(extension)
+            self.build_temp = together
+
+        def run(self) -> None:
             log = tempfile.TemporaryFile("w+")  # noqa: SIM115
             stdout, stderr = os.dup(1), os.dup(2)
             try:
                 os.dup2(log.fileno(), 1)  # compilers write to the file descriptors, not to sys.stdout
                 os.dup2(log.fileno(), 2)
-                super().build_extensions()
+                super().run()
             finally:
                 os.dup2(stdout, 1)
                 os.dup2(stderr, 2)
                 log.seek(0)
                 text = log.read()
                 print(text)
-            Path("mcl/_C.sources.txt").write_text(f"{sources_digest()}\n")
-            built_for = os.environ["TORCH_CUDA_ARCH_LIST"] if toolkit() else ""
-            Path("mcl/_C.architectures.txt").write_text(f"{built_for}\n")  # mcl doctor compares it with the GPUs
-            report = re.findall(r"^(?:ptxas info .*|.*bytes stack frame.*)$", text, re.MULTILINE)
-            if report:
-                Path("mcl/_C.ptxas.txt").write_text("\n".join(report) + "\n")
+            notes = {
+                "mcl/_C.sources.txt": sources_digest(),
+                "mcl/_C.architectures.txt": os.environ["TORCH_CUDA_ARCH_LIST"] if toolkit() else "",
+                "mcl/_C.ptxas.txt": "\n".join(re.findall(r"^(?:ptxas info .*|.*bytes stack frame.*)$", text, re.M)),
+                **({"dali_pipelines/libmcl_dali.txt": dali()} if with_plugin() else {}),
+            }
+            for file, note in notes.items():
+                Path("." if self.inplace else self.build_lib, file).write_text(f"{note}\n")
 
-    extensions = [extension(), *([plugin()] if with_plugin() else [])]
-    setup(ext_modules=extensions, cmdclass={"build_ext": Build.with_options(no_python_abi_suffix=True)})
+    class Wheel(bdist_wheel):
+        """For every Python 3: PyTorch and DALI load the libraries."""
+
+        def get_tag(self) -> tuple[str, str, str]:
+            return "py3", "none", super().get_tag()[2]
+
+    extensions = [*operators(), *([plugin()] if with_plugin() else [])]
+    build = Build.with_options(no_python_abi_suffix=True)
+    setup(ext_modules=extensions, cmdclass={"build_ext": build, "bdist_wheel": Wheel})
+
+
+if compiles():
+    compile_and_setup()
 else:
     setup()

@@ -1,1 +1,14 @@
 """The loader of ``mcl``: images to montages, with NVIDIA DALI or with torchvision, from one augmentation plan."""
+
+from pathlib import Path
+
+BUILD = (
+    "pip install --no-build-isolation -e ."
+    if (Path(__file__).parents[1] / "setup.py").exists()
+    else "pip install --force-reinstall --no-deps mcl_pretrain-*-manylinux_*_x86_64.whl"
+)
+"""Command that brings the compiled operators: in a checkout, or where a wheel was installed."""
+
+_BUILT_FOR = Path(__file__).with_name("libmcl_dali.txt")
+DALI = _BUILT_FOR.read_text().strip() if _BUILT_FOR.exists() else "nvidia-dali-cuda130"
+"""The DALI to install, as pip names it: exactly the one that mcl's plugin was built for, as setup.py leaves it."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
+from dali_pipelines import BUILD, DALI
 from dali_pipelines.batch import MontageBatch, in_order
 from dali_pipelines.layout import lay_out
 from dali_pipelines.lending import Lending
@@ -217,18 +218,17 @@ def _obstacle(engine: str, device: str, cuda: bool) -> str | None:
     if engine == "torchvision":
         return None if device == "cpu" else "the torchvision engine runs on CPUs only"
     if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
-        return "NVIDIA DALI is not installed; pip install nvidia-dali-cuda130"
+        return f"NVIDIA DALI is not installed; pip install {DALI}"
     if engine == "stock":
         return None
     from dali_pipelines import pipelines
 
     if not pipelines.PLUGIN.exists():
-        return "mcl's DALI plugin is not built; pip install --no-build-isolation -e . builds it"
+        return f"mcl's DALI plugin is not installed; {BUILD} installs it"
     try:
         devices = pipelines.load_plugin()
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
-        return f"mcl's DALI plugin cannot be loaded ({reason}); pip install --no-build-isolation -e . builds it anew"
+        return f"mcl's DALI plugin cannot be loaded: {error}"
     return None if device in devices else "mcl's DALI plugin was built without CUDA; MCL_BUILD_CUDA=1 builds it with"
 
 

@@ -14,10 +14,11 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from nvidia import dali
 from nvidia.dali import Pipeline, fn, pipeline_def, plugin_manager, types
 from nvidia.dali import ops as dali_ops
 
-from dali_pipelines import stock_ops
+from dali_pipelines import BUILD, DALI, stock_ops
 from dali_pipelines.geometry import Geometry
 from dali_pipelines.plan import VIEWS, Augmentation, StepPlan
 from dali_pipelines.settings import AugmentConfig, DataConfig
@@ -25,6 +26,9 @@ from dali_pipelines.stock_ops import Node, Recipe
 
 PLUGIN = Path(__file__).parent / "libmcl_dali.so"
 """The fused operator, as setup.py builds it."""
+
+INSTALLED = f"nvidia-dali-cuda{str(dali.__cuda_version__)[:2]}0=={dali.__version__}"
+"""This DALI, as pip names it."""
 
 _DTYPES = {"auto": types.FLOAT, "float32": types.FLOAT, "float16": types.FLOAT16}
 
@@ -61,9 +65,14 @@ def load_plugin() -> frozenset[str]:
     """Makes ``fn.mcl.montage`` known to DALI; returns the devices that it was built for: cpu, perhaps gpu.
 
     Raises:
-        RuntimeError: the library is not there, or was built for another DALI.
+        RuntimeError: the library was built for another DALI, or does not load; the message names the remedy.
     """
-    plugin_manager.load_library(str(PLUGIN))
+    if not INSTALLED.startswith(DALI):
+        raise RuntimeError(f"it serves {DALI}, and {INSTALLED} is installed; pip install {DALI}")
+    try:
+        plugin_manager.load_library(str(PLUGIN))
+    except RuntimeError as error:
+        raise RuntimeError(f"{str(error).strip().splitlines()[-1]}; {BUILD} replaces it") from error
     registered = {"cpu": dali_ops.cpu_ops(), "gpu": dali_ops.gpu_ops()}  # type: ignore[attr-defined]
     return frozenset(device for device, names in registered.items() if "mcl__Montage" in names)
 

@@ -5,6 +5,7 @@ Imports nothing heavy itself, and survives whatever is absent or broken.
 
 import importlib
 import importlib.machinery
+import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -16,15 +17,17 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import mcl
+from dali_pipelines import BUILD, DALI
+
+if TYPE_CHECKING:
+    from packaging.specifiers import SpecifierSet
 
 _WIDTH = 100
 _ABSENT = "not installed"
 _MARKS = {"ok": "ok", "note": "-", "missing": "MISSING"}
-_DALI = "pip install nvidia-dali-cuda130"
-_BUILD = "pip install --no-build-isolation -e ."
 BUILT_FOR = Path(mcl.__file__).parent / "_C.architectures.txt"
 """GPUs that the extension was compiled for, as setup.py leaves it: "7.5;8.0+PTX", empty where it is for CPUs only."""
 _PYTHON = (3, 11)
@@ -126,15 +129,27 @@ def _pytorch() -> Iterator[Check]:
     problem = "" if (major, minor) >= _TORCH else f"{need} or newer is needed" if torch else "everything needs it"
     yield _needed("torch", reason or release, "networks, losses, optimisers", problem, remedy)
     vision, reason = _probe("torchvision")
-    pair, problem = f"0.{minor + 15}", ""  # torch 2.n goes with torchvision 0.(n + 15)
+    wanted, problem = _wanted("torchvision", "torch"), ""
     if vision is None:  # as one that was made for another torch, whose import fails
         problem, remedy = "the backbones come from it", remedy.replace("--upgrade", "--force-reinstall")
     elif torch is None:
         problem = "it needs torch"
-    elif major == 2 and not vision.__version__.startswith(f"{pair}."):
-        problem, remedy = f"torch {release} goes with torchvision {pair}", f'pip install "torchvision=={pair}.*"'
+    elif not wanted.contains(release, prereleases=True):
+        problem = f"it needs torch{wanted}"
     why = f"backbones; goes with torch {release}"
     yield _needed("torchvision", reason or vision.__version__, why, problem, remedy)
+
+
+def _wanted(package: str, name: str) -> "SpecifierSet":
+    """Versions of another package that an installed one requires."""
+    from packaging.requirements import Requirement
+    from packaging.specifiers import SpecifierSet
+
+    try:
+        requirements = map(Requirement, importlib.metadata.requires(package) or ())
+    except importlib.metadata.PackageNotFoundError:
+        return SpecifierSet()
+    return next((r.specifier for r in requirements if r.name == name), SpecifierSet())
 
 
 def _cuda() -> Iterator[Check]:
@@ -189,12 +204,11 @@ def _dali() -> Iterator[Check]:
         yield Check("JPEG decoder", "ok", "libjpeg-turbo, in DALI", True, "nvJPEG decodes with data.device=gpu only")
     else:
         if reason == _ABSENT:
-            yield Check(
-                "DALI", "note", reason, False, "the torchvision engine is used, at a fraction of the speed", _DALI
-            )
+            why = "the torchvision engine is used, at a fraction of the speed"
+            yield Check("DALI", "note", reason, False, why, f"pip install {DALI}")
         else:
             why = "installed but unusable; mend it, or remove it and the slower torchvision engine is used"
-            yield Check("DALI", "missing", reason, False, why, _DALI.replace("install", "install --force-reinstall"))
+            yield Check("DALI", "missing", reason, False, why, f"pip install --force-reinstall {DALI}")
         pillow, _ = _probe("PIL.features")
         if pillow is None:
             why = "neither DALI nor Pillow is there"
@@ -208,13 +222,12 @@ def _extensions() -> Iterator[Check]:
     """The compiled operators, and who does what in a step."""
     ops, reason = _probe("mcl.ops")
     if ops is None:
-        yield Check("C++ extension", "missing", reason, False, "the operators cannot be imported", _BUILD)
+        yield Check("C++ extension", "missing", reason, False, "the operators cannot be imported", BUILD)
         return
-    if ops.missing:
-        yield Check("C++ extension", "note", "not built", False, ops.missing, _BUILD)
+    if ops.missing["cpu"]:
+        yield Check("C++ extension", "note", "none", False, ops.missing["cpu"])
     else:
-        built = " and ".join(d.upper() for d in ("cpu", "cuda") if ops.compiled("region_pool", d))
-        yield _built(f"built for {built}", ops.compiled("region_pool", "cuda"))
+        yield _built(ops.missing["cuda"])
     device = _device()
     tasks: dict[tuple[str, str], list[str]] = {}
     for task, backend in ops.backends(device).items():
@@ -224,20 +237,19 @@ def _extensions() -> Iterator[Check]:
         yield Check("operators", "note" if library in ("PyTorch", "torchvision") else "ok", detail, True, why)
 
 
-def _built(detail: str, with_cuda: bool) -> Check:
-    """Whether the extension serves the GPUs that are here."""
+def _built(obstacle: str) -> Check:
+    """Whether the extension serves the GPUs that are here; `obstacle` is why it serves none."""
     torch, _ = _probe("torch")
     gpus = range(torch.cuda.device_count()) if _device() == "cuda" else ()
-    if gpus and not with_cuda:
-        why = "GPUs run PyTorch's operators, which are slower"
-        return Check("C++ extension", "note", detail, False, why, f"MCL_BUILD_CUDA=1 {_BUILD}")
-    architectures = BUILT_FOR.read_text().strip() if with_cuda and BUILT_FOR.exists() else ""
-    detail += f" ({architectures})" * bool(architectures)
+    if gpus and obstacle:
+        return Check("C++ extension", "note", "for CPU", False, f"GPUs run PyTorch's operators, slower: {obstacle}")
+    architectures = BUILT_FOR.read_text().strip() if not obstacle and BUILT_FOR.exists() else ""
+    detail = "for CPU" if obstacle else f"for CPU and CUDA ({architectures or 'unknown GPUs'})"
     for index in gpus:
         gpu = torch.cuda.get_device_properties(index)
         if architectures and not _serves(architectures, (gpu.major, gpu.minor)):
             why = f"CUDA {index}, {gpu.name}, has compute capability {gpu.major}.{gpu.minor}"
-            remedy = f"TORCH_CUDA_ARCH_LIST={gpu.major}.{gpu.minor} {_BUILD}"
+            remedy = f"TORCH_CUDA_ARCH_LIST={gpu.major}.{gpu.minor} pip install --no-build-isolation -e ."
             return Check("C++ extension", "missing", detail, False, why, remedy)
     return Check("C++ extension", "ok", detail, True, "region pooling, BatchNorm, optimiser steps")
 
@@ -261,7 +273,7 @@ def _loader() -> Iterator[Check]:
     """Which engine loads images, and why not a faster one."""
     loader, reason = _probe("dali_pipelines.loader")
     if loader is None:
-        yield Check("loader", "missing", reason, False, "the loader cannot be imported", _BUILD)
+        yield Check("loader", "missing", reason, False, "the loader cannot be imported", BUILD)
         return
     engine, device, why = _choice(loader)
     detail = f"{engine} engine on {device.upper()}"
@@ -270,7 +282,7 @@ def _loader() -> Iterator[Check]:
     elif engine == "fused" and "loader threads" in why:
         yield Check("loader", "ok", detail, True, f"{why}; mcl doctor --measure times the others")
     else:
-        yield Check("loader", "note", detail, True, why, _BUILD)
+        yield Check("loader", "note", detail, True, why)
 
 
 def _apex() -> Iterator[Check]:
@@ -296,13 +308,10 @@ def _others() -> Iterator[Check]:
     """Packages that draw, log or fine-tune, and what each is for."""
     for name in ("mmengine", "mmcv", "mmdet"):
         yield _package(name, "note", "only mcl finetune needs it", "mcl install-mmdet")
-    for name, why in (
-        ("tensorboard", "log.tensorboard is on by default"),
-        ("matplotlib", "draws the curves of a report"),
-        ("jinja2", "writes the report of a run"),
-    ):
+    for name, why in (("matplotlib", "draws the curves of a report"), ("jinja2", "writes the report of a run")):
         yield _package(name, "missing", why, f"pip install --force-reinstall {name}")
-    yield _package("wandb", "note", "only log.wandb needs it", "pip install wandb")
+    for name, why in (("tensorboard", "log.tensorboard"), ("wandb", "log.wandb")):
+        yield _package(name, "note", f"only {why} needs it", f"pip install {name}")
 
 
 def _package(name: str, absent: Status, why: str, remedy: str) -> Check:

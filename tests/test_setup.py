@@ -1,8 +1,10 @@
 """Which CUDA compiler setup.py takes on which machine, without compiling; toolkits and drivers are simulated."""
 
+import importlib.util
 import os
 import runpy
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,12 +23,13 @@ REMEDY = 'no compiler for CUDA 13.0; pip install "cuda-toolkit[cccl,nvcc]==13.0.
 def toolkit(home: Path, version: str) -> Path:
     """A compiler that can say what it is, and a runtime."""
     nvcc = home / "bin/nvcc"
-    nvcc.parent.mkdir(parents=True)
+    nvcc.parent.mkdir(parents=True, exist_ok=True)
     known = "compute_75 compute_80 compute_86 compute_90"
     nvcc.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo "release {version}, V{version}.88" || echo {known}')
     nvcc.chmod(0o755)
-    (home / "lib").mkdir()
-    (home / "lib/libcudart.so.13").touch()
+    (home / "lib").mkdir(exist_ok=True)
+    for library in ("libcudart.so.13", "libcudart_static.a"):
+        (home / "lib" / library).touch()
     return home
 
 
@@ -77,9 +80,10 @@ def test_the_compiler_that_is_taken(
     given: dict[str, Any], compiler: str | None, said: str, machine: Setup, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    operators, plugin = machine(**given)["ext_modules"]
-    for extension in (operators, plugin):
-        assert any(source.endswith(".cu") for source in extension.sources) == (compiler is not None)
+    extensions = {extension.name: extension for extension in machine(**given)["ext_modules"]}
+    cuda = {name for name, e in extensions.items() if any(source.endswith(".cu") for source in e.sources)}
+    on_gpu = {"mcl._C_cuda13", "dali_pipelines.libmcl_dali"} if compiler else set()
+    assert (cuda, set(extensions)) == (on_gpu, {"mcl._C", "dali_pipelines.libmcl_dali"} | on_gpu)
     if compiler:
         assert str(tmp_path / compiler) == cpp_extension.CUDA_HOME
         assert os.environ["TORCH_CUDA_ARCH_LIST"] == "7.5;8.0;9.0+PTX"  # this compiler knows no later ones
@@ -93,6 +97,17 @@ def test_cuda_that_is_asked_for_and_cannot_be_had(given: dict[str, Any], said: s
     with pytest.raises(SystemExit) as stopped:
         machine(**given, wish="1")
     assert stopped.value.code == f"MCL_BUILD_CUDA=1: {said}, or set CUDA_HOME to such a toolkit, or MCL_BUILD_CUDA=0"
+
+
+def test_without_torch_nothing_is_compiled(machine: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in pip's isolated builds, which make the pure wheel."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "torch" else find(name, *rest))
+    assert "ext_modules" not in machine()
+    monkeypatch.setenv("MCL_BUILD_EXTENSION", "1")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(SystemExit, match=r"mcl needs torch before its operators are compiled"):
+        machine()
 
 
 def test_one_list_of_architectures(machine: Setup) -> None:

@@ -59,7 +59,7 @@ GPUS = (1, NODE, 4 * NODE)
 
 _BENCHMARK_VIEWS = 2 * (1 + 1 / 4 + 1 / 16 + 1 / 64)
 """Of an image in the benchmark of loaders: both views, four levels, cut out at their own sizes."""
-_BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "results" / "loader.json"
+_BENCHMARK = Path(__file__).with_name("loader.json")
 
 
 @dataclass(frozen=True)

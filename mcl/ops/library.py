@@ -1,10 +1,12 @@
-"""Schemas of the operators, and who implements them: the compiled extension, or :mod:`mcl.ops.fallback`."""
+"""Schemas of the operators, and who implements them: the compiled libraries, or :mod:`mcl.ops.fallback`."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from dali_pipelines import BUILD
 
 SCHEMAS = {
     "region_pool": (
@@ -50,21 +52,32 @@ for _name, _schema in SCHEMAS.items():
     library.define(_name + _schema)
 
 
-def _load() -> str:
-    """Loads the extension that setup.py has built into the package; empty, or why there is none."""
-    found = sorted(Path(__file__).parents[1].glob("_C*.so"))
-    if not found:
-        return "the extension was not built; pip install --no-build-isolation -e . builds it"
+def load(library: Path) -> str:
+    """Loads a library that setup.py has built; returns why it cannot be used, with the remedy, or nothing."""
+    if not library.exists():
+        return f"the extension is not installed; {BUILD} installs it"
     try:
-        torch.ops.load_library(str(found[0]))
-    except OSError as error:  # made for another torch or CUDA; the cause names the symbol or library
-        reason = error.__cause__ or error
-        return f"{found[0].name} does not load ({reason}); pip install --no-build-isolation -e . rebuilds it"
+        torch.ops.load_library(str(library))
+    except OSError as error:  # made for another torch; the cause names the symbol or library
+        return f"{library.name} does not load ({error.__cause__ or error}); {BUILD} replaces it"
     return ""
 
 
-missing = _load()
-"""Why the extension is not used; empty where it is."""
+def load_cuda(folder: Path, cuda: str | None) -> str:
+    """As :func:`load`, that for PyTorch's version of CUDA, as "13.0": another would bring a second CUDA runtime."""
+    version = (cuda or "").partition(".")[0]
+    found = [library.stem.removeprefix("_C_cuda") for library in folder.glob("_C_cuda*.so")]
+    if found and version not in found:
+        ours = f"PyTorch is built {f'for CUDA {version}' if version else 'without CUDA'}"
+        return f"the extension serves CUDA {', '.join(found)}, {ours}; install another PyTorch, or build in a checkout"
+    if not found and (folder / "_C.so").exists():
+        return f"the extension is built without CUDA; MCL_BUILD_CUDA=1 {BUILD} builds it with"
+    return load(folder / f"_C_cuda{version}.so")
+
+
+_FOLDER = Path(__file__).parents[1]
+missing = {"cpu": load(_FOLDER / "_C.so"), "cuda": load_cuda(_FOLDER, torch.version.cuda)}
+"""Why the extension is not used on "cpu" and "cuda"; empty where it is."""
 
 
 def compiled(name: str, device: str) -> bool:

@@ -99,9 +99,7 @@ def backends(device: str) -> dict[str, tuple[str, str]]:
         elif compiled("batch_norm_apply" if task == "batch_norm" else task, device):
             chosen[task] = ("mcl", "the extension is built")
         else:
-            rebuild = "MCL_BUILD_CUDA=1 pip install --no-build-isolation -e . builds it with"
-            why = missing or f"the extension is built without {device.upper()}; {rebuild}"
-            chosen[task] = ("torchvision" if task == "region_pool" else "PyTorch", why)
+            chosen[task] = ("torchvision" if task == "region_pool" else "PyTorch", missing[device])
     return chosen
 
 

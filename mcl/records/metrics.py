@@ -8,6 +8,7 @@ import os
 import sys
 import uuid
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any, Self
@@ -105,7 +106,9 @@ class Metrics:
             self._file = open(self._path, "a")  # noqa: SIM115  # open as long as the run
         self._tensorboard: Any = None
         self._wandb: Any = None
-        if config.log.tensorboard:
+        if config.log.tensorboard and find_spec("tensorboard") is None:
+            log.info("log.tensorboard: not installed, so metrics.jsonl alone has the numbers; pip install tensorboard")
+        elif config.log.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             with _needed("log.tensorboard", "log.tensorboard=false does without"):
@@ -161,7 +164,7 @@ def check_sinks(config: Config) -> None:
     Raises:
         ConfigError: a package is missing, or W&B refuses the key or the project.
     """
-    if config.log.tensorboard:
+    if config.log.tensorboard and find_spec("tensorboard") is not None:
         with _needed("log.tensorboard", "pip install tensorboard, or log.tensorboard=false"):
             import torch.utils.tensorboard  # noqa: F401
     if config.log.wandb:

@@ -40,7 +40,7 @@ def _statement(config: Config, device: str, source: Source, step: int | None) ->
     built = _BUILT_FROM.read_text().strip() if _BUILT_FROM.exists() else "unknown"
     images = f"{len(source)} images with the fingerprint {source.fingerprint()[:12]}"
     keys = [key.name for key in all_keys() if Trait.OF_A_MACHINE not in key.traits]
-    doctor, rebuild = "mcl doctor says on each machine why", "pip install --no-build-isolation -e ."
+    doctor, rebuild = "mcl doctor says on each machine why", dali_pipelines.BUILD
     return {
         "the code of mcl": (_code(), "install the same commit on all machines"),
         "PyTorch": (str(torch.__version__), "install the same version on all machines"),

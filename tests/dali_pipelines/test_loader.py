@@ -605,7 +605,7 @@ def test_fewer_images_than_a_batch(good: Source) -> None:
         MontageLoader(good, plan, DataConfig())
 
 
-INSTALLED = ("everything", "plugin without CUDA", "no plugin", "broken plugin", "no DALI")
+INSTALLED = ("everything", "plugin without CUDA", "no plugin", "broken plugin", "another DALI", "no DALI")
 
 
 @pytest.fixture
@@ -614,9 +614,11 @@ def installed(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytes
     state: str = request.param
     plugin = tmp_path / "libmcl_dali.so"
     monkeypatch.setattr(pipelines, "PLUGIN", plugin)
-    if state in ("everything", "plugin without CUDA", "broken plugin"):
+    if state not in ("no plugin", "no DALI"):
         plugin.write_text("not a library")
-    if state == "broken plugin":
+    if state == "another DALI":
+        monkeypatch.setattr(pipelines, "DALI", "nvidia-dali-cuda130==1.99.0")
+    if state in ("broken plugin", "another DALI"):
         monkeypatch.setattr(pipelines, "load_plugin", pipelines.load_plugin.__wrapped__)
     else:
         devices = frozenset({"cpu", "gpu"} if state == "everything" else {"cpu"})
@@ -664,8 +666,13 @@ def test_the_first_choice_that_can_be_had_is_taken(
         ("everything", {"device": "cpu"}, False, "the first choice"),
         ("everything", {"engine": "torchvision"}, True, "the torchvision engine runs on CPUs only"),
         ("plugin without CUDA", {}, True, "mcl's DALI plugin was built without CUDA; MCL_BUILD_CUDA=1 builds it with"),
-        ("no plugin", {}, False, "no CUDA device; mcl's DALI plugin is not built; pip install --no-build-isolation"),
-        ("broken plugin", {"device": "cpu"}, True, r"mcl's DALI plugin cannot be loaded \(.*too short\); pip install"),
+        (
+            "no plugin",
+            {},
+            False,
+            "no CUDA device; mcl's DALI plugin is not installed; pip install --no-build-isolation",
+        ),
+        ("broken plugin", {"device": "cpu"}, True, r"mcl's DALI plugin cannot be loaded: .*too short; pip install"),
         ("no DALI", {}, False, "no CUDA device; NVIDIA DALI is not installed; pip install nvidia-dali-cuda130"),
         ("no DALI", {"device": "cpu"}, True, "NVIDIA DALI is not installed; pip install nvidia-dali-cuda130"),
     ],
@@ -699,19 +706,26 @@ def test_the_reason_says_what_is_missing_and_how_to_get_it(
             "no plugin",
             {"engine": "fused"},
             False,
-            r"data\.engine: fused .* not built; pip install --no-build-isolation",
+            r"data\.engine: fused .* not installed; pip install --no-build-isolation",
         ),
         (
             "no plugin",
             {"engine": "fused", "device": "gpu"},
             True,
-            r"data\.engine: fused .* not built; pip install --no-build-isolation",
+            r"data\.engine: fused .* not installed; pip install --no-build-isolation",
         ),
         (
             "broken plugin",
             {"engine": "fused"},
             False,
-            r"data\.engine: fused .*libmcl_dali\.so.*; pip install --no-build-isolation -e \. builds it anew",
+            r"data\.engine: fused .*libmcl_dali\.so.*; pip install --no-build-isolation -e \. replaces it",
+        ),
+        (
+            "another DALI",
+            {"engine": "fused"},
+            False,
+            r"data\.engine: fused .* serves nvidia-dali-cuda130==1\.99\.0, and nvidia-dali-cuda1\d0==[\d.]+ "
+            r"is installed; pip install nvidia-dali-cuda130==1\.99\.0$",
         ),
         ("no DALI", {"engine": "fused"}, False, r"data\.engine: fused .* pip install nvidia-dali-cuda130"),
         ("no DALI", {"engine": "stock"}, True, r"data\.engine: stock .* pip install nvidia-dali-cuda130"),

@@ -83,9 +83,7 @@ def test_faults_planted_in_the_kernels_are_found(
     assert report in result.stdout + result.stderr
 
 
-def library() -> Path:
-    (found,) = (ROOT / "mcl").glob("_C*.so")
-    return found
+LIBRARIES = sorted([*(ROOT / "mcl").glob("_C*.so"), *(ROOT / "dali_pipelines").glob("*.so")])
 
 
 def test_no_kernel_spills_registers() -> None:
@@ -107,11 +105,27 @@ def test_no_kernel_spills_registers() -> None:
 
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="nm comes with a compiler")
-def test_only_the_stable_interface_of_torch_is_used() -> None:
-    symbols = subprocess.run(["nm", "-DC", library()], capture_output=True, text=True, check=True).stdout
+@pytest.mark.parametrize(
+    "library", [path for path in LIBRARIES if path.parent.name == "mcl"], ids=lambda path: path.name
+)
+def test_only_the_stable_interface_of_torch_is_used(library: Path) -> None:
+    symbols = subprocess.run(["nm", "-DC", library], capture_output=True, text=True, check=True).stdout
     undefined = re.findall(r"^ +U (.*)$", symbols, re.MULTILINE)
     assert any(s.startswith("aoti_torch_") for s in undefined)
     assert [s for s in undefined if re.search(r"\b(at|c10|torch::jit)::", s)] == []
+
+
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="readelf comes with a compiler")
+@pytest.mark.parametrize("library", LIBRARIES, ids=lambda path: path.name)
+def test_what_a_library_needs_is_what_loads_it(library: Path) -> None:
+    """Nothing is looked for in folders of the machine that compiled it, and CUDA only beside a PyTorch with CUDA."""
+    dynamic = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True).stdout
+    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic)
+    assert not re.search(r"\((RPATH|RUNPATH)\)", dynamic)
+    assert not [name for name in needed if "/" in name]
+    assert [name for name in needed if "cuda" in name] == (
+        ["libcudart.so.13", "libtorch_cuda.so"] if "cuda" in library.name else []
+    )
 
 
 def setup(**environment: str) -> subprocess.CompletedProcess[str]:
@@ -125,7 +139,7 @@ def test_the_build_fails_loudly_or_is_told_not_to_try(tmp_path: Path) -> None:
     assert no_compiler.returncode != 0
     assert "MCL_BUILD_EXTENSION=0" in no_compiler.stderr
     told = setup(PATH=str(tmp_path), MCL_BUILD_EXTENSION="0")
-    assert (told.returncode, told.stdout.split()[-1]) == (0, "mcl")
+    assert (told.returncode, told.stdout.split()[-1]) == (0, "mcl-pretrain")
     typo = setup(PATH="/usr/bin:/bin", MCL_BUILD_CUDA="yes")
     assert "MCL_BUILD_CUDA=yes: must be 0 or 1" in typo.stderr
 
@@ -133,11 +147,12 @@ def test_the_build_fails_loudly_or_is_told_not_to_try(tmp_path: Path) -> None:
 WITHOUT_EXTENSION = """
 import pathlib
 import torch
-find = pathlib.Path.glob
-pathlib.Path.glob = lambda self, pattern: iter(()) if pattern == "_C*.so" else find(self, pattern)
+exists, glob = pathlib.Path.exists, pathlib.Path.glob
+pathlib.Path.exists = lambda self: not self.name.startswith("_C") and exists(self)
+pathlib.Path.glob = lambda self, pattern: iter(()) if pattern.startswith("_C") else glob(self, pattern)
 from mcl import ops
 from mcl.train.optim import LARS
-assert ops.missing and not ops.compiled("region_pool", "cpu")
+assert ops.missing["cpu"] and ops.missing["cuda"] and not ops.compiled("region_pool", "cpu")
 features = torch.rand(1, 2, 4, 4, dtype=torch.float64, requires_grad=True)
 boxes = torch.tensor([[0, 0, 0, 16, 16.], [0, 16, 0, 32, 16.]])
 def pool(features):
@@ -165,6 +180,6 @@ def test_without_the_extension_pytorch_and_torchvision_do_everything() -> None:
         "torchvision: region_pool; PyTorch: batch_norm, norms, lars_, ema_, clip, cross_entropy",
         "steps are slower without mcl's CPU operators (region_pool: a launch per map, and on GPUs gradients that are "
         "added in no fixed order; batch_norm: more launches, and more passes over every map; lars_: more passes over "
-        "the parameters; ema_: more passes over the parameters): the extension was not built; "
-        "pip install --no-build-isolation -e . builds it",
+        "the parameters; ema_: more passes over the parameters): the extension is not installed; "
+        "pip install --no-build-isolation -e . installs it",
     ]

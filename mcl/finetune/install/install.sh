@@ -90,9 +90,9 @@ build() {
   mv "$work/$wheel"-*.whl "$cache"
 }
 
-ls "$cache/$wheel"-*.whl >/dev/null 2>&1 || build
 others=$(grep -E '^(onedl-)?mm(engine|det|detection|pretrain)==' "$list")
 pip install --quiet --no-deps -r "$here/packages.txt" $others
+ls "$cache/$wheel"-*.whl >/dev/null 2>&1 || build
 pip install --quiet --no-deps --force-reinstall "$cache/$wheel"-*.whl
 "$python" -W ignore "$here/check.py" || fail "MMDetection was installed, but does not work: see above." \
   "If mmcv._ext cannot be loaded, remove $cache and try again."

@@ -1,5 +1,6 @@
 """Where records go: what a sink needs and lacks is named before the first step."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 
 from mcl import config
 from mcl.config import Config, ConfigError
+from mcl.records import metrics
 from mcl.records.metrics import Metrics
 
 PROGRAM = """
@@ -35,6 +37,17 @@ def test_tensorboard_that_cannot_be_imported(cfg: Config, monkeypatch: pytest.Mo
     ):
         Metrics(config.override(cfg, ["log.tensorboard=true"]), 0)
     Metrics(cfg, 0).close()
+
+
+def test_without_tensorboard_a_run_says_so_and_goes_on(
+    cfg: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(metrics, "find_spec", lambda name: None if name == "tensorboard" else find(name))
+    with caplog.at_level("INFO", "mcl"):
+        Metrics(config.override(cfg, ["log.tensorboard=true"]), 0).close()
+    assert "pip install tensorboard" in caplog.text
+    assert not (cfg.run_folder / "tensorboard").exists()
 
 
 @pytest.mark.parametrize(
