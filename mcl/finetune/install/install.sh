@@ -90,7 +90,7 @@ build() {
   mv "$work/$wheel"-*.whl "$cache"
 }
 
-others=$(grep -E '^(onedl-)?mm(engine|det|detection|pretrain)==' "$list")
+others=$(grep -vE '^#|mmcv==' "$list")
 pip install --quiet --no-deps -r "$here/packages.txt" $others
 ls "$cache/$wheel"-*.whl >/dev/null 2>&1 || build
 pip install --quiet --no-deps --force-reinstall "$cache/$wheel"-*.whl
