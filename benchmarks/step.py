@@ -300,8 +300,8 @@ _COLUMNS = {
     "GFLOP/s": itemgetter("gflop_per_s"),
     **_RATIOS,
     "faster than released": "{faster_than_released:.2f}x".format_map,
-    "GB saved": lambda r: f"{r['saved_bytes'] / 1e9:.2f}",
-    "of released's": "{saved_of_released:.2f}x".format_map,
+    "GB of activations": lambda r: f"{r['saved_bytes'] / 1e9:.2f}",
+    "vs released": "{saved_of_released:.2f}x".format_map,
     "GB at peak": lambda r: f"{r['peak_bytes'] / 1e9:.2f}",
 }
 _STAGE_COLUMNS = {

@@ -51,7 +51,8 @@ class DataConfig:
     """Folder of the indices of image sizes, which save reading all headers at every start; empty: mcl/index in
     $XDG_CACHE_HOME or ~/.cache."""
     val_root: Annotated[str, Trait.PATH, Trait.OF_A_MACHINE, Trait.RESUMABLE] = ""
-    """Held-out images, same layout (for COCO: a folder); the end-of-run evaluation uses them when given."""
+    """Held-out images, same layout (for COCO: a folder); the end-of-run evaluation uses them when given.
+    Setting data.root leaves out the val_root of the preset or file, unless it is set as well."""
     engine: Literal["auto", "fused", "stock", "torchvision"] = "auto"
     """What carries the augmentation plan out: mcl's own DALI operator, stock DALI operators, or torchvision (slow,
     needs no DALI). auto takes the first that is there, on a CPU or a GPU."""
@@ -61,7 +62,7 @@ class DataConfig:
     threads: Annotated[int, Trait.OF_A_MACHINE, Trait.RESUMABLE] = Field(default=0, ge=0, le=4096)
     """Loader threads per process; 0 takes the cores available, divided by the processes of this machine."""
     prefetch: Annotated[int, Trait.RESUMABLE] = Field(default=2, ge=1, le=1000)
-    """Batches prepared ahead, and steps that the host may be ahead of a GPU."""
+    """Batches that are prepared in advance; also the most steps that the host may be ahead of the GPU."""
     hardware_decoder: Annotated[float, Trait.RESUMABLE] = Field(default=0.65, ge=0, le=1)
     """Share of the JPEGs that a GPU's decoding engine takes, where it has one; its other cores take the rest."""
     dtype: Literal["auto", "float32", "float16"] = "auto"

@@ -17,8 +17,17 @@ from typing import Annotated, Any, Literal, Self, get_origin
 
 import yaml
 from annotated_types import Len
-from pydantic import BeforeValidator, Field, NonNegativeInt, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    Field,
+    NonNegativeInt,
+    TypeAdapter,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 from pydantic.dataclasses import dataclass
+from pydantic_core import PydanticCustomError
 
 from dali_pipelines.geometry import Geometry, nearest_legal
 from dali_pipelines.plan import Plan
@@ -61,8 +70,8 @@ class ModelConfig:
     hidden: int = Field(default=2048, ge=1, le=2**20)
     """Hidden units of projector and predictors."""
     compute: Literal["matched", "released"] = "matched"
-    """Populations of FPN and head: only what the loss reads, or everything the authors' code computes (3.9 times the
-    arithmetic, same loss terms, other BatchNorm statistics)."""
+    """matched: FPN and head process only the canvases that enter each level's loss. released: they process every tile
+    on every map, as the authors' code does: 3.9 times the FLOPs, the same loss terms, other BatchNorm statistics."""
     temperature: float = Field(default=1.0, gt=0)
     """Softmax temperature T of the contrastive loss; the loss is multiplied by 2 T."""
     loss_weights: tuple[float, ...] = (0.5, 0.25, 0.125, 0.125)
@@ -101,7 +110,14 @@ class OptimConfig:
 Devices = Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] | Annotated[tuple[NonNegativeInt, ...], Len(1)]
 
 
-_AUTO_IS_0 = BeforeValidator(lambda n: 0 if n == "auto" else n, json_schema_input_type=Literal["auto"] | int)
+def _auto_is_0(n: Any, check: ValidatorFunctionWrapHandler) -> int:
+    try:
+        return 0 if n == "auto" else check(n)
+    except ValidationError:
+        raise PydanticCustomError("auto_or_int", "Input should be auto or a whole number, 0 or more") from None
+
+
+_AUTO_IS_0 = WrapValidator(_auto_is_0, json_schema_input_type=Literal["auto"] | int)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -117,13 +133,13 @@ class TrainerConfig:
     """Convolutions of precision fp32 round their inputs to TF32 (10 bits of mantissa) on GPUs that have it, as is
     PyTorch's default. Linear layers and the loss are in full fp32."""
     deterministic: Annotated[bool, Trait.RESUMABLE, Trait.DECIDES_SPEED] = False
-    """The same run on the same GPUs gives the same weights, bit for bit, and so does a run that was resumed: only
-    deterministic algorithms, images decoded on the CPU, gradients of processes added in the order of their ranks
-    (which takes longer). Without it this holds on CPUs, for one or two processes."""
+    """Runs on the same GPUs, and resumed runs, have bit-identical weights. Only deterministic algorithms are used, and
+    gradients of processes are added in the order of ranks, which is slower. Images must be decoded on the CPU
+    (data.device=cpu). Without it, runs are bit-identical only on CPUs with one or two processes."""
     accumulate: Annotated[int, Trait.DECIDES_SPEED, _AUTO_IS_0] = Field(default=1, ge=0)
-    """Micro-batches per step and process: memory of one of them, gradients of all, each against the targets of all.
-    BatchNorm has the statistics of one. auto, or 0: the fewest whose step fits into the free memory of every GPU, on
-    CPUs 1; the number is written down with the run, which keeps it when it is resumed, on whatever GPUs."""
+    """Micro-batches per step and process. Less memory for activations; gradients are those of all, each compared with
+    the targets of the whole batch. BatchNorm statistics are those of a micro-batch. auto (or 0): the smallest number
+    that fits into the free memory of every GPU, 1 on CPUs; it is stored with the run and kept when that is resumed."""
     recompute: Annotated[bool, Trait.RESUMABLE, Trait.DECIDES_SPEED] = False
     """Activation checkpointing: the insides of backbone blocks are not kept for backward, but computed again."""
     compile: Annotated[bool, Trait.RESUMABLE, Trait.DECIDES_SPEED] = False
@@ -170,9 +186,9 @@ class EvaluationConfig:
     at_end: tuple[Literal["retrieval", "knn", "linear"], ...] = ()
     """Evaluations at the end of a run."""
     gallery: int = Field(default=32, ge=2)
-    """Retrieval: images among which every tile looks for its own."""
+    """Retrieval: images in a gallery."""
     galleries: int = Field(default=32, ge=2)
-    """Retrieval: galleries, each with fresh crops and montages."""
+    """Retrieval: galleries, each with new crops and montages; scores are averaged."""
     k: int = Field(default=10, ge=1)
     """Neighbours that vote in kNN."""
 
@@ -385,7 +401,7 @@ class Key:
     name: str
     """With its sections, as in data.root."""
     kind: Any
-    """Its type."""
+    """The type of its values, as they are written."""
     default: Any
     documentation: str
     traits: frozenset[Trait]
@@ -404,7 +420,10 @@ def all_keys(section: type = Config, prefix: str = "", traits: frozenset[Trait] 
             yield from all_keys(field.annotation, f"{prefix}{name}.", own)  # type: ignore[arg-type]
         else:
             documentation = " ".join((field.description or "").split())
-            yield Key(f"{prefix}{name}", field.annotation, field.default, documentation, own)
+            kind = next(
+                (v.json_schema_input_type for v in field.metadata if isinstance(v, WrapValidator)), field.annotation
+            )
+            yield Key(f"{prefix}{name}", kind, field.default, documentation, own)
 
 
 def value(config: Config, key: str) -> Any:

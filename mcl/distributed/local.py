@@ -44,12 +44,18 @@ def devices(key: str, wanted: Any, gpus: int, fits: Callable[[int], bool]) -> li
     if {"WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys():
         return [0]
     if wanted == "auto":
-        return list(range(max((n for n in range(1, gpus + 1) if fits(n)), default=1)))
+        most = max((n for n in range(1, gpus + 1) if fits(n)), default=1)
+        if most < gpus:
+            print(f"{gpus - most} of {gpus} GPUs stay idle: the batch can be divided among {most} at most", flush=True)
+        return list(range(most))
     numbers = list(range(wanted)) if isinstance(wanted, int) else list(wanted)
     if not (gpus or isinstance(wanted, int)):
-        raise ConfigError(f"{key}: a list names GPUs, and there are none to train on; set a number")
+        raise ConfigError(f"{key}: a list selects GPUs, but there are none; set a number to start processes on the CPU")
     if gpus and max(numbers) >= gpus:
-        raise ConfigError(f"{key}: there is no GPU {max(numbers)}; PyTorch sees {gpus}, counted from 0")
+        wrong = (
+            f"{wanted} processes need {wanted} GPUs" if isinstance(wanted, int) else f"there is no GPU {max(numbers)}"
+        )
+        raise ConfigError(f"{key}: {wrong}; PyTorch sees {gpus}")
     return numbers
 
 
@@ -79,7 +85,8 @@ def run(words: Sequence[str], numbers: Sequence[int], key: str, gpus: int, timeo
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     where = "one per GPU" if gpus else "on the CPU"
-    print(f"starting {len(numbers)} processes, {where}; {key}=1 starts one", flush=True)
+    many = f"es, {where}; {key}=1 starts one" if len(numbers) > 1 else f" on GPU {numbers[0]}"
+    print(f"starting {len(numbers)} process{many}", flush=True)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what happens is said in one line
     with _environment(numbers, gpus, timeout):
         settings = LaunchConfig(

@@ -24,11 +24,16 @@ def choose(trainer: TrainerConfig) -> None:
     """
     exact = trainer.deterministic
     if exact:
-        given = os.environ.get(_WORKSPACE, "" if torch.cuda.is_initialized() else _DETERMINISTIC[0])
+        given = os.environ.get(_WORKSPACE) or ("" if torch.cuda.is_initialized() else _DETERMINISTIC[0])
+        if not given:
+            raise ConfigError(
+                f"trainer.deterministic: {_WORKSPACE} is not set, and CUDA is already initialised; "
+                f"set it to {_DETERMINISTIC[0]} before the process starts"
+            )
         if given not in _DETERMINISTIC:
             raise ConfigError(
-                f"trainer.deterministic: {_WORKSPACE} is {given or 'not set, and CUDA has started'}, with which cuBLAS "
-                f"is not; set it to {_DETERMINISTIC[0]}"
+                f"trainer.deterministic: cuBLAS is not deterministic with {_WORKSPACE}={given}; "
+                f"set it to {_DETERMINISTIC[0]}"
             )
         os.environ[_WORKSPACE] = given
     torch.use_deterministic_algorithms(exact)
@@ -52,8 +57,8 @@ def check(config: Config, device: str, loader: str) -> None:
         return
     if loader == "gpu":
         raise ConfigError(
-            "trainer.deterministic: a GPU has several decoders, whose pixels differ, and which of them takes an image "
-            "is not fixed; set data.device=cpu"
+            "trainer.deterministic: decoding on a GPU is not reproducible, since the decoder that takes an image "
+            "varies; set data.device=cpu"
         )
     if config.model.compute == "matched" and not ops.compiled("region_pool", device):
         raise ConfigError(

@@ -72,8 +72,8 @@ def fit(config: Config, device: torch.device, loader: MontageLoader) -> Config:
     if found and wanted in (0, found.trainer.accumulate):
         return found
     raise ConfigError(
-        f"trainer.accumulate: a step of {loader.plan.images} images needs {_gb(needs.bytes(stated))} of each GPU, of "
-        f"which that of rank {everyone.index(least)} has {_gb(least)} free; {needs.remedies(stated, least)}"
+        f"not enough GPU memory: a step of {loader.plan.images} images per GPU needs {_gb(needs.bytes(stated))}, but "
+        f"the GPU of rank {everyone.index(least)} has {_gb(least)} free; {needs.remedies(stated, least)}"
     )
 
 
@@ -87,7 +87,7 @@ def explained(config: Config, device: torch.device, loader: MontageLoader) -> It
             raise
         needs, took = _Needs(loader), ", PyTorch's cache ".join(f"{size:.1f} GB" for size in peak(device).values())
         raise OutOfMemoryError(
-            f"trainer.accumulate: a step of {loader.plan.images} images did not fit into the memory of rank "
+            f"not enough memory: a step of {loader.plan.images} images did not fit into that of rank "
             f"{distributed.rank()} (peak {took}; mcl budget counts {_gb(needs.bytes(config))}); "
             f"{needs.remedies(config, free(device) or math.inf, config.trainer.accumulate + 1)}"
         ) from error
@@ -127,13 +127,13 @@ class _Needs:
         return f"set {' or '.join(said)}" if said else "use more GPUs, or a smaller trainer.global_batch"
 
     def _describe(self, config: Config, other: Config) -> str:
-        words, size = [], _gb(self.bytes(other))
+        words, said = [], f"needs {_gb(self.bytes(other))}"
         if other.trainer.recompute != config.trainer.recompute:
-            words, size = [_RECOMPUTE], f"{size}, the same results"
+            words = [_RECOMPUTE]
         if other.trainer.accumulate != config.trainer.accumulate:
             words.append(f"trainer.accumulate={other.trainer.accumulate}")
-            size = f"{_gb(self.bytes(other))}, for a new run: it decides what BatchNorm sees"
-        return f"{' '.join(words)} ({size})"
+            return f"{' '.join(words)} ({said}; new runs only: it changes the batches that BatchNorm normalises)"
+        return f"{' '.join(words)} ({said}, same results)"
 
 
 def _gb(size: float) -> str:

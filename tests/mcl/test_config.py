@@ -192,7 +192,7 @@ def test_odd_words_for_numbers_switches_choices_and_lists(name: str) -> None:
     }
     numbers[float] = numbers[int] | {"1e-3": 1e-3, "1e3": 1000, ".5": 0.5}
     for word in WORDS:
-        legal = numbers.get(int if name == "trainer.devices" else KEYS[name].kind, {"[]": ()})
+        legal = numbers.get(int if name in ("trainer.devices", "trainer.accumulate") else KEYS[name].kind, {"[]": ()})
         found, problem = attempt(name, word)
         if not problem:
             assert found == legal[word] if word in legal else isinstance(found, tuple), word

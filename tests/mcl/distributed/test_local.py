@@ -32,7 +32,7 @@ from tests.mcl.tiny import TINY
         ((5, 1), 8, [5, 1]),
     ],
 )
-def test_devices(wanted: Any, gpus: int, numbers: list[int]) -> None:
+def test_devices(wanted: Any, gpus: int, numbers: list[int], capsys: pytest.CaptureFixture[str]) -> None:
     def fits(processes: int) -> bool:
         return processes in (1, 2, 3, 4, 6)
 
@@ -40,15 +40,24 @@ def test_devices(wanted: Any, gpus: int, numbers: list[int]) -> None:
         os.environ.pop("WORLD_SIZE", None)
         os.environ.pop("LOCAL_RANK", None)
         assert local.devices("trainer.devices", wanted, gpus, fits) == numbers
+        idle = "2 of 8 GPUs stay idle: the batch can be divided among 6 at most\n"
+        assert capsys.readouterr().out == (idle if (wanted, gpus) == ("auto", 8) else "")
         os.environ["WORLD_SIZE"] = "1"  # left over, or what some schedulers call the number of machines
         assert local.devices("trainer.devices", wanted, gpus, fits) == numbers
         os.environ["LOCAL_RANK"] = "0"  # torchrun decides
         assert local.devices("trainer.devices", wanted, gpus, fits) == [0]
 
 
-@pytest.mark.parametrize(("wanted", "gpus"), [(9, 8), ((0, 8), 8), ((0, 1), 0)])
-def test_devices_that_are_not_there(wanted: Any, gpus: int) -> None:
-    with pytest.raises(ConfigError, match=r"trainer\.devices: .*GPU"):
+@pytest.mark.parametrize(
+    ("wanted", "gpus", "said"),
+    [
+        (9, 8, "9 processes need 9 GPUs; PyTorch sees 8"),
+        ((0, 8), 8, "there is no GPU 8; PyTorch"),
+        ((0, 1), 0, "a list"),
+    ],
+)
+def test_devices_that_are_not_there(wanted: Any, gpus: int, said: str) -> None:
+    with pytest.raises(ConfigError, match=rf"trainer\.devices: {said}"):
         local.devices("trainer.devices", wanted, gpus, lambda processes: True)
 
 

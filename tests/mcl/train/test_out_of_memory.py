@@ -23,8 +23,8 @@ from tests.mcl.tiny import TINY
 
 GPU = torch.device("cuda", 0)
 AUTO = "trainer.accumulate=auto"
-NUMBERS = r"a step of 16 images needs [\d.]+ GB of each GPU, of which that of rank 0 has [\d.]+ GB free"
-OTHER_RUN = r"\([\d.]+ GB, for a new run: it decides what BatchNorm sees\)"
+NUMBERS = r"a step of 16 images per GPU needs [\d.]+ GB, but the GPU of rank 0 has [\d.]+ GB free"
+OTHER_RUN = r"\(needs [\d.]+ GB; new runs only: it changes the batches that BatchNorm normalises\)"
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_what_fits_to_the_byte_may_start(tiny: Config) -> None:
     need = total(tiny)
     assert fit(tiny, need) == tiny
     with pytest.raises(
-        ConfigError, match=rf"^trainer\.accumulate: {NUMBERS}; set trainer\.recompute=true \("
+        ConfigError, match=rf"^not enough GPU memory: {NUMBERS}; set trainer\.recompute=true \("
     ) as refusal:
         fit(tiny, need - 1)
     assert re.search(rf" or trainer\.accumulate=2 {OTHER_RUN}$", str(refusal.value))
@@ -115,7 +115,7 @@ def test_a_loader_on_the_gpu_takes_its_part(tiny: Config) -> None:
         assert memory.fit(tiny, GPU, of_gpu) == tiny
     with (
         mock.patch("torch.cuda.mem_get_info", return_value=(need["total"] - 1, 1 << 40)),
-        pytest.raises(ConfigError, match=r"trainer\.accumulate: "),
+        pytest.raises(ConfigError, match="not enough GPU memory: "),
     ):
         memory.fit(tiny, GPU, of_gpu)
 
@@ -135,13 +135,13 @@ def test_processes_agree_by_the_smallest_memory(tmp_path: Path, photos: Path) ->
     (of_first, first), (of_second, second) = in_ranks(2, fit_in_rank, tmp_path, photos)
     assert of_first == of_second == 2
     assert first == second
-    assert "of which that of rank 1 has" in first
+    assert "but the GPU of rank 1 has" in first
 
 
 def test_nothing_is_written_before_a_refusal(tiny: Config, capsys: pytest.CaptureFixture[str]) -> None:
     with mock.patch.object(memory, "free", return_value=1), pytest.raises(SystemExit, match="2"):
         cli.main(["pretrain", str(preset(tiny))])
-    assert re.search(rf"^mcl pretrain: error: trainer\.accumulate: {NUMBERS}.*\n$", capsys.readouterr().err)
+    assert re.search(rf"^mcl pretrain: error: not enough GPU memory: {NUMBERS}.*\n$", capsys.readouterr().err)
     assert not tiny.run_folder.exists()
 
 
@@ -163,7 +163,7 @@ def test_auto_becomes_a_number_that_stays(tiny: Config) -> None:
     with mock.patch.object(memory, "free", return_value=1):
         assert Trainer(auto).finished
         checkpoint.steps(tiny.run_folder / "checkpoints")[-1].unlink()
-        with pytest.raises(ConfigError, match=r"trainer\.accumulate: a step of 16 images needs"):
+        with pytest.raises(ConfigError, match="not enough GPU memory: a step of 16 images per GPU needs"):
             Trainer(auto)
     with mock.patch.object(memory, "free", return_value=1 << 40):
         resumed = Trainer(auto)
@@ -179,9 +179,9 @@ def test_an_error_for_want_of_memory_says_what_helps(tiny: Config, capsys: pytes
         cli.main(["pretrain", str(preset(tiny))])
     (line,) = capsys.readouterr().err.splitlines()
     assert re.fullmatch(
-        r"mcl pretrain: error: trainer\.accumulate: a step of 16 images did not fit into the memory of rank 0 \(peak "
+        r"mcl pretrain: error: not enough memory: a step of 16 images did not fit into that of rank 0 \(peak "
         r"[\d.]+ GB; mcl budget counts [\d.]+ GB\); "
-        rf"set trainer\.recompute=true \([\d.]+ GB, the same results\) or trainer\.accumulate=2 {OTHER_RUN}",
+        rf"set trainer\.recompute=true \(needs [\d.]+ GB, same results\) or trainer\.accumulate=2 {OTHER_RUN}",
         line,
     )
     log = (tiny.run_folder / "train.log").read_text()
