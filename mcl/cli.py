@@ -12,7 +12,7 @@ import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from mcl import __version__, signals
 from mcl.config import DETECTORS, PRESETS, ConfigError, all_keys
@@ -20,7 +20,9 @@ from mcl.config import DETECTORS, PRESETS, ConfigError, all_keys
 TARGETS = ["mmdet", "mmdet-retinanet", "mmpretrain", "detectron2", "torchvision", "torchvision-detection", "timm"]
 """Those of :data:`mcl.exporters.TARGETS`, which takes seconds to import."""
 
-_STOPPING = "stopping; in training after this step, with a checkpoint; a second signal ends at once\n"
+_STOPPING = (
+    "stopping; in training after this step, with a checkpoint; a second signal ends within 10 seconds without saving\n"
+)
 
 Run = Callable[[argparse.Namespace], Iterable[object]]
 """What a verb does; what it yields is printed."""
@@ -36,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         hint = "; keys are set by key=value, such as trainer.epochs=3" if "overrides" in options else ""
         parser.error(f"unrecognized arguments: {' '.join(words)}{hint}")
     if words:
-        options.overrides += words
+        options.overrides = [*options.overrides, *words]
     worker = os.environ.get("TORCHELASTIC_RUN_ID", "").startswith("mcl-")  # what it has to say, the launcher says
     first = os.environ.get("RANK", "0") == "0" and options.verb in ("pretrain", "finetune") and not worker
     try:
@@ -117,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     def add_overrides(verb: argparse.ArgumentParser, help: str) -> None:
-        verb.add_argument("overrides", nargs="*", metavar="key=value", help=help)
+        verb.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=help)
 
     pretrain = verb(
         "pretrain",
@@ -178,7 +180,7 @@ def _parser() -> argparse.ArgumentParser:
         help="folder to write; default: preview/ of the run folder, output/name or the checkpoint's",
     )
 
-    index = verb("index", _index, "read the sizes of all images once, so that runs start at once")
+    index = verb("index", _index, "read and keep the sizes of all images, so that runs start faster")
     index.add_argument("config", type=Path, help="preset or YAML file")
     add_overrides(index, "e.g. data.root=FOLDER data.index=FOLDER")
 
@@ -220,7 +222,11 @@ def _parser() -> argparse.ArgumentParser:
 
     doctor = verb("doctor", _doctor, "what is installed, what is used, and why")
     doctor.add_argument(
-        "--measure", action="store_true", help="instead, time how images load, seconds each way, and say what to take"
+        "--measure",
+        nargs="?",
+        const="",
+        metavar="PRESET",
+        help="time the loading of images by each engine and device, and recommend one for a preset or YAML file",
     )
     add_overrides(doctor, "with --measure, e.g. data.root=/data/imagenet/train; default: the repository's photographs")
     return parser
@@ -238,14 +244,26 @@ def _keys() -> str:
     """Documentation of every key, from the configuration's own fields."""
     lines = []
     for key in all_keys():
-        kind = " | ".join(get_args(key.kind)) if get_origin(key.kind) is Literal else _type_name(key.kind)
-        lines.append(f"  {key.name}  ({kind}, default {key.default!r})")
-        lines.append(textwrap.fill(key.documentation, 100, initial_indent=" " * 6, subsequent_indent=" " * 6))
+        default = key.default if isinstance(key.default, str) else json.dumps(key.default)
+        lines.append(f"  {key.name}  ({_type_name(key.kind)}, default {default or repr(default)})")
+        lines.append(
+            textwrap.fill(
+                key.documentation, 100, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False
+            )
+        )
     return "\n".join(lines)
 
 
 def _type_name(kind: Any) -> str:
-    return kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind).replace("typing.", "")
+    """As in auto | int | list[int]."""
+    origin, inner = get_origin(kind), [a for a in get_args(kind) if a is not ...]
+    if origin is Literal:
+        return " | ".join(inner)
+    if origin is Annotated:
+        return _type_name(inner[0])
+    if origin is tuple:
+        return f"list[{' | '.join(dict.fromkeys(map(_type_name, inner)))}]"
+    return " | ".join(map(_type_name, inner)) if origin else kind.__name__
 
 
 def _pretrain(options: argparse.Namespace) -> Iterable[str]:
@@ -347,13 +365,13 @@ def _config(options: argparse.Namespace) -> Iterable[str]:
 def _doctor(options: argparse.Namespace) -> Iterable[str]:
     from mcl import doctor
 
-    if options.measure:
+    if options.measure is not None:
         from mcl.measure import measure
 
-        yield from measure(options.overrides)
+        yield from measure([options.measure] * bool(options.measure) + options.overrides)
         return
     if options.overrides:
-        raise ConfigError("keys are for mcl doctor --measure")
+        raise ConfigError("key=value arguments need --measure")
     checks = doctor.checks()
     yield doctor.report(checks)
     sys.exit(0 if doctor.ok(checks) else 1)

@@ -22,17 +22,19 @@ _IMAGES = 128
 """Of a step, at most: those of a GPU where 32 make a batch of 4,096."""
 
 
-def measure(overrides: Sequence[str], seconds: float = 5.0) -> Iterator[str]:
+def measure(words: Sequence[str], seconds: float = 5.0) -> Iterator[str]:
     """Times what can load here, one after the other, alone and with the threads of one process; yields lines.
 
     Args:
-        overrides: ``key=value`` words for the default preset; without ``data.root`` the repository's photographs load.
+        words: a preset or YAML file, or none for the paper's, and ``key=value`` for it; without ``data.root`` the
+            repository's photographs load.
         seconds: for each, after a warm-up.
 
     Raises:
         ConfigError, SourceError, BadDataError: images or keys that cannot be used.
     """
-    cfg = config.load(_PRESET, [f"data.root={_PHOTOS}"] * _PHOTOS.exists() + list(overrides))
+    preset, *overrides = words if words and "=" not in words[0] else [_PRESET, *words]
+    cfg = config.load(preset, [f"data.root={_PHOTOS}"] * _PHOTOS.exists() + overrides)
     source, cuda = open_images(cfg.data), torch.cuda.is_available()
     threads = cfg.data.threads or default_threads(torch.cuda.device_count() if cuda else 1)
     plan = cfg.plan(len(source), nearest_legal(cfg.montage, min(_IMAGES, len(source)))[0])
@@ -51,7 +53,7 @@ def measure(overrides: Sequence[str], seconds: float = 5.0) -> Iterator[str]:
         yield said
         enough = [name for name in rates if name.endswith("=cpu") and rates[name] >= need]
         best = max(enough, key=rates.__getitem__, default=best)  # it leaves the GPU to the training
-    yield f"take {best}"
+    yield f"recommended: {best}"
 
 
 def _candidates(data: DataConfig, cuda: bool) -> list[DataConfig]:
@@ -93,4 +95,4 @@ def _need(cfg: Config) -> tuple[float, str]:
     if most is None:
         return float("inf"), f"mcl budget has no estimate for trainer.precision={cfg.trainer.precision}"
     need = most["loader_images_per_s_per_gpu"]
-    return need, f"{name}: training takes about {need:,.0f} images/s (mcl budget, {most['hardware']})"
+    return need, f"{name}: training consumes about {need:,.0f} images/s (mcl budget, {most['hardware']})"

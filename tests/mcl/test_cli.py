@@ -30,6 +30,11 @@ def test_help_documents_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     for key in config.all_keys():
         assert f"{key.name} (" in text
         assert key.documentation in text
+    assert "Annotated" not in text
+    assert "trainer.accumulate (auto | int, default 1)" in text
+    assert "trainer.devices (auto | int | list[int], default auto)" in text
+    assert "augment.crop_scale (list[float], default [0.2, 1.0])" in text
+    assert "trainer.compile (bool, default false)" in text
 
 
 def test_a_reader_that_has_enough_is_no_error(
@@ -49,6 +54,7 @@ def test_a_reader_that_has_enough_is_no_error(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["pretrain", DEMO, "trainer.accumulate=foo"], r"error: trainer\.accumulate: Input should be auto or a whole"),
         (["pretrain", "nowhere.yaml"], r"error: nowhere\.yaml: cannot read the configuration"),
         (["preview", DEMO, "--step", "-1"], r"error: --step: -1 is none of the run's 140 steps, which count from 0"),
         (["preview", DEMO, "--step", "140"], r"error: --step: 140 is none of the run's 140 steps"),
@@ -72,6 +78,12 @@ def test_errors_are_one_line(arguments: list[str], message: str, capsys: pytest.
         cli.main(arguments)
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(message, line)
+
+
+def test_only_the_configuration_is_required(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["pretrain"])
+    assert capsys.readouterr().err.endswith("error: the following arguments are required: config\n")
 
 
 def test_preview(tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:

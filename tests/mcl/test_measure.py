@@ -14,11 +14,13 @@ SMALL = ["montage.cells=1", "montage.ratios=[1,2]", "montage.images_per_canvas=[
 
 
 def test_engines_are_timed_on_the_images_given(few_photos: Path) -> None:
-    header, *timed, advice = measure.measure([f"data.root={few_photos}", "data.threads=1", *SMALL], seconds=0.01)
+    header, *timed, advice = measure.measure(
+        ["mcl_r18_fpn_demo", f"data.root={few_photos}", "data.threads=1", *SMALL], seconds=0.01
+    )
     assert header == f"32 images in {few_photos}, 32 a step, 1 loader threads; 0.01 s each after a warm-up"
     rates = {line.rsplit(maxsplit=2)[0].strip(): float(line.split()[-2].replace(",", "")) for line in timed}
     assert list(rates) == ["data.engine=fused data.device=cpu", "data.engine=stock data.device=cpu"]
-    assert advice == f"take {max(rates, key=rates.__getitem__)}"
+    assert advice == f"recommended: {max(rates, key=rates.__getitem__)}"
 
 
 @pytest.mark.parametrize(
@@ -41,8 +43,8 @@ def test_cpus_load_where_they_keep_up_with_the_gpu(
     monkeypatch.setattr(measure, "_images_per_s", rate)
     *_, said, took = measure.measure([f"data.root={few_photos}"])
     # A supervised step's 2,470 images/s of an A100, times 28.7 / 13.466, over 3.78 such steps.
-    assert re.fullmatch(r"NVIDIA H100 80GB HBM3: training takes about 1,39\d images/s \(mcl budget, H100\)", said)
-    assert took == f"take data.engine={advice}"
+    assert re.fullmatch(r"NVIDIA H100 80GB HBM3: training consumes about 1,39\d images/s \(mcl budget, H100\)", said)
+    assert took == f"recommended: data.engine={advice}"
 
 
 def test_what_cannot_be_had_is_said(few_photos: Path) -> None:
@@ -51,6 +53,17 @@ def test_what_cannot_be_had_is_said(few_photos: Path) -> None:
 
 
 def test_keys_without_measure(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        cli.main(["doctor", "data.root=x"])
-    assert capsys.readouterr().err == "mcl doctor: error: keys are for mcl doctor --measure\n"
+    for word in ("data.root=x", "mcl_r18_fpn_demo"):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(["doctor", word])
+        assert capsys.readouterr().err == "mcl doctor: error: key=value arguments need --measure\n"
+
+
+@pytest.mark.parametrize(
+    "words", [["--measure", "nowhere.yaml", "data.root=x"], ["--measure", "data.root=x"], ["data.root=x", "--measure"]]
+)
+def test_a_preset_may_stand_before_the_keys(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[list[str]] = []
+    monkeypatch.setattr(measure, "measure", lambda all_words: given.append(all_words) or [])
+    cli.main(["doctor", *words])
+    assert given == [[word for word in words if word != "--measure"]]
