@@ -215,7 +215,7 @@ def meet(port: int, sizes: list[str], devices: list[str], timeout: float, gpus: 
     rank = int(os.environ["RANK"])
     os.environ |= {"WORLD_SIZE": sizes[rank], "LOCAL_WORLD_SIZE": sizes[rank], "MASTER_PORT": str(port)}
     start = time.monotonic()
-    with mock.patch.object(torch.cuda, "device_count", return_value=gpus), mock.patch.object(torch.cuda, "set_device"):
+    with mock.patch.object(distributed, "gpus", return_value=gpus), mock.patch.object(torch.cuda, "set_device"):
         try:
             distributed.setup(devices[rank], timeout)
         except ConfigError as error:
