@@ -4,6 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 MMDET := .venv/.mmdet
+FORK := .venv/fork
 REQUIREMENTS := $(wildcard requirements/*.txt)
 KERNELS := $(shell find kernels/csrc kernels/dali -type f)
 CPP := $(shell find kernels tests/kernels -name '*.h' -o -name '*.cpp' -o -name '*.cc' -o -name '*.cu' -o -name '*.cuh')
@@ -44,6 +45,13 @@ $(MMDET): $(INSTALLED) $(wildcard mcl/finetune/install/*)
 	$(BIN)/mcl install-mmdet
 	touch $@
 
+# MMDetection's maintained fork, before everything else that is installed.
+$(FORK)/.installed: $(INSTALLED) $(wildcard mcl/finetune/install/*)
+	$(BIN)/python -m venv --without-pip --clear $(FORK)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$(echo $(FORK)/lib/python3.*/site-packages)/venv.pth"
+	$(FORK)/bin/python -m mcl install-mmdet --fork onedl
+	touch $@
+
 demo: setup
 	$(BIN)/mcl pretrain mcl_r18_fpn_demo
 
@@ -54,8 +62,9 @@ test: setup mmdet
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist=worksteal --durations=15
 	if nvidia-smi -L >/dev/null 2>&1; then $(BIN)/pytest -m "gpu and not soak" tests/gpu; fi
 
-soak: setup mmdet
+soak: setup mmdet $(FORK)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses=4 --durations=15 -m "soak or fault"
+	OMP_NUM_THREADS=1 $(FORK)/bin/python -m pytest -n auto --maxprocesses=4 tests/mcl/finetune tests/mcl/exporters
 
 fuzz: setup mmdet
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --minutes $(MINUTES)

@@ -200,5 +200,19 @@ class ResumableLoop(IterBasedTrainLoop):
     def run(self) -> Any:
         self.dataloader.batch_sampler.start = self.iter
         # MMEngine takes as many batches as were trained on from the iterator first.
-        self.dataloader_iterator = itertools.chain(itertools.repeat(None, self.iter), self.dataloader)
+        self.dataloader_iterator = _Batches(itertools.chain(itertools.repeat(None, self.iter), self.dataloader))
         return super().run()
+
+
+class _Batches(Iterator[Any]):
+    """An iterator with what the maintained fork's loop calls to leave batches out."""
+
+    def __init__(self, batches: Iterator[Any]) -> None:
+        self._batches = batches
+
+    def __next__(self) -> Any:
+        return next(self._batches)
+
+    def skip_iter(self, count: int) -> None:
+        for _ in range(count):
+            next(self)
