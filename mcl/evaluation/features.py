@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -10,6 +11,7 @@ import torch
 import torchvision.transforms.v2.functional as F
 from torch import Tensor
 from torch.optim.swa_utils import update_bn
+from tqdm.auto import tqdm
 
 from dali_pipelines.loader import default_threads
 from dali_pipelines.reference import decode
@@ -53,7 +55,9 @@ def extract(backbone: Backbone, config: Config, source: Source, device: torch.de
         (n, channels) float32 and (n,) labels, on the CPU.
     """
     features, labels = [], []
-    for images, label in photos(config, source):
+    batches = math.ceil(len(source) / _BATCH)
+    shown = tqdm(photos(config, source), "features", batches, unit=" batches", disable=None, delay=1, leave=False)
+    for images, label in shown:
         features.append(backbone(images.to(device))[0].mean((2, 3)).float().cpu())
         labels.append(label)
     classes = torch.cat(labels)

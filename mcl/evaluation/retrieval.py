@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
+from tqdm.auto import tqdm
 
 from dali_pipelines.batch import MontageBatch
 from dali_pipelines.geometry import nearest_legal
@@ -113,9 +114,11 @@ def retrieval(
         batches = (tuple(view.to(device, torch.float32) for view in pair) for pair in loader)
         first = itertools.islice(batches, _STATISTICS_BATCHES)
         update_bn(([views] for views in first), _All(scored).eval())  # it passes on the first entry of a list
+        count = config.evaluation.galleries
+        galleries = itertools.islice(batches, count)
         tables = [
             torch.stack([top1(model, query, key) for model in scored])
-            for query, key in itertools.islice(batches, config.evaluation.galleries)
+            for query, key in tqdm(galleries, "galleries", count, disable=None, delay=1, leave=False)
         ]
     scores = torch.stack(tables, 1)  # (models, galleries, L)
     errors = scores.std(1) / scores.shape[1] ** 0.5
