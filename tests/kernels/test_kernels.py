@@ -27,6 +27,7 @@ def test_kernels_agree_with_the_cpu_and_sanitizers_find_nothing(program: str, sa
     assert (result.returncode, result.stdout.strip(), result.stderr) == (0, "ok", "")
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_every_line_of_the_kernels_is_executed(program: str, tmp_path: Path) -> None:
     assert programs.uncovered_lines(EMULATION / f"{program}.cpp", CUDA, tmp_path) == []

@@ -22,6 +22,7 @@ def test_tiles_equal_the_cpus_and_sanitizers_find_nothing(sanitizer: str, tmp_pa
     assert (result.returncode, result.stdout.strip(), result.stderr) == (0, "ok", "")
 
 
+@pytest.mark.soak
 def test_every_line_of_the_kernel_is_executed(tmp_path: Path) -> None:
     assert programs.uncovered_lines(PROGRAM, KERNELS / KERNEL, tmp_path) == []
 

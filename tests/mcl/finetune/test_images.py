@@ -222,6 +222,7 @@ def test_what_opencv_alone_reads_is_used(fresh: Path) -> None:
     open_folder(str(fresh))
 
 
+@pytest.mark.soak
 def test_too_many_broken_images_end_the_run(fresh: Path, tmp_path: Path) -> None:
     """In one line, from a loading process, too."""
     damage(fresh / "train" / "1.jpg", CUT)
@@ -254,6 +255,7 @@ def test_a_run_with_a_broken_image(fresh: Path, tmp_path: Path, capfd: pytest.Ca
     assert said == [f"bad file, replaced: {fresh / 'train' / '4.jpg'}: cannot be decoded"]
 
 
+@pytest.mark.soak
 def test_an_image_to_evaluate_on_that_breaks_meanwhile(fresh: Path, tmp_path: Path) -> None:
     """After it was decoded at the start: named in the line that ends the run."""
     path = fresh / "val" / "1.jpg"
