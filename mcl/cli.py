@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"unrecognized arguments: {' '.join(words)}{hint}")
     if words:
         options.overrides = [*options.overrides, *words]
-    worker = os.environ.get("TORCHELASTIC_RUN_ID", "").startswith("mcl-")  # what it has to say, the launcher says
+    worker = "MCL_LAUNCHED" in os.environ  # by mcl.distributed.local, which says what ends a process
     first = os.environ.get("RANK", "0") == "0" and options.verb in ("pretrain", "finetune") and not worker
     try:
         _prepare()

@@ -75,7 +75,7 @@ def pretrain(cfg: Config) -> None:
                 _draw(cfg, lambda folder: montages(cfg, trainer.step, folder, trainer.loader.source))
             try:
                 trainer.fit()
-            except Interrupted:
+            except Interrupted:  # of all processes at the same step, so that none is waited for in vain
                 distributed.teardown()
                 raise
     distributed.teardown()  # what follows is the first process's alone

@@ -16,7 +16,9 @@ from mcl.signals import Interrupted
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-_RUN_ID = "mcl-"
+_LAUNCHED = "MCL_LAUNCHED"
+"""Variable of the processes that are started here; mcl.cli leaves the error of one to the launcher."""
+
 _HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
@@ -59,11 +61,6 @@ def devices(key: str, wanted: Any, gpus: int, fits: Callable[[int], bool]) -> li
     return numbers
 
 
-def is_worker() -> bool:
-    """Whether :func:`run` of another process started this one."""
-    return os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(_RUN_ID)
-
-
 def run(words: Sequence[str], numbers: Sequence[int], key: str, gpus: int, timeout: float) -> None:
     """Runs ``mcl`` with these words in one process for each of these devices, and waits for them.
 
@@ -93,7 +90,7 @@ def run(words: Sequence[str], numbers: Sequence[int], key: str, gpus: int, timeo
             min_nodes=1,
             max_nodes=1,
             nproc_per_node=len(numbers),
-            run_id=f"{_RUN_ID}{uuid.uuid4().hex}",
+            run_id=uuid.uuid4().hex,
             rdzv_backend="c10d",
             rdzv_endpoint="localhost:0",
             local_addr="127.0.0.1",  # the machine's own name need not resolve
@@ -124,6 +121,7 @@ def _first(error: "ChildFailedError") -> ProcessError:
 def _environment(numbers: Sequence[int], gpus: int, timeout: float) -> Iterator[None]:
     """Of the processes: their GPUs, their share of the cores, and the time to save when a signal ends them."""
     environment, handlers = dict(os.environ), {number: signal.getsignal(number) for number in _HANDLED}
+    os.environ[_LAUNCHED] = "1"
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // len(numbers))))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(int(timeout)))
     if gpus:
