@@ -7,8 +7,6 @@ key that is text is taken as it was typed; all others are YAML. The string under
 
 import dataclasses
 import difflib
-import itertools
-import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -32,6 +30,7 @@ from pydantic_core import PydanticCustomError
 from dali_pipelines.geometry import Geometry, nearest_legal
 from dali_pipelines.plan import Plan
 from dali_pipelines.settings import STRICT, AugmentConfig, ConfigError, DataConfig, Trait, can_be_named
+from mcl.plain_yaml import parse_yaml
 
 __all__ = [
     "DETECTORS",
@@ -52,7 +51,6 @@ __all__ = [
     "from_dict",
     "load",
     "override",
-    "parse_yaml",
     "schema",
     "to_dict",
     "value",
@@ -482,54 +480,6 @@ def from_dict(values: Mapping[str, Any]) -> Config:
         message = message.replace("a valid tuple", "a list, such as [1, 2]")
         got = "nothing" if first["input"] is None else repr(first["input"])
         raise ConfigError(f"{key}: {message} (got {got})") from None
-
-
-_MOST_VALUES = 100_000
-
-
-class _Plain(yaml.SafeLoader):
-    """YAML whose words stay words, for what they mean depends on the key: 007 may be a name, and `no` one of a list.
-
-    Without YAML's guesses, 010 is ten instead of eight, 1:30 no number of seconds, and 1e-3 a number.
-    """
-
-    def get_single_node(self) -> yaml.Node | None:
-        node: yaml.Node | None = super().get_single_node()
-        if node is not None and _written_out(node, {}) > _MOST_VALUES:
-            raise yaml.YAMLError(f"more than {_MOST_VALUES} values, or an alias within its own anchor")
-        return node
-
-
-def _written_out(node: yaml.Node, known: dict[yaml.Node, float]) -> float:
-    """Nodes that a node stands for, all aliases written out."""
-    if node not in known:
-        known[node] = math.inf  # until it is known: for aliases within it
-        values = itertools.chain.from_iterable(node.value) if isinstance(node, yaml.MappingNode) else node.value
-        children = () if isinstance(node, yaml.ScalarNode) else values
-        known[node] = 1 + sum(_written_out(child, known) for child in children)
-    return known[node]
-
-
-_Plain.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":null", ":merge"))]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-
-
-def parse_yaml(text: str | bytes) -> Any:
-    """Reads YAML: nested lists and dictionaries of text; None is null, ~ or nothing.
-
-    Raises:
-        yaml.YAMLError: it is none.
-    """
-    try:
-        value = _Plain(text).get_single_data()
-        json.dumps(value, skipkeys=True)  # no bytes, dates or sets, for which YAML has tags
-    except yaml.YAMLError:
-        raise
-    except Exception as error:  # a tag on what it does not fit raises nearly anything
-        raise yaml.YAMLError(str(error)) from None
-    return value
 
 
 def load(path: str | Path, overrides: Iterable[str] | Mapping[str, Any] = ()) -> Config:

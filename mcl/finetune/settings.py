@@ -11,8 +11,9 @@ import yaml
 from mmengine.config import Config
 from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 
-from mcl.config import DETECTORS, ConfigError, Devices, at_home, is_folder_name, parse_yaml
+from mcl.config import DETECTORS, ConfigError, Devices, at_home, is_folder_name
 from mcl.distributed import launch
+from mcl.plain_yaml import parse_yaml
 from mcl.records.metrics import log
 
 _TYPES: dict[type, TypeAdapter[Any]] = {bool: TypeAdapter(bool), int: TypeAdapter(int), float: TypeAdapter(FiniteFloat)}
@@ -103,7 +104,7 @@ def _override(config: Config, word: str) -> None:
 
 
 def _like(old: Any, new: Any, element: bool = False) -> Any:
-    """A value as :func:`~mcl.config.parse_yaml` has read it, with the numbers and tuples of the one that it replaces.
+    """A value that :func:`~mcl.plain_yaml.parse_yaml` has read, with the numbers and tuples of the one it replaces.
 
     Elements of a list are like the old one's first, or text where that is empty; what replaces None is a number, a
     switch or a text.
