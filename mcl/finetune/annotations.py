@@ -327,7 +327,7 @@ def _mask(value: Any) -> Any:
     """Polygons that enclose something, or the size and the run lengths of an encoding."""
     wanted = (
         "polygons of three points or more, [[x, y, x, y, ...], ...], or a run-length encoding; "
-        "a detector of boxes alone does without"
+        "a detector of boxes alone, such as faster_rcnn_r18_fpn_mini or faster_rcnn_r50_fpn_1x, does without"
     )
     if isinstance(value, list):
         polygons = [_numbers(polygon, wanted) for polygon in value]

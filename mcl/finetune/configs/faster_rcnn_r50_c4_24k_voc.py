@@ -1,24 +1,6 @@
 # PASCAL VOC 07+12: Faster R-CNN, ResNet-50 C4, 24,000 steps.
-# The data are converted to a COCO-format folder: trainval of both years is train, test of 2007 is val. The last stage
-# of the backbone is the box head, with one BatchNorm more behind it.
-_base_ = [
-    "mmdet::_base_/models/faster-rcnn_r50-caffe-c4.py",
-    "_base_/runtime.py",
-    "_base_/data_boxes.py",
-    "_base_/schedule_1x.py",
-]
-pretrained = dict(
-    renames=[(r"^backbone\.layer4\.", "roi_head.shared_head.layer4.")],
-    names=[r"backbone\.", r"roi_head\.shared_head\.layer4\."],
-)
-norm_cfg = dict(type="SyncBN", requires_grad=True)
-model = dict(
-    data_preprocessor=dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], bgr_to_rgb=True),
-    backbone=dict(frozen_stages=-1, norm_cfg=norm_cfg, norm_eval=False, style="pytorch", init_cfg=None),
-    roi_head=dict(
-        shared_head=dict(type="NormedResLayer", norm_cfg=norm_cfg, norm_eval=False, style="pytorch", init_cfg=None)
-    ),
-)
+# `mcl convert voc` makes voc_train.json of trainval of both years, and voc_val.json of test of 2007.
+_base_ = "_base_/faster_rcnn_r50_c4.py"
 train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations", with_bbox=True),

@@ -38,11 +38,17 @@ class Protocol(NamedTuple):
 
 COCO = (tuple(range(640, 801, 32)), 1333)
 ONE_X, TWO_X = (90_000, (60_000, 80_000), 1000), (180_000, (120_000, 160_000), 1000)
+THREE_X = 270_000, (210_000, 250_000), 1000
+C4_COCO = (tuple(range(640, 801, 32)), 1200)
 PROTOCOLS = {
     "mask_rcnn_r50_fpn_1x": Protocol("MaskRCNN", 0.02, 16, *ONE_X, 1e-4, *COCO, "Shared4Conv1FCBBoxHead"),
     "mask_rcnn_r50_fpn_1x_wd25e-6": Protocol("MaskRCNN", 0.02, 16, *ONE_X, 2.5e-5, *COCO, "Shared4Conv1FCBBoxHead"),
     "mask_rcnn_r50_fpn_2x": Protocol("MaskRCNN", 0.02, 16, *TWO_X, 1e-4, *COCO, "Shared4Conv1FCBBoxHead"),
     "mask_rcnn_r50_fpn_2x_wd25e-6": Protocol("MaskRCNN", 0.02, 16, *TWO_X, 2.5e-5, *COCO, "Shared4Conv1FCBBoxHead"),
+    "mask_rcnn_r50_fpn_3x": Protocol("MaskRCNN", 0.02, 16, *THREE_X, 1e-4, *COCO, "Shared4Conv1FCBBoxHead"),
+    "mask_rcnn_r50_c4_1x": Protocol("MaskRCNN", 0.02, 16, *ONE_X, 1e-4, *C4_COCO, "BBoxHead"),
+    "mask_rcnn_r50_c4_2x": Protocol("MaskRCNN", 0.02, 16, *TWO_X, 1e-4, *C4_COCO, "BBoxHead"),
+    "faster_rcnn_r50_fpn_1x": Protocol("FasterRCNN", 0.02, 16, *ONE_X, 1e-4, *COCO, "Shared4Conv1FCBBoxHead"),
     "mask_rcnn_r50_fpn_2fc_1x": Protocol("MaskRCNN", 0.02, 16, *ONE_X, 1e-4, *COCO, "Shared2FCBBoxHead"),
     "mask_rcnn_r50_fpn_2fc_2x": Protocol("MaskRCNN", 0.02, 16, *TWO_X, 1e-4, *COCO, "Shared2FCBBoxHead"),
     "mask_rcnn_r50_fpn_1x_lvis": Protocol("MaskRCNN", 0.02, 16, *ONE_X, 1e-4, *COCO, "Shared4Conv1FCBBoxHead"),
@@ -50,15 +56,17 @@ PROTOCOLS = {
         *("MaskRCNN", 0.01, 8, 24_000, (18_000,), 1000, 1e-4, tuple(range(800, 1025, 32)), 2048, "Shared2FCBBoxHead")
     ),
     "retinanet_r50_fpn_1x": Protocol("RetinaNet", 0.01, 16, *ONE_X, 1e-4, *COCO, "RetinaHead"),
+    "retinanet_r50_fpn_2x": Protocol("RetinaNet", 0.01, 16, *TWO_X, 1e-4, *COCO, "RetinaHead"),
     "faster_rcnn_r50_c4_24k_voc": Protocol(
         *("FasterRCNN", 0.02, 16, 24_000, (18_000, 22_000), 100, 1e-4, tuple(range(480, 801, 32)), 1333, "BBoxHead")
     ),
 }
-WITHOUT_NORM = {"MaskRCNN": ("roi_head.bbox_head.fc", "rpn_head"), "RetinaNet": ("bbox_head",), "FasterRCNN": ()}
+C4 = [name for name in PROTOCOLS if "_c4_" in name]
+MINI = "mask_rcnn_r18_fpn_mini", "faster_rcnn_r18_fpn_mini"
 
 
 def test_every_configuration_is_pinned() -> None:
-    assert {path.stem for path in CONFIGS.glob("*.py")} == PROTOCOLS.keys() | {"mask_rcnn_r18_fpn_mini"}
+    assert {path.stem for path in CONFIGS.glob("*.py")} == PROTOCOLS.keys() | {*MINI}
 
 
 @functools.cache
@@ -101,13 +109,14 @@ def test_protocol(name: str) -> None:
     assert evaluations % hooks["PreciseBatchNorm"].interval == 0 or evaluations == expected.steps
 
 
-@pytest.mark.parametrize("name", [name for name in PROTOCOLS if name != "faster_rcnn_r50_c4_24k_voc"])
+@pytest.mark.parametrize("name", [name for name in PROTOCOLS if name not in C4])
 def test_norms_of_fpn_detectors(name: str) -> None:
     detector, protocol = weights.build(read(name).model), PROTOCOLS[name]
     maps = 3 if protocol.detector == "RetinaNet" else 4  # without P6 and P7
     with_norm = ["backbone", *(f"neck.{kind}.{i}." for kind in ("lateral_convs", "fpn_convs") for i in range(maps))]
     if protocol.box_head == "Shared4Conv1FCBBoxHead":
-        with_norm += ["roi_head.bbox_head.shared_convs", "roi_head.mask_head.convs"]
+        with_norm += ["roi_head.bbox_head.shared_convs"]
+        with_norm += ["roi_head.mask_head.convs"] if protocol.detector == "MaskRCNN" else []
     _check_norms(detector, with_norm)
     assert detector.get_submodule("backbone").style == "pytorch"
 
@@ -129,11 +138,35 @@ def test_p6_and_p7_of_retinanet() -> None:
     assert outputs[3].min() < 0
 
 
-def test_norms_of_c4() -> None:
-    detector = weights.build(read("faster_rcnn_r50_c4_24k_voc").model)
+@pytest.mark.parametrize("name", C4)
+def test_norms_of_c4(name: str) -> None:
+    detector = weights.build(read(name).model)
     _check_norms(detector, ["backbone", "roi_head.shared_head.layer4", "roi_head.shared_head.norm"])
     assert detector.get_submodule("backbone").style == "pytorch"
     assert detector.get_submodule("roi_head.shared_head.layer4.0").conv2_stride == 2
+
+
+def test_masks_of_c4() -> None:
+    """detectron2's: a deconvolution and a convolution behind the last stage, whose 7 x 7 cells become 14 x 14."""
+    detector, rcnn = weights.build(read("mask_rcnn_r50_c4_1x").model), read("mask_rcnn_r50_c4_1x").model.train_cfg.rcnn
+    head = detector.get_submodule("roi_head.mask_head")
+    shapes = {name: list(tensor.shape) for name, tensor in head.named_parameters() if name.endswith("weight")}
+    assert shapes == {"upsample.weight": [2048, 256, 2, 2], "conv_logits.weight": [80, 256, 1, 1]}
+    assert rcnn.mask_size == 14
+    assert read("mask_rcnn_r50_c4_1x").model.train_cfg.rpn.allowed_border == -1
+
+
+@pytest.mark.parametrize(("masks", "boxes"), [MINI, ("mask_rcnn_r50_fpn_1x", "faster_rcnn_r50_fpn_1x")])
+def test_boxes_alone_are_the_same_detector_without_masks(masks: str, boxes: str) -> None:
+    with_masks, alone = (weights.build(read(name).model) for name in (masks, boxes))
+    shapes = [{name: tensor.shape for name, tensor in model.state_dict().items()} for model in (with_masks, alone)]
+    assert shapes[1] == {name: shape for name, shape in shapes[0].items() if "mask_head" not in name}
+    pipelines = [innermost(read(name).train_dataloader)["pipeline"] for name in (masks, boxes)]
+    assert pipelines[0].pop(1) == {**pipelines[1].pop(1), "with_mask": True}
+    assert pipelines[0] == pipelines[1]
+    assert read(boxes).val_evaluator.metric == ["bbox"]
+    same = ("optim_wrapper", "param_scheduler", "train_cfg", "global_batch", "pretrained", "custom_hooks")
+    assert all(read(masks)[key] == read(boxes)[key] for key in same)
 
 
 def _check_norms(detector: nn.Module, parts: list[str]) -> None:
@@ -169,6 +202,7 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("mask_rcnn_r50_fpn_1x", 318 + 8 * 6 + 4 * 6),
         ("retinanet_r50_fpn_1x", 318 + 6 * 6),
         ("faster_rcnn_r50_c4_24k_voc", 318),
+        ("mask_rcnn_r50_c4_1x", 318),
     ],
 )
 def test_all_expected_tensors_load(name: str, tensors: int, pretrained: Path) -> None:

@@ -1,0 +1,7 @@
+# COCO: Mask R-CNN, ResNet-50 C4, 2x schedule.
+_base_ = "mask_rcnn_r50_c4_1x.py"
+train_cfg = dict(max_iters=180000)
+param_scheduler = [
+    dict(type="LinearLR", start_factor=0.001, by_epoch=False, begin=0, end=1000),
+    dict(type="MultiStepLR", by_epoch=False, milestones=[120000, 160000], gamma=0.1),
+]
