@@ -59,8 +59,19 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ModelConfig:
-    backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"
-    """Backbone, named as in torchvision."""
+    backbone: Literal[
+        "resnet18",
+        "resnet34",
+        "resnet50",
+        "resnet101",
+        "resnet152",
+        "resnext50_32x4d",
+        "resnet18vd",
+        "resnet34vd",
+        "resnet50vd",
+        "resnet101vd",
+    ] = "resnet50"
+    """Backbone, named as in torchvision. Those with vd are the ResNet-D of RT-DETR."""
     width: int = Field(default=256, ge=1, le=2**16)
     """Channels of the FPN, of the region head and of the embedding."""
     head_convs: int = Field(default=4, ge=0, le=100)

@@ -85,6 +85,7 @@ def export(
     with torch.device("meta"):  # initial values would take longer than all the rest
         model = MCL(cfg.model, cfg.montage)
     checkpoint.restore(model, state["model"], path)
+    _check_backbone(target, cfg.model.backbone)
     target.check(cfg.model, parts)
     _check_parts(target, parts, model.online, cfg)
 
@@ -110,6 +111,16 @@ def _parts(target: Target, wanted: Sequence[str]) -> list[str]:
         if part not in target.parts:
             raise ConfigError(f"--parts: {target.name} has no place for the {part}; it takes {', '.join(target.parts)}")
     return [part for part in target.parts if part in wanted or not wanted]
+
+
+def _check_backbone(target: Target, backbone: str) -> None:
+    if backbone not in target.backbones:
+        others = [other.name for other in TARGETS.values() if backbone in other.backbones]
+        raise ConfigError(
+            f"--to {target.name}: it has no module for model.backbone={backbone}; take --to {', '.join(others)}"
+            if others
+            else f"--to {target.name}: no library has a module for model.backbone={backbone}"
+        )
 
 
 def _check_parts(target: Target, parts: Sequence[str], encoder: Encoder, cfg: Config) -> None:

@@ -6,7 +6,7 @@ Counts of BatchNorm's batches are left out: detectron2's frozen BatchNorm has no
 import re
 
 from mcl.exporters.files import save_detectron2
-from mcl.exporters.target import Target
+from mcl.exporters.target import RESNETS, Target
 
 _CONVS = {"inner_blocks": "fpn_lateral", "layer_blocks": "fpn_output"}
 
@@ -30,4 +30,5 @@ TARGET = Target(
     parts={"backbone": r"(stem|res\d)\.", "fpn": r"fpn_", "head": r"box_head\."},
     saves={".pkl": save_detectron2},
     twin=None,
+    backbones=(*RESNETS, "resnext50_32x4d"),
 )

@@ -11,13 +11,20 @@ from torch import Tensor, nn
 
 from mcl.config import ModelConfig
 from mcl.exporters.files import save_openmmlab
-from mcl.exporters.target import Target, Twin
+from mcl.exporters.target import RESNETS, Target, Twin
 from mcl.models.backbones import Backbone
 
 INSTALL = "mcl install-mmdet"
 _CONVS = {"inner_blocks": "lateral_convs", "layer_blocks": "fpn_convs"}
 _MODULES = {"0": "conv", "1": "bn"}
 _BATCH_NORM = {"type": "BN"}
+BACKBONES: dict[str, dict[str, Any]] = {
+    **{name: {"type": "ResNet", "depth": int(name.removeprefix("resnet"))} for name in RESNETS},
+    "resnext50_32x4d": {"type": "ResNeXt", "depth": 50, "groups": 32},
+    "resnet50vd": {"type": "ResNetV1d", "depth": 50},
+    "resnet101vd": {"type": "ResNetV1d", "depth": 101},
+}
+"""Modules of OpenMMLab's two libraries for ours."""
 
 
 def rename(name: str, first_map: int) -> str | None:
@@ -34,11 +41,6 @@ def rename(name: str, first_map: int) -> str | None:
     return name.replace("backbone.body.", "backbone.")
 
 
-def depth(config: ModelConfig) -> int:
-    """Number of layers, by which OpenMMLab's ResNets are told apart."""
-    return int(config.backbone.removeprefix("resnet"))
-
-
 def _build(file: str, config: ModelConfig, heads: Mapping[str, Any]) -> Any:
     """A model as MMDetection ships it, with our backbone, an FPN with BatchNorm, and these changes of its heads."""
     import mmdet
@@ -50,7 +52,7 @@ def _build(file: str, config: ModelConfig, heads: Mapping[str, Any]) -> Any:
     with torch.device("meta"):
         channels = list(Backbone(config.backbone).channels[::-1])
     neck = {"in_channels": channels, "out_channels": config.width, "norm_cfg": _BATCH_NORM}
-    backbone = {"depth": depth(config), "init_cfg": None}
+    backbone = {**BACKBONES[config.backbone], "init_cfg": None}
     shipped.merge_from_dict({"model": {"backbone": backbone, "neck": neck, **heads}})
     with DefaultScope.overwrite_default_scope("mmdet"):
         return MODELS.build(shipped.model)
@@ -87,6 +89,7 @@ RCNN = Target(
     rename=partial(rename, first_map=0),
     parts={"backbone": r"backbone\.", "fpn": r"neck\.", "head": r"roi_head\.bbox_head\.shared_convs\."},
     saves={".pth": save_openmmlab},
+    backbones=BACKBONES,
     twin=Twin(
         "mmdet",
         INSTALL,
@@ -104,6 +107,7 @@ RETINANET = Target(
     rename=partial(rename, first_map=1),
     parts={"backbone": r"backbone\.", "fpn": r"neck\.(lateral_convs|fpn_convs\.[012])\."},
     saves={".pth": save_openmmlab},
+    backbones=BACKBONES,
     twin=Twin(
         "mmdet", INSTALL, _build_retinanet, {"backbone": backbone, "fpn": lambda model, maps: model.neck(maps)[:3]}
     ),

@@ -4,7 +4,7 @@ from typing import Any
 
 from mcl.config import ModelConfig
 from mcl.exporters.files import save_openmmlab
-from mcl.exporters.mmdet import INSTALL, RCNN, backbone, depth
+from mcl.exporters.mmdet import BACKBONES, INSTALL, RCNN, backbone
 from mcl.exporters.target import Target, Twin
 
 
@@ -13,7 +13,7 @@ def _build(config: ModelConfig) -> Any:
     from mmpretrain.models import ImageClassifier
 
     with DefaultScope.overwrite_default_scope("mmpretrain"):  # a fine-tuning before it leaves MMDetection's
-        return ImageClassifier({"type": "ResNet", "depth": depth(config), "out_indices": (0, 1, 2, 3)})
+        return ImageClassifier({**BACKBONES[config.backbone], "out_indices": (0, 1, 2, 3)})
 
 
 TARGET = Target(
@@ -21,5 +21,6 @@ TARGET = Target(
     rename=RCNN.rename,
     parts={"backbone": r"backbone\."},
     saves={".pth": save_openmmlab},
+    backbones=[name for name in BACKBONES if not name.endswith("vd")],  # its shortcuts are numbered otherwise
     twin=Twin("mmpretrain", INSTALL, _build, {"backbone": backbone}),
 )

@@ -1,6 +1,6 @@
 """What an export target is."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +8,8 @@ from torch import Tensor
 
 from mcl.config import ModelConfig
 from mcl.exporters.files import Save
+
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class Target:
     """By the ending of a file; the first one is the default."""
     twin: Twin | None
     """None for a library that no package index has."""
+    backbones: Collection[str] = RESNETS
+    """Those of ``model.backbone`` that it has a module for."""
     maps: tuple[int, ...] = (2, 3, 4, 5)
     """Maps of the FPN that it takes, 2 is P2."""
     check: Callable[[ModelConfig, Sequence[str]], None] = lambda config, parts: None

@@ -1,19 +1,33 @@
-"""timm: its ResNets, which name their tensors as torchvision does."""
+"""timm: its ResNets, which name their tensors as torchvision does, and ResNets-D."""
 
+import re
 from typing import Any
 
 from torch import Tensor
 
 from mcl.config import ModelConfig
 from mcl.exporters.files import save_plain, save_safetensors
-from mcl.exporters.target import Target, Twin
+from mcl.exporters.target import RESNETS, Target, Twin
 from mcl.exporters.torchvision import resnet_name
+
+MODELS = {
+    **{name: name for name in (*RESNETS, "resnext50_32x4d")},
+    "resnet50vd": "resnet50d",
+    "resnet101vd": "resnet101d",
+}
+"""Its names of our backbones."""
+
+
+def rename(name: str) -> str:
+    """Canonical name to timm's."""
+    name = resnet_name(name).replace("stem.7.", "bn1.")
+    return re.sub(r"^stem\.", "conv1.", name)
 
 
 def _build(config: ModelConfig) -> Any:
     import timm
 
-    return timm.create_model(config.backbone, num_classes=0)
+    return timm.create_model(MODELS[config.backbone], num_classes=0)
 
 
 def _maps(model: Any, image: Tensor) -> Any:
@@ -22,8 +36,9 @@ def _maps(model: Any, image: Tensor) -> Any:
 
 TARGET = Target(
     name="timm",
-    rename=resnet_name,
+    rename=rename,
     parts={"backbone": ""},
     saves={".safetensors": save_safetensors, ".pth": save_plain},
     twin=Twin("timm", "pip install timm", _build, {"backbone": _maps}),
+    backbones=MODELS,
 )

@@ -9,7 +9,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 from mcl.config import ConfigError, ModelConfig
 from mcl.exporters.files import save_plain, save_safetensors
-from mcl.exporters.target import Target, Twin
+from mcl.exporters.target import RESNETS, Target, Twin
 
 _SAVES = {".pth": save_plain, ".safetensors": save_safetensors}
 _INSTALL = "pip install torchvision"
@@ -36,6 +36,7 @@ RESNET = Target(
     parts={"backbone": r"(?!fc\.)"},
     saves=_SAVES,
     twin=Twin("torchvision", _INSTALL, lambda config: models.get_model(config.backbone), {"backbone": _resnet_maps}),
+    backbones=(*RESNETS, "resnext50_32x4d"),
 )
 
 

@@ -1,6 +1,7 @@
 """Backbones that return their feature maps; parameters are named as in torchvision."""
 
 import contextlib
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -34,8 +35,28 @@ class Bottleneck(resnet.Bottleneck):  # type: ignore[misc]
 def _shortcut(block: nn.Module, x: Tensor, counts: Sequence[int]) -> Tensor:
     if not isinstance(block.downsample, nn.Sequential):
         return x
-    y: Tensor = block.downsample[1](block.downsample[0](x), counts)
+    *layers, norm = block.downsample
+    for layer in layers:
+        x = layer(x)
+    y: Tensor = norm(x, counts)
     return y
+
+
+class DeepStem(nn.Sequential):
+    """ResNet-D's three 3x3 convolutions, each with BatchNorm and ReLU; numbered as if ReLU were a module, too."""
+
+    def __init__(self) -> None:
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        for i, (inputs, outputs, stride) in enumerate([(3, 32, 2), (32, 32, 1), (32, 64, 1)]):
+            layers[f"{3 * i}"] = resnet.conv3x3(inputs, outputs, stride)
+            layers[f"{3 * i + 1}"] = BatchNorm(outputs)
+        super().__init__(layers)
+
+    def forward(self, x: Tensor, counts: Sequence[int] = ()) -> Tensor:
+        """(n, 3, S, S) to (n, 64, S / 2, S / 2)."""
+        for layer in self:
+            x = layer(x, counts, relu=True) if isinstance(layer, BatchNorm) else layer(x)
+        return x
 
 
 _RESNETS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
@@ -43,27 +64,36 @@ _RESNETS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
     "resnet34": (BasicBlock, [3, 4, 6, 3]),
     "resnet50": (Bottleneck, [3, 4, 6, 3]),
     "resnet101": (Bottleneck, [3, 4, 23, 3]),
+    "resnet152": (Bottleneck, [3, 8, 36, 3]),
+    "resnext50_32x4d": (Bottleneck, [3, 4, 6, 3]),
 }
+_GROUPS = {"resnext50_32x4d": {"groups": 32, "width_per_group": 4}}
 
 
 class Backbone(ResNet):  # type: ignore[misc]  # torchvision has no types
-    """torchvision's ResNet without pooling and classifier (stride in the 3x3 convolution).
+    """torchvision's ResNet without pooling and classifier (stride in the 3x3 convolution), or RT-DETR's ResNet-D.
+
+    ResNet-D (arXiv 1812.01187) has a :class:`DeepStem`, and averages over 2 x 2 cells before a shortcut's convolution,
+    which has stride 1. As RT-DETR has it, the first stage has such a convolution even where it keeps the channels.
 
     Convolutions start from a Kaiming normal distribution over the fan-in, and no BatchNorm scale starts at zero, as in
     the released code.
 
     Args:
-        name: as in torchvision.
+        name: as in torchvision; with vd behind it, ResNet-D.
         recompute: whether backward computes the insides of blocks again, from their inputs, instead of keeping them.
     """
 
     def __init__(self, name: str, recompute: bool = False) -> None:
-        block, depths = _RESNETS[name]
-        super().__init__(block, depths, norm_layer=BatchNorm)
+        block, depths = _RESNETS[name.removesuffix("vd")]
+        super().__init__(block, depths, norm_layer=BatchNorm, **_GROUPS.get(name, {}))
         del self.avgpool, self.fc
         self.recompute = recompute
         self.channels = tuple(64 * 2**i * block.expansion for i in (3, 2, 1, 0))
         """Channels of the maps that :meth:`forward` returns."""
+        self.deep = name.endswith("vd")
+        if self.deep:
+            self._deepen()
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
@@ -74,18 +104,32 @@ class Backbone(ResNet):  # type: ignore[misc]  # torchvision has no types
         Args:
             counts: canvases of each group that BatchNorm sees by itself; without them all are one.
         """
-        x = self._run(self.stem, x, counts)
+        x = self._run(self._stride_4, x, counts)
         features = []
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+        for stage in self._stages():
             for block in stage:
                 x = self._run(block, x, counts)
             features.append(x)
         return features[::-1]
 
-    def stem(self, x: Tensor, counts: Sequence[int] = ()) -> Tensor:
+    def _stride_4(self, x: Tensor, counts: Sequence[int]) -> Tensor:
         """(n, 3, S, S) to (n, 64, S / 4, S / 4)."""
-        y: Tensor = self.maxpool(self.bn1(self.conv1(x), counts, relu=True))
+        x = self.stem(x, counts) if self.deep else self.bn1(self.conv1(x), counts, relu=True)
+        y: Tensor = self.maxpool(x)
         return y
+
+    def _stages(self) -> tuple[nn.Sequential, ...]:
+        return self.layer1, self.layer2, self.layer3, self.layer4
+
+    def _deepen(self) -> None:
+        """Makes a ResNet-D of a ResNet."""
+        del self.conv1, self.bn1
+        self.stem = DeepStem()
+        inputs = 64
+        for stage, outputs in zip(self._stages(), self.channels[::-1], strict=True):
+            pool = nn.Identity() if stage is self.layer1 else nn.AvgPool2d(2, ceil_mode=True)
+            stage[0].downsample = nn.Sequential(pool, resnet.conv1x1(inputs, outputs), BatchNorm(outputs))
+            inputs = outputs
 
     def _run(self, block: Callable[[Tensor, Sequence[int]], Tensor], x: Tensor, counts: Sequence[int]) -> Tensor:
         if not (self.recompute and torch.is_grad_enabled()):
