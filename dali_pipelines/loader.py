@@ -149,9 +149,12 @@ class DaliEngine:
         """What is fed to the pipeline for the next step."""
         ahead = 0 if self._by_path.all() else READ_AHEAD
         while not self._reading or (len(self._reading) <= ahead and self._decoded_ahead() < DECODED_AHEAD):
-            plan = next(self._plans)
+            if (plan := next(self._plans, None)) is None:
+                break
             ours = plan.index[~self._by_path[plan.index]]
             self._reading.append((plan, self._readers.map(self._source.encoded, ours.tolist())))
+        if not self._reading:
+            raise StopIteration  # by which DALI knows that the steps before are the last ones
         plan, read = self._reading.popleft()
         is_path, paths = self._by_path[plan.index], self._source.paths or ()
         contents = [
@@ -238,7 +241,7 @@ def default_threads(local_world_size: int = 1) -> int:
 
 
 class MontageLoader:
-    """Yields (query view, key view) for ever, from any step on.
+    """Yields (query view, key view), from any step on: for ever, or to the end of a plan that has one, and its views.
 
     Its state is a position and the list of bad files: whatever was prefetched, a loader that is given another's state
     goes on exactly where that one stood.
@@ -264,7 +267,7 @@ class MontageLoader:
         gpu: int | None = None,
         threads: int | None = None,
     ) -> None:
-        if len(source) < plan.global_batch:
+        if not plan.steps_per_epoch:
             raise ConfigError(
                 f"data.root: {source.root} has {len(source)} images, fewer than "
                 f"trainer.global_batch={plan.global_batch}; add images or lower the batch"
@@ -281,10 +284,12 @@ class MontageLoader:
         self.bad: dict[int, str] = {}
         self._add_bad(source.bad)
 
-    def __iter__(self) -> Iterator[tuple[MontageBatch, MontageBatch]]:
+    def __iter__(self) -> Iterator[tuple[MontageBatch, ...]]:
         return self
 
-    def __next__(self) -> tuple[MontageBatch, MontageBatch]:
+    def __next__(self) -> tuple[MontageBatch, ...]:
+        if self.position == self.plan.steps:
+            raise StopIteration
         while True:
             if self._engine is None:
                 self._engine = self._make_engine()
@@ -297,8 +302,7 @@ class MontageLoader:
                 self._lending.lend(memory)
             plan = self._ahead.popleft()
             self.position += 1
-            query, key = (self._batch(plan, view, pixels) for view, pixels in enumerate(views))
-            return query, key
+            return tuple(self._batch(plan, view, pixels) for view, pixels in enumerate(views))
 
     def state_dict(self) -> dict[str, Any]:
         return {"position": self.position, "bad": dict(self.bad)}
@@ -338,7 +342,8 @@ class MontageLoader:
         self.close()
 
     def _plans(self) -> Iterator[StepPlan]:
-        for step in itertools.count(self.position):
+        end = self.plan.steps
+        for step in itertools.count(self.position) if end is None else range(self.position, end):
             plan = self.plan.step(step, self.source.sizes, self.bad)
             self._ahead.append(plan)
             yield plan
@@ -360,6 +365,7 @@ class MontageLoader:
             device="gpu" if self.device == "gpu" else "cpu",
             upload=self._gpu is not None and self.device == "cpu",
             usual=(width, height),
+            views=plan.views,
         )
         return DaliEngine(self._plans(), source, self.engine_name, graph, plan.images, self._threads, self._gpu)
 
@@ -423,7 +429,7 @@ class MontageLoader:
             for a, shown in zip(plan.augmentations[view], plan.tile_images[view], strict=True)
         ]
         return dataclasses.replace(
-            in_order(plan.geometry, self.plan.images, pixels),
+            in_order(plan.geometry, len(plan.index), pixels),
             labels=torch.from_numpy(self.source.labels[plan.index]),
             index=torch.from_numpy(plan.index),
             tile_images=torch.from_numpy(np.concatenate(plan.tile_images[view])),

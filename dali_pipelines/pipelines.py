@@ -49,6 +49,7 @@ class Graph:
     """Canvases made on the CPU are copied to the pipeline's GPU."""
     usual: tuple[int, int] = (0, 0)
     """Width, height that hardly any image exceeds, pixels: a GPU sets memory for decoding them aside at once."""
+    views: int = VIEWS
 
     @property
     def released(self) -> bool:
@@ -87,17 +88,18 @@ def fused_pipeline(feed: Feed, graph: Graph) -> tuple[Node, ...]:
         recipes,
         slots,
         cells=cells,
-        views=VIEWS,
+        views=graph.views,
         ratios=list(graph.geometry.ratios),
         images_per_canvas=list(graph.geometry.images_per_canvas),
         released=graph.released,
         **graph.normalisation(),
     )
+    views = [views] if graph.views == 1 else views  # DALI gives a single output without a list
     return *(view.gpu() if graph.upload else view for view in views), shape
 
 
 def fused_feed(plan: StepPlan) -> list[Any]:
-    """Recipes (N, VIEWS * levels, 17), slots (N, tiles of one image) and cells (N,), for the fused pipeline."""
+    """Recipes (N, views * levels, 17), slots (N, tiles of one image) and cells (N,), for the fused pipeline."""
     n = len(plan.index)
     recipes = [recipe_rows(a) for a in chain(*plan.augmentations)]
     # Every image is shown equally often, so the slots sorted by image are a row per image.
@@ -118,12 +120,12 @@ def recipe_rows(a: Augmentation) -> npt.NDArray[np.float32]:
 @pipeline_def(enable_conditionals=True)
 def stock_pipeline(feed: Feed, graph: Graph) -> tuple[Node, ...]:
     """The tiles of every view and level, (N, tile, tile, 3), for PyTorch to lay out; then the images' shapes."""
-    inputs = 3 + VIEWS * graph.geometry.levels * stock_ops.RECIPE_NODES
+    inputs = 3 + graph.views * graph.geometry.levels * stock_ops.RECIPE_NODES
     contents, is_path, canvas, *rest = fn.external_source(source=feed, num_outputs=inputs, batch=True)
     image, shape = decode(read(contents, is_path), graph)
     nodes = iter(rest)
     result = []
-    for _ in range(VIEWS):
+    for _ in range(graph.views):
         for ratio in graph.geometry.ratios:
             tile = make_tile(image, stock_ops.recipe_of(nodes), canvas, ratio, graph.released)
             normalised = fn.crop_mirror_normalize(tile, output_layout="HWC", **graph.normalisation())

@@ -217,6 +217,15 @@ class Plan:
         return self.images * self.world_size
 
     @property
+    def views(self) -> int:
+        return VIEWS
+
+    @property
+    def steps(self) -> int | None:
+        """After which it ends; None for never."""
+        return None
+
+    @property
     def steps_per_epoch(self) -> int:
         """Full steps of an epoch; the incomplete last one is dropped."""
         return self.size // self.global_batch

@@ -97,8 +97,7 @@ class TorchvisionEngine:
         Raises:
             OSError: an image of this step cannot be decoded.
         """
-        while len(self._pending) < self._prefetch:
-            plan = next(self._plans)
+        while len(self._pending) < self._prefetch and (plan := next(self._plans, None)) is not None:
             self._pending.append((plan, [self._pool.submit(self._tiles, plan, i) for i in range(len(plan.index))]))
         plan, futures = self._pending.popleft()
         samples = [future.result() for future in futures]  # [image][view][level]

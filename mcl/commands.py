@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-import torch
+import numpy as np
 import yaml
 from torch.distributed.elastic.multiprocessing.errors import record
 
@@ -19,7 +19,7 @@ from dali_pipelines.source import Source, SourceError, index_file, open_images
 from mcl import config, distributed, evaluation
 from mcl.config import Config, ConfigError, DataConfig
 from mcl.distributed import local
-from mcl.evaluation.features import load_photo
+from mcl.evaluation.features import photos
 from mcl.evaluation.scoring import describe
 from mcl.models import MCL
 from mcl.records import preview as pictures
@@ -188,17 +188,17 @@ def batch(cfg: Config, step: int, source: Source) -> tuple[MontageBatch, Montage
     plan = cfg.plan(len(source), images, world_size=max(1, cfg.trainer.global_batch // images))
     with MontageLoader(source, plan, dataclasses.replace(cfg.data, device="cpu")) as loader:
         loader.load_state_dict({"position": step, "bad": {}})
-        return next(loader)
+        query, key = next(loader)
+        return query, key
 
 
 def features(model: MCL, cfg: Config, folder: Path) -> Path:
     """Draws feature maps of some photographs, held-out ones if there are any; returns the picture's path."""
     source = open_images(cfg.data, held_out=bool(cfg.data.val_root))
-    spread = range(0, len(source), max(1, len(source) // _PREVIEW_PHOTOS))[:_PREVIEW_PHOTOS]
-    images = [image for i in spread if (image := load_photo(cfg, source, i)) is not None]
+    spread = np.arange(0, len(source), max(1, len(source) // _PREVIEW_PHOTOS))[:_PREVIEW_PHOTOS]
+    ((images, _),) = photos(cfg, source, next(model.parameters()).device, spread)
     path = folder / "features.png"
-    parameter = next(model.parameters())
-    pictures.feature_maps(model.online, torch.stack(images).to(parameter), path, cfg.augment)
+    pictures.feature_maps(model.online, images, path, cfg.augment)
     return path
 
 

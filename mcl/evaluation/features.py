@@ -1,71 +1,216 @@
-"""Backbone features of whole photographs, for kNN and the linear probe."""
+"""Features of whole photographs, for whatever is done with them: each image is decoded once, by one of the processes.
+
+Photographs come out of the loader that training has. Every process takes an equal, contiguous share of them, and all
+make equally many steps, so that they can exchange something after each.
+"""
 
 import copy
-import itertools
-import math
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
-import torchvision.transforms.v2.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 from tqdm.auto import tqdm
 
-from dali_pipelines.loader import default_threads
-from dali_pipelines.reference import decode
+from dali_pipelines.loader import MontageLoader, default_threads
+from dali_pipelines.photos import PhotoPlan, canvas_of
+from dali_pipelines.plan import order
 from dali_pipelines.source import Source
-from mcl.config import Config
-from mcl.models.backbones import Backbone
+from mcl import distributed
+from mcl.config import Config, ConfigError
+from mcl.models import Encoder
 
-_BATCH = 64
-_STATISTICS_BATCHES = 8
+BATCH = 64
+"""Photographs of a step and process."""
 
+_STATISTICS_IMAGES = 8 * BATCH
 
-def load_photo(config: Config, source: Source, i: int) -> Tensor | None:
-    """(3, S, S) normalised: short side to 8/7 of the canvas S, then the centre; None if image i cannot be decoded."""
-    size = config.montage.final.canvas
-    try:
-        image = decode(source, i)
-    except OSError:  # training has listed it already
-        return None
-    image = F.center_crop(F.resize(image, [round(size * 8 / 7)], antialias=True), [size, size])
-    photo: Tensor = F.normalize(image.float() / 255, list(config.augment.mean), list(config.augment.std))
-    return photo
+Numbers = npt.NDArray[np.int64]
+Progress = Callable[[], None]
+"""Is called after every step, by all processes; what it raises ends the work."""
 
 
-def photos(config: Config, source: Source) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of (n, 3, S, S) photographs and (n,) labels, in the source's order, without undecodable ones."""
-    load = partial(load_photo, config, source)
-    with ThreadPoolExecutor(config.data.threads or default_threads()) as pool:
-        for start in range(0, len(source), _BATCH):
-            loaded = enumerate(pool.map(load, range(start, min(start + _BATCH, len(source)))))
-            images = {i: image for i, image in loaded if image is not None}
-            if images:
-                labels = torch.from_numpy(source.labels[start : start + _BATCH])
-                yield torch.stack(list(images.values())), labels[list(images)]
+@dataclass(frozen=True)
+class Features:
+    """Of the images that this process had."""
+
+    values: Tensor  # (n, D) float32, on the CPU
+    index: Tensor  # (n,) int64 number in the source, increasing where the numbers asked for are
+    labels: Tensor  # (n,) int64 class, -1 unknown
+
+    def select(self, rows: Tensor | slice) -> "Features":
+        """Some of its rows."""
+        return Features(self.values[rows], self.index[rows], self.labels[rows])
+
+
+def photos(
+    config: Config,
+    source: Source,
+    device: torch.device,
+    numbers: Numbers | None = None,
+    *,
+    first: int = 0,
+    whole: bool = False,
+    cells: int | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of this process's share of some images of a source, without those that cannot be decoded.
+
+    Args:
+        numbers: of the images; None: all, in order.
+        first: steps to leave out, as those that were done before.
+        whole: shows whole images, their sides scaled apart, in place of the middle square of 7/8 of the short side.
+        cells: side of a photograph, in units of 32 pixels; None: that which the schedule ends with.
+
+    Yields:
+        pixels (n, 3, S, S) float32, normalised, on the device, and their numbers (n,), on the CPU. All processes get
+        equally many batches of at most 64, of which the last ones may be empty.
+
+    Raises:
+        BadDataError: none of the source's images can be decoded.
+    """
+    numbers = np.arange(len(source)) if numbers is None else numbers
+    plan = PhotoPlan(
+        seed=config.trainer.seed,
+        size=len(source),
+        images=BATCH,
+        geometry=canvas_of(cells or config.montage.final.cells),
+        augment=config.augment,
+        shown=np.array_split(numbers, distributed.world_size())[distributed.rank()],
+        whole=whole,
+    )
+    # Training has listed and judged the bad files.
+    data = dataclasses.replace(config.data, max_bad_fraction=1.0, tile_sampling="direct")
+    if first < plan.steps:
+        threads = data.threads or default_threads(distributed.local_world_size())
+        with MontageLoader(source, plan, data, gpu=device.index, threads=threads) as loader:
+            loader.load_state_dict({"position": first, "bad": {}})
+            for step, (view,) in enumerate(loader, first):
+                decoded = view.index == torch.from_numpy(plan.wanted(step))
+                pixels = view.to(device, torch.float32).pixels
+                yield (pixels if decoded.all() else pixels[decoded]), view.index[decoded]
+    largest = -(-len(numbers) // distributed.world_size())
+    for _ in range(max(first, plan.steps), -(-largest // BATCH)):
+        yield torch.empty(0), torch.empty(0, dtype=torch.int64)
+
+
+class Pooled(nn.Module):
+    """Means over space of a map of an encoder.
+
+    Args:
+        name: c2 to c5, a stage of the backbone, or p2 to p5, a level of the pyramid.
+
+    Raises:
+        ConfigError: the pyramid has no such level.
+    """
+
+    def __init__(self, encoder: Encoder, name: str) -> None:
+        super().__init__()
+        self.backbone, self.stage = encoder.backbone, 5 - int(name[1])
+        self.fpn = encoder.fpn if name[0] == "p" else None
+        levels = encoder.fpn.depths
+        if self.fpn is not None and self.stage not in levels:
+            raise ConfigError(
+                f"evaluation.features: {name} is none of the levels that montage.ratios={list(encoder.ratios)} make; "
+                f"those are {', '.join(f'p{5 - depth}' for depth in levels)}"
+            )
+        self.level = levels.index(self.stage) if self.fpn is not None else 0
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(n, 3, S, S) to (n, channels)."""
+        maps = self.backbone(pixels)
+        features = maps[self.stage] if self.fpn is None else self.fpn(maps, [self.level])[0]
+        pooled: Tensor = features.mean((2, 3))
+        return pooled
+
+
+class _Each(nn.ModuleList):
+    """Networks that see the same photographs."""
+
+    def forward(self, pixels: Tensor) -> None:
+        for network in self:
+            network(pixels)
+
+
+def prepare(
+    networks: Sequence[nn.Module],
+    config: Config,
+    source: Source,
+    device: torch.device,
+    progress: Progress = lambda: None,
+) -> list[nn.Module]:
+    """Copies on the device, in evaluation mode, with BatchNorm statistics of 512 photographs of the source.
+
+    Every process computes these by itself, from the same photographs, so that all copies are the same.
+    """
+    copies = _Each(copy.deepcopy(list(networks))).to(device, torch.float32).eval()
+    numbers = np.sort(order(config.trainer.seed, 0, len(source))[:_STATISTICS_IMAGES])
+    shuffled = numbers[order(config.trainer.seed, 1, len(numbers))]  # batches of many classes each
+
+    def pixels() -> Iterator[Tensor]:
+        for batch, _ in photos(config, source, device, shuffled):
+            if len(batch) > 1:
+                yield batch
+
+    with distributed.alone():
+        update_bn(_reporting(pixels(), progress), copies)
+    return list(copies)
+
+
+def _reporting(batches: Iterator[Tensor], progress: Progress) -> Iterator[Tensor]:
+    for batch in batches:
+        progress()
+        yield batch
 
 
 @torch.no_grad()
-def extract(backbone: Backbone, config: Config, source: Source, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean of C5 over space of photographs of known class, by a backbone in evaluation mode.
+def extract(
+    networks: Sequence[nn.Module],
+    config: Config,
+    source: Source,
+    device: torch.device,
+    numbers: Numbers | None = None,
+    progress: Progress = lambda: None,
+) -> list[Features]:
+    """What networks in evaluation mode make of the photographs of this process's share, which are decoded once.
+
+    Memory, beside a batch: n x D x 4 bytes for each network, n the images of the share.
+
+    Args:
+        networks: (n, 3, S, S) to (n, D), on the device, as :func:`prepare` makes them.
+        numbers: of the images; None: all.
 
     Returns:
-        (n, channels) float32 and (n,) labels, on the CPU.
+        For each network.
     """
-    features, labels = [], []
-    batches = math.ceil(len(source) / _BATCH)
-    shown = tqdm(photos(config, source), "features", batches, unit=" batches", disable=None, delay=1, leave=False)
-    for images, label in shown:
-        features.append(backbone(images.to(device))[0].mean((2, 3)).float().cpu())
-        labels.append(label)
-    classes = torch.cat(labels)
-    return torch.cat(features)[classes >= 0], classes[classes >= 0]
+    total = -(-(len(source) if numbers is None else len(numbers)) // distributed.world_size())
+    values: list[Tensor] = [torch.empty(0, 0) for _ in networks]
+    index = torch.empty(total, dtype=torch.int64)
+    done = 0
+    bar = tqdm(total=total, desc="features", unit=" images", disable=_hidden(), delay=1, leave=False)
+    for pixels, own in photos(config, source, device, numbers):
+        if len(own):
+            for i, network in enumerate(networks):
+                computed = network(pixels)
+                if not done:
+                    values[i] = torch.empty(total, computed.shape[1])
+                values[i][done : done + len(own)] = computed
+            index[done : done + len(own)] = own
+            done += len(own)
+            bar.update(len(own))
+        progress()
+    bar.close()
+    labels = torch.from_numpy(source.labels)[index[:done]]
+    widths = distributed.gather_objects([own.shape[1] for own in values])  # which who had no image does not know
+    return [
+        Features(own[:done] if done else torch.empty(0, max(width)), index[:done], labels)
+        for own, width in zip(values, zip(*widths, strict=True), strict=True)
+    ]
 
 
-def prepare(backbone: Backbone, config: Config, source: Source, device: torch.device) -> Backbone:
-    """A copy on `device`, its BatchNorm statistics re-estimated on plain photographs of `source`."""
-    backbone = copy.deepcopy(backbone).to(device, torch.float32).eval()
-    update_bn(itertools.islice(photos(config, source), _STATISTICS_BATCHES), backbone, device)
-    return backbone
+def _hidden() -> bool | None:
+    """Whether a bar is not drawn; None: where nobody sees it."""
+    return True if distributed.rank() else None

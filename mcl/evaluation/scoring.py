@@ -10,7 +10,7 @@ import torch
 from dali_pipelines.source import Source, open_images
 from mcl.config import Config, ConfigError
 from mcl.evaluation import knn_linear
-from mcl.evaluation.features import extract, prepare
+from mcl.evaluation.features import Pooled, extract, prepare
 from mcl.evaluation.retrieval import check_gallery, retrieval
 from mcl.models import MCL
 from mcl.records.metrics import Record
@@ -94,17 +94,20 @@ def _classes(
     _check_classes(name, config, sources)
     train_source, val_source = sources["train"], sources.get("val")
     classes, k = len(train_source.classes), config.evaluation.k
+    pooled = [Pooled(network.online, "c5") for network in networks]
+    backbones = prepare(pooled, config, train_source, device)
+    trained_on = extract(backbones, config, train_source, device)
+    held_out = trained_on
+    if val_source is not None:
+        held_out = extract(backbones, config, _renumber(val_source, train_source), device)
     accuracies = []
-    for network in networks:
-        backbone = prepare(network.online.backbone, config, train_source, device)
-        train, labels = extract(backbone, config, train_source, device)
-        test, truth = train, labels
-        if val_source is not None:
-            test, truth = extract(backbone, config, _renumber(val_source, train_source), device)
+    for train, test in zip(trained_on, held_out, strict=True):
+        train, test = (own.select(own.labels >= 0) for own in (train, test))
+        truth = test.labels
         if name == "knn":
-            guess = knn_linear.knn(train, labels, test, k, classes, same=val_source is None)
+            guess = knn_linear.knn(train.values, train.labels, test.values, k, classes, same=val_source is None)
         else:
-            guess = knn_linear.linear(train, labels, test, classes)
+            guess = knn_linear.linear(train.values, train.labels, test.values, classes)
         accuracies.append((guess == truth).float().mean().item())
     yield {
         "split": "train" if val_source is None else "val",

@@ -1,7 +1,6 @@
 """Evaluation: scores that are known beforehand."""
 
 import dataclasses
-import itertools
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +15,6 @@ from dali_pipelines.source import open_source
 from mcl import config
 from mcl.config import Config, ConfigError
 from mcl.evaluation import evaluate
-from mcl.evaluation.features import photos as photos_of
-from mcl.evaluation.features import prepare
 from mcl.evaluation.knn_linear import knn, linear
 from mcl.evaluation.retrieval import retrieval, top1
 from mcl.models import MCL
@@ -114,19 +111,6 @@ def test_linear_probe_separates_what_can_be_separated() -> None:
     labels = torch.arange(60) % 3
     features = torch.randn(60, 5) + 4 * nn.functional.one_hot(labels, 5)
     assert (linear(features[:30], labels[:30], features[30:], 3) == labels[30:]).float().mean() > 0.9
-
-
-def test_statistics_are_plain_means_over_photographs(small: Config) -> None:
-    """Of a copy; in evaluation mode afterwards, with its momentum."""
-    model = MCL(small.model, small.montage).online.backbone
-    source = open_source(small.data.root)
-    prepared = prepare(model, small, source, torch.device("cpu"))
-    with torch.no_grad():
-        batches = [model.conv1(images) for images, _ in itertools.islice(photos_of(small, source), 8)]
-    torch.testing.assert_close(prepared.bn1.running_mean, torch.stack([b.mean((0, 2, 3)) for b in batches]).mean(0))
-    torch.testing.assert_close(prepared.bn1.running_var, torch.stack([b.var((0, 2, 3)) for b in batches]).mean(0))
-    assert (prepared.bn1.momentum, prepared.training) == (0.1, False)
-    assert model.bn1.num_batches_tracked == 0
 
 
 @pytest.mark.parametrize("name", ["knn", "linear"])
