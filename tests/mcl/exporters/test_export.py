@@ -224,7 +224,7 @@ def test_target_network_gets_statistics_of_its_own(
         assert torch.equal(tensor, own[name]) != statistic, name
 
     trainer = TrainerConfig(global_batch=64)
-    config = Config(data=DataConfig(root=str(photos / "val")), model=model.config, montage=geometry, trainer=trainer)
+    config = dataclasses.replace(model.config, data=DataConfig(root=str(photos / "val")), trainer=trainer)
     query, key = run.batch(config, 0, open_source(str(photos / "val")))
     with torch.no_grad():
         stem = model.target.backbone.conv1(torch.cat([query.pixels, key.pixels]))
