@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from benchmarks.common import Result, argument_parser, finish, interleave, markdown, progress, summary
 from dali_pipelines.geometry import STRIDE, Geometry
 from dali_pipelines.layout import tile_boxes
-from mcl import config, ops
-from mcl.models import MCL
+from mcl import ops
+from mcl.config import Config
+from mcl.objectives import MCL
 from mcl.ops import fallback
 from mcl.ops.batch_norm import batch_norm
 from mcl.train import ema
@@ -184,7 +185,7 @@ PASSES = {
 
 def steps(repeat: int) -> list[Result]:
     """LARS and momentum network of R50-FPN, three ways on equal tensors."""
-    model = MCL(config.from_dict({}).model, GEOMETRY).to(DEVICE, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = MCL(Config(montage=GEOMETRY)).to(DEVICE, memory_format=torch.channels_last)  # type: ignore[call-overload]
     shapes = [p.detach() for p in (*model.online.parameters(), *model.predictors.parameters()) if p.ndim > 1]
     ways: dict[str, Callable[[], object]] = {}
     final: dict[str, list[Tensor]] = {}

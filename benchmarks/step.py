@@ -43,7 +43,7 @@ from dali_pipelines.geometry import STRIDE
 from mcl import config
 from mcl.budget import budget, count
 from mcl.config import Config, TrainerConfig
-from mcl.models import MCL
+from mcl.objectives import build
 from mcl.train import arithmetic, memory
 from mcl.train.optim import AUTOCAST
 from mcl.train.step import TrainingStep
@@ -130,8 +130,7 @@ class Pretraining:
         if self.plain:
             update = AuthorsStep(self.config, Authors(self.config.model, self.config.montage.cells).to(device))
         else:
-            model = MCL(self.config.model, self.config.montage, self.config.trainer.recompute)
-            update = TrainingStep(self.config, model, device)
+            update = TrainingStep(self.config, build(self.config), device)
         images = self.config.trainer.global_batch
         lr = optim.base_lr * images / 256
 

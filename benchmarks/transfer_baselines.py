@@ -139,7 +139,7 @@ def flops(kind: str, work: Work) -> float:
     config = work.config(0, *(["model.compute=released"] if kind == "mcl-released" else []))
     batch = config.trainer.global_batch
     if kind.startswith("mcl"):
-        return count.step(config.model, config.montage, batch, 1, config.trainer.precision).flops / batch
+        return count.step(config, batch, 1).flops / batch
     with torch.device("meta"):
         learner = make(kind, work)
         pixels = torch.empty(batch, 3, config.montage.canvas, config.montage.canvas)

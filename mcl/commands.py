@@ -21,7 +21,7 @@ from mcl.config import Config, ConfigError, DataConfig
 from mcl.distributed import local
 from mcl.evaluation.features import photos
 from mcl.evaluation.scoring import describe
-from mcl.models import MCL
+from mcl.objectives import Objective
 from mcl.records import preview as pictures
 from mcl.records import report
 from mcl.records.metrics import Metrics, log, log_to_file, read, recorded_errors
@@ -192,7 +192,7 @@ def batch(cfg: Config, step: int, source: Source) -> tuple[MontageBatch, Montage
         return query, key
 
 
-def features(model: MCL, cfg: Config, folder: Path) -> Path:
+def features(model: Objective, cfg: Config, folder: Path) -> Path:
     """Draws feature maps of some photographs, held-out ones if there are any; returns the picture's path."""
     source = open_images(cfg.data, held_out=bool(cfg.data.val_root))
     spread = np.arange(0, len(source), max(1, len(source) // _PREVIEW_PHOTOS))[:_PREVIEW_PHOTOS]

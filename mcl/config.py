@@ -220,6 +220,8 @@ class Config:
     """Name of the run; its folder is output/name."""
     output: Annotated[str, Trait.PATH, Trait.RESUMABLE] = "runs"
     """Folder of all runs."""
+    objective: Annotated[Literal["mcl"], Trait.DECIDES_SPEED] = "mcl"
+    """What is learned. mcl: tiles of every level find their own image among the targets of a momentum network."""
     data: DataConfig = DataConfig()
     augment: AugmentConfig = AugmentConfig()
     montage: Annotated[Geometry, Trait.DECIDES_SPEED] = Geometry()

@@ -54,7 +54,7 @@ class ThinBackbone(nn.Module):
 @pytest.fixture
 def thin_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Models are made with :class:`ThinBackbone`, whatever their configuration names."""
-    monkeypatch.setattr("mcl.models.mcl.Backbone", ThinBackbone)
+    monkeypatch.setattr("mcl.models.encoder.Backbone", ThinBackbone)
 
 
 def view(geometry: Geometry, images: int, pixels: Tensor, tile_images: Tensor | None = None) -> MontageBatch:

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from dali_pipelines.batch import MontageBatch
-from mcl import config
+from mcl import config, objectives
 from mcl.config import Config
-from mcl.models import MCL
 from mcl.train.step import TrainingStep
 from tests.conftest import random_view
 
@@ -34,8 +33,7 @@ def configure(*words: str) -> Config:
 def build(cfg: Config, device: torch.device | None = None) -> TrainingStep:
     """A step on a device, the CPU by default, of a model with the same weights every time."""
     torch.manual_seed(0)
-    model = MCL(cfg.model, cfg.montage, cfg.trainer.recompute)
-    return TrainingStep(cfg, model, device or torch.device("cpu"))
+    return TrainingStep(cfg, objectives.build(cfg), device or torch.device("cpu"))
 
 
 def views(cfg: Config, first_seed: int = 1, world: int = 1) -> tuple[MontageBatch, MontageBatch]:
@@ -52,7 +50,7 @@ def views(cfg: Config, first_seed: int = 1, world: int = 1) -> tuple[MontageBatc
     )
 
 
-def normalize_parts(model: MCL, canvases: Sequence[int], parts: int) -> None:
+def normalize_parts(model: nn.Module, canvases: Sequence[int], parts: int) -> None:
     """Lets every BatchNorm normalise the canvases, or the tiles of a level, of each of so many parts by themselves, as
     it does where gradients are accumulated over micro-batches."""
 

@@ -71,7 +71,7 @@ def exchanges(count: Count, accumulate: int) -> list[Exchange]:
     forward = [n.element * n.groups * (2 * n.channels + 1) for n in count.norms]
     backward = [n.element * n.groups * 2 * n.channels for n in count.norms if n.returns]
     return [
-        Exchange("targets", "all-gather", [size * accumulate for size in count.targets]),
+        Exchange("targets", "all-gather", [size * accumulate for size in count.gathered]),
         Exchange("BatchNorm forward", "all-gather", forward * accumulate),
         Exchange("BatchNorm backward", "all-reduce", backward * accumulate),
         Exchange("gradients", "all-reduce", buckets(count.gradients)),
@@ -137,6 +137,8 @@ def describe(
     if gpus == 1:
         return said
     for e in exchanges(stages[-1].count, stages[-1].accumulate):
+        if not e.sizes:
+            continue
         sizes = {"calls": len(e.sizes), "bytes": sum(e.sizes)}
         said["per_step"].append({"purpose": e.purpose, "operation": e.operation, **sizes})
     rates = {y.hardware: y.one * supervised for y in yardsticks(precision)}

@@ -21,6 +21,7 @@ what is not, and :mod:`mcl.budget.communication`), times are estimates unless th
 """  # noqa: E501  # a table
 
 import contextlib
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ from mcl.budget import communication, count, hardware
 from mcl.budget.count import PARTS, Stage
 from mcl.budget.memory import first_epochs, memory
 from mcl.config import Config, ConfigError, override
+from mcl.objectives import OBJECTIVES
 
 _RELEASED_IMAGES = 128  # per GPU
 _GIGA = 1e9
@@ -55,6 +57,7 @@ def budget(
         ConfigError: the global batch does not divide among the processes, or these not among the machines.
         CheckpointError: the run folder has checkpoints, and none can be read.
     """
+    OBJECTIVES[config.objective].check(config)
     if gpus is not None and gpus < 1:
         raise ConfigError(f"--gpus: {gpus} must be at least 1")
     if images is not None and images < 1:
@@ -119,7 +122,7 @@ def _stages(config: Config, gpus: int) -> list[Stage]:
     stages = []
     for first, end in zip(firsts, [*firsts[1:], epochs], strict=True):
         geometry = config.montage.at(first)
-        counted = count.step(config.model, geometry, images, processes, trainer.precision, trainer.recompute)
+        counted = count.step(dataclasses.replace(config, montage=geometry), images, processes)
         crops = [1.0 if config.data.tile_sampling == "released" else 1 / r**2 for r in geometry.ratios]
         views = 2 * sum(crops) * (geometry.canvas / 224) ** 2
         stages.append(Stage(first, end - first, geometry, counted, images, trainer.accumulate, views))

@@ -30,28 +30,32 @@ from torch.utils.flop_counter import flop_registry
 from dali_pipelines.batch import in_order
 from dali_pipelines.geometry import Geometry
 from dali_pipelines.layout import tile_boxes
-from mcl.config import ModelConfig, OptimConfig
-from mcl.distributed import Gather
-from mcl.models import MCL
+from mcl import distributed
+from mcl.config import Config
 from mcl.models.backbones import Backbone
+from mcl.objectives import OBJECTIVES, Objective, build
 from mcl.train.optim import AUTOCAST, build_optimizer
 
 PARTS = ("backbone", "FPN", "head", "projector", "predictors", "loss", "momentum network")
-"""What a step consists of. `head` are its convolutions; everything of the momentum network is in the last."""
+"""What a step consists of. `head` are its convolutions; everything of the momentum network is in the last, and whatever
+else an objective has besides its encoders among the predictors."""
+
+_CLASSES = ("",) * 1000
+"""Stand for those of the images, which nobody knows here; so many as ImageNet-1k has."""
 
 _OWNERS = {  # names of modules begin so; the first that fits
     "online.head.projector": "projector",
     "online.head": "head",
     "online.fpn": "FPN",
     "online.backbone": "backbone",
-    "predictors.": "predictors",
+    "online": "",
     "target": "momentum network",
 }
 
 
 def _owner(name: str) -> str:
     """The part that a module or a parameter belongs to; empty for a module of several parts."""
-    return next((part for start, part in _OWNERS.items() if name.startswith(start)), "")
+    return next((part for start, part in _OWNERS.items() if name.startswith(start)), "predictors" if name else "")
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ class Count:
     parameters: Mapping[str, int]  # how many, buffers excluded
     norms: Sequence[Normalization]  # in the order of calls
     gradients: Sequence[int]  # bytes of each, in the order in which backward computes them
-    targets: Sequence[int]  # bytes of a bank, per view, before they are gathered
+    gathered: Sequence[int]  # bytes of what a process hands to each all-gather, such as the targets of a view
     peak: int  # bytes of all that forward and backward hold at once, what is saved among it
 
     @property
@@ -176,7 +180,8 @@ class _Meter(TorchDispatchMode):
         """Follows which part is running, calls of BatchNorms, and gradients as they come."""
         for name, module in model.named_modules():
             if (part := _owner(name)) != _owner(name.rpartition(".")[0]):
-                self._watch(module, part)
+                for called in module if isinstance(module, nn.ModuleList) else [module]:
+                    self._watch(called, part)
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.register_forward_pre_hook(self._note)  # not all that is computed again comes to its end
         for p in model.parameters():
@@ -217,42 +222,34 @@ class _Meter(TorchDispatchMode):
 
 
 @functools.cache
-def step(
-    model: ModelConfig, geometry: Geometry, images: int, processes: int, precision: str, recompute: bool = False
-) -> Count:
-    """Counts a step of MCL.
+def step(config: Config, images: int, processes: int) -> Count:
+    """Counts a step.
 
     Args:
-        model: section of the configuration.
-        geometry: of the epoch in question.
+        config: of the run, with the montage of the epoch in question.
         images: per process, N; of a micro-batch, where gradients are accumulated.
         processes: whose targets are compared with; times micro-batches.
-        precision, recompute: of section ``trainer``.
     """
-    dtype, side = torch.float64 if precision == "fp64" else torch.float32, geometry.canvas
-    with torch.device("meta"):
-        mcl = MCL(model, geometry, recompute).to(dtype)
-    targets: list[int] = []
+    geometry, precision = config.montage, config.trainer.precision
+    model = _without_memory(config)
 
     def loss() -> Tensor:
-        banks = [bank.wait() for bank in mcl.banks([(query, key)])]
-        targets.extend(bank.nbytes for bank in banks)
-        total: Tensor = mcl(query, key, [Gather(bank.repeat(processes, 1)) for bank in banks]).loss
+        total: Tensor = model(query, key).loss
         return total
 
     tile_boxes(geometry, images)  # which are remembered: not to be those without memory
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        mcl.to_empty(device="cpu")
-        canvases = (sum(geometry.canvases(images)), 3, side, side)
-        query, key = (in_order(geometry, images, torch.empty(canvases, dtype=dtype)) for _ in range(2))
-        meter = _Meter([*mcl.parameters(), *mcl.buffers(), query.pixels, key.pixels])
-        meter.watch(mcl)
+    with FakeTensorMode(allow_non_fake_inputs=True), distributed.imagined(processes) as gathered:
+        model.to_empty(device="cpu")
+        canvases = (sum(geometry.canvases(images)), 3, geometry.canvas, geometry.canvas)
+        query, key = (in_order(geometry, images, torch.empty(canvases, dtype=_dtype(precision))) for _ in range(2))
+        meter = _Meter([*model.parameters(), *model.buffers(), query.pixels, key.pixels])
+        meter.watch(model)
         meter.run(precision, loss)
     parameters = Counter[str]()
-    for name, p in mcl.named_parameters():
+    for name, p in model.named_parameters():
         parameters[_owner(name)] += p.numel()
     counts = meter.forward, meter.backward, meter.saved, parameters
-    return Count(*counts, meter.norms, meter.gradients, targets, meter.peak)
+    return Count(*counts, meter.norms, meter.gradients, gathered, meter.peak)
 
 
 @functools.cache
@@ -281,29 +278,39 @@ def flops(loss: Callable[[], Tensor]) -> int:
     return meter.forward.total() + meter.backward.total()
 
 
-def state(model: ModelConfig, geometry: Geometry, optim: OptimConfig, precision: str) -> dict[str, int]:
+def state(config: Config) -> dict[str, int]:
     """Bytes that a process holds at all times, measured on the meta device after a step of the optimiser.
 
     Returns:
         ``parameters`` and ``momentum_network`` (with their buffers), ``gradients``, ``optimizer``.
     """
-    with torch.device("meta"):
-        mcl = MCL(model, geometry).to(torch.float64 if precision == "fp64" else torch.float32)
-    trainable = [p for p in mcl.parameters() if p.requires_grad]
+    model = _without_memory(config)
+    trainable = [p for p in model.parameters() if p.requires_grad]
     for p in trainable:
         p.grad = torch.empty_like(p)
-    optimizer = build_optimizer(optim, mcl)
+    optimizer = build_optimizer(config.optim, model)
     for group in optimizer.param_groups:
         group["fused"] = False  # PyTorch's fused kernels do not take meta tensors; the state is the same
     optimizer.step()
-    target = _bytes(mcl.target.state_dict().values())
+    target = _bytes(model.target.state_dict().values()) if model.target else 0
     held = [t for entry in optimizer.state.values() for t in entry.values() if isinstance(t, Tensor)]
     return {
-        "parameters": _bytes(mcl.state_dict().values()) - target,
+        "parameters": _bytes(model.state_dict().values()) - target,
         "gradients": _bytes(trainable),
         "optimizer": _bytes(held),
         "momentum_network": target,
     }
+
+
+def _without_memory(config: Config) -> Objective:
+    """The model of a run on the device meta, in its arithmetic."""
+    with torch.device("meta"):
+        labelled = OBJECTIVES[config.objective].labelled
+        return build(config, _CLASSES if labelled else ()).to(_dtype(config.trainer.precision))
+
+
+def _dtype(precision: str) -> torch.dtype:
+    return torch.float64 if precision == "fp64" else torch.float32
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

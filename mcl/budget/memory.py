@@ -1,5 +1,7 @@
 """What a step needs of a GPU's memory."""
 
+import dataclasses
+
 from mcl.budget import count
 from mcl.config import Config
 
@@ -36,13 +38,13 @@ def memory(config: Config, processes: int, image: float | None = None) -> dict[s
     while geometry.query_canvases(part)[0] < 2:
         part *= 2  # BatchNorm has the rows of all processes, but here there is one
     banks = processes * trainer.accumulate
-    counted = count.step(config.model, geometry, part, banks, trainer.precision, trainer.recompute)
+    counted = count.step(dataclasses.replace(config, montage=geometry), part, banks)
     batch = 2 * sum(geometry.canvases(images)) * 3 * geometry.canvas**2 * _BATCH_BYTES[data.dtype]
     # The loader's, those that the GPU has not finished, the step's; and the copies that micro-batches and graphs read.
     batches = 2 * data.prefetch + 1 + (trainer.accumulate > 1) + trainer.cuda_graph
     saved = sum(counted.saved.values())
     sizes = {
-        **count.state(config.model, config.montage, config.optim, trainer.precision),
+        **count.state(config),
         "canvases": batches * batch,
         "activations": saved,
         "temporaries": counted.peak - saved,

@@ -21,7 +21,8 @@ from dali_pipelines.geometry import nearest_legal
 from dali_pipelines.loader import MontageLoader
 from dali_pipelines.source import Source
 from mcl.config import Config, ConfigError
-from mcl.models import MCL, Encoder
+from mcl.models import Encoder
+from mcl.objectives import OBJECTIVES, Objective
 
 _FRESH = 1 << 62  # added to the seed: crops and montages that training never drew
 _STATISTICS_BATCHES = 8
@@ -52,7 +53,7 @@ class LevelwiseEncoder(nn.Module):
         return [head(own) for head, own in zip(self.heads, tiles, strict=True)]
 
 
-def _levelwise(model: MCL) -> MCL:
+def _levelwise(model: Objective) -> Objective:
     """A copy whose online encoder is a :class:`LevelwiseEncoder`."""
     model = copy.deepcopy(model)
     model.add_module("online", LevelwiseEncoder(model.online))
@@ -70,7 +71,7 @@ class _All(nn.ModuleList):
 
 
 @torch.no_grad()
-def top1(model: MCL, query: MontageBatch, key: MontageBatch) -> Tensor:
+def top1(model: Any, query: MontageBatch, key: MontageBatch) -> Tensor:
     """Share of the tiles, per level, whose nearest target is their own image's; both directions. (L,)."""
     views = (query, key)
     banks = [F.normalize(targets.float(), dim=1) for targets in reversed(model.targets(views))]
@@ -83,7 +84,12 @@ def top1(model: MCL, query: MontageBatch, key: MontageBatch) -> Tensor:
 
 
 def check_gallery(config: Config, source: Source) -> None:
-    """Raises ConfigError for too few images, or a gallery that makes no legal montage."""
+    """Raises ConfigError for an objective without targets, too few images, or a gallery that makes no montage."""
+    if not OBJECTIVES[config.objective].retrieves:
+        raise ConfigError(
+            f"objective: {config.objective} has no targets among which retrieval could find an image; take knn or "
+            "linear, and leave retrieval out of evaluation.at_end"
+        )
     gallery = config.evaluation.gallery
     if not config.montage.legal(gallery):
         near = ", ".join(map(str, nearest_legal(config.montage, gallery)))
@@ -95,7 +101,7 @@ def check_gallery(config: Config, source: Source) -> None:
 
 
 def retrieval(
-    models: Sequence[MCL], config: Config, source: Source, device: torch.device
+    models: Sequence[Objective], config: Config, source: Source, device: torch.device
 ) -> list[tuple[list[float], list[float]]]:
     """Scores models on the same montages of `source`; their BatchNorm statistics are re-estimated on others first.
 
@@ -103,7 +109,7 @@ def retrieval(
         Per model, top-1 accuracy per level, the mean over galleries, and its standard error.
 
     Raises:
-        ConfigError: too few images for a gallery, or a gallery that makes no legal montage.
+        ConfigError: see :func:`check_gallery`.
     """
     check_gallery(config, source)
     seed = (config.trainer.seed + _FRESH) % 2**63

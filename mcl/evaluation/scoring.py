@@ -12,11 +12,11 @@ from mcl.config import Config, ConfigError
 from mcl.evaluation import knn_linear
 from mcl.evaluation.features import Pooled, extract, prepare
 from mcl.evaluation.retrieval import check_gallery, retrieval
-from mcl.models import MCL
+from mcl.objectives import Objective, build
 from mcl.records.metrics import Record
 
 
-def evaluate(name: str, model: MCL, config: Config, device: torch.device) -> Iterator[Record]:
+def evaluate(name: str, model: Objective, config: Config, device: torch.device) -> Iterator[Record]:
     """Scores copies of a model; yields a record for ``train`` (data.root), and for ``val`` where data.val_root is set.
 
     Raises:
@@ -24,7 +24,7 @@ def evaluate(name: str, model: MCL, config: Config, device: torch.device) -> Ite
     """
     sources = _sources(config, open_images(config.data))
     torch.manual_seed(config.trainer.seed)
-    networks = (model, MCL(config.model, config.montage))  # the second is the same network, untrained
+    networks = (model, build(config, model.classes))  # the second is the same network, untrained
     records = _retrieval if name == "retrieval" else partial(_classes, name)
     for record in records(networks, config, sources, device):
         yield {"kind": "eval", "name": name, **record}
@@ -71,7 +71,7 @@ def _sources(config: Config, train: Source) -> dict[str, Source]:
 
 
 def _retrieval(
-    networks: Sequence[MCL], config: Config, sources: Mapping[str, Source], device: torch.device
+    networks: Sequence[Objective], config: Config, sources: Mapping[str, Source], device: torch.device
 ) -> Iterator[Record]:
     for split, source in sources.items():
         if split == "val" and len(source) < config.evaluation.gallery:
@@ -89,7 +89,7 @@ def _retrieval(
 
 
 def _classes(
-    name: str, networks: Sequence[MCL], config: Config, sources: Mapping[str, Source], device: torch.device
+    name: str, networks: Sequence[Objective], config: Config, sources: Mapping[str, Source], device: torch.device
 ) -> Iterator[Record]:
     _check_classes(name, config, sources)
     train_source, val_source = sources["train"], sources.get("val")

@@ -23,7 +23,8 @@ from mcl.exporters.files import default_path, write
 from mcl.exporters.summary import Report
 from mcl.exporters.target import Target
 from mcl.exporters.verify import verify
-from mcl.models import MCL, Encoder
+from mcl.models import Encoder
+from mcl.objectives import build
 from mcl.train import checkpoint
 from mcl.train.checkpoint import CheckpointError
 from mcl.train.trainer import resolve_device
@@ -83,12 +84,14 @@ def export(
     state = checkpoint.load(path)
     cfg = config.override(config.from_dict(state["config"]), overrides)
     with torch.device("meta"):  # initial values would take longer than all the rest
-        model = MCL(cfg.model, cfg.montage)
+        model = build(cfg, state.get("classes", ()))
     checkpoint.restore(model, state["model"], path)
     _check_backbone(target, cfg.model.backbone)
     target.check(cfg.model, parts)
     _check_parts(target, parts, model.online, cfg)
 
+    if network == "target" and model.target is None:
+        raise ConfigError(f"--network: objective={cfg.objective} has no momentum network; export the online one")
     encoder = model.online if network == "online" else reestimated(model.target, cfg)
     weights, names = _rename(encoder, network, target, parts)
     infinite = [name for name, tensor in weights.items() if not tensor.isfinite().all()]

@@ -11,7 +11,7 @@ from torch import Tensor
 from dali_pipelines.geometry import Geometry
 from mcl.config import Config, DataConfig, ModelConfig, OptimConfig, TrainerConfig, to_dict
 from mcl.exporters.files import write
-from mcl.models import MCL
+from mcl.objectives import MCL
 from mcl.train import checkpoint
 from mcl.train.checkpoint import FORMAT, CheckpointError, is_weights, reason
 
@@ -103,7 +103,7 @@ def import_file(source: Path, output: Path) -> ImportReport:
         trainer=TrainerConfig(precision="fp16"),
     )
     with torch.device("meta"):  # names and shapes alone
-        own = MCL(model_config, geometry).state_dict()
+        own = MCL(config).state_dict()
     copied = not any(name.startswith("encoder_k.") for name in state)
     names = {name: their_name(name.replace("target.", "online.") if copied else name) for name in own}
     weights = {}

@@ -1,5 +1,5 @@
-"""Networks: backbone, FPN, region head, and their composition into MCL."""
+"""Networks: backbone, FPN, region head, and their composition into an encoder."""
 
-from mcl.models.mcl import MCL, Encoder, Output
+from mcl.models.encoder import Encoder
 
-__all__ = ["MCL", "Encoder", "Output"]
+__all__ = ["Encoder"]

@@ -13,6 +13,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from mcl.records.metrics import scores
 from mcl.records.preview import PALETTE
 
 Record = Mapping[str, Any]
@@ -58,7 +59,7 @@ def length(record: Record, key: str) -> int:
 
 
 def training_curves(train: Sequence[Record]) -> list[tuple[str, str, Markup]]:
-    """Loss, cosines, schedules and speed from training records, at least two of them: title, note and inline SVG."""
+    """Loss, scores, schedules and speed from training records, at least two of them: title, note and inline SVG."""
 
     def series(key: str, i: int | None = None) -> FloatSeries:
         values = [number(record, key, i) for record in train]
@@ -66,18 +67,26 @@ def training_curves(train: Sequence[Record]) -> list[tuple[str, str, Markup]]:
 
     x_label = "epoch" if np.isfinite(series("epoch")).all() else "step"
     x = series(x_label)
-    colours = [PALETTE[i % len(PALETTE)] for i in range(max(length(record, "positive") for record in train))]
-    positive = [Line(series("positive", i), colour, f"level {i}") for i, colour in enumerate(colours)]
-    negative = [Line(series("negative", i), colour, style="--") for i, colour in enumerate(colours)]
+
+    def levels(key: str, style: str = "-") -> list[Line]:
+        count = max(length(record, key) for record in train)
+        name = "level {}" if style == "-" else "_"
+        return [Line(series(key, i), PALETTE[i % len(PALETTE)], name.format(i), style) for i in range(count)]
+
+    panels: dict[str, list[Line]] = {}
+    for name in dict.fromkeys(name for record in train for name in scores(record)):
+        of_cosine = name in ("positive", "negative")
+        panels.setdefault("cosine" if of_cosine else name, []).extend(levels(name, "--" if name == "negative" else "-"))
     schedules = {"learning rate": [Line(series("lr"), _INK)], "EMA momentum": [Line(series("ema"), _INK)]}
     speed = {
         "images / s": [Line(series("images_per_s"), PALETTE[0])],
         "data wait, %": [Line(100 * series("data_wait"), PALETTE[1])],
     }
-    with_whom = "solid: with their own image; dashed: with the others"
+    with_whom = "solid: with their own image; dashed: with the others" if "cosine" in panels else ""
+    title = f"{' and '.join(panels).capitalize()} of tiles"
     return [
         ("Loss", "", _svg("Loss", x, x_label, {"loss": [Line(series("loss"), PALETTE[0])]})),
-        ("Cosine of tiles and targets", with_whom, _svg("Cosine", x, x_label, {"cosine": positive + negative})),
+        *([(title, with_whom, _svg("Scores", x, x_label, panels))] if panels else []),
         ("Schedules", "", _svg("Schedules", x, x_label, schedules)),
         ("Speed", "", _svg("Speed", x, x_label, speed, from_zero=True)),
     ]

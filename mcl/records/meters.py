@@ -1,13 +1,13 @@
 """What a run measures of itself without waiting for the device: means of its losses, its speed, its waiting."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
-from mcl.models import Output
+from mcl.objectives import Output
 from mcl.records.metrics import Record
 from mcl.records.timers import HostClock, Timer
 
@@ -17,14 +17,17 @@ class Meter:
 
     Args:
         levels: of the montage.
+        scores: names of those that outputs have.
         device: where outputs are.
         scaled: the loss is scaled, and steps with an infinite gradient are left out: they are no failure.
         skips: nor is whatever makes a gradient infinite or NaN; such steps count for no mean.
     """
 
-    def __init__(self, levels: int, device: torch.device, scaled: bool = False, skips: bool = False) -> None:
-        self._scaled, self._skips = scaled, skips
-        self._sums = torch.zeros(3, levels, device=device)  # losses, positive, negative: means of both directions
+    def __init__(
+        self, levels: int, scores: Sequence[str], device: torch.device, scaled: bool = False, skips: bool = False
+    ) -> None:
+        self._scores, self._scaled, self._skips = tuple(scores), scaled, skips
+        self._sums = torch.zeros(1 + len(scores), levels, device=device)  # losses, scores: means of all views
         self._totals = torch.zeros(2, device=device)  # loss, gradient norm
         self._count = 0
         self._skipped = torch.tensor(0, device=device)  # since the last reading
@@ -36,7 +39,7 @@ class Meter:
         """Takes a step's results in, without waiting for them."""
         finite = grad_norm.isfinite()
         counts = finite if self._skips else torch.ones_like(finite)
-        values = torch.stack([output.losses.mean(0), output.positive.mean(0), output.negative.mean(0)])
+        values = torch.stack([x.mean(0) for x in (output.losses, *(output.scores[name] for name in self._scores))])
         norm = grad_norm.nan_to_num(0, 0, 0) if self._scaled else grad_norm
         totals = torch.stack([output.loss.detach(), norm.to(output.loss.dtype)])
         self._sums += torch.where(counts, values, 0)
@@ -55,7 +58,7 @@ class Meter:
         """Means since the last call, and how many steps were left out."""
         skipped = int(self._skipped)
         counted = self._count - (skipped if self._skips else 0)
-        losses, positive, negative = (self._sums / counted).tolist()
+        losses, *scores = (self._sums / counted).tolist()
         loss, grad_norm = (self._totals / counted).tolist()
         self._sums.zero_()
         self._totals.zero_()
@@ -65,8 +68,7 @@ class Meter:
             "loss": loss,
             "grad_norm": grad_norm,
             "loss_level": losses,
-            "positive": positive,
-            "negative": negative,
+            **dict(zip(self._scores, scores, strict=True)),
             "skipped": skipped,
         }
 

@@ -243,14 +243,22 @@ def describe(record: Record) -> str:
     """A training record in one line."""
     return (
         f"step {record['step']:>6}  epoch {record['epoch']:7.2f}  loss {record['loss']:8.4f}  "
-        f"cos +/- {_cosines(record)}  lr {record['lr']:.2e}  {record['images_per_s']:7.1f} img/s  "
+        f"{_scores(record)}  lr {record['lr']:.2e}  {record['images_per_s']:7.1f} img/s  "
         f"wait {record['data_wait']:4.0%}  {record['peak_memory_gb']:5.1f} GB  eta {eta(record['eta_s'])}"
     )
 
 
-def _cosines(record: Record) -> str:
-    """Positive and negative cosine per level."""
-    return " ".join(f"{p:+.2f}/{n:+.2f}" for p, n in zip(record["positive"], record["negative"], strict=True))
+def scores(record: Mapping[str, Any]) -> dict[str, list[float]]:
+    """What a training record has for every level, by name, besides the losses."""
+    return {name: value for name, value in record.items() if isinstance(value, list) and name != "loss_level"}
+
+
+def _scores(record: Record) -> str:
+    """Scores per level; their names, the cosines' in short."""
+    found = scores(record)
+    levels = ["/".join(f"{value:+.2f}" for value in level) for level in zip(*found.values(), strict=True)]
+    names = "/".join(found)
+    return " ".join(["cos +/-" if names == "positive/negative" else names, *levels])
 
 
 def eta(seconds: float) -> str:
@@ -326,6 +334,6 @@ class ProgressBar:
         """Shows a training record."""
         log.info(describe(record))
         self._bar.set_postfix_str(
-            f"loss {record['loss']:.4f}, cos {_cosines(record)}, "
+            f"loss {record['loss']:.4f}, {_scores(record)}, "
             f"{record['images_per_s']:.1f} img/s, wait {record['data_wait']:.0%}"
         )

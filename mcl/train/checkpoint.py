@@ -2,9 +2,10 @@
 
 A file holds plain tensors, numbers, strings and containers, so that it loads with ``weights_only=True``:
 ``format``, ``config`` (the resolved configuration as a dictionary), ``step`` (steps done), ``model``, ``optimizer``,
-``scaler``, ``loader``, ``rng`` and ``environment``. Behind the archive, where readers of zip files do not look, stands
-the SHA-256 of all that comes before it: one file, one rename, and no bit changes unnoticed. Files that do not say that
-they have one, as those of earlier versions, are read without.
+``scaler``, ``loader``, ``rng`` and ``environment``; where the objective has labels, ``classes``, their names. Behind
+the archive, where readers of zip files do not look, stands the SHA-256 of all that comes before it: one file, one
+rename, and no bit changes unnoticed. Files that do not say that they have one, as those of earlier versions, are read
+without.
 """
 
 import hashlib
@@ -20,7 +21,7 @@ import torch
 from dali_pipelines.source.files import replacing
 from mcl import config
 from mcl.config import Config
-from mcl.models import MCL
+from mcl.objectives import Objective, build
 
 FORMAT = 1
 LAST = "last.pt"
@@ -132,7 +133,7 @@ def latest(folder: Path, needed: Mapping[str, type] = _TO_RESUME) -> dict[str, A
     return None
 
 
-def load_model(path: str | Path) -> tuple[MCL, Config]:
+def load_model(path: str | Path) -> tuple[Objective, Config]:
     """Builds the model that a checkpoint holds, with its weights, on the CPU.
 
     Raises:
@@ -141,12 +142,12 @@ def load_model(path: str | Path) -> tuple[MCL, Config]:
     state = load(path)
     cfg = config.from_dict(state["config"])
     with torch.device("meta"):  # no memory before the shapes have been compared
-        model = MCL(cfg.model, cfg.montage)
+        model = build(cfg, state.get("classes", ()))
     restore(model, state["model"], path)
     return model, cfg
 
 
-def restore(model: MCL, weights: dict[str, torch.Tensor], path: str | Path) -> None:
+def restore(model: Objective, weights: dict[str, torch.Tensor], path: str | Path) -> None:
     """Loads weights strictly, into a model that may be without memory (on the device meta); then it is on the CPU.
 
     Raises:

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dali_pipelines.batch import MontageBatch
 from mcl import distributed, ops
 from mcl.config import Config, ConfigError
-from mcl.models import MCL, Output
+from mcl.objectives import Objective, Output
 from mcl.records.timers import Timer
 from mcl.train import ema
 from mcl.train.graphs import CudaRecorder, Graphed
@@ -31,7 +31,7 @@ class TrainingStep:
         ConfigError: keys that do not go together, or not with this device.
     """
 
-    def __init__(self, config: Config, model: MCL, device: torch.device) -> None:
+    def __init__(self, config: Config, model: Objective, device: torch.device) -> None:
         self._config, self._device, self.model = config, device, model
         trainer = config.trainer
         self._dtype = torch.float64 if trainer.precision == "fp64" else torch.float32
@@ -46,7 +46,9 @@ class TrainingStep:
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         buffers = list(model.buffers()) if self._skips else []
         self._buffers = [[b for b in buffers if b.dtype == dtype] for dtype in {b.dtype for b in buffers}]
-        self._target, self._online = list(model.target.parameters()), list(model.online.parameters())
+        self._target, self._online = (
+            list(m.parameters()) if model.target else [] for m in (model.target, model.online)
+        )
         self._module = model if distributed.world_size() == 1 else self._parallel()
         self._gradients = Graphed(self._backward, self._recorder()) if trainer.cuda_graph else self._backward
 
@@ -79,7 +81,8 @@ class TrainingStep:
             self.optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # as torch.amp.GradScaler does
             self.optimizer.step()
             self.scaler.update()
-            ema.update(self._target, self._online, momentum, found_inf)
+            if self._target:
+                ema.update(self._target, self._online, momentum, found_inf)
             if found_inf is not None:
                 self._restore_buffers(before, found_inf)
         return output, grad_norm
@@ -94,7 +97,7 @@ class TrainingStep:
         self.scaler.load_state_dict(state["scaler"])
 
     def _restore_buffers(self, before: list[Tensor], found_inf: Tensor) -> None:
-        """Puts back what forward has changed, if `found_inf` is not 0; all buffers of a dtype in few launches."""
+        """Puts back what the model has changed, if `found_inf` is not 0; all buffers of a dtype in few launches."""
         for buffers, joined in zip(self._buffers, before, strict=True):
             parts = torch.where(found_inf == 0, _joined(buffers), joined).split([b.numel() for b in buffers])
             torch._foreach_copy_(buffers, [part.view_as(b) for part, b in zip(parts, buffers, strict=True)])
@@ -108,18 +111,17 @@ class TrainingStep:
         """Loss and gradients, those of all micro-batches added up."""
         count = self._config.trainer.accumulate
         parts = [(query.part(i, count), key.part(i, count)) for i in range(count)]
-        banks = None
-        if count > 1:
-            with self._phase("forward"), self.autocast():
-                banks = self.model.banks(parts)
+        with self._phase("forward"), self.autocast():
+            prepared = self.model.prepare(parts)
         outputs = []
         for i, views in enumerate(parts):
             with self._communicating(i == count - 1):
                 with self._phase("forward"), self.autocast():
-                    output: Output = self._module(*views, banks)
+                    output: Output = self._module(*views, prepared)
                 with self._phase("backward"):
                     self.scaler.scale(output.loss / count).backward()
             outputs.append(output.detach())
+        self.model.finish(prepared)
         return Output.mean(outputs)
 
     def _phase(self, name: str) -> contextlib.AbstractContextManager[None]:

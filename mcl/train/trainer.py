@@ -17,7 +17,7 @@ from mcl.config import Config, ConfigError, changed_keys, from_dict, to_dict, va
 from mcl.distributed import hang, launch
 from mcl.distributed.consensus import Consensus
 from mcl.evaluation import check_evaluations
-from mcl.models import MCL, Output
+from mcl.objectives import OBJECTIVES, Output, build
 from mcl.records.meters import Meter, Stopwatch
 from mcl.records.metrics import (
     BadFiles,
@@ -84,6 +84,7 @@ class Trainer:
         self.images = config.images_per_rank(distributed.world_size())
         source = distributed.once_per_machine(lambda: open_images(config.data), config.data)
         distributed.once_per_machine(lambda: check_evaluations(config, source), config.data)
+        OBJECTIVES[config.objective].check(config, source)
         state = distributed.local_rank_zero_first(lambda: checkpoint.latest(self.folder / "checkpoints"))
         hang.end_after(trainer.timeout + hang.GRACE)
         agreement.check(config, self.device.type, source, None if state is None else state["step"])
@@ -106,13 +107,14 @@ class Trainer:
             self.config = config = memory.fit(config, self.device, self.loader)
 
         torch.manual_seed(trainer.seed)  # the same weights on every rank
-        self.model = MCL(config.model, config.montage, trainer.recompute)
+        self.model = build(config, source.classes)
         if trainer.init_from:
             initial = checkpoint.load(trainer.init_from)
             checkpoint.restore(self.model, initial["model"], trainer.init_from)
         self._update = TrainingStep(config, self.model, self.device)
         self._skips = trainer.on_nonfinite == "skip"
-        self._meter = Meter(len(config.montage.ratios), self.device, trainer.precision == "fp16", self._skips)
+        levels = len(config.montage.ratios)
+        self._meter = Meter(levels, self.model.scores, self.device, trainer.precision == "fp16", self._skips)
         if state is not None:
             self.load_state_dict(state, str(self.folder))
         self._saver = Saver(self.folder / "checkpoints", trainer.keep)
@@ -206,6 +208,7 @@ class Trainer:
             "config": to_dict(self.config),
             "step": self.step,
             "model": self.model.state_dict(),
+            **({"classes": list(self.model.classes)} if self.model.labelled else {}),
             **self._update.state_dict(),
             "loader": self.loader.state_dict(),
             "files": self.loader.source.digest(),
@@ -306,7 +309,7 @@ class Trainer:
         if trainer.device == "auto" and self.device.type == "cpu" and _DRIVER.exists():
             log.warning("training on the CPU, since PyTorch sees no CUDA device, though there is a driver: mcl doctor")
         log.info(
-            f"{model.backbone}, canvas {plan.geometry.canvas} px, {model.compute}, "
+            f"{self.config.objective}, {model.backbone}, canvas {plan.geometry.canvas} px, {model.compute}, "
             f"{arithmetic.describe(trainer, self.device.type)} on {self.device} x {distributed.world_size()}; "
             f"{plan.global_batch} images per step, {self.steps_per_epoch} steps per epoch, {self.steps} steps"
         )

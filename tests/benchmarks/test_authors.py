@@ -10,7 +10,7 @@ from benchmarks.authors import Authors, AuthorsStep
 from benchmarks.step import CONTENDERS, Setting, Step
 from mcl import config
 from mcl.exporters.openselfsup import their_name
-from mcl.models import MCL
+from mcl.objectives import MCL
 from tests.conftest import random_view
 from tests.fp64 import fast_convolutions
 from tests.mcl.train.test_reference import configure, differs, draw, read, views
@@ -52,7 +52,7 @@ def test_released_computes_the_same() -> None:
     model = {"backbone": "resnet18", "width": 16, "hidden": 32, "compute": "released"}
     cfg = config.from_dict({"montage": {"cells": 1}, "model": model})
     torch.manual_seed(0)
-    released, authors = MCL(cfg.model, cfg.montage).double(), Authors(cfg.model, cfg.montage.cells).double()
+    released, authors = MCL(cfg).double(), Authors(cfg.model, cfg.montage.cells).double()
     authors.load_state_dict({their_name(name): value for name, value in released.state_dict().items()})
     query, key = (random_view(cfg.montage, 32, seed, torch.float64) for seed in (1, 2))
     with fast_convolutions():

@@ -61,7 +61,7 @@ def test_stages_of_a_schedule_have_its_epochs_and_what_was_counted() -> None:
     cfg = config.override(preset("budget_2x"), one_level)
     stages = Pretraining(cfg).stages()
     assert [(stage["epochs"], stage["side"]) for stage in stages] == [(21, 160), (79, 224)]
-    counted = count.step(cfg.model, cfg.montage.at(50), 32, 1, "fp32")
+    counted = count.step(dataclasses.replace(cfg, montage=cfg.montage.at(50)), 32, 1)
     assert stages[1]["gflop_per_image"] == pytest.approx(counted.flops / 32 / 1e9)
     assert stages[1]["saved_bytes"] == sum(counted.saved.values())
 

@@ -19,7 +19,7 @@ from benchmarks.common import Result
 from benchmarks.transfer import METHODS, Cell, Command
 from benchmarks.transfer_protocol import PLACES, Protocol, ProtocolError, Work
 from mcl.budget import count
-from mcl.models import MCL
+from mcl.objectives import MCL
 from scripts.builders.selection import read_selection
 from tests.conftest import ROOT
 
@@ -464,7 +464,7 @@ def test_all_methods_start_from_the_same_backbone(work: Work) -> None:
         states.append(make().backbone.state_dict())
     torch.manual_seed(5)
     config = work.config(5)
-    states.append(MCL(config.model, config.montage).online.backbone.state_dict())
+    states.append(MCL(config).online.backbone.state_dict())
     assert all(torch.equal(states[0][name], other[name]) for other in states[1:] for name in states[0])
 
 

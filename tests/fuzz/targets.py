@@ -20,7 +20,7 @@ from mcl.config import Config, ConfigError
 from mcl.exporters import export, openselfsup
 from mcl.finetune import voc
 from mcl.finetune.annotations import check
-from mcl.models import MCL
+from mcl.objectives import MCL
 from mcl.train import checkpoint
 from mcl.train.checkpoint import CheckpointError
 from tests.conftest import ROOT
@@ -212,7 +212,7 @@ def hollow() -> dict[str, Tensor]:
     """The state of a small model, all tensors one number, repeated: so its file is small."""
     cfg = config.from_dict(TINY)
     with torch.device("meta"):
-        state = MCL(cfg.model, cfg.montage).state_dict()
+        state = MCL(cfg).state_dict()
     numbers = {dtype: torch.zeros((), dtype=dtype) for dtype in {tensor.dtype for tensor in state.values()}}
     return {name: numbers[tensor.dtype].expand(tensor.shape) for name, tensor in state.items()}
 

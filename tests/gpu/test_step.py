@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mcl import config
 from mcl.config import Config, TrainerConfig
+from mcl.objectives import MCL
 from mcl.records.meters import Meter
 from mcl.signals import Interrupted
 from mcl.train import arithmetic
@@ -106,7 +107,9 @@ def test_the_host_waits_for_no_step(device: torch.device, words: tuple[str, ...]
     cfg = configure(*SIZES[device.type], *words)
     arithmetic.choose(cfg.trainer)
     step = build(cfg, device)
-    meter = Meter(len(cfg.montage.ratios), device, cfg.trainer.precision == "fp16", cfg.trainer.on_nonfinite == "skip")
+    meter = Meter(
+        len(cfg.montage.ratios), MCL.scores, device, cfg.trainer.precision == "fp16", cfg.trainer.on_nonfinite == "skip"
+    )
     for i in range(2):  # libraries choose their algorithms, and state comes to be
         meter.add(i, *step(*views(cfg), lr=0.1, momentum=0.99))
     batch = views(cfg)

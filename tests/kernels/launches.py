@@ -23,8 +23,8 @@ from dali_pipelines.batch import MontageBatch, in_order
 from dali_pipelines.layout import tile_boxes
 from mcl import config
 from mcl.config import Config
-from mcl.models import MCL
 from mcl.models.norm import BatchNorm
+from mcl.objectives import MCL
 
 _VIEWS = """detach device empty empty_like expand new_empty promote_types select slice split_with_sizes t unbind
     unsqueeze view"""
@@ -135,7 +135,7 @@ def as_before(model: MCL) -> None:
 def step(cfg: Config, images: int, before: bool, device: str = "cpu") -> tuple[Meter, Meter]:
     """Forward and backward, on a CPU only; `before` as :func:`as_before` has it."""
     with torch.device("meta"):
-        model = MCL(cfg.model, cfg.montage).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = MCL(cfg).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     tile_boxes(cfg.montage, images)  # which are remembered: not to be those without memory
     forward, backward = Meter(), Meter()
     with FakeTensorMode(allow_non_fake_inputs=True):

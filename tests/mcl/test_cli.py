@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 
 from mcl import cli, config
-from mcl.models import MCL
+from mcl.objectives import MCL
 from mcl.train import checkpoint
 from tests.conftest import ROOT
 from tests.mcl.tiny import TINY
@@ -99,7 +99,7 @@ def test_preview_goes_into_the_run(
     """Into output/name of a configuration; into the folder that a checkpoint lies in, wherever that is now."""
     monkeypatch.chdir(tmp_path)
     cfg = config.load(DEMO, [f"data.root={photos / 'val'}", "data.val_root=", "output=runs", "name=a"])
-    model = MCL(cfg.model, cfg.montage)
+    model = MCL(cfg)
     state = {"config": config.to_dict(cfg), "step": 1, "model": model.state_dict()}
     last = checkpoint.save(tmp_path / "moved" / "checkpoints", state, 1)
     alone = tmp_path / "alone" / "x.pt"

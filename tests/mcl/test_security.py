@@ -19,7 +19,7 @@ from mcl import commands as run
 from mcl import config
 from mcl.config import ConfigError
 from mcl.exporters import TARGETS, export, openselfsup
-from mcl.models import MCL
+from mcl.objectives import MCL
 from mcl.train import checkpoint
 from mcl.train.checkpoint import CheckpointError
 from tests.conftest import ROOT
@@ -78,7 +78,7 @@ def test_nowhere_do_we_read_what_could_execute() -> None:
 def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint."""
     cfg = config.from_dict({"model": {"backbone": "resnet18", "width": 16, "hidden": 32}})
-    state = {"config": config.to_dict(cfg), "step": 1, "model": MCL(cfg.model, cfg.montage).state_dict()}
+    state = {"config": config.to_dict(cfg), "step": 1, "model": MCL(cfg).state_dict()}
     file = tmp_path_factory.mktemp("run") / "step.pt"
     torch.save({"format": checkpoint.FORMAT, **state}, file)
     return file

@@ -21,8 +21,8 @@ from mcl import cli, config
 from mcl import commands as run
 from mcl.budget import budget, count, hardware, show
 from mcl.budget.memory import memory
-from mcl.config import Config, ModelConfig, OptimConfig
-from mcl.models import MCL
+from mcl.config import Config, ModelConfig, OptimConfig, TrainerConfig
+from mcl.objectives import MCL
 from mcl.train import checkpoint
 from mcl.train.optim import build_optimizer
 from tests.conftest import ROOT, random_view
@@ -37,6 +37,10 @@ def preset(name: str, *words: str) -> Config:
     return config.load(PRESETS / f"{name}.yaml", words)
 
 
+def configured(model: ModelConfig, geometry: Geometry, precision: Any = "fp32", recompute: bool = False) -> Config:
+    return Config(model=model, montage=geometry, trainer=TrainerConfig(precision=precision, recompute=recompute))
+
+
 def stage(epochs: int, flops: int, views: float) -> count.Stage:
     """Of steps of one image."""
     counted = count.Count({"backbone": flops}, {}, {}, {}, [], [], [], 0)
@@ -46,7 +50,7 @@ def stage(epochs: int, flops: int, views: float) -> count.Stage:
 def gflop_per_image(compute: str, geometry: Geometry) -> float:
     """Of a step at 128 images on each of 32 GPUs."""
     model = ModelConfig(compute=compute)  # type: ignore[arg-type]
-    return count.step(model, geometry, 128, 32, "fp32").flops / 128 / 1e9
+    return count.step(configured(model, geometry), 128, 32).flops / 128 / 1e9
 
 
 def test_the_three_steps() -> None:
@@ -58,7 +62,7 @@ def test_the_three_steps() -> None:
 def test_a_count_leaves_real_boxes_behind() -> None:
     """They are remembered for the next montage of that kind, which may be a real one."""
     geometry = Geometry(cells=2, ratios=(1, 2), images_per_canvas=(1, 4))
-    count.step(TWO_LEVELS, geometry, 16, 1, "fp32")
+    count.step(configured(TWO_LEVELS, geometry), 16, 1)
     assert type(tile_boxes(geometry, 16)) is Tensor
 
 
@@ -66,7 +70,7 @@ def test_what_autograd_keeps() -> None:
     """R50 at 224 px, 32 images: of what the released step keeps."""
     kept = {
         (compute, recompute): sum(
-            count.step(ModelConfig(compute=compute), Geometry(), 32, 1, "fp32", recompute).saved.values()  # type: ignore[arg-type]
+            count.step(configured(ModelConfig(compute=compute), Geometry(), recompute=recompute), 32, 1).saved.values()  # type: ignore[arg-type]
         )
         for compute, recompute in (("released", False), ("matched", False), ("matched", True))
     }
@@ -126,7 +130,8 @@ def test_the_documents_say_what_fits_and_presets_fit_their_machines() -> None:
 def test_the_peak_is_that_of_a_real_step(recompute: bool) -> None:
     """By what PyTorch's profiler saw allocated and freed; oneDNN's own scratch memory is not counted."""
     geometry = dataclasses.replace(FEWER, cells=2)
-    mcl = MCL(TWO_LEVELS, geometry, recompute).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    cfg = configured(TWO_LEVELS, geometry, recompute=recompute)
+    mcl = MCL(cfg).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     few = geometry.query_canvases(8)
     views = [dataclasses.replace(random_view(geometry, 8, seed), query_counts=few) for seed in (1, 2)]
     with profile(profile_memory=True) as profiler:
@@ -135,7 +140,7 @@ def test_the_peak_is_that_of_a_real_step(recompute: bool) -> None:
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
     peak = max(itertools.accumulate(sizes))
-    assert 0.9 * peak <= count.step(TWO_LEVELS, geometry, 8, 1, "fp32", recompute).peak <= 1.001 * peak
+    assert 0.9 * peak <= count.step(cfg, 8, 1).peak <= 1.001 * peak
 
 
 @pytest.mark.parametrize(
@@ -149,8 +154,8 @@ def test_the_peak_is_that_of_a_real_step(recompute: bool) -> None:
 def test_the_count_is_what_a_real_step_computes_and_saves(compute: str, precision: str) -> None:
     """FLOPs by PyTorch's own counter and bytes by hooks, of a step on the CPU; backward in fp32, where it is fast."""
     dtype = torch.float64 if precision == "fp64" else torch.float32
-    model = dataclasses.replace(TWO_LEVELS, compute=compute)
-    mcl = MCL(model, FEWER).to(dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    cfg = configured(dataclasses.replace(TWO_LEVELS, compute=compute), FEWER, precision)
+    mcl = MCL(cfg).to(dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     few = FEWER.query_canvases(8)
     views = [dataclasses.replace(random_view(FEWER, 8, seed, dtype), query_counts=few) for seed in (1, 2)]
     known = {t.data_ptr() for t in [*mcl.parameters(), *mcl.buffers(), *(v.pixels for v in views)]}
@@ -168,15 +173,15 @@ def test_the_count_is_what_a_real_step_computes_and_saves(compute: str, precisio
             loss = mcl(*views).loss
         if precision == "fp32":
             loss.backward()
-    counted = count.step(model, FEWER, 8, 1, precision)
+    counted = count.step(cfg, 8, 1)
     flops = counted.flops if precision == "fp32" else sum(counted.forward.values())
     assert flops == counter.get_total_flops() > 0
     assert sum(counted.saved.values()) == sum(t.untyped_storage().nbytes() for t in saved.values())
 
 
 def test_parts_own_what_is_theirs() -> None:
-    counted = count.step(TWO_LEVELS, FEWER, 8, 1, "fp32")
-    mcl = MCL(TWO_LEVELS, FEWER)
+    cfg = configured(TWO_LEVELS, FEWER)
+    counted, mcl = count.step(cfg, 8, 1), MCL(cfg)
     assert sum(counted.parameters.values()) == sum(p.numel() for p in mcl.parameters())
     assert counted.parameters["momentum network"] == sum(p.numel() for p in mcl.target.parameters())
     assert counted.parameters["projector"] == sum(p.numel() for p in mcl.online.head.projector.parameters())
@@ -187,21 +192,21 @@ def test_parts_own_what_is_theirs() -> None:
     first = canvases * 16 * 16 * 64 * 3 * 7 * 7  # convolution: no gradient towards the image
     assert counted.backward["backbone"] == 2 * counted.forward["backbone"] - 2 * 2 * first
     assert counted.forward["loss"] == counted.backward["loss"] == 2 * 2 * tiles * 8 * width
-    elsewhere = count.step(TWO_LEVELS, FEWER, 8, 3, "fp32")  # three processes: three times the targets
+    elsewhere = count.step(cfg, 8, 3)  # three processes: three times the targets
     assert elsewhere.forward["loss"] == 3 * counted.forward["loss"]
     assert elsewhere.flops - counted.flops == 2 * 2 * counted.forward["loss"]
 
 
 @pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
 def test_memory_of_the_state_is_that_of_a_real_one(name: str) -> None:
-    optim = OptimConfig(name=name)  # type: ignore[arg-type]
-    mcl = MCL(SMALL, Geometry())
+    cfg = dataclasses.replace(configured(SMALL, Geometry(), "bf16"), optim=OptimConfig(name=name))  # type: ignore[arg-type]
+    mcl = MCL(cfg)
     trainable = [p for p in mcl.parameters() if p.requires_grad]
     for p in trainable:
         p.grad = torch.ones_like(p)
-    optimizer = build_optimizer(optim, mcl)
+    optimizer = build_optimizer(cfg.optim, mcl)
     optimizer.step()
-    found = count.state(SMALL, Geometry(), optim, "bf16")
+    found = count.state(cfg)
     states = [t for state in optimizer.state_dict()["state"].values() for t in state.values()]
     assert found["optimizer"] == sum(t.nbytes for t in states)
     assert found["gradients"] == sum(p.nbytes for p in trainable)

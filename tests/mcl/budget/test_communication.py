@@ -16,7 +16,7 @@ from mcl.budget import budget, communication, count, show
 from mcl.budget.communication import LINKS, Links
 from mcl.config import Config
 from mcl.distributed.consensus import Consensus
-from mcl.models import MCL
+from mcl.objectives import MCL
 from mcl.train.step import TrainingStep
 from tests.conftest import ROOT, ThinBackbone
 from tests.mcl.ranks import in_ranks
@@ -34,7 +34,7 @@ THIN = [
 
 
 def thin(cfg: Config) -> AbstractContextManager[Any]:
-    return nullcontext() if cfg == REAL else mock.patch("mcl.models.mcl.Backbone", ThinBackbone)
+    return nullcontext() if cfg == REAL else mock.patch("mcl.models.encoder.Backbone", ThinBackbone)
 
 
 class Exchanged(TorchDispatchMode):
@@ -62,7 +62,7 @@ def exchanged(cases: list[Config]) -> list[dict[str, list[int]]]:
     said = []
     for cfg in cases:
         with thin(cfg):
-            step = TrainingStep(cfg, MCL(cfg.model, cfg.montage, cfg.trainer.recompute), torch.device("cpu"))
+            step = TrainingStep(cfg, MCL(cfg), torch.device("cpu"))
         query, key = views(cfg, world=distributed.world_size())
         consensus = Consensus()
         for _ in range(2):
@@ -83,8 +83,7 @@ def test_calls_and_bytes_are_those_of_a_real_step(cases: list[Config]) -> None:
             accumulate = cfg.trainer.accumulate
             with thin(cfg):
                 counted = count.step.__wrapped__(  # nothing thin is to stay in its cache
-                    *(cfg.model, cfg.montage, cfg.images_per_rank(2) // accumulate, 2 * accumulate),
-                    *(cfg.trainer.precision, cfg.trainer.recompute),
+                    cfg, cfg.images_per_rank(2) // accumulate, 2 * accumulate
                 )
             predicted = communication.exchanges(counted, accumulate)
             for operation in ("all-reduce", "all-gather"):

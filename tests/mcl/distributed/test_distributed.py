@@ -54,7 +54,7 @@ def train_all(preset: dict[str, Any], runs: list[list[str]]) -> list[Any]:
     """Bad files known at the start and at the end of each run, and the error that it ends with."""
     said = []
     with (
-        mock.patch("mcl.models.mcl.Backbone", ThinBackbone),
+        mock.patch("mcl.models.encoder.Backbone", ThinBackbone),
         mock.patch.object(distributed, "setup"),  # once is enough
     ):
         for words in runs:

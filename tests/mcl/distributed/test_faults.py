@@ -79,7 +79,7 @@ def rank_main(rank: int, port: int, words: list[str], plant: Callable[[int], Any
     """What one process does; `plant` prepares a fault in it."""
     os.environ |= {"WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(RANKS)}
-    with mock.patch("mcl.models.mcl.Backbone", ThinBackbone):
+    with mock.patch("mcl.models.encoder.Backbone", ThinBackbone):
         if plant is not None:
             plant(rank)
         cli.main(["pretrain", *words])

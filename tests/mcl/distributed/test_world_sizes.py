@@ -11,7 +11,7 @@ import torch
 from dali_pipelines.batch import MontageBatch
 from mcl import distributed
 from mcl.config import Config
-from mcl.models import MCL
+from mcl.objectives import MCL
 from mcl.train.step import TrainingStep
 from tests.conftest import ThinBackbone
 from tests.fp64 import fast_convolutions
@@ -41,8 +41,8 @@ def views(cfg: Config, step: int) -> list[MontageBatch]:
 def train(cfg: Config, steps: int, device: str) -> dict[str, Any]:
     """Loss and gradient norm of every step, and everything that the model holds after them."""
     torch.manual_seed(0)
-    with mock.patch("mcl.models.mcl.Backbone", TwoMaps):
-        model = MCL(cfg.model, cfg.montage)
+    with mock.patch("mcl.models.encoder.Backbone", TwoMaps):
+        model = MCL(cfg)
     step = TrainingStep(cfg, model, torch.device(device))
     losses, norms = [], []
     with fast_convolutions():
@@ -58,8 +58,8 @@ def train(cfg: Config, steps: int, device: str) -> dict[str, Any]:
 def moved(cfg: Config, model: MCL) -> float:
     """How far training went: the smallest relative change of a matrix or kernel."""
     torch.manual_seed(0)
-    with mock.patch("mcl.models.mcl.Backbone", TwoMaps):
-        before = dict(MCL(cfg.model, cfg.montage).named_parameters())
+    with mock.patch("mcl.models.encoder.Backbone", TwoMaps):
+        before = dict(MCL(cfg).named_parameters())
     matrices = [(n, p) for n, p in model.named_parameters() if p.requires_grad and p.ndim > 1]
     return min(((p.cpu() - before[n]).norm() / before[n].norm()).item() for n, p in matrices)
 

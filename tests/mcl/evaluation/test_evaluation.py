@@ -17,7 +17,7 @@ from mcl.config import Config, ConfigError
 from mcl.evaluation import evaluate
 from mcl.evaluation.knn_linear import knn, linear
 from mcl.evaluation.retrieval import retrieval, top1
-from mcl.models import MCL
+from mcl.objectives import MCL
 from tests.conftest import random_view
 
 
@@ -59,7 +59,7 @@ def test_top1_of_an_oracle() -> None:
 @pytest.mark.usefixtures("thin_backbone")
 def test_retrieval_of_random_networks_is_reproducible(small: Config) -> None:
     torch.manual_seed(0)
-    model = MCL(small.model, small.montage)
+    model = MCL(small)
     source = open_source(small.data.root)
     first, same = retrieval([model, model], small, source, torch.device("cpu"))
     assert first == same
@@ -70,7 +70,7 @@ def test_retrieval_of_random_networks_is_reproducible(small: Config) -> None:
 @pytest.mark.usefixtures("thin_backbone")
 def test_retrieval_shows_every_tile_at_the_size_that_the_schedule_ends_with(small: Config) -> None:
     torch.manual_seed(0)
-    model = MCL(small.model, small.montage)
+    model = MCL(small)
     source = open_source(small.data.root)
     scheduled = config.override(small, ["montage.queries=[4,1]", "montage.schedule=[[3,2]]"])
     last = config.override(small, ["montage.cells=2"])
@@ -81,7 +81,7 @@ def test_retrieval_shows_every_tile_at_the_size_that_the_schedule_ends_with(smal
 @pytest.mark.usefixtures("thin_backbone")
 def test_retrieval_of_both_splits_leaves_the_model_alone(small: Config) -> None:
     torch.manual_seed(small.trainer.seed)
-    model = MCL(small.model, small.montage)
+    model = MCL(small)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     records = list(evaluate("retrieval", model, small, torch.device("cpu")))
     assert [record["split"] for record in records] == ["train", "val"]
@@ -117,7 +117,7 @@ def test_linear_probe_separates_what_can_be_separated() -> None:
 def test_classes_of_real_photographs(small: Config, name: str) -> None:
     """An untrained network scores the same as itself."""
     torch.manual_seed(small.trainer.seed)
-    model = MCL(small.model, small.montage)
+    model = MCL(small)
     (record,) = evaluate(name, model, small, torch.device("cpu"))
     assert record["accuracy"] == record["random"] > record["chance"] / 2
     assert (record["split"], record["classes"]) == ("val", 26)
@@ -130,14 +130,14 @@ def test_classes_of_both_splits_are_numbered_alike(small: Config, photos: Path, 
     last = sorted((photos / "train").iterdir())[-1].name
     shutil.copytree(photos / "train" / last, tmp_path / "val" / last)
     cfg = config.override(small, [f"data.val_root={tmp_path / 'val'}", "evaluation.k=1"])
-    (record,) = evaluate("knn", MCL(cfg.model, cfg.montage), cfg, torch.device("cpu"))
+    (record,) = evaluate("knn", MCL(cfg), cfg, torch.device("cpu"))
     assert (record["accuracy"], record["chance"], record["classes"]) == (1.0, 1.0, 26)
     (tmp_path / "val" / last).rename(tmp_path / "val" / "unheard_of")
     with pytest.raises(ConfigError, match=r"data\.val_root: .* has classes that data\.root lacks, e\.g\. unheard_of"):
-        list(evaluate("knn", MCL(cfg.model, cfg.montage), cfg, torch.device("cpu")))
+        list(evaluate("knn", MCL(cfg), cfg, torch.device("cpu")))
 
 
 def test_linear_needs_held_out_images(small: Config) -> None:
     cfg = config.override(small, ["data.val_root="])
     with pytest.raises(ConfigError, match=r"data\.val_root"):
-        list(evaluate("linear", MCL(cfg.model, cfg.montage), cfg, torch.device("cpu")))
+        list(evaluate("linear", MCL(cfg), cfg, torch.device("cpu")))

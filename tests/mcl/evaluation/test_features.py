@@ -12,7 +12,7 @@ from dali_pipelines.source import open_source
 from mcl import config, distributed
 from mcl.config import Config, ConfigError
 from mcl.evaluation.features import Features, Pooled, extract, photos, prepare
-from mcl.models import MCL
+from mcl.objectives import MCL
 from tests.mcl.ranks import in_ranks
 from tests.mcl.tiny import TINY
 
@@ -79,7 +79,7 @@ def test_work_goes_on_where_it_stopped(folder: Path) -> None:
 @pytest.mark.usefixtures("thin_backbone")
 @pytest.mark.parametrize(("name", "width"), [("c5", 8), ("c2", 5), ("p5", 16), ("p4", 16)])
 def test_stages_and_levels(tiny: Config, name: str, width: int) -> None:
-    model = MCL(tiny.model, tiny.montage).eval()
+    model = MCL(tiny).eval()
     pixels = torch.randn(3, 3, 32, 32)
     maps = model.online.backbone(pixels)
     expected = maps[5 - int(name[1])] if name[0] == "c" else model.online.fpn(maps, [0, 1])[5 - int(name[1])]
@@ -90,13 +90,13 @@ def test_stages_and_levels(tiny: Config, name: str, width: int) -> None:
 
 def test_a_level_that_is_not_there(tiny: Config) -> None:
     with pytest.raises(ConfigError, match=r"evaluation\.features: p2 is none of the levels .* those are p5, p4"):
-        Pooled(MCL(tiny.model, tiny.montage).online, "p2")
+        Pooled(MCL(tiny).online, "p2")
 
 
 def statistics(root: str) -> dict[str, torch.Tensor]:
     cfg = config.override(config.from_dict(TINY), [f"data.root={root}"])
     torch.manual_seed(0)
-    backbone = MCL(cfg.model, cfg.montage).online.backbone
+    backbone = MCL(cfg).online.backbone
     (prepared,) = prepare([backbone], cfg, open_source(root), CPU)
     assert backbone.bn1.num_batches_tracked == 0
     assert (prepared.bn1.momentum, prepared.training, distributed.rank() < 2) == (0.1, False, True)

@@ -1,5 +1,6 @@
 """Checkpoints to export."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,14 @@ from torch import Tensor
 
 from dali_pipelines.geometry import Geometry
 from mcl.config import Config, DataConfig, ModelConfig, to_dict
-from mcl.models import MCL
+from mcl.objectives import MCL
 from mcl.train.checkpoint import FORMAT
 
 
 def make_model(geometry: Geometry, **model: Any) -> MCL:
     """A model whose running statistics and target network are not the initial ones."""
     torch.manual_seed(0)
-    made = MCL(ModelConfig(hidden=32, **model), geometry)
+    made = MCL(Config(model=ModelConfig(hidden=32, **model), montage=geometry))
     for name, tensor in made.state_dict().items():
         if name.endswith("running_mean"):
             tensor.normal_(0, 0.1)
@@ -29,7 +30,7 @@ def make_model(geometry: Geometry, **model: Any) -> MCL:
 
 def save_model(model: MCL, geometry: Geometry, folder: Path, root: str = "") -> Path:
     """Writes a checkpoint into a run folder."""
-    config = to_dict(Config(data=DataConfig(root=root), model=model.config, montage=geometry))
+    config = to_dict(dataclasses.replace(model.config, montage=geometry, data=DataConfig(root=root)))
     path = folder / "checkpoints" / "last.pt"
     path.parent.mkdir(parents=True)
     torch.save({"format": FORMAT, "config": config, "step": 3, "model": model.state_dict()}, path)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mcl.exporters import export
-from mcl.models import MCL
+from mcl.objectives import MCL
 
 Shapes = dict[str, tuple[int, ...]]
 NORM = ("weight", "bias", "running_mean", "running_var")

@@ -24,7 +24,7 @@ from mcl.exporters import TARGETS, export
 from mcl.exporters.canonical import canonical_names
 from mcl.exporters.files import default_path, write
 from mcl.exporters.openselfsup import import_file, their_name
-from mcl.models import MCL
+from mcl.objectives import MCL
 from mcl.train import checkpoint
 from mcl.train.checkpoint import CheckpointError
 from tests.mcl.exporters.conftest import make_model, save_model
@@ -32,7 +32,7 @@ from tests.mcl.exporters.conftest import make_model, save_model
 
 def test_canonical_names_and_shapes_are_torchvisions() -> None:
     with torch.device("meta"):
-        encoder = MCL(ModelConfig(hidden=32), Geometry()).online
+        encoder = MCL(Config(model=ModelConfig(hidden=32))).online
         detector = torchvision.models.detection.fasterrcnn_resnet50_fpn_v2(weights_backbone=None).state_dict()
     state = encoder.state_dict()
     names = canonical_names(encoder)
@@ -49,8 +49,8 @@ def test_canonical_names_and_shapes_are_torchvisions() -> None:
 def test_maps_of_the_fpn_keep_their_number_where_levels_are_missing() -> None:
     with torch.device("meta"):
         geometry = Geometry(ratios=(1, 4), images_per_canvas=(1, 16))
-        weights = (0.5, 0.5)
-        encoder = MCL(ModelConfig(backbone="resnet18", width=8, hidden=8, loss_weights=weights), geometry).online
+        model = ModelConfig(backbone="resnet18", width=8, hidden=8, loss_weights=(0.5, 0.5))
+        encoder = MCL(Config(model=model, montage=geometry)).online
     names = canonical_names(encoder)
     assert names["fpn.laterals.2.conv.weight"] == "backbone.fpn.inner_blocks.1.0.weight"  # C3
     assert names["fpn.outputs.1.conv.weight"] == "backbone.fpn.layer_blocks.1.0.weight"  # P3
@@ -224,7 +224,7 @@ def test_target_network_gets_statistics_of_its_own(
         assert torch.equal(tensor, own[name]) != statistic, name
 
     trainer = TrainerConfig(global_batch=64)
-    config = Config(data=DataConfig(root=str(photos / "val")), model=model.config, montage=geometry, trainer=trainer)
+    config = dataclasses.replace(model.config, data=DataConfig(root=str(photos / "val")), trainer=trainer)
     query, key = run.batch(config, 0, open_source(str(photos / "val")))
     with torch.no_grad():
         stem = model.target.backbone.conv1(torch.cat([query.pixels, key.pixels]))

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from dali_pipelines.geometry import Geometry
 from mcl import config
-from mcl.config import ModelConfig
+from mcl.config import Config, ModelConfig
 from mcl.exporters.openselfsup import import_file, their_name
-from mcl.models import MCL
+from mcl.objectives import MCL
 from mcl.train import checkpoint
 from mcl.train.checkpoint import CheckpointError
 from tests.conftest import ROOT, random_view
@@ -29,7 +29,7 @@ Save = Callable[..., Path]
 def model() -> MCL:
     """A model of the reference's shapes whose target and running statistics are not the initial ones."""
     torch.manual_seed(0)
-    model = MCL(RELEASED, Geometry(cells=1))
+    model = MCL(Config(model=RELEASED, montage=Geometry(cells=1)))
     for name, tensor in model.state_dict().items():
         if name.endswith("running_mean"):
             tensor.normal_(0, 0.1)
@@ -149,7 +149,7 @@ def test_fewer_levels(hollow: dict[str, Tensor], save: Save, tmp_path: Path) -> 
 def test_architecture_is_read_off_the_shapes(name: str, save: Save, tmp_path: Path) -> None:
     wanted = ModelConfig(backbone=name, width=8, hidden=16, head_convs=1, compute="released")  # type: ignore[arg-type]
     with torch.device("meta"):
-        shapes = {n: t.shape for n, t in MCL(wanted, Geometry()).state_dict().items() if not n.startswith("target.")}
+        shapes = {n: t.shape for n, t in MCL(Config(model=wanted)).state_dict().items() if not n.startswith("target.")}
     state = {their_name(n): torch.zeros(()).expand(shape) for n, shape in shapes.items()}  # stored as one element
     report = import_file(save(state), tmp_path / "ours.pt")
     assert report.model == wanted

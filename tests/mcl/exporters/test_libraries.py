@@ -12,7 +12,7 @@ import torchvision
 from torch import Tensor, nn
 
 from mcl.exporters import export
-from mcl.models import MCL
+from mcl.objectives import MCL
 from tests.conftest import ROOT
 from tests.mcl.exporters.conftest import image
 

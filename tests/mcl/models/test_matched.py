@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dali_pipelines.batch import MontageBatch
 from dali_pipelines.geometry import Geometry
 from mcl import config
-from mcl.models import MCL
+from mcl.objectives import MCL
 from mcl.train.loss import contrast, total_loss
 from tests.conftest import ThinBackbone, random_view
 from tests.fp64 import fast_convolutions
@@ -44,9 +44,9 @@ def models(backbone: str, geometry: Geometry) -> tuple[MCL, MCL]:
         }
     )
     torch.manual_seed(0)
-    with mock.patch("mcl.models.mcl.Backbone", ThinBackbone) if backbone == "thin" else nullcontext():
-        matched = MCL(cfg.model, cfg.montage).double()
-        released = MCL(dataclasses.replace(cfg.model, compute="released"), cfg.montage).double()
+    with mock.patch("mcl.models.encoder.Backbone", ThinBackbone) if backbone == "thin" else nullcontext():
+        matched = MCL(cfg).double()
+        released = MCL(config.override(cfg, ["model.compute=released"])).double()
     for module in matched.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.running_mean.normal_(0, 0.1)
@@ -97,7 +97,7 @@ def compare(backbone: str, geometry: dict[str, Any], images: int) -> None:
         results.append((output, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
     (a, a_grads), (b, b_grads) = results
     torch.testing.assert_close(a.losses, b.losses, rtol=1e-10, atol=0)
-    torch.testing.assert_close(a.positive, b.positive, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(a.scores["positive"], b.scores["positive"], rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(a.loss, b.loss, rtol=1e-10, atol=0)
     assert a_grads.keys() == b_grads.keys()
     scale = max(g.abs().max() for g in b_grads.values())
@@ -200,12 +200,12 @@ def test_gradients_of_fewer_queries_are_those_without_the_other_terms(compute: s
     parameters = [p for p in model.parameters() if p.requires_grad]
     found = torch.autograd.grad(output.loss, parameters, allow_unused=True)  # maps finer than those of two levels
 
-    banks = model.targets(views[::-1])
+    cfg, banks = model.config.model, model.targets(views[::-1])
     losses = []
     for view, (full, tiles), bank in zip(views, matched.predictions(views), banks, strict=True):
         own, others = matched.positives(view)
-        losses.append(contrast([full[:4], tiles], [own[:4], others], bank, model.config.temperature)[0])
-    loss = total_loss(torch.stack(losses), model.config.loss_weights, model.config.temperature)
+        losses.append(contrast([full[:4], tiles], [own[:4], others], bank, cfg.temperature)[0])
+    loss = total_loss(torch.stack(losses), cfg.loss_weights, cfg.temperature)
     expected = torch.autograd.grad(loss, [p for p in matched.parameters() if p.requires_grad], allow_unused=True)
     torch.testing.assert_close(output.loss, loss, rtol=1e-10, atol=0)
     scale = max(g.abs().max() for g in expected if g is not None)

@@ -16,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dali_pipelines.batch import MontageBatch
 from dali_pipelines.geometry import Geometry
 from mcl import config, distributed
-from mcl.models import MCL
 from mcl.models.heads import MLP
 from mcl.models.norm import BatchNorm
+from mcl.objectives import MCL
 from tests.conftest import ThinBackbone, random_view
 from tests.fp64 import fast_convolutions
 from tests.mcl.ranks import in_ranks, joined
@@ -229,8 +229,8 @@ MODEL: dict[str, Any] = {
 def build(compute: str) -> MCL:
     cfg = config.from_dict(MODEL | {"model": MODEL["model"] | {"compute": compute}})
     torch.manual_seed(0)
-    with mock.patch("mcl.models.mcl.Backbone", ThinBackbone):
-        return MCL(cfg.model, cfg.montage).double()
+    with mock.patch("mcl.models.encoder.Backbone", ThinBackbone):
+        return MCL(cfg).double()
 
 
 def step(module: nn.Module, model: MCL, query: MontageBatch, key: MontageBatch) -> dict[str, np.ndarray]:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mcl.models import Output
+from mcl.objectives import Output
 from mcl.records.meters import Meter, Stopwatch
 from mcl.records.metrics import eta
 from mcl.records.timers import HostClock, Timer
@@ -34,13 +34,16 @@ def test_stopwatch() -> None:
     assert stopwatch.read() == {"images_per_s": pytest.approx(5), **shares, "eta_s": pytest.approx(6 * 2.0)}
 
 
+SCORES = ("positive", "negative")
+
+
 def output(losses: list[list[float]]) -> Output:
     values = torch.tensor(losses, dtype=torch.float32)
-    return Output(values.sum(), values, values / 10, -values / 10)
+    return Output(values.sum(), values, {"positive": values / 10, "negative": -values / 10})
 
 
 def test_meter_means_over_steps_and_directions() -> None:
-    meter = Meter(2, torch.device("cpu"))
+    meter = Meter(2, SCORES, torch.device("cpu"))
     meter.add(0, output([[1, 2], [3, 4]]), torch.tensor(5.0))
     meter.add(1, output([[2, 2], [2, 2]]), torch.tensor(7.0))
     record = meter.read()
@@ -54,7 +57,7 @@ def test_meter_means_over_steps_and_directions() -> None:
 
 
 def test_meter_remembers_the_first_failure() -> None:
-    meter = Meter(3, torch.device("cpu"))
+    meter = Meter(3, SCORES, torch.device("cpu"))
     meter.add(6, output([[1, 1, 1], [1, 1, 1]]), torch.tensor(1.0))
     meter.add(7, output([[1, math.nan, 1], [1, 1, math.inf]]), torch.tensor(1.0))
     meter.add(8, output([[math.nan] * 3] * 2), torch.tensor(1.0))
@@ -63,14 +66,14 @@ def test_meter_remembers_the_first_failure() -> None:
 
 def test_an_infinite_gradient_fails_unless_the_loss_is_scaled() -> None:
     for scaled, failure in ((False, (4, [])), (True, None)):
-        meter = Meter(1, torch.device("cpu"), scaled)
+        meter = Meter(1, SCORES, torch.device("cpu"), scaled)
         meter.add(4, output([[1], [1]]), torch.tensor(math.inf))
         assert meter.failure() == failure
     assert meter.read()["grad_norm"] == 0
 
 
 def test_skipped_steps_are_counted_and_count_for_no_mean() -> None:
-    meter = Meter(2, torch.device("cpu"), skips=True)
+    meter = Meter(2, SCORES, torch.device("cpu"), skips=True)
     meter.add(0, output([[1, 2], [3, 4]]), torch.tensor(5.0))
     for step in (1, 2):
         meter.add(step, output([[math.nan, 1], [math.inf, 1]]), torch.tensor(math.nan))

@@ -131,7 +131,7 @@ def resume(choice: str) -> tuple[int, Tensor]:
     cfg = configure(*FOUR_LEVELS, "trainer.global_batch=12", f"trainer.deterministic={choice}")
     arithmetic.choose(cfg.trainer)
     batches = [views(cfg, seed + 2 * distributed.rank(), world=3) for seed in (1, 101, 201)]
-    with mock.patch("mcl.models.mcl.Backbone", ThinBackbone):
+    with mock.patch("mcl.models.encoder.Backbone", ThinBackbone):
         whole, resumed = build(cfg), build(cfg)
     norms = [whole(*batch, lr=0.1, momentum=0.9)[1] for batch in batches[:2]]
     resumed.model.load_state_dict(whole.model.state_dict())

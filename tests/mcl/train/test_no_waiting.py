@@ -22,8 +22,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dali_pipelines.batch import MontageBatch
 from mcl.config import Config
-from mcl.models import MCL
 from mcl.models.norm import BatchNorm
+from mcl.objectives import MCL
 from mcl.ops import fallback
 from mcl.ops.library import SCHEMAS
 from mcl.records.meters import Meter
@@ -102,7 +102,7 @@ def test_the_detector_lets_pass_what_does_not_wait() -> None:
 
 def step_under_watch(cfg: Config, step: TrainingStep) -> Detector:
     """A whole step and its metrics."""
-    meter = Meter(len(cfg.montage.ratios), torch.device("cpu"), scaled=cfg.trainer.precision == "fp16")
+    meter = Meter(len(cfg.montage.ratios), MCL.scores, torch.device("cpu"), scaled=cfg.trainer.precision == "fp16")
     query, key = views(cfg)
     with Detector("cpu") as detector:
         meter.add(0, *step(query, key, lr=0.1, momentum=0.99))
@@ -170,7 +170,7 @@ def test_nor_does_one_that_is_skipped(words: tuple[str, ...], optimizer: str) ->
     step, (query, key) = build(cfg), views(cfg)
     step(query, key, lr=0.1, momentum=0.99)
     before = {name: tensor.clone() for name, tensor in step.model.state_dict().items()}
-    meter = Meter(len(cfg.montage.ratios), torch.device("cpu"), skips=True)
+    meter = Meter(len(cfg.montage.ratios), MCL.scores, torch.device("cpu"), skips=True)
     query = dataclasses.replace(query, pixels=query.pixels * float("nan"))
     with Detector("cpu"):
         meter.add(1, *step(query, key, lr=0.1, momentum=0.99))
@@ -200,9 +200,9 @@ def wrapped_steps() -> list[Counter[str]]:
     for precision, choice in itertools.product(("fp32", "bf16", "fp16"), ("stop", "skip")):
         words = f"trainer.precision={precision}", f"trainer.on_nonfinite={choice}", "trainer.accumulate=2"
         cfg = configure(*FOUR_LEVELS, *words, "trainer.global_batch=16", "optim.clip_norm=1")
-        with mock.patch("mcl.models.mcl.Backbone", ThinBackbone):
+        with mock.patch("mcl.models.encoder.Backbone", ThinBackbone):
             step, (query, key) = build(cfg), views(cfg, world=2)
-        meter = Meter(4, torch.device("cpu"), precision == "fp16", choice == "skip")
+        meter = Meter(4, MCL.scores, torch.device("cpu"), precision == "fp16", choice == "skip")
         with Detector("cpu") as detector:
             for number in range(2):  # buckets are made anew after the first
                 meter.add(number, *step(query, key, lr=0.1, momentum=0.99))
@@ -270,7 +270,7 @@ def test_one_planted_wait_is_found(plant: Callable[[TrainingStep], None], operat
 
 def without_memory(cfg: Config) -> MCL:
     with torch.device("meta"):
-        return MCL(cfg.model, cfg.montage)
+        return MCL(cfg)
 
 
 def pretend(model: nn.Module) -> None:
@@ -345,7 +345,7 @@ def test_a_step_stays_on_the_device(precision: str, optimizer: str, compute: str
     with FakeTensorMode():
         query, key = pretended(query, "cuda"), pretended(key, "cuda")
         step = TrainingStep(cfg, model, torch.device("cuda"))
-        meter = Meter(2, torch.device("cuda"), precision == "fp16", choice == "skip")
+        meter = Meter(2, MCL.scores, torch.device("cuda"), precision == "fp16", choice == "skip")
         model.register_forward_hook(give_gradients)
         model.online.backbone.conv1.register_forward_hook(lambda module, inputs, out: convolved.add(out.dtype))
         with Detector("cuda") as detector:

@@ -37,7 +37,7 @@ def tiles(view: MontageBatch) -> set[Tile]:
 
 def train(words: list[str], stop: int | None = None) -> dict[int, list[set[Tile]]]:
     """Trains, to the end or to a signal in the step `stop`; what every step showed, by view."""
-    with mock.patch("mcl.models.mcl.Backbone", ThinBackbone), mock.patch.object(distributed, "setup"):
+    with mock.patch("mcl.models.encoder.Backbone", ThinBackbone), mock.patch.object(distributed, "setup"):
         trainer = Trainer(config.override(config.from_dict(PRESET), words))
         shown, step = {}, trainer.train_step
 

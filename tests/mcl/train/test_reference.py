@@ -16,7 +16,7 @@ from dali_pipelines.layout import assemble
 from mcl import config
 from mcl.config import Config
 from mcl.exporters.openselfsup import their_name
-from mcl.models import MCL
+from mcl.objectives import MCL
 from mcl.train import ema
 from mcl.train.optim import build_optimizer, excluded, set_learning_rate
 from tests.conftest import ROOT, view
@@ -65,7 +65,7 @@ def our_names(model: MCL) -> dict[str, str]:
 
 def build(reference: dict[str, Any], dtype: torch.dtype) -> tuple[MCL, Config]:
     cfg = configure(reference["config"])
-    model = MCL(cfg.model, cfg.montage)
+    model = MCL(cfg)
     state, names = model.state_dict(), our_names(model)
     for name, shape in reference["shapes"].items():
         ours = names[name]
@@ -126,8 +126,8 @@ def test_every_value_of_every_step(name: str, steps: int) -> None:
             for level, weight in enumerate(c["loss_weights"]):
                 key = f"{letter}_level_{level}"
                 ours |= {f"loss_{key}": output.losses[v, level].item() * 2 * c["temperature"] * weight}
-                ours |= {f"pos_cos_dist_{key}": output.positive[v, level].item()}
-                ours |= {f"neg_cos_dist_{key}": output.negative[v, level].item()}
+                ours |= {f"pos_cos_dist_{key}": output.scores["positive"][v, level].item()}
+                ours |= {f"neg_cos_dist_{key}": output.scores["negative"][v, level].item()}
         theirs |= expected["losses"]
         for key, value in expected["grad_norm"].items():
             gradient = parameters[names[key]].grad
@@ -153,8 +153,12 @@ def test_first_losses_in_float32(name: str) -> None:
         for level, weight in enumerate(reference["config"]["loss_weights"]):
             key = f"{letter}_level_{level}"
             assert output.losses[v, level].item() * 2 * weight == pytest.approx(expected[f"loss_{key}"], rel=1e-5)
-            assert output.positive[v, level].item() == pytest.approx(expected[f"pos_cos_dist_{key}"], abs=1e-4)
-            assert output.negative[v, level].item() == pytest.approx(expected[f"neg_cos_dist_{key}"], abs=1e-4)
+            assert output.scores["positive"][v, level].item() == pytest.approx(
+                expected[f"pos_cos_dist_{key}"], abs=1e-4
+            )
+            assert output.scores["negative"][v, level].item() == pytest.approx(
+                expected[f"neg_cos_dist_{key}"], abs=1e-4
+            )
 
 
 @pytest.mark.parametrize("name", ["r18", "r50"])
@@ -162,7 +166,7 @@ def test_released_exclusion_finds_the_same_parameters(name: str) -> None:
     reference = read(name)
     cfg = configure(reference["config"])
     with torch.device("meta"):
-        model = MCL(cfg.model, cfg.montage)
+        model = MCL(cfg)
     found = {n for n, p in model.named_parameters() if p.requires_grad and excluded(n, p, "released")}
     names = our_names(model)
     assert found == {names[n] for n in reference["excluded"]}

@@ -110,7 +110,7 @@ def test_where_nothing_is_skipped_nothing_is_protected() -> None:
 
 
 def one_bad_rank(cfg: Config) -> dict[str, Any]:
-    with mock.patch("mcl.models.mcl.Backbone", ThinBackbone):
+    with mock.patch("mcl.models.encoder.Backbone", ThinBackbone):
         step = build(cfg)
     good = views(cfg, 1 + 2 * distributed.rank(), world=2)
     norms = [step(*good, lr=0.1, momentum=0.9)[1]]

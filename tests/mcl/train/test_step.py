@@ -17,7 +17,8 @@ from dali_pipelines.batch import MontageBatch
 from mcl import distributed
 from mcl.config import Config, ConfigError
 from mcl.distributed import Gather
-from mcl.models import MCL, Output, backbones
+from mcl.models import backbones
+from mcl.objectives import MCL, Output
 from mcl.train.step import TrainingStep
 from tests.conftest import ThinBackbone, view
 from tests.fp64 import fast_convolutions
@@ -212,6 +213,10 @@ def test_cuda_graphs_need_cuda() -> None:
 # ---------------------------------------------------------------------------------------------------- graphs
 
 
+def tensors(output: Output) -> list[Tensor]:
+    return [output.loss, output.losses, *output.scores.values()]
+
+
 class Recorder:
     """The CPU's: what it records, it does again, with the memory of the first time, as a CUDA graph would.
 
@@ -236,8 +241,8 @@ class Recorder:
             assert all(p.grad is g for p, g in zip(self._parameters, memory, strict=True))
             reset()
             new = work()
-            for field in dataclasses.fields(Output):
-                getattr(result, field.name).copy_(getattr(new, field.name))
+            for kept, value in zip(tensors(result), tensors(new), strict=True):
+                kept.copy_(value)
             for p, kept in zip(self._parameters, memory, strict=True):
                 p.grad = kept if kept is None or p.grad is None else kept.copy_(p.grad)
 
@@ -296,11 +301,11 @@ def shared_step() -> dict[str, Any]:
 
     cfg = configure(*SHARED)
     with (
-        mock.patch("mcl.models.mcl.Backbone", ThinBackbone),
+        mock.patch("mcl.models.encoder.Backbone", ThinBackbone),
         mock.patch(f"{TrainingStep.__module__}.DistributedDataParallel", Watched),
     ):
         torch.manual_seed(0)
-        model = MCL(cfg.model, cfg.montage)
+        model = MCL(cfg)
         step = TrainingStep(cfg, model, torch.device("cpu"))
     model.register_forward_pre_hook(lambda *_: events.append("step"))
     model.online.register_forward_hook(lambda *_: events.append("online"))

@@ -107,7 +107,9 @@ def test_accumulated_metrics_are_the_steps_means(tiny: Config) -> None:
     first = read(tiny.run_folder / "metrics.jsonl")[0]
     assert first["loss"] == pytest.approx(sum(o.loss.item() for o, _ in outputs[:2]) / 2, rel=1e-6)
     assert first["grad_norm"] == pytest.approx(sum(float(g) for _, g in outputs[:2]) / 2, rel=1e-6)
-    assert first["positive"] == pytest.approx(sum(o.positive.mean(0) for o, _ in outputs[:2]).div(2).tolist(), abs=1e-6)
+    assert first["positive"] == pytest.approx(
+        sum(o.scores["positive"].mean(0) for o, _ in outputs[:2]).div(2).tolist(), abs=1e-6
+    )
 
 
 @pytest.mark.real_backbone
@@ -163,7 +165,7 @@ def test_stopped_next_to_a_change_of_the_canvas_and_resumed(tiny: Config, stop: 
 
 def pretrain(words: list[str], real: bool) -> None:
     """What each process does."""
-    with nullcontext() if real else mock.patch("mcl.models.mcl.Backbone", ThinBackbone):
+    with nullcontext() if real else mock.patch("mcl.models.encoder.Backbone", ThinBackbone):
         Trainer(config.override(config.from_dict(TINY), words)).fit()
 
 

@@ -1,0 +1,72 @@
+"""Backbone, FPN and region head as one, and the two ways to compute their embeddings."""
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dali_pipelines.batch import MontageBatch
+from dali_pipelines.geometry import STRIDE
+from dali_pipelines.layout import cut, join
+from mcl.config import ModelConfig
+from mcl.models.backbones import Backbone
+from mcl.models.fpn import FPN, Groups
+from mcl.models.heads import RegionHead
+from mcl.ops import region_pool
+
+
+class Encoder(nn.Module):
+    """Backbone, FPN and region head: canvases to one embedding per tile.
+
+    Args:
+        config: names and widths, and ``compute``: matched, where FPN and head see only each level's own canvases, or
+            released, where they see every canvas at every level. The embeddings differ only by BatchNorm's statistics.
+        ratios: tiles per canvas side, per level.
+        recompute: activation checkpointing of the backbone.
+    """
+
+    def __init__(self, config: ModelConfig, ratios: Sequence[int], recompute: bool = False) -> None:
+        super().__init__()
+        self.compute = config.compute
+        self.ratios = tuple(ratios)
+        self.backbone = Backbone(config.backbone, recompute)
+        depths = [r.bit_length() - 1 for r in ratios]  # a map twice as fine per doubling of the ratio
+        self.fpn = FPN(self.backbone.channels, config.width, depths)
+        self.head = RegionHead(config.width, config.head_convs, config.hidden)
+
+    def forward(self, *views: MontageBatch) -> list[list[Tensor]]:
+        """Embeddings of the tiles of views with equal numbers of canvases, which BatchNorm sees one by one.
+
+        Returns:
+            Per view and level, (R, width).
+        """
+        return self._matched(views) if self.compute == "matched" else self._released(views)
+
+    def _matched(self, views: Sequence[MontageBatch]) -> list[list[Tensor]]:
+        """All views together: products of few rows are slow."""
+        canvases = views[0].canvas_counts
+        levels = [*range(len(canvases))] * len(views)
+        features = self.backbone(join([view.pixels for view in views]), [sum(canvases)] * len(views))
+        maps = self.fpn(features, levels, canvases * len(views))
+        regions = [boxes for view in views for boxes in view.regions()]
+        counts = [len(boxes) for boxes in regions]
+        embeddings = self.head(self.pool(maps, levels, regions, views[0].cells), counts).split(counts)
+        return [list(embeddings[i : i + len(canvases)]) for i in range(0, len(regions), len(canvases))]
+
+    def _released(self, views: Sequence[MontageBatch]) -> list[list[Tensor]]:
+        """Every tile of every map goes through the head, view after view, the finest map first."""
+        counts, ratios = [len(view.pixels) for view in views], views[0].ratios
+        maps = self.fpn(self.backbone(join([view.pixels for view in views]), counts), range(len(ratios)), views=counts)
+        bounds = list(itertools.accumulate(views[0].canvas_counts, initial=0))
+        embeddings = []
+        for own in zip(*(Groups.apply(x, tuple(counts)) for x in maps), strict=True):
+            every = [self.head(cut(x, ratio)) for x, ratio in zip(own[::-1], ratios[::-1], strict=True)][::-1]
+            embeddings.append([every[i][bounds[i] * r**2 : bounds[i + 1] * r**2] for i, r in enumerate(ratios)])
+        return embeddings
+
+    def pool(self, maps: Sequence[Tensor], levels: Sequence[int], boxes: Sequence[Tensor], cells: int) -> Tensor:
+        """(R, width, cells, cells), the tiles of each map, whose level is given, map after map; in one launch."""
+        index = torch.cat([b.new_full((len(b),), i, dtype=torch.int64) for i, b in enumerate(boxes)])
+        strides = [STRIDE / self.ratios[level] for level in levels]
+        return region_pool(maps, strides, torch.cat(list(boxes)), index, cells)

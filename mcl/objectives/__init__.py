@@ -1,0 +1,16 @@
+"""Pre-trainings: networks and losses by the names that the key ``objective`` has."""
+
+from collections.abc import Sequence
+
+from mcl.config import Config
+from mcl.objectives.multi_level import MCL
+from mcl.objectives.objective import Objective, Output
+
+__all__ = ["MCL", "OBJECTIVES", "Objective", "Output", "build"]
+
+OBJECTIVES: dict[str, type[Objective]] = {"mcl": MCL}
+
+
+def build(config: Config, classes: Sequence[str] = ()) -> Objective:
+    """The model of a run, with initial weights; `classes` are those of its images."""
+    return OBJECTIVES[config.objective](config, classes)

@@ -1,0 +1,110 @@
+"""What a training step needs of a model. A pre-training is one subclass, in a file of its own."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from dali_pipelines.batch import MontageBatch
+from dali_pipelines.source import Source
+from mcl.config import Config, ConfigError
+
+
+@dataclass(frozen=True)
+class Output:
+    """Of one step: V views or directions (query view first), L levels. All but `loss` are detached."""
+
+    loss: Tensor  # () total, with gradient
+    losses: Tensor  # (V, L) before weights and constant factors
+    scores: Mapping[str, Tensor]  # by the names that the objective declares, (V, L)
+
+    def detach(self) -> Self:
+        return replace(self, loss=self.loss.detach())
+
+    @classmethod
+    def mean(cls, outputs: Sequence["Output"]) -> "Output":
+        """Of equal parts of a step."""
+        if len(outputs) == 1:
+            return outputs[0]
+
+        def mean(values: Sequence[Tensor]) -> Tensor:
+            return torch.stack(list(values)).mean(0)
+
+        scores = {name: mean([o.scores[name] for o in outputs]) for name in outputs[0].scores}
+        return cls(mean([o.loss for o in outputs]), mean([o.losses for o in outputs]), scores)
+
+
+class Objective(nn.Module):
+    """Networks and loss of a pre-training; everything that it computes in a step stays on the device.
+
+    A step calls :meth:`prepare` once, :meth:`forward` for each micro-batch, and :meth:`finish` behind the last one.
+    What these change besides gradients, such as running statistics or a queue, are buffers: checkpoints have them, and
+    the step puts them back if it is left out.
+
+    Args:
+        config: of the run.
+        classes: names of the classes of the images, if they have any.
+
+    Attributes:
+        online: network that is evaluated and exported; has a ``backbone``.
+        target: copy of it without gradients, or None; moved after every step by :func:`mcl.train.ema.update` alone.
+    """
+
+    scores: ClassVar[tuple[str, ...]] = ()
+    """What :attr:`Output.scores` has, and records after it."""
+    labelled: ClassVar[bool] = False
+    """Whether every image must have a class; checkpoints then hold the names of the classes."""
+    retrieves: ClassVar[bool] = False
+    """Whether it has what the evaluation retrieval asks for: ``targets``, ``predictions`` and ``positives``."""
+
+    def __init__(self, config: Config, classes: Sequence[str] = ()) -> None:
+        super().__init__()
+        self.config, self.classes = config, tuple(classes)
+        self.online: Any = None
+        self.target: Any = None
+
+    @classmethod
+    def check(cls, config: Config, source: Source | None = None) -> None:
+        """Refuses what it cannot be trained with, before any work starts; a subclass adds its own keys.
+
+        Args:
+            config: of the run.
+            source: the images, where they are known.
+
+        Raises:
+            ConfigError: keys that do not go together, or images without a class.
+        """
+        if cls.labelled and source is not None:
+            without = (source.labels < 0).nonzero()[0]
+            if len(without):
+                raise ConfigError(
+                    f"objective: {config.objective} needs the class of every image, and {len(without)} in data.root "
+                    f"have none, the first: {source.names[int(without[0])]}; use class folders or a list with classes"
+                )
+
+    def prepare(self, parts: Sequence[tuple[MontageBatch, MontageBatch]]) -> Any:
+        """What all micro-batches of a step have in common, without gradient, such as targets on their way.
+
+        Args:
+            parts: query and key view of each micro-batch (:meth:`~dali_pipelines.batch.MontageBatch.part`).
+        """
+
+    def forward(self, query: MontageBatch, key: MontageBatch, prepared: Any = None) -> Output:
+        """Loss of a micro-batch.
+
+        Args:
+            query, key: both views.
+            prepared: what :meth:`prepare` returned for the step; None: the micro-batch is all of it.
+        """
+        raise NotImplementedError
+
+    def finish(self, prepared: Any) -> None:
+        """Called when the gradients of the step are there, with what :meth:`prepare` returned; updates buffers."""
+
+    def compile_parts(self) -> None:
+        """Backbones and heads through ``torch.compile``, in place, when they are first called."""
+        for encoder in filter(None, (self.online, self.target)):
+            encoder.backbone.compile()
+            encoder.head.compile()
