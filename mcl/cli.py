@@ -161,6 +161,24 @@ def _parser() -> argparse.ArgumentParser:
     importer.add_argument("file", type=Path)
     importer.add_argument("--output", type=Path, help="file to write; default: FILE with the ending .mcl.pt")
 
+    convert = verb(
+        "convert",
+        _convert,
+        "write annotations in COCO's format, for mcl finetune",
+        description="Writes PASCAL VOC's annotations in COCO's format. Objects that are difficult are marked so.",
+    )
+    convert.add_argument("format", choices=["voc"])
+    convert.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="e.g. VOCdevkit/VOC2007")
+    convert.add_argument(
+        "--ids", default="", help="image set, e.g. trainval, or file with an id per line; default: all"
+    )
+    convert.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        help="file to write, at or above the images, e.g. VOCdevkit/voc_train.json",
+    )
+
     finetune = verb(
         "finetune",
         _finetune,
@@ -297,6 +315,12 @@ def _import(options: argparse.Namespace) -> Iterable[object]:
     from mcl.exporters import openselfsup
 
     yield openselfsup.import_file(options.file, options.output or options.file.with_suffix(".mcl.pt"))
+
+
+def _convert(options: argparse.Namespace) -> Iterable[str]:
+    from mcl.finetune import voc
+
+    yield voc.convert(options.folders, options.output, options.ids)
 
 
 def _finetune(options: argparse.Namespace) -> Iterable[str]:

@@ -154,7 +154,7 @@ def _section(content: Entry, name: str, section: str, masks: bool, corrections: 
         entry: Entry = {}
         for field, parse in fields.items():
             value = raw.get(field)
-            if value is None and field == "ignore":
+            if value is None and field in _OPTIONAL:
                 continue
             try:
                 entry[field] = parse(_default(section, number, field, raw, entry) if value is None else value)
@@ -363,7 +363,10 @@ _FIELDS: dict[str, dict[str, Callable[[Any], Any]]] = {
         "area": _area,
         "iscrowd": _flag,
         "ignore": _flag,
+        "difficult": _flag,
         "segmentation": _mask,
     },
 }
 """By section, every field that is read later, and what makes of its value what it must be."""
+
+_OPTIONAL = ("ignore", "difficult")

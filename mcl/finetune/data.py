@@ -28,9 +28,10 @@ _LAYOUTS = (
     Split("{}", "instances_{}.json"),
     Split("{}2017", "annotations/instances_{}2017.json"),
     Split("leftImg8bit/{}", "annotations/instancesonly_filtered_gtFine_{}.json"),
+    Split("", "voc_{}.json"),
 )
-"""Where kinds of folders keep things, {} standing for train or val: the one of this project first, then COCO's and
-Cityscapes' (as MMDetection converts it). LVIS has its images in COCO's folders."""
+"""Where kinds of folders keep things, {} standing for train or val: the one of this project first, then COCO's,
+Cityscapes' (as MMDetection converts it) and VOC's (as ``mcl convert voc`` does). LVIS has its images in COCO's."""
 
 MIN_SIDE = 32
 """Pixels; smaller images are left out, as MMDetection's configurations for COCO do (``filter_cfg.min_size``)."""

@@ -17,7 +17,7 @@ from mcl.finetune.loading import CheckedCOCO
 from mcl.records.metrics import log, rewrite
 
 _NAMES = {"mAP": "AP", "mAP_50": "AP50", "mAP_75": "AP75", "mAP_s": "APs", "mAP_m": "APm", "mAP_l": "APl"}
-_KINDS = {"bbox": "box", "segm": "mask"}
+_KINDS = {"bbox": "box", "segm": "mask", "11points": "box (11 points)", "area": "box (area)"}
 RESULTS = "ap.json"
 TABLE = "ap.md"
 
@@ -65,9 +65,10 @@ class APTable(Hook):
 
 def _aps(metrics: Mapping[str, float], measured: Sequence[str]) -> dict[str, dict[str, float | None]]:
     """AP by kind and name, in percent; None where there is nothing of that size to detect."""
+    found = {name.partition("/")[2]: value for name, value in metrics.items()}
     aps: dict[str, dict[str, float | None]] = {}
     for kind in measured:
-        values = {name: metrics.get(f"coco/{kind}_{measure}") for measure, name in _NAMES.items()}
+        values = {name: found.get(f"{kind}_{measure}") for measure, name in _NAMES.items()}
         aps[_KINDS[kind]] = {name: None if value is None else round(100 * value, 1) for name, value in values.items()}
     return aps
 

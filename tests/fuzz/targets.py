@@ -18,6 +18,7 @@ from dali_pipelines.source import decode, index_file, open_source, read_header
 from mcl import config
 from mcl.config import Config, ConfigError
 from mcl.exporters import export, openselfsup
+from mcl.finetune import voc
 from mcl.finetune.annotations import check
 from mcl.models import MCL
 from mcl.train import checkpoint
@@ -183,6 +184,26 @@ def checked(folder: Path) -> Read:
     return read
 
 
+def xml() -> list[bytes]:
+    sides = "<size><width>9</width><height>8</height></size>"
+    box = "<bndbox><xmin>1</xmin><ymin>2.5</ymin><xmax>9</xmax><ymax>8</ymax></bndbox>"
+    objects = f"<object><name>cat</name><difficult>1</difficult>{box}</object><object><name>7</name>{box}</object>"
+    return [f"<annotation>{sides}{objects}</annotation>".encode(encoding) for encoding in ("utf-8", "utf-16")]
+
+
+def converted(folder: Path) -> Read:
+    kit = folder / "VOC2007"
+    for part in ("Annotations", "JPEGImages"):
+        (kit / part).mkdir(parents=True)
+    (kit / "JPEGImages" / "a.jpg").touch()
+
+    def read(data: bytes) -> None:
+        (kit / "Annotations" / "a.xml").write_bytes(data)
+        voc.convert([kit], folder / "voc.json")
+
+    return read
+
+
 # ------------------------------------------------------------------------------------------------- checkpoints
 
 
@@ -335,6 +356,7 @@ TARGETS = {
     "index": Target(indices, index, mutations.zip),
     "coco": Target(coco, source("coco"), mutations.json, ODD + FIELDS),
     "annotations": Target(coco, checked, mutations.json, ODD + FIELDS),
+    "voc": Target(xml, converted, words=(*ODD, "<?xml ", "encoding=", "<!ENTITY a 'b'>", "&a;", "<![CDATA[", "xmlns:")),
     "checkpoint": Target(checkpoints, from_file(use_checkpoint), mutations.zip),
     "fields": Target(
         lambda: [json.dumps(fields()).encode()], from_fields(use_checkpoint), mutations.json, ODD + TENSORS + KEYS

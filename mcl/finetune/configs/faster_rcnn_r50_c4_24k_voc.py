@@ -9,6 +9,7 @@ train_pipeline = [
     dict(type="PackDetInputs"),
 ]
 train_dataloader = dict(dataset=dict(dataset=dict(pipeline=train_pipeline)))
+val_evaluator = dict(type="VOCFolderMetric", metric=["11points", "area"])
 train_cfg = dict(max_iters=24000, val_interval=24000)
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.001, by_epoch=False, begin=0, end=100),

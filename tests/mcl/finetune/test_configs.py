@@ -101,7 +101,8 @@ def test_protocol(name: str) -> None:
     hooks = {hook.type: hook for hook in config.custom_hooks}
     assert hooks.keys() == {"SeedEveryStep", "PlainMessages", "PreciseBatchNorm", "APTable"}
     assert hooks["PreciseBatchNorm"].batches == 200
-    assert config.val_evaluator.metric == (["bbox", "segm"] if expected.detector == "MaskRCNN" else ["bbox"])
+    measured = ["11points", "area"] if name.endswith("voc") else ["bbox"]
+    assert config.val_evaluator.metric == (["bbox", "segm"] if expected.detector == "MaskRCNN" else measured)
     evaluations = {"mask_rcnn_r50_fpn_2fc_24k_cityscapes": 8_000, "faster_rcnn_r50_c4_24k_voc": 24_000}.get(
         name, 10_000
     )

@@ -47,13 +47,22 @@ def test_classes_come_from_annotations(folder: Path) -> None:
             ),
             False,
         ),
+        (("a", "b/c", "voc_train.json", "voc_val.json"), False),
     ],
 )
 def test_other_layouts(fresh: Path, names: tuple[str, ...], lvis: bool) -> None:
-    for name in ("annotations", "leftImg8bit"):
+    for name in ("annotations", "leftImg8bit", "b"):
         (fresh / name).mkdir()
     for old, new in zip(("train", "val", "instances_train.json", "instances_val.json"), names, strict=True):
         (fresh / old).rename(fresh / new)
+        if "voc" in new:
+            folder = names[("voc_train.json", "voc_val.json").index(new)]
+
+            def name_by_root(content: Any, folder: str = folder) -> None:
+                for image in content["images"]:
+                    image["file_name"] = f"{folder}/{image['file_name']}"
+
+            change(fresh / new, name_by_root)
     if lvis:
         for split in ("train", "val"):
 

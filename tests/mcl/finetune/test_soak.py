@@ -34,6 +34,7 @@ def test_a_step_of_every_configuration(path: Path, tmp_path: Path) -> None:
     (record,) = metric.read(tmp_path / path.stem)
     assert record["step"] == 1
     assert ("mask" in record) == (config.model.type == "MaskRCNN")
+    assert ("box (11 points)" in record) == path.stem.endswith("voc")
     assert table == metric.table([record])
     state = torch.load(tmp_path / path.stem / "iter_1.pth", weights_only=True)
     assert all(tensor.isfinite().all() for tensor in state["state_dict"].values())

@@ -24,6 +24,7 @@ custom_imports = dict(
         "mcl.finetune.layers",
         "mcl.finetune.loading",
         "mcl.finetune.metric",
+        "mcl.finetune.voc_ap",
     ]
 )
 randomness = dict(seed=0)
