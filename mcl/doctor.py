@@ -308,6 +308,7 @@ def _others() -> Iterator[Check]:
     """Packages that draw, log or fine-tune, and what each is for."""
     for name in ("mmengine", "mmcv", "mmdet"):
         yield _package(name, "note", "only mcl finetune needs it", "mcl install-mmdet")
+    yield _package("faster_coco_eval", "note", "only AP of LVIS needs it", "pip install faster-coco-eval")
     for name, why in (("matplotlib", "draws the curves of a report"), ("jinja2", "writes the report of a run")):
         yield _package(name, "missing", why, f"pip install --force-reinstall {name}")
     for name, why in (("tensorboard", "log.tensorboard"), ("wandb", "log.wandb")):

@@ -101,6 +101,13 @@ def check(data: bytes, name: str, masks: bool = True) -> Annotations:
     image_of, category_of = ({str(entry["id"]): entry for entry in entries} for entries in (images, categories))
     _renumber(images, "images", corrections)
     _renumber(categories, "categories", corrections)
+    for number, image in enumerate(images):
+        for field in _SEARCHED:
+            if field in image:
+                try:
+                    image[field] = [_referred({field: key}, field, category_of)["id"] for key in image[field]]
+                except _Wrong as wrong:
+                    raise SourceError(f"{name}: {_entry('images', number, image)} {wrong}") from None
     found = []
     for number, annotation in enumerate(annotations):
         try:
@@ -273,6 +280,18 @@ def _id(value: Any) -> int | str:
     return number if type(number) is int else _text(number, "a whole number or text")
 
 
+def _ids(value: Any) -> list[int | str]:
+    if isinstance(value, list):
+        return [_id(key) for key in value]
+    raise _Wrong("a list of ids of categories")
+
+
+def _frequency(value: Any) -> str:
+    if value in ("r", "c", "f"):
+        return str(value)
+    raise _Wrong("r, c or f, for rare, common or frequent")
+
+
 def _text(value: Any, wanted: str = "text", encode: Callable[[str], bytes] = str.encode) -> str:
     if isinstance(value, str) and value and "\0" not in value:
         with contextlib.suppress(UnicodeEncodeError):
@@ -353,8 +372,15 @@ def _numbers(values: Any, wanted: str) -> list[int | float]:
 
 
 _FIELDS: dict[str, dict[str, Callable[[Any], Any]]] = {
-    "images": {"id": _id, "file_name": _file, "width": _side, "height": _side},
-    "categories": {"id": _id, "name": _text},
+    "images": {
+        "id": _id,
+        "file_name": _file,
+        "width": _side,
+        "height": _side,
+        "neg_category_ids": _ids,
+        "not_exhaustive_category_ids": _ids,
+    },
+    "categories": {"id": _id, "name": _text, "frequency": _frequency},
     "annotations": {
         "id": _id,
         "image_id": _id,
@@ -369,4 +395,6 @@ _FIELDS: dict[str, dict[str, Callable[[Any], Any]]] = {
 }
 """By section, every field that is read later, and what makes of its value what it must be."""
 
-_OPTIONAL = ("ignore", "difficult")
+_SEARCHED = "neg_category_ids", "not_exhaustive_category_ids"
+_OPTIONAL = "ignore", "difficult", "frequency", *_SEARCHED
+"""Of VOC and LVIS, in part."""

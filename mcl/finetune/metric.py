@@ -17,6 +17,9 @@ from mcl.finetune.loading import CheckedCOCO
 from mcl.records.metrics import log, rewrite
 
 _NAMES = {"mAP": "AP", "mAP_50": "AP50", "mAP_75": "AP75", "mAP_s": "APs", "mAP_m": "APm", "mAP_l": "APl"}
+_FREQUENCIES = {"mAP_r": "APr", "mAP_c": "APc", "mAP_f": "APf"}
+"""Of LVIS alone: rare, common and frequent categories."""
+
 _KINDS = {"bbox": "box", "segm": "mask", "11points": "box (11 points)", "area": "box (area)"}
 RESULTS = "ap.json"
 TABLE = "ap.md"
@@ -68,7 +71,8 @@ def _aps(metrics: Mapping[str, float], measured: Sequence[str]) -> dict[str, dic
     found = {name.partition("/")[2]: value for name, value in metrics.items()}
     aps: dict[str, dict[str, float | None]] = {}
     for kind in measured:
-        values = {name: found.get(f"{kind}_{measure}") for measure, name in _NAMES.items()}
+        more = {measure: name for measure, name in _FREQUENCIES.items() if f"{kind}_{measure}" in found}
+        values = {name: found.get(f"{kind}_{measure}") for measure, name in (_NAMES | more).items()}
         aps[_KINDS[kind]] = {name: None if value is None else round(100 * value, 1) for name, value in values.items()}
     return aps
 
@@ -82,14 +86,11 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 def table(records: list[dict[str, Any]]) -> str:
     """Markdown table of evaluations, AP in percent."""
-    lines = [
-        "| step | of | " + " | ".join(_NAMES.values()) + " |",
-        "|---|---|" + "---|" * len(_NAMES),
-    ]
-    for record in records:
-        for kind in _KINDS.values():
-            if kind in record:
-                lines.append(f"| {record['step']} | {kind} | " + " | ".join(map(_text, record[kind].values())) + " |")
+    rows = [(record["step"], kind, record[kind]) for record in records for kind in _KINDS.values() if kind in record]
+    names = dict.fromkeys([*_NAMES.values(), *(name for *_, aps in rows for name in aps)])
+    lines = ["| step | of | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
+    for step, kind, aps in rows:
+        lines.append(f"| {step} | {kind} | " + " | ".join(_text(aps.get(name)) for name in names) + " |")
     return "\n".join(lines) + "\n"
 
 

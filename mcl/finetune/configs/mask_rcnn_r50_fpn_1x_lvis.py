@@ -1,6 +1,5 @@
 # LVIS v1: Mask R-CNN, ResNet-50 FPN, 1x schedule.
-# Images with rare categories are repeated; up to 300 detections of any score. It is evaluated as COCO is, for which a
-# detection of a category that nobody looked for in the image is wrong: lower than, and not, the benchmark's own AP.
+# Images with rare categories are repeated; up to 300 detections of any score.
 _base_ = "mask_rcnn_r50_fpn_1x.py"
 train_dataloader = dict(
     dataset=dict(
@@ -17,4 +16,5 @@ train_dataloader = dict(
     )
 )
 val_dataloader = dict(dataset=dict(type="LVISFolder"))
+val_evaluator = dict(type="LVISFolderMetric")
 model = dict(test_cfg=dict(rcnn=dict(score_thr=1e-4, max_per_img=300)))

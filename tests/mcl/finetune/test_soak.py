@@ -1,6 +1,7 @@
 """One training and one validation step of every configuration, with their real networks, on small images; and the
 detector that comes of it."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,8 @@ REGIONS = 64
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
 def test_a_step_of_every_configuration(path: Path, tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "coco", train=2, val=1)
+    if path.stem.endswith("lvis"):
+        _as_lvis(folder)
     config = settings.load(path, [f"data.root={folder}", f"output={tmp_path}", "data.classes=[]", "global_batch=1"])
     config.train_cfg.update(max_iters=1, val_interval=1)
     config.train_dataloader.num_workers = config.val_dataloader.num_workers = 0
@@ -42,3 +45,14 @@ def test_a_step_of_every_configuration(path: Path, tmp_path: Path) -> None:
     detector = init_detector(str(run / path.name), str(run / "iter_1.pth"), device="cpu")
     found = inference_detector(detector, str(folder / "val" / "1.jpg")).pred_instances
     assert ("masks" in found) == (config.model.type == "MaskRCNN")
+
+
+def _as_lvis(folder: Path) -> None:
+    """Adds what LVIS' annotations say beyond COCO's."""
+    for path in folder.glob("instances_*.json"):
+        content = json.loads(path.read_text())
+        for image in content["images"]:
+            image.update(neg_category_ids=[1], not_exhaustive_category_ids=[2])
+        for category in content["categories"]:
+            category["frequency"] = "f"
+        path.write_text(json.dumps(content))

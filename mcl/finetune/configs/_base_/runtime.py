@@ -23,6 +23,7 @@ custom_imports = dict(
         "mcl.finetune.hooks",
         "mcl.finetune.layers",
         "mcl.finetune.loading",
+        "mcl.finetune.lvis_ap",
         "mcl.finetune.metric",
         "mcl.finetune.voc_ap",
     ]
