@@ -13,6 +13,7 @@ from mcl import distributed
 from mcl.config import ConfigError
 from mcl.finetune.annotations import read
 from mcl.finetune.images import check as check_images
+from mcl.finetune.labels import choose
 from mcl.records.metrics import log
 
 
@@ -48,6 +49,8 @@ class Folder:
     """Names of the categories to detect, in the order of the annotations, which is that of the labels."""
     digest: str
     """Of both annotation files: the same for a copy of the folder elsewhere."""
+    chosen: tuple[int | str, ...]
+    """Ids of the images to train on."""
 
 
 def open_folder(
@@ -57,6 +60,8 @@ def open_folder(
     lvis: bool = False,
     index: str = "",
     max_bad_fraction: float = 0.0,
+    fraction: float = 1.0,
+    seed: int = 0,
 ) -> Folder:
     """Reads both annotation files of a folder and looks whether all that they name is there.
 
@@ -70,6 +75,8 @@ def open_folder(
         lvis: look for annotations of LVIS first; COCO's may be there, too.
         index: folder of the indices of image sizes; empty: the user's cache.
         max_bad_fraction: of the training images that need not be readable.
+        fraction: of the training images to train on.
+        seed: that chooses them, by :func:`mcl.finetune.labels.choose`.
 
     Raises:
         SourceError: a folder, annotation file or image is missing; annotations are empty or broken; the categories of
@@ -83,7 +90,8 @@ def open_folder(
         raise SourceError(f"data.root: {root} does not exist")
     splits = _splits(folder, (_LVIS, *_LAYOUTS) if lvis else (*_LAYOUTS, _LVIS))
     # Val first: what its evaluator keeps then does not lie among the millions of objects of train, which are freed.
-    (val, _, evaluated_on), (train, used, trained_on) = (_read(folder, split, masks) for split in splits[::-1])
+    val, _, _, evaluated_on = _read(folder, splits[1], masks)
+    train, used, chosen, trained_on = _read(folder, splits[0], masks, fraction, seed)
     if train != val:
         raise SourceError(
             f"data.root: {splits[0].annotations} and {splits[1].annotations} must have the same categories in the same "
@@ -104,7 +112,8 @@ def open_folder(
         what = classes[0] if len(classes) == 1 else f"{len(classes)} categories ({classes[0]}, ...)"
         raise SourceError(
             f"{folder / splits[0].annotations}: nothing to train on: no object of {what} with an area, no crowd, in an "
-            f"image of at least {MIN_SIDE} x {MIN_SIDE} pixels; set data.classes, or data.root, to others"
+            f"image of at least {MIN_SIDE} x {MIN_SIDE} pixels, among the {len(chosen)} to train on; set data.classes, "
+            "data.root or data.fraction to others"
         )
 
     def check_images() -> None:
@@ -113,7 +122,7 @@ def open_folder(
 
     distributed.once_per_machine(check_images)
     digests = [read(folder / split.annotations, masks).digest for split in splits]
-    return Folder(folder, *splits, classes, hashlib.sha256(b"".join(digests)).hexdigest())
+    return Folder(folder, *splits, classes, hashlib.sha256(b"".join(digests)).hexdigest(), tuple(chosen))
 
 
 def _splits(folder: Path, layouts: Sequence[Split]) -> tuple[Split, Split]:
@@ -132,12 +141,14 @@ def _splits(folder: Path, layouts: Sequence[Split]) -> tuple[Split, Split]:
     raise SourceError(f"data.root: {folder} has no annotations; it must have {'; '.join(names)}")
 
 
-def _read(folder: Path, split: Split, masks: bool) -> tuple[list[str], set[str], Callable[..., None]]:
-    """Checks an annotation file.
+def _read(
+    folder: Path, split: Split, masks: bool, fraction: float = 1.0, seed: int = 0
+) -> tuple[list[str], set[str], list[int | str], Callable[..., None]]:
+    """Checks an annotation file, and chooses a fraction of its images.
 
     Returns:
-        Names of the categories; those that MMDetection trains on: that have an object with an area, no crowd, in an
-        image that is not too small; and :func:`~mcl.finetune.images.check` of its images.
+        Names of the categories; those that MMDetection trains on: that have an object with an area, no crowd, in a
+        chosen image that is not too small; ids of these; and :func:`~mcl.finetune.images.check` of all images.
     """
     path = folder / split.annotations
     images, categories, annotations, corrections, _ = read(path, masks, keep=True)
@@ -155,14 +166,12 @@ def _read(folder: Path, split: Split, masks: bool) -> tuple[list[str], set[str],
     used = {annotation["category_id"] for annotation in annotations}
     if unused := [name for key, name in names.items() if key not in used]:
         warn("%s: no object of %d categories, e.g. %r", path, len(unused), unused[0])
-    trained = {
-        a["category_id"]
-        for a in objects
-        if not (a["iscrowd"] or a.get("ignore")) and min(sizes[a["image_id"]]) >= MIN_SIDE
-    }
+    chosen = choose(sizes, fraction, seed)
+    large = {key for key in chosen if min(sizes[key]) >= MIN_SIDE}
+    trained = {a["category_id"] for a in objects if not (a["iscrowd"] or a.get("ignore")) and a["image_id"] in large}
     files = [image["file_name"] for image in images]
     check = functools.partial(check_images, folder / split.images, files, list(sizes.values()), path)
-    return list(names.values()), {names[key] for key in trained}, check
+    return list(names.values()), {names[key] for key in trained}, chosen, check
 
 
 def _difference(train: Sequence[str], val: Sequence[str]) -> str:

@@ -27,6 +27,7 @@ from torch.utils.data import Sampler
 from dali_pipelines.loader import BadDataError
 from mcl.finetune import annotations
 from mcl.finetune.decoding import BadImageError
+from mcl.finetune.labels import choose
 from mcl.finetune.settings import replace
 from mcl.records.metrics import BadFiles, read
 
@@ -141,16 +142,26 @@ class CheckedCOCO(COCO):
 
 @DATASETS.register_module()
 class COCOFolder(CocoDataset):
-    """MMDetection's, of checked annotations."""
+    """MMDetection's, of checked annotations.
 
-    def __init__(self, pipeline: Sequence[Any], **options: Any) -> None:
+    Args:
+        pipeline: MMDetection's.
+        fraction: of the images to take, chosen by :func:`mcl.finetune.labels.choose`.
+        fraction_seed: that chooses them.
+        options: MMDetection's.
+    """
+
+    def __init__(self, pipeline: Sequence[Any], fraction: float = 1.0, fraction_seed: int = 0, **options: Any) -> None:
+        self._fraction, self._fraction_seed = fraction, fraction_seed
         masks = any(step.get("with_mask") for step in pipeline)
         self.COCOAPI = functools.partial(CheckedCOCO, masks=masks)
         super().__init__(pipeline=pipeline, **options)
 
     def load_data_list(self) -> Any:
         with annotations.without_collection():
-            return super().load_data_list()
+            infos = super().load_data_list()
+        chosen = {*choose((info["img_id"] for info in infos), self._fraction, self._fraction_seed)}
+        return [info for info in infos if info["img_id"] in chosen]
 
 
 @DATASETS.register_module()

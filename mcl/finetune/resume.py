@@ -25,6 +25,7 @@ def _decisive(config: Config, folder: Folder) -> dict[str, str]:
     values = {key: sections[key] for key in _DECISIVE}
     values["data.classes"] = sections["data"]["classes"]
     values["data.root"] = folder.digest
+    values["data.fraction"] = [sections["data"]["fraction"], sections["data"]["fraction_seed"]]
     values["pipeline"] = innermost(sections["train_dataloader"])["pipeline"]
     return {key: json.dumps(value, sort_keys=True) for key, value in values.items()}
 

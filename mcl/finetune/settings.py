@@ -26,12 +26,14 @@ _PATHS = ("output", "weights", "data.root", "data.index")
 _LEAST = {
     **{"global_batch": 1, "val_dataloader.batch_size": 1, "train_cfg.max_iters": 1, "train_cfg.val_interval": 1},
     **{"train_dataloader.num_workers": 0, "val_dataloader.num_workers": 0, "randomness.seed": 0},
+    "data.fraction_seed": 0,
 }
 """Least values of whole numbers."""
 
 _SECTIONS = ("model", "pretrained", "optim_wrapper", "train_dataloader.dataset", "val_dataloader.dataset")
 _OURS: dict[str, type] = {
     **dict.fromkeys(("resume", "amp", "timeout", "devices", "data.classes", "data.max_bad_fraction"), object),
+    "data.fraction": object,
     **dict.fromkeys((*_SECTIONS, "val_evaluator"), dict),
     "param_scheduler": list,
     **dict.fromkeys(("name", *_PATHS), str),
@@ -149,6 +151,9 @@ def adapt(config: Config) -> None:
     fraction = config.data.max_bad_fraction
     if not isinstance(fraction, int | float) or not 0 <= fraction <= 1:
         raise ConfigError(f"data.max_bad_fraction: {fraction} must be a number between 0 and 1")
+    fraction = config.data.fraction
+    if not isinstance(fraction, int | float) or not 0 < fraction <= 1:
+        raise ConfigError(f"data.fraction: {fraction} must be a number above 0, up to 1; 0.01 are 1%")
     for key, node, index in _places(config):
         if key in _LEAST and node[index] < _LEAST[key]:
             raise ConfigError(f"{key}: {node[index]} must be at least {_LEAST[key]}")

@@ -15,9 +15,10 @@ from mcl import distributed
 from mcl.config import ConfigError
 from mcl.finetune import annotations, console, hooks, metric, resume, weights
 from mcl.finetune.data import Folder, open_folder
+from mcl.finetune.labels import CHOSEN
 from mcl.finetune.settings import innermost, replace
 from mcl.finetune.workers import check_shared_memory, reporting_loader_errors
-from mcl.records.metrics import log_to_console, log_to_file, recorded_errors
+from mcl.records.metrics import log_to_console, log_to_file, recorded_errors, rewrite
 from mcl.signals import Signals
 
 BAD_FILES = "bad_files.jsonl"
@@ -37,7 +38,8 @@ def _finetune(config: Config) -> str:
     masks = "segm" in config.val_evaluator.metric
     lvis = config.val_dataloader.dataset.type == "LVISFolder"
     data = config.data
-    folder = open_folder(data.root, data.classes, masks, lvis, data.index, data.max_bad_fraction)
+    part = data.fraction, data.fraction_seed
+    folder = open_folder(data.root, data.classes, masks, lvis, data.index, data.max_bad_fraction, *part)
     use(config, folder)
     check_shared_memory(config)
     own: list[Hook] = [resume.prepare(config, folder)]
@@ -51,6 +53,8 @@ def _finetune(config: Config) -> str:
         log_to_file(Path(config.work_dir))
         if distributed.rank() == 0 and not config.resume:
             (Path(config.work_dir) / BAD_FILES).unlink(missing_ok=True)  # of a run that left no checkpoint
+        if distributed.rank() == 0 and data.fraction < 1:
+            rewrite(Path(config.work_dir) / CHOSEN, "".join(f"{key}\n" for key in folder.chosen))
     except OSError as error:
         raise ConfigError(f"output: cannot write to {config.work_dir} ({error.strerror}); set output=FOLDER") from None
     with Signals() as signals:
@@ -96,6 +100,7 @@ def use(config: Config, folder: Folder) -> None:
             data_prefix={"img": split.images},
             metainfo={"classes": folder.classes},
         )
+    innermost(config.train_dataloader).update(fraction=config.data.fraction, fraction_seed=config.data.fraction_seed)
     config.val_evaluator.ann_file = str(folder.root / folder.val.annotations)
     config.test_dataloader, config.test_evaluator = copy.deepcopy((config.val_dataloader, config.val_evaluator))
     replace(config.val_dataloader, "type", "LoadImageFromFile", "LoadCheckedImage")

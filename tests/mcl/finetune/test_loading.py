@@ -15,8 +15,10 @@ pytest.importorskip("mmdet", reason="needs MMDetection: make mmdet")
 from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 
+from dali_pipelines.source import SourceError
 from mcl.finetune import settings
 from mcl.finetune.data import open_folder
+from mcl.finetune.labels import choose
 from mcl.finetune.training import use
 from tests.mcl.finetune.conftest import MINI, TINY
 
@@ -79,3 +81,22 @@ def test_seeds_differ(folder: Path) -> None:
     first, second = (take(loader(folder, f"randomness.seed={seed}"), 0, 3) for seed in (0, 1))
     ids = [[[s.img_id for s in batch["data_samples"]] for batch in batches] for batches in (first, second)]
     assert ids[0] != ids[1]
+
+
+def test_few_labels(folder: Path) -> None:
+    """Three of the six images are trained on, and no others; without objects of the categories, nothing starts."""
+    batches = take(loader(folder, "data.fraction=0.5", "data.fraction_seed=1"), 0, 6)
+    found = {sample.img_id for batch in batches for sample in batch["data_samples"]}
+    assert found == {*open_folder(str(folder), fraction=0.5, seed=1).chosen} == {*choose(range(1, 7), 0.5, 1)}
+
+
+def test_few_labels_without_objects(folder: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(folder, tmp_path / "copy")
+    content = json.loads((copied / "instances_train.json").read_text())
+    (first,) = choose(range(1, 7), 0.1, 0)
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] != first]
+    (copied / "instances_train.json").write_text(json.dumps(content))
+    with pytest.raises(
+        SourceError, match=r"nothing to train on: .*, among the 1 to train on; set .* or data\.fraction"
+    ):
+        open_folder(str(copied), fraction=0.1)

@@ -26,7 +26,7 @@ from pycocotools.mask import encode
 
 from mcl import cli
 from mcl.config import ConfigError
-from mcl.finetune import annotations, console, finetune, hooks, metric
+from mcl.finetune import annotations, console, finetune, hooks, labels, metric
 from mcl.signals import Interrupted
 from tests.conftest import ROOT
 from tests.mcl.distributed.test_faults import children
@@ -81,16 +81,18 @@ def test_table(whole: tuple[Path, str]) -> None:
 
 
 def test_from_scratch(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It reads each annotation file once."""
+    """It reads each annotation file once, and writes down with which labels it trains."""
     annotations.forget()  # of other tests
     read: list[str] = []
     read_bytes = Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda path: (read.append(path.name), read_bytes(path))[1])
-    table = finetune(MINI, words(folder, tmp_path, "scratch", "train_cfg.max_iters=1"))
+    table = finetune(MINI, words(folder, tmp_path, "scratch", "train_cfg.max_iters=1", "data.fraction=0.5"))
     assert sorted(name for name in read if "instances" in name) == ["instances_train.json", "instances_val.json"]
     annotations.read(folder / "instances_val.json")
     assert read.count("instances_val.json") == 2, "annotations are kept in memory while it trains"
     assert [line.split(" | ")[:2] for line in table.splitlines()[2:]] == [["| 1", "box"], ["| 1", "mask"]]
+    chosen = (tmp_path / "scratch" / labels.CHOSEN).read_text().split()
+    assert chosen == [str(key) for key in labels.choose(range(1, 7), 0.5, 0)]
 
 
 def recorded(measured: dict[str, float], folder: Path, *kinds: str) -> dict[str, Any]:
@@ -240,6 +242,8 @@ def test_other_runs_are_not_continued(folder: Path, checkpoint: Path, whole: tup
         finetune(MINI, [*arguments, "data.classes=[part]"])
     with pytest.raises(ConfigError, match=r"whole: the run in this folder had another pretrained; .*name="):
         finetune(MINI, [*arguments, r"pretrained.names=['backbone\.']"])
+    with pytest.raises(ConfigError, match=r"whole: the run in this folder had another data\.fraction; .*name="):
+        finetune(MINI, [*arguments, "data.fraction=0.5"])
     with pytest.raises(ConfigError, match=r"resume: .*whole holds a run already"):
         finetune(MINI, [*arguments, "resume=false"])
     moved = shutil.copytree(folder, tmp_path / "moved")

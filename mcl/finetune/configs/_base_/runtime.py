@@ -6,6 +6,8 @@ data = dict(
     root="",  # COCO-format folder
     classes=[],  # names of categories; empty: all of the annotations
     index="",  # folder of the indices of image sizes; empty: the user's cache
+    fraction=1.0,  # of the training images, for training with few labels
+    fraction_seed=0,  # that chooses them
     max_bad_fraction=0.01,  # of the training images may be broken; others replace them
 )
 timeout = 600.0  # seconds that a batch may take to come from the loaders' processes
