@@ -18,7 +18,7 @@ from mcl.finetune.loading import CheckedCOCO
 from mcl.records.metrics import log, rewrite
 
 _NAMES = {"mAP": "AP", "mAP_50": "AP50", "mAP_75": "AP75", "mAP_s": "APs", "mAP_m": "APm", "mAP_l": "APl"}
-_KINDS = {"bbox": "box", "segm": "mask", "11points": "box (11 points)", "area": "box (area)"}
+KINDS = {"bbox": "box", "segm": "mask", "11points": "box (11 points)", "area": "box (area)"}
 RESULTS = "ap.json"
 TABLE = "ap.md"
 CATEGORIES = "categories.json"
@@ -45,7 +45,7 @@ class FolderMetric(CocoMetric):
             self.metrics = [kind]
             measured = super().compute_metrics(results if kind == "segm" else [_without_masks(r) for r in results])
             aps = {name: float(measured.pop(f"{name}_precision", math.nan)) for name in self.dataset_meta["classes"]}
-            self.categories[_KINDS[kind]] = {name: _percent(None if math.isnan(ap) else ap) for name, ap in aps.items()}
+            self.categories[KINDS[kind]] = {name: percent(None if math.isnan(ap) else ap) for name, ap in aps.items()}
             found |= measured
         self.metrics = kinds
         return {name: value for name, value in found.items() if value >= 0}
@@ -84,7 +84,7 @@ class APTable(Hook):
         records.append(record)
         rewrite(folder / RESULTS, json.dumps(records, indent=1) + "\n")
         rewrite(folder / TABLE, table(records))
-        aps = [f"{kind} AP {_text(record[kind]['AP'])}" for kind in _KINDS.values() if kind in record]
+        aps = [f"{kind} AP {_text(record[kind]['AP'])}" for kind in KINDS.values() if kind in record]
         log.info("evaluation at step %d: %s", step, ", ".join(aps))
 
     @master_only
@@ -99,11 +99,12 @@ def _aps(metrics: Mapping[str, float], measured: Sequence[str]) -> dict[str, dic
     aps: dict[str, dict[str, float | None]] = {}
     for kind in measured:
         values = {name: found.get(f"{kind}_{measure}") for measure, name in _NAMES.items()}
-        aps[_KINDS[kind]] = {name: _percent(value) for name, value in values.items()}
+        aps[KINDS[kind]] = {name: percent(value) for name, value in values.items()}
     return aps
 
 
-def _percent(value: float | None) -> float | None:
+def percent(value: float | None) -> float | None:
+    """To one decimal place, as it is written."""
     return None if value is None else round(100 * value, 1)
 
 
@@ -121,7 +122,7 @@ def table(records: list[dict[str, Any]]) -> str:
         "|---|---|" + "---|" * len(_NAMES),
     ]
     for record in records:
-        for kind in _KINDS.values():
+        for kind in KINDS.values():
             if kind in record:
                 lines.append(f"| {record['step']} | {kind} | " + " | ".join(map(_text, record[kind].values())) + " |")
     return "\n".join(lines) + "\n"
