@@ -12,13 +12,10 @@ from collections.abc import Mapping, Sequence
 from operator import itemgetter
 from typing import Any
 
-import scipy.stats
-
 from benchmarks.common import Result, tables
+from mcl.finetune.repeats import paired as difference
 
 MEASURES = {"box AP50": ("box", "AP50"), "box AP": ("box", "AP"), "mask AP": ("mask", "AP")}
-RESOLUTION = 0.1
-"""Percent, to which an AP is rounded: no interval is narrower than this to either side."""
 _WORDS = {
     True: "Exceed the noise (the interval excludes 0)",
     False: "Do not exceed the noise",
@@ -62,16 +59,6 @@ def _method(name: str, by_seed: Mapping[int, Result]) -> Result:
         spent = [cell["hours"][stage]["cpu"] if cell["hours"][stage] else 0.0 for cell in cells]
         result[f"{stage}_hours"] = statistics.fmean(spent)
     return result
-
-
-def difference(ours: Sequence[float], theirs: Sequence[float]) -> Result:
-    """Ours minus theirs, seed by seed: the mean and its 95% interval by a paired t-test, which one seed has not."""
-    values = [a - b for a, b in zip(ours, theirs, strict=True)]
-    mean, n = statistics.fmean(values), len(values)
-    if n == 1:
-        return {"mean": mean, "low": None, "high": None, "exceeds_noise": None}
-    half = max(float(scipy.stats.t.ppf(0.975, n - 1) * scipy.stats.sem(values)), RESOLUTION)
-    return {"mean": mean, "low": mean - half, "high": mean + half, "exceeds_noise": abs(mean) > half}
 
 
 def table(results: Sequence[Result]) -> str:

@@ -1,7 +1,7 @@
 """Multi-Level Contrastive Learning (arXiv 2304.02010): fast pre-training of detection backbones.
 
-The names of ``__all__`` are the public interface; `docs/python.md` has an example of each. They are imported when they
-are first used, so that ``import mcl`` takes no time.
+The names of ``__all__`` are the public interface; `docs/python.md` has an example of each (`docs/finetune.md` that of
+``detect``). They are imported when they are first used, so that ``import mcl`` takes no time.
 """
 
 from importlib import import_module
@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dali_pipelines.loader import MontageLoader
     from mcl import ops
-    from mcl.api import Run, evaluate, export, load_backbone, load_config, pretrain
+    from mcl.api import Run, detect, evaluate, export, load_backbone, load_config, pretrain
 
 __version__ = "0.1.0"
 
-__all__ = ["MontageLoader", "Run", "evaluate", "export", "load_backbone", "load_config", "ops", "pretrain"]
+__all__ = ["MontageLoader", "Run", "detect", "evaluate", "export", "load_backbone", "load_config", "ops", "pretrain"]
 
 
 def __getattr__(name: str) -> Any:

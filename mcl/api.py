@@ -4,18 +4,22 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
-from mcl import commands, evaluation, exporters
+from mcl import commands, evaluation, exporters, finetune
 from mcl import config as configuration
 from mcl.config import Config
 from mcl.exporters import Report
+from mcl.finetune import THRESHOLD
 from mcl.models.backbones import Backbone
 from mcl.records.metrics import Record, read
 from mcl.train import checkpoint
 from mcl.train.trainer import resolve_device
+
+if TYPE_CHECKING:
+    from mcl.finetune.pictures import Detections
 
 
 def load_config(config: str | Path | Config, /, **keys: Any) -> Config:
@@ -136,6 +140,30 @@ def export(
         output=None if output is None else Path(output),
         overrides=dict(_by_dotted_key(keys)),
     )
+
+
+def detect(
+    run: str | Path,
+    images: str | Path | Sequence[str | Path],
+    output: str | Path | None = None,
+    threshold: float = THRESHOLD,
+) -> list["Detections"]:
+    """Draws what a fine-tuned detector finds in images, into PNG files.
+
+    Args:
+        run: folder of a run of ``mcl finetune``, whose newest checkpoint is taken, or a checkpoint in it.
+        images: files, or folders of such; those that cannot be read are left out with a warning.
+        output: folder of the pictures; None: ``detections/`` of the run folder.
+        threshold: score that objects have at least, from 0 to 1.
+
+    Raises:
+        ConfigError: no such run, an illegal threshold, or MMDetection is not installed.
+        SourceError: no such image, or none can be read.
+        CheckpointError: the checkpoint cannot be read.
+    """
+    paths = [images] if isinstance(images, str | Path) else images
+    found = finetune.detect(Path(run), [Path(p) for p in paths], None if output is None else Path(output), threshold)
+    return list(found)
 
 
 class FeatureMaps(nn.Module):

@@ -187,6 +187,25 @@ def _parser() -> argparse.ArgumentParser:
     )
     finetune.add_argument("config", type=Path, help="preset, such as mask_rcnn_r50_fpn_1x, or Python file")
     add_overrides(finetune, "keys of that file, e.g. weights=runs/mcl/checkpoints/last.pt data.root=FOLDER name=NAME")
+    finetune.add_argument(
+        "--repeats", type=int, metavar="N", help="train with N seeds, and write a table of mean and standard deviation"
+    )
+    finetune.add_argument(
+        "--compare", type=Path, metavar="FOLDER", help="of other repeats; adds the paired difference to the table"
+    )
+
+    detect = verb(
+        "detect",
+        _detect,
+        "draw what a fine-tuned detector finds",
+        description="Draws boxes, masks, categories and scores into PNG files, and prints a line for each.",
+    )
+    detect.add_argument(
+        "detector", metavar="run", type=Path, help="folder of a run of mcl finetune, or a checkpoint in one"
+    )
+    detect.add_argument("images", type=Path, nargs="+", help="files or folders")
+    detect.add_argument("--threshold", type=float, default=0.3, help="score that is drawn at least; default: 0.3")
+    detect.add_argument("--output", type=Path, help="folder to write; default: detections/ of the run folder")
 
     preview = verb("preview", _preview, "draw a step's montages, and a checkpoint's feature maps")
     preview.add_argument("config", type=Path, help="preset, YAML file, or a checkpoint (then with feature maps)")
@@ -330,9 +349,15 @@ def _finetune(options: argparse.Namespace) -> Iterable[str]:
     from mcl.finetune import finetune
 
     with distributed.naming_peers():
-        table = record(finetune)(options.config, options.overrides) or ""
+        table = record(finetune)(options.config, options.overrides, options.repeats, options.compare) or ""
     if distributed.rank() == 0 and table:
         yield table.rstrip()
+
+
+def _detect(options: argparse.Namespace) -> Iterable[object]:
+    from mcl.finetune import detect
+
+    return detect(options.detector, options.images, options.output, options.threshold)
 
 
 def _preview(options: argparse.Namespace) -> Iterable[object]:

@@ -2,29 +2,67 @@
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mcl import distributed
 from mcl.config import ConfigError
 from mcl.distributed import local
 
+if TYPE_CHECKING:
+    from mcl.finetune.pictures import Detections
 
-def finetune(path: Path, overrides: Sequence[str] = ()) -> str:
+THRESHOLD = 0.3
+"""Score that detections have at least to be drawn, unless another is set."""
+
+
+def finetune(path: Path, overrides: Sequence[str] = (), repeats: int | None = None, compare: Path | None = None) -> str:
     """Trains and evaluates the detector of an MMDetection configuration, or continues its run.
 
     Args:
         path: Python file, or the name of one of mcl's, such as ``mask_rcnn_r50_fpn_1x``.
         overrides: ``key=value`` words; keys are those of the file.
+        repeats: runs with so many seeds, from ``randomness.seed`` on, in folders ``seed-0``, ... of the run's folder.
+        compare: folder of other repeats, to compare with.
 
     Returns:
-        The table of AP, in percent, of every evaluation; empty if other processes have trained and printed it.
+        The table of AP, in percent, of every evaluation, or that of the repeats; empty if other processes have trained
+        and printed it.
 
     Raises:
         ConfigError: wrong configuration, or MMDetection is not installed.
         SourceError: wrong data.
         CheckpointError: weights that do not fit, or cannot be read.
     """
+    _import_mmdet("mcl finetune")
+    from mcl.finetune import repeats as several
+    from mcl.finetune import settings, training
+
+    if compare is not None and repeats is None:
+        raise ConfigError("--compare: compares repeats; set --repeats")
+    config = settings.load(path, overrides)
+    gpus = distributed.gpus()
+    numbers = local.devices("devices", config.devices, gpus, lambda n: config.global_batch % n == 0)
+    if numbers == [0]:
+        return training.finetune(config) if repeats is None else several.finetune(config, repeats, compare)
+    words = ["finetune", str(path), *overrides, *(["--repeats", str(repeats)] if repeats is not None else [])]
+    words += ["--compare", str(compare)] if compare is not None else []
+    local.run(words, numbers, "devices", gpus, config.timeout)
+    return ""
+
+
+def detect(
+    run: Path, images: Sequence[Path], output: Path | None = None, threshold: float = THRESHOLD
+) -> Iterator["Detections"]:
+    """Draws what a fine-tuned detector finds; see :func:`mcl.detect`."""
+    _import_mmdet("mcl detect")
+    from mcl.finetune import detection
+
+    return detection.detect(run, images, output, threshold)
+
+
+def _import_mmdet(verb: str) -> None:
     # MMEngine imports it, and nobody who fine-tunes can change that.
     warnings.filterwarnings("ignore", "pkg_resources is deprecated", UserWarning)
     if os.path.expanduser("~") == "~":
@@ -32,16 +70,7 @@ def finetune(path: Path, overrides: Sequence[str] = ()) -> str:
     try:
         import mmdet.apis  # noqa: F401  # whatever of mmcv and mmengine it needs, too
     except (ImportError, AssertionError) as error:  # the latter for a version of mmcv that it does not take
-        raise ConfigError(f"mcl finetune needs MMDetection ({error}); install it: mcl install-mmdet") from None
-    from mcl.finetune import settings, training
-
-    config = settings.load(path, overrides)
-    gpus = distributed.gpus()
-    numbers = local.devices("devices", config.devices, gpus, lambda n: config.global_batch % n == 0)
-    if numbers == [0]:
-        return training.finetune(config)
-    local.run(["finetune", str(path), *overrides], numbers, "devices", gpus, config.timeout)
-    return ""
+        raise ConfigError(f"{verb} needs MMDetection ({error}); install it: mcl install-mmdet") from None
 
 
-__all__ = ["finetune"]
+__all__ = ["detect", "finetune"]

@@ -51,6 +51,8 @@ class Folder:
     """Of both annotation files: the same for a copy of the folder elsewhere."""
     chosen: tuple[int | str, ...]
     """Ids of the images to train on."""
+    images: int
+    """Training images of which an epoch consists: those with objects of the classes, as MMDetection counts them."""
 
 
 def open_folder(
@@ -121,8 +123,13 @@ def open_folder(
         evaluated_on(index=index, decode=True)
 
     distributed.once_per_machine(check_images)
-    digests = [read(folder / split.annotations, masks).digest for split in splits]
-    return Folder(folder, *splits, classes, hashlib.sha256(b"".join(digests)).hexdigest(), tuple(chosen))
+    annotations, others = (read(folder / split.annotations, masks) for split in splits)
+    digest = hashlib.sha256(annotations.digest + others.digest).hexdigest()
+    ids = {category["id"] for category in annotations.categories if category["name"] in classes}
+    shown = {annotation["image_id"] for annotation in annotations.annotations if annotation["category_id"] in ids}
+    shown &= set(chosen)
+    images = [i for i in annotations.images if i["id"] in shown and min(i["width"], i["height"]) >= MIN_SIDE]
+    return Folder(folder, *splits, classes, digest, tuple(chosen), len(images))
 
 
 def _splits(folder: Path, layouts: Sequence[Split]) -> tuple[Split, Split]:

@@ -58,7 +58,7 @@ class LoadWeights(Hook):
         self.weights, self.summary = weights, summary
 
     def before_train(self, runner: Any) -> None:
-        _detector(runner).load_state_dict(self.weights, strict=False)
+        detector_of(runner).load_state_dict(self.weights, strict=False)
 
 
 class Summary(Hook):
@@ -72,7 +72,7 @@ class Summary(Hook):
         self.weights = weights
 
     def before_train(self, runner: Any) -> None:
-        config, detector = runner.cfg, _detector(runner)
+        config, detector = runner.cfg, detector_of(runner)
         images, classes = len(runner.train_dataloader.dataset), config.data.classes
         log.info(
             "data: %s: %d images to train on, %d to evaluate on, %d classes (%s)",
@@ -99,6 +99,29 @@ def _schedule(runner: Any, epochs: float) -> str:
             rate += f", times {scheduler.gamma:g} at {', '.join(milestones)}"
     parts += [rate, f"evaluated every {runner.train_loop.val_interval} steps"]
     return "; ".join([*parts, f"continued at step {runner.iter}"] if runner.iter else parts)
+
+
+class Repeat(Hook):
+    """Says which of several runs this is, and lets the time left that is shown be that of all of them.
+
+    Args:
+        number: of this run, from 0.
+        count: of all runs.
+    """
+
+    def __init__(self, number: int, count: int) -> None:
+        self.number, self.count = number, count
+        self._step = 0.0  # seconds
+
+    def before_train(self, runner: Any) -> None:
+        seed = runner.cfg.randomness.seed
+        log.info("repeat %d of %d, with seed %d; eta is that of all repeats", self.number + 1, self.count, seed)
+
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        left, eta = runner.max_iters - runner.iter - 1, runner.message_hub.get_info("eta")  # of MMEngine's timer
+        self._step = eta / left if left else self._step
+        later = (self.count - self.number - 1) * runner.max_iters
+        runner.message_hub.update_info("eta", eta + later * self._step)
 
 
 class Identity(Hook):
@@ -151,7 +174,7 @@ def _save(runner: Any, step: int) -> None:
     runner.save_checkpoint(runner.work_dir, f"iter_{step}.pth", meta={"iter": step}, by_epoch=False)
 
 
-def _detector(runner: Any) -> Any:
+def detector_of(runner: Any) -> Any:
     """The model itself, not what distributes it."""
     return getattr(runner.model, "module", runner.model)
 
@@ -194,7 +217,7 @@ class PreciseBatchNorm(Hook):
         self._due = True
         seed_everything(runner.seed, step, get_rank())
         with shown("re-estimating BatchNorm", "batches") as show:
-            update_bn(self._batches(runner, step, show), _Losses(_detector(runner)))
+            update_bn(self._batches(runner, step, show), _Losses(detector_of(runner)))
         self._due = False
 
     def _batches(self, runner: Any, step: int, show: Callable[[int, int], None]) -> Iterator[Any]:

@@ -139,6 +139,10 @@ class CheckedCOCO(COCO):
         self.createIndex()
         self.img_ann_map, self.cat_img_map = self.imgToAnns, self.catToImgs  # the wrapper's names for the index
 
+    def loadCats(self, ids: Any = ()) -> Any:
+        """pycocotools', which takes an id that is text for a list of ids."""
+        return super().loadCats([ids] if isinstance(ids, str) else ids)
+
 
 @DATASETS.register_module()
 class COCOFolder(CocoDataset):

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,24 +21,42 @@ _NAMES = {"mAP": "AP", "mAP_50": "AP50", "mAP_75": "AP75", "mAP_s": "APs", "mAP_
 _FREQUENCIES = {"mAP_r": "APr", "mAP_c": "APc", "mAP_f": "APf"}
 """Of LVIS alone: rare, common and frequent categories."""
 
-_KINDS = {"bbox": "box", "segm": "mask", "11points": "box (11 points)", "area": "box (area)"}
+KINDS = {"bbox": "box", "segm": "mask", "11points": "box (11 points)", "area": "box (area)"}
 RESULTS = "ap.json"
 TABLE = "ap.md"
+CATEGORIES = "categories.json"
 
 
 @METRICS.register_module()
 class FolderMetric(CocoMetric):
     """MMDetection's, of checked annotations, and for detectors that find nothing, too."""
 
+    metrics: list[str]
+    categories: dict[str, dict[str, float | None]]
+    """AP in percent of the last evaluation, by kind and category; None where a category has no object."""
+
     def __init__(self, ann_file: str, **options: Any) -> None:
-        super().__init__(**options)
+        super().__init__(**options, classwise=True)
         self._coco_api = CheckedCOCO(ann_file, masks="segm" in self.metrics)
         self._coco_api.loadRes = functools.partial(_load, self._coco_api)
 
     def compute_metrics(self, results: list[Any]) -> dict[str, float]:
         """By ``bbox_mAP``, ``segm_mAP_50``, ...; without those of sizes that no object has."""
-        found: dict[str, float] = super().compute_metrics(results)
+        found: dict[str, float] = {}
+        kinds, self.categories = self.metrics, {}
+        for kind in kinds:  # one by one: MMDetection gives both APs of a category the same name
+            self.metrics = [kind]
+            measured = super().compute_metrics(results if kind == "segm" else [_without_masks(r) for r in results])
+            aps = {name: float(measured.pop(f"{name}_precision", math.nan)) for name in self.dataset_meta["classes"]}
+            self.categories[KINDS[kind]] = {name: percent(None if math.isnan(ap) else ap) for name, ap in aps.items()}
+            found |= measured
+        self.metrics = kinds
         return {name: value for name, value in found.items() if value >= 0}
+
+
+def _without_masks(result: Any) -> Any:
+    truth, found = result
+    return truth, {name: value for name, value in found.items() if name != "masks"}
 
 
 def _load(truth: COCO, found: list[Any]) -> COCO:
@@ -52,18 +71,29 @@ def _load(truth: COCO, found: list[Any]) -> COCO:
 
 @HOOKS.register_module()
 class APTable(Hook):
-    """Writes what pycocotools measured into the run folder: ``ap.json``, a record per evaluation, and ``ap.md``."""
+    """Writes what pycocotools measured into the run folder: ``ap.json``, a record per evaluation, and ``ap.md``; AP by
+    category, of the last evaluation, into ``categories.json``."""
+
+    _loaded = 0
+
+    def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        self._loaded = checkpoint.get("meta", {}).get("iter", 0)
 
     @master_only
     def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
-        folder = Path(runner.work_dir)
-        record = {"step": runner.iter, **_aps(metrics or {}, runner.cfg.val_evaluator.metric)}
-        records = [other for other in read(folder) if other["step"] < runner.iter]
+        folder, step = Path(runner.work_dir), runner.iter or self._loaded  # the latter where nothing is trained
+        record: dict[str, Any] = {"step": step, **_aps(metrics or {}, runner.cfg.val_evaluator.metric)}
+        records = [other for other in read(folder) if other["step"] < step]
         records.append(record)
         rewrite(folder / RESULTS, json.dumps(records, indent=1) + "\n")
         rewrite(folder / TABLE, table(records))
-        aps = [f"{kind} AP {_text(record[kind]['AP'])}" for kind in _KINDS.values() if kind in record]
-        log.info("evaluation at step %d: %s", runner.iter, ", ".join(aps))
+        aps = [f"{kind} AP {_text(record[kind]['AP'])}" for kind in KINDS.values() if kind in record]
+        log.info("evaluation at step %d: %s", step, ", ".join(aps))
+
+    @master_only
+    def after_val(self, runner: Any) -> None:
+        categories = getattr(runner.val_loop.evaluator.metrics[0], "categories", {})
+        rewrite(Path(runner.work_dir) / CATEGORIES, json.dumps(categories, indent=1, ensure_ascii=False) + "\n")
 
 
 def _aps(metrics: Mapping[str, float], measured: Sequence[str]) -> dict[str, dict[str, float | None]]:
@@ -73,8 +103,13 @@ def _aps(metrics: Mapping[str, float], measured: Sequence[str]) -> dict[str, dic
     for kind in measured:
         more = {measure: name for measure, name in _FREQUENCIES.items() if f"{kind}_{measure}" in found}
         values = {name: found.get(f"{kind}_{measure}") for measure, name in (_NAMES | more).items()}
-        aps[_KINDS[kind]] = {name: None if value is None else round(100 * value, 1) for name, value in values.items()}
+        aps[KINDS[kind]] = {name: percent(value) for name, value in values.items()}
     return aps
+
+
+def percent(value: float | None) -> float | None:
+    """To one decimal place, as it is written."""
+    return None if value is None else round(100 * value, 1)
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
@@ -86,11 +121,23 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 def table(records: list[dict[str, Any]]) -> str:
     """Markdown table of evaluations, AP in percent."""
-    rows = [(record["step"], kind, record[kind]) for record in records for kind in _KINDS.values() if kind in record]
+    rows = [(record["step"], kind, record[kind]) for record in records for kind in KINDS.values() if kind in record]
     names = dict.fromkeys([*_NAMES.values(), *(name for *_, aps in rows for name in aps)])
     lines = ["| step | of | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
     for step, kind, aps in rows:
         lines.append(f"| {step} | {kind} | " + " | ".join(_text(aps.get(name)) for name in names) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def by_category(folder: Path) -> str:
+    """Markdown table of the AP of each category, in percent, of the last evaluation of a run; empty if it has none."""
+    path = folder / CATEGORIES
+    aps = json.loads(path.read_text()) if path.exists() else {}
+    if not aps:
+        return ""
+    lines = ["| category | " + " | ".join(f"{kind} AP" for kind in aps) + " |", "|---|" + "---|" * len(aps)]
+    for name in next(iter(aps.values())):
+        lines.append(f"| {name} | " + " | ".join(_text(values[name]) for values in aps.values()) + " |")
     return "\n".join(lines) + "\n"
 
 

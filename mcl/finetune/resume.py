@@ -12,6 +12,7 @@ from mcl.config import ConfigError
 from mcl.finetune.data import Folder
 from mcl.finetune.hooks import Identity
 from mcl.finetune.settings import innermost
+from mcl.finetune.weights import build
 from mcl.records.metrics import log
 from mcl.train.checkpoint import CheckpointError, reason
 
@@ -44,11 +45,11 @@ def prepare(config: Config, folder: Folder) -> Identity:
         ConfigError: the folder holds a run that was not to be continued, or another one.
     """
     sections = _decisive(config, folder)
-    files = _checkpoints(Path(config.work_dir))
+    files = checkpoints(Path(config.work_dir))
     if files and not config.resume:
         raise ConfigError(f"resume: {config.work_dir} holds a run already; give this one another name=")
     if files:
-        path, before = _newest(files)
+        path, before = newest(files)
         for key, now in sections.items():
             if before.get(key, now) != now:
                 raise ConfigError(
@@ -59,21 +60,50 @@ def prepare(config: Config, folder: Folder) -> Identity:
     return Identity(sections)
 
 
-def _checkpoints(folder: Path) -> list[Path]:
+def to_test(config: Config) -> Path:
+    """The checkpoint that is to be evaluated: that of ``load_from``, or the newest of the run.
+
+    Raises:
+        CheckpointError: it cannot be read, or is another detector's.
+        ConfigError: there is none.
+    """
+    run = Path(config.output) / config.name
+    files = [Path(config.load_from)] if config.load_from else checkpoints(run)
+    if config.load_from and not files[0].is_file():
+        raise CheckpointError(f"load_from: {files[0]} does not exist")
+    if not files:
+        raise ConfigError(f"test: {run} holds no checkpoint; name the run by name=, or a checkpoint by load_from=")
+    path, _ = newest(files)
+    found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+    own = build(config.model).state_dict()
+    if wrong := [name for name, tensor in own.items() if name not in found or found[name].shape != tensor.shape]:
+        raise CheckpointError(
+            f"{path}: of another detector: {len(wrong)} of {len(own)} tensors are missing or have another shape, the "
+            f"first: {wrong[0]}; take the configuration and data.classes that it was trained with"
+        )
+    return path
+
+
+def checkpoints(folder: Path) -> list[Path]:
     """Newest first."""
     steps = {path: path.stem.removeprefix("iter_") for path in folder.glob("iter_*.pth")}
     files = [path for path, step in steps.items() if step.isdigit()]
     return sorted(files, key=lambda path: int(steps[path]), reverse=True)
 
 
-def _newest(files: list[Path]) -> tuple[Path, Mapping[str, Any]]:
-    """The newest checkpoint that can be read, since MMEngine's writing can be cut, and its decisive sections."""
+def newest(files: list[Path]) -> tuple[Path, Mapping[str, Any]]:
+    """The first that can be read, since MMEngine's writing can be cut, and its decisive sections.
+
+    Raises:
+        CheckpointError: there is none.
+    """
     for path in files:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             return path, dict(state["meta"].get("mcl", {}))
         except Exception as error:  # half a file fails in the zip reader, the unpickler or the tensor reader
-            log.warning("%s: incomplete (%s); trying the one before", path, reason(error))
-    raise CheckpointError(
-        f"{files[0].parent}: none of the {len(files)} checkpoints can be read; remove them to start anew"
-    )
+            said = f"{path}: incomplete ({reason(error)})"
+            if path != files[-1]:
+                log.warning("%s; trying the one before", said)
+    others = f"; none of the {len(files)} checkpoints can be read" if len(files) > 1 else ""
+    raise CheckpointError(f"{said}{others}; remove what cannot be read, to start anew")

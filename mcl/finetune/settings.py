@@ -2,7 +2,7 @@
 
 import difflib
 import reprlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +13,7 @@ from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 
 from mcl.config import DETECTORS, ConfigError, Devices, at_home, is_folder_name
 from mcl.distributed import launch
+from mcl.finetune import schedule
 from mcl.plain_yaml import parse_yaml
 from mcl.records.metrics import log
 
@@ -33,7 +34,7 @@ _LEAST = {
 _SECTIONS = ("model", "pretrained", "optim_wrapper", "train_dataloader.dataset", "val_dataloader.dataset")
 _OURS: dict[str, type] = {
     **dict.fromkeys(("resume", "amp", "timeout", "devices", "data.classes", "data.max_bad_fraction"), object),
-    "data.fraction": object,
+    **{"data.fraction": object, "epochs": object, "test": bool},
     **dict.fromkeys((*_SECTIONS, "val_evaluator"), dict),
     "param_scheduler": list,
     **dict.fromkeys(("name", *_PATHS), str),
@@ -41,7 +42,8 @@ _OURS: dict[str, type] = {
 }
 """Types of keys that mcl itself reads, whatever a file, a null or another section has put there."""
 
-_OPTIONAL = ("val_dataloader.batch_size", "train_cfg.val_interval")  # MMEngine has values for them
+_OPTIONAL = ("val_dataloader.batch_size", "train_cfg.val_interval", "epochs", "test")
+"""MMEngine has values for them, or they mean nothing where they are not."""
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -63,6 +65,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path}: cannot read the configuration ({type(error).__name__}: {error})") from error
     if "pretrained" not in config:
         raise ConfigError(f'{path}: not a configuration of mcl finetune; its _base_ must be one, "_base_/runtime.py"')
+    files = {name: node[index] for name, node, index in _places(config)}
     for word in overrides:
         _override(config, word)
     places = {name: (node, index) for name, node, index in _places(config)}
@@ -79,9 +82,21 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     config.name = config.name or path.stem
     if not is_folder_name(config.name):
         raise ConfigError(f"name: {config.name!r} is not a plain folder name")
-    config.work_dir = str(Path(config.output) / config.name)
+    config.work_dir = str(Path(config.output, config.name, *("test",) * config.get("test", False)))
+    _follow(config, files, [word.partition("=")[0] for word in overrides])
     adapt(config)
     return config
+
+
+def _follow(config: Config, files: Mapping[str, Any], given: Sequence[str]) -> None:
+    """Sets what follows from the keys that the command line has given; `files` has the values before that."""
+    schedule.choose_optimizer(config, files.get("optim_wrapper.optimizer.type"), given)
+    steps, before = config.train_cfg.max_iters, files.get("train_cfg.max_iters")
+    schedule.scale(config, before if isinstance(before, int) and before > 0 else steps, given)
+    if config.get("epochs") is not None:
+        if "train_cfg.max_iters" in given:
+            raise ConfigError("epochs: train_cfg.max_iters is set, too; set one of the two")
+        config.given = list(given)  # until the number of images is known
 
 
 def _override(config: Config, word: str) -> None:
@@ -154,6 +169,9 @@ def adapt(config: Config) -> None:
     fraction = config.data.fraction
     if not isinstance(fraction, int | float) or not 0 < fraction <= 1:
         raise ConfigError(f"data.fraction: {fraction} must be a number above 0, up to 1; 0.01 are 1%")
+    epochs = config.get("epochs")
+    if epochs is not None and (type(epochs) not in (int, float) or epochs <= 0):
+        raise ConfigError(f"epochs: {epochs} must be a number above 0")
     for key, node, index in _places(config):
         if key in _LEAST and node[index] < _LEAST[key]:
             raise ConfigError(f"{key}: {node[index]} must be at least {_LEAST[key]}")
@@ -172,16 +190,6 @@ def adapt(config: Config) -> None:
         if not cuda:
             raise ConfigError("amp: needs a GPU; leave it out")
         config.optim_wrapper.update(type="AmpOptimWrapper", loss_scale="dynamic")
-    steps = config.train_cfg.max_iters
-    schedulers = [scheduler for scheduler in config.param_scheduler if isinstance(scheduler, dict)]
-    milestones = [m for scheduler in schedulers for m in scheduler.get("milestones") or () if isinstance(m, int)]
-    late = [m for m in milestones if m >= steps]
-    if late:
-        log.warning(
-            "the learning rate will not fall at %s: train_cfg.max_iters=%d; set param_scheduler.1.milestones",
-            late,
-            steps,
-        )
     if not cuda and replace(config.model, "type", "SyncBN", "BN"):
         log.warning("SyncBN is for GPUs; on this CPU it is BN, which computes the same in one process")
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torchvision.ops import box_iou
 
 from mcl.config import ConfigError
-from mcl.finetune.metric import FolderMetric
+from mcl.finetune.metric import KINDS, FolderMetric, percent
 
 THRESHOLDS = [percent / 100 for percent in range(50, 100, 5)]
 RULES = "11points", "area"
@@ -103,10 +103,17 @@ class VOCFolderMetric(FolderMetric):
         truth = defaultdict(list)
         for annotation in self._coco_api.dataset["annotations"]:
             truth[annotation["image_id"], annotation["category_id"]].append(annotation)
-        aps = []
-        for label, category in enumerate(self._coco_api.get_cat_ids(cat_names=self.dataset_meta["classes"])):
-            ap = average_precision(_image(found, label, truth[found["img_id"], category]) for _, found in results)
-            aps += [ap] if ap is not None else []
+        names = self.dataset_meta["classes"]
+        by_name = {
+            names[i]: average_precision(_image(found, i, truth[found["img_id"], category]) for _, found in results)
+            for i, category in enumerate(self._coco_api.get_cat_ids(cat_names=names))
+        }
+        self.categories = {
+            KINDS[rule]: {n: percent(None if ap is None else ap[:, i].mean()) for n, ap in by_name.items()}
+            for i, rule in enumerate(RULES)
+            if rule in self.rules
+        }
+        aps = [ap for ap in by_name.values() if ap is not None]
         mean = np.mean(aps, axis=0) if aps else np.full((len(THRESHOLDS), 2), np.nan)
         values: dict[str, float] = {}
         for rule in self.rules:

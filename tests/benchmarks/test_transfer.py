@@ -112,7 +112,7 @@ def test_an_interval_with_zero_in_it_is_noise() -> None:
 
 
 def test_a_single_seed_has_no_interval_and_no_deviation() -> None:
-    difference = {"mean": 3.0, "low": None, "high": None, "exceeds_noise": None}
+    difference = {"mean": 3.0, "error": None, "low": None, "high": None, "exceeds_noise": None}
     assert transfer_report.difference([5.0], [2.0]) == difference
     ours, theirs, pair = evaluate(result("moco", 0, 5.0), result("moco", 1, 9.0), result("random", 0, 2.0))
     assert (ours["name"], ours["box AP50"]["sd"]) == ("random", None)

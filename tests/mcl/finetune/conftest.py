@@ -68,15 +68,18 @@ def _annotation(number: int, image: int, category: int, box: tuple[int, int, int
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _paths_of_mmdet() -> Iterator[None]:
-    """MMEngine reads the index of the whole model zoo for every `_base_` of MMDetection; here it reads it once."""
+def _once_what_mmengine_repeats() -> Iterator[None]:
+    """MMEngine reads the index of the whole model zoo for every `_base_` of MMDetection, and lays the text of a
+    configuration out five times in a run; here it does so once."""
     if importlib.util.find_spec("mmengine") is None:  # some tests of this folder run without it
         yield
         return
-    from mmengine.config import Config
+    from mmengine.config import Config, config
 
+    formatted = functools.cache(lambda text, style, lay_out=config.FormatCode: lay_out(text, style_config=dict(style)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Config, "_get_cfg_path", staticmethod(functools.cache(Config._get_cfg_path)))
+        patch.setattr(config, "FormatCode", lambda text, style_config: formatted(text, tuple(style_config.items())))
         yield
 
 

@@ -13,6 +13,7 @@ pytest.importorskip("mmdet", reason="needs MMDetection: make mmdet")
 from dali_pipelines.source import SourceError
 from mcl.config import ConfigError
 from mcl.finetune.data import open_folder
+from mcl.finetune.loading import COCOFolder
 from tests.mcl.finetune.conftest import CLASSES, make_folder
 
 
@@ -145,6 +146,30 @@ def test_nothing_to_train_on(fresh: Path) -> None:
         match=r"no object of 2 categories \(thing, \.\.\.\) with an area, no crowd, in an image of at least 32",
     ):
         open_folder(str(fresh))
+
+
+def test_images_of_an_epoch(fresh: Path) -> None:
+    """As many as MMDetection's dataset has: not those without objects of a class, nor those that are too small."""
+
+    def edit(content: Any) -> None:
+        for number, size in ((3, 128), (4, 31), (5, 128)):  # without objects, too small, with a part alone
+            content["images"].append({"id": number, "file_name": f"{number}.jpg", "width": size, "height": size})
+            Image.new("RGB", (size, size)).save(fresh / "train" / f"{number}.jpg")
+        for number, image in ((21, 4), (22, 5)):
+            box = {"bbox": [1, 1, 9, 9], "area": 81, "segmentation": [[1, 1, 9, 1, 9, 9]]}
+            content["annotations"].append({"id": number, "image_id": image, "category_id": image - 3, **box})
+
+    change(fresh / "instances_train.json", edit)
+    for classes, images in ((("thing", "part"), 3), (("thing",), 2)):
+        assert open_folder(str(fresh), classes).images == images
+        dataset = COCOFolder(
+            [],
+            ann_file=str(fresh / "instances_train.json"),
+            data_prefix={"img": ""},
+            metainfo={"classes": classes},
+            filter_cfg={"filter_empty_gt": True, "min_size": 32},
+        )
+        assert len(dataset) == images
 
 
 def test_wanted_categories(folder: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("mmdet", reason="needs MMDetection: make mmdet")
 
+import mcl
 from mcl.config import DETECTORS
 from mcl.finetune import finetune, settings
 from mcl.finetune.data import open_folder
@@ -48,6 +49,10 @@ def test_inferencer_and_detector(folder: Path, checkpoint: Path, tmp_path: Path)
     for ours, theirs in zip(said["inferencer"], said["detector"], strict=True):
         assert len(ours) == 5  # of model.test_cfg.rcnn.max_per_img
         assert np.allclose(ours, theirs, atol=1e-4)
+    (ours,) = mcl.detect(run, folder / "val" / "1.jpg", tmp_path, threshold=0)
+    assert ours.objects.scores is not None
+    assert np.allclose(ours.objects.scores, said["detector"][0], atol=1e-4)
+    assert np.allclose(ours.objects.boxes, said["detector"][1], atol=1e-3)
 
 
 @pytest.mark.parametrize("path", sorted(DETECTORS.glob("*.py")), ids=lambda path: path.stem)

@@ -22,12 +22,14 @@ from torch import nn
 pytest.importorskip("mmdet", reason="needs MMDetection: make mmdet")
 
 from mmengine.config import Config
+from PIL import Image
 from pycocotools.mask import encode
 
 from mcl import cli
 from mcl.config import ConfigError
 from mcl.finetune import annotations, console, finetune, hooks, labels, metric
 from mcl.signals import Interrupted
+from mcl.train.checkpoint import CheckpointError
 from tests.conftest import ROOT
 from tests.mcl.distributed.test_faults import children
 from tests.mcl.finetune.conftest import MINI, TINY
@@ -78,6 +80,8 @@ def test_table(whole: tuple[Path, str]) -> None:
     (record,) = json.loads((folder / metric.RESULTS).read_text())
     assert record["step"] == STEPS
     assert all(0 <= record[kind][name] <= 100 for kind in ("box", "mask") for name in ("AP", "AP50", "AP75"))
+    picture = Image.open(folder / "predictions.png")  # two images of 4 x 128 pixels, each twice, and a line above
+    assert picture.size == (4 * (4 * 128 + 6), 4 * 96 + 22)
 
 
 def test_from_scratch(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +90,8 @@ def test_from_scratch(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     read: list[str] = []
     read_bytes = Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda path: (read.append(path.name), read_bytes(path))[1])
-    table = finetune(MINI, words(folder, tmp_path, "scratch", "train_cfg.max_iters=1", "data.fraction=0.5"))
+    arguments = [word for word in words(folder, tmp_path, "scratch") if "max_iters" not in word]
+    table = finetune(MINI, [*arguments, "epochs=0.8", "data.fraction=0.5"])  # 0.8 * 3 images in steps of 2: 1.2 steps
     assert sorted(name for name in read if "instances" in name) == ["instances_train.json", "instances_val.json"]
     annotations.read(folder / "instances_val.json")
     assert read.count("instances_val.json") == 2, "annotations are kept in memory while it trains"
@@ -104,8 +109,8 @@ def recorded(measured: dict[str, float], folder: Path, *kinds: str) -> dict[str,
     return record
 
 
-def measured(folder: Path, found: bool) -> dict[str, float]:
-    """What an evaluation gives to a detector that finds the first object, or nothing."""
+def measured(folder: Path, found: bool, run: Path | None = None) -> dict[str, float]:
+    """What an evaluation gives to a detector that finds the first object, or nothing; `run` gets AP by category."""
     measure = metric.FolderMetric(ann_file=str(folder / "instances_val.json"), metric=["bbox", "segm"])
     measure.dataset_meta = {"classes": ("thing", "part")}
     content = json.loads((folder / "instances_val.json").read_text())
@@ -119,6 +124,9 @@ def measured(folder: Path, found: bool) -> dict[str, float]:
         scores = {"scores": np.ones(n), "mask_scores": np.ones(n), "labels": np.zeros(n, int)}
         results.append(({}, {"img_id": number, **one, **scores}))
     values = measure.compute_metrics(results)
+    if run:
+        loop = SimpleNamespace(evaluator=SimpleNamespace(metrics=[measure]))
+        metric.APTable().after_val(SimpleNamespace(work_dir=run, val_loop=loop))
     return {f"coco/{name}": value for name, value in values.items()}
 
 
@@ -144,6 +152,49 @@ def test_absent_is_not_zero(found: bool, small: bool, folder: Path, tmp_path: Pa
     assert all(0 <= value <= 1 for value in values.values())
     lines = (tmp_path / metric.TABLE).read_text().splitlines()[2:]
     assert [line.split(" | ")[-1] for line in lines] == ["- |"] * 2
+
+
+def test_ap_by_category(folder: Path, tmp_path: Path) -> None:
+    """One of the two things is found: precision is 1 at the recalls 0, 0.01, ..., 0.5, so AP is 51 / 101."""
+    copy = shutil.copytree(folder, tmp_path / "coco")
+    measured(copy, found=True, run=tmp_path)
+    categories = json.loads((tmp_path / metric.CATEGORIES).read_text())
+    assert categories == {kind: {"thing": 50.5, "part": 0.0} for kind in ("box", "mask")}
+    path = copy / "instances_val.json"
+    content = json.loads(path.read_text())
+    content["annotations"] = [a for a in content["annotations"] if a["category_id"] == 1]
+    path.write_text(json.dumps(content))
+    measured(copy, found=True, run=tmp_path)
+    assert metric.by_category(tmp_path).splitlines()[2:] == ["| thing | 50.5 | 50.5 |", "| part | - | - |"]
+
+
+def test_a_checkpoint_is_evaluated(folder: Path, whole: tuple[Path, str], tmp_path: Path) -> None:
+    """The newest of a run, or another one; with the AP of the run, in a folder within it, and nothing else changes."""
+    run = shutil.copytree(whole[0], tmp_path / "run")
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    assert finetune(MINI, words(folder, tmp_path, "run", "test=true")) == whole[1]
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    written = {path.name for path in (run / "test").iterdir()}
+    assert {metric.RESULTS, metric.TABLE, metric.CATEGORIES, "predictions.png", "train.log"} < written
+    assert not list((run / "test").glob("*.pth"))
+    finetune(MINI, words(folder, tmp_path, "run", "test=true", f"load_from={run / 'iter_3.pth'}"))
+    assert [record["step"] for record in metric.read(run / "test")] == [3]
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "message"),
+    [
+        ("none", (), r"^test: .*none holds no checkpoint; name the run by name=, or a checkpoint by load_from="),
+        ("none", ("load_from=no/where.pth",), r"^load_from: no/where\.pth does not exist"),
+        ("whole", ("data.classes=[part]",), r"^.*iter_6\.pth: of another detector: 6 of 208 tensors"),
+    ],
+)
+def test_nothing_to_evaluate(
+    name: str, more: tuple[str, ...], message: str, folder: Path, whole: tuple[Path, str]
+) -> None:
+    with pytest.raises((ConfigError, CheckpointError), match=message):
+        finetune(MINI, words(folder, whole[0].parent, name, "test=true", *more))
+    assert not (whole[0].parent / name / "test").exists()
 
 
 def test_checkpoints_are_plain(whole: tuple[Path, str]) -> None:
@@ -330,12 +381,14 @@ def test_terminal(folder: Path, checkpoint: Path, tmp_path: Path, capfd: pytest.
     assert model == "model: MaskRCNN, 12.4 million parameters, on cpu"
     assert weights.startswith(f"weights: {checkpoint}: 180 of the detector's 208 tensors (backbone 120, neck 48, roi_")
     assert schedule == (
-        f"schedule: {STEPS} steps of 2 images (2.0 epochs); learning rate 0.015 after 100 steps of warm-up; "
-        "evaluated every 400 steps"
+        f"schedule: {STEPS} steps of 2 images (2.0 epochs); learning rate 0.015 after 2 steps of warm-up, "
+        "times 0.1 at 4, 5; evaluated every 400 steps"
     )
     assert [line.split(" [")[0] for line in steps.splitlines()] == ["Iter(train)"] * STEPS + ["Iter(val)"]
-    evaluation, *table = after.splitlines()
+    evaluation, head, _, thing, part, *table = after.splitlines()
     assert re.fullmatch(rf"evaluation at step {STEPS}: box AP \d+\.\d, mask AP \d+\.\d", evaluation)
+    assert head == "| category | box AP | mask AP |"
+    assert re.fullmatch(r"\| thing \| \d+\.\d \| \d+\.\d \|\| part \| \d+\.\d \| \d+\.\d \|", thing + part)
     assert "\n".join(table) == (tmp_path / "run" / metric.TABLE).read_text().rstrip()
     said = (tmp_path / "run" / "train.log").read_text()
     assert all(said.count(line) == 1 for line in out.splitlines()[: -len(table)])

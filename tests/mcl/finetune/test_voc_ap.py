@@ -113,6 +113,10 @@ def test_metric(measure: voc_ap.VOCFolderMetric, tmp_path: Path) -> None:
     eleven, area = record["box (11 points)"], record["box (area)"]
     assert [eleven[name] for name in ("AP", "AP50", "AP75")] == [63.6, 84.8, 54.5]
     assert [area[name] for name in ("AP", "AP50", "AP75", "APs")] == [60.0, 83.3, 50.0, None]
+    assert measure.categories == {
+        "box (11 points)": {"cat": None, "dog": 63.6},
+        "box (area)": {"cat": None, "dog": 60.0},
+    }
     assert (tmp_path / metric.TABLE).read_text().splitlines()[
         -1
     ] == "| 5 | box (area) | 60.0 | 83.3 | 50.0 | - | - | - |"

@@ -12,6 +12,8 @@ data = dict(
 )
 timeout = 600.0  # seconds that a batch may take to come from the loaders' processes
 weights = ""  # checkpoint of mcl, or what `mcl export` made of one; empty: from scratch
+epochs = None  # a number sets train_cfg.max_iters to so many passes over the training images
+test = False  # evaluates the run's newest checkpoint, or load_from, instead of training
 devices = "auto"  # a number, a list of GPUs, or auto: all GPUs; for what no launcher, such as torchrun, has started
 amp = False  # mixed precision, on a GPU
 # Which target of `mcl export` has the weights, how names in it change, and beginnings (regular expressions) of the
