@@ -85,6 +85,15 @@ class ModelConfig:
     """Softmax temperature T of the contrastive loss; the loss is multiplied by 2 T."""
     loss_weights: tuple[float, ...] = (0.5, 0.25, 0.125, 0.125)
     """Weight of each level's loss."""
+    targets: Literal["top", "same_level", "adjacent", "all"] = "top"
+    """Levels of the other view whose targets a tile is compared with, each by a loss of its own; the mean is taken.
+    top: level 0, as released; same_level: its own; adjacent: its own and those next to it; all. The momentum network
+    runs on no more than it must."""
+    loss: Literal["infonce", "cosine"] = "infonce"
+    """infonce: cross-entropy of picking the own image's target among all images'. cosine: 2 - 2 cos with the own
+    image's target, without negatives and temperature, as in BYOL."""
+    queue: int = Field(default=0, ge=0, le=2**22)
+    """Targets of former steps, per view and level, that are further negatives; 0: none."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -124,12 +124,12 @@ def hosts() -> dist.ProcessGroup | None:
 @contextmanager
 def alone() -> Iterator[None]:
     """Within it this process counts as the only one, so that the same code exchanges nothing."""
-    global _alone
-    before, _alone = _alone, True
+    global _alone, _imagined
+    before, (_alone, _imagined) = (_alone, _imagined), (True, None)
     try:
         yield
     finally:
-        _alone = before
+        _alone, _imagined = before
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """Retrieval: does a tile find the image it came from? It is what MCL teaches, so it moves first.
 
 In fresh montages every tile of every level looks, by its region feature through projector and predictor, for its own
-image among the gallery's momentum targets of the other view. Chance is 1 / gallery.
+image among the gallery's momentum targets of the other view, of the levels that it was compared with in training.
+Chance is 1 / gallery.
 """
 
 import copy
@@ -11,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 from tqdm.auto import tqdm
@@ -29,7 +29,7 @@ _STATISTICS_BATCHES = 8
 
 
 class LevelwiseEncoder(nn.Module):
-    """An encoder as with ``compute: matched``, but with BatchNorm statistics of FPN and head for every level.
+    """An encoder as with ``compute: matched``, but with BatchNorm statistics of FPN and head for every level given.
 
     In training each level is normalised by its own batch; one running mean over the levels would fit none of them.
     """
@@ -47,16 +47,17 @@ class LevelwiseEncoder(nn.Module):
     def _embeddings(self, view: MontageBatch) -> list[Tensor]:
         levels = range(len(view.canvas_counts))
         features = zip(*(f.split(view.canvas_counts) for f in self.encoder.backbone(view.pixels)), strict=True)
-        maps = [fpn(own, [i])[0] for i, fpn, own in zip(levels, self.fpns, features, strict=True)]
+        maps = [self.fpns[i](own, [i])[0] for i, own in zip(levels, features, strict=True)]
         regions = view.regions()
         tiles = self.encoder.pool(maps, levels, regions, view.cells).split([len(b) for b in regions])
-        return [head(own) for head, own in zip(self.heads, tiles, strict=True)]
+        return [self.heads[i](own) for i, own in zip(levels, tiles, strict=True)]
 
 
 def _levelwise(model: Objective) -> Objective:
-    """A copy whose online encoder is a :class:`LevelwiseEncoder`."""
+    """A copy whose encoders are :class:`LevelwiseEncoder`."""
     model = copy.deepcopy(model)
     model.add_module("online", LevelwiseEncoder(model.online))
+    model.add_module("target", LevelwiseEncoder(model.target))
     return model
 
 
@@ -66,21 +67,7 @@ class _All(nn.ModuleList):
     def forward(self, views: Sequence[MontageBatch]) -> None:
         model: Any
         for model in self:
-            model.targets(views)
-            model.predictions(views)
-
-
-@torch.no_grad()
-def top1(model: Any, query: MontageBatch, key: MontageBatch) -> Tensor:
-    """Share of the tiles, per level, whose nearest target is their own image's; both directions. (L,)."""
-    views = (query, key)
-    banks = [F.normalize(targets.float(), dim=1) for targets in reversed(model.targets(views))]
-    hits = [
-        ((F.normalize(p.float(), dim=1) @ bank.t()).argmax(1) == row).float().mean()
-        for view, predictions, bank in zip(views, model.predictions(views), banks, strict=True)
-        for p, row in zip(predictions, model.positives(view), strict=True)
-    ]
-    return torch.stack(hits).view(len(views), -1).mean(0)
+            model.matches(*views)
 
 
 def check_gallery(config: Config, source: Source) -> None:
@@ -123,7 +110,7 @@ def retrieval(
         count = config.evaluation.galleries
         galleries = itertools.islice(batches, count)
         tables = [
-            torch.stack([top1(model, query, key) for model in scored])
+            torch.stack([model.matches(query, key).mean(0) for model in scored])
             for query, key in tqdm(galleries, "galleries", count, disable=None, delay=1, leave=False)
         ]
     scores = torch.stack(tables, 1)  # (models, galleries, L)

@@ -1,32 +1,49 @@
 """MCL: tiles of every level find their own image among the targets of a momentum network."""
 
+import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dali_pipelines.batch import MontageBatch
 from dali_pipelines.layout import join
+from dali_pipelines.source import Source
 from mcl import distributed
-from mcl.config import Config
+from mcl.config import Config, ConfigError
 from mcl.distributed import Gather
 from mcl.models import Encoder
 from mcl.models.heads import predictor
 from mcl.objectives.objective import Objective, Output
-from mcl.train.loss import contrast, total_loss
+from mcl.train.loss import Comparison, assigned, info_nce, over_levels, regression, total_loss, upcast
 
 
 class MCL(Objective):
     """Multi-level contrastive learning.
 
+    A level's loss is the mean over its tiles, and over the levels whose targets these are compared with
+    (``model.targets``), of ``model.loss``. The target of an image at a level is the momentum embedding of its tile
+    there, normalised; where a level shows every image several times, the mean of these, normalised again. So each
+    level has one target per image, and other tiles of the same image are no negatives.
+
+    The total is the sum over levels and both directions of weight * loss; with infonce times 2 T, after which its
+    gradient towards the own target is that of cosine, 2 - 2 cos.
+
+    With ``model.queue`` a view's bank also has its latest targets of former steps, as negatives alone. As long as there
+    are fewer, the rest counts for nothing.
+
     The target encoder starts as a copy of the online one; it stays in training mode, so its BatchNorms use the
     statistics of its own batches. Scores are the mean cosines of a tile with its own image's target and with the
-    others; losses are cross-entropies before weights and the factor 2 T.
+    others: of all processes with infonce, and without its queue; of its own process with cosine, which gathers nothing.
     """
 
     scores = ("positive", "negative")
     retrieves = True
+    queue: Tensor  # (2, N, levels, width) normalised; views, latest targets
+    queued: Tensor  # () int64, rows that have come into it, those included that have left it
 
     def __init__(self, config: Config, classes: Sequence[str] = ()) -> None:
         super().__init__(config, classes)
@@ -34,38 +51,79 @@ class MCL(Objective):
         self.online = Encoder(model, ratios, config.trainer.recompute)
         self.target = copy.deepcopy(self.online).requires_grad_(False)
         self.predictors = nn.ModuleList(predictor(model.width, model.hidden) for _ in ratios)
+        self._chosen = assigned(model.targets, len(ratios))
+        self._levels = 1 + max(map(max, self._chosen))  # that have targets, the first ones
+        self._contrasts = model.loss == "infonce"
+        self._compare: Callable[..., Comparison] = regression
+        if self._contrasts:
+            self._compare = partial(info_nce, temperature=model.temperature)
+        if model.queue:
+            self.register_buffer("queue", torch.zeros(2, model.queue, self._levels, model.width))
+            self.register_buffer("queued", torch.tensor(0))
+
+    @classmethod
+    def check(cls, config: Config, source: Source | None = None) -> None:
+        super().check(config, source)
+        if config.model.queue and config.model.loss == "cosine":
+            raise ConfigError(
+                f"model.queue: {config.model.queue} further negatives, but model.loss=cosine has none; set "
+                "model.queue=0 or model.loss=infonce"
+            )
 
     def forward(self, query: MontageBatch, key: MontageBatch, prepared: Sequence[Gather] | None = None) -> Output:
-        """Every tile against the full images of the other view, over all ranks; `prepared` are the step's targets."""
-        of_query, of_key = prepared or self.prepare([(query, key)])
-        model = self.config.model
-        directions = [
-            contrast(predicted, self.positives(view), bank.wait(), model.temperature)
-            for predicted, view, bank in zip(
-                self.predictions([query, key]), (query, key), (of_key, of_query), strict=True
-            )
-        ]
+        """Every tile against targets of the other view; `prepared` are the step's."""
+        model, views = self.config.model, (query, key)
+        gathered = prepared or self.prepare([views])
+        predicted = self.predictions(views)
+        directions = []
+        for view, other in enumerate((1, 0)):
+            banks, compare = self._unit(gathered[other].wait()), self._compare
+            if model.queue:
+                hidden = torch.arange(model.queue, device=banks.device) >= self.queued
+                compare = partial(compare, hidden=torch.cat([hidden.new_zeros(len(banks)), hidden]))
+                banks = torch.cat([banks, self.queue[other]])
+            rows = self.positives(views[view])
+            directions.append(over_levels(predicted[view], rows, banks.unbind(1), self._chosen, compare))
         losses, *scores = (torch.stack(values) for values in zip(*directions, strict=True))  # (V, L) each
-        loss = total_loss(losses, model.loss_weights, model.temperature)
+        loss = total_loss(losses, model.loss_weights, 2 * model.temperature if self._contrasts else 1)
         detached = {name: values.detach() for name, values in zip(self.scores, scores, strict=True)}
         return Output(loss, losses.detach(), detached)
 
     @torch.no_grad()
     def prepare(self, parts: Sequence[tuple[MontageBatch, MontageBatch]]) -> list[Gather]:
-        """Momentum embeddings of the full images of all ranks, on their way: per view (B, width), rank after rank."""
+        """Targets on their way: per view (B, levels * width), for all images of all ranks, rank after rank.
+
+        With cosine they are those of this process alone.
+        """
+        computed = [self.targets(views) for views in parts]
         banks = []
-        computed = zip(*(self.targets(views) for views in parts), strict=True)
-        for embeddings_of_parts, views in zip(computed, zip(*parts, strict=True), strict=True):
-            embeddings = torch.cat(embeddings_of_parts)
-            shown = torch.cat([view.tile_images[view.tiles(0)] for view in views])  # the image of each row
-            banks.append(Gather(torch.empty_like(embeddings).index_copy_(0, shown, embeddings)))
+        with contextlib.nullcontext() if self._contrasts else distributed.alone():
+            for side, views in enumerate(zip(*parts, strict=True)):
+                levels = []
+                for level in range(self._levels):
+                    shown = torch.cat([view.tile_images[view.tiles(level)] for view in views])
+                    embeddings = torch.cat([targets[side][level] for targets in computed])
+                    levels.append(_of_images(embeddings, shown, len(views[0].index)))
+                banks.append(Gather(torch.cat(levels, 1)))
         return banks
 
     @torch.no_grad()
-    def targets(self, views: Sequence[MontageBatch]) -> list[Tensor]:
-        """Momentum embeddings of the canvases of level 0 of each view, (canvases, width)."""
-        levels = 1 if self.config.model.compute == "matched" else None
-        return [embeddings[0] for embeddings in self.target(*(v.first(v.canvas_counts[:levels]) for v in views))]
+    def finish(self, prepared: Sequence[Gather]) -> None:
+        """Puts the step's targets into the queue, in place of the oldest ones."""
+        if self.config.model.queue:
+            size = self.config.model.queue
+            for queue, gathered in zip(self.queue, prepared, strict=True):
+                latest = self._unit(gathered.wait())[-size:]
+                places = (self.queued + torch.arange(len(latest), device=latest.device)) % size
+                queue.index_copy_(0, places, latest)
+            self.queued += len(latest)
+
+    @torch.no_grad()
+    def targets(self, views: Sequence[MontageBatch]) -> list[list[Tensor]]:
+        """Momentum embeddings of the tiles of each view and level that has targets: (tiles, width)."""
+        levels = self._levels if self.config.model.compute == "matched" else None
+        embeddings: list[list[Tensor]] = self.target(*(view.first(view.canvas_counts[:levels]) for view in views))
+        return embeddings
 
     def predictions(self, views: Sequence[MontageBatch]) -> list[list[Tensor]]:
         """Online predictions of the tiles of each view and level: (R, width)."""
@@ -78,6 +136,34 @@ class MCL(Objective):
 
     def positives(self, view: MontageBatch) -> list[Tensor]:
         """Row in the bank of targets of each tile's own image: per level (R,) int64."""
-        offset = distributed.rank() * len(view.index)
+        offset = distributed.rank() * len(view.index) if self._contrasts else 0
         rows = [q * r * r for q, r in zip(view.query_counts, view.ratios, strict=True)]
         return [view.tile_images[view.tiles(i)][: rows[i]] + offset for i in range(len(rows))]
+
+    @torch.no_grad()
+    def matches(self, query: MontageBatch, key: MontageBatch) -> Tensor:
+        """As of :class:`Objective`; where a level is compared with several, the mean over these."""
+        banks = [self._unit(bank.wait()).unbind(1) for bank in self.prepare([(query, key)])]
+        views, hits = (query, key), []
+        for view, predicted, bank in zip(views, self.predictions(views), reversed(banks), strict=True):
+            for p, rows, chosen in zip(predicted, self.positives(view), self._chosen, strict=True):
+                nearest = [(F.normalize(upcast(p), dim=1) @ bank[j].t()).argmax(1) for j in chosen]
+                hits.append(torch.stack([(found == rows).float().mean() for found in nearest]).mean())
+        return torch.stack(hits).view(len(views), -1)
+
+    def _unit(self, bank: Tensor) -> Tensor:
+        """(B, levels * width) to normalised (B, levels, width), in fp32 at least."""
+        return F.normalize(upcast(bank).unflatten(1, (self._levels, -1)), dim=2)
+
+
+def _of_images(embeddings: Tensor, shown: Tensor, images: int) -> Tensor:
+    """(tiles, width) to (images, width), in the order of images, each shown equally often; means of unit vectors.
+
+    Args:
+        embeddings: of tiles.
+        shown: the image of each.
+    """
+    rows = embeddings[shown.argsort(stable=True)]
+    if len(rows) == images:
+        return rows
+    return F.normalize(upcast(rows), dim=1).view(images, -1, rows.shape[1]).mean(1).to(rows.dtype)

@@ -57,7 +57,7 @@ class Objective(nn.Module):
     labelled: ClassVar[bool] = False
     """Whether every image must have a class; checkpoints then hold the names of the classes."""
     retrieves: ClassVar[bool] = False
-    """Whether it has what the evaluation retrieval asks for: ``targets``, ``predictions`` and ``positives``."""
+    """Whether it has :meth:`matches`, for the evaluation retrieval."""
 
     def __init__(self, config: Config, classes: Sequence[str] = ()) -> None:
         super().__init__()
@@ -102,6 +102,10 @@ class Objective(nn.Module):
 
     def finish(self, prepared: Any) -> None:
         """Called when the gradients of the step are there, with what :meth:`prepare` returned; updates buffers."""
+
+    def matches(self, query: MontageBatch, key: MontageBatch) -> Tensor:
+        """(V, L), share of the tiles of a view whose nearest target in the other view is that of their own image."""
+        raise NotImplementedError
 
     def compile_parts(self) -> None:
         """Backbones and heads through ``torch.compile``, in place, when they are first called."""

@@ -1,6 +1,6 @@
-"""Multi-level InfoNCE over gathered targets."""
+"""Losses between predictions and targets of many levels."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -8,8 +8,15 @@ from torch import Tensor
 
 from mcl.ops import cross_entropy
 
+Comparison = tuple[Tensor, Tensor, Tensor]
+"""Loss, mean cosine with one's own target, mean cosine with the others; each ()."""
 
-def info_nce(predictions: Tensor, rows: Tensor, bank: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+_HIDDEN = -1e9  # far below any logit, and finite, for apex multiplies the sum of all logits by its smoothing, 0
+
+
+def info_nce(
+    predictions: Tensor, rows: Tensor, bank: Tensor, temperature: float, hidden: Tensor | None = None
+) -> Comparison:
     """Cross-entropy of picking one's own target among all, by cosine.
 
     Args:
@@ -17,37 +24,73 @@ def info_nce(predictions: Tensor, rows: Tensor, bank: Tensor, temperature: float
         rows: (R,) row of each prediction's own target in the bank.
         bank: (B, D) normalised targets.
         temperature: divides the cosines.
-
-    Returns:
-        Cross-entropy, mean cosine with one's own target, mean cosine with the others; each ().
+        hidden: (B,) bool, rows of zeros in the bank that are no targets.
     """
     cosines = F.normalize(predictions, dim=1) @ bank.t()  # (R, B)
-    loss = cross_entropy(cosines / temperature, rows)
+    logits = cosines / temperature
+    count: int | Tensor = len(bank)
+    if hidden is not None:
+        logits, count = logits.masked_fill(hidden, _HIDDEN), (~hidden).sum()
     positives = cosines.gather(1, rows[:, None]).mean()
-    others = (cosines.sum() - positives * len(cosines)) / (cosines.numel() - len(cosines))
-    return loss, positives, others
+    return cross_entropy(logits, rows), positives, _others(cosines.sum(), positives, len(cosines), count)
 
 
-def contrast(
-    predictions: Sequence[Tensor], rows: Sequence[Tensor], bank: Tensor, temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`info_nce` of every level against one bank; fp16 and bf16 are computed in fp32.
+def regression(predictions: Tensor, rows: Tensor, bank: Tensor) -> Comparison:
+    """2 - 2 cos, the squared distance from one's own target, both normalised; arguments as of :func:`info_nce`."""
+    predictions = F.normalize(predictions, dim=1)
+    positives = (predictions * bank[rows]).sum(1).mean()
+    everything = predictions.sum(0) @ bank.sum(0)
+    return 2 - 2 * positives, positives, _others(everything, positives, len(predictions), len(bank))
+
+
+def _others(everything: Tensor, positives: Tensor, rows: int, count: int | Tensor) -> Tensor:
+    """Mean of the cosines with the others, from the sum of all and the mean with one's own."""
+    return (everything - positives * rows) / (rows * count - rows)
+
+
+def assigned(targets: str, levels: int) -> list[list[int]]:
+    """Levels whose targets each level is compared with, for ``model.targets``."""
+    chosen: dict[str, Callable[[int, int], bool]] = {
+        "top": lambda i, j: j == 0,
+        "same_level": lambda i, j: j == i,
+        "adjacent": lambda i, j: abs(j - i) <= 1,
+        "all": lambda i, j: True,
+    }
+    return [[j for j in range(levels) if chosen[targets](i, j)] for i in range(levels)]
+
+
+def over_levels(
+    predictions: Sequence[Tensor],
+    rows: Sequence[Tensor],
+    banks: Sequence[Tensor],
+    chosen: Sequence[Sequence[int]],
+    compare: Callable[[Tensor, Tensor, Tensor], Comparison],
+) -> Comparison:
+    """Every level with the banks that are chosen for it, the mean over these; fp16 and bf16 are computed in fp32.
+
+    Args:
+        predictions, rows: of each level.
+        banks: of each target level, normalised; in all of them an image has the same row.
+        chosen: indices into `banks`, of each level.
+        compare: a prediction's level with a bank.
 
     Returns:
-        Losses, positive and negative cosines, each (L,).
+        Losses and both cosines, each (L,).
     """
-    with torch.autocast(bank.device.type, enabled=False):
-        bank = F.normalize(_upcast(bank), dim=1)
-        levels = [info_nce(_upcast(p), r, bank, temperature) for p, r in zip(predictions, rows, strict=True)]
+    with torch.autocast(banks[0].device.type, enabled=False):
+        levels = []
+        for p, r, own in zip(predictions, rows, chosen, strict=True):
+            found = [compare(upcast(p), r, banks[j]) for j in own]
+            levels.append([torch.stack(values).mean(0) for values in zip(*found, strict=True)])
         losses, positives, negatives = (torch.stack(values) for values in zip(*levels, strict=True))
         return losses, positives, negatives
 
 
-def total_loss(losses: Tensor, weights: Sequence[float], temperature: float) -> Tensor:
-    """Sum over directions and levels of weight * 2 T * cross-entropy; `losses` is (V, L)."""
+def total_loss(losses: Tensor, weights: Sequence[float], factor: float) -> Tensor:
+    """Sum over directions and levels of weight * loss, times a factor; `losses` is (V, L)."""
     weighted = [weight * level for weight, level in zip(weights, losses.sum(0).unbind(), strict=True)]
-    return torch.stack(weighted).sum() * (2 * temperature)
+    return torch.stack(weighted).sum() * factor
 
 
-def _upcast(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from dali_pipelines.batch import MontageBatch
-from dali_pipelines.geometry import Geometry
 from dali_pipelines.source import open_source
 from mcl import config
 from mcl.config import Config, ConfigError
 from mcl.evaluation import evaluate
 from mcl.evaluation.knn_linear import knn, linear
-from mcl.evaluation.retrieval import retrieval, top1
+from mcl.evaluation.retrieval import retrieval
 from mcl.objectives import MCL
 from tests.conftest import random_view
 
@@ -33,27 +32,24 @@ def small(photos: Path) -> Config:
     )
 
 
-class Oracle(nn.Module):
+class Oracle(MCL):
     """A model that knows the answers at level 0, and always says image 0 at level 1."""
 
-    def __init__(self, images: int) -> None:
-        super().__init__()
-        self.codes = torch.eye(images)
+    codes = torch.eye(8)
 
-    def targets(self, views: Sequence[MontageBatch]) -> list[Tensor]:
-        return [self.codes for _ in views]
+    def targets(self, views: Sequence[MontageBatch]) -> list[list[Tensor]]:
+        return [[self.codes[view.tile_images[view.tiles(i)]] for i in range(2)] for view in views]
 
     def predictions(self, views: Sequence[MontageBatch]) -> list[list[Tensor]]:
         return [[self.codes, self.codes[:1].expand(len(view.index), -1)] for view in views]
 
-    def positives(self, view: MontageBatch) -> list[Tensor]:
-        return [view.tile_images[view.tiles(level)] for level in range(2)]
 
-
-def test_top1_of_an_oracle() -> None:
-    geometry = Geometry(cells=1, ratios=(1, 2), images_per_canvas=(1, 4))
-    views = [random_view(geometry, 8, seed) for seed in (0, 1)]
-    assert top1(Oracle(8), *views).tolist() == [1.0, pytest.approx(1 / 8)]  # type: ignore[arg-type]
+@pytest.mark.usefixtures("thin_backbone")
+@pytest.mark.parametrize("targets", ["top", "all"])
+def test_what_an_oracle_finds(small: Config, targets: str) -> None:
+    oracle = Oracle(config.override(small, [f"model.targets={targets}", "model.width=8"]))
+    views = [random_view(small.montage, 8, seed) for seed in (0, 1)]
+    assert oracle.matches(*views).tolist() == [[1.0, pytest.approx(1 / 8)]] * 2
 
 
 @pytest.mark.usefixtures("thin_backbone")

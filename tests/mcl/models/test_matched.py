@@ -4,18 +4,20 @@ import copy
 import dataclasses
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dali_pipelines.batch import MontageBatch
 from dali_pipelines.geometry import Geometry
 from mcl import config
 from mcl.objectives import MCL
-from mcl.train.loss import contrast, total_loss
+from mcl.train.loss import info_nce, over_levels, total_loss
 from tests.conftest import ThinBackbone, random_view
 from tests.fp64 import fast_convolutions
 
@@ -151,7 +153,7 @@ def test_running_statistics_update_level_by_level() -> None:
 class OneByOne(MCL):
     """Each view goes through the networks by itself."""
 
-    def targets(self, views: Sequence[MontageBatch]) -> list[Tensor]:
+    def targets(self, views: Sequence[MontageBatch]) -> list[list[Tensor]]:
         return [super(OneByOne, self).targets([view])[0] for view in views]
 
     def predictions(self, views: Sequence[MontageBatch]) -> list[list[Tensor]]:
@@ -200,12 +202,14 @@ def test_gradients_of_fewer_queries_are_those_without_the_other_terms(compute: s
     parameters = [p for p in model.parameters() if p.requires_grad]
     found = torch.autograd.grad(output.loss, parameters, allow_unused=True)  # maps finer than those of two levels
 
-    cfg, banks = model.config.model, model.targets(views[::-1])
+    cfg, targets = model.config.model, matched.targets(views[::-1])
     losses = []
-    for view, (full, tiles), bank in zip(views, matched.predictions(views), banks, strict=True):
+    for view, (full, tiles), (bank,) in zip(views, matched.predictions(views), targets, strict=True):
         own, others = matched.positives(view)
-        losses.append(contrast([full[:4], tiles], [own[:4], others], bank, cfg.temperature)[0])
-    loss = total_loss(torch.stack(losses), cfg.loss_weights, cfg.temperature)
+        predictions, banks = [full[:4], tiles], [F.normalize(bank, dim=1)]
+        compare = partial(info_nce, temperature=cfg.temperature)
+        losses.append(over_levels(predictions, [own[:4], others], banks, [[0], [0]], compare)[0])
+    loss = total_loss(torch.stack(losses), cfg.loss_weights, 2 * cfg.temperature)
     expected = torch.autograd.grad(loss, [p for p in matched.parameters() if p.requires_grad], allow_unused=True)
     torch.testing.assert_close(output.loss, loss, rtol=1e-10, atol=0)
     scale = max(g.abs().max() for g in expected if g is not None)

@@ -327,13 +327,19 @@ def eight_processes() -> Iterator[None]:
 @pytest.mark.usefixtures("pretending", "eight_processes")
 @pytest.mark.parametrize("choice", ["stop", "skip"])
 @pytest.mark.parametrize(
-    ("precision", "optimizer", "compute"),
-    [("fp32", "lars", "released"), ("bf16", "sgd", "matched"), ("fp16", "adamw", "matched")],
+    ("precision", "optimizer", "compute", "variant"),
+    [
+        ("fp32", "lars", "released", ()),
+        ("bf16", "sgd", "matched", ("model.targets=all", "model.queue=40")),
+        ("fp16", "adamw", "matched", ()),
+    ],
 )
-def test_a_step_stays_on_the_device(precision: str, optimizer: str, compute: str, choice: str) -> None:
+def test_a_step_stays_on_the_device(
+    precision: str, optimizer: str, compute: str, variant: Sequence[str], choice: str
+) -> None:
     """All of it but backward, of which whole steps above have shown it, and its metrics."""
     words = f"trainer.precision={precision}", f"optim.name={optimizer}", f"model.compute={compute}"
-    cfg = configure(*words, f"trainer.on_nonfinite={choice}", "optim.clip_norm=1")
+    cfg = configure(*words, *variant, f"trainer.on_nonfinite={choice}", "optim.clip_norm=1")
     model = without_memory(cfg)
     query, key = views(cfg)
     convolved = set()

@@ -254,7 +254,9 @@ class Recorder:
 
 
 @pytest.mark.usefixtures("thin_backbone")
-@pytest.mark.parametrize("words", [(), ("trainer.accumulate=2",), ("optim.clip_norm=0.1",)], ids=str)
+@pytest.mark.parametrize(
+    "words", [("optim.clip_norm=0.1",), ("trainer.accumulate=2", "model.targets=all", "model.queue=20")], ids=str
+)
 def test_replayed_steps_are_plain_steps(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Over two sizes of canvas, recorded anew at each change."""
     words = ("trainer.global_batch=8", *words)
