@@ -317,8 +317,7 @@ def pretrained(file: Path) -> None:
 
 @functools.cache
 def model() -> MCL:
-    cfg = config.from_dict(TINY)
-    return MCL(cfg.model, cfg.montage)
+    return MCL(config.from_dict(TINY))
 
 
 def pickles() -> Iterable[bytes]:

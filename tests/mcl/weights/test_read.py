@@ -12,12 +12,11 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from dali_pipelines.geometry import Geometry
-from mcl.config import ConfigError, ModelConfig
+from mcl.config import Config, ConfigError, ModelConfig
 from mcl.exporters import TARGETS, export
 from mcl.exporters.canonical import canonical_names, part
 from mcl.exporters.openselfsup import their_name
-from mcl.models import MCL
+from mcl.objectives import MCL
 from mcl.train.checkpoint import CheckpointError
 from mcl.weights.read import Taken, backbone_tensors, read, take
 from tests.mcl.exporters.test_detectron2 import OTHERS, box_head, fpn, match, resnet18
@@ -38,7 +37,7 @@ def canonical(model: MCL, network: str = "online") -> State:
 
 
 def taken(source: str | Path, model: MCL, *parts: str) -> Taken:
-    return take(read(str(source), "model.init"), canonical(model), model.config.backbone, parts)
+    return take(read(str(source), "model.init"), canonical(model), model.config.model.backbone, parts)
 
 
 @pytest.fixture
@@ -198,7 +197,7 @@ def test_timm(model: MCL, save: Callable[[Any], Path]) -> None:
 def test_a_detector_of_torchvision_without_normalisation_in_its_fpn(save: Callable[[Any], Path]) -> None:
     """Its backbone is taken; why its FPN is not is said."""
     with torch.device("meta"):
-        model = MCL(ModelConfig(hidden=32, head_convs=0), Geometry())
+        model = MCL(Config(model=ModelConfig(hidden=32, head_convs=0)))
     path = save(state_of("fasterrcnn_resnet50_fpn", weights_backbone=None))
     found = taken(path, model)
     assert {part(name) for name in found.weights} == {"backbone"}

@@ -11,7 +11,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from dali_pipelines.geometry import Geometry
 from mcl import config, distributed
 from mcl.config import Config, ConfigError, ModelConfig
-from mcl.models import MCL
+from mcl.objectives import MCL
 from mcl.train import checkpoint
 from mcl.train.checkpoint import CheckpointError
 from mcl.train.trainer import Trainer
@@ -31,7 +31,7 @@ def test_features_of_torchvision(tmp_path: Path) -> None:
         elif name.endswith("running_var"):
             tensor.uniform_(0.5, 2)
     torch.save(theirs.state_dict(), tmp_path / "resnet50.pth")
-    model = MCL(ModelConfig(width=8, head_convs=1, hidden=8), Geometry())
+    model = MCL(Config(model=ModelConfig(width=8, head_convs=1, hidden=8)))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     said = start(model, str(tmp_path / "resnet50.pth"))
     assert said.startswith(
@@ -52,11 +52,11 @@ def test_features_of_torchvision(tmp_path: Path) -> None:
 def test_a_checkpoint_of_the_same_model_is_taken_whole(tmp_path: Path) -> None:
     model = make_model(Geometry(), backbone="resnet18", width=16)
     path = save_model(model, Geometry(), tmp_path)
-    other = MCL(model.config, Geometry())
+    other = MCL(model.config)
     assert start(other, str(path)) == f"{path}: all {len(model.state_dict())} tensors of the model"
     assert equal(other.state_dict(), model.state_dict())
 
-    target = MCL(model.config, Geometry())
+    target = MCL(model.config)
     predictors = target.predictors[0][0].weight.clone()
     start(target, f"target:{path}")
     for encoder in (target.online, target.target):
