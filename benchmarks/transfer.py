@@ -41,24 +41,23 @@ LOGS = "commands"
 
 _POLL = 0.5  # seconds
 _LOG_LINES = 12  # of a failed command, that are shown
-_BACKBONE, _FPN, _HEAD = r"backbone\.", r"neck\.", r"roi_head\.bbox_head\.shared_convs\."
 
 
 @dataclass(frozen=True)
 class Method:
     pretraining: str | None  # None: from scratch
-    parts: tuple[str, ...] = (_BACKBONE,)  # pretrained.names
+    parts: tuple[str, ...] = ("backbone",)  # that fine-tuning starts from
     once: bool = False  # with the first seed alone
 
 
 METHODS = {
     "random": Method(None, ()),
-    "mcl-all": Method("mcl", (_BACKBONE, _FPN, _HEAD)),
+    "mcl-all": Method("mcl", ("backbone", "fpn", "head")),
     "mcl-backbone": Method("mcl"),
     "moco": Method("moco"),
     "supervised": Method("supervised"),
-    "mcl-fpn": Method("mcl", (_BACKBONE, _FPN)),
-    "mcl-released": Method("mcl-released", (_BACKBONE, _FPN, _HEAD), once=True),
+    "mcl-fpn": Method("mcl", ("backbone", "fpn")),
+    "mcl-released": Method("mcl-released", ("backbone", "fpn", "head"), once=True),
 }
 """In the order in which they run, within a seed."""
 
@@ -138,8 +137,8 @@ def finetune(cell: Cell, work: Work) -> Command:
     start = []
     if cell.kind:
         file = WEIGHTS if cell.kind in BASELINES else f"checkpoints/{checkpoint.LAST}"
-        names = ",".join(f"'{part}'" for part in METHODS[cell.method].parts)
-        start = [f"weights={work.folder / 'pretrain' / cell.pretraining / file}", f"pretrained.names=[{names}]"]
+        parts = ",".join(METHODS[cell.method].parts)
+        start = [f"weights={work.folder / 'pretrain' / cell.pretraining / file}", f"parts=[{parts}]"]
     arguments = (
         *("-m", "mcl", "finetune", work.protocol.detector, *work.protocol.finetuning, *start),
         *(f"data.root={work.protocol.detection}", f"randomness.seed={cell.seed}"),

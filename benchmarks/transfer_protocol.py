@@ -91,6 +91,7 @@ class Protocol:
         from mcl.finetune import settings  # needs MMEngine, which a table of results does not
 
         preset = config.to_dict(config.load(ROOT / self.preset, self.pretraining))
+        preset["model"] = {k: v for k, v in preset["model"].items() if v != ""}  # an empty init, as in earlier results
         detector = settings.load(ROOT / self.detector, self.finetuning).to_dict()
         return {self.preset: _digest(preset, _OF_PRESET), self.detector: _digest(detector, _OF_DETECTOR)}
 

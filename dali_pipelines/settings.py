@@ -21,6 +21,7 @@ class Trait(Enum):
     PATH = "names a file or folder; ~ is the home folder"
     OF_A_MACHINE = "may differ between the machines of a run"
     DECIDES_SPEED = "changes how long a step takes"
+    AT_START = "is used when a new run starts, and then no more"
 
 
 def can_be_named(name: str) -> bool:

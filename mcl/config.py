@@ -72,6 +72,10 @@ class ModelConfig:
         "resnet101vd",
     ] = "resnet50"
     """Backbone, named as in torchvision. Those with vd are the ResNet-D of RT-DETR."""
+    init: Annotated[str, Trait.PATH, Trait.AT_START] = ""
+    """Weights that a new run starts from: a file of ours or of another library (docs/weights.md says which), or what a
+    library downloads, as torchvision:resnet50 or timm:resnet50.a1_in1k. The backbone must be whole; FPN and region head
+    are taken where they are there, and everything of a checkpoint of the same model. Empty: random ones."""
     width: int = Field(default=256, ge=1, le=2**16)
     """Channels of the FPN, of the region head and of the embedding."""
     head_convs: int = Field(default=4, ge=0, le=100)
@@ -193,7 +197,7 @@ class TrainerConfig:
     resume: Annotated[Literal["auto", "never"], Trait.RESUMABLE] = "auto"
     """auto continues the run found in the run folder; never refuses to touch a folder that holds one."""
     init_from: Annotated[str, Trait.PATH] = ""
-    """Checkpoint whose weights start a new run; not a resume."""
+    """Old name of model.init."""
     timeout: Annotated[float, Trait.RESUMABLE] = Field(default=600.0, gt=0, le=1e8)
     """Seconds without progress after which a run of several processes ends and names the one that hangs; more than
     loading and computing a step, and saving, may take."""
@@ -251,6 +255,8 @@ class Config:
             raise ValueError(
                 "trainer.deterministic: torch.compile chooses kernels by timing; set it or trainer.compile to false"
             )
+        if self.model.init and self.trainer.init_from:
+            raise ValueError("trainer.init_from: is the old name of model.init, which is set, too; leave it out")
         if not is_folder_name(self.name):
             raise ValueError(f"name: {self.name!r} is not a plain folder name")
         return self

@@ -88,7 +88,7 @@ def measurement(config: Config, flops: Mapping[int, float]) -> Speed | None:
     if state is None:
         return None
     before = from_dict(state["config"])
-    decisive = [key.name for key in all_keys() if Trait.DECIDES_SPEED in key.traits]
+    decisive = [k.name for k in all_keys() if Trait.DECIDES_SPEED in k.traits and Trait.AT_START not in k.traits]
     if any(value(before, name) != value(config, name) for name in decisive):
         return None
     cells = [config.montage.at(math.ceil(r["epoch"]) - 1).cells for r in records]

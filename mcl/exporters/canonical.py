@@ -26,3 +26,8 @@ def canonical_names(encoder: Encoder) -> dict[str, str]:
             case ["head", "convs", index, module, leaf]:
                 names[name] = f"roi_heads.box_head.{index}.{_MODULES[module]}.{leaf}"
     return names
+
+
+def part(name: str) -> str:
+    """Which of ``PARTS`` a canonical name is of."""
+    return "head" if name.startswith("roi_heads.") else "fpn" if name.startswith("backbone.fpn.") else "backbone"

@@ -3,7 +3,6 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,16 +12,12 @@ from mcl.config import Config, DataConfig, ModelConfig, OptimConfig, TrainerConf
 from mcl.exporters.files import write
 from mcl.objectives import MCL
 from mcl.train import checkpoint
-from mcl.train.checkpoint import FORMAT, CheckpointError, is_weights, reason
+from mcl.train.checkpoint import FORMAT, CheckpointError, is_weights
+from mcl.weights import files
 
 _FPN_MAPS = 4
 _BACKBONES = {(False, 2): "resnet18", (False, 6): "resnet34", (True, 6): "resnet50", (True, 23): "resnet101"}
 """By whether its blocks have three convolutions, and the number of blocks in ``layer3``."""
-_CONVERT = (
-    "python -c \"import torch; c = torch.load('{}', map_location='cpu', weights_only=False); "
-    "torch.save({{'state_dict': c['state_dict']}}, 'plain.pth')\""
-)
-
 
 _RENAMES = (
     (r"^predictors\.(\d)", r"head.predictor.\1.mlp"),
@@ -82,7 +77,7 @@ class ImportReport:
 
 
 def import_file(source: Path, output: Path) -> ImportReport:
-    """Turns a checkpoint of the authors' code into one of ours, for ``trainer.init_from`` and ``mcl export``.
+    """Turns a checkpoint of the authors' code into one of ours, for ``model.init`` and ``mcl export``.
 
     The configuration stored with it (step 0) is read off the shapes where they tell, and is the released one elsewhere.
 
@@ -128,19 +123,7 @@ def import_file(source: Path, output: Path) -> ImportReport:
 
 def _read(source: Path) -> dict[str, Tensor]:
     """The ``state_dict`` in a file, without DDP's prefix."""
-    try:
-        content: Any = torch.load(source, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise CheckpointError(f"{source}: cannot read ({error.strerror})") from None
-    except Exception as error:  # half a file fails in the zip reader, the unpickler or the tensor reader
-        if obstacle := re.search(r"GLOBAL (\S+)", str(error)):
-            raise CheckpointError(
-                f"{source}: holds an object of {obstacle[1]} beside its tensors, and loading that could run code. If "
-                f"you trust the file, keep its tensors alone with\n    {_CONVERT.format(source)}\nand import plain.pth"
-            ) from None
-        raise CheckpointError(
-            f"{source}: cut short, or not written by torch.save ({reason(error)}); compare its size with the original's"
-        ) from error
+    content = files.load(source)
     if isinstance(content, dict) and "model" in content and "format" in content:
         raise CheckpointError(f"{source}: is a checkpoint of mcl already; use it as it is")
     state = content.get("state_dict", content) if isinstance(content, dict) else None

@@ -16,7 +16,7 @@ from mcl.finetune.weights import build
 from mcl.records.metrics import log
 from mcl.train.checkpoint import CheckpointError, reason
 
-_DECISIVE = ("model", "weights", "pretrained", "global_batch", "optim_wrapper", "param_scheduler", "randomness")
+_DECISIVE = ("model", "weights", "parts", "global_batch", "optim_wrapper", "param_scheduler", "randomness")
 """Sections that decide what a run computes, beside its data."""
 
 

@@ -31,12 +31,12 @@ _LEAST = {
 }
 """Least values of whole numbers."""
 
-_SECTIONS = ("model", "pretrained", "optim_wrapper", "train_dataloader.dataset", "val_dataloader.dataset")
+_SECTIONS = ("model", "optim_wrapper", "train_dataloader.dataset", "val_dataloader.dataset")
 _OURS: dict[str, type] = {
     **dict.fromkeys(("resume", "amp", "timeout", "devices", "data.classes", "data.max_bad_fraction"), object),
     **{"data.fraction": object, "epochs": object, "test": bool},
     **dict.fromkeys((*_SECTIONS, "val_evaluator"), dict),
-    "param_scheduler": list,
+    **dict.fromkeys(("param_scheduler", "parts"), list),
     **dict.fromkeys(("name", *_PATHS), str),
     **dict.fromkeys(_LEAST, int),
 }
@@ -63,7 +63,9 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
         config = Config.fromfile(path)
     except Exception as error:  # a Python file may raise anything
         raise ConfigError(f"{path}: cannot read the configuration ({type(error).__name__}: {error})") from error
-    if "pretrained" not in config:
+    if "pretrained" in config:
+        raise ConfigError(f"{path}: pretrained is no key any more: names are found out, parts says which to load")
+    if "parts" not in config:
         raise ConfigError(f'{path}: not a configuration of mcl finetune; its _base_ must be one, "_base_/runtime.py"')
     files = {name: node[index] for name, node, index in _places(config)}
     for word in overrides:

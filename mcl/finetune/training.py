@@ -61,7 +61,7 @@ def _finetune(config: Config, also: Sequence[Hook]) -> str:
     own: list[Hook] = [resume.prepare(config, folder)]
     start = config.load_from or "none, the detector is trained from scratch"
     if config.weights and not config.resume:
-        loaded = weights.load(Path(config.weights), config.model, **config.pretrained)
+        loaded = weights.load(config.weights, config.model, config.parts)
         own.append(loaded)
         start = loaded.summary
     _make_folder(config)

@@ -1,10 +1,7 @@
-"""Pre-trained weights: read, renamed, and held against the detector that is to get them."""
+"""Pre-trained weights for a detector: read, renamed, and held against it."""
 
 import re
-import tempfile
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,88 +9,78 @@ from mmdet.registry import MODELS
 from mmengine.registry import DefaultScope
 from torch import Tensor
 
-from mcl.config import ConfigError
-from mcl.exporters import export
-from mcl.exporters.convert import TARGETS
+from mcl import distributed
+from mcl.config import ConfigError, ModelConfig
+from mcl.exporters.canonical import canonical_names, part
+from mcl.exporters.mmdet import RCNN, RETINANET
+from mcl.exporters.target import Target
 from mcl.finetune.hooks import LoadWeights
-from mcl.train.checkpoint import CheckpointError, is_weights, reason
+from mcl.models import Encoder
+from mcl.weights.read import BACKBONES, backbone_tensors, read, take
+
+_HEAD_CONVS = 16
+"""More than detectors have."""
 
 
-def load(
-    path: Path, model: Mapping[str, Any], target: str, renames: Sequence[Any], names: Sequence[str]
-) -> LoadWeights:
+def load(source: str, model: Mapping[str, Any], parts: Sequence[str] = ()) -> LoadWeights:
     """Reads weights and selects those that a detector is to start from.
 
     Args:
-        path: checkpoint of mcl, or a file that ``mcl export`` made of one; any other state dict whose names fit will
-            do, too.
+        source: as of :func:`mcl.weights.read.read`.
         model: configuration of the detector.
-        target: of ``mcl export`` that names tensors as the detector does.
-        renames: (regular expression, replacement) for names.
-        names: regular expressions of the beginnings of the detector's tensors that must all be there.
+        parts: as of :func:`mcl.weights.read.take`.
 
     Raises:
-        CheckpointError: the file cannot be read, or a tensor is missing or of another shape.
-        ConfigError: `names` are not of this detector, or ask for parts that the checkpoint does not have.
+        CheckpointError: the weights cannot be read, or are not those of the detector's backbone, or of `parts`.
+        ConfigError: the detector has none of our backbones, or no such parts.
     """
     own = build(model).state_dict()
-    expected = _expected(own, names)
-    weights = _read(path, target, expected)
-    for pattern, replacement in renames:
-        weights = {re.sub(pattern, replacement, name): tensor for name, tensor in weights.items()}
-    missing = [name for name in expected if name not in weights]
-    other = [name for name in expected if name in weights and weights[name].shape != own[name].shape]
-    if missing or other:
-        what = [f"{len(missing)} are missing, the first: {missing[0]}"] if missing else []
-        if other:
-            shapes = f"{list(weights[other[0]].shape)} instead of {list(own[other[0]].shape)}"
-            what.append(f"{len(other)} are of another shape, the first: {other[0]}, {shapes}")
-        raise CheckpointError(
-            f"weights: of the {len(expected)} tensors that the detector takes, {path} has "
-            f"{len(expected) - len(missing) - len(other)}; {'; '.join(what)}. Take weights of this backbone, width and "
-            f"head, exported --to {target}, or set pretrained.names to what is to be loaded"
-        )
-    parts = Counter(name.partition(".")[0] for name in expected)
-    summary = (
-        f"{path}: {len(expected)} of the detector's {len(own)} tensors "
-        f"({', '.join(f'{part} {count}' for part, count in parts.items())}); {len(own) - len(expected)} keep their "
-        "initial values"
-    )
-    return LoadWeights({name: weights[name] for name in expected}, summary)
+    backbone, places = _places(own, _target(model))
+    for name in parts:
+        if name not in map(part, places):
+            has = ", ".join(dict.fromkeys(map(part, places)))
+            raise ConfigError(f"parts: no {name!r} in this detector that could be loaded; it has {has}")
+    wanted = {name: own[place] for name, place in places.items()}
+    contents = distributed.local_rank_zero_first(lambda: read(source, "weights"))
+    taken = take(contents, wanted, backbone, parts)
+    rest = len(own) - len(taken.weights)
+    summary = f"{taken}; {rest} of the detector's {len(own)} tensors keep their initial values"
+    return LoadWeights({places[name]: tensor for name, tensor in taken.weights.items()}, summary)
 
 
-def _expected(own: Mapping[str, Tensor], names: Sequence[str]) -> list[str]:
-    """The detector's tensors that are to be loaded."""
-    for pattern in names or [""]:
-        if not pattern or not any(re.match(pattern, name) for name in own):
-            begins = ", ".join(dict.fromkeys(rf"{name.partition('.')[0]}\." for name in own))
-            raise ConfigError(
-                f"pretrained.names: {pattern or 'empty'}, but no tensor of the detector begins so; they begin with "
-                f"{begins}. Leave weights out to train from scratch"
-            )
-    return [name for name in own if any(re.match(pattern, name) for pattern in names)]
+def _target(model: Mapping[str, Any]) -> Target:
+    """By where the FPN starts: at C2 or C3."""
+    neck = model.get("neck")
+    return RETINANET if isinstance(neck, Mapping) and neck.get("start_level") == 1 else RCNN
 
 
-def _read(path: Path, target: str, expected: Sequence[str]) -> dict[str, Tensor]:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"weights: {path} does not exist") from None
-    except Exception as error:  # half a file fails in the zip reader, the unpickler or the tensor reader
-        raise CheckpointError(f"weights: {path} is incomplete or holds no weights ({reason(error)})") from error
-    if isinstance(state, dict) and {"format", "config", "model"} <= state.keys():
-        takes = TARGETS[target].parts
-        parts = [part for part in takes if any(re.match(takes[part], name) for name in expected)]
-        try:
-            with tempfile.TemporaryDirectory() as folder:
-                return dict(export(path, target, parts=parts, output=Path(folder) / "weights.pth").weights)
-        except ConfigError as error:
-            cause = str(error).removeprefix("--parts: ")
-            raise ConfigError(f"pretrained.names: asks {path} for its {', '.join(parts)}: {cause}") from None
-    weights = state.get("state_dict", state) if isinstance(state, dict) else None
-    if not is_weights(weights):
-        raise CheckpointError(f"weights: {path} holds no weights; take a checkpoint of mcl or an export --to {target}")
-    return dict(weights)
+def _places(own: Mapping[str, Tensor], target: Target) -> tuple[str, dict[str, str]]:
+    """Which of our backbones a detector has, and its names by canonical ones.
+
+    The last stage of a C4 detector's backbone is its box head. An FPN or a head of another form is left out.
+    """
+
+    def place(name: str) -> str:
+        theirs = target.rename(name) or ""
+        stage = theirs.replace("backbone.layer4.", "roi_head.shared_head.layer4.")
+        return stage if stage in own else theirs
+
+    claimed = {name for name in own if name.startswith(("backbone.", "roi_head.shared_head.layer4."))}
+    for backbone in BACKBONES:
+        tensors = backbone_tensors(backbone)
+        places = {name: place(name) for name in tensors}
+        if set(places.values()) == claimed and all(own[p].shape == tensors[n].shape for n, p in places.items()):
+            break
+    else:
+        raise ConfigError(f"weights: the detector's backbone is none of {', '.join(BACKBONES)}; leave weights out")
+    with torch.device("meta"):
+        encoder = Encoder(ModelConfig(backbone=backbone, width=1, head_convs=_HEAD_CONVS), (1, 2, 4, 8))  # type: ignore[arg-type]
+    others = {name: place(name) for name in canonical_names(encoder).values() if name not in places}
+    for of in ("fpn", "head"):
+        inside = {name: theirs for name, theirs in others.items() if part(name) == of and theirs in own}
+        if of in target.parts and set(inside.values()) == {n for n in own if re.match(target.parts[of], n)}:
+            places |= inside
+    return backbone, places
 
 
 def build(model: Mapping[str, Any]) -> Any:

@@ -122,9 +122,7 @@ def latest(folder: Path, needed: Mapping[str, type] = _TO_RESUME) -> dict[str, A
         try:
             state = load(path)
             if not _holds(state, needed):
-                raise CheckpointError(
-                    f"{path}: holds no more than weights; start a new run with trainer.init_from={path}"
-                )
+                raise CheckpointError(f"{path}: holds no more than weights; start a new run with model.init={path}")
             return state
         except CheckpointError as error:
             warnings.warn(f"{error}; trying the one before", stacklevel=2)

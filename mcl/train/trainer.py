@@ -108,9 +108,7 @@ class Trainer:
 
         torch.manual_seed(trainer.seed)  # the same weights on every rank
         self.model = build(config, source.classes)
-        if trainer.init_from:
-            initial = checkpoint.load(trainer.init_from)
-            checkpoint.restore(self.model, initial["model"], trainer.init_from)
+        self._initial = "" if state is not None else self._read_initial()
         self._update = TrainingStep(config, self.model, self.device)
         self._skips = trainer.on_nonfinite == "skip"
         levels = len(config.montage.ratios)
@@ -248,13 +246,24 @@ class Trainer:
             raise ConfigError(
                 f"{key}: was {value(before, key)!r} in the run in {self.folder}, is now {value(self.config, key)!r} "
                 f"({len(changes)} keys differ: {', '.join(changes)}); keep the old ones to resume it. To train on from "
-                f"its weights: name=NEW trainer.init_from={self.folder / 'checkpoints' / checkpoint.LAST}"
+                f"its weights: name=NEW model.init={self.folder / 'checkpoints' / checkpoint.LAST}"
             )
         if state["files"] != source.digest():
             raise ConfigError(
                 f"data.root: the files in {self.config.data.root} are not those that the run in {self.folder} was "
                 "started with; put them back (broken ones may stay), or choose another name for a new run"
             )
+
+    def _read_initial(self) -> str:
+        """Puts the weights of ``model.init`` into the model; returns what these are.
+
+        Raises:
+            CheckpointError, ConfigError: they cannot be read, downloaded or used.
+        """
+        from mcl.weights.start import start  # which needs all that is exported, and that this module
+
+        source = self.config.model.init or self.config.trainer.init_from
+        return distributed.local_rank_zero_first(lambda: start(self.model, source)) if source else ""
 
     def _environment(self) -> dict[str, Any]:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
@@ -301,6 +310,8 @@ class Trainer:
             )
         log.info("loader: %s on %s (%s)", self.loader.engine_name, self.loader.device, self.loader.reason)
         log.info("operators: %s", ops.describe(self.device.type))
+        if self._initial:
+            log.info("initial weights: %s", self._initial)
         if costs := ops.costs(self.device.type):
             log.warning("%s", costs)
         load, cores = os.getloadavg()[0], os.cpu_count() or 1

@@ -215,20 +215,19 @@ def test_cells_come_seed_by_seed() -> None:
 def test_commands_load_the_parts_of_the_method(work: Work) -> None:
     commands = {name: transfer.finetune(Cell(name, 3), work) for name in METHODS}
     words = {name: command.arguments for name, command in commands.items()}
-    backbone, neck, head = r"'backbone\.'", r"'neck\.'", r"'roi_head\.bbox_head\.shared_convs\.'"
-    assert not [word for word in words["random"] if word.startswith(("weights=", "pretrained."))]
-    assert f"pretrained.names=[{backbone}]" in words["moco"]
-    assert f"pretrained.names=[{backbone}]" in words["supervised"]
-    assert f"pretrained.names=[{backbone}]" in words["mcl-backbone"]
-    assert f"pretrained.names=[{backbone},{neck}]" in words["mcl-fpn"]
-    assert f"pretrained.names=[{backbone},{neck},{head}]" in words["mcl-all"]
+    assert not [word for word in words["random"] if word.startswith(("weights=", "parts="))]
+    assert "parts=[backbone]" in words["moco"]
+    assert "parts=[backbone]" in words["supervised"]
+    assert "parts=[backbone]" in words["mcl-backbone"]
+    assert "parts=[backbone,fpn]" in words["mcl-fpn"]
+    assert "parts=[backbone,fpn,head]" in words["mcl-all"]
     assert f"weights={work.folder}/pretrain/moco-3/backbone.pth" in words["moco"]
     assert f"weights={work.folder}/pretrain/mcl-3/checkpoints/last.pt" in words["mcl-fpn"]
     assert "model.compute=released" in transfer.pretrain(Cell("mcl-released", 0), work).arguments
     assert "model.compute=released" not in transfer.pretrain(Cell("mcl-all", 0), work).arguments
     start = "CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 python -m mcl finetune mcl/finetune/configs/"
     assert commands["moco"].shell.startswith(start)
-    assert r"""'pretrained.names=['"'"'backbone\.'"'"']'""" in commands["moco"].shell
+    assert "'parts=[backbone]'" in commands["moco"].shell
 
 
 def test_default_words_are_those_of_the_verbs() -> None:

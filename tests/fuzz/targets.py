@@ -4,11 +4,13 @@ import contextlib
 import functools
 import io
 import json
+import pickle
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
 import torch
 import yaml
 from PIL import Image
@@ -23,6 +25,8 @@ from mcl.finetune.annotations import check
 from mcl.objectives import MCL
 from mcl.train import checkpoint
 from mcl.train.checkpoint import CheckpointError
+from mcl.weights import files
+from mcl.weights.start import start
 from tests.conftest import ROOT
 from tests.dali_pipelines.encodings import encodings
 from tests.dali_pipelines.shards import example, write_tar, write_tfrecord
@@ -261,11 +265,11 @@ def use_checkpoint(file: Path) -> None:
             use(file)
 
 
-def from_file(use: Callable[[Path], object]) -> Callable[[Path], Read]:
+def from_file(use: Callable[[Path], object], ending: str = ".pt") -> Callable[[Path], Read]:
     """Reads a file with the input in it."""
 
     def reader(folder: Path) -> Read:
-        file = folder / "file.pt"
+        file = folder / f"file{ending}"
 
         def read(data: bytes) -> None:
             file.write_bytes(data)
@@ -303,10 +307,29 @@ def detector() -> Any:
 
 
 def pretrained(file: Path) -> None:
-    """Takes weights over into a detector."""
+    """Takes weights over into a detector, and into a new run."""
     from mcl.finetune import weights
 
-    weights.load(file, detector(), "mmdet", [], [r"backbone\."])
+    with contextlib.suppress(CheckpointError, ConfigError):
+        start(model(), str(file))
+    weights.load(str(file), detector(), ["backbone"])
+
+
+@functools.cache
+def model() -> MCL:
+    return MCL(config.from_dict(TINY))
+
+
+def pickles() -> Iterable[bytes]:
+    """Arrays, as NumPy pickles them."""
+    arrays = {"a": np.ones((2, 3), np.float32), "b": np.asfortranarray(np.ones((2, 3), ">f2")), "c": np.int64(3)}
+    yield from (pickle.dumps({"model": arrays, "__author__": "x"}, protocol) for protocol in (2, 4, 5))
+
+
+def use_arrays(file: Path) -> None:
+    """Whatever is read can be added up."""
+    for tensor in dict(files.flatten(files.load(file))).values():
+        tensor.sum()
 
 
 # ----------------------------------------------------------------------------------------------- configurations
@@ -364,6 +387,7 @@ TARGETS = {
     "pretrained": Target(
         lambda: [json.dumps(fields()).encode()], from_fields(pretrained), mutations.json, ODD + TENSORS
     ),
+    "arrays": Target(pickles, from_file(use_arrays, ".pkl")),
     "yaml": Target(presets, from_file(use_file), words=ODD + KEYS + YAML),
     "words": Target(overrides, words, words=ODD + KEYS + YAML),
 }

@@ -230,7 +230,7 @@ def test_files_have_texts_as_they_are_written(tmp_path: Path) -> None:
     assert config.load(shared).trainer.epochs == 3
 
 
-@pytest.mark.parametrize("word", ["data.root=~/x", "output=~", "trainer.init_from=~/a.pt"])
+@pytest.mark.parametrize("word", ["data.root=~/x", "output=~", "model.init=~/a.pt"])
 def test_without_a_home_there_is_no_folder_of_its_sign(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.path.expanduser", lambda path: path)  # what it does where HOME and passwd say nothing
     with pytest.raises(ConfigError, match=rf"{word.split('=')[0]}: ~.*: there is no home folder .* set HOME"):

@@ -142,7 +142,7 @@ LONG = "x" * 300
     [
         ["pretrain", "{file}", f"name={LONG}"],
         ["pretrain", "{file}", f"output=/tmp/{LONG}"],
-        ["pretrain", "{file}", f"trainer.init_from=/tmp/{LONG}"],
+        ["pretrain", "{file}", f"model.init=/tmp/{LONG}"],
         ["pretrain", f"/tmp/{LONG}.yaml"],
         ["index", "{file}", f"data.root=/tmp/{LONG}"],
         ["evaluate", "knn", f"/tmp/{LONG}.pt"],

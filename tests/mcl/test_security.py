@@ -22,6 +22,7 @@ from mcl.exporters import TARGETS, export, openselfsup
 from mcl.objectives import MCL
 from mcl.train import checkpoint
 from mcl.train.checkpoint import CheckpointError
+from mcl.weights import files
 from tests.conftest import ROOT
 from tests.mcl.tiny import TINY
 
@@ -37,7 +38,7 @@ class Payload:
 
 
 @pytest.mark.parametrize(
-    "read", [checkpoint.load, lambda path: openselfsup.import_file(path, path.with_suffix(".out"))]
+    "read", [checkpoint.load, files.load, lambda path: openselfsup.import_file(path, path.with_suffix(".out"))]
 )
 def test_checkpoints_execute_nothing(tmp_path: Path, read: Any) -> None:
     mark, file = tmp_path / "executed", tmp_path / "checkpoint.pt"

@@ -2,7 +2,6 @@
 # Its box head has 4 convolutions, which are pre-trained, too, and one fully connected layer. Its convolutions and those
 # of the mask head have SyncBN.
 _base_ = "_base_/mask_rcnn_r50_fpn.py"
-pretrained = dict(names=[r"backbone\.", r"neck\.", r"roi_head\.bbox_head\.shared_convs\."])
 norm_cfg = dict(type="SyncBN", requires_grad=True)
 model = dict(
     roi_head=dict(

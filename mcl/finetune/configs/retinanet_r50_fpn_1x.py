@@ -6,7 +6,6 @@ _base_ = [
     "_base_/data_boxes.py",
     "_base_/schedule_1x.py",
 ]
-pretrained = dict(target="mmdet-retinanet", names=[r"backbone\.", r"neck\.(lateral_convs|fpn_convs\.[012])\."])
 norm_cfg = dict(type="SyncBN", requires_grad=True)
 model = dict(
     backbone=dict(frozen_stages=-1, norm_cfg=norm_cfg, norm_eval=False, init_cfg=None),

@@ -291,8 +291,8 @@ def test_other_runs_are_not_continued(folder: Path, checkpoint: Path, whole: tup
         finetune(MINI, [*arguments, "optim_wrapper.optimizer.lr=0.5"])
     with pytest.raises(ConfigError, match=r"whole: the run in this folder had another model; .*name="):
         finetune(MINI, [*arguments, "data.classes=[part]"])
-    with pytest.raises(ConfigError, match=r"whole: the run in this folder had another pretrained; .*name="):
-        finetune(MINI, [*arguments, r"pretrained.names=['backbone\.']"])
+    with pytest.raises(ConfigError, match=r"whole: the run in this folder had another parts; .*name="):
+        finetune(MINI, [*arguments, "parts=[backbone]"])
     with pytest.raises(ConfigError, match=r"whole: the run in this folder had another data\.fraction; .*name="):
         finetune(MINI, [*arguments, "data.fraction=0.5"])
     with pytest.raises(ConfigError, match=r"resume: .*whole holds a run already"):
@@ -379,7 +379,7 @@ def test_terminal(folder: Path, checkpoint: Path, tmp_path: Path, capfd: pytest.
     assert all("read with corrections" in line for line in corrected)
     assert data == f"data: {folder}: 6 images to train on, 2 to evaluate on, 2 classes (thing, part)"
     assert model == "model: MaskRCNN, 12.4 million parameters, on cpu"
-    assert weights.startswith(f"weights: {checkpoint}: 180 of the detector's 208 tensors (backbone 120, neck 48, roi_")
+    assert weights.startswith(f"weights: {checkpoint}: backbone 120, fpn 48, head 12 tensors, named as mcl does")
     assert schedule == (
         f"schedule: {STEPS} steps of 2 images (2.0 epochs); learning rate 0.015 after 2 steps of warm-up, "
         "times 0.1 at 4, 5; evaluated every 400 steps"

@@ -77,12 +77,12 @@ def test_lists_have_the_elements_of_those_they_replace() -> None:
     words = [
         "data.classes=[no, 007, a b]",
         "model.rpn_head.anchor_generator.scales=[4.5, 8]",
-        "pretrained.renames=[[a, 1]]",
+        "parts=[backbone]",
     ]
     config = settings.load(MINI, words)
     assert config.data.classes == ["no", "007", "a b"]
     assert config.model.rpn_head.anchor_generator.scales == [4.5, 8]
-    assert config.pretrained.renames == [["a", "1"]]
+    assert config.parts == ["backbone"]
 
 
 @pytest.mark.parametrize(

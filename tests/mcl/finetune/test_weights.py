@@ -1,11 +1,11 @@
 """Pre-trained weights arrive in the detector, or are refused."""
 
-import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torchvision
 
 pytest.importorskip("mmdet", reason="needs MMDetection: make mmdet")
 
@@ -23,9 +23,9 @@ from tests.mcl.exporters.conftest import make_model, save_model
 from tests.mcl.finetune.conftest import CONFIGS, MINI
 
 
-def load(path: Path, *overrides: str) -> LoadWeights:
+def load(source: str | Path, *overrides: str) -> LoadWeights:
     config = settings.load(MINI, overrides)
-    return weights.load(path, config.model, **config.pretrained)
+    return weights.load(str(source), config.model, config.parts)
 
 
 def test_checkpoint_and_export_give_the_same(checkpoint: Path, tmp_path: Path) -> None:
@@ -44,10 +44,10 @@ def test_they_replace_initial_values_of_a_run_that_starts(checkpoint: Path) -> N
         detector = MODELS.build(config.model)
     fresh = {name: tensor.clone() for name, tensor in detector.state_dict().items()}
     hook.before_train(SimpleNamespace(model=detector))
-    assert hook.summary == (
-        f"{checkpoint}: 180 of the detector's 208 tensors (backbone 120, neck 48, roi_head 12); 28 keep their initial "
-        "values"
+    assert hook.summary.startswith(
+        f"{checkpoint}: backbone 120, fpn 48, head 12 tensors, named as mcl does under online;"
     )
+    assert hook.summary.endswith("; 28 of the detector's 208 tensors keep their initial values")
     loaded = detector.state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in hook.weights.items())
     rest = loaded.keys() - hook.weights.keys()
@@ -56,98 +56,92 @@ def test_they_replace_initial_values_of_a_run_that_starts(checkpoint: Path) -> N
 
 
 def test_backbone_alone(checkpoint: Path) -> None:
-    hook = load(checkpoint, r"pretrained.names=['backbone\.']")
+    hook = load(checkpoint, "parts=[backbone]")
     assert {name.split(".")[0] for name in hook.weights} == {"backbone"}
 
 
-@pytest.mark.parametrize(
-    ("names", "said"),
-    [
-        (
-            r"['encoder\.']",
-            r"pretrained\.names: encoder\\\., but no tensor of the detector begins so; they begin with b",
-        ),
-        (r"['backbone\.','nek\.']", r"pretrained\.names: nek\\\., but no tensor"),
-        ("[]", r"pretrained\.names: empty, but no tensor .* Leave weights out to train from scratch"),
-    ],
-)
-def test_names_that_ask_for_nothing(checkpoint: Path, names: str, said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
-        load(checkpoint, f"pretrained.names={names}")
+def test_parts_that_the_detector_has_not(checkpoint: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"parts: no 'neck' in this detector that could be loaded; it has backbone, fpn"
+    ):
+        load(checkpoint, "parts=[backbone,neck]")
+    standard = settings.load(CONFIGS / "mask_rcnn_r50_fpn_2fc_1x.py", ["parts=[head]"])
+    with pytest.raises(ConfigError, match=r"parts: no 'head' in this detector .*; it has backbone, fpn$"):
+        weights.load(str(checkpoint), standard.model, standard.parts)
+
+
+def test_supervised_weights(tmp_path: Path) -> None:
+    """Of torchvision, as they are; also from where torchvision keeps what it has downloaded."""
+    state = torchvision.models.resnet18().state_dict()
+    torch.save(state, tmp_path / "resnet18.pth")
+    hook = load(tmp_path / "resnet18.pth")
+    assert hook.weights.keys() == {f"backbone.{name}" for name in state if not name.startswith("fc.")}
+    assert all(torch.equal(tensor, state[name.removeprefix("backbone.")]) for name, tensor in hook.weights.items())
+    assert "no fpn: none of its tensors is there" in hook.summary
 
 
 def test_what_is_not_asked_for_need_not_be_there(tmp_path: Path) -> None:
     """A model without the region head's convolutions, and one that trained fewer levels."""
     geometry = Geometry()
     headless = save_model(make_model(geometry, backbone="resnet18", width=64, head_convs=0), geometry, tmp_path / "a")
-    assert len(load(headless, r"pretrained.names=['backbone\.','neck\.']").weights) == 120 + 48
+    assert len(load(headless).weights) == len(load(headless, "parts=[backbone,fpn]").weights) == 120 + 48
     with pytest.raises(
-        ConfigError, match=r"pretrained\.names: asks .* for its backbone, fpn, head: model\.head_convs=0"
+        CheckpointError, match="holds no whole head, named as mcl does under online: none of its tensors"
     ):
-        load(headless)
+        load(headless, "parts=[head]")
     three = Geometry(ratios=(1, 2, 4), images_per_canvas=(1, 4, 16))
     shallow = save_model(
         make_model(three, backbone="resnet18", width=64, head_convs=2, loss_weights=(0.5, 0.25, 0.25)),
         three,
         tmp_path / "b",
     )
-    assert len(load(shallow, r"pretrained.names=['backbone\.']").weights) == 120
+    assert len(load(shallow).weights) == 120 + 12
 
 
-def test_weights_of_another_size(tmp_path: Path) -> None:
+def test_weights_of_another_width(tmp_path: Path) -> None:
+    """The backbone's fit; why others do not is said, or an error if they were asked for."""
     geometry = Geometry()
     narrow = save_model(make_model(geometry, backbone="resnet18", width=16, head_convs=2), geometry, tmp_path)
-    with pytest.raises(CheckpointError, match=r"of the 180 tensors .*; \d+ are of another shape, the first: neck\."):
-        load(narrow)
+    hook = load(narrow)
+    assert len(hook.weights) == 120
+    assert "no fpn: 40 of its 40 tensors are of another shape" in hook.summary
+    with pytest.raises(CheckpointError, match=r"holds no whole fpn, .*: 40 of its 40 tensors are of another shape, .*"):
+        load(narrow, "parts=[backbone,fpn]")
 
 
-@pytest.mark.parametrize("name", ["mask_rcnn_r50_fpn_1x", "retinanet_r50_fpn_1x"])
-def test_loaded_missing_and_others_are_all(name: str, tmp_path: Path) -> None:
-    """Of weights with tensors that are missing and tensors of another shape."""
-    config = settings.load(CONFIGS / f"{name}.py")
-    own = weights.build(config.model).state_dict()
-    state = dict(own)
-    for i, tensor in enumerate(own):
-        if i % 5 == 0:
-            del state[tensor]
-        elif i % 7 == 0:
-            state[tensor] = torch.zeros(1, 2, 3)
-    torch.save({key: torch.zeros(value.shape) for key, value in state.items()}, tmp_path / "some.pth")
-    with pytest.raises(CheckpointError) as caught:
-        weights.load(tmp_path / "some.pth", config.model, **config.pretrained)
-    said = re.search(
-        r"of the (\d+) tensors .* has (\d+); (\d+) are missing, the first: \S+; (\d+) are of another shape",
-        str(caught.value),
-    )
-    assert said
-    every, loaded, missing, other = map(int, said.groups())
-    expected = [key for key in own if any(re.match(start, key) for start in config.pretrained.names)]
-    assert every == len(expected) == loaded + missing + other
-    assert missing == sum(key not in state for key in expected)
-    assert loaded == sum(key in state and state[key].shape == own[key].shape for key in expected)
+def test_another_backbone(tmp_path: Path) -> None:
+    geometry = Geometry()
+    deeper = save_model(make_model(geometry, backbone="resnet34", width=8, head_convs=0), geometry, tmp_path)
+    with pytest.raises(
+        CheckpointError, match=r"holds no whole resnet18, .*: \d+ others are there, .* It is a resnet34"
+    ):
+        load(deeper)
+    thin = settings.load(MINI).model
+    thin.backbone.base_channels, thin.neck.in_channels = 32, [32, 64, 128, 256]
+    with pytest.raises(
+        ConfigError, match=r"weights: the detector's backbone is none of resnet18, .*; leave weights out"
+    ):
+        weights.load(str(deeper), thin)
 
 
-def test_weights_that_lack_something(checkpoint: Path, tmp_path: Path) -> None:
-    path = export(checkpoint, "mmdet", parts=["backbone"], output=tmp_path / "backbone.pth").path
-    with pytest.raises(CheckpointError, match=r"of the 180 tensors .* has 120; 60 are missing, the first: neck\."):
-        load(path)
+def test_a_detector_of_mmdetection(tmp_path: Path) -> None:
+    """Saved whole, as MMEngine does it: what is pre-trained is taken, in its form at C3, too."""
+    for name, tensors in (("mask_rcnn_r18_fpn_mini", 180), ("retinanet_r50_fpn_1x", 318 + 36)):
+        config = settings.load(CONFIGS / f"{name}.py")
+        own = weights.build(config.model).state_dict()
+        state = {key: torch.full((), i % 99.0).to(t.dtype).expand(t.shape) for i, (key, t) in enumerate(own.items())}
+        torch.save({"meta": {"epoch": 12}, "state_dict": state}, tmp_path / "x.pth")
+        hook = weights.load(str(tmp_path / "x.pth"), config.model)
+        assert len(hook.weights) == tensors
+        assert all(torch.equal(tensor, state[key]) for key, tensor in hook.weights.items())
 
 
-def test_no_weights(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"nowhere\.pth does not exist"):
-        load(Path("nowhere.pth"))
-    (tmp_path / "half.pth").write_bytes(b"PK\x03\x04")
-    with pytest.raises(CheckpointError, match=r"half\.pth is incomplete or holds no weights"):
-        load(tmp_path / "half.pth")
-    torch.save({"epoch": 3}, tmp_path / "other.pth")
-    with pytest.raises(CheckpointError, match=r"other\.pth holds no weights; take a checkpoint of mcl"):
-        load(tmp_path / "other.pth")
+def test_a_neck_of_another_form_is_left_out(checkpoint: Path) -> None:
+    hook = load(checkpoint, "model.neck.norm_cfg=null")
+    assert {name.split(".")[0] for name in hook.weights} == {"backbone", "roi_head"}
 
 
-@pytest.mark.parametrize(
-    "content", [[1], {"state_dict": [1]}, {"state_dict": 3}, {3: torch.ones(1)}, {"a": 1}, {}, None]
-)
-def test_what_holds_no_weights(tmp_path: Path, content: object) -> None:
-    torch.save(content, tmp_path / "x.pth")
-    with pytest.raises(CheckpointError, match=r"weights: .*x\.pth holds no weights"):
-        load(tmp_path / "x.pth")
+def test_the_old_keys(tmp_path: Path) -> None:
+    (tmp_path / "x.py").write_text(f'_base_ = "{MINI}"\npretrained = dict(names=["backbone"])\n')
+    with pytest.raises(ConfigError, match=r"x\.py: pretrained is no key any more: .* parts says which to load"):
+        settings.load(tmp_path / "x.py")

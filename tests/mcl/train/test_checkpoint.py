@@ -178,7 +178,7 @@ def test_weights_alone_are_not_resumed(tmp_path: Path, key: str) -> None:
     assert checkpoint.load(path)["step"] == 1
     with (
         pytest.warns(
-            UserWarning, match=r"step_00000001\.pt: holds no more than weights; start a new run with trainer\.init_from"
+            UserWarning, match=r"step_00000001\.pt: holds no more than weights; start a new run with model\.init"
         ),
         pytest.raises(CheckpointError, match="none of the 1 checkpoints can be read"),
     ):

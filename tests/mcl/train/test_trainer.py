@@ -229,11 +229,9 @@ def test_checkpoint_of_another_model(tiny: Config) -> None:
     path = tiny.run_folder / "checkpoints" / "last.pt"
     with pytest.raises(ConfigError, match=r"model\.width: was 16 in the run in .*, is now 32 \(1 keys"):
         Trainer(config.override(tiny, ["model.width=32"]))
-    with pytest.raises(CheckpointError, match=r"weights of another model: .* set the section model"):
-        Trainer(config.override(tiny, ["name=other", "model.width=32", f"trainer.init_from={path}"]))
     with pytest.raises(ConfigError, match=r"trainer\.resume: never, but .* holds a run"):
         Trainer(config.override(tiny, ["trainer.resume=never"]))
-    started = Trainer(config.override(tiny, ["name=warm", f"trainer.init_from={path}"]))
+    started = Trainer(config.override(tiny, ["name=warm", f"model.init={path}"]))
     assert started.step == 0
     assert equal(started.model.state_dict(), last_weights(tiny)["model"])
 
@@ -297,7 +295,7 @@ def test_nothing_is_written_before_all_is_accepted(tiny: Config, few_photos: Pat
         ["data.root=nowhere"],
         ["trainer.global_batch=4096"],
         ["trainer.global_batch=7"],
-        ["trainer.init_from=nowhere.pt"],
+        ["model.init=nowhere.pt"],
         ["evaluation.at_end=[linear]", "data.val_root=nowhere"],
     ]
     for words in refused:
@@ -318,7 +316,7 @@ def test_a_longer_run_says_how_to_train_on(tiny: Config) -> None:
         Trainer(config.override(tiny, ["trainer.epochs=10"]))
     said = str(refused.value)
     assert said.startswith(f"trainer.epochs: was 2 in the run in {tiny.run_folder}, is now 10 ")
-    assert said.endswith(f": name=NEW trainer.init_from={tiny.run_folder / 'checkpoints' / 'last.pt'}")
+    assert said.endswith(f": name=NEW model.init={tiny.run_folder / 'checkpoints' / 'last.pt'}")
     words = ["trainer.epochs=10", "name=longer", *said.split()[-1:]]
     assert Trainer(config.override(tiny, words)).steps == 40
 

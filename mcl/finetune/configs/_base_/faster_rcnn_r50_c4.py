@@ -1,9 +1,5 @@
 # Faster R-CNN whose box head is the last stage of the backbone, with one BatchNorm more behind it; nothing is frozen.
 _base_ = ["mmdet::_base_/models/faster-rcnn_r50-caffe-c4.py", "runtime.py", "data_boxes.py", "schedule_1x.py"]
-pretrained = dict(
-    renames=[(r"^backbone\.layer4\.", "roi_head.shared_head.layer4.")],
-    names=[r"backbone\.", r"roi_head\.shared_head\.layer4\."],
-)
 norm_cfg = dict(type="SyncBN", requires_grad=True)
 model = dict(
     data_preprocessor=dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], bgr_to_rgb=True),

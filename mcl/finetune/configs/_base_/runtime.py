@@ -11,14 +11,14 @@ data = dict(
     max_bad_fraction=0.01,  # of the training images may be broken; others replace them
 )
 timeout = 600.0  # seconds that a batch may take to come from the loaders' processes
-weights = ""  # checkpoint of mcl, or what `mcl export` made of one; empty: from scratch
+weights = (
+    ""  # a file of mcl's or of another library, or torchvision:resnet50, ...: docs/weights.md; empty: from scratch
+)
+parts = []  # of the weights that must be there: backbone, fpn, head; empty: the backbone, and others if they are there
 epochs = None  # a number sets train_cfg.max_iters to so many passes over the training images
 test = False  # evaluates the run's newest checkpoint, or load_from, instead of training
 devices = "auto"  # a number, a list of GPUs, or auto: all GPUs; for what no launcher, such as torchrun, has started
 amp = False  # mixed precision, on a GPU
-# Which target of `mcl export` has the weights, how names in it change, and beginnings (regular expressions) of the
-# detector's tensors that must all be in it.
-pretrained = dict(target="mmdet", renames=[], names=[r"backbone\.", r"neck\."])
 
 default_scope = "mmdet"
 custom_imports = dict(

@@ -1,0 +1,130 @@
+"""Tensors of a file by their names, read without executing anything in it."""
+
+import argparse
+import pickle
+import re
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from mcl.train.checkpoint import CheckpointError, reason
+
+_DEPTH = 4
+"""Of nested dictionaries that hold tensors, such as the networks of a training checkpoint."""
+_PLAIN = (
+    "python -c \"import torch; c = torch.load('{}', map_location='cpu', weights_only=False); "
+    "torch.save({{'state_dict': c.get('state_dict', c.get('model', c))}}, 'plain.pth')\""
+)
+
+
+def load(path: Path) -> Any:
+    """What a file holds: a dictionary of tensors, mostly, in which others may be nested.
+
+    Args:
+        path: of ``torch.save``, safetensors, or a pickle of NumPy arrays (``.pkl``), as detectron2 has it; a folder
+            with one file of safetensors, as on the Hugging Face Hub.
+
+    Raises:
+        CheckpointError: it cannot be read, or only by executing what it holds.
+    """
+    if path.is_dir():
+        inside = sorted(path.glob("*.safetensors"))
+        if len(inside) != 1:
+            raise CheckpointError(f"{path}: a folder with {len(inside)} files *.safetensors; name a file")
+        path = inside[0]
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        if path.suffix == ".pkl":
+            with open(path, "rb") as file:
+                return _Arrays(file, encoding="latin1").load()
+        with torch.serialization.safe_globals([argparse.Namespace]):  # options of a training, which execute nothing
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot read ({error.strerror or error})") from None
+    except Exception as error:  # half a file fails in the zip reader, the unpickler or the tensor reader
+        if obstacle := re.search(r"GLOBAL (\S+)", str(error)):
+            remedy = f"keep its tensors alone with\n    {_PLAIN.format(path)}\nand take plain.pth"
+            raise CheckpointError(
+                f"{path}: holds an object of {obstacle[1]} beside its tensors, and loading that could run code"
+                + ("" if path.suffix == ".pkl" else f". If you trust the file, {remedy}")
+            ) from None
+        raise CheckpointError(
+            f"{path}: cut short, or not of the format that its name tells ({reason(error)}); compare its size with the "
+            "original's"
+        ) from error
+
+
+def flatten(content: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of nested dictionaries, with the names joined by dots; what is named by anything but text is left out."""
+    for name, value in content.items() if isinstance(content, Mapping) else ():
+        if isinstance(value, _Array):
+            value = value.tensor
+        if not isinstance(name, str):
+            continue
+        if isinstance(value, Tensor):
+            if value.layout is torch.strided and value.device.type == "cpu" and not value.is_quantized:
+                yield prefix + name, value.detach()
+        elif depth < _DEPTH:
+            yield from flatten(value, f"{prefix}{name}.", depth + 1)
+
+
+class _Type:
+    """Stands for ``numpy.dtype`` in a pickle: numbers of one size."""
+
+    def __init__(self, code: str, *_: object) -> None:
+        self.dtype = np.dtype(code)
+        if self.dtype.kind not in "biuf":
+            raise pickle.UnpicklingError(f"arrays of {self.dtype}")
+
+    def __setstate__(self, state: tuple[int, Any]) -> None:
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class _Array:
+    """Stands for ``numpy.ndarray`` in a pickle; NumPy's own would trust what a file says of its memory."""
+
+    tensor: Tensor | None = None
+
+    def __setstate__(self, state: tuple[int, tuple[int, ...], _Type, bool, bytes | str]) -> None:
+        _, shape, kind, fortran, data = state
+        self._fill(data.encode("latin1") if isinstance(data, str) else data, kind, shape, "F" if fortran else "C")
+
+    def _fill(self, data: bytes, kind: _Type, shape: tuple[int, ...], order: Any) -> "_Array":
+        array = np.frombuffer(data, kind.dtype).reshape(shape, order=order)
+        self.tensor = torch.from_numpy(np.array(array, kind.dtype.newbyteorder("="), order="C"))
+        return self
+
+
+_KNOWN = {
+    "numpy.ndarray": _Array,
+    "numpy.dtype": _Type,
+    "_reconstruct": lambda *_: _Array(),
+    "scalar": lambda kind, data: _Array()._fill(data, kind, (), "C"),
+    "_frombuffer": lambda *arguments: _Array()._fill(*arguments),
+    "_codecs.encode": lambda text, _: text.encode("latin1"),
+    "__builtin__.bytes": lambda: b"",
+    "collections.OrderedDict": OrderedDict,
+}
+
+
+class _Arrays(pickle.Unpickler):
+    """Knows arrays of NumPy's, and containers; nothing that a file names is imported or called."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        inside = module in (
+            "numpy.core.multiarray",
+            "numpy._core.multiarray",
+            "numpy.core.numeric",
+            "numpy._core.numeric",
+        )
+        known = _KNOWN.get(name if inside else f"{module}.{name}")
+        if known is None:
+            raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
+        return known

@@ -1,0 +1,238 @@
+"""From what a user names, a file or a library's weights, to tensors by canonical names."""
+
+import functools
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from mcl import config
+from mcl.config import ModelConfig, all_keys, at_home
+from mcl.exporters.canonical import PARTS, canonical_names, part
+from mcl.models.backbones import Backbone
+from mcl.objectives import build
+from mcl.train import checkpoint
+from mcl.train.checkpoint import CheckpointError
+from mcl.weights import files
+from mcl.weights.libraries import LIBRARIES
+from mcl.weights.names import CONVENTIONS, Rename
+
+_COUNT = ".num_batches_tracked"  # old files lack it, and nothing depends on it
+_BEGINNINGS = 6  # of names, in a line
+
+BACKBONES: tuple[str, ...] = next(get_args(key.kind) for key in all_keys(ModelConfig) if key.name == "backbone")
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What was named, with all of its tensors."""
+
+    source: str
+    """As the user wrote it."""
+    tensors: Mapping[str, Tensor]
+    """By their names there, those of nested dictionaries joined by dots."""
+    conventions: Mapping[str, Rename] = field(default_factory=lambda: CONVENTIONS)
+    """Among which names are looked for."""
+    network: str = ""
+    """Word that the names of tensors to take must have before ours, such as teacher."""
+    model: Mapping[str, Tensor] | None = None
+    """All of a checkpoint of ours, under our names, unless a part of it was named."""
+
+
+def read(source: str, key: str) -> Contents:
+    """Reads what `source` names.
+
+    Args:
+        source: a file or folder (:func:`mcl.weights.files.load`); WORD:FILE, where the word is one of ``CONVENTIONS``
+            or of the networks in the file, such as teacher; or torchvision:MODEL and timm:MODEL, which download.
+        key: of the configuration, for errors.
+
+    Raises:
+        CheckpointError: it cannot be read, or holds no tensors.
+        ConfigError: no such model in a library, or a library that is not installed.
+    """
+    word, _, rest = source.partition(":")
+    if os.path.exists(source) or not rest:
+        return _of_file(source, Path(source))
+    path = Path(at_home(key, rest))
+    if word in LIBRARIES and not os.path.exists(path):
+        return Contents(source, dict(LIBRARIES[word](rest, key)), {word: CONVENTIONS[word]})
+    contents = _of_file(source, path)
+    if word in CONVENTIONS:
+        return replace(contents, conventions={word: CONVENTIONS[word]}, model=None)
+    return replace(contents, network=word, model=None)
+
+
+def _of_file(source: str, path: Path) -> Contents:
+    content = files.load(path)
+    if isinstance(content, dict) and {"format", "config", "model"} <= content.keys():
+        state = checkpoint.load(path)
+        cfg = config.from_dict(state["config"])
+        with torch.device("meta"):
+            names = canonical_names(build(cfg, state.get("classes", ())).online)
+        tensors = dict(_canonical(state["model"], names))
+        return Contents(source, tensors, {"mcl": lambda name: name}, model=state["model"])
+    tensors = dict(files.flatten(content))
+    if not tensors:
+        raise CheckpointError(f"{path}: holds no tensors with names; expected a state dict, or a checkpoint with one")
+    return Contents(source, tensors)
+
+
+def _canonical(model: Mapping[str, Tensor], names: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in model.items():
+        network, _, rest = name.partition(".")
+        yield f"{network}.{names.get(rest, rest)}", tensor
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Tensors by canonical names, and what became of all others; ``str()`` of it is a line for the log."""
+
+    source: str
+    convention: str
+    """Whose names they have there."""
+    prefix: str
+    """What stands before them, with its dot."""
+    names: Mapping[str, str]
+    """Canonical names of the tensors wanted that the convention has a name for, to that."""
+    weights: Mapping[str, Tensor]
+    """In the types that were wanted."""
+    missing: tuple[str, ...]
+    """Canonical names that were wanted and are not there; counts of BatchNorm's batches may be missing."""
+    shapes: Mapping[str, str]
+    """Canonical names of tensors of another shape, to what is wrong."""
+    unmapped: tuple[str, ...]
+    """Names of the source's other tensors."""
+
+    def __str__(self) -> str:
+        of = Counter(map(part, self.weights))
+        left = [f"no {p}: {flaw}" for p in PARTS if (flaw := self.flaw(p))]
+        taken = ", ".join(f"{name} {n}" for name, n in of.items())
+        return "; ".join(
+            [f"{self.source}: {taken} tensors, {self.where}", *left, f"left: {_beginnings(self.unmapped)}"]
+        )
+
+    @property
+    def where(self) -> str:
+        """Convention and place, in words."""
+        return f"named as {self.convention} does" + (f" under {self.prefix[:-1]}" if self.prefix else "")
+
+    def flaw(self, of: str) -> str:
+        """Why a part is not whole; empty if it is, or if none was wanted."""
+        own = [name for name in self.names if part(name) == of and not name.endswith(_COUNT)]
+        missing = [self.names[name] for name in own if name in self.missing]
+        wrong = [self.shapes[name] for name in own if name in self.shapes]
+        if len(missing) == len(own):
+            return "none of its tensors is there" * bool(own)
+        kinds = (("are missing", missing), ("are of another shape", wrong))
+        flaws = [
+            f"{len(names)} of its {len(own)} tensors {what}, the first: {names[0]}" for what, names in kinds if names
+        ]
+        return "; ".join(flaws)
+
+    def strangers(self) -> list[str]:
+        """Other tensors within the backbone's modules: it is another one."""
+        own = [f"{self.prefix}{theirs}".split(".") for name, theirs in self.names.items() if part(name) == "backbone"]
+        depth = next((i for i, words in enumerate(zip(*own, strict=False)) if len(set(words)) > 1), 0) + 1
+        modules = {tuple(words[:depth]) for words in own}
+        others = [name for name in self.unmapped if tuple(name.split(".")[:depth]) in modules]
+        return [name for name in others if not name.endswith(_COUNT)]
+
+
+def take(contents: Contents, wanted: Mapping[str, Tensor], backbone: str, parts: Sequence[str] = ()) -> Taken:
+    """Finds the tensors of a backbone, and those of an FPN and a region head if all of these are there.
+
+    Of several networks in a file the first one is taken, the online one mostly.
+
+    Args:
+        wanted: tensors of the right shapes and types, of which the backbone is all, by canonical names.
+        backbone: which it is, in words of ``model.backbone``.
+        parts: that must be there, and the only ones to take; empty: the backbone, and others if they are there.
+
+    Raises:
+        CheckpointError: the backbone or a part named is not whole, or of other shapes; or a weight is not finite.
+    """
+    found = _match(contents, wanted)
+    if found is None or all(name.endswith(_COUNT) for name in found.weights):
+        under = f" under {contents.network}" if contents.network else ""
+        raise CheckpointError(
+            f"{contents.source}: holds nothing of a {backbone}{under}, as {', '.join(contents.conventions)} name it; "
+            f"names in it begin with {_beginnings(contents.tensors)}"
+        )
+    flaws = {of: found.flaw(of) for of in ("backbone", *parts)}
+    if strangers := found.strangers():
+        flaws["backbone"] = flaws["backbone"] or f"{len(strangers)} others are there, the first: {strangers[0]}"
+    for of, flaw in flaws.items():
+        if flaw:
+            what, hint = (backbone, _hint(contents)) if of == "backbone" else (of, "")
+            raise CheckpointError(f"{contents.source}: holds no whole {what}, {found.where}: {flaw}{hint}")
+    whole = [of for of in (parts or PARTS) if not found.flaw(of)]
+    weights = {name: tensor for name, tensor in found.weights.items() if part(name) in whole}
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"{contents.source}: weights are not finite, e.g. {found.names[name]}")
+    return replace(found, weights=weights)
+
+
+def _match(contents: Contents, wanted: Mapping[str, Tensor]) -> Taken | None:
+    """The convention and place with most parts that are whole, then with most tensors."""
+
+    def score(found: Taken) -> tuple[int, int]:
+        present = {part(name) for name in found.weights}
+        return sum(not found.flaw(of) for of in present), len(found.weights)
+
+    found = [_by(name, rename, contents, wanted) for name, rename in contents.conventions.items()]
+    return max(filter(None, found), key=score, default=None)
+
+
+def _by(convention: str, rename: Rename, contents: Contents, wanted: Mapping[str, Tensor]) -> Taken | None:
+    names = {name: theirs for name in wanted if (theirs := rename(name)) is not None}
+    known, places = set(names.values()), Counter[str]()
+    for name in contents.tensors:
+        words = name.split(".")
+        for i in range(len(words)):
+            if ".".join(words[i:]) in known and (not contents.network or contents.network in words[:i]):
+                places["".join(f"{word}." for word in words[:i])] += 1
+    if not places:
+        return None
+    prefix = max(places, key=places.__getitem__)  # the first of equals
+    weights, missing, shapes = {}, [], {}
+    for name, theirs in names.items():
+        tensor = contents.tensors.get(prefix + theirs)
+        if tensor is None:
+            missing += [name] * (not name.endswith(_COUNT))
+        elif tensor.shape != wanted[name].shape:
+            shapes[name] = f"{prefix}{theirs}, {list(tensor.shape)} instead of {list(wanted[name].shape)}"
+        else:
+            weights[name] = tensor.to(wanted[name].dtype)
+    used = {prefix + theirs for theirs in known}
+    unmapped = tuple(name for name in contents.tensors if name not in used)
+    return Taken(contents.source, convention, prefix, names, weights, tuple(missing), shapes, unmapped)
+
+
+def _hint(contents: Contents) -> str:
+    """Which backbone it is, if it is one of ours."""
+    for name in BACKBONES:
+        found = _match(contents, backbone_tensors(name))
+        if found and not found.flaw("backbone") and not found.strangers():
+            return f". It is a {name}"
+    return f". Names in it begin with {_beginnings(contents.tensors)}"
+
+
+def _beginnings(names: Iterable[str]) -> str:
+    """How many of the names begin with the same two words."""
+    beginnings = Counter(".".join([w for w in name.split(".") if not w.isdigit()][:2]) for name in names).most_common()
+    more = [f"{len(beginnings) - _BEGINNINGS} others"] * (len(beginnings) > _BEGINNINGS)
+    return ", ".join([*(f"{name} ({n})" for name, n in beginnings[:_BEGINNINGS]), *more]) or "nothing"
+
+
+@functools.cache
+def backbone_tensors(name: str) -> dict[str, Tensor]:
+    """Those of one of our backbones, without memory, by canonical names."""
+    with torch.device("meta"):
+        return {f"backbone.body.{key}": tensor for key, tensor in Backbone(name).state_dict().items()}

@@ -1,0 +1,3 @@
+"""Checkpoints to read."""
+
+from tests.mcl.exporters.conftest import model, resnet50, saved  # noqa: F401
