@@ -195,6 +195,7 @@ def die_in_an_evaluation(rank: int) -> None:
 
 
 @pytest.mark.fault("SIGKILL of one rank in an evaluation")
+@pytest.mark.soak
 def test_killed_in_an_evaluation_and_resumed(preset: Path, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
     """It is done again, and the weights are those of a run without evaluations."""
     with Run(preset, tmp_path, *EVALUATED, plant=die_in_an_evaluation) as run:
