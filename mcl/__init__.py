@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dali_pipelines.loader import MontageLoader
     from mcl import ops
-    from mcl.api import Run, detect, evaluate, export, load_backbone, load_config, pretrain
+    from mcl.api import Run, detect, embed, evaluate, export, load_backbone, load_config, pretrain
 
 __version__ = "0.1.0"
 
-__all__ = ["MontageLoader", "Run", "detect", "evaluate", "export", "load_backbone", "load_config", "ops", "pretrain"]
+__all__ = ["MontageLoader", "Run", "detect", "embed", "evaluate", "export", "load_backbone", "load_config", "ops", "pretrain"]
 
 
 def __getattr__(name: str) -> Any:

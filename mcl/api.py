@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from mcl import commands, exporters, finetune
 from mcl import config as configuration
 from mcl.config import Config
+from mcl.evaluation.embedding import Embedding
+from mcl.evaluation.embedding import read as read_embedding
 from mcl.exporters import Report
 from mcl.finetune import THRESHOLD
 from mcl.models.backbones import Backbone
@@ -94,7 +96,7 @@ def pretrain(config: str | Path | Config, /, **keys: Any) -> Run:
 
 
 def evaluate(
-    name: Literal["retrieval", "knn", "linear", "svm"], checkpoint_file: str | Path, /, **keys: Any
+    name: Literal["retrieval", "knn", "linear", "svm", "regions"], checkpoint_file: str | Path, /, **keys: Any
 ) -> list[Record]:
     """Scores a checkpoint beside its random initialisation.
 
@@ -110,6 +112,37 @@ def evaluate(
         CheckpointError, ConfigError, SourceError: wrong input.
     """
     return commands.evaluate(name, Path(checkpoint_file), dict(_by_dotted_key(keys)))
+
+
+def embed(
+    checkpoint_file: str | Path,
+    images: str | Path,
+    out: str | Path,
+    /,
+    *,
+    features: str = "c5",
+    plot: Literal["", "pca", "umap"] = "",
+    **keys: Any,
+) -> Embedding:
+    """Writes a row of features for each image, or goes on with a file that was begun.
+
+    Args:
+        checkpoint_file: of mcl.
+        images: folder, list file or shards, as ``data.root``.
+        out: file to write, ``.npy`` (and ``.json`` beside it) or ``.parquet``.
+        features: one of :data:`mcl.evaluation.embedding.FEATURES`.
+        plot: how the images are mapped in a picture beside `out`, with a page of nearest neighbours; empty: not at all.
+        keys: as of :func:`load_config`.
+
+    Raises:
+        CheckpointError, ConfigError, SourceError, BadDataError: wrong input.
+        EmbeddingError: a file cannot be written.
+    """
+    for _ in commands.embed(
+        Path(checkpoint_file), os.fspath(images), Path(out), features, plot, dict(_by_dotted_key(keys))
+    ):
+        pass
+    return read_embedding(Path(out))
 
 
 def export(

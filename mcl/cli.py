@@ -20,6 +20,9 @@ from mcl.config import DETECTORS, PRESETS, ConfigError, all_keys
 TARGETS = ["mmdet", "mmdet-retinanet", "mmpretrain", "detectron2", "torchvision", "torchvision-detection", "timm"]
 """Those of :data:`mcl.exporters.TARGETS`, which takes seconds to import."""
 
+FEATURES = ["c5", "c4", "c3", "c2", "p5", "p4", "p3", "p2", "projector"]
+"""Those of :data:`mcl.evaluation.embedding.FEATURES`."""
+
 _STOPPING = (
     "stopping; in training after this step, with a checkpoint; a second signal ends within 10 seconds without saving\n"
 )
@@ -142,14 +145,41 @@ def _parser() -> argparse.ArgumentParser:
             linear     class by a logistic regression on these features
             svm        mean average precision of a support vector machine for each class; images may have several, which
                        evaluation.annotations and evaluation.val_annotations say
+            regions    class of the objects of a COCO-format folder, evaluation.regions, by neighbours and regression on
+                       features that are pooled from the pyramid
 
             evaluation.features says which these are, evaluation.labels of how many images the class is known; scores of
             a run's checkpoint also go to its evaluations.jsonl and report.html.
             """),
     )
-    evaluate.add_argument("name", choices=["retrieval", "knn", "linear", "svm"])
+    evaluate.add_argument("name", choices=["retrieval", "knn", "linear", "svm", "regions"])
     evaluate.add_argument("checkpoint", type=Path, help="e.g. runs/demo/checkpoints/last.pt")
     add_overrides(evaluate, "e.g. data.root=FOLDER data.val_root=FOLDER")
+
+    embed = verb(
+        "embed",
+        _embed,
+        "write the features of images to a file",
+        description="Writes a row of features for each image, or goes on with a file that was begun.",
+    )
+    embed.add_argument("checkpoint", type=Path, help="e.g. runs/demo/checkpoints/last.pt")
+    embed.add_argument("images", help="folder, list file or shards, as data.root")
+    add_overrides(embed, "e.g. data.source=flat montage.cells=7")
+    embed.add_argument("--out", type=Path, required=True, metavar="FILE", help=".npy (and .json beside it) or .parquet")
+    embed.add_argument(
+        "--features",
+        choices=FEATURES,
+        default="c5",
+        help="mean over space of a stage of the backbone or a level of the pyramid, or the projector's; default: c5",
+    )
+    embed.add_argument(
+        "--plot",
+        choices=["pca", "umap"],
+        nargs="?",
+        const="pca",
+        default="",
+        help="draw a map of the images (FILE.png; pca if not said) and their nearest neighbours (FILE.html)",
+    )
 
     export = verb("export", _export, "hand the weights to another library")
     export.add_argument("checkpoint", type=Path, help="e.g. runs/demo/checkpoints/last.pt")
@@ -319,6 +349,14 @@ def _evaluate(options: argparse.Namespace) -> Iterable[str]:
     from mcl import commands, evaluation
 
     return map(evaluation.describe, commands.evaluate(options.name, options.checkpoint, options.overrides))
+
+
+def _embed(options: argparse.Namespace) -> Iterable[str]:
+    from mcl import commands
+
+    return commands.embed(
+        options.checkpoint, options.images, options.out, options.features, options.plot, options.overrides
+    )
 
 
 def _export(options: argparse.Namespace) -> Iterable[object]:

@@ -21,12 +21,23 @@ from dali_pipelines.source import Source, index_file, open_images
 from mcl import config, distributed, evaluation
 from mcl.config import Config, ConfigError, DataConfig
 from mcl.distributed import local
+from mcl.evaluation import embedding, neighbours
 from mcl.evaluation.features import photos
 from mcl.evaluation.scoring import describe
 from mcl.objectives import Objective
 from mcl.records import preview as pictures
 from mcl.records import report
-from mcl.records.metrics import EVALUATIONS, Record, RecordError, append, log, log_to_file, read, recorded_errors
+from mcl.records.metrics import (
+    EVALUATIONS,
+    Record,
+    RecordError,
+    append,
+    log,
+    log_to_console,
+    log_to_file,
+    read,
+    recorded_errors,
+)
 from mcl.signals import Interrupted
 from mcl.train import arithmetic, checkpoint
 from mcl.train.trainer import Trainer, resolve_device
@@ -132,6 +143,37 @@ def evaluate(name: str, path: Path, overrides: Sequence[str] | Mapping[str, Any]
         except (RecordError, OSError) as error:  # somebody else's run, perhaps
             warnings.warn(f"{error}; the scores are in no file", stacklevel=2)
     return records
+
+
+def embed(
+    path: Path, images: str, out: Path, features: str, plot: str, overrides: Sequence[str] | Mapping[str, Any]
+) -> Iterator[str]:
+    """Writes features of images, and draws them if `plot` is pca or umap; yields what was written.
+
+    Args:
+        path: of the checkpoint.
+        images: as ``data.root``; the checkpoint's other keys of ``data`` that say what images there are do not count.
+        out, features: as of :func:`mcl.evaluation.embedding.embed`.
+        overrides: ``key=value`` words, or values by dotted keys.
+
+    Raises:
+        CheckpointError, ConfigError, SourceError, BadDataError: wrong input.
+        EmbeddingError: a file cannot be written.
+    """
+    log_to_console()
+    embedding.check(out)
+    neighbours.check(plot)
+    model, cfg = checkpoint.load_model(path)
+    cfg = config.override(
+        cfg, {"data.root": images, "data.source": "auto", "data.annotations": "", "data.val_root": ""}
+    )
+    cfg = config.override(cfg, overrides)
+    arithmetic.choose(cfg.trainer)
+    source = open_images(cfg.data)
+    made = embedding.embed(model.online, cfg, source, resolve_device(cfg.trainer.device), out, features)
+    yield f"{made.path}: {len(made.names)} x {made.rows().shape[1]} features, {len(made.bad)} images are bad"
+    if plot:
+        yield from map(str, neighbours.draw(made, source, plot))
 
 
 def preview(path: Path, overrides: Sequence[str], step: int, output: Path | None = None) -> Iterator[Path]:

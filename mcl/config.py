@@ -208,12 +208,12 @@ class TrainerConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class EvaluationConfig:
-    at_end: tuple[Literal["retrieval", "knn", "linear", "svm"], ...] = ()
+    at_end: tuple[Literal["retrieval", "knn", "linear", "svm", "regions"], ...] = ()
     """Evaluations at the end of a run."""
     every: float = Field(default=0.0, ge=0, le=1e6)
     """Epochs between two evaluations during the run, each after a checkpoint; the first one before the first step.
     0: none. They leave what the run computes as it is."""
-    during: tuple[Literal["retrieval", "knn", "linear", "svm"], ...] = ("retrieval",)
+    during: tuple[Literal["retrieval", "knn", "linear", "svm", "regions"], ...] = ("retrieval",)
     """Which these are; on the images of data.val_root, or on those trained on without it."""
     gallery: int = Field(default=32, ge=2)
     """Retrieval: images in a gallery."""
@@ -231,6 +231,10 @@ class EvaluationConfig:
     that it does not name are left out."""
     val_annotations: Annotated[str, Trait.PATH, Trait.OF_A_MACHINE] = ""
     """SVM: the same for data.val_root."""
+    regions: Annotated[str, Trait.PATH] = ""
+    """COCO-format folder, laid out as mcl finetune takes it, whose objects mcl evaluate regions tells apart."""
+    region_cells: int = Field(default=0, ge=0, le=64)
+    """Its images are shown whole, as squares of 32 * region_cells pixels; 0: twice montage.cells, at its last size."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -15,7 +15,7 @@ from torch import nn
 from dali_pipelines.source import Source, open_images
 from mcl import distributed
 from mcl.config import Config, ConfigError
-from mcl.evaluation import knn_linear, svm
+from mcl.evaluation import knn_linear, regions, svm
 from mcl.evaluation.features import Features, Numbers, Pooled, Progress, extract, prepare
 from mcl.evaluation.retrieval import check_gallery, retrieval
 from mcl.objectives import Objective, build
@@ -47,8 +47,8 @@ def evaluate(
         ConfigError: an evaluation that these images cannot serve.
     """
     if sources is None:
-        train = open_images(config.data)
-        sources = {"train": train, **open_held_out(config)}
+        own_images = {*names} != {"regions"}
+        sources = {"train": open_images(config.data), **open_held_out(config)} if own_images else {}
     for name in names:
         check(name, config, sources)
     records: list[Record] = []
@@ -62,6 +62,9 @@ def evaluate(
             records += _classes(classifiers, model, random, config, sources, device, progress)
         if "svm" in names:
             records.append({"name": "svm", **_svm(model, random, config, sources, device, progress)})
+        if "regions" in names:
+            found = regions.regions(_encoders(model, random), config, device, progress)
+            records.append({"name": "regions", **found})
     return [{"kind": "eval", **record} for record in records]
 
 
@@ -82,6 +85,8 @@ def _undisturbed(device: torch.device) -> Iterator[None]:
 
 def describe(record: Record) -> str:
     """An evaluation record in a few words."""
+    if record["name"] == "regions":
+        return regions.describe(record)
     if record["name"] != "retrieval":
         what, chance = ("mAP  ", "chance") if record["name"] == "svm" else ("top-1", "largest")
         return (
@@ -131,11 +136,14 @@ def check(name: str, config: Config, sources: Sources) -> None:
     Raises:
         ConfigError: an evaluation that these images cannot serve.
     """
+    if name == "svm":
+        return svm.check(config)
+    if name == "regions":
+        regions.open_boxes(config)
+        return None
     train, val = sources["train"], sources.get("val")
     if name == "retrieval":
         return check_gallery(config, train)
-    if name == "svm":
-        return svm.check(config)
     if len(train.classes) < 2:
         raise ConfigError(
             f"data.root: {config.data.root} has no classes for {name} to tell apart; use class folders, or "
@@ -235,10 +243,15 @@ def _networks(
     model: Objective, random: Objective, config: Config, train: Source, device: torch.device, progress: Progress
 ) -> dict[str, nn.Module]:
     """What makes features, by where its score stands in a record."""
-    encoders = {"accuracy": model.online, "target": model.target, "random": random.online}
-    encoders = {key: encoder for key, encoder in encoders.items() if encoder is not None}
+    encoders = _encoders(model, random)
     pooled = [Pooled(encoder, config.evaluation.features) for encoder in encoders.values()]
     return dict(zip(encoders, prepare(pooled, config, train, device, progress), strict=True))
+
+
+def _encoders(model: Objective, random: Objective) -> dict[str, nn.Module]:
+    """By where the score stands in a record."""
+    encoders = {"accuracy": model.online, "target": model.target, "random": random.online}
+    return {key: encoder for key, encoder in encoders.items() if encoder is not None}
 
 
 def _images(features: Features) -> int:

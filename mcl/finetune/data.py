@@ -90,7 +90,7 @@ def open_folder(
         raise SourceError("data.root: not set; name a COCO-format folder, e.g. data.root=data/cutouts")
     if not folder.is_dir():
         raise SourceError(f"data.root: {root} does not exist")
-    splits = _splits(folder, (_LVIS, *_LAYOUTS) if lvis else (*_LAYOUTS, _LVIS))
+    splits = find_splits(folder, lvis)
     # Val first: what its evaluator keeps then does not lie among the millions of objects of train, which are freed.
     val, _, _, evaluated_on = _read(folder, splits[1], masks)
     train, used, chosen, trained_on = _read(folder, splits[0], masks, fraction, seed)
@@ -132,20 +132,28 @@ def open_folder(
     return Folder(folder, *splits, classes, digest, tuple(chosen), len(images))
 
 
-def _splits(folder: Path, layouts: Sequence[Split]) -> tuple[Split, Split]:
-    """Train and val in the first layout of which the folder has a part."""
+def find_splits(folder: Path, lvis: bool = False, key: str = "data.root") -> tuple[Split, Split]:
+    """Train and val in the first layout of which the folder has a part.
+
+    Args:
+        lvis: LVIS's layout comes first, not last.
+        key: of the configuration, for errors.
+
+    Raises:
+        SourceError: it has a part of none, or lacks another part.
+    """
     names = []
-    for images, annotations in layouts:
+    for images, annotations in (_LVIS, *_LAYOUTS) if lvis else (*_LAYOUTS, _LVIS):
         train, val = (Split(images.format(name), annotations.format(name)) for name in ("train", "val"))
         if any((folder / split.annotations).is_file() for split in (train, val)):
             for split in (train, val):
                 if not (folder / split.annotations).is_file():
-                    raise SourceError(f"data.root: {folder / split.annotations} is missing")
+                    raise SourceError(f"{key}: {folder / split.annotations} is missing")
                 if not (folder / split.images).is_dir():
-                    raise SourceError(f"data.root: {folder / split.images} is missing, the folder of the images")
+                    raise SourceError(f"{key}: {folder / split.images} is missing, the folder of the images")
             return train, val
         names.append(f"{train.annotations} and {val.annotations}")
-    raise SourceError(f"data.root: {folder} has no annotations; it must have {'; '.join(names)}")
+    raise SourceError(f"{key}: {folder} has no annotations; it must have {'; '.join(names)}")
 
 
 def _read(

@@ -25,6 +25,7 @@ NAMES = {
     "knn": "Nearest neighbours",
     "linear": "Linear classifier",
     "svm": "Support vector machines",
+    "regions": "Objects",
 }
 """Evaluations as the page calls them."""
 

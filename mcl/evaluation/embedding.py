@@ -1,0 +1,296 @@
+"""Features of any images in a file: a row for each image, in the order of the source.
+
+What is done lies in ``FILE.partial``, and how much that is in ``FILE.partial.json``, so that whoever is killed goes on
+from there. Batches hold the same images either way, so the file is the same, bit for bit, where the device, the engine
+and the libraries are.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from numpy.lib.format import open_memmap
+from torch import Tensor, nn
+
+from dali_pipelines.reference import decode
+from dali_pipelines.source import Source
+from dali_pipelines.source.files import replacing
+from mcl.config import Config, ConfigError
+from mcl.evaluation.features import BATCH, Pooled, photos
+from mcl.finetune.console import shown
+from mcl.records.metrics import log
+
+Floats = npt.NDArray[np.float32]
+
+FEATURES = ("c5", "c4", "c3", "c2", "p5", "p4", "p3", "p2", "projector")
+"""Means over space of the backbone's stages and of the pyramid's levels, and the embedding of the whole image."""
+
+KINDS = (".npy", ".parquet")
+_SAVE = 30.0  # seconds between two notes of what is done
+_ROWS = 4096  # of a row group of Parquet
+_EXAMPLES = 5  # of bad images
+
+
+class EmbeddingError(RuntimeError):
+    """Features that cannot be written; the message names the file and the remedy."""
+
+
+class Projected(nn.Module):
+    """The region head's embedding of a whole image, as of a canvas of level 0."""
+
+    def __init__(self, encoder: Any) -> None:
+        super().__init__()
+        if getattr(encoder, "fpn", None) is None:
+            raise ConfigError("features: projector needs a model with an FPN; take one of c2 to c5")
+        self.backbone, self.fpn, self.head = encoder.backbone, encoder.fpn, encoder.head
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(n, 3, S, S) to (n, width)."""
+        embeddings: Tensor = self.head(self.fpn(self.backbone(pixels), [0])[0])
+        return embeddings
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """A file of features, and what its n rows are."""
+
+    path: Path
+    features: str
+    """One of :data:`FEATURES`."""
+    size: int
+    """Side of the images that the network saw, pixels."""
+    root: str
+    """Of the source."""
+    names: list[str]
+    """(n) below the root's folder."""
+    labels: list[int]
+    """(n) indices into `classes`, -1 unknown."""
+    classes: list[str]
+    bad: dict[str, str]
+    """Names of the images that cannot be decoded, whose rows are NaN (in Parquet null), and why."""
+    key: str
+    """Hash of network, images and settings."""
+
+    def rows(self) -> Floats:
+        """(n, D), mapped into memory where the file is ``.npy``."""
+        if self.path.suffix == ".npy":
+            mapped: Floats = np.load(self.path, mmap_mode="r")
+            return mapped
+        column = _parquet().parquet.read_table(self.path, columns=["features"])["features"].combine_chunks()
+        rows: Floats = column.values.to_numpy(zero_copy_only=False).reshape(len(self.names), -1)
+        return rows
+
+
+def check(path: Path) -> None:
+    """Refuses a file that could not be written in the end.
+
+    Raises:
+        ConfigError: neither .npy nor .parquet; or the latter without pyarrow.
+    """
+    if path.suffix not in KINDS:
+        raise ConfigError(f"--out: {path}: features are written to {' or '.join(KINDS)}; give the name that ending")
+    if path.suffix == ".parquet":
+        _parquet()
+
+
+def _parquet() -> Any:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ConfigError(
+            f"--out: Parquet needs pyarrow ({error}); pip install pyarrow, or write to a .npy file"
+        ) from None
+    return pyarrow
+
+
+@torch.no_grad()
+def embed(encoder: nn.Module, config: Config, source: Source, device: torch.device, path: Path, name: str) -> Embedding:
+    """Writes features of all images of a source, or goes on with it; a file that has them already stays as it is.
+
+    BatchNorm has the statistics of the training, as in exported weights, so that the features of an image do not depend
+    on the other images.
+
+    Args:
+        encoder: is moved to `device`, in float32 and evaluation mode.
+        path: ``.npy``, with ``.json`` beside it, or ``.parquet``.
+        name: of :data:`FEATURES`.
+
+    Raises:
+        ConfigError: see :func:`check`; or the encoder has no such features.
+        BadDataError: no image can be decoded.
+        EmbeddingError: the file cannot be written; what was done is kept.
+    """
+    check(path)
+    network = (Projected(encoder) if name == "projector" else Pooled(encoder, name)).to(device, torch.float32).eval()
+    key = _key(name, network, config, source)
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        if (there := read(path)).key == key and not _state(path).exists():
+            without = f", without {len(there.bad)} bad images; remove it to try these again" if there.bad else ""
+            log.info("%s: is there already%s", path, without)
+            return there
+    try:
+        bad = _compute(network, config, source, device, path, key)
+        prefix = source.base.rstrip("/") + "/"
+        made = Embedding(
+            path=path,
+            features=name,
+            size=config.montage.final.canvas,
+            root=source.root,
+            names=[image.removeprefix(prefix) for image in source.names],
+            labels=source.labels.tolist(),
+            classes=list(source.classes),
+            bad={source.names[i].removeprefix(prefix): reason for i, reason in sorted(bad.items())},
+            key=key,
+        )
+        _finish(made)
+    except OSError as error:
+        raise EmbeddingError(
+            f"{path}: cannot be written ({error.strerror or error}); free space, or mend the folder's permissions, and "
+            "start the same command again: it goes on where this one stopped"
+        ) from error
+    return made
+
+
+def read(path: Path) -> Embedding:
+    """What the rows of a file are.
+
+    Raises:
+        OSError, ValueError, TypeError, KeyError: it was not written by :func:`embed`.
+    """
+    if path.suffix == ".npy":
+        about = json.loads(path.with_suffix(".json").read_bytes())
+        path.stat()
+    else:
+        with _parquet().parquet.ParquetFile(path) as file:
+            about = json.loads(file.schema_arrow.metadata[b"mcl"])
+            table = file.read(columns=["name", "class"])
+        numbers = {name: i for i, name in enumerate(about["classes"])}
+        about["labels"] = [numbers.get(name, -1) for name in table["class"].to_pylist()]
+        about["names"] = table["name"].to_pylist()
+    return Embedding(path=path, **about)
+
+
+def _key(name: str, network: nn.Module, config: Config, source: Source) -> str:
+    seen = (name, config.montage.final.canvas, config.augment.mean, config.augment.std, source.fingerprint())
+    whole = hashlib.sha256(repr(seen).encode())
+    for entry, tensor in network.state_dict().items():
+        whole.update(entry.encode())
+        whole.update(tensor.cpu().contiguous().numpy().data)
+    return whole.hexdigest()
+
+
+def _compute(
+    network: nn.Module, config: Config, source: Source, device: torch.device, path: Path, key: str
+) -> dict[int, str]:
+    """Fills the partial file; returns the images that cannot be decoded, and why."""
+    side = config.montage.final.canvas
+    shape = len(source), network(torch.zeros(1, 3, side, side, device=device)).shape[1]
+    first, bad = _done(path, key)
+    rows, done, saved = _map(_partial(path), shape, new=not first), first, time.monotonic()
+    if first:
+        log.info("%s: goes on after %d of %d images", path, first, len(source))
+
+    def save() -> None:
+        rows.flush()
+        with replacing(_state(path)) as file:
+            file.write(json.dumps({"key": key, "rows": done, "bad": bad}).encode())
+
+    try:
+        with shown("features", "images") as show:
+            for pixels, index in photos(config, source, device, first=first // BATCH):
+                batch = range(done, min(done + BATCH, len(source)))
+                if len(index):
+                    rows[index] = network(pixels).cpu()
+                for i in sorted({*batch} - {*index.tolist()}):
+                    rows[i], bad[i] = np.nan, _reason(source, i)
+                done = batch.stop
+                show(done - first, len(source) - first)
+                if time.monotonic() > saved + _SAVE:
+                    save()
+                    saved = time.monotonic()
+    finally:
+        save()
+    for i, reason in sorted(bad.items())[:_EXAMPLES]:
+        log.warning("no features of %s: %s", source.names[i], reason)
+    return bad
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f"{path.name}.partial")
+
+
+def _state(path: Path) -> Path:
+    return path.with_name(f"{path.name}.partial.json")
+
+
+def _done(path: Path, key: str) -> tuple[int, dict[int, str]]:
+    """How many rows of the same features of the same images are done, and which of them are bad."""
+    try:
+        state = json.loads(_state(path).read_bytes())
+        if state["key"] == key and _partial(path).exists():
+            return state["rows"], {int(i): reason for i, reason in state["bad"].items()}
+    except (OSError, ValueError, KeyError):
+        pass
+    return 0, {}
+
+
+def _map(file: Path, shape: tuple[int, int], new: bool) -> np.memmap[Any, np.dtype[np.float32]]:
+    """Rows in a file that has its place on the disk: to write where there is none would end the process."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        rows = open_memmap(file, "w+" if new else "r+", np.float32, shape)
+        with open(file, "r+b") as opened:
+            os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
+    except OSError:
+        if new:
+            file.unlink(missing_ok=True)
+        raise
+    return rows
+
+
+def _reason(source: Source, i: int) -> str:
+    """Why image i cannot be decoded."""
+    if i in source.bad:
+        return source.bad[i]
+    try:
+        decode(source, i)
+    except OSError as error:
+        return str(error)
+    return "cannot be decoded"
+
+
+def _finish(made: Embedding) -> None:
+    """Puts the file in its place. As long as the note of what is done is there, the file does not count."""
+    about = {field.name: getattr(made, field.name) for field in fields(made) if field.name != "path"}
+    if made.path.suffix == ".npy":
+        with replacing(made.path.with_suffix(".json")) as file:
+            file.write(json.dumps(about, indent=0).encode())
+        os.replace(_partial(made.path), made.path)
+    else:
+        _write_parquet(made, about, np.load(_partial(made.path), mmap_mode="r"))
+        _partial(made.path).unlink()
+    _state(made.path).unlink()
+
+
+def _write_parquet(made: Embedding, about: dict[str, Any], rows: Floats) -> None:
+    """Columns name, class (null where it is unknown) and features (a list of fixed size, null for a bad image)."""
+    pa, width = _parquet(), rows.shape[1]
+    metadata = {"mcl": json.dumps({name: value for name, value in about.items() if name not in ("names", "labels")})}
+    types = {"name": pa.string(), "class": pa.string(), "features": pa.list_(pa.float32(), width)}
+    schema = pa.schema(list(types.items()), metadata)
+    names = [name.encode("utf-8", "backslashreplace").decode() for name in made.names]
+    classes = [[*made.classes, None][label] for label in made.labels]
+    with replacing(made.path) as file, pa.parquet.ParquetWriter(file, schema) as writer:
+        for start in range(0, len(rows), _ROWS):
+            part = slice(start, start + _ROWS)
+            bad = pa.array(np.isnan(rows[part, 0]))
+            features = pa.FixedSizeListArray.from_arrays(pa.array(rows[part].ravel()), width, mask=bad)
+            writer.write_table(pa.table([names[part], classes[part], features], schema=schema))
