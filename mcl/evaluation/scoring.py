@@ -63,8 +63,8 @@ def evaluate(
         if "svm" in names:
             records.append({"name": "svm", **_svm(model, random, config, sources, device, progress)})
         if "regions" in names:
-            found = regions.regions(_encoders(model, random), config, device, progress)
-            records.append({"name": "regions", **found})
+            scores = regions.regions(_encoders(model, random), config, device, progress)
+            records.append({"name": "regions", **scores})
     return [{"kind": "eval", **record} for record in records]
 
 

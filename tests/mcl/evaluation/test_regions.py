@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -20,6 +21,7 @@ from mcl.evaluation.regions import Pyramid, interval, level_of, open_boxes
 from mcl.evaluation.scoring import describe
 from mcl.objectives import build
 from mcl.records import report
+from tests.mcl.ranks import in_ranks
 from tests.mcl.tiny import TINY
 
 CPU = torch.device("cpu")
@@ -129,6 +131,20 @@ def test_planted_colours_are_found(cfg: Config, coco: Path, tmp_path: Path) -> N
     assert "Objects · held-out images" in page
     low, high = record["accuracy_interval"]
     assert f"{low:.1%} to {high:.1%}" in page
+
+
+def scores(values: dict[str, Any]) -> list[float]:
+    cfg = config.from_dict(values)
+    torch.manual_seed(0)
+    (record,) = evaluate(["regions"], build(cfg), cfg, CPU)
+    return [value for name in sorted(record) for value in np.ravel(record[name]).tolist() if type(value) is float]
+
+
+@pytest.mark.soak
+def test_two_processes_score_what_one_does(cfg: Config) -> None:
+    values = config.to_dict(cfg)
+    one, two = in_ranks(1, scores, values), in_ranks(2, scores, values)
+    assert two == [pytest.approx(one[0], abs=1e-6)] * 2
 
 
 def test_objects_by_name(cfg: Config, coco: Path) -> None:
