@@ -51,5 +51,6 @@ CONVENTIONS: dict[str, Rename] = {
     "mcl-released": _released,
     "soco": _soco,
     "lightly": _lightly,
+    "mcl": lambda name: name,
 }
 """By the name that a user may put before that of a file."""

@@ -80,7 +80,7 @@ def test_what_is_written_is_read(
 
 
 def test_a_checkpoint_of_ours(model: MCL, saved: Path) -> None:
-    for source, network in ((f"{saved}", "online"), (f"target:{saved}", "target")):
+    for source, network in ((f"{saved}", "online"), (f"mcl:{saved}", "online"), (f"target:{saved}", "target")):
         found = taken(source, model)
         expected = canonical(model, network)
         assert found.weights.keys() == expected.keys()
