@@ -60,7 +60,11 @@ def is_backbone(found: Taken, expected: Mapping[str, Tensor]) -> bool:
 # ------------------------------------------------------------------------------------------------ round trips
 
 
-@pytest.mark.parametrize(("to", "ending"), [(name, end) for name, target in TARGETS.items() for end in target.saves])
+WRITTEN = [(name, end) for name, target in TARGETS.items() for end in target.saves]
+WRITTEN.remove(("torchvision-detection", ".pth"))  # a ResNet-50, whose other file tells as much
+
+
+@pytest.mark.parametrize(("to", "ending"), WRITTEN)
 def test_what_is_written_is_read(
     to: str, ending: str, model: MCL, saved: Path, resnet50: tuple[MCL, Path], tmp_path: Path
 ) -> None:
