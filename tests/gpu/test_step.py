@@ -40,6 +40,7 @@ WAYS = {
     "recompute": ("trainer.recompute=true",),
     "accumulate": ("trainer.accumulate=2",),
     "graph": ("trainer.cuda_graph=true",),
+    "queue": ("model.targets=all", "model.queue=40", "trainer.cuda_graph=true"),
 }
 
 
