@@ -29,8 +29,8 @@ class MCL(Objective):
     there, normalised; where a level shows every image several times, the mean of these, normalised again. So each
     level has one target per image, and other tiles of the same image are no negatives.
 
-    The total is the sum over levels and both directions of weight * loss; with infonce times 2 T, so that no cosine with
-    an own target is pulled harder than by cosine, 2 - 2 cos.
+    The total is the sum over levels and both directions of weight * loss; with infonce times 2 T, so that it pulls no
+    tile harder towards its own target than cosine does.
 
     With ``model.queue`` a view's bank also has its latest targets of former steps, as negatives alone. As long as there
     are fewer, the rest counts for nothing.
