@@ -21,7 +21,7 @@ TABLE = "repeats.md"
 RESOLUTION = 0.1
 """Percent, to which an AP is rounded: no interval is narrower than this to either side."""
 
-_FREE = ("weights", "pretrained", "randomness")
+_FREE = ("weights", "parts", "randomness")
 """Sections of a configuration in which runs that are compared may differ."""
 
 Result = dict[str, Any]
