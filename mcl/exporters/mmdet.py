@@ -1,6 +1,8 @@
 """MMDetection: Faster R-CNN and its kin, whose FPN starts at C2; RetinaNet, whose FPN starts at C3."""
 
+import contextlib
 import re
+import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 
 from mcl.config import ModelConfig
 from mcl.exporters.files import save_openmmlab
-from mcl.exporters.target import RESNETS, Target, Twin
+from mcl.exporters.target import FIRST_SHORTCUT, RESNETS, Target, Twin
 from mcl.models.backbones import Backbone
 
 INSTALL = "mcl install-mmdet"
@@ -25,6 +27,27 @@ BACKBONES: dict[str, dict[str, Any]] = {
     "resnet101vd": {"type": "ResNetV1d", "depth": 101},
 }
 """Modules of OpenMMLab's two libraries for ours."""
+
+
+def import_mmdet() -> None:
+    """Imports MMDetection and mmpretrain as if transformers were not there: with its version 5 they fail.
+
+    Raises:
+        ImportError, AssertionError: they are not installed, or not with each other's versions.
+    """
+    before = sys.modules.pop("transformers", None)
+    sys.modules["transformers"] = None  # type: ignore[assignment]
+    try:
+        with contextlib.suppress(ImportError):  # MMDetection does without it
+            from mmpretrain.utils import dependency
+
+            dependency.WITH_MULTIMODAL = False
+        import mmdet.apis
+        import mmdet.models  # noqa: F401  # whatever of mmcv and mmengine it needs, too
+    finally:
+        del sys.modules["transformers"]
+        if before is not None:
+            sys.modules["transformers"] = before
 
 
 def rename(name: str, first_map: int) -> str | None:
@@ -43,6 +66,7 @@ def rename(name: str, first_map: int) -> str | None:
 
 def _build(file: str, config: ModelConfig, heads: Mapping[str, Any]) -> Any:
     """A model as MMDetection ships it, with our backbone, an FPN with BatchNorm, and these changes of its heads."""
+    import_mmdet()
     import mmdet
     from mmdet.registry import MODELS
     from mmengine.config import Config
@@ -79,6 +103,10 @@ def _build_retinanet(config: ModelConfig) -> Any:
     return _build("retinanet_r50_fpn.py", config, heads)
 
 
+def _usage(path: str, backbone: str) -> str:
+    return f"load_from = {path!r}  # in a configuration, whose other keys docs/export.md has"
+
+
 def backbone(model: Any, image: Tensor) -> Any:
     """C2 to C5."""
     return model.backbone(image)
@@ -90,16 +118,20 @@ RCNN = Target(
     parts={"backbone": r"backbone\.", "fpn": r"neck\.", "head": r"roi_head\.bbox_head\.shared_convs\."},
     saves={".pth": save_openmmlab},
     backbones=BACKBONES,
-    twin=Twin(
-        "mmdet",
-        INSTALL,
-        _build_rcnn,
-        {
-            "backbone": backbone,
-            "fpn": lambda model, maps: model.neck(maps)[:4],  # what follows is P6
-            "head": lambda model, p5: [nn.Sequential(*model.roi_head.bbox_head.shared_convs)(p5)],
-        },
-    ),
+    lacks=FIRST_SHORTCUT,
+    usage=_usage,
+    twins=[
+        Twin(
+            "mmdet",
+            INSTALL,
+            _build_rcnn,
+            {
+                "backbone": backbone,
+                "fpn": lambda model, maps: model.neck(maps)[:4],  # what follows is P6
+                "head": lambda model, p5: [nn.Sequential(*model.roi_head.bbox_head.shared_convs)(p5)],
+            },
+        )
+    ],
 )
 
 RETINANET = Target(
@@ -108,8 +140,12 @@ RETINANET = Target(
     parts={"backbone": r"backbone\.", "fpn": r"neck\.(lateral_convs|fpn_convs\.[012])\."},
     saves={".pth": save_openmmlab},
     backbones=BACKBONES,
-    twin=Twin(
-        "mmdet", INSTALL, _build_retinanet, {"backbone": backbone, "fpn": lambda model, maps: model.neck(maps)[:3]}
-    ),
+    lacks=FIRST_SHORTCUT,
+    usage=_usage,
+    twins=[
+        Twin(
+            "mmdet", INSTALL, _build_retinanet, {"backbone": backbone, "fpn": lambda model, maps: model.neck(maps)[:3]}
+        )
+    ],
     maps=(3, 4, 5),
 )

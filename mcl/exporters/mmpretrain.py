@@ -4,11 +4,12 @@ from typing import Any
 
 from mcl.config import ModelConfig
 from mcl.exporters.files import save_openmmlab
-from mcl.exporters.mmdet import BACKBONES, INSTALL, RCNN, backbone
+from mcl.exporters.mmdet import BACKBONES, INSTALL, RCNN, backbone, import_mmdet
 from mcl.exporters.target import Target, Twin
 
 
 def _build(config: ModelConfig) -> Any:
+    import_mmdet()
     from mmengine.registry import DefaultScope
     from mmpretrain.models import ImageClassifier
 
@@ -21,6 +22,8 @@ TARGET = Target(
     rename=RCNN.rename,
     parts={"backbone": r"backbone\."},
     saves={".pth": save_openmmlab},
-    backbones=[name for name in BACKBONES if not name.endswith("vd")],  # its shortcuts are numbered otherwise
-    twin=Twin("mmpretrain", INSTALL, _build, {"backbone": backbone}),
+    usage=lambda path, _: f"init_cfg = dict(type='Pretrained', checkpoint={path!r}, prefix='backbone.')",
+    twins=[Twin("mmpretrain", INSTALL, _build, {"backbone": backbone})],
+    backbones=[name for name in BACKBONES if not name.endswith("vd")],
+    lacks="mmpretrain numbers the shortcuts of a ResNet-D otherwise",
 )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mcl.config import ModelConfig
 from mcl.exporters.files import save_plain, save_safetensors
-from mcl.exporters.target import RESNETS, Target, Twin
+from mcl.exporters.target import FIRST_SHORTCUT, RESNETS, Target, Twin
 from mcl.exporters.torchvision import resnet_name
 
 MODELS = {
@@ -39,6 +39,10 @@ TARGET = Target(
     rename=rename,
     parts={"backbone": ""},
     saves={".safetensors": save_safetensors, ".pth": save_plain},
-    twin=Twin("timm", "pip install timm", _build, {"backbone": _maps}),
+    usage=lambda path, backbone: (
+        f"import timm\nmodel = timm.create_model({MODELS[backbone]!r}, num_classes=0, checkpoint_path={path!r})"
+    ),
+    twins=[Twin("timm", "pip install timm", _build, {"backbone": _maps})],
     backbones=MODELS,
+    lacks=FIRST_SHORTCUT,
 )

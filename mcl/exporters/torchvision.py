@@ -14,7 +14,6 @@ from mcl.exporters.target import RESNETS, Target, Twin
 _SAVES = {".pth": save_plain, ".safetensors": save_safetensors}
 _INSTALL = "pip install torchvision"
 _SIZES: dict[str, dict[str, Any]] = {
-    "backbone": {"backbone": "resnet50"},
     "fpn": {"width": 256},
     "head": {"width": 256, "head_convs": 4},
 }
@@ -26,6 +25,11 @@ def resnet_name(name: str) -> str:
     return name.removeprefix("backbone.body.")
 
 
+def _load(path: str) -> str:
+    read = "safetensors.torch.load_file" if path.endswith(".safetensors") else "torch.load"
+    return f"model.load_state_dict({read}({path!r}), strict=False)"
+
+
 def _resnet_maps(model: nn.Module, image: Tensor) -> list[Tensor]:
     return list(create_feature_extractor(model, ["layer1", "layer2", "layer3", "layer4"])(image).values())
 
@@ -35,13 +39,15 @@ RESNET = Target(
     rename=resnet_name,
     parts={"backbone": r"(?!fc\.)"},
     saves=_SAVES,
-    twin=Twin("torchvision", _INSTALL, lambda config: models.get_model(config.backbone), {"backbone": _resnet_maps}),
+    usage=lambda path, backbone: f"model = torchvision.models.{backbone}()\n{_load(path)}",
+    twins=[Twin("torchvision", _INSTALL, lambda config: models.get_model(config.backbone), {"backbone": _resnet_maps})],
     backbones=(*RESNETS, "resnext50_32x4d"),
+    lacks="torchvision has no ResNet-D",
 )
 
 
 def _check_detection(config: ModelConfig, parts: Sequence[str]) -> None:
-    wanted = {key: size for part in ("backbone", *parts) for key, size in _SIZES[part].items()}
+    wanted = {key: size for part in parts for key, size in _SIZES.get(part, {}).items()}
     other = [f"model.{key}={size}" for key, size in wanted.items() if getattr(config, key) != size]
     if other:
         raise ConfigError(
@@ -60,15 +66,22 @@ DETECTION = Target(
         "head": r"roi_heads\.box_head\.\d\.[01]\.",
     },
     saves=_SAVES,
-    twin=Twin(
-        "torchvision",
-        _INSTALL,
-        lambda config: models.detection.fasterrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None),
-        {
-            "backbone": lambda model, image: list(model.backbone.body(image).values()),
-            "fpn": lambda model, maps: list(model.backbone.fpn(dict(enumerate(maps))).values())[:4],
-            "head": lambda model, p5: [nn.Sequential(*list(model.roi_heads.box_head)[:4])(p5)],
-        },
+    usage=lambda path, _: (
+        f"model = torchvision.models.detection.maskrcnn_resnet50_fpn_v2(weights_backbone=None)\n{_load(path)}"
     ),
+    twins=[
+        Twin(
+            "torchvision",
+            _INSTALL,
+            lambda config: models.detection.fasterrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None),
+            {
+                "backbone": lambda model, image: list(model.backbone.body(image).values()),
+                "fpn": lambda model, maps: list(model.backbone.fpn(dict(enumerate(maps))).values())[:4],
+                "head": lambda model, p5: [nn.Sequential(*list(model.roi_heads.box_head)[:4])(p5)],
+            },
+        )
+    ],
+    backbones=("resnet50",),
+    lacks="torchvision's detectors with BatchNorm in the FPN have a ResNet-50",
     check=_check_detection,
 )

@@ -54,6 +54,13 @@ def saved(model: MCL, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def resnet18vd(tmp_path_factory: pytest.TempPathFactory) -> tuple[MCL, Path]:
+    """A small model of a backbone that RT-DETR takes, and its checkpoint."""
+    model = make_model(Geometry(), backbone="resnet18vd", width=16).eval()
+    return model, save_model(model, Geometry(), tmp_path_factory.mktemp("vd") / "runs" / "vd")
+
+
+@pytest.fixture(scope="session")
 def resnet50(tmp_path_factory: pytest.TempPathFactory) -> tuple[MCL, Path]:
     """A model of the paper's backbone, FPN and head, and its checkpoint."""
     model = make_model(Geometry(), backbone="resnet50").eval()
