@@ -8,11 +8,12 @@ import torch
 import torchvision.transforms.v2.functional as F
 from torch import Tensor
 
+from dali_pipelines.geometry import Geometry
 from mcl.config import ConfigError
 from mcl.exporters import export
 from mcl.objectives import MCL
-from tests.mcl.exporters.conftest import image
-from tests.mcl.exporters.test_libraries import backbone_maps, same
+from tests.mcl.exporters.conftest import image, make_model, save_model
+from tests.mcl.exporters.test_libraries import backbone_maps, block, same
 
 transformers = pytest.importorskip("transformers", reason="needs transformers: make setup")
 
@@ -29,11 +30,11 @@ def folders(saved: Path, resnet18vd: tuple[MCL, Path], tmp_path_factory: pytest.
 
 
 @torch.no_grad()
-def maps(detector: Any) -> list[Tensor]:
-    """The maps that its own forward computes from :func:`image`, finest first."""
+def maps(detector: Any, pixels: Tensor) -> list[Tensor]:
+    """The maps that its own forward computes, finest first."""
     seen: list[Tensor] = []
     detector.model.backbone.register_forward_hook(lambda _, __, out: seen.extend(pixels for pixels, _ in out))
-    detector.eval()(pixel_values=image())
+    detector.eval()(pixel_values=pixels)
     return seen
 
 
@@ -55,7 +56,7 @@ def test_detectors_take_our_weights(
     assert not [key for key in info["missing_keys"] if "backbone" in key]
     assert not info["unexpected_keys"]
     assert not info["mismatched_keys"]
-    got = maps(detector)
+    got = maps(detector, image())
     assert len(got) >= 3
     same(backbone_maps(ours)[-len(got) :], got)
 
@@ -73,3 +74,26 @@ def test_images_are_normalised_as_in_pretraining(name: str, folders: dict[str, P
 def test_rt_detr_needs_a_resnet_d(saved: Path) -> None:
     with pytest.raises(ConfigError, match=r"model\.backbone=resnet18: RT-DETR needs a ResNet-D; take --to mmdet, "):
         export(saved, "transformers-rtdetr")
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", ["AutoImageProcessor", "DeformableDetr", "RTDetrV2"])
+def test_lines_of_the_documentation(
+    name: str,
+    resnet50: tuple[MCL, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, path = resnet50
+    to = "transformers-detr" if name == "DeformableDetr" else "transformers-rtdetr"
+    if to == "transformers-rtdetr":
+        model = make_model(Geometry(), backbone="resnet50vd").eval()
+        path = save_model(model, Geometry(), tmp_path / "runs" / "mcl")
+    export(path, to, statistics_of="none", output=tmp_path / "runs" / "mcl" / "exports" / to)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(block(name), names)
+    pixels = torch.randn(1, 3, 160, 160)  # with more cells than the detector has queries
+    got = maps(names["model"], pixels)
+    with torch.no_grad():
+        same(model.online.backbone(pixels)[: len(got)][::-1], got)
