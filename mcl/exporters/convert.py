@@ -93,7 +93,7 @@ def export(
     if network == "target" and model.target is None:
         raise ConfigError(f"--network: objective={cfg.objective} has no momentum network; export the online one")
     encoder = model.online if network == "online" else reestimated(model.target, cfg)
-    weights, names = _rename(encoder, network, target, parts)
+    weights, names = _rename(encoder, network, target, parts, cfg.model.backbone)
     infinite = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
     if infinite:
         raise CheckpointError(
@@ -143,17 +143,17 @@ def _check_parts(target: Target, parts: Sequence[str], encoder: Encoder, cfg: Co
 
 
 def _rename(
-    encoder: Encoder, network: str, target: Target, parts: Sequence[str]
-) -> tuple[dict[str, Tensor], dict[str, str]]:
+    encoder: Encoder, network: str, target: Target, parts: Sequence[str], backbone: str
+) -> tuple[Mapping[str, Tensor], dict[str, str]]:
     """The tensors of these parts by the target's names, and these by the checkpoint's."""
     weights, names = {}, {}
     state = encoder.state_dict()
     for ours, canonical in canonical_names(encoder).items():
-        theirs = target.rename(canonical) if ours.partition(".")[0] in parts else None
+        theirs = target.name_of(canonical, backbone) if ours.partition(".")[0] in parts else None
         if theirs is not None:
             names[f"{network}.{ours}"] = theirs
             weights[theirs] = state[ours].detach().contiguous().clone()
-    return weights, names
+    return target.adapt(weights), names
 
 
 def _metadata(cfg: Config, network: str, parts: Sequence[str], step: int) -> Mapping[str, Any]:

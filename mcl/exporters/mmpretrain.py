@@ -13,7 +13,7 @@ def _build(config: ModelConfig) -> Any:
     from mmpretrain.models import ImageClassifier
 
     with DefaultScope.overwrite_default_scope("mmpretrain"):  # a fine-tuning before it leaves MMDetection's
-        return ImageClassifier({**BACKBONES[config.backbone], "out_indices": (0, 1, 2, 3)})
+        return ImageClassifier({**BACKBONES[config.backbone], "out_indices": [0, 1, 2, 3]})
 
 
 TARGET = Target(
@@ -21,6 +21,9 @@ TARGET = Target(
     rename=RCNN.rename,
     parts={"backbone": r"backbone\."},
     saves={".pth": save_openmmlab},
-    backbones=[name for name in BACKBONES if not name.endswith("vd")],  # its shortcuts are numbered otherwise
+    # Shortcuts of its ResNet-D and merged patches of its Swin are numbered otherwise.
+    backbones=[name for name in BACKBONES if not name.endswith("vd") and name != "swin_t"],
+    renames=RCNN.renames,
+    adapt=RCNN.adapt,
     twin=Twin("mmpretrain", INSTALL, _build, {"backbone": backbone}),
 )

@@ -1,13 +1,13 @@
 """What an export target is."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from mcl.config import ModelConfig
-from mcl.exporters.files import Save
+from mcl.exporters.files import Save, Weights
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
@@ -41,9 +41,22 @@ class Target:
     """By the ending of a file; the first one is the default."""
     twin: Twin | None
     """None for a library that no package index has."""
+    renames: Mapping[str, Callable[[str], str | None]] = field(default_factory=dict)
+    """By backbone: as `rename`, for the names that its tensors have without ``backbone.body.``."""
+    adapt: Callable[[Weights], Weights] = lambda weights: weights
+    """Values, by the target's names, for modules that compute otherwise than ours."""
     backbones: Collection[str] = RESNETS
     """Those of ``model.backbone`` that it has a module for."""
+    sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """By backbone: height and width of the image that proves an export, where not any will do."""
     maps: tuple[int, ...] = (2, 3, 4, 5)
     """Maps of the FPN that it takes, 2 is P2."""
     check: Callable[[ModelConfig, Sequence[str]], None] = lambda config, parts: None
     """Raises ConfigError for a model whose parts have other shapes than the target's."""
+
+    def name_of(self, canonical: str, backbone: str) -> str | None:
+        """The target's name of a tensor of a model with that backbone; None where it has no place for it."""
+        start = "backbone.body."
+        if backbone in self.renames and canonical.startswith(start):
+            return self.renames[backbone](canonical.removeprefix(start))
+        return self.rename(canonical)

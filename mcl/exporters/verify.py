@@ -1,5 +1,6 @@
 """Proof of an export: the target's own model loads it, lacks nothing of it, and computes the same features."""
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -26,7 +27,7 @@ def verify(
     Args:
         weights: what is exported, under the target's names.
         parts: of the model, that the weights are of.
-        encoder: that they come from; in evaluation mode afterwards.
+        encoder: that they come from. Where the target has no norm of a map, it is compared without.
 
     Raises:
         ConfigError: the target's library is not installed, or is on no package index.
@@ -40,7 +41,11 @@ def verify(
     except (ImportError, AssertionError) as error:  # the latter for a version of mmcv that they do not take
         raise ConfigError(f"--verify: needs {twin.package} ({error}); install it: {twin.install}") from None
     fresh = _load(theirs, weights, [target.parts[part] for part in parts], target.name)
-    inputs, ours = _features(encoder.eval(), target.maps)
+    encoder = copy.deepcopy(encoder).eval()
+    for i in range(4):
+        if config.backbone in target.renames and not target.renames[config.backbone](f"norms.{i}.weight"):
+            encoder.backbone.set_submodule(f"norms.{i}", nn.Identity(), strict=True)
+    inputs, ours = _features(encoder, target.maps, target.sizes.get(config.backbone, (96, 64)))
     difference = 0.0
     for part in parts:
         got = twin.forward[part](theirs, inputs[part])
@@ -68,9 +73,11 @@ def _load(theirs: nn.Module, weights: Mapping[str, Tensor], names: Sequence[str]
     return [name for name in own if name not in claimed]
 
 
-def _features(encoder: Encoder, maps: Sequence[int]) -> tuple[dict[str, Any], dict[str, list[Tensor]]]:
+def _features(
+    encoder: Encoder, maps: Sequence[int], size: tuple[int, int]
+) -> tuple[dict[str, Any], dict[str, list[Tensor]]]:
     """Input and output of every part for one random image; `maps` are those of the FPN that are wanted."""
-    image = torch.randn(1, 3, 96, 64, generator=torch.Generator().manual_seed(0))
+    image = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
     backbone = encoder.backbone(image)  # coarsest first
     levels = range(len(encoder.fpn.depths))
     pyramid = {5 - encoder.fpn.depths[i]: p for i, p in zip(levels, encoder.fpn(backbone, levels), strict=True)}

@@ -52,6 +52,9 @@ def make(name: str) -> Backbone:
         elif isinstance(module, nn.LayerNorm):
             nn.init.uniform_(module.weight, 0.5, 2)
             nn.init.normal_(module.bias, 0, 0.1)
+    for name, parameter in backbone.named_parameters():
+        if name.endswith(("layer_scale", "relative_position_bias_table")):
+            nn.init.normal_(parameter)
     return backbone
 
 
