@@ -157,6 +157,7 @@ def _rename(
 
 
 def _metadata(cfg: Config, network: str, parts: Sequence[str], step: int) -> Mapping[str, Any]:
+    resnet = cfg.model.backbone.startswith("res")
     return {
         "method": "MCL (arXiv 2304.02010)",
         "mcl": __version__,
@@ -170,7 +171,7 @@ def _metadata(cfg: Config, network: str, parts: Sequence[str], step: int) -> Map
         "mean": list(cfg.augment.mean),
         "std": list(cfg.augment.std),
         "range": "mean and std are of pixel values from 0 to 1",
-        "stride": "in the 3x3 convolutions (STRIDE_IN_1X1 False)",
+        **({"stride": "in the 3x3 convolutions (STRIDE_IN_1X1 False)"} if resnet else {}),
     }
 
 

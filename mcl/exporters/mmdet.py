@@ -57,8 +57,6 @@ def _build(file: str, config: ModelConfig, heads: Mapping[str, Any]) -> Any:
     neck = {"in_channels": channels, "out_channels": config.width, "norm_cfg": _BATCH_NORM}
     shipped.model.backbone = {**BACKBONES[config.backbone], "init_cfg": None}
     shipped.merge_from_dict({"model": {"neck": neck, **heads}})
-    if config.backbone == "convnext_t":
-        import mmpretrain.models  # noqa: F401  # registers it
     with DefaultScope.overwrite_default_scope("mmdet"):
         return MODELS.build(shipped.model)
 

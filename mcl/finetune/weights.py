@@ -97,6 +97,10 @@ def _read(path: Path, target: str, expected: Sequence[str]) -> dict[str, Tensor]
 
 
 def build(model: Mapping[str, Any]) -> Any:
-    """A detector without memory, of which names and shapes can be asked."""
-    with DefaultScope.overwrite_default_scope("mmdet"), torch.device("meta"):
-        return MODELS.build(model)
+    """A detector without memory, where it can be made so, of which names and shapes can be asked."""
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        try:
+            with torch.device("meta"):
+                return MODELS.build(model)
+        except RuntimeError:  # Swin and ConvNeXt read what they compute
+            return MODELS.build(model)
