@@ -103,7 +103,7 @@ def export(
     measured = "as training left them" if network == "online" else "re-estimated on montages"
     if statistics_of != "none" and (statistics_of or target.freezes):
         encoder, measured = statistics.of_photographs(encoder, cfg, statistics_of)
-    weights, names = _rename(encoder, network, target, parts)
+    weights, names = _rename(encoder, network, target, parts, cfg.model.backbone)
     infinite = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
     if infinite:
         raise CheckpointError(
@@ -157,13 +157,13 @@ def _check_parts(target: Target, parts: Sequence[str], encoder: Encoder, cfg: Co
 
 
 def _rename(
-    encoder: Encoder, network: str, target: Target, parts: Sequence[str]
+    encoder: Encoder, network: str, target: Target, parts: Sequence[str], backbone: str
 ) -> tuple[Mapping[str, Tensor], dict[str, str]]:
     """The tensors of these parts by the target's names, and these by the checkpoint's."""
     weights, names = {}, {}
     state = encoder.state_dict()
     for ours, canonical in canonical_names(encoder).items():
-        theirs = target.rename(canonical) if ours.partition(".")[0] in parts else None
+        theirs = target.name_of(canonical, backbone) if ours.partition(".")[0] in parts else None
         if theirs is not None:
             names[f"{network}.{ours}"] = theirs
             weights[theirs] = state[ours].detach().contiguous().clone()
@@ -171,6 +171,7 @@ def _rename(
 
 
 def _metadata(cfg: Config, network: str, parts: Sequence[str], step: int) -> dict[str, Any]:
+    resnet = cfg.model.backbone.startswith("res")
     return {
         "method": "MCL (arXiv 2304.02010)",
         "mcl": __version__,
@@ -184,5 +185,5 @@ def _metadata(cfg: Config, network: str, parts: Sequence[str], step: int) -> dic
         "mean": list(cfg.augment.mean),
         "std": list(cfg.augment.std),
         "range": "mean and std are of pixel values from 0 to 1",
-        "stride": "in the 3x3 convolutions (STRIDE_IN_1X1 False)",
+        **({"stride": "in the 3x3 convolutions (STRIDE_IN_1X1 False)"} if resnet else {}),
     }

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mcl.config import ModelConfig
+from mcl.exporters import patch_nets
 from mcl.exporters.files import save_openmmlab
 from mcl.exporters.target import FIRST_SHORTCUT, RESNETS, Target, Twin
 from mcl.models.backbones import Backbone
@@ -25,6 +26,8 @@ BACKBONES: dict[str, dict[str, Any]] = {
     "resnext50_32x4d": {"type": "ResNeXt", "depth": 50, "groups": 32},
     "resnet50vd": {"type": "ResNetV1d", "depth": 50},
     "resnet101vd": {"type": "ResNetV1d", "depth": 101},
+    "convnext_t": {"type": "mmpretrain.ConvNeXt", "out_indices": [0, 1, 2, 3], "gap_before_final_norm": False},
+    "swin_t": {"type": "SwinTransformer"},
 }
 """Modules of OpenMMLab's two libraries for ours."""
 
@@ -76,8 +79,8 @@ def _build(file: str, config: ModelConfig, heads: Mapping[str, Any]) -> Any:
     with torch.device("meta"):
         channels = list(Backbone(config.backbone).channels[::-1])
     neck = {"in_channels": channels, "out_channels": config.width, "norm_cfg": _BATCH_NORM}
-    backbone = {**BACKBONES[config.backbone], "init_cfg": None}
-    shipped.merge_from_dict({"model": {"backbone": backbone, "neck": neck, **heads}})
+    shipped.model.backbone = {**BACKBONES[config.backbone], "init_cfg": None}
+    shipped.merge_from_dict({"model": {"neck": neck, **heads}})
     with DefaultScope.overwrite_default_scope("mmdet"):
         return MODELS.build(shipped.model)
 
@@ -118,6 +121,9 @@ RCNN = Target(
     parts={"backbone": r"backbone\.", "fpn": r"neck\.", "head": r"roi_head\.bbox_head\.shared_convs\."},
     saves={".pth": save_openmmlab},
     backbones=BACKBONES,
+    renames=patch_nets.renames("OpenMMLab", "backbone."),
+    adapt=patch_nets.adapt,
+    sizes={"swin_t": (256, 288)},  # it shifts windows even in maps no larger than one, of 7 x 7
     lacks=FIRST_SHORTCUT,
     usage=_usage,
     twins=[
@@ -140,6 +146,9 @@ RETINANET = Target(
     parts={"backbone": r"backbone\.", "fpn": r"neck\.(lateral_convs|fpn_convs\.[012])\."},
     saves={".pth": save_openmmlab},
     backbones=BACKBONES,
+    renames=patch_nets.renames("OpenMMLab", "backbone."),
+    adapt=patch_nets.adapt,
+    sizes={"swin_t": (256, 288)},  # it shifts windows even in maps no larger than one, of 7 x 7
     lacks=FIRST_SHORTCUT,
     usage=_usage,
     twins=[

@@ -14,7 +14,7 @@ def _build(config: ModelConfig) -> Any:
     from mmpretrain.models import ImageClassifier
 
     with DefaultScope.overwrite_default_scope("mmpretrain"):  # a fine-tuning before it leaves MMDetection's
-        return ImageClassifier({**BACKBONES[config.backbone], "out_indices": (0, 1, 2, 3)})
+        return ImageClassifier({**BACKBONES[config.backbone], "out_indices": [0, 1, 2, 3]})
 
 
 TARGET = Target(
@@ -24,6 +24,8 @@ TARGET = Target(
     saves={".pth": save_openmmlab},
     usage=lambda path, _: f"init_cfg = dict(type='Pretrained', checkpoint={path!r}, prefix='backbone.')",
     twins=[Twin("mmpretrain", INSTALL, _build, {"backbone": backbone})],
-    backbones=[name for name in BACKBONES if not name.endswith("vd")],
-    lacks="mmpretrain numbers the shortcuts of a ResNet-D otherwise",
+    renames=RCNN.renames,
+    adapt=RCNN.adapt,
+    backbones=[name for name in BACKBONES if not name.endswith("vd") and name != "swin_t"],
+    lacks="mmpretrain numbers the shortcuts of a ResNet-D and the merged patches of a Swin otherwise",
 )

@@ -62,6 +62,8 @@ def of_photographs(encoder: Encoder, cfg: Config, folder: str) -> tuple[Encoder,
         ) from None
     if len(source) < 2:
         raise ConfigError(f"--statistics: {source.root} has only {len(source)} images; statistics take 2 at least")
+    if not any(name.endswith("running_mean") for name, _ in encoder.backbone.named_buffers()):
+        raise ConfigError(f"--statistics: model.backbone={cfg.model.backbone} has no BatchNorm; leave it out")
     encoder = copy.deepcopy(encoder)
     prepared: Any = prepare([encoder.backbone], cfg, source, resolve_device(cfg.trainer.device))[0]
     encoder.backbone = prepared.cpu()

@@ -51,6 +51,10 @@ class Target:
     """Models that read the same names; none for a library that no package index has."""
     backbones: Collection[str] = RESNETS
     """Those of ``model.backbone`` that it has a module for."""
+    renames: Mapping[str, Callable[[str], str | None]] = field(default_factory=dict)
+    """By backbone: as `rename`, for the names that its tensors have without ``backbone.body.``."""
+    sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """By backbone: height and width of the image that proves an export, where not any will do."""
     lacks: str = ""
     """Why it has none for the others."""
     describe: Callable[[Config, Path, int], Mapping[str, Any]] = lambda config, path, step: {}
@@ -61,3 +65,10 @@ class Target:
     """Maps of the FPN that it takes, 2 is P2."""
     check: Callable[[ModelConfig, Sequence[str]], None] = lambda config, parts: None
     """Raises ConfigError for a model whose parts have other shapes than the target's."""
+
+    def name_of(self, canonical: str, backbone: str) -> str | None:
+        """The target's name of a tensor of a model with that backbone; None where it has no place for it."""
+        start = "backbone.body."
+        if backbone in self.renames and canonical.startswith(start):
+            return self.renames[backbone](canonical.removeprefix(start))
+        return self.rename(canonical)

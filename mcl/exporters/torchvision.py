@@ -20,6 +20,17 @@ _SIZES: dict[str, dict[str, Any]] = {
 """Of torchvision's detectors, by part."""
 
 
+MODELS = {
+    **{name: name for name in (*RESNETS, "resnext50_32x4d", "swin_t")},
+    "convnext_t": "convnext_tiny",
+}
+"""Its names of our backbones."""
+
+
+def _build(config: ModelConfig) -> Any:
+    return models.get_model(MODELS[config.backbone])
+
+
 def resnet_name(name: str) -> str:
     """Canonical name to that of a ResNet on its own."""
     return name.removeprefix("backbone.body.")
@@ -30,18 +41,35 @@ def _load(path: str) -> str:
     return f"model.load_state_dict({read}({path!r}), strict=False)"
 
 
-def _resnet_maps(model: nn.Module, image: Tensor) -> list[Tensor]:
-    return list(create_feature_extractor(model, ["layer1", "layer2", "layer3", "layer4"])(image).values())
+def _maps(model: nn.Module, image: Tensor) -> list[Tensor]:
+    if hasattr(model, "layer4"):
+        nodes = ["layer1", "layer2", "layer3", "layer4"]
+    else:
+        nodes = [f"features.{i}" for i in (1, 3, 5)] + ["permute" if hasattr(model, "permute") else "features.7"]
+    maps = list(create_feature_extractor(model, nodes)(image).values())
+    if hasattr(model, "permute"):  # Swin's maps are (n, h, w, channels), but behind its norm
+        maps[:3] = [x.permute(0, 3, 1, 2) for x in maps[:3]]
+    return maps
+
+
+def _without_norms(name: str) -> str | None:
+    """ConvNeXt ends without a norm of a map, Swin with one, of the last."""
+    return name if name.startswith("features.") else None
+
+
+def _with_last_norm(name: str) -> str | None:
+    return _without_norms(name) or (name.replace("norms.3", "norm") if name.startswith("norms.3.") else None)
 
 
 RESNET = Target(
     name="torchvision",
     rename=resnet_name,
-    parts={"backbone": r"(?!fc\.)"},
+    parts={"backbone": r"(?!fc\.|head\.|classifier\.)"},
     saves=_SAVES,
-    usage=lambda path, backbone: f"model = torchvision.models.{backbone}()\n{_load(path)}",
-    twins=[Twin("torchvision", _INSTALL, lambda config: models.get_model(config.backbone), {"backbone": _resnet_maps})],
-    backbones=(*RESNETS, "resnext50_32x4d"),
+    usage=lambda path, backbone: f"model = torchvision.models.{MODELS[backbone]}()\n{_load(path)}",
+    twins=[Twin("torchvision", _INSTALL, _build, {"backbone": _maps})],
+    renames={"convnext_t": _without_norms, "swin_t": _with_last_norm},
+    backbones=MODELS,
     lacks="torchvision has no ResNet-D",
 )
 

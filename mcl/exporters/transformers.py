@@ -15,7 +15,7 @@ from torch import Tensor
 from mcl.config import ModelConfig
 from mcl.exporters import timm
 from mcl.exporters.files import Metadata, Weights, json_bytes, safetensors_bytes
-from mcl.exporters.target import FIRST_SHORTCUT, Target, Twin
+from mcl.exporters.target import Target, Twin
 
 _PREFIX = "model.backbone.model."
 _INSTALL = "pip install 'transformers>=5' timm"
@@ -127,8 +127,8 @@ DETR = Target(
     pack=partial(_pack, _detr, "detr", "Detr"),
     usage=partial(_usage, "Detr", "ConditionalDetr and DeformableDetr"),
     twins=[_twin(_detr, name, _detr_maps) for name in ("Detr", "ConditionalDetr", "DeformableDetr")],
-    backbones=timm.MODELS,
-    lacks=FIRST_SHORTCUT,
+    backbones=[name for name in timm.MODELS if name.startswith("res")],
+    lacks="DETR takes ResNets of timm's, which has no ResNet-D of 18 or 34 layers as RT-DETR has it",
     freezes=True,
 )
 

@@ -1,5 +1,6 @@
 """Proof of an export: the target's own models load it, lack nothing of it, and compute the same features."""
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -26,7 +27,7 @@ def verify(
     Args:
         weights: what is exported, under the target's names.
         parts: of the model, that the weights are of.
-        encoder: that they come from; in evaluation mode afterwards.
+        encoder: that they come from. Where the target has no norm of a map, it is compared without.
 
     Raises:
         ConfigError: the target's library is not installed, or is on no package index.
@@ -34,7 +35,11 @@ def verify(
     """
     if not target.twins:
         raise ConfigError(f"--verify: {target.name} is on no package index, so it cannot be tried; export without")
-    inputs, ours = _features(encoder.eval(), target.maps)
+    encoder = copy.deepcopy(encoder).eval()
+    for i in range(4):
+        if config.backbone in target.renames and not target.renames[config.backbone](f"norms.{i}.weight"):
+            encoder.backbone.set_submodule(f"norms.{i}", nn.Identity(), strict=True)
+    inputs, ours = _features(encoder, target.maps, target.sizes.get(config.backbone, (96, 64)))
     difference, models, fresh = 0.0, [], dict[str, None]()
     for twin in target.twins:
         try:
@@ -69,9 +74,11 @@ def _load(theirs: nn.Module, weights: Mapping[str, Tensor], names: Sequence[str]
     return [name for name in own if name not in claimed]
 
 
-def _features(encoder: Encoder, maps: Sequence[int]) -> tuple[dict[str, Any], dict[str, list[Tensor]]]:
+def _features(
+    encoder: Encoder, maps: Sequence[int], size: tuple[int, int]
+) -> tuple[dict[str, Any], dict[str, list[Tensor]]]:
     """Input and output of every part for one random image; `maps` are those of the FPN that are wanted."""
-    image = torch.randn(1, 3, 96, 64, generator=torch.Generator().manual_seed(0))
+    image = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
     backbone = encoder.backbone(image)  # coarsest first
     levels = range(len(encoder.fpn.depths))
     pyramid = {5 - encoder.fpn.depths[i]: p for i, p in zip(levels, encoder.fpn(backbone, levels), strict=True)}

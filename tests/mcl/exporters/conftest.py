@@ -23,6 +23,10 @@ def make_model(geometry: Geometry, **model: Any) -> MCL:
             tensor.normal_(0, 0.1)
         elif name.endswith("running_var"):
             tensor.uniform_(0.5, 2)
+        elif name.endswith(("layer_scale", "relative_position_bias_table")):
+            tensor.normal_()
+        elif ".norm" in name and tensor.ndim == 1 and name.endswith(("weight", "bias")):
+            tensor.normal_(float(name.endswith("weight")), 0.1)
         elif name.startswith("target.") and tensor.ndim > 1:
             tensor.mul_(0.5)
     return made
