@@ -70,8 +70,11 @@ class ModelConfig:
         "resnet34vd",
         "resnet50vd",
         "resnet101vd",
+        "convnext_t",
+        "swin_t",
     ] = "resnet50"
-    """Backbone, named as in torchvision. Those with vd are the ResNet-D of RT-DETR."""
+    """Backbone, named as in torchvision. Those with vd are the ResNet-D of RT-DETR. ConvNeXt and Swin drop no paths
+    (stochastic depth 0) and want optim.name=adamw, as in their presets."""
     init: Annotated[str, Trait.PATH, Trait.AT_START] = ""
     """Weights that a new run starts from: a file of ours or of another library (docs/weights.md says which), or what a
     library downloads, as torchvision:resnet50 or timm:resnet50.a1_in1k. The backbone must be whole; FPN and region head
@@ -121,8 +124,9 @@ class OptimConfig:
     trust_coefficient: float = Field(default=1e-3, gt=0)
     """LARS trust coefficient."""
     exclude: Literal["ndim<=1", "released"] = "ndim<=1"
-    """Parameters without weight decay and trust ratio: all vectors, or those the authors' regular expression finds
-    (it misses the BatchNorm scales of downsampling branches and MLPs)."""
+    """Parameters without weight decay and trust ratio: all vectors, with ConvNeXt's layer scales and Swin's relative
+    position tables, or those the authors' regular expression finds (it misses the BatchNorm scales of downsampling
+    branches and MLPs)."""
     clip_norm: float = Field(default=500.0, ge=0)
     """Gradients are scaled down to this global L2 norm; 0 switches clipping off."""
     ema: float = Field(default=0.99, ge=0, le=1)

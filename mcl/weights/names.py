@@ -46,7 +46,8 @@ def _lightly(name: str) -> str:
 
 
 CONVENTIONS: dict[str, Rename] = {
-    **{name: target.rename for name, target in TARGETS.items()},
+    # ultralytics' detectors were trained with another activation, input and epsilon of BatchNorm.
+    **{name: target.rename for name, target in TARGETS.items() if name != "ultralytics-rtdetr"},
     "detectron2-model": _detectron2_model,
     "mcl-released": _released,
     "soco": _soco,
