@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
-from mcl import commands, evaluation, exporters, finetune
+from mcl import commands, exporters, finetune
 from mcl import config as configuration
 from mcl.config import Config
 from mcl.exporters import Report
 from mcl.finetune import THRESHOLD
 from mcl.models.backbones import Backbone
-from mcl.records.metrics import Record, read
+from mcl.records.metrics import EVALUATIONS, Record, read
 from mcl.train import checkpoint
-from mcl.train.trainer import resolve_device
 
 if TYPE_CHECKING:
     from mcl.finetune.pictures import Detections
@@ -71,6 +70,11 @@ class Run:
         """Of ``metrics.jsonl``, in the order of steps."""
         return read(self.folder / "metrics.jsonl")
 
+    @property
+    def evaluations(self) -> list[Record]:
+        """Of ``evaluations.jsonl``: those during and after the run, and those of :func:`evaluate` since."""
+        return read(self.folder / EVALUATIONS)
+
 
 def pretrain(config: str | Path | Config, /, **keys: Any) -> Run:
     """Trains, or continues the run in the configuration's folder, on all GPUs, or the CPU where there is none.
@@ -89,7 +93,9 @@ def pretrain(config: str | Path | Config, /, **keys: Any) -> Run:
     return Run(cfg)
 
 
-def evaluate(name: Literal["retrieval", "knn", "linear"], checkpoint_file: str | Path, /, **keys: Any) -> list[Record]:
+def evaluate(
+    name: Literal["retrieval", "knn", "linear", "svm"], checkpoint_file: str | Path, /, **keys: Any
+) -> list[Record]:
     """Scores a checkpoint beside its random initialisation.
 
     Args:
@@ -103,9 +109,7 @@ def evaluate(name: Literal["retrieval", "knn", "linear"], checkpoint_file: str |
     Raises:
         CheckpointError, ConfigError, SourceError: wrong input.
     """
-    model, cfg = checkpoint.load_model(checkpoint_file)
-    cfg = load_config(cfg, **keys)
-    return list(evaluation.evaluate(name, model, cfg, resolve_device(cfg.trainer.device)))
+    return commands.evaluate(name, Path(checkpoint_file), dict(_by_dotted_key(keys)))
 
 
 def export(

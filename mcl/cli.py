@@ -139,11 +139,16 @@ def _parser() -> argparse.ArgumentParser:
         description="Scores a checkpoint beside its random initialisation, on data.root and data.val_root.",
         epilog=textwrap.dedent("""\
             retrieval  whether a tile's embedding is nearest to that of its own image, among evaluation.gallery images
-            knn        class by the evaluation.k nearest training images, by the cosine of pooled C5 features, weighted
-            linear     class by a logistic regression on these features, fitted to all training images by L-BFGS
+            knn        class by the evaluation.k nearest training images, by the cosine of pooled features, weighted
+            linear     class by a logistic regression on these features
+            svm        mean average precision of a support vector machine for each class; images may have several, which
+                       evaluation.annotations and evaluation.val_annotations say
+
+            evaluation.features says which these are, evaluation.labels of how many images the class is known; scores of
+            a run's checkpoint also go to its evaluations.jsonl and report.html.
             """),
     )
-    evaluate.add_argument("name", choices=["retrieval", "knn", "linear"])
+    evaluate.add_argument("name", choices=["retrieval", "knn", "linear", "svm"])
     evaluate.add_argument("checkpoint", type=Path, help="e.g. runs/demo/checkpoints/last.pt")
     add_overrides(evaluate, "e.g. data.root=FOLDER data.val_root=FOLDER")
 
@@ -320,9 +325,9 @@ def _pretrain(options: argparse.Namespace) -> Iterable[str]:
 
 
 def _evaluate(options: argparse.Namespace) -> Iterable[str]:
-    from mcl import commands
+    from mcl import commands, evaluation
 
-    return commands.evaluate(options.name, options.checkpoint, options.overrides)
+    return map(evaluation.describe, commands.evaluate(options.name, options.checkpoint, options.overrides))
 
 
 def _export(options: argparse.Namespace) -> Iterable[object]:

@@ -4,9 +4,11 @@ import dataclasses
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
@@ -14,8 +16,8 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from dali_pipelines.batch import MontageBatch
 from dali_pipelines.geometry import nearest_legal
-from dali_pipelines.loader import BadDataError, MontageLoader
-from dali_pipelines.source import Source, SourceError, index_file, open_images
+from dali_pipelines.loader import MontageLoader
+from dali_pipelines.source import Source, index_file, open_images
 from mcl import config, distributed, evaluation
 from mcl.config import Config, ConfigError, DataConfig
 from mcl.distributed import local
@@ -24,7 +26,7 @@ from mcl.evaluation.scoring import describe
 from mcl.objectives import Objective
 from mcl.records import preview as pictures
 from mcl.records import report
-from mcl.records.metrics import Metrics, log, log_to_file, read, recorded_errors
+from mcl.records.metrics import EVALUATIONS, Record, RecordError, append, log, log_to_file, read, recorded_errors
 from mcl.signals import Interrupted
 from mcl.train import arithmetic, checkpoint
 from mcl.train.trainer import Trainer, resolve_device
@@ -71,7 +73,7 @@ def pretrain(cfg: Config) -> None:
         trainer = Trainer(cfg)
         first = distributed.rank() == 0
         if not trainer.finished:
-            if first:
+            if first and trainer.step < trainer.steps:
                 _draw(cfg, lambda folder: montages(cfg, trainer.step, folder, trainer.loader.source))
             try:
                 trainer.fit()
@@ -86,36 +88,18 @@ def pretrain(cfg: Config) -> None:
 
 def _finish(trainer: Trainer) -> None:
     cfg, folder = trainer.config, trainer.folder
-    done = [r for r in read(folder / "metrics.jsonl") if r["kind"] == "eval" and r["step"] == trainer.step]
-    missing = [name for name in cfg.evaluation.at_end if name not in {r["name"] for r in done}]
-    if trainer.finished and not missing and (folder / "report.html").exists():
+    if trainer.finished and (folder / "report.html").exists():
         log.info("the run is finished: all %d steps are done", trainer.step)
-        for scores in done:
-            log.info("%s", describe(scores))
+        for scores in read(folder / EVALUATIONS):
+            if scores["step"] == trainer.step and scores["by"] == "run":
+                log.info("%s", describe(scores))
     else:
         if trainer.finished:
             log_to_file(folder)
-        if missing:
-            _evaluate(trainer, missing)
         _draw(cfg, lambda pictures_folder: features(trainer.model, cfg, pictures_folder))
         report.write(folder)
     log.info("report: %s", folder / "report.html")
     log.info("weights: %s", folder / "checkpoints" / checkpoint.LAST)
-
-
-def _evaluate(trainer: Trainer, names: Sequence[str]) -> None:
-    metrics = Metrics(trainer.config, trainer.step)
-    for name in names:
-        try:
-            # All of its splits or none.
-            records = list(evaluation.evaluate(name, trainer.model, trainer.config, trainer.device))
-        except (ConfigError, SourceError, BadDataError) as error:  # the images changed; the weights are none the worse
-            log.warning("no %s: %s", name, error)
-            continue
-        for scores in records:
-            metrics.write({**scores, "step": trainer.step})
-            log.info("%s", describe(scores))
-    metrics.close()
 
 
 def _draw(cfg: Config, picture: Callable[[Path], Path]) -> None:
@@ -127,17 +111,27 @@ def _draw(cfg: Config, picture: Callable[[Path], Path]) -> None:
         log.warning("no picture: %s: %s", type(error).__name__, error)
 
 
-def evaluate(name: str, path: Path, overrides: Sequence[str]) -> Iterator[str]:
-    """Scores a checkpoint; yields a line or two per split.
+def evaluate(name: str, path: Path, overrides: Sequence[str] | Mapping[str, Any]) -> list[Record]:
+    """Scores a checkpoint, by a record for each split; a run's own checkpoint also in the run's list and report.
 
     Raises:
         CheckpointError, ConfigError, SourceError: wrong input.
     """
-    model, cfg = checkpoint.load_model(path)
+    state = checkpoint.load(path)
+    model, cfg = checkpoint.built(state, path)
     cfg = config.override(cfg, overrides)
     arithmetic.choose(cfg.trainer)
-    for scores in evaluation.evaluate(name, model, cfg, resolve_device(cfg.trainer.device)):
-        yield describe(scores)
+    records = evaluation.evaluate([name], model, cfg, resolve_device(cfg.trainer.device))
+    folder = path.absolute().parent.parent
+    if path.absolute().parent.name == "checkpoints" and (folder / "config.yaml").exists():
+        try:
+            for record in records:
+                append(folder / EVALUATIONS, {**record, "step": state["step"], "by": "mcl evaluate"})
+            if (folder / "report.html").exists():
+                report.write(folder)
+        except (RecordError, OSError) as error:  # somebody else's run, perhaps
+            warnings.warn(f"{error}; the scores are in no file", stacklevel=2)
+    return records
 
 
 def preview(path: Path, overrides: Sequence[str], step: int, output: Path | None = None) -> Iterator[Path]:

@@ -198,6 +198,9 @@ class TrainerConfig:
     """Epochs between two checkpoints."""
     keep: Annotated[int, Trait.RESUMABLE] = Field(default=3, ge=1)
     """Checkpoints kept; older ones are deleted."""
+    keep_best: Annotated[Literal["none", "retrieval", "knn", "linear", "svm"], Trait.RESUMABLE] = "none"
+    """Evaluation whose best checkpoint is kept as well, under the name best.pt: by top-1 accuracy, of retrieval by its
+    mean over the levels, on held-out images where there are any. It takes evaluation.every."""
     resume: Annotated[Literal["auto", "never"], Trait.RESUMABLE] = "auto"
     """auto continues the run found in the run folder; never refuses to touch a folder that holds one."""
     init_from: Annotated[str, Trait.PATH] = ""
@@ -209,14 +212,29 @@ class TrainerConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class EvaluationConfig:
-    at_end: tuple[Literal["retrieval", "knn", "linear"], ...] = ()
+    at_end: tuple[Literal["retrieval", "knn", "linear", "svm"], ...] = ()
     """Evaluations at the end of a run."""
+    every: float = Field(default=0.0, ge=0, le=1e6)
+    """Epochs between two evaluations during the run, each after a checkpoint; the first one before the first step.
+    0: none. They leave what the run computes as it is."""
+    during: tuple[Literal["retrieval", "knn", "linear", "svm"], ...] = ("retrieval",)
+    """Which these are; on the images of data.val_root, or on those trained on without it."""
     gallery: int = Field(default=32, ge=2)
     """Retrieval: images in a gallery."""
     galleries: int = Field(default=32, ge=2)
     """Retrieval: galleries, each with new crops and montages; scores are averaged."""
     k: int = Field(default=10, ge=1)
     """Neighbours that vote in kNN."""
+    features: Literal["c2", "c3", "c4", "c5", "p2", "p3", "p4", "p5"] = "c5"
+    """What kNN, linear probe and SVM see: the mean over space of a stage of the backbone or of a level of the FPN."""
+    labels: float = Field(default=1.0, gt=0, le=1)
+    """Fraction of the images of every class whose labels kNN and linear probe know, drawn by trainer.seed; such as
+    0.01 or 0.1."""
+    annotations: Annotated[str, Trait.PATH, Trait.OF_A_MACHINE] = ""
+    """SVM: file in COCO format with the classes of the images of data.root, such as VOC 2007's trainval set; images
+    that it does not name are left out."""
+    val_annotations: Annotated[str, Trait.PATH, Trait.OF_A_MACHINE] = ""
+    """SVM: the same for data.val_root."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -261,6 +279,12 @@ class Config:
             )
         if self.model.init and self.trainer.init_from:
             raise ValueError("trainer.init_from: is the old name of model.init, which is set, too; leave it out")
+        best, evaluation = self.trainer.keep_best, self.evaluation
+        if best != "none" and (not evaluation.every or best not in evaluation.during):
+            raise ValueError(
+                f"trainer.keep_best: {best} is not evaluated during the run; set evaluation.every=1, for instance, and "
+                f"evaluation.during=[{best}]"
+            )
         if not is_folder_name(self.name):
             raise ValueError(f"name: {self.name!r} is not a plain folder name")
         return self

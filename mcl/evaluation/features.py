@@ -8,6 +8,7 @@ import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +23,6 @@ from dali_pipelines.plan import order
 from dali_pipelines.source import Source
 from mcl import distributed
 from mcl.config import Config, ConfigError
-from mcl.models import Encoder
 
 BATCH = 64
 """Photographs of a step and process."""
@@ -105,20 +105,20 @@ class Pooled(nn.Module):
         name: c2 to c5, a stage of the backbone, or p2 to p5, a level of the pyramid.
 
     Raises:
-        ConfigError: the pyramid has no such level.
+        ConfigError: there is no such level.
     """
 
-    def __init__(self, encoder: Encoder, name: str) -> None:
+    def __init__(self, encoder: Any, name: str) -> None:
         super().__init__()
         self.backbone, self.stage = encoder.backbone, 5 - int(name[1])
-        self.fpn = encoder.fpn if name[0] == "p" else None
-        levels = encoder.fpn.depths
-        if self.fpn is not None and self.stage not in levels:
-            raise ConfigError(
-                f"evaluation.features: {name} is none of the levels that montage.ratios={list(encoder.ratios)} make; "
-                f"those are {', '.join(f'p{5 - depth}' for depth in levels)}"
-            )
-        self.level = levels.index(self.stage) if self.fpn is not None else 0
+        self.fpn, self.level = None, 0
+        if name[0] == "p":
+            self.fpn = getattr(encoder, "fpn", None)
+            levels = () if self.fpn is None else self.fpn.depths
+            if self.stage not in levels:
+                known = ", ".join(f"p{5 - depth}" for depth in levels) or "none, for want of an FPN"
+                raise ConfigError(f"evaluation.features: {name} is none of the levels that the model has: {known}")
+            self.level = levels.index(self.stage)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(n, 3, S, S) to (n, channels)."""
@@ -191,10 +191,9 @@ def extract(
     values: list[Tensor] = [torch.empty(0, 0) for _ in networks]
     index = torch.empty(total, dtype=torch.int64)
     done = 0
-    bar = tqdm(total=total, desc="features", unit=" images", disable=_hidden(), delay=1, leave=False)
-    for pixels, own in photos(config, source, device, numbers):
-        if len(own):
-            for i, network in enumerate(networks):
+    with tqdm(total=total, desc="features", unit=" images", disable=_hidden(), delay=1, leave=False) as bar:
+        for pixels, own in photos(config, source, device, numbers):
+            for i, network in enumerate(networks if len(own) else ()):
                 computed = network(pixels)
                 if not done:
                     values[i] = torch.empty(total, computed.shape[1])
@@ -202,8 +201,7 @@ def extract(
             index[done : done + len(own)] = own
             done += len(own)
             bar.update(len(own))
-        progress()
-    bar.close()
+            progress()
     labels = torch.from_numpy(source.labels)[index[:done]]
     widths = distributed.gather_objects([own.shape[1] for own in values])  # which who had no image does not know
     return [

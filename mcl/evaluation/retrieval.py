@@ -8,19 +8,20 @@ Chance is 1 / gallery.
 import copy
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
-from tqdm.auto import tqdm
 
 from dali_pipelines.batch import MontageBatch
 from dali_pipelines.geometry import nearest_legal
-from dali_pipelines.loader import MontageLoader
+from dali_pipelines.loader import MontageLoader, default_threads
 from dali_pipelines.source import Source
+from mcl import distributed
 from mcl.config import Config, ConfigError
+from mcl.evaluation.features import Progress
 from mcl.models import Encoder
 from mcl.objectives import OBJECTIVES, Objective
 
@@ -88,9 +89,11 @@ def check_gallery(config: Config, source: Source) -> None:
 
 
 def retrieval(
-    models: Sequence[Objective], config: Config, source: Source, device: torch.device
+    models: Sequence[Objective], config: Config, source: Source, device: torch.device, progress: Progress = lambda: None
 ) -> list[tuple[list[float], list[float]]]:
     """Scores models on the same montages of `source`; their BatchNorm statistics are re-estimated on others first.
+
+    Galleries are divided among the processes; those of any number of processes are the same.
 
     Returns:
         Per model, top-1 accuracy per level, the mean over galleries, and its standard error.
@@ -99,20 +102,42 @@ def retrieval(
         ConfigError: see :func:`check_gallery`.
     """
     check_gallery(config, source)
+    world, rank, count = distributed.world_size(), distributed.rank(), config.evaluation.galleries
+    most, first, end = -(-count // world), rank * count // world, (rank + 1) * count // world
+    with distributed.alone():
+        tables = list(_tables(models, config, source, device, (first, end, most), progress))
+    scores = torch.cat([part for parts in distributed.gather_objects(tables) for part in parts])
+    means, errors = scores.mean(0), scores.std(0) / count**0.5  # (models, L)
+    return list(zip(means.tolist(), errors.tolist(), strict=True))
+
+
+def _tables(
+    models: Sequence[Objective],
+    config: Config,
+    source: Source,
+    device: torch.device,
+    galleries: tuple[int, int, int],
+    progress: Progress,
+) -> Iterator[Tensor]:
+    """(1, models, L) accuracies on each gallery from the first to before the end; all processes make as many steps."""
     seed = (config.trainer.seed + _FRESH) % 2**63
     plan = config.plan(len(source), config.evaluation.gallery, geometry=config.montage.final, seed=seed)
     scored = [_levelwise(model).to(device, torch.float32) for model in models]
     data = dataclasses.replace(config.data, max_bad_fraction=1.0)  # training has listed and judged the bad files
-    with MontageLoader(source, plan, data, gpu=device.index) as loader:
-        batches = (tuple(view.to(device, torch.float32) for view in pair) for pair in loader)
-        first = itertools.islice(batches, _STATISTICS_BATCHES)
-        update_bn(([views] for views in first), _All(scored).eval())  # it passes on the first entry of a list
-        count = config.evaluation.galleries
-        galleries = itertools.islice(batches, count)
-        tables = [
-            torch.stack([model.matches(query, key).mean(0) for model in scored])
-            for query, key in tqdm(galleries, "galleries", count, disable=None, delay=1, leave=False)
-        ]
-    scores = torch.stack(tables, 1)  # (models, galleries, L)
-    errors = scores.std(1) / scores.shape[1] ** 0.5
-    return list(zip(scores.mean(1).tolist(), errors.tolist(), strict=True))
+    threads = data.threads or default_threads(distributed.local_world_size())
+    first, end, most = galleries
+    with MontageLoader(source, plan, data, gpu=device.index, threads=threads) as loader:
+
+        def batches(start: int, steps: int) -> Iterator[list[MontageBatch]]:
+            if loader.position != start:
+                loader.load_state_dict({"position": start, "bad": {}})
+            for pair in itertools.islice(loader, steps):
+                progress()
+                yield [view.to(device, torch.float32) for view in pair]
+
+        # update_bn passes on the first entry of a list.
+        update_bn(([views] for views in batches(0, _STATISTICS_BATCHES)), _All(scored).eval())
+        for query, key in batches(_STATISTICS_BATCHES + first, end - first):
+            yield torch.stack([model.matches(query, key).mean(0) for model in scored]).cpu()[None]
+        for _ in range(most - (end - first)):
+            progress()

@@ -1,41 +1,92 @@
-"""The evaluations as a user meets them: trained beside random, on photographs trained on and on held-out ones."""
+"""The evaluations as a user meets them: trained beside random, on photographs trained on and on held-out ones.
 
+All processes take part. Nothing that training computes is changed by them: networks are copied, and random states and
+PyTorch's switches are afterwards what they were.
+"""
+
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 
 import numpy as np
 import torch
+from torch import nn
 
 from dali_pipelines.source import Source, open_images
+from mcl import distributed
 from mcl.config import Config, ConfigError
-from mcl.evaluation import knn_linear
-from mcl.evaluation.features import Pooled, extract, prepare
+from mcl.evaluation import knn_linear, svm
+from mcl.evaluation.features import Features, Numbers, Pooled, Progress, extract, prepare
 from mcl.evaluation.retrieval import check_gallery, retrieval
 from mcl.objectives import Objective, build
 from mcl.records.metrics import Record
 
+Sources = Mapping[str, Source]
+"""The images by split: ``train`` (data.root), and ``val`` where data.val_root is set."""
 
-def evaluate(name: str, model: Objective, config: Config, device: torch.device) -> Iterator[Record]:
-    """Scores copies of a model; yields a record for ``train`` (data.root), and for ``val`` where data.val_root is set.
+
+@torch.no_grad()
+def evaluate(
+    names: Sequence[str],
+    model: Objective,
+    config: Config,
+    device: torch.device,
+    sources: Sources | None = None,
+    held_out: bool = False,
+    progress: Progress = lambda: None,
+) -> list[Record]:
+    """Scores copies of a model, beside the same network untrained; a record for each name and split.
+
+    Args:
+        names: retrieval, knn, linear, svm; kNN and linear probe are given the same features.
+        sources: the images; None opens them.
+        held_out: leaves out the images trained on, where others can serve.
+        progress: see :data:`mcl.evaluation.features.Progress`.
 
     Raises:
         ConfigError: an evaluation that these images cannot serve.
     """
-    sources = _sources(config, open_images(config.data))
-    torch.manual_seed(config.trainer.seed)
-    networks = (model, build(config, model.classes))  # the second is the same network, untrained
-    records = _retrieval if name == "retrieval" else partial(_classes, name)
-    for record in records(networks, config, sources, device):
-        yield {"kind": "eval", "name": name, **record}
+    if sources is None:
+        train = open_images(config.data)
+        sources = {"train": train, **open_held_out(config)}
+    for name in names:
+        check(name, config, sources)
+    records: list[Record] = []
+    with _undisturbed(device):
+        torch.manual_seed(config.trainer.seed)
+        random = build(config, model.classes)  # the same network, untrained
+        if "retrieval" in names:
+            found = _retrieval((model, random), config, _splits(config, sources, held_out), device, progress)
+            records += [{"name": "retrieval", **record} for record in found]
+        if classifiers := [name for name in names if name in ("knn", "linear")]:
+            records += _classes(classifiers, model, random, config, sources, device, progress)
+        if "svm" in names:
+            records.append({"name": "svm", **_svm(model, random, config, sources, device, progress)})
+    return [{"kind": "eval", **record} for record in records]
+
+
+@contextlib.contextmanager
+def _undisturbed(device: torch.device) -> Iterator[None]:
+    """Afterwards random states and cuDNN's choice of algorithms are what they were, and the GPU's memory is free."""
+    timing, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+    try:
+        with torch.random.fork_rng([device.index] if device.type == "cuda" else []):
+            if device.type == "cuda":
+                torch.cuda.empty_cache()  # of which the loader's pipelines know nothing
+            yield
+    finally:
+        torch.backends.cudnn.benchmark = timing
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def describe(record: Record) -> str:
     """An evaluation record in a few words."""
     if record["name"] != "retrieval":
+        what, chance = ("mAP  ", "chance") if record["name"] == "svm" else ("top-1", "largest")
         return (
-            f"{record['name']:<9} {record['split']:<5} top-1 {record['accuracy']:6.1%}   random network "
-            f"{record['random']:6.1%}   largest of {record['classes']} classes {record['chance']:6.1%}"
+            f"{record['name']:<9} {record['split']:<5} {what} {record['accuracy']:6.1%}   random network "
+            f"{record['random']:6.1%}   {chance} of {record['classes']} classes {record['chance']:6.1%}"
         )
 
     def row(values: list[float], errors: list[float]) -> str:
@@ -48,8 +99,14 @@ def describe(record: Record) -> str:
     )
 
 
-def check_evaluations(config: Config, source: Source) -> None:
-    """Refuses before a run what its ``evaluation.at_end`` would refuse behind it.
+def score(record: Record) -> float:
+    """The one number by which checkpoints are compared: accuracy or mAP, of retrieval the mean over levels."""
+    value: float = float(np.mean(record["levels"])) if record["name"] == "retrieval" else record["accuracy"]
+    return value
+
+
+def check_evaluations(config: Config, source: Source) -> dict[str, Source]:
+    """Refuses before a run what its evaluations would refuse later; returns its held-out images, as ``val``.
 
     Args:
         source: the images of data.root.
@@ -57,26 +114,52 @@ def check_evaluations(config: Config, source: Source) -> None:
     Raises:
         ConfigError, SourceError: an evaluation that these images cannot serve.
     """
-    sources = _sources(config, source) if config.evaluation.at_end else {}
-    for name in config.evaluation.at_end:
-        if name == "retrieval":
-            check_gallery(config, source)
-        else:
-            _check_classes(name, config, sources)
+    names = {*config.evaluation.at_end, *(config.evaluation.during if config.evaluation.every else ())}
+    held_out = open_held_out(config) if names else {}
+    for name in sorted(names):
+        check(name, config, {"train": source, **held_out})
+    return held_out
 
 
-def _sources(config: Config, train: Source) -> dict[str, Source]:
-    """By split."""
-    return {"train": train} | ({"val": open_images(config.data, held_out=True)} if config.data.val_root else {})
+def open_held_out(config: Config) -> dict[str, Source]:
+    """The images of data.val_root as ``val``; none where it is not set."""
+    return {"val": open_images(config.data, held_out=True)} if config.data.val_root else {}
+
+
+def check(name: str, config: Config, sources: Sources) -> None:
+    """
+    Raises:
+        ConfigError: an evaluation that these images cannot serve.
+    """
+    train, val = sources["train"], sources.get("val")
+    if name == "retrieval":
+        return check_gallery(config, train)
+    if name == "svm":
+        return svm.check(config)
+    if len(train.classes) < 2:
+        raise ConfigError(
+            f"data.root: {config.data.root} has no classes for {name} to tell apart; use class folders, or "
+            f"leave {name} out of evaluation.at_end and evaluation.during"
+        )
+    if val is None and name == "linear":
+        raise ConfigError("data.val_root: the linear probe needs held-out images; set it to a folder of class folders")
+    if val is not None and (not val.classes or not set(val.classes) <= set(train.classes)):
+        strange = sorted(set(val.classes) - set(train.classes))
+        what = f"has classes that data.root lacks, e.g. {strange[0]}" if strange else "has no classes"
+        raise ConfigError(f"data.val_root: {config.data.val_root} {what}; lay both out as the same class folders")
+
+
+def _splits(config: Config, sources: Sources, held_out: bool) -> dict[str, Source]:
+    """Those that make a gallery; with `held_out` the last of them alone."""
+    enough = {split: own for split, own in sources.items() if len(own) >= config.evaluation.gallery}
+    return dict(list(enough.items())[-1:]) if held_out else enough
 
 
 def _retrieval(
-    networks: Sequence[Objective], config: Config, sources: Mapping[str, Source], device: torch.device
+    networks: Sequence[Objective], config: Config, sources: Sources, device: torch.device, progress: Progress
 ) -> Iterator[Record]:
     for split, source in sources.items():
-        if split == "val" and len(source) < config.evaluation.gallery:
-            continue
-        (levels, errors), (random, random_errors) = retrieval(networks, config, source, device)
+        (levels, errors), (random, random_errors) = retrieval(networks, config, source, device, progress)
         yield {
             "split": split,
             "gallery": config.evaluation.gallery,
@@ -89,50 +172,90 @@ def _retrieval(
 
 
 def _classes(
-    name: str, networks: Sequence[Objective], config: Config, sources: Mapping[str, Source], device: torch.device
+    names: Sequence[str],
+    model: Objective,
+    random: Objective,
+    config: Config,
+    sources: Sources,
+    device: torch.device,
+    progress: Progress,
 ) -> Iterator[Record]:
-    _check_classes(name, config, sources)
-    train_source, val_source = sources["train"], sources.get("val")
-    classes, k = len(train_source.classes), config.evaluation.k
-    pooled = [Pooled(network.online, "c5") for network in networks]
-    backbones = prepare(pooled, config, train_source, device)
-    trained_on = extract(backbones, config, train_source, device)
-    held_out = trained_on
-    if val_source is not None:
-        held_out = extract(backbones, config, _renumber(val_source, train_source), device)
-    accuracies = []
-    for train, test in zip(trained_on, held_out, strict=True):
-        train, test = (own.select(own.labels >= 0) for own in (train, test))
-        truth = test.labels
-        if name == "knn":
-            guess = knn_linear.knn(train.values, train.labels, test.values, k, classes, same=val_source is None)
-        else:
-            guess = knn_linear.linear(train.values, train.labels, test.values, classes)
-        accuracies.append((guess == truth).float().mean().item())
-    yield {
-        "split": "train" if val_source is None else "val",
-        "accuracy": accuracies[0],
-        "random": accuracies[1],
-        "chance": (truth.bincount().max() / len(truth)).item(),
-        "classes": classes,
-        "k": k,
-    }
-
-
-def _check_classes(name: str, config: Config, sources: Mapping[str, Source]) -> None:
-    """kNN and linear probe need classes, the same in both splits."""
     train, val = sources["train"], sources.get("val")
-    if len(train.classes) < 2:
+    own = config.evaluation
+    classes, seed = len(train.classes), config.trainer.seed
+    networks = _networks(model, random, config, train, device, progress)
+    shown = labelled(train, own.labels, seed)
+    learnt = extract(list(networks.values()), config, train, device, shown, progress)
+    tested = learnt
+    if val is not None:
+        val = _renumber(val, train)
+        tested = extract(list(networks.values()), config, val, device, labelled(val), progress)
+    counts = sum(distributed.gather_objects(tested[0].labels.bincount(minlength=classes)))
+    for name in names:
+        scores = {}
+        for key, of_train, of_test in zip(networks, learnt, tested, strict=True):
+            if name == "knn":
+                guess = knn_linear.knn(of_train, of_test, own.k, classes, device, val is None, progress)
+            else:
+                guess = knn_linear.linear(of_train, of_test, classes, device, seed, progress)
+            scores[key] = sum(distributed.gather_objects(int((guess == of_test.labels).sum()))) / _images(of_test)
+        yield {
+            "name": name,
+            "split": "train" if val is None else "val",
+            **scores,
+            "chance": (counts.max() / counts.sum()).item(),
+            "classes": classes,
+            "images": _images(tested[0]),
+            "labels": own.labels,
+            "features": own.features,
+            "k": own.k,
+        }
+
+
+def _svm(
+    model: Objective, random: Objective, config: Config, sources: Sources, device: torch.device, progress: Progress
+) -> Record:
+    own, train, val = config.evaluation, sources["train"], sources["val"]
+    shown, labels, names = svm.annotated(own.annotations, train, "train")
+    asked, truth, same = svm.annotated(own.val_annotations, val, "val")
+    if names != same:
         raise ConfigError(
-            f"data.root: {config.data.root} has no classes for {name} to tell apart; use class folders, or "
-            f"leave {name} out of evaluation.at_end"
+            f"evaluation.val_annotations: {own.val_annotations} has other classes than the training set's"
         )
-    if val is None and name == "linear":
-        raise ConfigError("data.val_root: the linear probe needs held-out images; set it to a folder of class folders")
-    if val is not None and (not val.classes or not set(val.classes) <= set(train.classes)):
-        strange = sorted(set(val.classes) - set(train.classes))
-        what = f"has classes that data.root lacks, e.g. {strange[0]}" if strange else "has no classes"
-        raise ConfigError(f"data.val_root: {config.data.val_root} {what}; lay both out as the same class folders")
+    networks = _networks(model, random, config, train, device, progress)
+    learnt = extract(list(networks.values()), config, train, device, shown, progress)
+    tested = extract(list(networks.values()), config, val, device, asked, progress)
+    record: Record = {"split": "val", "classes": len(names), "images": _images(tested[0]), "features": own.features}
+    for key, of_train, of_test in zip(networks, learnt, tested, strict=True):
+        record[key], record["chance"] = svm.mean_average_precision(of_train, labels, of_test, truth, progress)
+    return record
+
+
+def _networks(
+    model: Objective, random: Objective, config: Config, train: Source, device: torch.device, progress: Progress
+) -> dict[str, nn.Module]:
+    """What makes features, by where its score stands in a record."""
+    encoders = {"accuracy": model.online, "target": model.target, "random": random.online}
+    encoders = {key: encoder for key, encoder in encoders.items() if encoder is not None}
+    pooled = [Pooled(encoder, config.evaluation.features) for encoder in encoders.values()]
+    return dict(zip(encoders, prepare(pooled, config, train, device, progress), strict=True))
+
+
+def _images(features: Features) -> int:
+    return sum(distributed.gather_objects(len(features.index)))
+
+
+def labelled(source: Source, fraction: float = 1, seed: int = 0) -> Numbers:
+    """Numbers of the images of known class, or by a seed the same fraction of every class, at least one image each."""
+    known = np.flatnonzero(source.labels >= 0)
+    if fraction == 1:
+        return known
+    shuffled = np.random.default_rng(seed).permutation(known)
+    by_class = shuffled[np.argsort(source.labels[shuffled], kind="stable")]
+    _, first, counts = np.unique(source.labels[by_class], return_index=True, return_counts=True)
+    place = np.arange(len(by_class)) - np.repeat(first, counts)
+    kept = np.repeat(np.maximum(1, np.rint(fraction * counts)), counts)
+    return np.sort(by_class[place < kept])
 
 
 def _renumber(val: Source, train: Source) -> Source:

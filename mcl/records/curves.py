@@ -1,5 +1,6 @@
 """Curves of a run's records as inline SVG, for a page that gives them their text colour and font."""
 
+import functools
 import io
 import math
 import re
@@ -18,6 +19,14 @@ from mcl.records.preview import PALETTE
 
 Record = Mapping[str, Any]
 FloatSeries = np.ndarray[Any, np.dtype[np.float64]]
+
+NAMES = {
+    "retrieval": "Retrieval",
+    "knn": "Nearest neighbours",
+    "linear": "Linear classifier",
+    "svm": "Support vector machines",
+}
+"""Evaluations as the page calls them."""
 
 POINTS = 400
 """Points of a curve; longer series are averaged down to as many."""
@@ -61,12 +70,8 @@ def length(record: Record, key: str) -> int:
 def training_curves(train: Sequence[Record]) -> list[tuple[str, str, Markup]]:
     """Loss, scores, schedules and speed from training records, at least two of them: title, note and inline SVG."""
 
-    def series(key: str, i: int | None = None) -> FloatSeries:
-        values = [number(record, key, i) for record in train]
-        return np.array([math.nan if value is None else value for value in values])
-
-    x_label = "epoch" if np.isfinite(series("epoch")).all() else "step"
-    x = series(x_label)
+    series = functools.partial(_series, train)
+    x_label, x = _abscissa(train)
 
     def levels(key: str, style: str = "-") -> list[Line]:
         count = max(length(record, key) for record in train)
@@ -90,6 +95,54 @@ def training_curves(train: Sequence[Record]) -> list[tuple[str, str, Markup]]:
         ("Schedules", "", _svg("Schedules", x, x_label, schedules)),
         ("Speed", "", _svg("Speed", x, x_label, speed, from_zero=True)),
     ]
+
+
+def score_curves(evaluations: Sequence[Record]) -> list[tuple[str, str, Markup]]:
+    """Top-1 of each evaluation that was done at several steps, by split; as :func:`training_curves`."""
+    kinds: dict[tuple[str, str], dict[float, Record]] = {}
+    for record in evaluations:
+        if record.get("by") == "run":
+            kinds.setdefault((str(record.get("name")), str(record.get("split"))), {})[record["step"]] = record
+    curves = []
+    for (name, split), by_step in kinds.items():
+        records = [by_step[step] for step in sorted(by_step)]
+        if len(records) < 2:
+            continue
+        x_label, x = _abscissa(records)
+        lines = []
+        for i in range(max(length(record, "levels") for record in records)):
+            colour = PALETTE[i % len(PALETTE)]
+            lines += [
+                Line(100 * _series(records, "levels", i), colour, f"level {i}"),
+                Line(100 * _series(records, "random", i), colour, style=":"),
+            ]
+        if not lines:
+            lines = [
+                Line(100 * _series(records, "accuracy"), PALETTE[0], "trained"),
+                Line(100 * _series(records, "target"), PALETTE[1], "momentum network"),
+                Line(100 * _series(records, "random"), _INK, style=":"),
+            ]
+        title = f"{NAMES.get(name, name)}, {'held-out' if split == 'val' else 'training'} images"
+        curves.append(
+            (
+                title,
+                "dotted: random weights",
+                _svg(title, x, x_label, {"mAP, %" if name == "svm" else "top-1, %": lines}),
+            )
+        )
+    return curves
+
+
+def _series(records: Sequence[Record], key: str, i: int | None = None) -> FloatSeries:
+    """A number of each record; NaN where it is missing."""
+    values = [number(record, key, i) for record in records]
+    return np.array([math.nan if value is None else value for value in values])
+
+
+def _abscissa(records: Sequence[Record]) -> tuple[str, FloatSeries]:
+    """Epochs where all records have them, else steps."""
+    label = "epoch" if np.isfinite(_series(records, "epoch")).all() else "step"
+    return label, _series(records, label)
 
 
 def _thinned(values: FloatSeries) -> FloatSeries:

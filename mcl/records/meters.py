@@ -1,7 +1,8 @@
 """What a run measures of itself without waiting for the device: means of its losses, its speed, its waiting."""
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -103,6 +104,16 @@ class Stopwatch:
     def saving(self) -> AbstractContextManager[None]:
         """Times how long a checkpoint keeps the training."""
         return self._trainer.phase("saving")
+
+    @contextlib.contextmanager
+    def standing(self) -> Iterator[None]:
+        """Within it nothing is trained: the time counts for the seconds left, and not for speed and shares."""
+        start = self._clock()
+        yield
+        spent = self._clock() - start
+        self._window += spent
+        if not self._done:
+            self._start += spent
 
     def lap(self, images: int) -> None:
         """Counts a step."""

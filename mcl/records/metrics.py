@@ -24,6 +24,9 @@ log = logging.getLogger("mcl")
 Record = dict[str, Any]
 """Numbers, lists with a number per level, and ``kind`` and ``step``."""
 
+EVALUATIONS = "evaluations.jsonl"
+"""File of a run folder for the records of kind ``eval``: the run's own, and those of ``mcl evaluate``."""
+
 
 class RecordError(RuntimeError):
     """A record that could not be written; the message names the file and the remedy."""
@@ -100,8 +103,9 @@ class Metrics:
     def __init__(self, config: Config, step: int) -> None:
         check_sinks(config)
         folder = config.run_folder
-        self._path = folder / "metrics.jsonl"
+        self._path, self._evaluations = folder / "metrics.jsonl", folder / EVALUATIONS
         _keep_until(self._path, step)
+        _keep_until(self._evaluations, step)
         with _reporting(self._path):
             self._file = open(self._path, "a")  # noqa: SIM115  # open as long as the run
         self._tensorboard: Any = None
@@ -132,9 +136,12 @@ class Metrics:
         Raises:
             RecordError: the disk is full, or gone.
         """
-        with _reporting(self._path):
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
+        if record["kind"] == "eval":
+            append(self._evaluations, record)
+        else:
+            with _reporting(self._path):
+                self._file.write(json.dumps(record) + "\n")
+                self._file.flush()
         numbers = _numbers(record)
         if self._tensorboard is not None:
             for name, value in numbers.items():
@@ -211,6 +218,16 @@ def _reporting(path: Path) -> Iterator[None]:
         ) from error
 
 
+def append(path: Path, record: Record) -> None:
+    """Adds a record to a file of the run folder.
+
+    Raises:
+        RecordError: the disk is full, or gone.
+    """
+    with _reporting(path), open(path, "a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
 def rewrite(path: Path, text: str) -> None:
     """Writes a file of the run folder; whatever happens, `path` holds the old one or the whole new one.
 
@@ -231,7 +248,7 @@ def _run_id(path: Path) -> str:
 
 
 def read(path: Path) -> list[Record]:
-    """Records of a ``metrics.jsonl``; a last line that was cut by a crash is left out."""
+    """Records of ``metrics.jsonl`` or another such file; a last line that was cut by a crash is left out."""
     records = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):
@@ -280,7 +297,7 @@ def _numbers(record: Record) -> dict[str, float]:
     for name, value in record.items():
         if isinstance(value, list):
             numbers |= {f"{prefix}/{name}_{i}": v for i, v in enumerate(value)}
-        elif name not in ("kind", "step", "name", "split"):
+        elif name not in ("kind", "step") and not isinstance(value, str):
             numbers[f"{prefix}/{name}"] = value
     return numbers
 

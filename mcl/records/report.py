@@ -14,8 +14,8 @@ import yaml
 from jinja2 import ChainableUndefined, Environment, PackageLoader
 
 from mcl import __version__
-from mcl.records.curves import Record, number, training_curves
-from mcl.records.metrics import read
+from mcl.records.curves import NAMES, Record, number, score_curves, training_curves
+from mcl.records.metrics import EVALUATIONS, read
 from mcl.records.preview import PALETTE, pyramid_name
 
 RECENT = 10
@@ -48,11 +48,11 @@ def write(folder: Path) -> Path:
 
 
 def render(folder: Path) -> str:
-    """The page of a run folder. Lines of metrics.jsonl that are no records, such as one cut by a crash, are counted."""
-    metrics, text = folder / "metrics.jsonl", "\n".join(_lines(folder / "config.yaml"))
-    records = [r for r in read(metrics) if isinstance(r, dict) and number(r, "step") is not None]
-    train = [r for r in records if r.get("kind") == "train"]
-    latest = {(str(r.get("name")), str(r.get("split", ""))): r for r in records if r.get("kind") == "eval"}
+    """The page of a run folder. Lines that are no records, such as one cut by a crash, are counted."""
+    files, text = (folder / "metrics.jsonl", folder / EVALUATIONS), "\n".join(_lines(folder / "config.yaml"))
+    records = [r for file in files for r in read(file) if isinstance(r, dict) and number(r, "step") is not None]
+    train, scores = ([r for r in records if r.get("kind") == kind] for kind in ("train", "eval"))
+    latest = {tuple(str(r.get(key, "")) for key in ("name", "split", "features", "labels")): r for r in scores}
     config, bad = _parsed(text), folder / "bad_files.jsonl"
     trainer = config.get("trainer")
     batch = trainer.get("global_batch") if isinstance(trainer, dict) else None
@@ -73,7 +73,9 @@ def render(folder: Path) -> str:
         bad_files=len(set(_lines(bad))) if bad.exists() else None,
         evaluations=list(latest.values()),
         curves=training_curves(train) if len(train) > 1 else [],
-        unreadable=len(_lines(metrics)) - len(records),
+        score_curves=score_curves(scores),
+        names=NAMES,
+        unreadable=sum(len(_lines(file)) for file in files) - len(records),
         pictures=[(p.stem.replace("_", " "), base64.b64encode(p.read_bytes()).decode()) for p in pictures],
         version=__version__,
         clock=clock,

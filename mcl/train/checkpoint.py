@@ -24,7 +24,7 @@ from mcl.config import Config
 from mcl.objectives import Objective, build
 
 FORMAT = 1
-LAST = "last.pt"
+LAST, BEST = "last.pt", "best.pt"
 _CHECKSUM = "sha256"
 _TRAILER = re.compile(rb"\nsha256 ([0-9a-f]{64})\n")
 _TRAILER_SIZE = 73  # bytes
@@ -38,7 +38,7 @@ class CheckpointError(RuntimeError):
 
 
 def save(folder: Path, state: dict[str, Any], keep: int) -> Path:
-    """Writes ``step_<step>.pt``, points ``last.pt`` at it and deletes all but the last `keep`.
+    """Writes ``step_<step>.pt``, points ``last.pt`` at it and deletes all but the last `keep` and the best.
 
     A crash, a signal or a full disk at any moment leaves the previous checkpoint in place.
 
@@ -52,18 +52,39 @@ def save(folder: Path, state: dict[str, Any], keep: int) -> Path:
             abandoned.unlink()
         with replacing(path) as file:
             write({"format": FORMAT, **state}, file)
-        link = folder / f"{LAST}.partial"
-        link.symlink_to(path.name)
-        os.replace(link, folder / LAST)
-        _sync_folder(folder)
+        _point(folder / LAST, path)
         for old in steps(folder)[:-keep]:
-            old.unlink()
+            if old.name != (folder / BEST).resolve().name:
+                old.unlink()
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         raise CheckpointError(
             f"{path}: cannot save ({error}); the checkpoints before it are untouched. Free space or mend the folder's "
             "permissions, then start the same command again"
         ) from error
     return path
+
+
+def mark_best(folder: Path, step: int) -> None:
+    """Points ``best.pt`` at the checkpoint of a step, if there is one.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
+    path = folder / f"step_{step:08d}.pt"
+    try:
+        if path.exists():
+            _point(folder / BEST, path)
+    except OSError as error:
+        raise CheckpointError(f"{folder / BEST}: cannot be written ({error}); mend the folder's permissions") from error
+
+
+def _point(link: Path, path: Path) -> None:
+    """Makes a link to a checkpoint of its folder, or leaves the one before."""
+    partial = link.with_name(f"{link.name}.partial")
+    partial.unlink(missing_ok=True)
+    partial.symlink_to(path.name)
+    os.replace(partial, link)
+    _sync_folder(link.parent)
 
 
 def write(state: dict[str, Any], file: IO[bytes]) -> None:
@@ -137,7 +158,15 @@ def load_model(path: str | Path) -> tuple[Objective, Config]:
     Raises:
         CheckpointError: see :func:`load`.
     """
-    state = load(path)
+    return built(load(path), path)
+
+
+def built(state: dict[str, Any], path: str | Path) -> tuple[Objective, Config]:
+    """As :func:`load_model`, of a checkpoint that has been read from a path.
+
+    Raises:
+        CheckpointError: the weights are another model's.
+    """
     cfg = config.from_dict(state["config"])
     with torch.device("meta"):  # no memory before the shapes have been compared
         model = build(cfg, state.get("classes", ()))

@@ -20,6 +20,7 @@ from mcl.evaluation import check_evaluations
 from mcl.objectives import OBJECTIVES, Output, build
 from mcl.records.meters import Meter, Stopwatch
 from mcl.records.metrics import (
+    EVALUATIONS,
     BadFiles,
     Metrics,
     ProgressBar,
@@ -32,6 +33,7 @@ from mcl.records.metrics import (
 from mcl.records.profile import profiled
 from mcl.signals import Interrupted, Signals
 from mcl.train import agreement, arithmetic, checkpoint, ema, memory
+from mcl.train.evaluations import Evaluations
 from mcl.train.optim import learning_rate
 from mcl.train.saving import Saver
 from mcl.train.step import TrainingStep
@@ -48,6 +50,13 @@ come."""
 
 class NonFiniteLossError(RuntimeError):
     """Loss or gradient became infinite or NaN; the message names step, level and last good checkpoint."""
+
+
+class _Stopped(Exception):
+    """A signal came during an evaluation; all processes raise this at the same place."""
+
+    def __init__(self, signal: int) -> None:
+        self.signal = signal
 
 
 def resolve_device(name: str) -> torch.device:
@@ -83,7 +92,7 @@ class Trainer:
         # Nothing is written before all is accepted.
         self.images = config.images_per_rank(distributed.world_size())
         source = distributed.once_per_machine(lambda: open_images(config.data), config.data)
-        distributed.once_per_machine(lambda: check_evaluations(config, source), config.data)
+        held_out = distributed.once_per_machine(lambda: check_evaluations(config, source), config.data)
         OBJECTIVES[config.objective].check(config, source)
         state = distributed.local_rank_zero_first(lambda: checkpoint.latest(self.folder / "checkpoints"))
         hang.end_after(trainer.timeout + hang.GRACE)
@@ -116,14 +125,15 @@ class Trainer:
         if state is not None:
             self.load_state_dict(state, str(self.folder))
         self._saver = Saver(self.folder / "checkpoints", trainer.keep)
-        self.finished = self.step == self.steps
+        self._evaluations = Evaluations(config, {"train": source, **held_out}, self.steps, self.steps_per_epoch)
+        self.finished = self.step == self.steps and not self._evaluations.missing(self.step)
         if not self.finished:
             self._prepare_folder()
 
     # ------------------------------------------------------------------------------------------------ the loop
 
     def fit(self) -> None:
-        """Trains to the end, or until a signal.
+        """Trains and evaluates to the end, or until a signal.
 
         Raises:
             CheckpointError: a checkpoint could not be saved.
@@ -146,6 +156,8 @@ class Trainer:
             profiled(self.folder / "profile", trainer.profile) as count_step,
         ):
             try:
+                with stopwatch.standing():
+                    stop = self._evaluate(metrics, extend, consensus, signals)
                 while self.step < self.steps and not stop:
                     extend()
                     with stopwatch.waiting():
@@ -163,10 +175,14 @@ class Trainer:
                         if metrics is not None:
                             metrics.write(record)
                             bar.show(record)
-                    if self.step % every == 0 or self.step == self.steps or stop:
+                    evaluated = bool(self._evaluations.names(self.step))
+                    if self.step % every == 0 or self.step == self.steps or stop or evaluated:
                         with stopwatch.saving():
                             self.save()
                     self._saver.check()
+                    if evaluated and not stop:
+                        with stopwatch.standing():
+                            stop = self._evaluate(metrics, extend, consensus, signals)
                 self._saver.wait()
                 distributed.barrier()  # torchrun ends the others as soon as one has failed, or was stopped
             except BaseException:
@@ -180,6 +196,26 @@ class Trainer:
             if stop := stop or signals.received:
                 log.warning("stopped by signal %d at step %d; the same command continues", stop, self.step)
                 raise Interrupted(128 + stop)
+
+    def _evaluate(
+        self, metrics: Metrics | None, extend: Callable[[], None], consensus: Consensus, signals: Signals
+    ) -> int:
+        """Does the evaluations of this step that are still missing; returns the signal that ended them, or 0."""
+
+        def progress() -> None:
+            extend()
+            if stop := consensus(signals.received):
+                raise _Stopped(stop)
+
+        if not self._evaluations.names(self.step):
+            return 0
+        self._saver.wait()  # for the checkpoint that may become the best
+        write = metrics.write if metrics is not None else lambda _: None
+        try:
+            self._evaluations.run(self.model, self.device, self.step, write, progress)
+        except _Stopped as stopped:
+            return stopped.signal
+        return 0
 
     def train_step(self, query: MontageBatch, key: MontageBatch) -> tuple[Output, Tensor]:
         """The next step (:class:`~mcl.train.step.TrainingStep`), at its place in the schedules."""
@@ -293,7 +329,8 @@ class Trainer:
         if first:
             rewrite(self.folder / "config.yaml", yaml.safe_dump(to_dict(self.config), sort_keys=False))
             if not self.step:
-                (self.folder / "bad_files.jsonl").unlink(missing_ok=True)  # of a run that left no checkpoint
+                for name in ("bad_files.jsonl", EVALUATIONS):  # of a run that left no checkpoint
+                    (self.folder / name).unlink(missing_ok=True)
         elsewhere = {} if first else self.loader.source.bad
         self.loader.report_bad(BadFiles(self.folder / "bad_files.jsonl", elsewhere))
         if self.step:

@@ -4,6 +4,7 @@ Two ranks over gloo, forked from a server that has imported what they need, run 
 """
 
 import contextlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -27,6 +28,7 @@ import yaml
 
 from mcl import cli, config
 from mcl.distributed import hang
+from mcl.objectives import MCL
 from mcl.records.metrics import read
 from mcl.train import checkpoint
 from mcl.train.trainer import Trainer
@@ -175,6 +177,36 @@ def test_killed_one_then_all_and_resumed(preset: Path, tmp_path: Path, undisturb
     with Run(preset, tmp_path) as run:
         assert run.ends() == [0, 0]
     check_same_end(run.folder, undisturbed)
+
+
+EVALUATED = ["evaluation.every=1", "evaluation.gallery=8", "evaluation.galleries=4"]
+
+
+def die_in_an_evaluation(rank: int) -> None:
+    """Of rank 1, in the evaluation after the first epoch."""
+    matches, count = MCL.matches, itertools.count()
+
+    def die(*arguments: Any) -> Any:
+        if rank == 1 and next(count) == 25:  # two networks see eight montages for statistics, and two galleries
+            os.kill(os.getpid(), signal.SIGKILL)
+        return matches(*arguments)
+
+    MCL.matches = die  # type: ignore[method-assign]
+
+
+@pytest.mark.fault("SIGKILL of one rank in an evaluation")
+@pytest.mark.soak
+def test_killed_in_an_evaluation_and_resumed(preset: Path, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
+    """It is done again, and the weights are those of a run without evaluations."""
+    with Run(preset, tmp_path, *EVALUATED, plant=die_in_an_evaluation) as run:
+        assert run.ends() == [3, -signal.SIGKILL]
+    assert run.saved() == STEPS_PER_EPOCH
+    assert {record["step"] for record in read(run.folder / "evaluations.jsonl")} == {0}
+    with Run(preset, tmp_path, *EVALUATED) as run:
+        assert run.ends() == [0, 0]
+    check_same_end(run.folder, undisturbed)
+    found = [record["step"] for record in read(run.folder / "evaluations.jsonl")]
+    assert found == [0, STEPS_PER_EPOCH, 2 * STEPS_PER_EPOCH, 3 * STEPS_PER_EPOCH]
 
 
 @pytest.mark.fault("SIGTERM to rank {victim}, twice")

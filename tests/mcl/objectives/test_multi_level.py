@@ -298,5 +298,5 @@ def test_a_run_on_photographs(words: tuple[str, ...], tmp_path: Path) -> None:
     assert losses[-1] < losses[len(losses) // 3]
     path = cfg.run_folder / "checkpoints" / checkpoint.LAST
     assert export(path, "torchvision", check=True).path.exists()
-    train, _ = evaluate("retrieval", *checkpoint.load_model(path), torch.device("cpu"))
+    train, _ = evaluate(["retrieval"], *checkpoint.load_model(path), torch.device("cpu"))
     assert train["levels"][0] > train["chance"]

@@ -70,7 +70,7 @@ def test_from_training_to_export(tiny: Config, tmp_path: Path) -> None:
     """No momentum network, scores of its own, and a state that a resumed run takes up."""
     tiny = config.override(tiny, ["evaluation.at_end=[knn]", "evaluation.k=3"])
     run.pretrain(tiny)
-    train, scored = ([r for r in read(tiny.run_folder / "metrics.jsonl") if r["kind"] == k] for k in ("train", "eval"))
+    train, scored = (read(tiny.run_folder / f"{name}.jsonl") for name in ("metrics", "evaluations"))
     assert [r["step"] for r in train] == [2, 4, 6, 8]
     assert all(len(r["accuracy"]) == 2 and "positive" not in r for r in train)
     assert "  accuracy +" in describe(train[0])
@@ -90,7 +90,7 @@ def test_from_training_to_export(tiny: Config, tmp_path: Path) -> None:
     model, cfg = checkpoint.load_model(path)
     assert model.classes == tuple(whole["classes"])
     with pytest.raises(ConfigError, match=r"objective: mcl has no targets .* take knn or linear"):
-        list(evaluate("retrieval", model, cfg, torch.device("cpu")))
+        list(evaluate(["retrieval"], model, cfg, torch.device("cpu")))
     with pytest.raises(ConfigError, match=r"--network: objective=mcl has no momentum network"):
         export(path, "mmdet", parts=["backbone"], network="target")
 

@@ -67,19 +67,27 @@ def test_run_folder(tiny: Config, photos: Path) -> None:
     folder = cfg.run_folder
     names = {p.name for p in folder.iterdir()}
     assert names == {
-        *("config.yaml", "train.log", "metrics.jsonl", "tensorboard", "checkpoints", "preview", "report.html")
+        *(
+            "config.yaml",
+            "train.log",
+            "metrics.jsonl",
+            "evaluations.jsonl",
+            "tensorboard",
+            "checkpoints",
+            "preview",
+            "report.html",
+        )
     }
     assert config.from_dict(yaml.safe_load((folder / "config.yaml").read_text())) == cfg
     files = sorted(p.name for p in (folder / "checkpoints").iterdir())
     assert files == ["last.pt", "step_00000004.pt", "step_00000008.pt"]
-    records = read(folder / "metrics.jsonl")
-    train = [r for r in records if r["kind"] == "train"]
+    train, scores = (read(folder / f"{name}.jsonl") for name in ("metrics", "evaluations"))
     assert [r["step"] for r in train] == [2, 4, 6, 8]
     assert all(math.isfinite(r["loss"]) and r["images_per_s"] > 0 and 0 <= r["data_wait"] <= 1 for r in train)
     assert train[-1]["eta_s"] == 0
     assert all(r["peak_memory_gb"] > 0 for r in train)
     assert all(len(r["positive"]) == len(r["negative"]) == 2 for r in train)
-    assert [r["name"] for r in records if r["kind"] == "eval"] == ["retrieval", "knn"]
+    assert [(r["name"], r["step"]) for r in scores] == [("retrieval", 8), ("knn", 8)]
     assert {p.suffix for p in (folder / "preview").iterdir()} == {".png"}
     assert list((folder / "tensorboard").iterdir())
 
