@@ -89,7 +89,7 @@ class ModelConfig:
     """matched: FPN and head process only the canvases that enter each level's loss. released: they process every tile
     on every map, as the authors' code does: 3.9 times the FLOPs, the same loss terms, other BatchNorm statistics."""
     temperature: float = Field(default=1.0, gt=0)
-    """Softmax temperature T of the contrastive loss; the loss is multiplied by 2 T."""
+    """Softmax temperature T of contrastive losses; that of objective=mcl is multiplied by 2 T."""
     loss_weights: tuple[float, ...] = (0.5, 0.25, 0.125, 0.125)
     """Weight of each level's loss."""
     targets: Literal["top", "same_level", "adjacent", "all"] = "top"
@@ -101,6 +101,8 @@ class ModelConfig:
     image's target, without negatives and temperature, as in BYOL."""
     queue: int = Field(default=0, ge=0, le=2**22)
     """Targets of former steps, per view and level, that are further negatives; 0: none."""
+    label_smoothing: float = Field(default=0.1, ge=0, lt=1)
+    """objective=supervised: share of the target distribution that all classes have in equal parts."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -255,8 +257,10 @@ class Config:
     """Name of the run; its folder is output/name."""
     output: Annotated[str, Trait.PATH, Trait.RESUMABLE] = "runs"
     """Folder of all runs."""
-    objective: Annotated[Literal["mcl"], Trait.DECIDES_SPEED] = "mcl"
-    """What is learned. mcl: tiles of every level find their own image among the targets of a momentum network."""
+    objective: Annotated[Literal["mcl", "supervised", "supervised_contrastive"], Trait.DECIDES_SPEED] = "mcl"
+    """What is learned. mcl: tiles of every level find their own image among the targets of a momentum network.
+    supervised: tiles of every level are classified. supervised_contrastive: all tiles of a class attract each other.
+    The last two need the class of every image."""
     data: DataConfig = DataConfig()
     augment: AugmentConfig = AugmentConfig()
     montage: Annotated[Geometry, Trait.DECIDES_SPEED] = Geometry()
