@@ -163,7 +163,7 @@ def _of_images(embeddings: Tensor, shown: Tensor, images: int) -> Tensor:
         embeddings: of tiles.
         shown: the image of each.
     """
+    if len(embeddings) == images:
+        return torch.empty_like(embeddings).index_copy_(0, shown, embeddings)
     rows = embeddings[shown.argsort(stable=True)]
-    if len(rows) == images:
-        return rows
     return F.normalize(upcast(rows), dim=1).view(images, -1, rows.shape[1]).mean(1).to(rows.dtype)
