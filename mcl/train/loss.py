@@ -81,9 +81,7 @@ def over_levels(
         levels = []
         for p, r, own in zip(predictions, rows, chosen, strict=True):
             found = [compare(upcast(p), r, banks[j]) for j in own]
-            levels.append(
-                found[0] if len(found) == 1 else [torch.stack(v).mean(0) for v in zip(*found, strict=True)]
-            )
+            levels.append(found[0] if len(found) == 1 else [torch.stack(v).mean(0) for v in zip(*found, strict=True)])
         losses, positives, negatives = (torch.stack(values) for values in zip(*levels, strict=True))
         return losses, positives, negatives
 
