@@ -5,6 +5,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 MMDET := .venv/.mmdet
 FORK := .venv/fork
+ULTRALYTICS := .venv/ultralytics
 REQUIREMENTS := $(wildcard requirements/*.txt)
 KERNELS := $(shell find kernels/csrc kernels/dali -type f)
 CPP := $(shell find kernels tests/kernels -name '*.h' -o -name '*.cpp' -o -name '*.cc' -o -name '*.cu' -o -name '*.cuh')
@@ -52,6 +53,11 @@ $(FORK)/.installed: $(INSTALLED) $(wildcard mcl/finetune/install/*)
 	$(FORK)/bin/python -m mcl install-mmdet --fork onedl
 	touch $@
 
+# AGPL-3.0, for tests of the export to it alone, and out of the way of everything else; torch and OpenCV are there.
+$(ULTRALYTICS)/.installed: $(INSTALLED)
+	$(BIN)/pip install --disable-pip-version-check --no-deps --upgrade --target $(ULTRALYTICS) -r requirements/ultralytics.txt
+	touch $@
+
 demo: setup
 	$(BIN)/mcl pretrain mcl_r18_fpn_demo
 
@@ -62,8 +68,8 @@ test: setup mmdet
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist=worksteal --durations=15
 	if nvidia-smi -L >/dev/null 2>&1; then $(BIN)/pytest -m "gpu and not soak" tests/gpu; fi
 
-soak: setup mmdet $(FORK)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses=4 --durations=15 -m "soak or fault"
+soak: setup mmdet $(FORK)/.installed $(ULTRALYTICS)/.installed
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(ULTRALYTICS) $(BIN)/pytest -n auto --maxprocesses=4 --durations=15 -m "soak or fault"
 	OMP_NUM_THREADS=1 $(FORK)/bin/python -m pytest -n auto --maxprocesses=4 tests/mcl/finetune tests/mcl/exporters
 
 fuzz: setup mmdet

@@ -99,6 +99,10 @@ class MontageBatch:
             first += canvases
         return found
 
+    def tile_labels(self) -> list[Tensor]:
+        """Class of the image of each tile: per level (R,) int64."""
+        return [self.labels[self.tile_images[self.tiles(i)]] for i in range(len(self.canvas_counts))]
+
     def tiles(self, level: int) -> slice:
         """Rows of `tile_images`, `boxes` and `crops` that belong to `level`."""
         counts = [c * r * r for c, r in zip(self.canvas_counts, self.ratios, strict=True)]

@@ -152,6 +152,7 @@ def export(
     *,
     parts: Sequence[str] = (),
     network: Literal["online", "target"] = "online",
+    statistics: str | Path = "",
     verify: bool = False,
     output: str | Path | None = None,
     **keys: Any,
@@ -161,7 +162,7 @@ def export(
     Args:
         checkpoint_file: of mcl.
         to: the library that reads them; ``mcl export --help`` lists those that there are.
-        parts, network, output: as of :func:`mcl.exporters.export`.
+        parts, network, statistics, output: as of :func:`mcl.exporters.export`.
         verify: load the weights into the library's own model first, and compare features.
         keys: as of :func:`load_config`, for where the images of data.root are now.
 
@@ -173,6 +174,7 @@ def export(
         to,
         parts=parts,
         network=network,
+        statistics_of=str(statistics),
         check=verify,
         output=None if output is None else Path(output),
         overrides=dict(_by_dotted_key(keys)),

@@ -18,6 +18,7 @@ from mcl import __version__, signals
 from mcl.config import DETECTORS, PRESETS, ConfigError, all_keys
 
 TARGETS = ["mmdet", "mmdet-retinanet", "mmpretrain", "detectron2", "torchvision", "torchvision-detection", "timm"]
+TARGETS += ["transformers-detr", "transformers-rtdetr", "ultralytics-rtdetr", "hub"]
 """Those of :data:`mcl.exporters.TARGETS`, which takes seconds to import."""
 
 FEATURES = ["c5", "c4", "c3", "c2", "p5", "p4", "p3", "p2", "projector"]
@@ -183,14 +184,22 @@ def _parser() -> argparse.ArgumentParser:
 
     export = verb("export", _export, "hand the weights to another library")
     export.add_argument("checkpoint", type=Path, help="e.g. runs/demo/checkpoints/last.pt")
-    add_overrides(export, "e.g. data.root=FOLDER, for --network target")
-    export.add_argument("--to", required=True, choices=TARGETS, help="the library that reads them")
+    add_overrides(export, "e.g. data.root=FOLDER, for --network target and --statistics")
+    export.add_argument(
+        "--to", required=True, choices=TARGETS, help="the library that reads them; hub: a folder to share"
+    )
     export.add_argument("--parts", type=_words, default=[], help="e.g. backbone,fpn,head; default: all that it takes")
     export.add_argument(
         "--network", choices=["online", "target"], default="online", help="target: the momentum network"
     )
+    export.add_argument(
+        "--statistics",
+        default="",
+        metavar="FOLDER|none",
+        help="photographs for BatchNorm's statistics; default: data.root, for libraries that freeze them",
+    )
     export.add_argument("--verify", action="store_true", help="load them into the library's model, compare features")
-    export.add_argument("--output", type=Path, help="file to write; default: exports/ of the run folder")
+    export.add_argument("--output", type=Path, help="file or folder to write; default: in exports/ of the run folder")
 
     importer = verb("import-openselfsup", _import, "turn the authors' released checkpoint into ours")
     importer.add_argument("file", type=Path)
@@ -367,6 +376,7 @@ def _export(options: argparse.Namespace) -> Iterable[object]:
         options.to,
         parts=options.parts,
         network=options.network,
+        statistics_of=options.statistics,
         check=options.verify,
         output=options.output,
         overrides=options.overrides,

@@ -70,8 +70,11 @@ class ModelConfig:
         "resnet34vd",
         "resnet50vd",
         "resnet101vd",
+        "convnext_t",
+        "swin_t",
     ] = "resnet50"
-    """Backbone, named as in torchvision. Those with vd are the ResNet-D of RT-DETR."""
+    """Backbone, named as in torchvision. Those with vd are the ResNet-D of RT-DETR. ConvNeXt and Swin drop no paths
+    (stochastic depth 0) and want optim.name=adamw, as in their presets."""
     init: Annotated[str, Trait.PATH, Trait.AT_START] = ""
     """Weights that a new run starts from: a file of ours or of another library (docs/weights.md says which), or what a
     library downloads, as torchvision:resnet50 or timm:resnet50.a1_in1k. The backbone must be whole; FPN and region head
@@ -86,7 +89,7 @@ class ModelConfig:
     """matched: FPN and head process only the canvases that enter each level's loss. released: they process every tile
     on every map, as the authors' code does: 3.9 times the FLOPs, the same loss terms, other BatchNorm statistics."""
     temperature: float = Field(default=1.0, gt=0)
-    """Softmax temperature T of the contrastive loss; the loss is multiplied by 2 T."""
+    """Softmax temperature T of contrastive losses; that of objective=mcl is multiplied by 2 T."""
     loss_weights: tuple[float, ...] = (0.5, 0.25, 0.125, 0.125)
     """Weight of each level's loss."""
     targets: Literal["top", "same_level", "adjacent", "all"] = "top"
@@ -98,6 +101,8 @@ class ModelConfig:
     image's target, without negatives and temperature, as in BYOL."""
     queue: int = Field(default=0, ge=0, le=2**22)
     """Targets of former steps, per view and level, that are further negatives; 0: none."""
+    label_smoothing: float = Field(default=0.1, ge=0, lt=1)
+    """objective=supervised: share of the target distribution that all classes have in equal parts."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -121,8 +126,9 @@ class OptimConfig:
     trust_coefficient: float = Field(default=1e-3, gt=0)
     """LARS trust coefficient."""
     exclude: Literal["ndim<=1", "released"] = "ndim<=1"
-    """Parameters without weight decay and trust ratio: all vectors, or those the authors' regular expression finds
-    (it misses the BatchNorm scales of downsampling branches and MLPs)."""
+    """Parameters without weight decay and trust ratio: all vectors, with ConvNeXt's layer scales and Swin's relative
+    position tables, or those the authors' regular expression finds (it misses the BatchNorm scales of downsampling
+    branches and MLPs)."""
     clip_norm: float = Field(default=500.0, ge=0)
     """Gradients are scaled down to this global L2 norm; 0 switches clipping off."""
     ema: float = Field(default=0.99, ge=0, le=1)
@@ -255,8 +261,10 @@ class Config:
     """Name of the run; its folder is output/name."""
     output: Annotated[str, Trait.PATH, Trait.RESUMABLE] = "runs"
     """Folder of all runs."""
-    objective: Annotated[Literal["mcl"], Trait.DECIDES_SPEED] = "mcl"
-    """What is learned. mcl: tiles of every level find their own image among the targets of a momentum network."""
+    objective: Annotated[Literal["mcl", "supervised", "supervised_contrastive"], Trait.DECIDES_SPEED] = "mcl"
+    """What is learned. mcl: tiles of every level find their own image among the targets of a momentum network.
+    supervised: tiles of every level are classified. supervised_contrastive: all tiles of a class attract each other.
+    The last two need the class of every image."""
     data: DataConfig = DataConfig()
     augment: AugmentConfig = AugmentConfig()
     montage: Annotated[Geometry, Trait.DECIDES_SPEED] = Geometry()

@@ -43,7 +43,7 @@ class ThinBackbone(nn.Module):
 
     channels = (8, 7, 6, 5)
 
-    def __init__(self, name: str, recompute: bool = False) -> None:
+    def __init__(self, name: str, recompute: bool = False, maps: int = 4) -> None:
         super().__init__()
         self.convs = nn.ModuleList(nn.Conv2d(3, c, 1, bias=False) for c in self.channels)
 

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import GradBucket  # type: ignore[attr-defined]
+from torch.distributed.nn.functional import all_gather
 
 from mcl.config import ConfigError
 from mcl.distributed import hang, launch, memory
@@ -188,6 +189,15 @@ class Gather:
         if self._work is not None:
             self._work.wait()
         return self._all
+
+
+def gather_with_gradient(x: Tensor) -> Tensor:
+    """(n, ...) of every rank, concatenated in their order; gradients of all ranks are added up."""
+    if _imagined is not None:
+        processes, sizes = _imagined
+        sizes.append(x.nbytes)
+        return x.repeat(processes, *[1] * (x.ndim - 1))
+    return torch.cat(all_gather(x)) if world_size() > 1 else x
 
 
 def add_up(x: Tensor) -> Tensor:

@@ -27,7 +27,8 @@ from mcl.config import Config, ConfigError
 BATCH = 64
 """Photographs of a step and process."""
 
-_STATISTICS_IMAGES = 8 * BATCH
+STATISTICS_IMAGES = 8 * BATCH
+"""Photographs for BatchNorm's statistics."""
 
 Numbers = npt.NDArray[np.int64]
 Progress = Callable[[], None]
@@ -147,7 +148,7 @@ def prepare(
     Every process computes these by itself, from the same photographs, so that all copies are the same.
     """
     copies = _Each(copy.deepcopy(list(networks))).to(device, torch.float32).eval()
-    numbers = np.sort(order(config.trainer.seed, 0, len(source))[:_STATISTICS_IMAGES])
+    numbers = np.sort(order(config.trainer.seed, 0, len(source))[:STATISTICS_IMAGES])
     shuffled = numbers[order(config.trainer.seed, 1, len(numbers))]  # batches of many classes each
 
     def pixels() -> Iterator[Tensor]:

@@ -1,8 +1,5 @@
 """``mcl export``: a checkpoint in, a file for another library out."""
 
-import copy
-import dataclasses
-import itertools
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -10,16 +7,22 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.optim.swa_utils import update_bn
 
-from dali_pipelines.geometry import nearest_legal
-from dali_pipelines.loader import MontageLoader
-from dali_pipelines.source import open_images
 from mcl import __version__, config
 from mcl.config import Config, ConfigError
-from mcl.exporters import detectron2, mmdet, mmpretrain, timm, torchvision
+from mcl.exporters import (
+    detectron2,
+    hub,
+    mmdet,
+    mmpretrain,
+    statistics,
+    timm,
+    torchvision,
+    transformers,
+    ultralytics,
+)
 from mcl.exporters.canonical import PARTS, canonical_names
-from mcl.exporters.files import default_path, write
+from mcl.exporters.files import default_path, write, write_folder
 from mcl.exporters.summary import Report
 from mcl.exporters.target import Target
 from mcl.exporters.verify import verify
@@ -27,7 +30,6 @@ from mcl.models import Encoder
 from mcl.objectives import build
 from mcl.train import checkpoint
 from mcl.train.checkpoint import CheckpointError
-from mcl.train.trainer import resolve_device
 
 TARGETS = {
     target.name: target
@@ -39,10 +41,12 @@ TARGETS = {
         torchvision.RESNET,
         torchvision.DETECTION,
         timm.TARGET,
+        transformers.DETR,
+        transformers.RT_DETR,
+        ultralytics.TARGET,
+        hub.TARGET,
     )
 }
-_STATISTICS_BATCHES = 8
-_STATISTICS_IMAGES = 64
 
 
 def export(
@@ -51,6 +55,7 @@ def export(
     *,
     parts: Sequence[str] = (),
     network: Literal["online", "target"] = "online",
+    statistics_of: str = "",
     check: bool = False,
     output: Path | None = None,
     overrides: Sequence[str] | Mapping[str, Any] = (),
@@ -63,23 +68,25 @@ def export(
         parts: of the model, among backbone, fpn and head; empty for all that the target takes.
         network: online, or target: the momentum network, whose BatchNorm statistics are re-estimated on data.root,
             since it has none that belong to its weights.
+        statistics_of: folder of photographs on which BatchNorm's statistics are re-estimated; none: they stay as
+            training left them; empty: data.root for a library that freezes them, none for others.
         check: load the weights into the library's own model first, and compare features.
-        output: file to write; by default ``<run folder>/exports/<to>.<ending>``, or ``<stem>.<to>.<ending>`` next to a
-            checkpoint that lies in no run folder.
+        output: file to write, or folder where the library reads one; by default ``<run folder>/exports/<to>.<ending>``,
+            or ``<stem>.<to>.<ending>`` next to a checkpoint that lies in no run folder.
         overrides: ``key=value`` words, or values by dotted keys, for where the images of data.root are now.
 
     Raises:
         CheckpointError: the checkpoint cannot be read, cannot be verified, or `output` cannot be written.
         ConfigError: parts that the target does not take or the checkpoint does not have, an ending that it does not
-            read, a library that is not installed.
-        SourceError: no images to re-estimate statistics on.
+            read, a library that is not installed, no photographs to re-estimate statistics on.
+        SourceError: no images for `network` target.
     """
     if to not in TARGETS:
         raise ConfigError(f"--to: no library {to!r}; there are {', '.join(TARGETS)}")
     target = TARGETS[to]
     parts = _parts(target, parts)
-    output = output or default_path(path, target.name + next(iter(target.saves)))
-    if output.suffix not in target.saves:
+    output = output or default_path(path, target.name + next(iter(target.saves), ""))
+    if target.pack is None and output.suffix not in target.saves:
         raise ConfigError(f"--output: {output} is no file for {to}, which reads {' or '.join(target.saves)}")
     state = checkpoint.load(path)
     cfg = config.override(config.from_dict(state["config"]), overrides)
@@ -92,18 +99,26 @@ def export(
 
     if network == "target" and model.target is None:
         raise ConfigError(f"--network: objective={cfg.objective} has no momentum network; export the online one")
-    encoder = model.online if network == "online" else reestimated(model.target, cfg)
-    weights, names = _rename(encoder, network, target, parts)
+    encoder = model.online if network == "online" else statistics.of_montages(model.target, cfg)
+    measured = "as training left them" if network == "online" else "re-estimated on montages"
+    if statistics_of != "none" and (statistics_of or target.freezes):
+        encoder, measured = statistics.of_photographs(encoder, cfg, statistics_of)
+    weights, names = _rename(encoder, network, target, parts, cfg.model.backbone)
     infinite = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
     if infinite:
         raise CheckpointError(
             f"{path}: weights are not finite, e.g. {infinite[0]}; export an earlier checkpoint of the run"
         )
     verified = verify(target, weights, parts, encoder, cfg.model) if check else None
-    metadata = _metadata(cfg, network, parts, state["step"])
-    write(output, path, partial(target.saves[output.suffix], weights, metadata))
+    metadata = _metadata(cfg, network, parts, state["step"]) | {"statistics": measured}
+    metadata |= target.describe(cfg, path, state["step"])
+    if target.pack is None:
+        write(output, path, partial(target.saves[output.suffix], weights, metadata))
+    else:
+        write_folder(output, path, target.pack(weights, metadata))
+    usage = target.usage(str(output), cfg.model.backbone)
     unmapped = tuple(name for name in model.state_dict() if name not in names)
-    return Report(output, metadata, weights, names, unmapped, verified)
+    return Report(output, metadata, weights, names, unmapped, usage, verified)
 
 
 def _parts(target: Target, wanted: Sequence[str]) -> list[str]:
@@ -120,9 +135,8 @@ def _check_backbone(target: Target, backbone: str) -> None:
     if backbone not in target.backbones:
         others = [other.name for other in TARGETS.values() if backbone in other.backbones]
         raise ConfigError(
-            f"--to {target.name}: it has no module for model.backbone={backbone}; take --to {', '.join(others)}"
-            if others
-            else f"--to {target.name}: no library has a module for model.backbone={backbone}"
+            f"--to {target.name}: it has no module for model.backbone={backbone}{': ' * bool(target.lacks)}"
+            f"{target.lacks}; take --to {', '.join(others)}"
         )
 
 
@@ -143,20 +157,21 @@ def _check_parts(target: Target, parts: Sequence[str], encoder: Encoder, cfg: Co
 
 
 def _rename(
-    encoder: Encoder, network: str, target: Target, parts: Sequence[str]
-) -> tuple[dict[str, Tensor], dict[str, str]]:
+    encoder: Encoder, network: str, target: Target, parts: Sequence[str], backbone: str
+) -> tuple[Mapping[str, Tensor], dict[str, str]]:
     """The tensors of these parts by the target's names, and these by the checkpoint's."""
     weights, names = {}, {}
     state = encoder.state_dict()
     for ours, canonical in canonical_names(encoder).items():
-        theirs = target.rename(canonical) if ours.partition(".")[0] in parts else None
+        theirs = target.name_of(canonical, backbone) if ours.partition(".")[0] in parts else None
         if theirs is not None:
             names[f"{network}.{ours}"] = theirs
             weights[theirs] = state[ours].detach().contiguous().clone()
-    return weights, names
+    return target.adapt(weights), names
 
 
-def _metadata(cfg: Config, network: str, parts: Sequence[str], step: int) -> Mapping[str, Any]:
+def _metadata(cfg: Config, network: str, parts: Sequence[str], step: int) -> dict[str, Any]:
+    resnet = cfg.model.backbone.startswith("res")
     return {
         "method": "MCL (arXiv 2304.02010)",
         "mcl": __version__,
@@ -170,29 +185,5 @@ def _metadata(cfg: Config, network: str, parts: Sequence[str], step: int) -> Map
         "mean": list(cfg.augment.mean),
         "std": list(cfg.augment.std),
         "range": "mean and std are of pixel values from 0 to 1",
-        "stride": "in the 3x3 convolutions (STRIDE_IN_1X1 False)",
+        **({"stride": "in the 3x3 convolutions (STRIDE_IN_1X1 False)"} if resnet else {}),
     }
-
-
-def reestimated(encoder: Encoder, cfg: Config) -> Encoder:
-    """A copy whose BatchNorm statistics are means over fresh montages of data.root, at every level.
-
-    Raises:
-        ConfigError, SourceError: no images, or too few for a montage.
-    """
-    source = open_images(cfg.data)
-    geometry = cfg.montage.final
-    images = nearest_legal(geometry, min(_STATISTICS_IMAGES, len(source)))[0]
-    if images > len(source):
-        raise ConfigError(
-            f"data.root: {source.root} has only {len(source)} images; re-estimating BatchNorm's statistics takes "
-            f"{images} at least"
-        )
-    plan = cfg.plan(len(source), images, geometry=geometry)
-    device = resolve_device(cfg.trainer.device)
-    encoder = copy.deepcopy(encoder).to(device)
-    data = dataclasses.replace(cfg.data, max_bad_fraction=1.0)  # training has judged the bad files
-    with MontageLoader(source, plan, data, gpu=device.index) as loader:
-        views = itertools.chain.from_iterable(itertools.islice(loader, _STATISTICS_BATCHES))
-        update_bn((view.to(device, torch.float32) for view in views), encoder)
-    return encoder.cpu()

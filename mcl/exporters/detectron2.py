@@ -29,6 +29,8 @@ TARGET = Target(
     rename=rename,
     parts={"backbone": r"(stem|res\d)\.", "fpn": r"fpn_", "head": r"box_head\."},
     saves={".pkl": save_detectron2},
-    twin=None,
+    usage=lambda path, _: f"MODEL.WEIGHTS: {path}  # docs/export.md has the configuration's other keys",
+    freezes=True,
     backbones=(*RESNETS, "resnext50_32x4d"),
+    lacks="detectron2 has no ResNet-D, ConvNeXt and Swin",
 )

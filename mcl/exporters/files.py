@@ -1,9 +1,12 @@
 """Files of exports: where they go, how they are written, what is in them."""
 
+import contextlib
 import json
+import os
 import pickle
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,6 +20,8 @@ from mcl.train.checkpoint import CheckpointError
 Weights = Mapping[str, Tensor]
 Metadata = Mapping[str, Any]
 Save = Callable[[Weights, Metadata, BinaryIO], None]
+Pack = Callable[[Weights, Metadata], Mapping[str, bytes]]
+"""Makes the files of a folder: contents by name."""
 
 
 def default_path(checkpoint: Path, name: str) -> Path:
@@ -28,23 +33,41 @@ def default_path(checkpoint: Path, name: str) -> Path:
 
 
 def write(path: Path, source: Path, save: Callable[[BinaryIO], None]) -> None:
-    """Writes a file; whatever happens, `path` holds the old one or the whole new one.
+    """:func:`_write` of one file."""
+    _write({path: save}, source)
+
+
+def write_folder(folder: Path, source: Path, contents: Mapping[str, bytes]) -> None:
+    """:func:`_write` of files in a folder; others there stay as they are."""
+
+    def put(content: bytes, file: BinaryIO) -> None:
+        file.write(content)
+
+    _write({folder / name: partial(put, content) for name, content in contents.items()}, source)
+
+
+def _write(files: Mapping[Path, Callable[[BinaryIO], None]], source: Path) -> None:
+    """Writes files; whatever happens, each path holds an old or a whole new one; all are written before one replaces.
 
     Args:
+        files: paths, and what writes the content into an open file.
         source: file that the content came from, which must not be overwritten.
-        save: writes the content into an open file.
 
     Raises:
-        CheckpointError: `path` is the source or cannot be written.
+        CheckpointError: a path is the source or cannot be written.
     """
-    if path.resolve() == source.resolve():
-        raise CheckpointError(f"{path}: is the file to read from; name another output")
+    for path in files:
+        if path.resolve() == source.resolve():
+            raise CheckpointError(f"{path}: is the file to read from; name another output")
     try:
-        with replacing(path) as file:
-            save(file)
+        with contextlib.ExitStack() as stack:
+            for path, save in files.items():
+                file = stack.enter_context(replacing(path))
+                save(file)
+                file.flush()  # a full disk is known before any file is replaced
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         raise CheckpointError(
-            f"{path}: cannot write ({error}); name a file in a folder with space and permission"
+            f"{os.path.commonpath(files)}: cannot write ({error}); name an output in a folder with space and permission"
         ) from error
 
 
@@ -69,4 +92,14 @@ def save_detectron2(weights: Weights, metadata: Metadata, file: BinaryIO) -> Non
 
 def save_safetensors(weights: Weights, metadata: Metadata, file: BinaryIO) -> None:
     """Tensors; the metadata as JSON under ``mcl`` in the header."""
-    file.write(safetensors.torch.save(dict(weights), {"format": "pt", "mcl": json.dumps(metadata)}))
+    file.write(safetensors_bytes(weights, metadata))
+
+
+def safetensors_bytes(weights: Weights, metadata: Metadata) -> bytes:
+    """What :func:`save_safetensors` writes."""
+    return safetensors.torch.save(dict(weights), {"format": "pt", "mcl": json.dumps(metadata)})
+
+
+def json_bytes(content: Any) -> bytes:
+    """A file beside the weights."""
+    return json.dumps(content, indent=2).encode()

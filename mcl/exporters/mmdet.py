@@ -1,6 +1,8 @@
 """MMDetection: Faster R-CNN and its kin, whose FPN starts at C2; RetinaNet, whose FPN starts at C3."""
 
+import contextlib
 import re
+import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -10,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from mcl.config import ModelConfig
+from mcl.exporters import patch_nets
 from mcl.exporters.files import save_openmmlab
-from mcl.exporters.target import RESNETS, Target, Twin
+from mcl.exporters.target import FIRST_SHORTCUT, RESNETS, Target, Twin
 from mcl.models.backbones import Backbone
 
 INSTALL = "mcl install-mmdet"
@@ -23,8 +26,31 @@ BACKBONES: dict[str, dict[str, Any]] = {
     "resnext50_32x4d": {"type": "ResNeXt", "depth": 50, "groups": 32},
     "resnet50vd": {"type": "ResNetV1d", "depth": 50},
     "resnet101vd": {"type": "ResNetV1d", "depth": 101},
+    "convnext_t": {"type": "mmpretrain.ConvNeXt", "out_indices": [0, 1, 2, 3], "gap_before_final_norm": False},
+    "swin_t": {"type": "SwinTransformer"},
 }
 """Modules of OpenMMLab's two libraries for ours."""
+
+
+def import_mmdet() -> None:
+    """Imports MMDetection and mmpretrain as if transformers were not there: with its version 5 they fail.
+
+    Raises:
+        ImportError, AssertionError: they are not installed, or not with each other's versions.
+    """
+    before = sys.modules.pop("transformers", None)
+    sys.modules["transformers"] = None  # type: ignore[assignment]
+    try:
+        with contextlib.suppress(ImportError):  # MMDetection does without it
+            from mmpretrain.utils import dependency
+
+            dependency.WITH_MULTIMODAL = False
+        import mmdet.apis
+        import mmdet.models  # noqa: F401  # whatever of mmcv and mmengine it needs, too
+    finally:
+        del sys.modules["transformers"]
+        if before is not None:
+            sys.modules["transformers"] = before
 
 
 def rename(name: str, first_map: int) -> str | None:
@@ -43,6 +69,7 @@ def rename(name: str, first_map: int) -> str | None:
 
 def _build(file: str, config: ModelConfig, heads: Mapping[str, Any]) -> Any:
     """A model as MMDetection ships it, with our backbone, an FPN with BatchNorm, and these changes of its heads."""
+    import_mmdet()
     import mmdet
     from mmdet.registry import MODELS
     from mmengine.config import Config
@@ -52,8 +79,8 @@ def _build(file: str, config: ModelConfig, heads: Mapping[str, Any]) -> Any:
     with torch.device("meta"):
         channels = list(Backbone(config.backbone).channels[::-1])
     neck = {"in_channels": channels, "out_channels": config.width, "norm_cfg": _BATCH_NORM}
-    backbone = {**BACKBONES[config.backbone], "init_cfg": None}
-    shipped.merge_from_dict({"model": {"backbone": backbone, "neck": neck, **heads}})
+    shipped.model.backbone = {**BACKBONES[config.backbone], "init_cfg": None}
+    shipped.merge_from_dict({"model": {"neck": neck, **heads}})
     with DefaultScope.overwrite_default_scope("mmdet"):
         return MODELS.build(shipped.model)
 
@@ -79,6 +106,10 @@ def _build_retinanet(config: ModelConfig) -> Any:
     return _build("retinanet_r50_fpn.py", config, heads)
 
 
+def _usage(path: str, backbone: str) -> str:
+    return f"load_from = {path!r}  # in a configuration, whose other keys docs/export.md has"
+
+
 def backbone(model: Any, image: Tensor) -> Any:
     """C2 to C5."""
     return model.backbone(image)
@@ -90,16 +121,23 @@ RCNN = Target(
     parts={"backbone": r"backbone\.", "fpn": r"neck\.", "head": r"roi_head\.bbox_head\.shared_convs\."},
     saves={".pth": save_openmmlab},
     backbones=BACKBONES,
-    twin=Twin(
-        "mmdet",
-        INSTALL,
-        _build_rcnn,
-        {
-            "backbone": backbone,
-            "fpn": lambda model, maps: model.neck(maps)[:4],  # what follows is P6
-            "head": lambda model, p5: [nn.Sequential(*model.roi_head.bbox_head.shared_convs)(p5)],
-        },
-    ),
+    renames=patch_nets.renames("OpenMMLab", "backbone."),
+    adapt=patch_nets.adapt,
+    sizes={"swin_t": (256, 288)},  # it shifts windows even in maps no larger than one, of 7 x 7
+    lacks=FIRST_SHORTCUT,
+    usage=_usage,
+    twins=[
+        Twin(
+            "mmdet",
+            INSTALL,
+            _build_rcnn,
+            {
+                "backbone": backbone,
+                "fpn": lambda model, maps: model.neck(maps)[:4],  # what follows is P6
+                "head": lambda model, p5: [nn.Sequential(*model.roi_head.bbox_head.shared_convs)(p5)],
+            },
+        )
+    ],
 )
 
 RETINANET = Target(
@@ -108,8 +146,15 @@ RETINANET = Target(
     parts={"backbone": r"backbone\.", "fpn": r"neck\.(lateral_convs|fpn_convs\.[012])\."},
     saves={".pth": save_openmmlab},
     backbones=BACKBONES,
-    twin=Twin(
-        "mmdet", INSTALL, _build_retinanet, {"backbone": backbone, "fpn": lambda model, maps: model.neck(maps)[:3]}
-    ),
+    renames=patch_nets.renames("OpenMMLab", "backbone."),
+    adapt=patch_nets.adapt,
+    sizes={"swin_t": (256, 288)},  # it shifts windows even in maps no larger than one, of 7 x 7
+    lacks=FIRST_SHORTCUT,
+    usage=_usage,
+    twins=[
+        Twin(
+            "mmdet", INSTALL, _build_retinanet, {"backbone": backbone, "fpn": lambda model, maps: model.neck(maps)[:3]}
+        )
+    ],
     maps=(3, 4, 5),
 )

@@ -15,11 +15,13 @@ class Verified:
 
     library: str
     """Name and version."""
+    models: tuple[str, ...]
+    """Classes of its models that took the weights."""
     difference: float
-    """Largest absolute difference of a feature between the two models on one image, relative to the largest feature of
+    """Largest absolute difference of a feature between them and ours on one image, relative to the largest feature of
     its map."""
     fresh: tuple[str, ...]
-    """The model's tensors beside the parts exported, which keep their initial values."""
+    """Their tensors beside the parts exported, which keep their initial values."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Report:
     """What an export did; ``str()`` of it is meant for the console."""
 
     path: Path
-    """The file written."""
+    """The file or folder written."""
     metadata: Mapping[str, Any]
     """Stored in the file, too."""
     weights: Mapping[str, Tensor]
@@ -36,6 +38,8 @@ class Report:
     """The target's names by those in the checkpoint."""
     unmapped: tuple[str, ...]
     """Names of the checkpoint's other tensors."""
+    usage: str
+    """Lines that load it there."""
     verified: Verified | None
     """None if it was not asked for."""
 
@@ -48,15 +52,17 @@ class Report:
             f"{'part':<9} {'tensors':>7} {'values':>11} {'dtype':<8} e.g.",
             *(self._row(part) for part in about["parts"]),
             f"left      {_counts(self.unmapped)}",
+            f"norms     BatchNorm's statistics: {about['statistics']}",
         ]
         if verified is None:
             lines.append("verified  no; --verify loads it into the library's own model and compares")
         else:
             lines.append(
-                f"verified  in {verified.library}: no key missing or unexpected, features differ by at most "
-                f"{verified.difference:g}"
+                f"verified  in {verified.library} ({', '.join(verified.models)}): no key missing or unexpected, "
+                f"features differ by at most {verified.difference:g}"
             )
             lines.append(f"fresh     {_counts(verified.fresh)}")
+        lines += ["", self.usage]
         return "\n".join(lines)
 
     def _row(self, part: str) -> str:

@@ -6,14 +6,17 @@ from typing import Any
 from torch import Tensor
 
 from mcl.config import ModelConfig
+from mcl.exporters import patch_nets
 from mcl.exporters.files import save_plain, save_safetensors
-from mcl.exporters.target import RESNETS, Target, Twin
+from mcl.exporters.target import FIRST_SHORTCUT, RESNETS, Target, Twin
 from mcl.exporters.torchvision import resnet_name
 
 MODELS = {
     **{name: name for name in (*RESNETS, "resnext50_32x4d")},
     "resnet50vd": "resnet50d",
     "resnet101vd": "resnet101d",
+    "convnext_t": "convnext_tiny",
+    "swin_t": "swin_tiny_patch4_window7_224",
 }
 """Its names of our backbones."""
 
@@ -31,14 +34,21 @@ def _build(config: ModelConfig) -> Any:
 
 
 def _maps(model: Any, image: Tensor) -> Any:
-    return model.forward_intermediates(image, indices=(1, 2, 3, 4), intermediates_only=True)  # 0 is the stem
+    return model.forward_intermediates(image, indices=4, norm=True, intermediates_only=True)  # the last four
 
 
 TARGET = Target(
     name="timm",
     rename=rename,
-    parts={"backbone": ""},
+    parts={"backbone": r"(?!head\.)"},
     saves={".safetensors": save_safetensors, ".pth": save_plain},
-    twin=Twin("timm", "pip install timm", _build, {"backbone": _maps}),
+    usage=lambda path, backbone: (
+        f"import timm\nmodel = timm.create_model({MODELS[backbone]!r}, num_classes=0, checkpoint_path={path!r})"
+    ),
+    twins=[Twin("timm", "pip install timm", _build, {"backbone": _maps})],
     backbones=MODELS,
+    renames=patch_nets.renames("timm"),
+    adapt=patch_nets.adapt,
+    sizes={"swin_t": (224, 224)},  # the one that it is made for
+    lacks=FIRST_SHORTCUT,
 )

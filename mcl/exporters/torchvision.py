@@ -14,11 +14,21 @@ from mcl.exporters.target import RESNETS, Target, Twin
 _SAVES = {".pth": save_plain, ".safetensors": save_safetensors}
 _INSTALL = "pip install torchvision"
 _SIZES: dict[str, dict[str, Any]] = {
-    "backbone": {"backbone": "resnet50"},
     "fpn": {"width": 256},
     "head": {"width": 256, "head_convs": 4},
 }
 """Of torchvision's detectors, by part."""
+
+
+MODELS = {
+    **{name: name for name in (*RESNETS, "resnext50_32x4d", "swin_t")},
+    "convnext_t": "convnext_tiny",
+}
+"""Its names of our backbones."""
+
+
+def _build(config: ModelConfig) -> Any:
+    return models.get_model(MODELS[config.backbone])
 
 
 def resnet_name(name: str) -> str:
@@ -26,22 +36,46 @@ def resnet_name(name: str) -> str:
     return name.removeprefix("backbone.body.")
 
 
-def _resnet_maps(model: nn.Module, image: Tensor) -> list[Tensor]:
-    return list(create_feature_extractor(model, ["layer1", "layer2", "layer3", "layer4"])(image).values())
+def _load(path: str) -> str:
+    read = "safetensors.torch.load_file" if path.endswith(".safetensors") else "torch.load"
+    return f"model.load_state_dict({read}({path!r}), strict=False)"
+
+
+def _maps(model: nn.Module, image: Tensor) -> list[Tensor]:
+    if hasattr(model, "layer4"):
+        nodes = ["layer1", "layer2", "layer3", "layer4"]
+    else:
+        nodes = [f"features.{i}" for i in (1, 3, 5)] + ["permute" if hasattr(model, "permute") else "features.7"]
+    maps = list(create_feature_extractor(model, nodes)(image).values())
+    if hasattr(model, "permute"):  # Swin's maps are (n, h, w, channels), but behind its norm
+        maps[:3] = [x.permute(0, 3, 1, 2) for x in maps[:3]]
+    return maps
+
+
+def _without_norms(name: str) -> str | None:
+    """ConvNeXt ends without a norm of a map, Swin with one, of the last."""
+    return name if name.startswith("features.") else None
+
+
+def _with_last_norm(name: str) -> str | None:
+    return _without_norms(name) or (name.replace("norms.3", "norm") if name.startswith("norms.3.") else None)
 
 
 RESNET = Target(
     name="torchvision",
     rename=resnet_name,
-    parts={"backbone": r"(?!fc\.)"},
+    parts={"backbone": r"(?!fc\.|head\.|classifier\.)"},
     saves=_SAVES,
-    twin=Twin("torchvision", _INSTALL, lambda config: models.get_model(config.backbone), {"backbone": _resnet_maps}),
-    backbones=(*RESNETS, "resnext50_32x4d"),
+    usage=lambda path, backbone: f"model = torchvision.models.{MODELS[backbone]}()\n{_load(path)}",
+    twins=[Twin("torchvision", _INSTALL, _build, {"backbone": _maps})],
+    renames={"convnext_t": _without_norms, "swin_t": _with_last_norm},
+    backbones=MODELS,
+    lacks="torchvision has no ResNet-D",
 )
 
 
 def _check_detection(config: ModelConfig, parts: Sequence[str]) -> None:
-    wanted = {key: size for part in ("backbone", *parts) for key, size in _SIZES[part].items()}
+    wanted = {key: size for part in parts for key, size in _SIZES.get(part, {}).items()}
     other = [f"model.{key}={size}" for key, size in wanted.items() if getattr(config, key) != size]
     if other:
         raise ConfigError(
@@ -60,15 +94,22 @@ DETECTION = Target(
         "head": r"roi_heads\.box_head\.\d\.[01]\.",
     },
     saves=_SAVES,
-    twin=Twin(
-        "torchvision",
-        _INSTALL,
-        lambda config: models.detection.fasterrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None),
-        {
-            "backbone": lambda model, image: list(model.backbone.body(image).values()),
-            "fpn": lambda model, maps: list(model.backbone.fpn(dict(enumerate(maps))).values())[:4],
-            "head": lambda model, p5: [nn.Sequential(*list(model.roi_heads.box_head)[:4])(p5)],
-        },
+    usage=lambda path, _: (
+        f"model = torchvision.models.detection.maskrcnn_resnet50_fpn_v2(weights_backbone=None)\n{_load(path)}"
     ),
+    twins=[
+        Twin(
+            "torchvision",
+            _INSTALL,
+            lambda config: models.detection.fasterrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None),
+            {
+                "backbone": lambda model, image: list(model.backbone.body(image).values()),
+                "fpn": lambda model, maps: list(model.backbone.fpn(dict(enumerate(maps))).values())[:4],
+                "head": lambda model, p5: [nn.Sequential(*list(model.roi_heads.box_head)[:4])(p5)],
+            },
+        )
+    ],
+    backbones=("resnet50",),
+    lacks="torchvision's detectors with BatchNorm in the FPN have a ResNet-50",
     check=_check_detection,
 )

@@ -1,5 +1,6 @@
-"""Proof of an export: the target's own model loads it, lacks nothing of it, and computes the same features."""
+"""Proof of an export: the target's own models load it, lack nothing of it, and compute the same features."""
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -21,37 +22,42 @@ _TOLERANCE = 1e-5
 def verify(
     target: Target, weights: Mapping[str, Tensor], parts: Sequence[str], encoder: Encoder, config: ModelConfig
 ) -> Verified:
-    """Loads weights into the target's own model and compares its features with the encoder's.
+    """Loads weights into the target's own models and compares their features with the encoder's.
 
     Args:
         weights: what is exported, under the target's names.
         parts: of the model, that the weights are of.
-        encoder: that they come from; in evaluation mode afterwards.
+        encoder: that they come from. Where the target has no norm of a map, it is compared without.
 
     Raises:
         ConfigError: the target's library is not installed, or is on no package index.
         CheckpointError: a tensor is missing, unexpected or of another shape there, or features differ.
     """
-    twin = target.twin
-    if twin is None:
+    if not target.twins:
         raise ConfigError(f"--verify: {target.name} is on no package index, so it cannot be tried; export without")
-    try:
-        theirs: nn.Module = twin.build(config).eval()
-    except (ImportError, AssertionError) as error:  # the latter for a version of mmcv that they do not take
-        raise ConfigError(f"--verify: needs {twin.package} ({error}); install it: {twin.install}") from None
-    fresh = _load(theirs, weights, [target.parts[part] for part in parts], target.name)
-    inputs, ours = _features(encoder.eval(), target.maps)
-    difference = 0.0
-    for part in parts:
-        got = twin.forward[part](theirs, inputs[part])
-        for mine, other in zip(ours[part], got, strict=True):
-            difference = max(difference, float((other - mine).abs().max() / mine.abs().max()))
-            if not difference <= _TOLERANCE:  # NaN too
-                raise CheckpointError(
-                    f"--verify: features of the {part} differ by {difference:g} in {target.name} "
-                    f"{version(twin.package)}; install the version that mcl is tested with: {twin.install}"
-                )
-    return Verified(f"{twin.package} {version(twin.package)}", difference, tuple(fresh))
+    encoder = copy.deepcopy(encoder).eval()
+    for i in range(4):
+        if config.backbone in target.renames and not target.renames[config.backbone](f"norms.{i}.weight"):
+            encoder.backbone.set_submodule(f"norms.{i}", nn.Identity(), strict=True)
+    inputs, ours = _features(encoder, target.maps, target.sizes.get(config.backbone, (96, 64)))
+    difference, models, fresh = 0.0, [], dict[str, None]()
+    for twin in target.twins:
+        try:
+            theirs: nn.Module = twin.build(config).eval()
+        except (ImportError, AssertionError) as error:  # the latter for a version of mmcv that they do not take
+            raise ConfigError(f"--verify: needs {twin.package} ({error}); install it: {twin.install}") from None
+        models.append(type(theirs).__name__)
+        fresh |= dict.fromkeys(_load(theirs, weights, [target.parts[part] for part in parts], target.name))
+        for part in parts:
+            got = twin.forward[part](theirs, inputs[part])
+            for mine, other in zip(ours[part], got, strict=True):
+                difference = max(difference, float((other - mine).abs().max() / mine.abs().max()))
+                if not difference <= _TOLERANCE:  # NaN too
+                    raise CheckpointError(
+                        f"--verify: features of the {part} differ by {difference:g} in {models[-1]} of {twin.package} "
+                        f"{version(twin.package)}; install the version that mcl is tested with: {twin.install}"
+                    )
+    return Verified(f"{twin.package} {version(twin.package)}", tuple(models), difference, tuple(fresh))
 
 
 def _load(theirs: nn.Module, weights: Mapping[str, Tensor], names: Sequence[str], target: str) -> list[str]:
@@ -68,9 +74,11 @@ def _load(theirs: nn.Module, weights: Mapping[str, Tensor], names: Sequence[str]
     return [name for name in own if name not in claimed]
 
 
-def _features(encoder: Encoder, maps: Sequence[int]) -> tuple[dict[str, Any], dict[str, list[Tensor]]]:
+def _features(
+    encoder: Encoder, maps: Sequence[int], size: tuple[int, int]
+) -> tuple[dict[str, Any], dict[str, list[Tensor]]]:
     """Input and output of every part for one random image; `maps` are those of the FPN that are wanted."""
-    image = torch.randn(1, 3, 96, 64, generator=torch.Generator().manual_seed(0))
+    image = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
     backbone = encoder.backbone(image)  # coarsest first
     levels = range(len(encoder.fpn.depths))
     pyramid = {5 - encoder.fpn.depths[i]: p for i, p in zip(levels, encoder.fpn(backbone, levels), strict=True)}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from mcl import distributed
 from mcl.config import ConfigError
 from mcl.distributed import local
+from mcl.exporters.mmdet import import_mmdet
 
 if TYPE_CHECKING:
     from mcl.finetune.pictures import Detections
@@ -68,7 +69,7 @@ def _import_mmdet(verb: str) -> None:
     if os.path.expanduser("~") == "~":
         os.environ["HOME"] = "/nonexistent"  # without any, yapf, which MMEngine imports, fails
     try:
-        import mmdet.apis  # noqa: F401  # whatever of mmcv and mmengine it needs, too
+        import_mmdet()
     except (ImportError, AssertionError) as error:  # the latter for a version of mmcv that it does not take
         raise ConfigError(f"{verb} needs MMDetection ({error}); install it: mcl install-mmdet") from None
 

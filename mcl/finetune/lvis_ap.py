@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from dali_pipelines.source import SourceError
 from mcl.config import ConfigError
-from mcl.finetune.metric import FolderMetric
+from mcl.finetune.metric import KINDS, FolderMetric, percent
 
 PACKAGE = "faster-coco-eval==1.8.0"
 MOST = 300
@@ -61,6 +61,7 @@ class LVISFolderMetric(FolderMetric):
         frequencies = np.array([self._coco_api.cats[category]["frequency"] for category in self.cat_ids])
         found = [_best(result) for _, result in results]
         values: dict[str, float] = {}
+        self.categories = {}
         with tempfile.TemporaryDirectory() as folder:
             files = self.results2json(found, f"{folder}/found")
             for kind in self.metrics:
@@ -69,6 +70,8 @@ class LVISFolderMetric(FolderMetric):
                 parts |= {f"mAP_{size}": precision[..., number] for number, size in enumerate("sml", start=1)}
                 parts |= {f"mAP_{letter}": precision[frequencies == letter, ..., 0] for letter in "rcf"}
                 values |= {f"{kind}_{name}": float(p[p >= 0].mean()) for name, p in parts.items() if (p >= 0).any()}
+                each = zip(self.dataset_meta["classes"], precision[..., 0], strict=True)
+                self.categories[KINDS[kind]] = {n: percent(p.mean() if (p >= 0).all() else None) for n, p in each}
         return values
 
     def _precision(self, found: list[dict[str, Any]], kind: str) -> NDArray[Any]:

@@ -21,7 +21,7 @@ TABLE = "repeats.md"
 RESOLUTION = 0.1
 """Percent, to which an AP is rounded: no interval is narrower than this to either side."""
 
-_FREE = ("weights", "pretrained", "randomness")
+_FREE = ("weights", "parts", "randomness")
 """Sections of a configuration in which runs that are compared may differ."""
 
 Result = dict[str, Any]
@@ -73,7 +73,8 @@ def finetune(config: Any, count: int, compare: Path | None = None) -> str:
 def _read(folder: Path, seeds: Sequence[int]) -> Result:
     try:
         other: Result = json.loads((folder / RESULTS).read_text())
-    except (OSError, ValueError):
+        other["seeds"], other["ap"], other["sections"]
+    except (OSError, ValueError, KeyError, TypeError):  # TypeError: no object
         raise ConfigError(
             f"--compare: {folder} holds no {RESULTS}; name the folder of mcl finetune --repeats"
         ) from None

@@ -24,6 +24,8 @@ from mcl.signals import Signals
 
 BAD_FILES = "bad_files.jsonl"
 PICTURE = "predictions.png"
+MOST = 100
+"""Categories whose AP the terminal shows; ``train.log`` has it in any case."""
 
 _HOOKS_OF_TESTS = [{"type": "PlainMessages"}, {"type": "APTable"}]
 
@@ -98,7 +100,7 @@ def _show(runner: Runner) -> None:
     folder = Path(runner.work_dir)
     if distributed.rank() == 0:
         if table := metric.by_category(folder):
-            log.info("%s", table.rstrip())
+            log.info("%s", table.rstrip(), extra={"console": len(runner.cfg.data.classes) <= MOST})
         try:
             detection.compare(hooks.detector_of(runner), runner.val_dataloader, folder / PICTURE)
         except Exception as error:

@@ -35,17 +35,18 @@ def load(source: str, model: Mapping[str, Any], parts: Sequence[str] = ()) -> Lo
         ConfigError: the detector has none of our backbones, or no such parts.
     """
     own = build(model).state_dict()
-    backbone, places = _places(own, _target(model))
+    target = _target(model)
+    backbone, places = _places(own, target)
     for name in parts:
         if name not in map(part, places):
             has = ", ".join(dict.fromkeys(map(part, places)))
             raise ConfigError(f"parts: no {name!r} in this detector that could be loaded; it has {has}")
-    wanted = {name: own[place] for name, place in places.items()}
+    wanted = {name: own[place] for name, place in places.items()} | backbone_tensors(backbone)
     contents = distributed.local_rank_zero_first(lambda: read(source, "weights"))
     taken = take(contents, wanted, backbone, parts)
     rest = len(own) - len(taken.weights)
     summary = f"{taken}; {rest} of the detector's {len(own)} tensors keep their initial values"
-    return LoadWeights({places[name]: tensor for name, tensor in taken.weights.items()}, summary)
+    return LoadWeights(target.adapt({places[name]: tensor for name, tensor in taken.weights.items()}), summary)
 
 
 def _target(model: Mapping[str, Any]) -> Target:
@@ -60,22 +61,23 @@ def _places(own: Mapping[str, Tensor], target: Target) -> tuple[str, dict[str, s
     The last stage of a C4 detector's backbone is its box head. An FPN or a head of another form is left out.
     """
 
-    def place(name: str) -> str:
-        theirs = target.rename(name) or ""
+    def place(name: str, backbone: str) -> str:
+        theirs = target.name_of(name, backbone) or ""
         stage = theirs.replace("backbone.layer4.", "roi_head.shared_head.layer4.")
         return stage if stage in own else theirs
 
     claimed = {name for name in own if name.startswith(("backbone.", "roi_head.shared_head.layer4."))}
     for backbone in BACKBONES:
         tensors = backbone_tensors(backbone)
-        places = {name: place(name) for name in tensors}
-        if set(places.values()) == claimed and all(own[p].shape == tensors[n].shape for n, p in places.items()):
+        places = {name: place(name, backbone) for name in tensors}
+        theirs = target.adapt({places[name]: tensor for name, tensor in tensors.items()})
+        if theirs.keys() == claimed and all(own[name].shape == tensor.shape for name, tensor in theirs.items()):
             break
     else:
         raise ConfigError(f"weights: the detector's backbone is none of {', '.join(BACKBONES)}; leave weights out")
     with torch.device("meta"):
         encoder = Encoder(ModelConfig(backbone=backbone, width=1, head_convs=_HEAD_CONVS), (1, 2, 4, 8))  # type: ignore[arg-type]
-    others = {name: place(name) for name in canonical_names(encoder).values() if name not in places}
+    others = {name: place(name, backbone) for name in canonical_names(encoder).values() if name not in places}
     for of in ("fpn", "head"):
         inside = {name: theirs for name, theirs in others.items() if part(name) == of and theirs in own}
         if of in target.parts and set(inside.values()) == {n for n in own if re.match(target.parts[of], n)}:
@@ -84,6 +86,10 @@ def _places(own: Mapping[str, Tensor], target: Target) -> tuple[str, dict[str, s
 
 
 def build(model: Mapping[str, Any]) -> Any:
-    """A detector without memory, of which names and shapes can be asked."""
-    with DefaultScope.overwrite_default_scope("mmdet"), torch.device("meta"):
-        return MODELS.build(model)
+    """A detector without memory, where it can be made so, of which names and shapes can be asked."""
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        try:
+            with torch.device("meta"):
+                return MODELS.build(model)
+        except RuntimeError:  # Swin and ConvNeXt read what they compute
+            return MODELS.build(model)

@@ -3,12 +3,16 @@
 import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.models import resnet
+from torchvision.models.convnext import CNBlockConfig, ConvNeXt, LayerNorm2d
 from torchvision.models.resnet import ResNet
+from torchvision.models.swin_transformer import SwinTransformer
 
 from mcl.models.norm import BatchNorm
 
@@ -70,33 +74,23 @@ _RESNETS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
 _GROUPS = {"resnext50_32x4d": {"groups": 32, "width_per_group": 4}}
 
 
-class Backbone(ResNet):  # type: ignore[misc]  # torchvision has no types
-    """torchvision's ResNet without pooling and classifier (stride in the 3x3 convolution), or RT-DETR's ResNet-D.
-
-    ResNet-D (arXiv 1812.01187) has a :class:`DeepStem`, and averages over 2 x 2 cells before a shortcut's convolution,
-    which has stride 1. As RT-DETR has it, the first stage has such a convolution even where it keeps the channels.
-
-    Convolutions start from a Kaiming normal distribution over the fan-in, and no BatchNorm scale starts at zero, as in
-    the released code.
+class Backbone(nn.Module):
+    """Feature maps of images. What it makes is the class of its name, as :class:`pathlib.Path` does.
 
     Args:
-        name: as in torchvision; with vd behind it, ResNet-D.
+        name: as ``model.backbone``.
         recompute: whether backward computes the insides of blocks again, from their inputs, instead of keeping them.
+        maps: how many maps are read, coarsest first; what only the others need is not trained.
+
+    Attributes:
+        channels: of the maps that :meth:`forward` returns.
     """
 
-    def __init__(self, name: str, recompute: bool = False) -> None:
-        block, depths = _RESNETS[name.removesuffix("vd")]
-        super().__init__(block, depths, norm_layer=BatchNorm, **_GROUPS.get(name, {}))
-        del self.avgpool, self.fc
-        self.recompute = recompute
-        self.channels = tuple(64 * 2**i * block.expansion for i in (3, 2, 1, 0))
-        """Channels of the maps that :meth:`forward` returns."""
-        self.deep = name.endswith("vd")
-        if self.deep:
-            self._deepen()
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
+    channels: tuple[int, ...]
+    recompute: bool
+
+    def __new__(cls, name: str = "", *_: Any, **__: Any) -> "Backbone":  # copies are made without a name
+        return super().__new__((PatchNet if name in _PATCH_NETS else ConvNet) if cls is Backbone else cls)
 
     def forward(self, x: Tensor, counts: Sequence[int] = ()) -> list[Tensor]:
         """(n, 3, S, S) to C5, C4, C3, C2: (n, channels[i], S / 32 * 2^i, S / 32 * 2^i), coarsest first.
@@ -104,40 +98,15 @@ class Backbone(ResNet):  # type: ignore[misc]  # torchvision has no types
         Args:
             counts: canvases of each group that BatchNorm sees by itself; without them all are one.
         """
-        x = self._run(self._stride_4, x, counts)
-        features = []
-        for stage in self._stages():
-            for block in stage:
-                x = self._run(block, x, counts)
-            features.append(x)
-        return features[::-1]
+        raise NotImplementedError
 
-    def _stride_4(self, x: Tensor, counts: Sequence[int]) -> Tensor:
-        """(n, 3, S, S) to (n, 64, S / 4, S / 4)."""
-        x = self.stem(x, counts) if self.deep else self.bn1(self.conv1(x), counts, relu=True)
-        y: Tensor = self.maxpool(x)
-        return y
-
-    def _stages(self) -> tuple[nn.Sequential, ...]:
-        return self.layer1, self.layer2, self.layer3, self.layer4
-
-    def _deepen(self) -> None:
-        """Makes a ResNet-D of a ResNet."""
-        del self.conv1, self.bn1
-        self.stem = DeepStem()
-        inputs = 64
-        for stage, outputs in zip(self._stages(), self.channels[::-1], strict=True):
-            pool = nn.Identity() if stage is self.layer1 else nn.AvgPool2d(2, ceil_mode=True)
-            stage[0].downsample = nn.Sequential(pool, resnet.conv1x1(inputs, outputs), BatchNorm(outputs))
-            inputs = outputs
-
-    def _run(self, block: Callable[[Tensor, Sequence[int]], Tensor], x: Tensor, counts: Sequence[int]) -> Tensor:
+    def _run(self, block: Callable[..., Tensor], x: Tensor, *counts: Sequence[int]) -> Tensor:
         if not (self.recompute and torch.is_grad_enabled()):
-            return block(x, counts)
+            return block(x, *counts)
         y: Tensor = checkpoint(
             block,
             x,
-            counts,
+            *counts,
             use_reentrant=False,
             preserve_rng_state=False,  # nothing here is random
             context_fn=lambda: (contextlib.nullcontext(), self._frozen_statistics()),
@@ -156,3 +125,107 @@ class Backbone(ResNet):  # type: ignore[misc]  # torchvision has no types
         finally:
             for n, buffers in zip(norms, before, strict=True):
                 n.running_mean, n.running_var, n.num_batches_tracked = buffers
+
+
+class ConvNet(Backbone, ResNet):  # type: ignore[misc]
+    """torchvision's ResNet (stride in the 3x3 convolution), or the ResNet-D of RT-DETR.
+
+    ResNet-D (arXiv 1812.01187) has a :class:`DeepStem`, and averages over 2 x 2 cells before a shortcut's convolution,
+    which has stride 1. As RT-DETR has it, the first stage has such a convolution even where it keeps the channels.
+
+    Convolutions start from a Kaiming normal distribution over the fan-in, and no BatchNorm scale starts at zero, as in
+    the released code.
+    """
+
+    stem: DeepStem
+    layer1: nn.Sequential
+    conv1: nn.Conv2d
+    bn1: BatchNorm
+    maxpool: nn.MaxPool2d
+
+    def __init__(self, name: str, recompute: bool = False, maps: int = 4) -> None:
+        block, depths = _RESNETS[name.removesuffix("vd")]
+        super().__init__(block, depths, norm_layer=BatchNorm, **_GROUPS.get(name, {}))
+        del self.avgpool, self.fc
+        self.recompute = recompute
+        self.channels = tuple(64 * 2**i * block.expansion for i in (3, 2, 1, 0))
+        self.deep = name.endswith("vd")
+        if self.deep:
+            self._deepen()
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
+
+    def forward(self, x: Tensor, counts: Sequence[int] = ()) -> list[Tensor]:
+        x = self._run(self._stride_4, x, counts)
+        features = []
+        for stage in self._stages():
+            for block in stage:
+                x = self._run(block, x, counts)
+            features.append(x)
+        return features[::-1]
+
+    def _stride_4(self, x: Tensor, counts: Sequence[int]) -> Tensor:
+        """(n, 3, S, S) to (n, 64, S / 4, S / 4)."""
+        x = self.stem(x, counts) if self.deep else self.bn1(self.conv1(x), counts, relu=True)
+        y: Tensor = self.maxpool(x)
+        return y
+
+    def _stages(self) -> list[nn.Sequential]:
+        return [getattr(self, f"layer{i}") for i in range(1, 5)]
+
+    def _deepen(self) -> None:
+        """Makes a ResNet-D of a ResNet."""
+        del self.conv1, self.bn1
+        self.stem = DeepStem()
+        inputs = 64
+        for stage, outputs in zip(self._stages(), self.channels[::-1], strict=True):
+            pool = nn.Identity() if stage is self.layer1 else nn.AvgPool2d(2, ceil_mode=True)
+            stage[0].downsample = nn.Sequential(pool, resnet.conv1x1(inputs, outputs), BatchNorm(outputs))
+            inputs = outputs
+
+
+class PatchNet(Backbone):
+    """torchvision's ConvNeXt or Swin Transformer, which begin with patches of 4 x 4 pixels and use no BatchNorm.
+
+    Each map ends in a LayerNorm, as detectors have it: ``norms``, finest first. Initial values are torchvision's;
+    no path is dropped (stochastic depth 0). Swin pads maps to whole windows, and does not shift them where a map is no
+    larger than one.
+    """
+
+    def __init__(self, name: str, recompute: bool = False, maps: int = 4) -> None:
+        super().__init__()
+        width, depths = _PATCH_NETS[name]
+        widths = [width * 2**i for i in range(4)]
+        self.swin = name.startswith("swin")
+        if self.swin:
+            heads = [w // 32 for w in widths]
+            self.features = SwinTransformer([4, 4], width, depths, heads, [7, 7], stochastic_depth_prob=0.0).features
+            norm = partial(nn.LayerNorm, eps=1e-5)
+        else:
+            stages = [CNBlockConfig(*s) for s in zip(widths, [*widths[1:], None], depths, strict=True)]
+            self.features = ConvNeXt(stages, stochastic_depth_prob=0.0).features
+            norm = partial(LayerNorm2d, eps=1e-6)
+        self.norms = nn.ModuleList(norm(w).requires_grad_(i >= 4 - maps) for i, w in enumerate(widths))
+        for module in self.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.register_forward_pre_hook(_in_full_precision)
+        self.recompute, self.channels = recompute, tuple(widths[::-1])
+
+    def forward(self, x: Tensor, counts: Sequence[int] = ()) -> list[Tensor]:
+        features = []
+        for i, norm in enumerate(self.norms):
+            for block in (self.features[2 * i], *self.features[2 * i + 1]):
+                x = self._run(block, x)
+            y = norm(x)
+            features.append(y.permute(0, 3, 1, 2) if self.swin else y)
+        return features[::-1]
+
+
+def _in_full_precision(norm: nn.LayerNorm, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    """As autocast does on a GPU, and not on a CPU, whose steps should be those of a GPU."""
+    return (inputs[0].to(norm.weight.dtype),)
+
+
+_PATCH_NETS: dict[str, tuple[int, list[int]]] = {"convnext_t": (96, [3, 3, 9, 3]), "swin_t": (96, [2, 2, 6, 2])}
+"""Channels of the first stage, and blocks of each."""

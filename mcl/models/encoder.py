@@ -30,8 +30,8 @@ class Encoder(nn.Module):
         super().__init__()
         self.compute = config.compute
         self.ratios = tuple(ratios)
-        self.backbone = Backbone(config.backbone, recompute)
         depths = [r.bit_length() - 1 for r in ratios]  # a map twice as fine per doubling of the ratio
+        self.backbone = Backbone(config.backbone, recompute, maps=depths[-1] + 1)
         self.fpn = FPN(self.backbone.channels, config.width, depths)
         self.head = RegionHead(config.width, config.head_convs, config.hidden)
 

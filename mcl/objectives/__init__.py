@@ -5,10 +5,16 @@ from collections.abc import Sequence
 from mcl.config import Config
 from mcl.objectives.multi_level import MCL
 from mcl.objectives.objective import Objective, Output
+from mcl.objectives.supervised import Supervised
+from mcl.objectives.supervised_contrastive import SupervisedContrastive
 
 __all__ = ["MCL", "OBJECTIVES", "Objective", "Output", "build"]
 
-OBJECTIVES: dict[str, type[Objective]] = {"mcl": MCL}
+OBJECTIVES: dict[str, type[Objective]] = {
+    "mcl": MCL,
+    "supervised": Supervised,
+    "supervised_contrastive": SupervisedContrastive,
+}
 
 
 def build(config: Config, classes: Sequence[str] = ()) -> Objective:

@@ -29,15 +29,15 @@ class MCL(Objective):
     there, normalised; where a level shows every image several times, the mean of these, normalised again. So each
     level has one target per image, and other tiles of the same image are no negatives.
 
-    The total is the sum over levels and both directions of weight * loss; with infonce times 2 T, after which its
-    gradient towards the own target is that of cosine, 2 - 2 cos.
+    The total is the sum over levels and both directions of weight * loss; with infonce times 2 T, so that it pulls no
+    tile harder towards its own target than cosine does.
 
     With ``model.queue`` a view's bank also has its latest targets of former steps, as negatives alone. As long as there
     are fewer, the rest counts for nothing.
 
     The target encoder starts as a copy of the online one; it stays in training mode, so its BatchNorms use the
     statistics of its own batches. Scores are the mean cosines of a tile with its own image's target and with the
-    others: of all processes with infonce, and without its queue; of its own process with cosine, which gathers nothing.
+    others: of all processes and of the queue with infonce, of its own process with cosine, which gathers nothing.
     """
 
     scores = ("positive", "negative")
@@ -163,7 +163,7 @@ def _of_images(embeddings: Tensor, shown: Tensor, images: int) -> Tensor:
         embeddings: of tiles.
         shown: the image of each.
     """
+    if len(embeddings) == images:
+        return torch.empty_like(embeddings).index_copy_(0, shown, embeddings)
     rows = embeddings[shown.argsort(stable=True)]
-    if len(rows) == images:
-        return rows
     return F.normalize(upcast(rows), dim=1).view(images, -1, rows.shape[1]).mean(1).to(rows.dtype)

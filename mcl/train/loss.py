@@ -1,4 +1,4 @@
-"""Losses between predictions and targets of many levels."""
+"""Losses of objectives, as functions of embeddings."""
 
 from collections.abc import Callable, Sequence
 
@@ -81,7 +81,7 @@ def over_levels(
         levels = []
         for p, r, own in zip(predictions, rows, chosen, strict=True):
             found = [compare(upcast(p), r, banks[j]) for j in own]
-            levels.append([torch.stack(values).mean(0) for values in zip(*found, strict=True)])
+            levels.append(found[0] if len(found) == 1 else [torch.stack(v).mean(0) for v in zip(*found, strict=True)])
         losses, positives, negatives = (torch.stack(values) for values in zip(*levels, strict=True))
         return losses, positives, negatives
 
@@ -92,5 +92,45 @@ def total_loss(losses: Tensor, weights: Sequence[float], factor: float) -> Tenso
     return torch.stack(weighted).sum() * factor
 
 
+def smoothed_cross_entropy(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+    """Mean cross-entropy of (R, C) logits against (R,) int64 labels, () in fp32 at least.
+
+    Args:
+        smoothing: share of the target distribution that all C classes have in equal parts.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        return F.cross_entropy(upcast(logits), labels, label_smoothing=smoothing)
+
+
+def supervised_contrast(
+    anchors: Tensor, labels: Tensor, rows: Tensor, bank: Tensor, classes: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean over positives of the cross-entropy of picking them among all others, by cosine (arXiv 2004.11362, eq. 2).
+
+    Args:
+        anchors: (R, D) normalised.
+        labels: (R,) int64 their classes.
+        rows: (R,) int64 where the bank has them; no anchor is compared with itself.
+        bank: (B, D) normalised.
+        classes: (B,) int64 of the bank.
+        temperature: divides the cosines.
+
+    Returns:
+        Loss, mean cosine with positives, mean cosine with negatives; each (), over anchors. An anchor that has no
+        positive, or no negative, adds 0 to the loss and the first, or to the last.
+    """
+    cosines = anchors @ bank.t()  # (R, B)
+    self_ = torch.zeros_like(cosines, dtype=torch.bool).scatter_(1, rows[:, None], True)
+    alike = labels[:, None] == classes
+    positives, negatives = alike & ~self_, ~alike
+    count = positives.sum(1)
+    log_sum = (cosines / temperature).masked_fill(self_, -torch.inf).logsumexp(1)
+    mean = (cosines * positives).sum(1) / count.clamp_min(1)
+    loss = torch.where(count > 0, log_sum - mean / temperature, 0)
+    others = (cosines * negatives).sum(1) / negatives.sum(1).clamp_min(1)
+    return loss.mean(), mean.mean(), others.mean()
+
+
 def upcast(x: Tensor) -> Tensor:
+    """fp16 and bf16 to fp32."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

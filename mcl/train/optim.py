@@ -12,6 +12,8 @@ from torch.optim import SGD, AdamW, Optimizer
 from mcl import ops
 from mcl.config import OptimConfig
 
+_VECTORS = (".layer_scale", ".relative_position_bias_table")
+"""Parameters of ConvNeXt and Swin that are vectors of channels or heads, whatever their shape."""
 _RELEASED_EXCLUSION = re.compile(r"(bn|gn)\d+\.(weight|bias)|\.bn\.(weight|bias)|bias")
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -99,7 +101,7 @@ def excluded(name: str, parameter: Tensor, rule: str) -> bool:
     """Whether a parameter takes neither weight decay nor trust ratio; `rule` is ``optim.exclude``."""
     if rule == "released":
         return _RELEASED_EXCLUSION.search(_released_name(name)) is not None
-    return parameter.ndim <= 1
+    return parameter.ndim <= 1 or name.endswith(_VECTORS)
 
 
 def _released_name(name: str) -> str:

@@ -1,12 +1,13 @@
 """Tensors of a file by their names, read without executing anything in it."""
 
 import argparse
+import io
 import pickle
 import re
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import safetensors.torch
@@ -42,8 +43,7 @@ def load(path: Path) -> Any:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         if path.suffix == ".pkl":
-            with open(path, "rb") as file:
-                return _Arrays(file, encoding="latin1").load()
+            return _Arrays(io.BytesIO(path.read_bytes()), encoding="latin1").load()
         with torch.serialization.safe_globals([argparse.Namespace]):  # options of a training, which execute nothing
             return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
@@ -61,18 +61,25 @@ def load(path: Path) -> Any:
         ) from error
 
 
-def flatten(content: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
+def flatten(content: Any) -> Iterator[tuple[str, Tensor]]:
     """Tensors of nested dictionaries, with the names joined by dots; what is named by anything but text is left out."""
-    for name, value in content.items() if isinstance(content, Mapping) else ():
-        if isinstance(value, _Array):
-            value = value.tensor
-        if not isinstance(name, str):
-            continue
-        if isinstance(value, Tensor):
-            if value.layout is torch.strided and value.device.type == "cpu" and not value.is_quantized:
+    seen: set[int] = set()  # a file may say that a dictionary is in itself
+
+    def walk(node: Any, prefix: str, depth: int) -> Iterator[tuple[str, Tensor]]:
+        if not isinstance(node, Mapping) or id(node) in seen or depth > _DEPTH:
+            return
+        seen.add(id(node))
+        for name, value in node.items():
+            if isinstance(value, _Array):
+                value = value.tensor
+            if not isinstance(name, str):
+                continue
+            if not isinstance(value, Tensor):
+                yield from walk(value, f"{prefix}{name}.", depth + 1)
+            elif value.layout is torch.strided and value.device.type == "cpu" and not value.is_quantized:
                 yield prefix + name, value.detach()
-        elif depth < _DEPTH:
-            yield from flatten(value, f"{prefix}{name}.", depth + 1)
+
+    return walk(content, "", 0)
 
 
 class _Type:
@@ -114,17 +121,20 @@ _KNOWN = {
 }
 
 
-class _Arrays(pickle.Unpickler):
-    """Knows arrays of NumPy's, and containers; nothing that a file names is imported or called."""
+class _Arrays(pickle._Unpickler):
+    """Knows arrays of NumPy's, and containers; nothing that a file names is imported or called.
+
+    It is the one that is written in Python: that in C takes as much memory as a file tells it to.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
-        inside = module in (
-            "numpy.core.multiarray",
-            "numpy._core.multiarray",
-            "numpy.core.numeric",
-            "numpy._core.numeric",
-        )
+        inside = re.fullmatch(r"numpy\._?core\.(multiarray|numeric)", module)
         known = _KNOWN.get(name if inside else f"{module}.{name}")
         if known is None:
             raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
         return known
+
+    def _load_bytes(self: Any) -> None:  # of a bytearray, for which theirs makes room before it reads
+        self.append(self.read(int.from_bytes(self.read(8), "little")))
+
+    dispatch: ClassVar[dict[int, Any]] = {**pickle._Unpickler.dispatch, pickle.BYTEARRAY8[0]: _load_bytes}

@@ -46,10 +46,12 @@ def _lightly(name: str) -> str:
 
 
 CONVENTIONS: dict[str, Rename] = {
-    **{name: target.rename for name, target in TARGETS.items()},
+    # ultralytics' detectors were trained with another activation, input and epsilon of BatchNorm.
+    **{name: target.rename for name, target in TARGETS.items() if name != "ultralytics-rtdetr"},
     "detectron2-model": _detectron2_model,
     "mcl-released": _released,
     "soco": _soco,
     "lightly": _lightly,
+    "mcl": lambda name: name,
 }
 """By the name that a user may put before that of a file."""

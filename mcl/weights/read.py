@@ -76,7 +76,7 @@ def _of_file(source: str, path: Path) -> Contents:
         with torch.device("meta"):
             names = canonical_names(build(cfg, state.get("classes", ())).online)
         tensors = dict(_canonical(state["model"], names))
-        return Contents(source, tensors, {"mcl": lambda name: name}, model=state["model"])
+        return Contents(source, tensors, {"mcl": CONVENTIONS["mcl"]}, model=state["model"])
     tensors = dict(files.flatten(content))
     if not tensors:
         raise CheckpointError(f"{path}: holds no tensors with names; expected a state dict, or a checkpoint with one")

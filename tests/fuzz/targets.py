@@ -168,13 +168,18 @@ ODD = (
     '"\\u0000"',
     "[" * 99,
 )
-FIELDS = ("images", "annotations", "categories", "id", "file_name", "bbox", "segmentation", "counts", "size", "iscrowd")
+FIELDS = (
+    *("images", "annotations", "categories", "id", "file_name", "bbox", "segmentation", "counts", "size", "iscrowd"),
+    *("difficult", "frequency", "neg_category_ids"),
+)
 
 
 def coco() -> Iterable[bytes]:
     content = annotations.example()
     yield json.dumps(content).encode()
     yield json.dumps(content).encode("utf-16")
+    content["images"][0].update(neg_category_ids=[content["categories"][0]["id"]], not_exhaustive_category_ids=[])
+    content["categories"][0]["frequency"] = "r"
     content["images"][1]["file_name"] = "a.png"
     content["annotations"] = content["annotations"][:1]
     yield json.dumps(content).encode()

@@ -256,6 +256,17 @@ def test_unreadable_files(tmp_path: Path, content: str, message: str) -> None:
         config.load(file)
 
 
+@pytest.mark.parametrize("levels", [1, 2, 3])
+@pytest.mark.parametrize("path", PRESETS, ids=lambda p: p.stem)
+def test_presets_take_fewer_levels(path: Path, levels: int) -> None:
+    every = config.load(path)
+    keys = "montage.ratios", "montage.images_per_canvas", "montage.queries", "model.loss_weights"
+    cfg = config.override(every, {key: list(config.value(every, key)[:levels]) for key in keys})
+    images = cfg.images_per_rank(1)
+    assert cfg.montage.canvases(images) == every.montage.canvases(images)[:levels]
+    assert cfg.plan(2 * images, images).geometry.levels == levels
+
+
 @pytest.mark.parametrize("path", PRESETS, ids=lambda p: p.stem)
 def test_presets_leave_no_doubts(path: Path) -> None:
     assert config.load(path).doubts() == []

@@ -2,22 +2,25 @@
 
 from pathlib import Path
 
-import mmcv
-import mmdet
-import mmengine
-import mmpretrain
 import torch
-from mmdet.models.detectors import MaskRCNN
-from mmdet.structures import DetDataSample
 
-BASE = Path(mmdet.__file__).parent / ".mim" / "configs" / "_base_" / "models"
+from mcl.exporters.mmdet import import_mmdet
 
 
 def main() -> None:
     """Runs a small Mask R-CNN with random weights on a random image."""
+    import_mmdet()
+    import mmcv
+    import mmdet
+    import mmengine
+    import mmpretrain
+    from mmdet.models.detectors import MaskRCNN
+    from mmdet.structures import DetDataSample
+
     torch.manual_seed(0)
     mmengine.registry.init_default_scope("mmdet")
-    config = mmengine.Config.fromfile(BASE / "mask-rcnn_r50_fpn.py").model
+    models = Path(mmdet.__file__).parent / ".mim" / "configs" / "_base_" / "models"
+    config = mmengine.Config.fromfile(models / "mask-rcnn_r50_fpn.py").model
     config.pop("type")
     config.backbone.update(depth=18, init_cfg=None)
     config.neck.in_channels = [64, 128, 256, 512]

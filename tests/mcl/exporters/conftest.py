@@ -23,6 +23,10 @@ def make_model(geometry: Geometry, **model: Any) -> MCL:
             tensor.normal_(0, 0.1)
         elif name.endswith("running_var"):
             tensor.uniform_(0.5, 2)
+        elif name.endswith(("layer_scale", "relative_position_bias_table")):
+            tensor.normal_()
+        elif ".norm" in name and tensor.ndim == 1 and name.endswith(("weight", "bias")):
+            tensor.normal_(float(name.endswith("weight")), 0.1)
         elif name.startswith("target.") and tensor.ndim > 1:
             tensor.mul_(0.5)
     return made
@@ -51,6 +55,13 @@ def model() -> MCL:
 @pytest.fixture(scope="session")
 def saved(model: MCL, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(model, Geometry(), tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="session")
+def resnet18vd(tmp_path_factory: pytest.TempPathFactory) -> tuple[MCL, Path]:
+    """A small model of a backbone that RT-DETR takes, and its checkpoint."""
+    model = make_model(Geometry(), backbone="resnet18vd", width=16).eval()
+    return model, save_model(model, Geometry(), tmp_path_factory.mktemp("vd") / "runs" / "vd")
 
 
 @pytest.fixture(scope="session")

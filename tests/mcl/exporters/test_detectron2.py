@@ -92,7 +92,8 @@ def match(file: Shapes, model: Shapes) -> dict[str, str]:
 def test_names_and_shapes(depth: int, saved: Path, resnet50_file: Path, tmp_path: Path) -> None:
     path = saved if depth == 18 else resnet50_file
     width = 16 if depth == 18 else 256
-    content = pickle.loads(export(path, "detectron2", output=tmp_path / "x.pkl").path.read_bytes())
+    report = export(path, "detectron2", statistics_of="none", output=tmp_path / "x.pkl")
+    content = pickle.loads(report.path.read_bytes())
     file = {name: array.shape for name, array in content["model"].items()}
     bottom_up = (resnet18 if depth == 18 else resnet50)("backbone.bottom_up")
     channels = (64, 128, 256, 512) if depth == 18 else (256, 512, 1024, 2048)
@@ -107,7 +108,9 @@ def test_names_and_shapes(depth: int, saved: Path, resnet50_file: Path, tmp_path
 def test_c4_models_find_the_backbone(resnet50_file: Path, tmp_path: Path) -> None:
     """They have stages 2 to 4 in ``backbone`` and stage 5 in ``roi_heads``."""
     content = pickle.loads(
-        export(resnet50_file, "detectron2", parts=["backbone"], output=tmp_path / "x.pkl").path.read_bytes()
+        export(
+            resnet50_file, "detectron2", parts=["backbone"], statistics_of="none", output=tmp_path / "x.pkl"
+        ).path.read_bytes()
     )
     file = {name: array.shape for name, array in content["model"].items()}
     model = {name.replace("backbone.res5", "roi_heads.res5"): shape for name, shape in resnet50("backbone").items()}

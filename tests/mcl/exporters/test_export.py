@@ -56,14 +56,20 @@ def test_maps_of_the_fpn_keep_their_number_where_levels_are_missing() -> None:
     assert names["fpn.outputs.1.conv.weight"] == "backbone.fpn.layer_blocks.1.0.weight"  # P3
 
 
-@pytest.mark.parametrize("to", TARGETS)
+@pytest.mark.parametrize(
+    "to", [pytest.param(to, marks=[pytest.mark.soak] * (to == "ultralytics-rtdetr")) for to in TARGETS]
+)
 def test_report_accounts_for_every_tensor(
-    to: str, model: MCL, saved: Path, resnet50: tuple[MCL, Path], tmp_path: Path
+    to: str, model: MCL, saved: Path, resnet50: tuple[MCL, Path], resnet18vd: tuple[MCL, Path], tmp_path: Path
 ) -> None:
-    if to == "torchvision-detection":
+    if to == "ultralytics-rtdetr":
+        pytest.importorskip("ultralytics", reason="needs ultralytics: make soak")
+    if to in ("torchvision-detection", "ultralytics-rtdetr"):
         model, saved = resnet50
+    if to == "transformers-rtdetr":
+        model, saved = resnet18vd
     target = TARGETS[to]
-    report = export(saved, to, output=tmp_path / f"x{next(iter(target.saves))}")
+    report = export(saved, to, statistics_of="none", output=tmp_path / f"x{next(iter(target.saves), '')}")
     own = model.state_dict()
     assert sorted([*report.names, *report.unmapped]) == sorted(own)
     assert {ours.split(".")[1] for ours in report.names} == set(target.parts) == set(report.metadata["parts"])
@@ -79,13 +85,16 @@ def test_report_accounts_for_every_tensor(
         f"{ours} -> {theirs} {list(own[ours].shape)}",
         f"predictors {sum(n.startswith('predictors.') for n in own)}",
         "--verify",
+        "statistics: as training left them",
+        report.usage,
     ):
         assert words in text
+    assert str(report.path) in report.usage
 
 
 def test_files_hold_the_weights_and_say_what_they_are(model: MCL, saved: Path, tmp_path: Path) -> None:
     reports = {
-        (to, ending): export(saved, to, parts=["backbone"], output=tmp_path / f"{to}{ending}")
+        (to, ending): export(saved, to, parts=["backbone"], statistics_of="none", output=tmp_path / f"{to}{ending}")
         for to, ending in (("mmdet", ".pth"), ("torchvision", ".pth"), ("timm", ".safetensors"), ("detectron2", ".pkl"))
     }
     openmmlab = torch.load(tmp_path / "mmdet.pth", weights_only=True)
@@ -140,7 +149,7 @@ def test_parts(saved: Path, tmp_path: Path) -> None:
             "torchvision-detection",
             [],
             "x.pth",
-            "runs with model.backbone=resnet50 model.width=256; this one has model.backbone=resnet18 model.width=16",
+            "no module for model.backbone=resnet18: torchvision's detectors .* have a ResNet-50; take --to mmdet, ",
         ),
     ],
 )
@@ -176,7 +185,7 @@ def test_library_that_is_not_installed(saved: Path, tmp_path: Path, monkeypatch:
     assert export(saved, "timm", output=output).verified is None
     assert output.exists()
     with pytest.raises(ConfigError, match="--verify: detectron2 is on no package index"):
-        export(saved, "detectron2", check=True)
+        export(saved, "detectron2", statistics_of="none", check=True)
 
 
 def test_verification_fails_where_the_library_differs(
@@ -186,14 +195,13 @@ def test_verification_fails_where_the_library_differs(
         return torchvision.models.resnet18(norm_layer=lambda n: nn.BatchNorm2d(n, eps=1e-3))
 
     target = TARGETS["torchvision"]
-    assert target.twin is not None
     for build, message in (
         (lambda config: torchvision.models.resnet34(), "96 tensors are missing, unexpected or of another"),
         (lambda config: torchvision.models.wide_resnet50_2(), r"unexpected.*the first: layer1\.0\.bn3\.bias"),
-        (other_epsilon, r"features of the backbone differ by 0\.\d+ in torchvision"),
+        (other_epsilon, r"features of the backbone differ by 0\.\d+ in ResNet of torchvision"),
     ):
-        twin = dataclasses.replace(target.twin, build=build)
-        monkeypatch.setitem(TARGETS, "torchvision", dataclasses.replace(target, twin=twin))
+        twin = dataclasses.replace(target.twins[0], build=build)
+        monkeypatch.setitem(TARGETS, "torchvision", dataclasses.replace(target, twins=[*target.twins, twin]))
         with pytest.raises(CheckpointError, match=message):
             export(saved, "torchvision", check=True, output=tmp_path / "x.pth")
         assert not list(tmp_path.iterdir())
@@ -202,7 +210,7 @@ def test_verification_fails_where_the_library_differs(
 def test_target_network_gets_statistics_of_its_own(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mcl.exporters.convert._STATISTICS_BATCHES", 2)
+    monkeypatch.setattr("mcl.exporters.statistics._BATCHES", 2)
     geometry = Geometry(cells=1)
     model = make_model(geometry, backbone="resnet18", width=8)
     path = save_model(model, geometry, tmp_path, root="/no/where")
@@ -253,13 +261,15 @@ def test_authors_weights_go_through_the_same_exports(tmp_path: Path) -> None:
 def test_command_line(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert list(TARGETS) == cli.TARGETS
     cli.main(["export", str(saved), "--to", "torchvision", "--parts", "backbone", "--verify"])
-    text = capsys.readouterr().out
+    text, usage = capsys.readouterr().out.split("\n\n")
     output = saved.parent.parent / "exports" / "torchvision.pth"
     assert text.startswith(f"wrote     {output}\n")
-    assert f"torchvision {torchvision.__version__.partition('+')[0]}" in text
+    assert f"torchvision {torchvision.__version__.partition('+')[0]} (ResNet)" in text
     assert "no key missing or unexpected, features differ by at most 0\n" in text
-    assert text.endswith("fresh     fc 2\n")
-    assert output.exists()
+    assert text.endswith("fresh     fc 2")
+    names = {"torch": torch, "torchvision": torchvision}
+    exec(usage, names)
+    assert torch.equal(names["model"].conv1.weight, torch.load(output)["conv1.weight"])  # type: ignore[attr-defined]
 
 
 def test_exports_go_into_the_run_or_next_to_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """A COCO-format folder of photographs, small detectors, and weights for them."""
 
+import contextlib
 import functools
 import importlib.util
 import json
@@ -11,9 +12,13 @@ import pytest
 from PIL import Image
 
 from dali_pipelines.geometry import Geometry
+from mcl.exporters.mmdet import import_mmdet
 from mcl.records.metrics import log
 from tests.conftest import PHOTOS, ROOT
 from tests.mcl.exporters.conftest import make_model, save_model
+
+with contextlib.suppress(ImportError):  # before the tests of this folder do so
+    import_mmdet()
 
 CONFIGS = ROOT / "mcl" / "finetune" / "configs"
 MINI = CONFIGS / "mask_rcnn_r18_fpn_mini.py"

@@ -10,8 +10,10 @@ import torch.nn.functional as F
 
 pytest.importorskip("mmdet", reason="needs MMDetection: make mmdet")
 
+import mmdet
 from mmdet.registry import MODELS
 from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DefaultScope
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -61,12 +63,17 @@ PROTOCOLS = {
         *("FasterRCNN", 0.02, 16, 24_000, (18_000, 22_000), 100, 1e-4, tuple(range(480, 801, 32)), 1333, "BBoxHead")
     ),
 }
+PATCHES = {
+    "mask_rcnn_swin_t_fpn_1x": "swin/mask-rcnn_swin-t-p4-w7_fpn_1x",
+    "mask_rcnn_convnext_t_fpn_1x": "convnext/mask-rcnn_convnext-t-p4-w7_fpn_amp-ms-crop-3x",
+}
+"""Backbones without BatchNorm, trained with AdamW, and MMDetection's configurations of them."""
 C4 = [name for name in PROTOCOLS if "_c4_" in name]
 MINI = "mask_rcnn_r18_fpn_mini", "faster_rcnn_r18_fpn_mini"
 
 
 def test_every_configuration_is_pinned() -> None:
-    assert {path.stem for path in CONFIGS.glob("*.py")} == PROTOCOLS.keys() | {*MINI}
+    assert {path.stem for path in CONFIGS.glob("*.py")} == PROTOCOLS.keys() | {*MINI, *PATCHES}
 
 
 @functools.cache
@@ -108,6 +115,43 @@ def test_protocol(name: str) -> None:
     )
     assert config.train_cfg.val_interval == evaluations
     assert evaluations % hooks["PreciseBatchNorm"].interval == 0 or evaluations == expected.steps
+
+
+def decays(detector: nn.Module, wrapper: Any) -> dict[str, tuple[float, float]]:
+    """Weight decay and learning rate of every parameter of the backbone."""
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        groups = build_optim_wrapper(detector, {**wrapper, "type": "OptimWrapper"}).optimizer.param_groups
+    found = {id(p): (group["weight_decay"], group["lr"]) for group in groups for p in group["params"]}
+    return {name: found[id(p)] for name, p in detector.get_submodule("backbone").named_parameters()}
+
+
+@pytest.mark.parametrize("name", PATCHES)
+def test_backbones_of_patches(name: str) -> None:
+    """The protocol of ResNet-50; optimiser and backbone of MMDetection's own configuration."""
+    config, resnet = read(name), read("mask_rcnn_r50_fpn_1x")
+    theirs = Config.fromfile(Path(mmdet.__file__).parent / ".mim" / "configs" / f"{PATCHES[name]}_coco.py")
+    for key in ("global_batch", "train_cfg", "param_scheduler", "train_dataloader", "val_dataloader"):
+        assert config[key] == resnet[key], key
+    assert config.model.roi_head == resnet.model.roi_head
+    assert config.model.neck == {**resnet.model.neck, **theirs.model.neck, "norm_cfg": resnet.model.neck.norm_cfg}
+    assert config.optim_wrapper.optimizer == theirs.optim_wrapper.optimizer
+    detectors = [weights.build(one.model) for one in (config, theirs)]
+    modules = [str(detector.get_submodule("backbone")).partition("\ninit_cfg")[0] for detector in detectors]
+    assert modules[0] == modules[1]  # with sizes and stochastic depth
+    assert all(parameter.requires_grad for parameter in detectors[0].parameters())
+    ours, others = (decays(*pair) for pair in zip(detectors, (config.optim_wrapper, theirs.optim_wrapper), strict=True))
+    assert ours == others
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", PATCHES)
+def test_tensors_of_patches_load(name: str, tmp_path: Path) -> None:
+    """All of backbone, FPN and head."""
+    model = make_model(Geometry(), backbone=name.removeprefix("mask_rcnn_").removesuffix("_fpn_1x"))
+    config = read(name)
+    hook = weights.load(str(save_model(model, Geometry(), tmp_path)), config.model)
+    begin = ("backbone.", "neck.", "roi_head.bbox_head.shared_convs.")
+    assert hook.weights.keys() == {n for n in weights.build(config.model).state_dict() if n.startswith(begin)}
 
 
 @pytest.mark.parametrize("name", [name for name in PROTOCOLS if name not in C4])
@@ -180,7 +224,7 @@ def _check_norms(detector: nn.Module, parts: list[str]) -> None:
     assert all(name.startswith(tuple(parts)) for name in norms)
 
 
-@pytest.mark.parametrize("name", PROTOCOLS)
+@pytest.mark.parametrize("name", [*PROTOCOLS, *PATCHES])
 def test_input_and_initial_values(name: str) -> None:
     """Images are as pre-training had them, and nothing is fetched from elsewhere."""
     model = read(name).model

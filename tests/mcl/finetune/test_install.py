@@ -60,3 +60,17 @@ def test_a_python_without_torch(tmp_path: Path) -> None:
     done = install(str(python), PYTHONPATH="")
     assert done.returncode == 1
     assert f"{python} has no torch; install mcl first" in done.stderr
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(not Path(sys.prefix, ".mmdet").exists(), reason="needs MMDetection: make mmdet")
+def test_beside_transformers_that_mmpretrain_cannot_import(tmp_path: Path) -> None:
+    (tmp_path / "transformers.py").write_text("raise TypeError('of version 5')")
+    info = tmp_path / "transformers-5.0.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 5.0.0\n")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    check = [sys.executable, "-W", "ignore", str(DETECTORS.parent / "install" / "check.py")]
+    done = subprocess.run(check, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "MMDetection works" in done.stdout

@@ -154,6 +154,8 @@ def test_as_all_pairs_at_once(tmp_path: Path) -> None:
     expected = {f"bbox_{ours}": theirs.stats_as_dict[name] for ours, name in names.items()}
     assert 0.1 < expected["bbox_mAP"] < 0.9
     assert {name: values[name] for name in expected} == pytest.approx(expected)
+    aps = [ap for ap in measure.categories["box"].values() if ap is not None]
+    assert np.mean(aps) == pytest.approx(100 * expected["bbox_mAP"], abs=0.05)
 
 
 @pytest.mark.parametrize(

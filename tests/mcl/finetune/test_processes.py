@@ -10,8 +10,9 @@ import torch
 
 pytest.importorskip("mmdet", reason="needs MMDetection: make mmdet")
 
-from mcl import distributed
-from mcl.finetune import metric, settings, training
+from mcl import cli, distributed
+from mcl.distributed import local
+from mcl.finetune import metric, repeats, settings, training
 from tests.mcl.finetune.conftest import MINI, make_folder
 from tests.mcl.finetune.test_images import CUT, damage
 from tests.mcl.finetune.test_run import words
@@ -27,6 +28,45 @@ def train(config: Any, output: Path) -> str:
         return training.finetune(config)
 
 
+def repeat(config: Any, output: Path) -> str:
+    with open(output / f"rank {distributed.rank()}", "w") as file, contextlib.redirect_stdout(file):
+        return repeats.finetune(config, 2)
+
+
+def of_two(config: Any) -> Any:
+    """The configuration of one of two processes on the CPU."""
+    config.launcher = "pytorch"
+    config.train_dataloader.batch_size = 1
+    config.model_wrapper_cfg = {"type": "MMDistributedDataParallel", "device_ids": None, "broadcast_buffers": False}
+    return config
+
+
+@pytest.mark.soak
+def test_repeats_in_two_processes(tmp_path: Path) -> None:
+    """Both train with all seeds; the first one writes the table."""
+    folder = make_folder(tmp_path / "coco")
+    config = of_two(settings.load(MINI, words(folder, tmp_path, "run")))
+    table, nothing = in_ranks(2, repeat, config, tmp_path)
+    assert ((tmp_path / "run" / repeats.TABLE).read_text(), "") == (table, nothing)
+    first, second = (
+        torch.load(tmp_path / "run" / f"seed-{seed}" / f"iter_{STEPS}.pth", weights_only=True)["state_dict"]
+        for seed in range(2)
+    )
+    assert not torch.equal(first["rpn_head.rpn_conv.weight"], second["rpn_head.rpn_conv.weight"])
+    said = (tmp_path / "rank 0").read_text()
+    assert [f"repeat {n} of 2, with seed {n - 1}" in said for n in (1, 2)] == [True, True]
+    assert "repeat" not in (tmp_path / "rank 1").read_text()
+
+
+def test_processes_have_the_words_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that are started here do all repeats, as those of torchrun do."""
+    started: list[list[str]] = []
+    monkeypatch.setattr(local, "devices", lambda *_: [0, 1])
+    monkeypatch.setattr(local, "run", lambda words, *_: started.append(words))
+    cli.main(["finetune", str(MINI), "--repeats", "3", "name=a", "--compare", "runs/b"])
+    assert started == [["finetune", str(MINI), "name=a", "--repeats", "3", "--compare", "runs/b"]]
+
+
 @pytest.mark.soak
 def test_two_processes(tmp_path: Path) -> None:
     """One of them reports; an image that both find broken, in different epochs, is listed and counted once."""
@@ -38,11 +78,8 @@ def test_two_processes(tmp_path: Path) -> None:
     broken = int((shown_by[0] != shown_by[1]).nonzero()[0])
     path = folder / "train" / f"{broken + 1}.jpg"
     damage(path, CUT)
-    config = settings.load(MINI, words(folder, tmp_path, "run", f"data.max_bad_fraction={1.5 / IMAGES}"))
+    config = of_two(settings.load(MINI, words(folder, tmp_path, "run", f"data.max_bad_fraction={1.5 / IMAGES}")))
     config.randomness.seed = SEED
-    config.launcher = "pytorch"
-    config.train_dataloader.batch_size = 1
-    config.model_wrapper_cfg = {"type": "MMDistributedDataParallel", "device_ids": None, "broadcast_buffers": False}
 
     tables = in_ranks(2, train, config, tmp_path)
     run = tmp_path / "run"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("mmdet", reason="needs MMDetection: make mmdet")
 
@@ -144,7 +145,7 @@ def test_errors(options: list[str], message: str, capfd: pytest.CaptureFixture[s
 
 @pytest.mark.soak
 def test_killed_in_the_second_of_three_and_continued(folder: Path, tmp_path: Path) -> None:
-    """By SIGKILL; the weights are those of runs that nothing ended."""
+    """By SIGKILL; the run that was cut has the weights of one that was not."""
     process = start([*repeated(folder, tmp_path), "train_cfg.max_iters=4", "--repeats", "3"])
     run = tmp_path / "all"
     while not last_checkpoint(run / "seed-1"):
@@ -154,3 +155,6 @@ def test_killed_in_the_second_of_three_and_continued(folder: Path, tmp_path: Pat
     assert process.wait() == -signal.SIGKILL
     arguments = [*repeated(folder, tmp_path), "train_cfg.max_iters=4"]
     check_table(run, finetune(MINI, arguments, 3), [0, 1, 2])
+    finetune(MINI, [*arguments, "name=alone", "randomness.seed=1"])
+    ours, theirs = (torch.load(f / "iter_4.pth")["state_dict"] for f in (run / "seed-1", tmp_path / "alone"))
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())

@@ -310,7 +310,7 @@ def test_other_runs_are_not_continued(folder: Path, checkpoint: Path, whole: tup
     ("override", "message"),
     [
         ("data.root=/no/where", r"^mcl finetune: error: data\.root: /no/where does not exist$"),
-        ("weights=nowhere.pt", r"^mcl finetune: error: weights: nowhere\.pt does not exist$"),
+        ("weights=nowhere.pt", r"^mcl finetune: error: nowhere\.pt: cannot read \(No such file or directory\)$"),
         ("data.classes=[unicorn]", r"^mcl finetune: error: data\.classes: no category 'unicorn'"),
     ],
 )

@@ -1,18 +1,39 @@
-"""Backbones against the modules of the libraries that also have them."""
+"""Backbones against the modules of the libraries that also have them, and in training."""
+
+import copy
+from typing import Any
 
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from mcl.budget import count
 from mcl.exporters.timm import rename
+from mcl.models import backbones
 from mcl.models.backbones import Backbone
 from mcl.models.norm import BatchNorm
+from mcl.train.optim import build_optimizer
+from tests.mcl.train.test_no_waiting import check_whole_step
+from tests.mcl.train.test_step import same_bits, state_after
+from tests.step import FOUR_LEVELS, build, configure, views
 
-SHALLOW = ["resnet18vd", "resnext50_32x4d"]
+THIN = {"convnext_t": (32, [1, 1, 2, 1]), "swin_t": (32, [2, 1, 2, 1])}
+"""Channels and blocks; two blocks are a plain and a shifted one of Swin."""
+OTHERS = ["resnext50_32x4d", "resnet18vd", *THIN]
+"""Than ResNets."""
+
+
+@pytest.fixture
+def thin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All backbones have few blocks; those of patches are narrow, too."""
+    shallow: Any = {name: (block, [1, 1, 1, 1]) for name, (block, _) in backbones._RESNETS.items()}
+    monkeypatch.setattr(backbones, "_RESNETS", shallow)
+    monkeypatch.setattr(backbones, "_PATCH_NETS", THIN)
 
 
 def image() -> Tensor:
@@ -28,6 +49,12 @@ def make(name: str) -> Backbone:
         if isinstance(module, BatchNorm):
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 2)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.uniform_(module.weight, 0.5, 2)
+            nn.init.normal_(module.bias, 0, 0.1)
+    for name, parameter in backbone.named_parameters():
+        if name.endswith(("layer_scale", "relative_position_bias_table")):
+            nn.init.normal_(parameter)
     return backbone
 
 
@@ -51,6 +78,22 @@ def test_torchvisions(name: str) -> None:
     assert (missing, unexpected) == (["fc.weight", "fc.bias"], [])
     with torch.no_grad():
         same(backbone, list(create_feature_extractor(theirs, [f"layer{i}" for i in range(1, 5)])(image()).values()))
+
+
+@pytest.mark.parametrize(("name", "theirs"), [("convnext_t", "convnext_tiny"), ("swin_t", "swin_t")])
+def test_torchvisions_with_a_norm_of_every_map(name: str, theirs: str) -> None:
+    backbone = make(name)
+    model = torchvision.models.get_model(theirs).eval()
+    maps = [f"features.{i}" for i in (1, 3, 5, 7)]
+    state = backbone.state_dict()
+    missing, _ = model.load_state_dict({n: t for n, t in state.items() if n.startswith("features.")}, strict=False)
+    assert not [n for n in missing if n.startswith("features.")]
+    with torch.no_grad():
+        features = create_feature_extractor(model, maps)(image()).values()
+        last = [x if name == "swin_t" else x.permute(0, 2, 3, 1) for x in features]
+        sizes = [(x.shape[-1:], state[f"norms.{i}.weight"], state[f"norms.{i}.bias"]) for i, x in enumerate(last)]
+        eps = 1e-5 if name == "swin_t" else 1e-6
+        same(backbone, [F.layer_norm(x, *size, eps).permute(0, 3, 1, 2) for x, size in zip(last, sizes, strict=True)])
 
 
 @pytest.mark.parametrize(
@@ -77,8 +120,11 @@ def test_resnet_d(name: str, theirs: str) -> None:
     ("name", "giga"),
     [
         *(
-            (name, torchvision.models.get_model_weights(name).DEFAULT.meta["_ops"])
-            for name in ("resnet152", "resnext50_32x4d")
+            (name, torchvision.models.get_model_weights(theirs).DEFAULT.meta["_ops"])
+            for name, theirs in {
+                **{name: name for name in ("resnet152", "resnext50_32x4d", "swin_t")},
+                "convnext_t": "convnext_tiny",
+            }.items()
         ),
         *(("resnet18vd", 2.06), ("resnet34vd", 3.91), ("resnet50vd", 4.35), ("resnet101vd", 8.08)),
     ],
@@ -87,3 +133,95 @@ def test_flops_are_the_published_ones(name: str, giga: float) -> None:
     """Multiply-adds of an image of 224 px, of torchvision or of timm; a step takes three times as many, but for the
     first convolution, which has no gradient of its input."""
     assert count.supervised(name) / 6e9 == pytest.approx(giga, rel=0.02)
+
+
+@pytest.mark.usefixtures("thin")
+@pytest.mark.parametrize(("name", "words"), [*((name, FOUR_LEVELS) for name in OTHERS), *((name, ()) for name in THIN)])
+def test_a_step_moves_all_that_is_trained(name: str, words: tuple[str, ...]) -> None:
+    """With two levels, the norms of the two finest maps are not."""
+    cfg = configure(*words, f"model.backbone={name}", "montage.cells=2", "optim.name=adamw")
+    step = build(cfg)
+    before = copy.deepcopy(step.model.online.backbone)
+    output, _ = step(*views(cfg), lr=1e-3, momentum=0.9)
+    assert output.loss.isfinite()
+    frozen = []
+    for (key, p), old in zip(step.model.online.backbone.named_parameters(), before.parameters(), strict=True):
+        if p.requires_grad:
+            assert p.grad is not None, key
+            assert p.grad.isfinite().all(), key
+            assert p.grad.any(), key
+        else:
+            frozen.append(key)
+        assert torch.equal(p, old) != p.requires_grad, key
+    unread = [f"norms.{i}.{leaf}" for i in range(2) for leaf in ("weight", "bias")]
+    assert frozen == (unread if name in THIN and not words else [])
+
+
+@pytest.mark.usefixtures("thin")
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [
+        *(("resnet18vd", "fp32"), ("convnext_t", "bf16"), ("swin_t", "bf16")),
+        *(pytest.param(name, precision, marks=pytest.mark.soak) for name in OTHERS for precision in ("fp32", "bf16")),
+    ],
+)
+def test_resumed_and_recomputed_steps_are_plain_steps(name: str, precision: str) -> None:
+    words = (f"model.backbone={name}", f"trainer.precision={precision}", "optim.name=adamw")
+    batches = [views(configure(*words), seed) for seed in (1, 3)]
+    plain = state_after(build(configure(*words)), batches)
+    first, second = build(configure(*words, "trainer.recompute=true")), build(configure(*words))
+    state_after(first, batches[:1])
+    second.model.load_state_dict(first.model.state_dict())
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    again = state_after(second, batches[1:])
+    assert same_bits({key.replace(" 1", " 0"): value for key, value in plain.items() if " 0" not in key}, again)
+
+
+@pytest.mark.usefixtures("thin")
+@pytest.mark.parametrize("name", THIN)
+def test_a_step_reads_nothing_back(name: str) -> None:
+    check_whole_step((f"model.backbone={name}", "optim.name=adamw", "montage.cells=2"))
+
+
+@pytest.mark.usefixtures("thin")
+@pytest.mark.parametrize("name", THIN)
+def test_views_go_through_it_one_by_one_or_together(name: str) -> None:
+    """There are no statistics of a batch."""
+    backbone = make(name)
+    for mine, other in zip(backbone(image(), [1, 1]), backbone(image()[:1]), strict=True):
+        torch.testing.assert_close(mine[:1], other)
+
+
+@pytest.mark.usefixtures("thin")
+@pytest.mark.parametrize("name", THIN)
+def test_a_cpu_keeps_what_a_gpu_keeps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bf16, so that what is counted on tensors of a CPU holds for a GPU."""
+    monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
+    kept = []
+    for device in ("cpu", "cuda"):
+        with torch.device("meta"):
+            backbone = Backbone(name)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            backbone.to_empty(device=device)
+            sizes = []
+            torch.set_autocast_enabled(device, True)
+            torch.set_autocast_dtype(device, torch.bfloat16)
+            with torch.autograd.graph.saved_tensors_hooks(lambda t, to=sizes: to.append((t.shape, t.dtype)), id):
+                maps = backbone(torch.empty(2, 3, 64, 64, device=device))
+            torch.set_autocast_enabled(device, False)
+            torch.clear_autocast_cache()
+        kept.append((sizes, [x.dtype for x in maps]))
+    assert kept[0] == kept[1]
+
+
+def test_what_adamw_does_not_decay() -> None:
+    """Vectors, and what is one in another shape."""
+    for name, keys in (("convnext_t", {"layer_scale"}), ("swin_t", {"relative_position_bias_table"})):
+        cfg = configure(f"model.backbone={name}", "optim.name=adamw", "optim.weight_decay=0.05")
+        with torch.device("meta"):
+            backbone = Backbone(name)
+            _, vectors = build_optimizer(cfg.optim, backbone).param_groups
+        names = {id(p): n.rpartition(".")[2] for n, p in backbone.named_parameters()}
+        assert vectors["weight_decay"] == 0
+        assert {names[id(p)] for p in vectors["params"]} == {"weight", "bias", *keys}
+        assert all(p.ndim < 2 for p in vectors["params"] if names[id(p)] == "weight")

@@ -291,12 +291,12 @@ def test_a_run_on_photographs(words: tuple[str, ...], tmp_path: Path) -> None:
     """The demo, shorter: its loss falls, tiles find their images, its weights are exported and verified."""
     keys = [f"data.root={PHOTOS / 'train'}", f"data.val_root={PHOTOS / 'val'}", f"output={tmp_path}"]
     cfg = config.load(
-        "mcl_r18_fpn_demo", [*keys, "trainer.epochs=8", "evaluation.at_end=[]", "trainer.log_every=4", *words]
+        "mcl_r18_fpn_demo", [*keys, "trainer.epochs=6", "evaluation.at_end=[]", "trainer.log_every=4", *words]
     )
     Trainer(cfg).fit()
     losses = [record["loss"] for record in read(cfg.run_folder / "metrics.jsonl")]
     assert losses[-1] < losses[len(losses) // 3]
     path = cfg.run_folder / "checkpoints" / checkpoint.LAST
-    assert export(path, "torchvision", check=True).output.exists()
+    assert export(path, "torchvision", check=True).path.exists()
     train, _ = evaluate(["retrieval"], *checkpoint.load_model(path), torch.device("cpu"))
     assert train["levels"][0] > train["chance"]

@@ -1,3 +1,3 @@
 """Checkpoints to read."""
 
-from tests.mcl.exporters.conftest import model, resnet50, saved  # noqa: F401
+from tests.mcl.exporters.conftest import model, resnet18vd, resnet50, saved  # noqa: F401

@@ -3,6 +3,7 @@
 import argparse
 import io
 import pickle
+import tracemalloc
 from collections import OrderedDict, deque
 from pathlib import Path
 from typing import Any
@@ -141,3 +142,26 @@ def test_an_unpickler_cannot_be_changed_by_what_it_reads(tmp_path: Path) -> None
     pickle.dump({"a": np.ones(2, np.float32)}, good, 2)
     (tmp_path / "x.pkl").write_bytes(good.getvalue())
     assert dict(files.flatten(files.load(tmp_path / "x.pkl")))["a"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    "code", [b"r\xf0\xf0\xf0\x28", b"\x96" + (1 << 33).to_bytes(8, "little"), b"\x8e" + b"\x7f" * 8]
+)
+def test_a_file_does_not_say_how_much_memory_it_takes(code: bytes, tmp_path: Path) -> None:
+    """A place in the memo, and lengths, far beyond its end."""
+    (tmp_path / "x.pkl").write_bytes(b"\x80\x05}" + code + b"s.")
+    tracemalloc.start()
+    with pytest.raises(CheckpointError, match=r"x\.pkl: cut short"):
+        files.load(tmp_path / "x.pkl")
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+
+
+def test_dictionaries_within_each_other(tmp_path: Path) -> None:
+    node: dict[str, Any] = {"a": torch.ones(1)}
+    for _ in range(8):
+        node = {"x": node, "y": node, "z": node}
+    inside: dict[str, Any] = {"b": torch.ones(1)}
+    inside["again"] = inside
+    torch.save({"deep": node, "inside": inside}, tmp_path / "x.pth")
+    assert [name for name, _ in files.flatten(files.load(tmp_path / "x.pth"))] == ["inside.b"]

@@ -23,6 +23,7 @@ amp = False  # mixed precision, on a GPU
 default_scope = "mmdet"
 custom_imports = dict(
     imports=[
+        "mcl.finetune.beside_transformers",  # first
         "mcl.finetune.decoding",
         "mcl.finetune.hooks",
         "mcl.finetune.layers",

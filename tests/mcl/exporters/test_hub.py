@@ -1,0 +1,102 @@
+"""``mcl export --to hub``: a folder to share."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import torchvision
+import yaml
+from torch import Tensor
+
+from dali_pipelines.geometry import Geometry
+from mcl import config
+from mcl.exporters import export
+from mcl.exporters.files import write_folder
+from mcl.objectives import MCL
+from mcl.train.checkpoint import CheckpointError
+from tests.mcl.exporters.conftest import image, make_model, save_model
+from tests.mcl.exporters.test_libraries import backbone_maps, same
+
+RECORDS = (
+    {"kind": "train", "step": 2, "epoch": 0.5, "loss": 9.0},
+    {"kind": "train", "step": 3, "epoch": 0.75, "loss": 8.25},
+    {"kind": "train", "step": 4, "epoch": 1.0, "loss": 7.5},
+    {"kind": "eval", "step": 3, "name": "knn", "split": "val", "accuracy": 0.5, "random": 0.25, "chance": 0.125,
+     "classes": 8, "k": 10},
+    {"kind": "eval", "step": 3, "name": "retrieval", "split": "train", "levels": [0.75, 0.5], "levels_se": [0.0, 0.0],
+     "random": [0.25, 0.125], "random_se": [0.0, 0.0], "chance": 0.03125, "gallery": 32},
+    {"kind": "eval", "step": 4, "name": "knn", "split": "val", "accuracy": 0.9, "random": 0.25, "chance": 0.125,
+     "classes": 8, "k": 10},
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[MCL, Path]:
+    """A model and its checkpoint, of step 3, in a folder of a run that went on to step 4."""
+    folder = tmp_path_factory.mktemp("secret") / "runs" / "birds"
+    model = make_model(Geometry(), backbone="resnet18", width=8, head_convs=1).eval()
+    path = save_model(model, Geometry(), folder, root="/home/someone/secret")
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+    return model, path
+
+
+def test_folder(run: tuple[MCL, Path]) -> None:
+    model, path = run
+    report = export(path, "hub", check=True)
+    assert report.path == path.parent.parent / "exports" / "hub"
+    assert {file.name for file in report.path.iterdir()} == {"model.safetensors", "config.json", "README.md"}
+    assert report.verified is not None
+    assert report.usage.startswith(f"hf upload USER/NAME {report.path}  #")
+
+    weights = safetensors.torch.load_file(report.path / "model.safetensors")
+    backbone = torchvision.models.resnet18()
+    body = {name.removeprefix("backbone.body."): tensor for name, tensor in weights.items() if ".body." in name}
+    missing, unexpected = backbone.load_state_dict(body, strict=False)
+    assert (missing, unexpected) == (["fc.weight", "fc.bias"], [])
+    seen: list[Tensor] = []
+    backbone.layer4.register_forward_hook(lambda _, __, out: seen.append(out))
+    with torch.no_grad():
+        backbone.eval()(image())
+    same(backbone_maps(model)[-1:], seen)
+
+    about = json.loads((report.path / "config.json").read_text())
+    cfg = config.from_dict(about["config"])  # without keys that are the publisher's own
+    assert (cfg.model, cfg.montage) == (model.config.model, Geometry())
+    assert about["figures"]["training"] == [{"step": 3, "epoch": 0.75, "loss": 8.25}]
+    assert [record["name"] for record in about["figures"]["scores"]] == ["knn", "retrieval"]
+
+
+def test_card(run: tuple[MCL, Path], tmp_path: Path) -> None:
+    folder = export(run[1], "hub", output=tmp_path / "hub").path
+    card = (folder / "README.md").read_text()
+    _, front, text = card.split("---\n", 2)
+    assert yaml.safe_load(front) == {
+        "library_name": "mcl",
+        "pipeline_tag": "image-feature-extraction",
+        "tags": ["object-detection", "resnet18"],
+        "license": "unknown",
+        "datasets": [],
+    }
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    for words in (digest, "epoch 0.75, loss 8.2500", "val   top-1  50.0%   random network  25.0%", " 75.0% ±0.0%"):
+        assert words in text
+    assert "90.0%" not in text  # of a later step
+    for file in folder.iterdir():
+        assert b"secret" not in file.read_bytes()
+    assert all(len(line) <= 200 for line in card.splitlines())
+
+
+def test_a_folder_keeps_its_other_files_and_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    folder = tmp_path / "clone"
+    folder.mkdir()
+    (folder / "a").write_text("old")
+    (folder / ".gitattributes").write_text("theirs")
+    with pytest.raises(CheckpointError, match="clone: cannot write"):
+        write_folder(folder, tmp_path / "x.pt", {"a": b"new", "b" * 300: b"new"})
+    assert {file.name for file in folder.iterdir()} == {"a", ".gitattributes"}
+    with pytest.raises(CheckpointError, match="name another output"):
+        write_folder(folder, folder / "a", {"a": b"new"})
+    assert (folder / "a").read_text() == "old"
