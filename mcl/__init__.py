@@ -14,7 +14,18 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["MontageLoader", "Run", "detect", "embed", "evaluate", "export", "load_backbone", "load_config", "ops", "pretrain"]
+__all__ = [
+    "MontageLoader",
+    "Run",
+    "detect",
+    "embed",
+    "evaluate",
+    "export",
+    "load_backbone",
+    "load_config",
+    "ops",
+    "pretrain",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -17,7 +17,18 @@ from tests.conftest import ROOT
 
 
 def test_public_names() -> None:
-    names = ["MontageLoader", "Run", "detect", "embed", "evaluate", "export", "load_backbone", "load_config", "ops", "pretrain"]
+    names = [
+        "MontageLoader",
+        "Run",
+        "detect",
+        "embed",
+        "evaluate",
+        "export",
+        "load_backbone",
+        "load_config",
+        "ops",
+        "pretrain",
+    ]
     assert mcl.__all__ == names
     assert all(getattr(mcl, name) is not None for name in names)
     with pytest.raises(AttributeError, match="no attribute 'train_'"):
