@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from mcl import distributed
 from mcl.config import ConfigError
 from mcl.distributed import local
-from mcl.exporters.mmdet import import_mmdet
 
 if TYPE_CHECKING:
     from mcl.finetune.pictures import Detections
@@ -64,6 +63,8 @@ def detect(
 
 
 def _import_mmdet(verb: str) -> None:
+    from mcl.exporters.mmdet import import_mmdet  # exporters import evaluations, which read annotations
+
     # MMEngine imports it, and nobody who fine-tunes can change that.
     warnings.filterwarnings("ignore", "pkg_resources is deprecated", UserWarning)
     if os.path.expanduser("~") == "~":

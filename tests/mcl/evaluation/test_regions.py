@@ -112,7 +112,7 @@ def test_planted_colours_are_found(cfg: Config, coco: Path, tmp_path: Path) -> N
     assert record["chance"] == pytest.approx(1 / 3)
     assert record["accuracy"] > 0.9
     assert record["linear_accuracy"] > 0.9
-    assert record["interval"][0] <= record["accuracy"] <= record["interval"][1]
+    assert record["accuracy_interval"][0] <= record["accuracy"] <= record["accuracy_interval"][1]
     assert record["gain"] == pytest.approx(record["accuracy"] - record["random"], abs=1e-6)
     assert record["target"] == record["accuracy"]  # before its first step
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
