@@ -10,6 +10,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from dali_pipelines.source import SourceError
+from dali_pipelines.source.files import replacing
 
 CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
@@ -34,7 +35,7 @@ def convert(folders: Sequence[Path], output: Path, ids: str = "") -> str:
         What was written, in words.
 
     Raises:
-        SourceError: a file is missing or broken; the message names it.
+        SourceError: a file is missing or broken, or `output` cannot be written; the message names it.
     """
     chosen = _choose(folders, ids)
     files = {folder: {path.stem: path for path in (folder / "JPEGImages").iterdir()} for folder in folders}
@@ -56,8 +57,12 @@ def convert(folders: Sequence[Path], output: Path, ids: str = "") -> str:
             flags = {"iscrowd": 0, "difficult": difficult}
             annotations.append({**keys, "bbox": box, "area": box[2] * box[3], **flags})
     categories = [{"id": number, "name": name} for name, number in numbers.items()]
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    content = json.dumps({"images": images, "annotations": annotations, "categories": categories})
+    try:
+        with replacing(output) as file:
+            file.write(content.encode())
+    except OSError as error:
+        raise SourceError(f"{output}: cannot be written ({error.strerror}); name another --output") from None
     hard = sum(annotation["difficult"] for annotation in annotations)
     of = f"{len(annotations)} objects, {hard} of them difficult, of {len(classes)} categories"
     return f"{output}: {len(images)} images, {of}"

@@ -122,3 +122,10 @@ def check_error(words: list[str], kit: Path, message: str, capsys: pytest.Captur
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(message, line)
     assert not (kit / "x.json").exists()
+
+
+def test_a_place_that_cannot_be_written_is_named(kit: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["convert", "voc", str(kit / "VOC2007"), "--output", "/dev/full/x.json"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "/dev/full/x.json: cannot be written (Not a directory); name another --output" in line
