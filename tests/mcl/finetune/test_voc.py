@@ -128,4 +128,4 @@ def test_a_place_that_cannot_be_written_is_named(kit: Path, capsys: pytest.Captu
     with pytest.raises(SystemExit, match="2"):
         cli.main(["convert", "voc", str(kit / "VOC2007"), "--output", "/dev/full/x.json"])
     (line,) = capsys.readouterr().err.splitlines()
-    assert "/dev/full/x.json: cannot be written (Not a directory); name another --output" in line
+    assert re.search(r"/dev/full/x.json: cannot be written \(.*\); name another --output", line)
