@@ -1,6 +1,7 @@
 """Puts measured tables into README files and documents: ``python -m benchmarks.readme``.
 
-A table stands between ``<!-- benchmarks/results/NAME.json -->`` and ``<!-- end -->``.
+A table stands between ``<!-- benchmarks/results/NAME.json -->`` and ``<!-- end -->``. An excerpt of the first table of
+a result names columns, then rows by their first cells: ``<!-- benchmarks/results/NAME.json (A; B) (row; row) -->``.
 """
 
 import json
@@ -9,9 +10,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks import end_to_end, kernels, loader, step, transfer_report
-from benchmarks.common import ROOT, Result
+from benchmarks.common import ROOT, Result, markdown
 
-FILES = ("README.md", "kernels/README.md", "dali_pipelines/README.md", "docs/transfer.md")
+FILES = ("README.md", "docs/performance.md", "docs/transfer.md")
 TABLES: dict[str, Callable[[Sequence[Result]], str]] = {
     "kernels": kernels.table,
     "loader": loader.table,
@@ -21,18 +22,34 @@ TABLES: dict[str, Callable[[Sequence[Result]], str]] = {
     "transfer": transfer_report.table,
 }
 
-_SECTION = re.compile(r"(<!-- benchmarks/results/(\w+)\.json -->\n).*?(<!-- end -->)", re.DOTALL)
+_SECTION = re.compile(
+    r"(<!-- benchmarks/results/(\w+)\.json(?: \((.*?)\) \((.*?)\))? -->\n).*?(<!-- end -->)", re.DOTALL
+)
 
 
 def render(text: str) -> str:
     """A document with its tables made anew from the results."""
 
     def section(match: re.Match[str]) -> str:
-        start, name, end = match.groups()
+        start, name, columns, rows, end = match.groups()
         report = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
-        return f"{start}\n{TABLES[name](report['results'])}\n\n{machine(report)}\n\n{end}"
+        table = TABLES[name](report["results"])
+        shown = f"{table}\n\n{machine(report)}" if columns is None else excerpt(table, columns, rows)
+        return f"{start}\n{shown}\n\n{end}"
 
     return _SECTION.sub(section, text)
+
+
+def excerpt(tables: str, columns: str, rows: str) -> str:
+    """Some columns and rows, separated by semicolons, of the first of several tables.
+
+    Raises:
+        ValueError, KeyError: the table has no such column or row.
+    """
+    first = tables.partition("\n\n")[0].splitlines()
+    header, _, *body = ([cell.strip() for cell in line.strip("|").split("|")] for line in first)
+    places, cells = [header.index(column) for column in columns.split("; ")], {row[0]: row for row in body}
+    return markdown([header[i] for i in places], [[cells[row][i] for i in places] for row in rows.split("; ")])
 
 
 def machine(report: dict[str, Any]) -> str:
