@@ -150,7 +150,7 @@ def user(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with photographs and a finished run of the demo, which is also that of the preset for ImageNet."""
     folder = tmp_path_factory.mktemp("user")
     shutil.copytree(ROOT / "data" / "photos", folder / "data" / "photos")
-    shell(folder, "mcl pretrain mcl_r18_fpn_demo trainer.epochs=2 optim.warmup_epochs=1")
+    shell(folder, "mcl pretrain mcl_r18_fpn_demo")
     (folder / "runs" / "mcl").symlink_to("demo")
     return folder
 
