@@ -8,6 +8,7 @@ measure ``mean``, ``low``, ``high`` and ``exceeds_noise`` (the last three None w
 
 import functools
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from operator import itemgetter
 from typing import Any
@@ -104,5 +105,5 @@ def _words(differences: Sequence[Result]) -> str:
             some = f" ({', '.join(measures)})" if len(measures) < len(MEASURES) else ""
             found += [r["name"] + some] if measures else []
         if found:
-            lines.append(f"{words}: {'; '.join(found)}.")
+            lines.append(textwrap.fill(f"{words}: {'; '.join(found)}.", 120, break_on_hyphens=False))
     return "\n".join(lines)

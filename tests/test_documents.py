@@ -1,7 +1,7 @@
-"""README and documents: links, widths, and commands, which are run or named here with what runs them, or why nothing does.
+"""README and documents: links, widths, and every command.
 
-`make soak` runs the commands, each page in a folder of its own that holds the repository's photographs, a short run of
-the demo, and small stand-ins for data sets that cannot be here.
+`make soak` runs the commands, each page in a folder of its own with the repository's photographs and a run of the demo.
+What is not run is listed here, with the reason or with what runs it.
 """
 
 import os

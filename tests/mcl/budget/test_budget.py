@@ -28,6 +28,7 @@ from mcl.train.optim import build_optimizer
 from tests.conftest import ROOT, random_view
 
 PRESETS = ROOT / "mcl" / "presets"
+RECIPES = ROOT / "docs" / "recipes.md"
 SMALL = ModelConfig(backbone="resnet18", width=16, head_convs=2, hidden=32)
 TWO_LEVELS = dataclasses.replace(SMALL, loss_weights=(0.5, 0.5))
 FEWER = Geometry(cells=1, ratios=(1, 2), images_per_canvas=(1, 4), queries=(2, 1))
@@ -104,8 +105,8 @@ def test_presets_keep_their_budgets() -> None:
     }
 
 
-def test_the_readme_says_what_the_presets_cost() -> None:
-    rows = re.findall(r"^\| `(mcl_\w+)` \| ([\d.]+) \| ([\d.]+) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+def test_the_documents_say_what_the_presets_cost() -> None:
+    rows = re.findall(r"^\| `(mcl_\w+)` \| ([\d.]+) \| ([\d.]+) \|", RECIPES.read_text(), re.MULTILINE)
     assert {name for name, *_ in rows} == {path.stem for path in PRESETS.glob("*_100e_*.yaml")}
     for name, flops, ratio in rows:
         result = budget(preset(name, "trainer.precision=fp32"))
@@ -113,9 +114,21 @@ def test_the_readme_says_what_the_presets_cost() -> None:
 
 
 @pytest.mark.soak
+def test_the_documents_say_how_long_recipes_take() -> None:
+    pattern = r"^\| ([\d,]+|1 million) \| (\d) GPUs? \| `(mcl_\w+) ?(.*?)` \|.* A100 ([\d.]+), H100 ([\d.]+) \|"
+    rows = re.findall(pattern, RECIPES.read_text(), re.MULTILINE)
+    assert len(rows) == 5
+    for number, gpus, name, keys, *said in rows:
+        images = int(number.replace(",", "").replace("1 million", "1000000"))
+        times = budget(preset(name, *keys.split()), images=images, gpus=int(gpus))["time"]
+        hours = {row["hardware"]: row["hours"] for row in times if row["gpus"] == int(gpus)}
+        assert said == [f"{hours[gpu]:.2f}" for gpu in ("A100", "H100")], name
+
+
+@pytest.mark.soak
 def test_the_documents_say_what_fits_and_presets_fit_their_machines() -> None:
     pattern = r"^\| (`mcl_r50.*`) \| ([\d.]+)(?: \(recomputes\))? \| ([\d.]+) \| ([\d.]+) \| (\d+) GB \|$"
-    rows = re.findall(pattern, (ROOT / "docs" / "cluster.md").read_text(), re.MULTILINE)
+    rows = re.findall(pattern, (ROOT / "docs" / "memory.md").read_text(), re.MULTILINE)
     documented = [(name, *said) for names, *said in rows for name in re.findall(r"`(\w+)`", names)]
     assert {name for name, *_ in documented} == {path.stem for path in PRESETS.glob("mcl_r50*.yaml")}
     for name, *said, room in documented:
