@@ -1,7 +1,8 @@
 """Multi-Level Contrastive Learning (arXiv 2304.02010): fast pre-training of detection backbones.
 
 The names of ``__all__`` are the public interface; `docs/python.md` has an example of each (`docs/predict.md` that of
-``detect``, `docs/embed.md` that of ``embed``). They are imported when they are first used, so that ``import mcl`` takes no time.
+``detect``, `docs/embed.md` that of ``embed``). They are imported when they are first used, so that ``import mcl`` takes
+no time.
 """
 
 from importlib import import_module
