@@ -80,6 +80,8 @@ def _features(
     """Input and output of every part for one random image; `maps` are those of the FPN that are wanted."""
     image = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
     backbone = encoder.backbone(image)  # coarsest first
+    if encoder.fpn is None:
+        return {"backbone": image}, {"backbone": backbone[::-1]}
     levels = range(len(encoder.fpn.depths))
     pyramid = {5 - encoder.fpn.depths[i]: p for i, p in zip(levels, encoder.fpn(backbone, levels), strict=True)}
     head = pyramid[5]

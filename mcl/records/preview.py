@@ -220,7 +220,7 @@ def _draw_links(picture: Image.Image, links: Sequence[Link]) -> None:
 
 
 def feature_maps(encoder: Encoder, images: Tensor, path: Path, augment: AugmentConfig) -> None:
-    """Writes a PNG of images and their FPN maps, whose first three principal components are shown as red, green, blue.
+    """Writes a PNG of images and their FPN maps, or C5 to C2 without an FPN, whose first three principal components are shown as red, green, blue.
 
     BatchNorm uses its running statistics, as after loading a checkpoint. The encoder is left as it was.
 
@@ -236,10 +236,11 @@ def feature_maps(encoder: Encoder, images: Tensor, path: Path, augment: AugmentC
     network, weight = copy.deepcopy(encoder).eval(), next(encoder.parameters())
     with torch.no_grad():
         features = network.backbone(images.to(weight.device, weight.dtype))
-        maps = network.fpn(features, range(len(encoder.ratios)))
+        maps = features if network.fpn is None else network.fpn(features, range(len(network.ratios)))
+    kinds = [f"C{5 - i}" for i in range(len(maps))] if network.fpn is None else map(pyramid_name, network.ratios)
     columns = [to_rgb(images, augment), *map(pca_rgb, maps)]
     names = [f"Input, {images.shape[-1]} px"]
-    names += [f"{pyramid_name(r)}, {m.shape[-1]} x {m.shape[-2]}" for r, m in zip(encoder.ratios, maps, strict=True)]
+    names += [f"{kind}, {m.shape[-1]} x {m.shape[-2]}" for kind, m in zip(kinds, maps, strict=True)]
     side, top = _shown_side(images.shape[-1], SMALL), 180
     width = max(2 * MARGIN + len(columns) * (side + 2 * GAP) - 2 * GAP, 2 * MARGIN + 1060)
     picture = Image.new("RGB", (width, top + len(images) * (side + GAP) - GAP + MARGIN), PAPER)
