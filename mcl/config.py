@@ -263,7 +263,9 @@ class Config:
     """Name of the run; its folder is output/name."""
     output: Annotated[str, Trait.PATH, Trait.RESUMABLE] = "runs"
     """Folder of all runs."""
-    objective: Annotated[Literal["mcl", "supervised", "supervised_contrastive", "moco_v2", "byol"], Trait.DECIDES_SPEED] = "mcl"
+    objective: Annotated[
+        Literal["mcl", "supervised", "supervised_contrastive", "moco_v2", "byol"], Trait.DECIDES_SPEED
+    ] = "mcl"
     """What is learned. mcl: tiles of every level find their own image among the targets of a momentum network.
     supervised: tiles of every level are classified. supervised_contrastive: all tiles of a class attract each other.
     These two need the class of every image. moco_v2 and byol: peers, of whole images, with the same trainer, loader and

@@ -26,7 +26,7 @@ from mcl.exporters.files import default_path, write, write_folder
 from mcl.exporters.summary import Report
 from mcl.exporters.target import Target
 from mcl.exporters.verify import verify
-from mcl.models import Encoder
+from mcl.models import Encoder, GlobalEncoder
 from mcl.objectives import build
 from mcl.train import checkpoint
 from mcl.train.checkpoint import CheckpointError
@@ -140,9 +140,9 @@ def _check_backbone(target: Target, backbone: str) -> None:
         )
 
 
-def _check_parts(target: Target, parts: Sequence[str], encoder: Encoder, cfg: Config) -> None:
+def _check_parts(target: Target, parts: Sequence[str], encoder: Encoder | GlobalEncoder, cfg: Config) -> None:
     """Whether the encoder has what the target takes."""
-    if encoder.fpn is None:
+    if isinstance(encoder, GlobalEncoder):
         if set(parts) - {"backbone"}:
             raise ConfigError(f"--parts: objective={cfg.objective} has neither FPN nor head; give --parts backbone")
         return

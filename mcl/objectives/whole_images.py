@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from torch import Tensor
 from dali_pipelines.batch import MontageBatch
 from dali_pipelines.source import Source
 from mcl.config import Config, ConfigError
-from mcl.models.encoder import GlobalEncoder
+from mcl.models import GlobalEncoder
 from mcl.models.heads import MLP
 from mcl.objectives.objective import Objective
 from mcl.train.loss import upcast
@@ -24,7 +25,7 @@ class WholeImages(Objective):
     """
 
     scores = ("positive", "negative")
-    unused = ("model.compute", "model.targets", "model.label_smoothing")
+    unused: ClassVar[tuple[str, ...]] = ("model.compute", "model.targets", "model.label_smoothing")
 
     def __init__(self, config: Config, classes: Sequence[str] = ()) -> None:
         super().__init__(config, classes)
