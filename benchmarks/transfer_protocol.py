@@ -22,8 +22,8 @@ PLACES = (
 )
 """Classes with photographs that are backgrounds of the detection set."""
 
-_SINCE = ("init", "targets", "loss", "queue", "label_smoothing")
-"""Keys of the section model that are younger than kept results; they are digested where they are not as by default."""
+_SINCE = {"model": ("init", "targets", "loss", "queue", "label_smoothing"), "optim": ("final_ema",)}
+"""Keys of sections that are younger than kept results; they are digested where they are not as by default."""
 _OF_PRESET = ("montage", "augment", "model", "optim")
 _OF_DETECTOR = (
     *("model", "optim_wrapper", "param_scheduler", "train_cfg", "global_batch", "auto_scale_lr", "custom_hooks"),
@@ -93,8 +93,10 @@ class Protocol:
         from mcl.finetune import settings  # needs MMEngine, which a table of results does not
 
         preset = config.to_dict(config.load(ROOT / self.preset, self.pretraining))
-        usual = config.to_dict(config.Config())["model"]
-        preset["model"] = {k: v for k, v in preset["model"].items() if k not in _SINCE or v != usual[k]}
+        usual = config.to_dict(config.Config())
+        for name, young in _SINCE.items():
+            section = preset[name]
+            preset[name] = {k: v for k, v in section.items() if k not in young or v != usual[name][k]}
         detector = settings.load(ROOT / self.detector, self.finetuning).to_dict()
         return {self.preset: _digest(preset, _OF_PRESET), self.detector: _digest(detector, _OF_DETECTOR)}
 

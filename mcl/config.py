@@ -132,7 +132,9 @@ class OptimConfig:
     clip_norm: float = Field(default=500.0, ge=0)
     """Gradients are scaled down to this global L2 norm; 0 switches clipping off."""
     ema: float = Field(default=0.99, ge=0, le=1)
-    """Momentum of the target network at the first step; it rises to 1 along a half cosine."""
+    """Momentum of the target network at the first step; it rises to optim.final_ema along a half cosine."""
+    final_ema: float = Field(default=1.0, ge=0, le=1)
+    """Momentum of the target network at the end."""
 
 
 Devices = Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] | Annotated[tuple[NonNegativeInt, ...], Len(1)]
@@ -261,10 +263,13 @@ class Config:
     """Name of the run; its folder is output/name."""
     output: Annotated[str, Trait.PATH, Trait.RESUMABLE] = "runs"
     """Folder of all runs."""
-    objective: Annotated[Literal["mcl", "supervised", "supervised_contrastive"], Trait.DECIDES_SPEED] = "mcl"
+    objective: Annotated[
+        Literal["mcl", "supervised", "supervised_contrastive", "moco_v2", "byol"], Trait.DECIDES_SPEED
+    ] = "mcl"
     """What is learned. mcl: tiles of every level find their own image among the targets of a momentum network.
     supervised: tiles of every level are classified. supervised_contrastive: all tiles of a class attract each other.
-    The last two need the class of every image."""
+    These two need the class of every image. moco_v2 and byol: peers, of whole images, with the same trainer, loader and
+    backbone; they want montage.ratios=[1] and more, as in their presets."""
     data: DataConfig = DataConfig()
     augment: AugmentConfig = AugmentConfig()
     montage: Annotated[Geometry, Trait.DECIDES_SPEED] = Geometry()

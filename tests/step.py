@@ -24,6 +24,7 @@ FOUR_LEVELS = (
     "montage.images_per_canvas=[1,2,2,2]",
     "model.loss_weights=[0.4,0.3,0.2,0.1]",
 )
+ONE_LEVEL = ("montage.ratios=[1]", "montage.images_per_canvas=[1]", "model.loss_weights=[1]")
 
 
 def configure(*words: str) -> Config:

@@ -26,7 +26,7 @@ from mcl.exporters.files import default_path, write, write_folder
 from mcl.exporters.summary import Report
 from mcl.exporters.target import Target
 from mcl.exporters.verify import verify
-from mcl.models import Encoder
+from mcl.models import Encoder, GlobalEncoder
 from mcl.objectives import build
 from mcl.train import checkpoint
 from mcl.train.checkpoint import CheckpointError
@@ -140,8 +140,12 @@ def _check_backbone(target: Target, backbone: str) -> None:
         )
 
 
-def _check_parts(target: Target, parts: Sequence[str], encoder: Encoder, cfg: Config) -> None:
+def _check_parts(target: Target, parts: Sequence[str], encoder: Encoder | GlobalEncoder, cfg: Config) -> None:
     """Whether the encoder has what the target takes."""
+    if isinstance(encoder, GlobalEncoder):
+        if set(parts) - {"backbone"}:
+            raise ConfigError(f"--parts: objective={cfg.objective} has neither FPN nor head; give --parts backbone")
+        return
     wanted, trained = [f"P{n}" for n in target.maps], {f"P{5 - depth}" for depth in encoder.fpn.depths}
     lacking = [name for name in wanted if name not in trained]
     if "fpn" in parts and lacking:
@@ -173,7 +177,7 @@ def _rename(
 def _metadata(cfg: Config, network: str, parts: Sequence[str], step: int) -> dict[str, Any]:
     resnet = cfg.model.backbone.startswith("res")
     return {
-        "method": "MCL (arXiv 2304.02010)",
+        "method": "MCL (arXiv 2304.02010)" if cfg.objective == "mcl" else cfg.objective,
         "mcl": __version__,
         "step": step,
         "network": network,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mcl.config import ConfigError, ModelConfig
 from mcl.exporters.summary import Verified
 from mcl.exporters.target import Target
-from mcl.models import Encoder
+from mcl.models import Encoder, GlobalEncoder
 from mcl.train.checkpoint import CheckpointError
 
 _TOLERANCE = 1e-5
@@ -20,7 +20,11 @@ _TOLERANCE = 1e-5
 
 @torch.no_grad()
 def verify(
-    target: Target, weights: Mapping[str, Tensor], parts: Sequence[str], encoder: Encoder, config: ModelConfig
+    target: Target,
+    weights: Mapping[str, Tensor],
+    parts: Sequence[str],
+    encoder: Encoder | GlobalEncoder,
+    config: ModelConfig,
 ) -> Verified:
     """Loads weights into the target's own models and compares their features with the encoder's.
 
@@ -75,11 +79,13 @@ def _load(theirs: nn.Module, weights: Mapping[str, Tensor], names: Sequence[str]
 
 
 def _features(
-    encoder: Encoder, maps: Sequence[int], size: tuple[int, int]
+    encoder: Encoder | GlobalEncoder, maps: Sequence[int], size: tuple[int, int]
 ) -> tuple[dict[str, Any], dict[str, list[Tensor]]]:
     """Input and output of every part for one random image; `maps` are those of the FPN that are wanted."""
     image = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
     backbone = encoder.backbone(image)  # coarsest first
+    if isinstance(encoder, GlobalEncoder):
+        return {"backbone": image}, {"backbone": backbone[::-1]}
     levels = range(len(encoder.fpn.depths))
     pyramid = {5 - encoder.fpn.depths[i]: p for i, p in zip(levels, encoder.fpn(backbone, levels), strict=True)}
     head = pyramid[5]

@@ -1,5 +1,5 @@
-"""Networks: backbone, FPN, region head, and their composition into an encoder."""
+"""Networks: backbone, FPN, region head, and their composition into encoders."""
 
-from mcl.models.encoder import Encoder
+from mcl.models.encoder import Encoder, GlobalEncoder
 
-__all__ = ["Encoder"]
+__all__ = ["Encoder", "GlobalEncoder"]

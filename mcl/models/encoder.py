@@ -1,7 +1,7 @@
 """Backbone, FPN and region head as one, and the two ways to compute their embeddings."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from dali_pipelines.layout import cut, join
 from mcl.config import ModelConfig
 from mcl.models.backbones import Backbone
 from mcl.models.fpn import FPN, Groups
-from mcl.models.heads import RegionHead
+from mcl.models.heads import MLP, GlobalHead, RegionHead
 from mcl.ops import region_pool
 
 
@@ -70,3 +70,26 @@ class Encoder(nn.Module):
         index = torch.cat([b.new_full((len(b),), i, dtype=torch.int64) for i, b in enumerate(boxes)])
         strides = [STRIDE / self.ratios[level] for level in levels]
         return region_pool(maps, strides, torch.cat(list(boxes)), index, cells)
+
+
+class GlobalEncoder(nn.Module):
+    """Backbone, mean over space and projector: canvases to one embedding each; there is no FPN.
+
+    Args:
+        config: names the backbone.
+        projector: makes the projector, for so many channels.
+        recompute: activation checkpointing of the backbone.
+    """
+
+    fpn = None
+
+    def __init__(self, config: ModelConfig, projector: Callable[[int], MLP], recompute: bool = False) -> None:
+        super().__init__()
+        self.backbone = Backbone(config.backbone, recompute, maps=1)
+        self.head = GlobalHead(projector(self.backbone.channels[0]))
+
+    def forward(self, *views: MontageBatch) -> list[Tensor]:
+        """Embeddings of the canvases of each view, (n, width); BatchNorm sees the views one by one."""
+        counts = [len(view.pixels) for view in views]
+        features = self.backbone(join([view.pixels for view in views]), counts)[0]
+        return list(self.head(features, counts).split(counts))

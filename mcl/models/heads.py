@@ -46,6 +46,19 @@ class RegionHead(nn.Module):
         return embeddings
 
 
+class GlobalHead(nn.Module):
+    """Mean of a map over space, then the projector."""
+
+    def __init__(self, projector: "MLP") -> None:
+        super().__init__()
+        self.projector = projector
+
+    def forward(self, maps: Tensor, counts: Sequence[int] = ()) -> Tensor:
+        """(n, C, h, w) to embeddings (n, width); `counts` as for :class:`BatchNorm`."""
+        embeddings: Tensor = self.projector(F.avg_pool2d(maps, maps.shape[2:]).flatten(1), counts)
+        return embeddings
+
+
 class MLP(nn.Sequential):
     """Layers whose BatchNorms see groups of rows by themselves."""
 

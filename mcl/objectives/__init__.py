@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 
 from mcl.config import Config
+from mcl.objectives.byol import BYOL
+from mcl.objectives.moco_v2 import MoCoV2
 from mcl.objectives.multi_level import MCL
 from mcl.objectives.objective import Objective, Output
 from mcl.objectives.supervised import Supervised
@@ -14,6 +16,8 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "mcl": MCL,
     "supervised": Supervised,
     "supervised_contrastive": SupervisedContrastive,
+    "moco_v2": MoCoV2,
+    "byol": BYOL,
 }
 
 

@@ -111,12 +111,8 @@ class MCL(Objective):
     def finish(self, prepared: Sequence[Gather]) -> None:
         """Puts the step's targets into the queue, in place of the oldest ones."""
         if self.config.model.queue:
-            size = self.config.model.queue
-            for queue, gathered in zip(self.queue, prepared, strict=True):
-                latest = self._unit(gathered.wait())[-size:]
-                places = (self.queued + torch.arange(len(latest), device=latest.device)) % size
-                queue.index_copy_(0, places, latest)
-            self.queued += len(latest)
+            latest = torch.stack([self._unit(gathered.wait()) for gathered in prepared], 1)
+            enqueue(self.queue.transpose(0, 1), self.queued, latest)
 
     @torch.no_grad()
     def targets(self, views: Sequence[MontageBatch]) -> list[list[Tensor]]:
@@ -154,6 +150,20 @@ class MCL(Objective):
     def _unit(self, bank: Tensor) -> Tensor:
         """(B, levels * width) to normalised (B, levels, width), in fp32 at least."""
         return F.normalize(upcast(bank).unflatten(1, (self._levels, -1)), dim=2)
+
+
+def enqueue(queue: Tensor, queued: Tensor, latest: Tensor) -> None:
+    """Puts the latest rows into a queue, in place of the oldest ones, and counts them; in place.
+
+    Args:
+        queue: (Q, ...).
+        queued: () int64, rows that have come into it.
+        latest: (B, ...), of which no more than the last Q are taken.
+    """
+    latest = latest[-len(queue) :]
+    places = (queued + torch.arange(len(latest), device=latest.device)) % len(queue)
+    queue.index_copy_(0, places, latest)
+    queued += len(latest)
 
 
 def _of_images(embeddings: Tensor, shown: Tensor, images: int) -> Tensor:

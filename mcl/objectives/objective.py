@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dali_pipelines.batch import MontageBatch
 from dali_pipelines.source import Source
-from mcl.config import Config, ConfigError
+from mcl.config import Config, ConfigError, all_keys, value
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,8 @@ class Objective(nn.Module):
     """What :attr:`Output.scores` has, and records after it."""
     labelled: ClassVar[bool] = False
     """Whether every image must have a class; checkpoints then hold the names of the classes."""
+    unused: ClassVar[tuple[str, ...]] = ()
+    """Keys that it does not read: other values than their defaults are refused."""
     retrieves: ClassVar[bool] = False
     """Whether it has :meth:`matches`, for the evaluation retrieval."""
 
@@ -76,6 +78,12 @@ class Objective(nn.Module):
         Raises:
             ConfigError: keys that do not go together, or images without a class.
         """
+        for key in all_keys():
+            if key.name in cls.unused and (given := value(config, key.name)) != key.default:
+                raise ConfigError(
+                    f"{key.name}: {given}, but objective={config.objective} has no use for it; set "
+                    f"{key.name}={key.default}, or another objective"
+                )
         if cls.labelled and source is not None:
             without = (source.labels < 0).nonzero()[0]
             if len(without):

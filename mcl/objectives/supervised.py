@@ -23,6 +23,7 @@ class Supervised(Objective):
 
     scores = ("accuracy",)
     labelled = True
+    unused = ("model.targets", "model.loss", "model.queue")
 
     def __init__(self, config: Config, classes: Sequence[str] = ()) -> None:
         super().__init__(config, classes)

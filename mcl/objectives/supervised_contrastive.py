@@ -25,6 +25,7 @@ class SupervisedContrastive(Objective):
 
     scores = ("positive", "negative")
     labelled = True
+    unused = ("model.targets", "model.loss", "model.queue", "model.label_smoothing")
 
     def __init__(self, config: Config, classes: Sequence[str] = ()) -> None:
         super().__init__(config, classes)

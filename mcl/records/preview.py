@@ -17,7 +17,7 @@ from torch import Tensor
 from dali_pipelines.batch import MontageBatch
 from dali_pipelines.geometry import STRIDE
 from mcl.config import AugmentConfig, ConfigError
-from mcl.models import Encoder
+from mcl.models import Encoder, GlobalEncoder
 
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
 """Colour of each level; told apart with any colour vision (Okabe and Ito)."""
@@ -219,10 +219,11 @@ def _draw_links(picture: Image.Image, links: Sequence[Link]) -> None:
     picture.paste(overlay, (0, 0), overlay)
 
 
-def feature_maps(encoder: Encoder, images: Tensor, path: Path, augment: AugmentConfig) -> None:
+def feature_maps(encoder: Encoder | GlobalEncoder, images: Tensor, path: Path, augment: AugmentConfig) -> None:
     """Writes a PNG of images and their FPN maps, whose first three principal components are shown as red, green, blue.
 
-    BatchNorm uses its running statistics, as after loading a checkpoint. The encoder is left as it was.
+    Without an FPN the maps are those of the backbone. BatchNorm uses its running statistics, as after loading a
+    checkpoint. The encoder is left as it was.
 
     Args:
         encoder: on any device.
@@ -236,10 +237,13 @@ def feature_maps(encoder: Encoder, images: Tensor, path: Path, augment: AugmentC
     network, weight = copy.deepcopy(encoder).eval(), next(encoder.parameters())
     with torch.no_grad():
         features = network.backbone(images.to(weight.device, weight.dtype))
-        maps = network.fpn(features, range(len(encoder.ratios)))
+        if isinstance(network, GlobalEncoder):
+            maps, kinds = features, [f"C{5 - i}" for i in range(len(features))]
+        else:
+            maps, kinds = network.fpn(features, range(len(network.ratios))), list(map(pyramid_name, network.ratios))
     columns = [to_rgb(images, augment), *map(pca_rgb, maps)]
     names = [f"Input, {images.shape[-1]} px"]
-    names += [f"{pyramid_name(r)}, {m.shape[-1]} x {m.shape[-2]}" for r, m in zip(encoder.ratios, maps, strict=True)]
+    names += [f"{kind}, {m.shape[-1]} x {m.shape[-2]}" for kind, m in zip(kinds, maps, strict=True)]
     side, top = _shown_side(images.shape[-1], SMALL), 180
     width = max(2 * MARGIN + len(columns) * (side + 2 * GAP) - 2 * GAP, 2 * MARGIN + 1060)
     picture = Image.new("RGB", (width, top + len(images) * (side + GAP) - GAP + MARGIN), PAPER)

@@ -9,9 +9,9 @@ from torch import Tensor
 from mcl import ops
 
 
-def momentum(base: float, step: int, steps: int) -> float:
-    """m at a step: from `base` to 1 along a half cosine."""
-    return 1 - (1 - base) * (math.cos(math.pi * step / steps) + 1) / 2
+def momentum(base: float, step: int, steps: int, final: float = 1.0) -> float:
+    """m at a step: from `base` to `final` along a half cosine."""
+    return final - (final - base) * (math.cos(math.pi * step / steps) + 1) / 2
 
 
 @torch.no_grad()

@@ -92,6 +92,23 @@ def total_loss(losses: Tensor, weights: Sequence[float], factor: float) -> Tenso
     return torch.stack(weighted).sum() * factor
 
 
+def queue_contrast(predictions: Tensor, own: Tensor, queue: Tensor, temperature: float) -> Comparison:
+    """Cross-entropy of picking one's own target among it and a queue, by cosine; fp16 and bf16 are computed in fp32.
+
+    Args:
+        predictions: (R, D), any length.
+        own: (R, D) normalised targets.
+        queue: (Q, D) normalised targets of others.
+        temperature: divides the cosines.
+    """
+    with torch.autocast(own.device.type, enabled=False):
+        predictions = F.normalize(upcast(predictions), dim=1)
+        positives, negatives = (predictions * own).sum(1, keepdim=True), predictions @ queue.t()
+        logits = torch.cat([positives, negatives], 1) / temperature
+        labels = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+        return cross_entropy(logits, labels), positives.mean(), negatives.mean()
+
+
 def smoothed_cross_entropy(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
     """Mean cross-entropy of (R, C) logits against (R,) int64 labels, () in fp32 at least.
 

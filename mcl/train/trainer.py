@@ -221,7 +221,7 @@ class Trainer:
         """The next step (:class:`~mcl.train.step.TrainingStep`), at its place in the schedules."""
         optim, trainer = self.config.optim, self.config.trainer
         lr = learning_rate(optim, trainer.global_batch, self.step, self.steps, self.steps_per_epoch)
-        return self._update(query, key, lr, ema.momentum(optim.ema, self.step, self.steps))
+        return self._update(query, key, lr, ema.momentum(optim.ema, self.step, self.steps, optim.final_ema))
 
     # ------------------------------------------------------------------------------------------------ state
 
@@ -377,7 +377,7 @@ class Trainer:
             "step": self.step,
             "epoch": self.step / self.steps_per_epoch,
             "lr": learning_rate(optim, trainer.global_batch, last, self.steps, self.steps_per_epoch),
-            "ema": ema.momentum(optim.ema, last, self.steps),
+            "ema": ema.momentum(optim.ema, last, self.steps, optim.final_ema),
             **stopwatch.read(),
             **memory.peak(self.device),
             **means,

@@ -92,12 +92,12 @@ def test_pixels_never_leave_the_gpu(gpu: Any) -> None:
     assert shape.device == "cpu"
 
 
-def test_stock_consists_of_what_it_is_meant_to(stock: Any) -> None:
+def test_stock_consists_of_what_it_is_meant_to(preset: Config, stock: Any) -> None:
     names = [name for name, _, _ in operators(stock)]
     pixels = {name for name, _, _ in after_the_decoder(stock)}
     assert {"Slice", "Resize", "Hsv", "BrightnessContrast", "GaussianBlur"} <= pixels
     assert names.count(DECODER) == 1  # a decoded image is shared by all views
-    assert names.count("Resize") == names.count("CropMirrorNormalize") == 2 * 4
+    assert names.count("Resize") == names.count("CropMirrorNormalize") == 2 * preset.montage.levels
 
 
 def test_fused_is_one_operator(preset: Config) -> None:

@@ -1,8 +1,15 @@
 """A run small enough for tests, and whether two of them came to the same."""
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from mcl import config
+from mcl.config import Config
+from mcl.train import checkpoint
+from mcl.train.trainer import Trainer
 
 TINY: dict[str, Any] = {
     "name": "tiny",
@@ -24,3 +31,19 @@ def equal(a: Any, b: Any) -> bool:
     if isinstance(a, list):
         return len(a) == len(b) and all(map(equal, a, b))
     return bool(a == b)
+
+
+def resumed_without_its_end(cfg: Config, folder: Path) -> Any:
+    """The last checkpoint of a finished run, after one that lost it has come to the same, bit for bit.
+
+    Args:
+        folder: where that one runs.
+    """
+    whole = checkpoint.load(cfg.run_folder / "checkpoints" / checkpoint.LAST)
+    shutil.copytree(cfg.run_folder, folder / cfg.name)
+    (folder / cfg.name / "checkpoints" / f"step_{whole['step']:08d}.pt").unlink()
+    resumed = Trainer(config.override(cfg, [f"output={folder}"]))
+    assert 0 < resumed.step < whole["step"]
+    resumed.fit()
+    assert equal(checkpoint.load(resumed.folder / "checkpoints" / checkpoint.LAST)["model"], whole["model"])
+    return whole
