@@ -18,7 +18,7 @@ from mcl import __version__, signals
 from mcl.config import DETECTORS, PRESETS, ConfigError, all_keys
 
 TARGETS = ["mmdet", "mmdet-retinanet", "mmpretrain", "detectron2", "torchvision", "torchvision-detection", "timm"]
-TARGETS += ["transformers-detr", "transformers-rtdetr", "ultralytics-rtdetr", "hub"]
+TARGETS += ["transformers-detr", "transformers-detr-resnet", "transformers-rtdetr", "ultralytics-rtdetr", "hub"]
 """Those of :data:`mcl.exporters.TARGETS`, which takes seconds to import."""
 
 FEATURES = ["c5", "c4", "c3", "c2", "p5", "p4", "p3", "p2", "projector"]

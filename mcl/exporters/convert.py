@@ -42,6 +42,7 @@ TARGETS = {
         torchvision.DETECTION,
         timm.TARGET,
         transformers.DETR,
+        transformers.DETR_RESNET,
         transformers.RT_DETR,
         ultralytics.TARGET,
         hub.TARGET,
