@@ -198,6 +198,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FOLDER|none",
         help="photographs for BatchNorm's statistics; default: data.root, for libraries that freeze them",
     )
+    export.add_argument(
+        "--classifier", action="store_true", help="of objective=supervised the classifier, too; --to hub has a place"
+    )
     export.add_argument("--verify", action="store_true", help="load them into the library's model, compare features")
     export.add_argument("--output", type=Path, help="file or folder to write; default: in exports/ of the run folder")
 
@@ -379,6 +382,7 @@ def _export(options: argparse.Namespace) -> Iterable[object]:
         statistics_of=options.statistics,
         check=options.verify,
         output=options.output,
+        classifier=options.classifier,
         overrides=options.overrides,
     )
 

@@ -37,7 +37,7 @@ _RULES: dict[str, dict[str, Rules]] = {
     "timm": {
         "convnext_t": (
             (r"^merge\.(\d)", r"stages.\1.downsample"),
-            (r"^stages\.(\d)\.(\d)\.", r"stages.\1.blocks.\2."),
+            (r"^stages\.(\d)\.(\d+)\.", r"stages.\1.blocks.\2."),
             (r"block\.0", "conv_dw"),
             (r"block\.2", "norm"),
             (r"block\.3", "mlp.fc1"),

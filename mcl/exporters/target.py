@@ -74,6 +74,8 @@ class Target(Convention):
     """Why it has none for the others."""
     describe: Callable[[Config, Path, int], Mapping[str, Any]] = lambda config, path, step: {}
     """More metadata, from the run's configuration, the checkpoint's path, and its step."""
+    classifies: bool = False
+    """Whether it has a place for a classifier of region features."""
     freezes: bool = False
     """Whether its detectors, as they come, keep BatchNorm's running statistics for ever."""
     maps: tuple[int, ...] = (2, 3, 4, 5)

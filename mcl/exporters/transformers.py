@@ -161,7 +161,7 @@ DETR_RESNET = Target(
     usage=DETR.usage,
     twins=[_twin(_detr_resnet, name, _detr_maps) for name in _DETRS],
     backbones=_RESNETS,
-    lacks="transformers' own ResNet is neither a ResNeXt nor a ResNet-D",
+    lacks="transformers' own ResNet is one of 18 to 152 layers, neither a ResNeXt nor a ResNet-D",
     freezes=True,
 )
 

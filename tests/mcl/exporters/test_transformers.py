@@ -71,6 +71,19 @@ def test_detectors_take_our_weights(
     same(backbone_maps(ours)[-len(got) :], got)
 
 
+@pytest.mark.parametrize(
+    ("name", "keys"), [("DetrModel", {}), ("DetrForSegmentation", {"key_mapping": {"^model": "detr.model"}})]
+)
+def test_classes_with_another_prefix(name: str, keys: dict[str, Any], folders: dict[str, Path], model: MCL) -> None:
+    made, info = getattr(transformers, name).from_pretrained(
+        folders["transformers-detr-resnet"], output_loading_info=True, **keys, **SHALLOW
+    )
+    assert not [key for key in info["missing_keys"] if "backbone" in key]
+    assert not info["unexpected_keys"]
+    backbone = (made.detr.model if name == "DetrForSegmentation" else made).backbone
+    assert torch.equal(backbone.model.embedder.embedder.convolution.weight, model.online.backbone.conv1.weight)
+
+
 @pytest.mark.parametrize("to", ["transformers-detr", "transformers-detr-resnet", "transformers-rtdetr"])
 def test_images_are_normalised_as_in_pretraining(to: str, folders: dict[str, Path]) -> None:
     """RT-DETR's own processor would not normalise them."""
