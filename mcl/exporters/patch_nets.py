@@ -110,5 +110,5 @@ def unfolded(tensor: Tensor) -> Tensor:
 
 def folded(tensor: Tensor) -> Tensor:
     """Undoes :func:`unfolded`."""
-    patches = tensor.unflatten(-1, (-1, 4)).transpose(-1, -2)
+    patches: Tensor = tensor.unflatten(-1, (-1, 4)).transpose(-1, -2)
     return patches[..., [0, 2, 1, 3], :].flatten(-2)

@@ -175,7 +175,7 @@ def test_a_run_resumes_and_exports(objective: str, tiny: Config, tmp_path: Path)
         taken = load_file(report.path / "model.safetensors")
         assert all(torch.equal(taken[f"classifier.{n}"], whole["model"][f"classifier.{n}"]) for n in ("weight", "bias"))
         assert json.loads((report.path / "config.json").read_text())["classes"] == list(whole["classes"])
-        assert "classifier        2 " in str(report)
+        assert "classifier       2 " in str(report)
         assert "backbone, head, classifier, " in (report.path / "README.md").read_text()
     else:
         with pytest.raises(ConfigError, match=r"^--classifier: objective=supervised_contrastive trains none"):
