@@ -18,7 +18,7 @@ from mcl import __version__, signals
 from mcl.config import DETECTORS, PRESETS, ConfigError, all_keys
 
 TARGETS = ["mmdet", "mmdet-retinanet", "mmpretrain", "detectron2", "torchvision", "torchvision-detection", "timm"]
-TARGETS += ["transformers-detr", "transformers-rtdetr", "ultralytics-rtdetr", "hub"]
+TARGETS += ["transformers-detr", "transformers-detr-resnet", "transformers-rtdetr", "ultralytics-rtdetr", "hub"]
 """Those of :data:`mcl.exporters.TARGETS`, which takes seconds to import."""
 
 FEATURES = ["c5", "c4", "c3", "c2", "p5", "p4", "p3", "p2", "projector"]
@@ -197,6 +197,9 @@ def _parser() -> argparse.ArgumentParser:
         default="",
         metavar="FOLDER|none",
         help="photographs for BatchNorm's statistics; default: data.root, for libraries that freeze them",
+    )
+    export.add_argument(
+        "--classifier", action="store_true", help="of objective=supervised the classifier, too; --to hub has a place"
     )
     export.add_argument("--verify", action="store_true", help="load them into the library's model, compare features")
     export.add_argument("--output", type=Path, help="file or folder to write; default: in exports/ of the run folder")
@@ -379,6 +382,7 @@ def _export(options: argparse.Namespace) -> Iterable[object]:
         statistics_of=options.statistics,
         check=options.verify,
         output=options.output,
+        classifier=options.classifier,
         overrides=options.overrides,
     )
 

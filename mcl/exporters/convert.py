@@ -27,7 +27,7 @@ from mcl.exporters.summary import Report
 from mcl.exporters.target import Target
 from mcl.exporters.verify import verify
 from mcl.models import Encoder, GlobalEncoder
-from mcl.objectives import build
+from mcl.objectives import Objective, build
 from mcl.train import checkpoint
 from mcl.train.checkpoint import CheckpointError
 
@@ -42,6 +42,7 @@ TARGETS = {
         torchvision.DETECTION,
         timm.TARGET,
         transformers.DETR,
+        transformers.DETR_RESNET,
         transformers.RT_DETR,
         ultralytics.TARGET,
         hub.TARGET,
@@ -58,6 +59,7 @@ def export(
     statistics_of: str = "",
     check: bool = False,
     output: Path | None = None,
+    classifier: bool = False,
     overrides: Sequence[str] | Mapping[str, Any] = (),
 ) -> Report:
     """Writes the weights of a checkpoint for another library.
@@ -73,12 +75,13 @@ def export(
         check: load the weights into the library's own model first, and compare features.
         output: file to write, or folder where the library reads one; by default ``<run folder>/exports/<to>.<ending>``,
             or ``<stem>.<to>.<ending>`` next to a checkpoint that lies in no run folder.
+        classifier: also of objective=supervised the classifier of region features, and the names of the classes.
         overrides: ``key=value`` words, or values by dotted keys, for where the images of data.root are now.
 
     Raises:
         CheckpointError: the checkpoint cannot be read, cannot be verified, or `output` cannot be written.
-        ConfigError: parts that the target does not take or the checkpoint does not have, an ending that it does not
-            read, a library that is not installed, no photographs to re-estimate statistics on.
+        ConfigError: parts or a classifier that the target does not take or the checkpoint does not have, an ending
+            that it does not read, a library that is not installed, no photographs to re-estimate statistics on.
         SourceError: no images for `network` target.
     """
     if to not in TARGETS:
@@ -96,6 +99,7 @@ def export(
     _check_backbone(target, cfg.model.backbone)
     target.check(cfg.model, parts)
     _check_parts(target, parts, model.online, cfg)
+    classes = _classifier(target, model) if classifier else {}
 
     if network == "target" and model.target is None:
         raise ConfigError(f"--network: objective={cfg.objective} has no momentum network; export the online one")
@@ -104,13 +108,16 @@ def export(
     if statistics_of != "none" and (statistics_of or target.freezes):
         encoder, measured = statistics.of_photographs(encoder, cfg, statistics_of)
     weights, names = _rename(encoder, network, target, parts, cfg.model.backbone)
-    infinite = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
+    infinite = [name for name, tensor in {**weights, **classes}.items() if not tensor.isfinite().all()]
     if infinite:
         raise CheckpointError(
             f"{path}: weights are not finite, e.g. {infinite[0]}; export an earlier checkpoint of the run"
         )
     verified = verify(target, weights, parts, encoder, cfg.model) if check else None
+    if classes:
+        weights, names, parts = {**weights, **classes}, names | {n: n for n in classes}, [*parts, "classifier"]
     metadata = _metadata(cfg, network, parts, state["step"]) | {"statistics": measured}
+    metadata |= {"classes": list(model.classes)} if classes else {}
     metadata |= target.describe(cfg, path, state["step"])
     if target.pack is None:
         write(output, path, partial(target.saves[output.suffix], weights, metadata))
@@ -158,6 +165,18 @@ def _check_parts(target: Target, parts: Sequence[str], encoder: Encoder | Global
         raise ConfigError(
             "--parts: model.head_convs=0, so there is no head to export; leave it out: --parts backbone,fpn"
         )
+
+
+def _classifier(target: Target, model: Objective) -> dict[str, Tensor]:
+    """Its tensors by their names in a checkpoint."""
+    if not target.classifies:
+        raise ConfigError(
+            f"--classifier: {target.name} has no place for it, as it reads the region head's features, not a map of "
+            "the backbone; take --to hub"
+        )
+    if model.classifier is None:
+        raise ConfigError(f"--classifier: objective={model.config.objective} trains none; leave it out")
+    return {f"classifier.{name}": tensor for name, tensor in model.classifier.state_dict().items()}
 
 
 def _rename(

@@ -92,6 +92,7 @@ TARGET = Target(
     parts={"backbone": r"backbone\.body\.", "fpn": r"backbone\.fpn\.", "head": r"roi_heads\.box_head\."},
     pack=_pack,
     describe=about,
+    classifies=True,
     usage=lambda path, _: f"hf upload USER/NAME {shlex.quote(path)}  # state license and datasets in README.md first",
     twins=[
         Twin(

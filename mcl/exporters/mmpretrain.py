@@ -1,11 +1,12 @@
 """mmpretrain: the backbone of its classifiers, and of MMDetection's detectors."""
 
+import re
 from typing import Any
 
 from mcl.config import ModelConfig
 from mcl.exporters.files import save_openmmlab
 from mcl.exporters.mmdet import BACKBONES, INSTALL, RCNN, backbone, import_mmdet
-from mcl.exporters.target import Target, Twin
+from mcl.exporters.target import FIRST_SHORTCUT, Target, Twin
 
 
 def _build(config: ModelConfig) -> Any:
@@ -17,6 +18,12 @@ def _build(config: ModelConfig) -> Any:
         return ImageClassifier({**BACKBONES[config.backbone], "out_indices": [0, 1, 2, 3]})
 
 
+def _resnet_d(name: str) -> str:
+    """Its stem is three modules, and its first stage does not pool before the shortcut's convolution."""
+    name = re.sub(r"^stem\.(\d)", lambda m: f"stem.{int(m[1]) // 3}.{('conv', 'bn')[int(m[1]) % 3]}", name)
+    return "backbone." + re.sub(r"^(layer1\.0\.downsample)\.(\d)", lambda m: f"{m[1]}.{int(m[2]) - 1}", name)
+
+
 TARGET = Target(
     name="mmpretrain",
     rename=RCNN.rename,
@@ -24,8 +31,10 @@ TARGET = Target(
     saves={".pth": save_openmmlab},
     usage=lambda path, _: f"init_cfg = dict(type='Pretrained', checkpoint={path!r}, prefix='backbone.')",
     twins=[Twin("mmpretrain", INSTALL, _build, {"backbone": backbone})],
-    renames=RCNN.renames,
+    renames={**RCNN.renames, "resnet50vd": _resnet_d, "resnet101vd": _resnet_d},
     adapt=RCNN.adapt,
-    backbones=[name for name in BACKBONES if not name.endswith("vd") and name != "swin_t"],
-    lacks="mmpretrain numbers the shortcuts of a ResNet-D and the merged patches of a Swin otherwise",
+    restore=RCNN.restore,
+    backbones=BACKBONES,
+    sizes={"swin_t": (224, 224)},  # it takes no map that is smaller than a window
+    lacks=FIRST_SHORTCUT,
 )

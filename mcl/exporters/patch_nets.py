@@ -37,7 +37,7 @@ _RULES: dict[str, dict[str, Rules]] = {
     "timm": {
         "convnext_t": (
             (r"^merge\.(\d)", r"stages.\1.downsample"),
-            (r"^stages\.(\d)\.(\d)\.", r"stages.\1.blocks.\2."),
+            (r"^stages\.(\d)\.(\d+)\.", r"stages.\1.blocks.\2."),
             (r"block\.0", "conv_dw"),
             (r"block\.2", "norm"),
             (r"block\.3", "mlp.fc1"),
@@ -59,6 +59,8 @@ _RULES: dict[str, dict[str, Rules]] = {
 }
 """What to replace in names that begin with stem, merge.<stage that follows>, stages.<stage>.<block> or norms.<stage>;
 an empty name is left out."""
+
+_MERGED = re.compile(r"stages\.\d\.downsample\.(norm|reduction)\.")  # MMDetection's, of Swin
 
 
 def renames(library: str, prefix: str = "") -> Mapping[str, Callable[[str], str | None]]:
@@ -88,9 +90,12 @@ def _adapted(name: str, tensor: Tensor) -> Tensor:
         return tensor.flatten()
     if name.endswith(".relative_position_index"):  # of one cell of a window to another
         return tensor.view(math.isqrt(len(tensor)), -1)
-    if re.search(r"stages\.\d\.downsample\.(norm|reduction)\.", name):
-        return unfolded(tensor)
-    return tensor
+    return unfolded(tensor) if _MERGED.search(name) else tensor
+
+
+def restored(name: str, tensor: Tensor) -> Tensor:
+    """A library's tensor in our order of values, which has our shape after a view."""
+    return folded(tensor) if _MERGED.search(name) else tensor
 
 
 def unfolded(tensor: Tensor) -> Tensor:
@@ -101,3 +106,9 @@ def unfolded(tensor: Tensor) -> Tensor:
     """
     patches = tensor.view(*tensor.shape[:-1], 4, -1)[..., [0, 2, 1, 3], :]
     return patches.transpose(-1, -2).flatten(-2)
+
+
+def folded(tensor: Tensor) -> Tensor:
+    """Undoes :func:`unfolded`."""
+    patches: Tensor = tensor.unflatten(-1, (-1, 4)).transpose(-1, -2)
+    return patches[..., [0, 2, 1, 3], :].flatten(-2)

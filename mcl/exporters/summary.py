@@ -66,7 +66,7 @@ class Report:
         return "\n".join(lines)
 
     def _row(self, part: str) -> str:
-        names = {ours: theirs for ours, theirs in self.names.items() if ours.split(".")[1] == part}
+        names = {ours: theirs for ours, theirs in self.names.items() if part in ours.split(".")[:2]}
         tensors = [self.weights[theirs] for theirs in names.values()]
         kinds = sorted({str(t.dtype).removeprefix("torch.") for t in tensors if t.is_floating_point()})
         ours, theirs = next(iter(names.items()))

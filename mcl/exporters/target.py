@@ -30,14 +30,31 @@ class Twin:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Target:
+class Convention:
+    """How a library, or a method's checkpoints, name and order our tensors; for writing as well as for reading."""
+
+    rename: Callable[[str], str | None]
+    """Canonical name to theirs; None where they have no place for it."""
+    renames: Mapping[str, Callable[[str], str | None]] = field(default_factory=dict)
+    """By backbone: as `rename`, for the names that its tensors have without ``backbone.body.``."""
+    adapt: Callable[[Weights], Weights] = lambda weights: weights
+    """Values, by their names, for modules that compute otherwise than ours."""
+    restore: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor
+    """Undoes `adapt` for one tensor, but for its shape."""
+
+    def name_of(self, canonical: str, backbone: str) -> str | None:
+        """Their name of a tensor of a model with that backbone; None where they have no place for it."""
+        start = "backbone.body."
+        if backbone in self.renames and canonical.startswith(start):
+            return self.renames[backbone](canonical.removeprefix(start))
+        return self.rename(canonical)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target(Convention):
     """A library, or a family of its models, as a reader of our weights."""
 
     name: str
-    rename: Callable[[str], str | None]
-    """Canonical name of a tensor of one of `parts` to the target's; None where the target has no place for it."""
-    adapt: Callable[[Weights], Weights] = lambda weights: weights
-    """Values, by the target's names, for modules that compute otherwise than ours."""
     parts: Mapping[str, str]
     """Parts of the model that it takes, and regular expressions of the beginnings of their tensors' names there: all
     that match must be in the file."""
@@ -51,24 +68,17 @@ class Target:
     """Models that read the same names; none for a library that no package index has."""
     backbones: Collection[str] = RESNETS
     """Those of ``model.backbone`` that it has a module for."""
-    renames: Mapping[str, Callable[[str], str | None]] = field(default_factory=dict)
-    """By backbone: as `rename`, for the names that its tensors have without ``backbone.body.``."""
     sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """By backbone: height and width of the image that proves an export, where not any will do."""
     lacks: str = ""
     """Why it has none for the others."""
     describe: Callable[[Config, Path, int], Mapping[str, Any]] = lambda config, path, step: {}
     """More metadata, from the run's configuration, the checkpoint's path, and its step."""
+    classifies: bool = False
+    """Whether it has a place for a classifier of region features."""
     freezes: bool = False
     """Whether its detectors, as they come, keep BatchNorm's running statistics for ever."""
     maps: tuple[int, ...] = (2, 3, 4, 5)
     """Maps of the FPN that it takes, 2 is P2."""
     check: Callable[[ModelConfig, Sequence[str]], None] = lambda config, parts: None
     """Raises ConfigError for a model whose parts have other shapes than the target's."""
-
-    def name_of(self, canonical: str, backbone: str) -> str | None:
-        """The target's name of a tensor of a model with that backbone; None where it has no place for it."""
-        start = "backbone.body."
-        if backbone in self.renames and canonical.startswith(start):
-            return self.renames[backbone](canonical.removeprefix(start))
-        return self.rename(canonical)

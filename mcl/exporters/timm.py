@@ -49,6 +49,7 @@ TARGET = Target(
     backbones=MODELS,
     renames=patch_nets.renames("timm"),
     adapt=patch_nets.adapt,
+    restore=patch_nets.restored,
     sizes={"swin_t": (224, 224)},  # the one that it is made for
     lacks=FIRST_SHORTCUT,
 )

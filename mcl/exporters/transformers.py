@@ -1,4 +1,4 @@
-"""transformers (5): DETR and its kin, with a backbone of timm's; RT-DETR 1 and 2, with a ResNet-D of their own.
+"""transformers (5): DETR and its kin, with a ResNet of timm's or its own; RT-DETR 1 and 2, with their own ResNet-D.
 
 All of them freeze BatchNorm. A folder serves every class of a family: ``from_pretrained`` takes its config.json, or
 another class's configuration. Counts of BatchNorm's batches are left out, as frozen BatchNorm has none.
@@ -19,19 +19,24 @@ from mcl.exporters.target import Target, Twin
 
 _PREFIX = "model.backbone.model."
 _INSTALL = "pip install 'transformers>=5' timm"
+_DETRS = ("Detr", "ConditionalDetr", "DeformableDetr")
 _SHALLOW = {"encoder_layers": 1, "decoder_layers": 2}
 """Of a detector whose backbone alone is looked at."""
-_RT_DETRS: Mapping[str, tuple[str, list[int], dict[str, Any]]] = {
-    "resnet18vd": ("basic", [2, 2, 2, 2], {"hidden_expansion": 0.5, "decoder_layers": 3}),
-    "resnet34vd": ("basic", [3, 4, 6, 3], {"hidden_expansion": 0.5, "decoder_layers": 4}),
-    "resnet50vd": ("bottleneck", [3, 4, 6, 3], {}),
-    "resnet101vd": (
-        "bottleneck",
-        [3, 4, 23, 3],
-        {"encoder_hidden_dim": 384, "encoder_ffn_dim": 2048, "decoder_in_channels": [384, 384, 384]},
-    ),
+_RESNETS = {
+    "resnet18": ("basic", [2, 2, 2, 2]),
+    "resnet34": ("basic", [3, 4, 6, 3]),
+    "resnet50": ("bottleneck", [3, 4, 6, 3]),
+    "resnet101": ("bottleneck", [3, 4, 23, 3]),
+    "resnet152": ("bottleneck", [3, 8, 36, 3]),
 }
-"""Kind of blocks, their numbers, and the sizes that the authors gave the detector with that backbone."""
+"""Kind of blocks, and their numbers."""
+_RT_DETRS: Mapping[str, dict[str, Any]] = {
+    "resnet18vd": {"hidden_expansion": 0.5, "decoder_layers": 3},
+    "resnet34vd": {"hidden_expansion": 0.5, "decoder_layers": 4},
+    "resnet50vd": {},
+    "resnet101vd": {"encoder_hidden_dim": 384, "encoder_ffn_dim": 2048, "decoder_in_channels": [384, 384, 384]},
+}
+"""Sizes that the authors gave the detector with that backbone."""
 
 
 def detr_name(name: str) -> str | None:
@@ -39,15 +44,22 @@ def detr_name(name: str) -> str | None:
     return None if name.endswith("num_batches_tracked") else _PREFIX + timm.rename(name)
 
 
-def rt_detr_name(name: str) -> str | None:
-    """Canonical name to that in RT-DETR, whose first stage does not pool before its shortcut's convolution."""
+def own_name(name: str, deep: bool) -> str | None:
+    """Canonical name to that in the library's own ResNets.
+
+    Args:
+        deep: that of RT-DETR, a ResNet-D whose first stage does not pool before its shortcut's convolution.
+    """
     if name.endswith("num_batches_tracked"):
         return None
     name = re.sub(r"^backbone\.body\.layer(\d)\.", lambda m: f"encoder.stages.{int(m[1]) - 1}.layers.", name)
+    name = re.sub(r"^backbone\.body\.(conv|bn)1\.", r"embedder.embedder.\1.", name)
     name = re.sub(r"^backbone\.body\.stem\.(\d)", lambda m: f"embedder.embedder.{int(m[1]) // 3}.{int(m[1]) % 3}", name)
     name = re.sub(r"\.(conv|bn)(\d)\.", lambda m: f".layer.{int(m[2]) - 1}.{m[1]}.", name)
-    name = re.sub(r"\.downsample\.(\d)", lambda m: f".shortcut.1.{int(m[1]) - 1}", name)
-    name = re.sub(r"(stages\.0\..*shortcut)\.1", r"\1", name)
+    if deep:
+        name = re.sub(r"\.downsample\.(\d)", lambda m: f".shortcut.1.{int(m[1]) - 1}", name)
+        name = re.sub(r"(stages\.0\..*shortcut)\.1", r"\1", name)
+    name = name.replace("downsample", "shortcut")
     name = re.sub(r"\.(0|conv)(\.\w+)$", r".convolution\2", name)
     return _PREFIX + re.sub(r"\.(1|bn)(\.\w+)$", r".normalization\2", name)
 
@@ -64,18 +76,27 @@ def _detr(backbone: str) -> dict[str, Any]:
     return {"backbone_config": timms}
 
 
+def _resnet(backbone: str, kind: str, first_map: int) -> dict[str, Any]:
+    """Configuration of a ResNet of the library's own."""
+    blocks, depths = _RESNETS[backbone.removesuffix("vd")]
+    return {
+        "model_type": kind,
+        "layer_type": blocks,
+        "depths": depths,
+        "hidden_sizes": [(256 if blocks == "bottleneck" else 64) << i for i in range(4)],
+        "out_features": [f"stage{i}" for i in range(first_map, 5)],
+    }
+
+
+def _detr_resnet(backbone: str) -> dict[str, Any]:
+    """Keys of a detector's configuration with the library's own ResNet."""
+    return {"backbone_config": _resnet(backbone, "resnet", 1)}
+
+
 def _rt_detr(backbone: str) -> dict[str, Any]:
     """Keys of a detector's configuration."""
-    kind, depths, sizes = _RT_DETRS[backbone]
-    channels = [(256 if kind == "bottleneck" else 64) << i for i in range(4)]
-    resnet = {
-        "model_type": "rt_detr_resnet",
-        "layer_type": kind,
-        "depths": depths,
-        "hidden_sizes": channels,
-        "out_features": ["stage2", "stage3", "stage4"],
-    }
-    return {"backbone_config": resnet, "encoder_in_channels": channels[1:], **sizes}
+    resnet = _resnet(backbone, "rt_detr_resnet", 2)
+    return {"backbone_config": resnet, "encoder_in_channels": resnet["hidden_sizes"][1:], **_RT_DETRS[backbone]}
 
 
 def _pack(keys: Any, kind: str, name: str, weights: Weights, metadata: Metadata) -> dict[str, bytes]:
@@ -126,15 +147,27 @@ DETR = Target(
     parts={"backbone": re.escape(_PREFIX)},
     pack=partial(_pack, _detr, "detr", "Detr"),
     usage=partial(_usage, "Detr", "ConditionalDetr and DeformableDetr"),
-    twins=[_twin(_detr, name, _detr_maps) for name in ("Detr", "ConditionalDetr", "DeformableDetr")],
+    twins=[_twin(_detr, name, _detr_maps) for name in _DETRS],
     backbones=[name for name in timm.MODELS if name.startswith("res")],
     lacks="DETR takes ResNets of timm's, which has no ResNet-D of 18 or 34 layers as RT-DETR has it",
     freezes=True,
 )
 
+DETR_RESNET = Target(
+    name="transformers-detr-resnet",
+    rename=partial(own_name, deep=False),
+    parts=DETR.parts,
+    pack=partial(_pack, _detr_resnet, "detr", "Detr"),
+    usage=DETR.usage,
+    twins=[_twin(_detr_resnet, name, _detr_maps) for name in _DETRS],
+    backbones=_RESNETS,
+    lacks="transformers' own ResNet is one of 18 to 152 layers, neither a ResNeXt nor a ResNet-D",
+    freezes=True,
+)
+
 RT_DETR = Target(
     name="transformers-rtdetr",
-    rename=rt_detr_name,
+    rename=partial(own_name, deep=True),
     parts={"backbone": re.escape(_PREFIX)},
     pack=partial(_pack, _rt_detr, "rt_detr", "RTDetr"),
     usage=partial(_usage, "RTDetr", "RTDetrV2"),

@@ -50,6 +50,7 @@ class Objective(nn.Module):
     Attributes:
         online: network that is evaluated and exported; has a ``backbone``.
         target: copy of it without gradients, or None; moved after every step by :func:`mcl.train.ema.update` alone.
+        classifier: of region features, or None; exported on request.
     """
 
     scores: ClassVar[tuple[str, ...]] = ()
@@ -66,6 +67,7 @@ class Objective(nn.Module):
         self.config, self.classes = config, tuple(classes)
         self.online: Any = None
         self.target: Any = None
+        self.classifier: Any = None
 
     @classmethod
     def check(cls, config: Config, source: Source | None = None) -> None:

@@ -1,18 +1,17 @@
 """How others name the tensors of a backbone, an FPN and a region head: canonical names to theirs.
 
-Whatever `mcl export` writes is read by the same mapping. Networks within networks, as ``encoder_q.`` of MoCo's or
-``backbone.`` of a classifier, need none: what stands before a name is found by :func:`mcl.weights.read.take`.
+Whatever `mcl export` writes is read by the same mapping, backwards. Networks within networks, as ``encoder_q.`` of
+MoCo's or ``backbone.`` of a classifier, need none: what stands before a name is found by
+:func:`mcl.weights.read.take`.
 """
 
 import re
-from collections.abc import Callable
 
 from mcl.exporters import detectron2
 from mcl.exporters.canonical import part
 from mcl.exporters.convert import TARGETS
 from mcl.exporters.mmdet import RCNN
-
-Rename = Callable[[str], str | None]
+from mcl.exporters.target import Convention
 
 _CHILDREN = {"conv1": "0", "bn1": "1", "layer1": "4", "layer2": "5", "layer3": "6", "layer4": "7"}
 _DETECTRON2 = {"backbone": "backbone.bottom_up.", "fpn": "backbone.", "head": "roi_heads."}
@@ -45,13 +44,13 @@ def _lightly(name: str) -> str:
     return re.sub(r"^backbone\.body\.(\w+)", lambda m: _CHILDREN.get(m[1], m[1]), name)
 
 
-CONVENTIONS: dict[str, Rename] = {
+CONVENTIONS: dict[str, Convention] = {
     # ultralytics' detectors were trained with another activation, input and epsilon of BatchNorm.
-    **{name: target.rename for name, target in TARGETS.items() if name != "ultralytics-rtdetr"},
-    "detectron2-model": _detectron2_model,
-    "mcl-released": _released,
-    "soco": _soco,
-    "lightly": _lightly,
-    "mcl": lambda name: name,
+    **{name: target for name, target in TARGETS.items() if name != "ultralytics-rtdetr"},
+    "detectron2-model": Convention(rename=_detectron2_model),
+    "mcl-released": Convention(rename=_released),
+    "soco": Convention(rename=_soco),
+    "lightly": Convention(rename=_lightly),
+    "mcl": Convention(rename=lambda name: name),
 }
 """By the name that a user may put before that of a file."""

@@ -14,15 +14,19 @@ from torch import Tensor
 from mcl import config
 from mcl.config import ModelConfig, all_keys, at_home
 from mcl.exporters.canonical import PARTS, canonical_names, part
+from mcl.exporters.target import Convention
 from mcl.models.backbones import Backbone
 from mcl.objectives import build
 from mcl.train import checkpoint
 from mcl.train.checkpoint import CheckpointError
 from mcl.weights import files
 from mcl.weights.libraries import LIBRARIES
-from mcl.weights.names import CONVENTIONS, Rename
+from mcl.weights.names import CONVENTIONS
 
-_COUNT = ".num_batches_tracked"  # old files lack it, and nothing depends on it
+_CONSTANTS = (".num_batches_tracked", ".relative_position_index", ".attn_mask")
+"""Endings of buffers that may be missing: counts that nothing reads, and what is computed from sizes alone."""
+_NORMS = "backbone.body.norms."
+"""LayerNorms of maps, which detectors have; classifiers have the last one at most."""
 _BEGINNINGS = 6  # of names, in a line
 
 BACKBONES: tuple[str, ...] = next(get_args(key.kind) for key in all_keys(ModelConfig) if key.name == "backbone")
@@ -36,7 +40,7 @@ class Contents:
     """As the user wrote it."""
     tensors: Mapping[str, Tensor]
     """By their names there, those of nested dictionaries joined by dots."""
-    conventions: Mapping[str, Rename] = field(default_factory=lambda: CONVENTIONS)
+    conventions: Mapping[str, Convention] = field(default_factory=lambda: CONVENTIONS)
     """Among which names are looked for."""
     network: str = ""
     """Word that the names of tensors to take must have before ours, such as teacher."""
@@ -103,7 +107,9 @@ class Taken:
     weights: Mapping[str, Tensor]
     """In the types that were wanted."""
     missing: tuple[str, ...]
-    """Canonical names that were wanted and are not there; counts of BatchNorm's batches may be missing."""
+    """Canonical names that were wanted and are not there, but for buffers that are constant."""
+    kept: tuple[str, ...]
+    """Canonical names of LayerNorms of maps that are not there, as the model was no detector."""
     shapes: Mapping[str, str]
     """Canonical names of tensors of another shape, to what is wrong."""
     unmapped: tuple[str, ...]
@@ -112,6 +118,8 @@ class Taken:
     def __str__(self) -> str:
         of = Counter(map(part, self.weights))
         left = [f"no {p}: {flaw}" for p in PARTS if (flaw := self.flaw(p))]
+        maps = dict.fromkeys(f"C{int(name.split('.')[3]) + 2}" for name in self.kept)
+        left += [f"no LayerNorm of {', '.join(maps)}"] * bool(maps)
         taken = ", ".join(f"{name} {n}" for name, n in of.items())
         return "; ".join(
             [f"{self.source}: {taken} tensors, {self.where}", *left, f"left: {_beginnings(self.unmapped)}"]
@@ -124,7 +132,7 @@ class Taken:
 
     def flaw(self, of: str) -> str:
         """Why a part is not whole; empty if it is, or if none was wanted."""
-        own = [name for name in self.names if part(name) == of and not name.endswith(_COUNT)]
+        own = [name for name in self.names if part(name) == of and not name.endswith(_CONSTANTS)]
         missing = [self.names[name] for name in own if name in self.missing]
         wrong = [self.shapes[name] for name in own if name in self.shapes]
         if len(missing) == len(own):
@@ -141,7 +149,7 @@ class Taken:
         depth = next((i for i, words in enumerate(zip(*own, strict=False)) if len(set(words)) > 1), 0) + 1
         modules = {tuple(words[:depth]) for words in own}
         others = [name for name in self.unmapped if tuple(name.split(".")[:depth]) in modules]
-        return [name for name in others if not name.endswith(_COUNT)]
+        return [name for name in others if not name.endswith(_CONSTANTS)]
 
 
 def take(contents: Contents, wanted: Mapping[str, Tensor], backbone: str, parts: Sequence[str] = ()) -> Taken:
@@ -157,8 +165,8 @@ def take(contents: Contents, wanted: Mapping[str, Tensor], backbone: str, parts:
     Raises:
         CheckpointError: the backbone or a part named is not whole, or of other shapes; or a weight is not finite.
     """
-    found = _match(contents, wanted)
-    if found is None or all(name.endswith(_COUNT) for name in found.weights):
+    found = _match(contents, wanted, backbone)
+    if found is None or all(name.endswith(_CONSTANTS) for name in found.weights):
         under = f" under {contents.network}" if contents.network else ""
         raise CheckpointError(
             f"{contents.source}: holds nothing of a {backbone}{under}, as {', '.join(contents.conventions)} name it; "
@@ -179,19 +187,20 @@ def take(contents: Contents, wanted: Mapping[str, Tensor], backbone: str, parts:
     return replace(found, weights=weights)
 
 
-def _match(contents: Contents, wanted: Mapping[str, Tensor]) -> Taken | None:
+def _match(contents: Contents, wanted: Mapping[str, Tensor], backbone: str) -> Taken | None:
     """The convention and place with most parts that are whole, then with most tensors."""
 
     def score(found: Taken) -> tuple[int, int]:
         present = {part(name) for name in found.weights}
         return sum(not found.flaw(of) for of in present), len(found.weights)
 
-    found = [_by(name, rename, contents, wanted) for name, rename in contents.conventions.items()]
+    found = [_by(name, contents, wanted, backbone) for name in contents.conventions]
     return max(filter(None, found), key=score, default=None)
 
 
-def _by(convention: str, rename: Rename, contents: Contents, wanted: Mapping[str, Tensor]) -> Taken | None:
-    names = {name: theirs for name in wanted if (theirs := rename(name)) is not None}
+def _by(form: str, contents: Contents, wanted: Mapping[str, Tensor], backbone: str) -> Taken | None:
+    convention = contents.conventions[form]
+    names = {name: theirs for name in wanted if (theirs := convention.name_of(name, backbone)) is not None}
     known, places = set(names.values()), Counter[str]()
     for name in contents.tensors:
         words = name.split(".")
@@ -203,22 +212,23 @@ def _by(convention: str, rename: Rename, contents: Contents, wanted: Mapping[str
     prefix = max(places, key=places.__getitem__)  # the first of equals
     weights, missing, shapes = {}, [], {}
     for name, theirs in names.items():
-        tensor = contents.tensors.get(prefix + theirs)
+        tensor, shape = contents.tensors.get(prefix + theirs), convention.adapt({theirs: wanted[name]})[theirs].shape
         if tensor is None:
-            missing += [name] * (not name.endswith(_COUNT))
-        elif tensor.shape != wanted[name].shape:
-            shapes[name] = f"{prefix}{theirs}, {list(tensor.shape)} instead of {list(wanted[name].shape)}"
+            missing += [name] * (not name.endswith(_CONSTANTS) and not name.startswith(_NORMS))
+        elif tensor.shape != shape:
+            shapes[name] = f"{prefix}{theirs}, {list(tensor.shape)} instead of {list(shape)}"
         else:
-            weights[name] = tensor.to(wanted[name].dtype)
+            weights[name] = convention.restore(theirs, tensor).to(wanted[name].dtype).view(wanted[name].shape)
+    kept = tuple(name for name in wanted if name.startswith(_NORMS) and name not in weights | shapes)
     used = {prefix + theirs for theirs in known}
     unmapped = tuple(name for name in contents.tensors if name not in used)
-    return Taken(contents.source, convention, prefix, names, weights, tuple(missing), shapes, unmapped)
+    return Taken(contents.source, form, prefix, names, weights, tuple(missing), kept, shapes, unmapped)
 
 
 def _hint(contents: Contents) -> str:
     """Which backbone it is, if it is one of ours."""
     for name in BACKBONES:
-        found = _match(contents, backbone_tensors(name))
+        found = _match(contents, backbone_tensors(name), name)
         if found and not found.flaw("backbone") and not found.strangers():
             return f". It is a {name}"
     return f". Names in it begin with {_beginnings(contents.tensors)}"

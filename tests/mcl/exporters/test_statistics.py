@@ -68,5 +68,6 @@ def test_who_freezes_batch_norm() -> None:
     assert {name for name, target in TARGETS.items() if target.freezes} == {
         "detectron2",
         "transformers-detr",
+        "transformers-detr-resnet",
         "transformers-rtdetr",
     }

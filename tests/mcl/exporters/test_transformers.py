@@ -22,11 +22,14 @@ SHALLOW = {"encoder_layers": 1, "decoder_layers": 2, "num_queries": 10, "num_lab
 
 @pytest.fixture(scope="module")
 def folders(saved: Path, resnet18vd: tuple[MCL, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """By the names of the classes that their config.json names."""
-    folder = tmp_path_factory.mktemp("transformers")
-    detr = export(saved, "transformers-detr", statistics_of="none", output=folder / "detr")
-    rt_detr = export(resnet18vd[1], "transformers-rtdetr", statistics_of="none", output=folder / "rt_detr")
-    return {"Detr": detr.path, "RTDetr": rt_detr.path}
+    """By target."""
+    folder, files = tmp_path_factory.mktemp("transformers"), (saved, saved, resnet18vd[1])
+    return {
+        to: export(file, to, statistics_of="none", output=folder / to).path
+        for to, file in zip(
+            ("transformers-detr", "transformers-detr-resnet", "transformers-rtdetr"), files, strict=True
+        )
+    }
 
 
 @torch.no_grad()
@@ -38,21 +41,28 @@ def maps(detector: Any, pixels: Tensor) -> list[Tensor]:
     return seen
 
 
-@pytest.mark.parametrize("name", ["Detr", "ConditionalDetr", "DeformableDetr", "RTDetr", "RTDetrV2"])
+@pytest.mark.parametrize(
+    ("to", "name"),
+    [
+        (f"transformers-{to}", name)
+        for to in ("detr", "detr-resnet")
+        for name in ("Detr", "ConditionalDetr", "DeformableDetr")
+    ]
+    + [("transformers-rtdetr", name) for name in ("RTDetr", "RTDetrV2")],
+)
 def test_detectors_take_our_weights(
-    name: str, folders: dict[str, Path], model: MCL, resnet18vd: tuple[MCL, Path]
+    to: str, name: str, folders: dict[str, Path], model: MCL, resnet18vd: tuple[MCL, Path]
 ) -> None:
-    family = "RTDetr" if name.startswith("RT") else "Detr"
-    ours = resnet18vd[0] if family == "RTDetr" else model
+    ours = resnet18vd[0] if name.startswith("RT") else model
     detector_class = getattr(transformers, f"{name}ForObjectDetection")
     keys: dict[str, Any] = SHALLOW
-    if name != family:  # another class gets its own configuration, with the folder's backbone
-        configured = transformers.AutoConfig.from_pretrained(folders[family])
-        own = {"backbone": "resnet18"} if family == "Detr" else {"backbone_config": configured.backbone_config}
-        if family == "RTDetr":
+    if name not in ("Detr", "RTDetr"):  # another class gets its own configuration, with the folder's backbone
+        configured = transformers.AutoConfig.from_pretrained(folders[to])
+        own = {"backbone_config": configured.backbone_config}
+        if name == "RTDetrV2":
             own["encoder_in_channels"] = configured.encoder_in_channels
         keys = {"config": getattr(transformers, f"{name}Config")(**own, **SHALLOW)}
-    detector, info = detector_class.from_pretrained(folders[family], output_loading_info=True, **keys)
+    detector, info = detector_class.from_pretrained(folders[to], output_loading_info=True, **keys)
     assert not [key for key in info["missing_keys"] if "backbone" in key]
     assert not info["unexpected_keys"]
     assert not info["mismatched_keys"]
@@ -61,11 +71,24 @@ def test_detectors_take_our_weights(
     same(backbone_maps(ours)[-len(got) :], got)
 
 
-@pytest.mark.parametrize("name", ["Detr", "RTDetr"])
-def test_images_are_normalised_as_in_pretraining(name: str, folders: dict[str, Path]) -> None:
+@pytest.mark.parametrize(
+    ("name", "keys"), [("DetrModel", {}), ("DetrForSegmentation", {"key_mapping": {"^model": "detr.model"}})]
+)
+def test_classes_with_another_prefix(name: str, keys: dict[str, Any], folders: dict[str, Path], model: MCL) -> None:
+    made, info = getattr(transformers, name).from_pretrained(
+        folders["transformers-detr-resnet"], output_loading_info=True, **keys, **SHALLOW
+    )
+    assert not [key for key in info["missing_keys"] if "backbone" in key]
+    assert not info["unexpected_keys"]
+    backbone = (made.detr.model if name == "DetrForSegmentation" else made).backbone
+    assert torch.equal(backbone.model.embedder.embedder.convolution.weight, model.online.backbone.conv1.weight)
+
+
+@pytest.mark.parametrize("to", ["transformers-detr", "transformers-detr-resnet", "transformers-rtdetr"])
+def test_images_are_normalised_as_in_pretraining(to: str, folders: dict[str, Path]) -> None:
     """RT-DETR's own processor would not normalise them."""
     photo = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
-    processor = transformers.AutoImageProcessor.from_pretrained(folders[name])
+    processor = transformers.AutoImageProcessor.from_pretrained(folders[to])
     (got,) = processor(photo, do_resize=False, return_tensors="pt")["pixel_values"]
     wanted = F.normalize(photo.float() / 255, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)

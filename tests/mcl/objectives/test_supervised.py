@@ -2,12 +2,14 @@
 
 import dataclasses
 import itertools
+import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dali_pipelines.batch import MontageBatch
@@ -158,6 +160,18 @@ def test_a_run_resumes_and_exports(objective: str, tiny: Config, tmp_path: Path)
     assert not any(name.startswith("target.") for name in whole["model"])
     report = export(last, "mmdet", parts=["backbone", "head"], output=tmp_path / "weights.pth")
     assert not [name for name in report.weights if "classifier" in name]
+    if objective == "supervised":
+        report = export(last, "hub", parts=["backbone", "head"], classifier=True)
+        taken = load_file(report.path / "model.safetensors")
+        assert all(torch.equal(taken[f"classifier.{n}"], whole["model"][f"classifier.{n}"]) for n in ("weight", "bias"))
+        assert json.loads((report.path / "config.json").read_text())["classes"] == list(whole["classes"])
+        assert "classifier       2 " in str(report)
+        assert "backbone, head, classifier, " in (report.path / "README.md").read_text()
+    else:
+        with pytest.raises(ConfigError, match=r"^--classifier: objective=supervised_contrastive trains none"):
+            export(last, "hub", parts=["backbone", "head"], classifier=True)
+    with pytest.raises(ConfigError, match=r"^--classifier: torchvision has no place for it, .*; take --to hub"):
+        export(last, "torchvision", classifier=True)
     assert budget(tiny, gpus=1)["memory"]["momentum_network"] == 0
 
 

@@ -1,5 +1,6 @@
 """Checkpoints of others: recognised by their names, mapped without a loss, or refused."""
 
+import pickle
 import re
 import socket
 from collections.abc import Callable, Mapping
@@ -11,17 +12,25 @@ import timm
 import torch
 import torchvision
 from torch import Tensor, nn
+from torchvision.models.convnext import CNBlockConfig
 
+from dali_pipelines.geometry import Geometry
 from mcl.config import Config, ConfigError, ModelConfig
-from mcl.exporters import TARGETS, export
+from mcl.exporters import TARGETS, detectron2, export, mmdet
 from mcl.exporters.canonical import canonical_names, part
 from mcl.exporters.openselfsup import their_name
+from mcl.models import backbones
 from mcl.objectives import MCL
 from mcl.train.checkpoint import CheckpointError
 from mcl.weights.read import Taken, backbone_tensors, read, take
+from tests.mcl.exporters.conftest import make_model, save_model
+from tests.mcl.exporters.test_backbones import THIN
 from tests.mcl.exporters.test_detectron2 import OTHERS, box_head, fpn, match, resnet18
+from tests.mcl.exporters.test_libraries import same
 
 State = dict[str, Tensor]
+SMALLS = {"swin": "swin_s", "convnext": "convnext_small"}
+"""torchvision's names of the deeper ones."""
 
 
 @pytest.fixture(scope="module")
@@ -60,23 +69,56 @@ def is_backbone(found: Taken, expected: Mapping[str, Tensor]) -> bool:
 # ------------------------------------------------------------------------------------------------ round trips
 
 
-WRITTEN = [(name, end) for name, t in TARGETS.items() for end in t.saves or [""] if name != "ultralytics-rtdetr"]
-WRITTEN.remove(("torchvision-detection", ".pth"))  # a ResNet-50, whose other file tells as much
+OTHERS_READ = ("resnet50vd", "convnext_t", "swin_t")
+SMALL = {"torchvision-detection": "resnet50", "transformers-rtdetr": "resnet18vd"}
+SOAK = [
+    (to, name) for to, t in TARGETS.items() for name in OTHERS_READ if name in t.backbones and name not in t.renames
+]
+"""Which tell no more than others: their names follow from the same rules."""
+WRITTEN = [
+    pytest.param(to, ending, name, marks=[pytest.mark.soak] * ((to, name) in SOAK))
+    for to, target in TARGETS.items()
+    for ending in target.saves or [""]
+    for name in (SMALL.get(to, "resnet18"), *OTHERS_READ)
+    if to != "ultralytics-rtdetr" and name in target.backbones
+]
 
 
-@pytest.mark.parametrize(("to", "ending"), WRITTEN)
-def test_what_is_written_is_read(
-    to: str,
-    ending: str,
+def make_thin(patch: pytest.MonkeyPatch) -> None:
+    """Models of ``OTHERS_READ`` are small."""
+    patch.setattr(backbones, "_PATCH_NETS", THIN)
+    patch.setitem(backbones._RESNETS, "resnet50", (backbones.Bottleneck, [1, 1, 1, 1]))
+
+
+@pytest.fixture(scope="module")
+def models(
     model: MCL,
     saved: Path,
     resnet50: tuple[MCL, Path],
     resnet18vd: tuple[MCL, Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Mapping[str, tuple[MCL, Path]]:
+    """With their checkpoints, by backbone."""
+    with pytest.MonkeyPatch.context() as patch:
+        make_thin(patch)
+        made = {name: make_model(Geometry(), backbone=name, width=8, head_convs=1) for name in OTHERS_READ}
+    others = {name: (m, save_model(m, Geometry(), tmp_path_factory.mktemp(name))) for name, m in made.items()}
+    return {"resnet18": (model, saved), "resnet50": resnet50, "resnet18vd": resnet18vd, **others}
+
+
+@pytest.mark.parametrize(("to", "ending", "name"), WRITTEN)
+def test_what_is_written_is_read(
+    to: str,
+    ending: str,
+    name: str,
+    models: Mapping[str, tuple[MCL, Path]],
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Every tensor bit for bit; recognised as well as named."""
-    others = {"torchvision-detection": resnet50, "transformers-rtdetr": resnet18vd}
-    model, saved = others.get(to, (model, saved))
+    if name in OTHERS_READ:
+        make_thin(monkeypatch)
+    model, saved = models[name]
     report = export(saved, to, statistics_of="none", output=tmp_path / f"x{ending}")
     expected = canonical(model)
     for source in (f"{report.path}", f"{to}:{report.path}"):
@@ -102,6 +144,144 @@ def test_a_checkpoint_of_ours(model: MCL, saved: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ others' checkpoints
+
+
+def under(prefix: str, state: State, scale: float = 1) -> State:
+    return {prefix + name: tensor * scale for name, tensor in state.items()}
+
+
+def children(state: State) -> State:
+    """``nn.Sequential`` of a ResNet's children, as lightly's examples make it."""
+    network = torchvision.models.resnet18()
+    network.load_state_dict(state)
+    return nn.Sequential(*list(network.children())[:-1]).state_dict()
+
+
+FORMS: dict[str, Callable[[State], Any]] = {
+    "torchvision": dict,
+    "timm": lambda state: {"state_dict": state, "arch": "resnet18", "epoch": 3},
+    "mmpretrain": lambda state: {"state_dict": under("backbone.", state), "meta": {"epoch": 100}},
+    "MoCo": lambda state: {
+        "state_dict": under("module.encoder_q.", state) | under("module.encoder_k.", state, 0),
+        "optimizer": {"state": {0: {"momentum_buffer": torch.ones(3)}}},
+    },
+    "BYOL of OpenSelfSup": lambda state: {
+        "state_dict": {
+            **under("online_net.0.", state),
+            **{"online_net.1.fc0.weight": torch.ones(2, 2), "head.predictor.fc0.weight": torch.ones(2, 2)},
+            **under("target_net.0.", state, 0),
+            **under("backbone.", state),
+        }
+    },
+    "DenseCL": lambda state: {
+        "state_dict": {
+            **{"queue": torch.ones(2, 3), "queue2": torch.ones(2, 3)},
+            **under("encoder_q.0.", state),
+            **{"encoder_q.1.mlp2.0.weight": torch.ones(2, 2, 1, 1)},
+            **under("encoder_k.0.", state, 0),
+            **under("backbone.", state),
+        }
+    },
+    "DenseCL, released": lambda state: {"state_dict": state, "author": "DenseCL"},
+    "lightly": lambda state: {"state_dict": under("backbone.", children(state))},
+    "DINO": lambda state: {"student": under("module.backbone.", state), "teacher": under("backbone.", state, 0)},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms(form: str, model: MCL, resnet: State, save: Callable[[Any], Path]) -> None:
+    """Of a ResNet, as these save it: bit for bit, of the online network."""
+    found = taken(save(FORMS[form](resnet)), model)
+    assert is_backbone(found, resnet)
+    assert found.convention in ("lightly", "mmdet", "torchvision")
+    assert (found.convention == "lightly") == (form == "lightly")
+
+
+def test_conversions_to_detectron2(model: MCL, resnet: State, tmp_path: Path) -> None:
+    """As MoCo's script makes them: arrays, and names that are endings of detectron2's."""
+    arrays = {
+        theirs: tensor.numpy()
+        for name, tensor in resnet.items()
+        if not name.startswith("fc.") and (theirs := detectron2.rename(f"backbone.body.{name}"))
+    }
+    content = {"model": arrays, "__author__": "MOCO", "matching_heuristics": True}
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps(content))
+    assert is_backbone(
+        taken(tmp_path / "x.pkl", model), {name: t for name, t in resnet.items() if "num_batches" not in name}
+    )
+
+
+def thin(library: str, name: str) -> tuple[nn.Module, Callable[[Any, Tensor], Tensor]]:
+    """A library's own classifier, and what computes its last map."""
+    width, depths = THIN[name]
+    widths = [width * 2**i for i in range(4)]
+    heads = [w // 32 for w in widths]
+    if library == "torchvision":
+        if name == "swin_t":
+            swin = torchvision.models.SwinTransformer([4, 4], width, depths, heads, [7, 7])
+            return swin, lambda net, x: net.norm(net.features(x)).permute(0, 3, 1, 2)
+        stages = [CNBlockConfig(*s) for s in zip(widths, [*widths[1:], None], depths, strict=True)]
+        return torchvision.models.ConvNeXt(stages), lambda net, x: net.features(x)
+    if library == "timm":
+        if name == "swin_t":
+            sizes: dict[str, Any] = {"embed_dim": width, "num_heads": heads}
+            return timm.create_model(
+                "swin_tiny_patch4_window7_224", depths=depths, **sizes
+            ), lambda net, x: net.forward_features(x).permute(0, 3, 1, 2)
+        return timm.create_model("convnext_tiny", depths=depths, dims=widths), lambda net, x: net.forward_features(x)
+    pytest.importorskip("mmdet", reason="needs MMDetection: make mmdet")
+    mmdet.import_mmdet()
+    from mmengine.registry import DefaultScope
+    from mmpretrain.models import ImageClassifier
+
+    swins = {"arch": {"embed_dims": width, "depths": depths, "num_heads": heads}}
+    convs = {"arch": {"depths": depths, "channels": widths}, "gap_before_final_norm": False}
+    with DefaultScope.overwrite_default_scope("mmpretrain"):
+        kind = {"type": "SwinTransformer", **swins} if name == "swin_t" else {"type": "ConvNeXt", **convs}
+        return ImageClassifier(kind, head={"type": "LinearClsHead", "num_classes": 5, "in_channels": widths[3]}), (
+            lambda net, x: net.backbone(x)[-1]
+        )
+
+
+@pytest.mark.parametrize("name", THIN)
+@pytest.mark.parametrize("library", ["torchvision", "timm", "mmpretrain"])
+def test_classifiers_with_layer_norms(
+    library: str, name: str, save: Callable[[Any], Path], models: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A library's own model: ours computes its last map; norms of maps that a classifier has not are as they were."""
+    make_thin(monkeypatch)
+    torch.manual_seed(1)
+    theirs, last_map = thin(library, name)
+    for parameter in theirs.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    found = taken(save({"state_dict": theirs.state_dict()}), models[name][0])
+    ours = backbones.Backbone(name)
+    ours.load_state_dict({n.removeprefix("backbone.body."): t for n, t in found.weights.items()}, strict=False)
+    last = (library, name) in (("torchvision", "convnext_t"), ("timm", "convnext_t"))
+    assert {n.split(".")[3] for n in found.kept} == set("0123" if last else "012")
+    assert ("no LayerNorm of C2, C3, C4, C5" if last else "no LayerNorm of C2, C3, C4;") in str(found)
+    assert {n.split(".")[0] for n in found.unmapped} <= {"state_dict"}
+    assert all("head" in n or "classifier" in n for n in found.unmapped)
+    if last:
+        ours.set_submodule("norms.3", nn.Identity(), strict=True)
+    image = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        same([ours.eval()(image)[0]], [last_map(theirs.eval(), image)])
+
+
+@pytest.mark.parametrize("to", ["torchvision", "timm", "mmdet"])
+@pytest.mark.parametrize("name", ["swin", "convnext"])
+def test_deeper_ones_with_layer_norms(to: str, name: str, save: Callable[[Any], Path]) -> None:
+    target = TARGETS[to]
+    names = {n: target.name_of(f"backbone.body.{n}", f"{name}_t") for n in state_of(SMALLS[name])}
+    state = target.adapt({names[n] or n: tensor for n, tensor in state_of(SMALLS[name]).items()})
+    wanted = {n: tensor for n, tensor in backbone_tensors(f"{name}_t").items()}
+    with pytest.raises(
+        CheckpointError,
+        match=rf"x\.pth: holds no whole {name}_t, named as {to} does: \d+ others are there, the first: .*\.[69]\.",
+    ):
+        take(read(str(save(dict(state))), "x"), wanted, f"{name}_t")
+
 
 PREFIXES = (
     *("module.", "backbone.", "encoder_q.", "teacher.", "model.", "module.encoder_q.", "student.backbone."),
@@ -143,15 +323,6 @@ def test_moco(model: MCL, resnet: State, save: Callable[[Any], Path]) -> None:
 def test_old_checkpoints_have_no_counts(model: MCL, resnet: State, save: Callable[[Any], Path]) -> None:
     old = {name: tensor for name, tensor in resnet.items() if "num_batches" not in name}
     assert is_backbone(taken(save(old), model), old)
-
-
-def test_lightly_numbers_the_children(model: MCL, resnet: State, save: Callable[[Any], Path]) -> None:
-    network = torchvision.models.resnet18()
-    network.load_state_dict(resnet)
-    state = nn.Sequential(*list(network.children())[:-1]).state_dict()
-    found = taken(save({"state_dict": {f"backbone.{name}": tensor for name, tensor in state.items()}}), model)
-    assert is_backbone(found, resnet)
-    assert found.convention == "lightly"
 
 
 def test_the_authors_training_checkpoint(model: MCL, save: Callable[[Any], Path]) -> None:
@@ -198,11 +369,6 @@ def test_a_whole_model_of_detectron2(model: MCL, saved: Path, tmp_path: Path, sa
     expected = {name: tensor for name, tensor in canonical(model).items() if "num_batches" not in name}
     assert got.weights.keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in got.weights.items())
-
-
-def test_timm(model: MCL, save: Callable[[Any], Path]) -> None:
-    state = timm.create_model("resnet18").state_dict()
-    assert is_backbone(taken(save({"state_dict": state, "arch": "resnet18"}), model), state)
 
 
 def test_a_detector_of_torchvision_without_normalisation_in_its_fpn(save: Callable[[Any], Path]) -> None:
