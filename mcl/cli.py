@@ -251,9 +251,7 @@ def _parser() -> argparse.ArgumentParser:
         "draw the detections of a fine-tuned detector",
         description="Draws boxes, masks, categories and scores into PNG files, and prints one line per file.",
     )
-    detect.add_argument(
-        "detector", metavar="run", type=Path, help="run folder of mcl finetune, or a checkpoint in it"
-    )
+    detect.add_argument("detector", metavar="run", type=Path, help="run folder of mcl finetune, or a checkpoint in it")
     detect.add_argument("images", type=Path, nargs="+", help="files or folders")
     detect.add_argument("--threshold", type=float, default=0.3, help="lowest score that is drawn; default: 0.3")
     detect.add_argument("--output", type=Path, help="folder to write; default: detections/ of the run folder")

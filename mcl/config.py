@@ -157,8 +157,8 @@ class TrainerConfig:
     global_batch: Annotated[int, Trait.DECIDES_SPEED] = Field(default=4096, ge=1, le=2**20)
     """Images per step, over all processes."""
     precision: Annotated[Literal["fp32", "bf16", "fp16", "fp64"], Trait.DECIDES_SPEED] = "bf16"
-    """Precision of the networks. bf16 and fp16 use autocast, fp16 with loss scaling. The loss is computed in fp32, or in
-    fp64 with fp64."""
+    """Precision of the networks. bf16 and fp16 use autocast, fp16 with loss scaling. The loss is computed in fp32, or
+    with fp64 in fp64."""
     tf32: Annotated[bool, Trait.DECIDES_SPEED] = True
     """With precision fp32, GPUs round the inputs of convolutions to TF32 (10 bits of mantissa), as is PyTorch's
     default. Linear layers and the loss use full fp32."""
@@ -168,8 +168,9 @@ class TrainerConfig:
     (data.device=cpu). Without it, runs are bit-identical only on CPUs with one or two processes."""
     accumulate: Annotated[int, Trait.DECIDES_SPEED, _AUTO_IS_0] = Field(default=1, ge=0)
     """Number of micro-batches that a process splits its images of a step into, which saves memory for activations. Each
-    tile is still compared with the targets of the whole batch. BatchNorm statistics are those of a micro-batch. auto (or 0): the smallest number that fits into the free memory of every GPU, 1 on CPUs. The
-    number is stored with the run and kept when the run is resumed."""
+    tile is still compared with the targets of the whole batch. BatchNorm statistics are those of a micro-batch. auto
+    (or 0): the smallest number that fits into the free memory of every GPU, 1 on CPUs. The number is stored with the
+    run and kept when the run is resumed."""
     recompute: Annotated[bool, Trait.RESUMABLE, Trait.DECIDES_SPEED] = False
     """Activation checkpointing: activations inside backbone blocks are not stored for the backward pass but
     recomputed."""
@@ -319,8 +320,8 @@ class Config:
         if optim.name != "lars" and optim.base_lr >= OptimConfig.base_lr:
             usual = 0.05 if optim.name == "sgd" else 1e-3
             lines.append(
-                f"optim.base_lr: {optim.base_lr:g} is a rate for lars, which scales it down; {optim.name} is unlikely to "
-                f"converge with it; set optim.base_lr={usual:g}, for instance"
+                f"optim.base_lr: {optim.base_lr:g} is a rate for lars, which scales it down; {optim.name} hardly "
+                f"converges with it; set optim.base_lr={usual:g}, for instance"
             )
         if optim.name == "lars" and optim.base_lr <= 0.02:
             lines.append(
