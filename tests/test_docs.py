@@ -27,8 +27,8 @@ def test_reference_has_every_public_name() -> None:
     [
         ("[a](../docker/Dockerfile)", ""),
         ("[a](nowhere.md)", "'docs/nowhere.md'"),
-        ("[a](../docker/nothing)", "'docker/nothing'"),
-        ("[a](../CHANGELOG.md#nothing)", "no such anchor"),
+        ("[a](../docker/nothing)", "'../docker/nothing'"),
+        ("[a](../CHANGELOG.md#nothing)", "does not contain an anchor"),
         ("::: mcl.nothing", "mcl.nothing"),
     ],
 )

@@ -233,7 +233,7 @@ def test_files_have_texts_as_they_are_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize("word", ["data.root=~/x", "output=~", "model.init=~/a.pt"])
 def test_without_a_home_there_is_no_folder_of_its_sign(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.path.expanduser", lambda path: path)  # what it does where HOME and passwd say nothing
-    with pytest.raises(ConfigError, match=rf"{word.split('=')[0]}: ~.*: there is no home folder .* set HOME"):
+    with pytest.raises(ConfigError, match=rf"{word.split('=')[0]}: ~.*: ~ needs a home folder; set HOME"):
         preset("mcl_r50_fpn_100e_in1k", word)
 
 
@@ -336,7 +336,7 @@ def test_queries_that_make_no_whole_canvases_name_the_nearest(queries: str, mess
 def test_one_query_of_one_cell_is_too_little_for_batchnorm() -> None:
     cfg = preset("mcl_r50_fpn_100e_in1k", "trainer.global_batch=64", "montage.cells=1")
     assert cfg.images_per_rank(1) == 64
-    with pytest.raises(ConfigError, match="BatchNorm one value per channel"):
+    with pytest.raises(ConfigError, match="BatchNorm has one value per channel"):
         config.override(cfg, ["montage.queries=[1,1,4,1]"]).images_per_rank(1)
 
 
