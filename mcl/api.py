@@ -1,4 +1,4 @@
-"""The verbs of ``mcl`` as functions: what the command line does, with the same errors as exceptions."""
+"""The verbs of ``mcl`` as functions, which raise the errors that the command line prints."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,8 +28,8 @@ def load_config(config: str | Path | Config, /, **keys: Any) -> Config:
 
     Args:
         config: a preset's name, the path of a YAML file, or a configuration.
-        keys: values of keys, or of several keys of a section as a dictionary: ``data={"root": "photos"}``. Dotted names
-            go through ``**{"data.root": "photos"}``.
+        keys: values by key; a dictionary sets several keys of a section, as in ``data={"root": "photos"}``. Dotted
+            names need ``**{"data.root": "photos"}``.
 
     Raises:
         ConfigError: no such preset, file or key, or an illegal value.
@@ -54,7 +54,7 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """What :func:`pretrain` wrote."""
+        """The folder that :func:`pretrain` wrote."""
         return self.config.run_folder
 
     @property
@@ -64,25 +64,26 @@ class Run:
 
     @property
     def report(self) -> Path:
-        """Curves, scores and pictures."""
+        """HTML page with curves, scores and pictures."""
         return self.folder / "report.html"
 
     @property
     def records(self) -> list[Record]:
-        """Of ``metrics.jsonl``, in the order of steps."""
+        """Records of ``metrics.jsonl``, in the order of steps."""
         return read(self.folder / "metrics.jsonl")
 
     @property
     def evaluations(self) -> list[Record]:
-        """Of ``evaluations.jsonl``: those during and after the run, and those of :func:`evaluate` since."""
+        """Records of ``evaluations.jsonl``: evaluations of the run and later ones by :func:`evaluate`."""
         return read(self.folder / EVALUATIONS)
 
 
 def pretrain(config: str | Path | Config, /, **keys: Any) -> Run:
-    """Trains, or continues the run in the configuration's folder, on all GPUs, or the CPU where there is none.
+    """Trains, or continues the run in the configuration's folder, on all GPUs, or on the CPU if there are none.
 
     Args:
-        config, keys: as of :func:`load_config`.
+        config: a preset's name, the path of a YAML file, or a configuration.
+        keys: as of :func:`load_config`.
 
     Raises:
         ConfigError, SourceError, CheckpointError: wrong input, before any work starts.
@@ -98,12 +99,12 @@ def pretrain(config: str | Path | Config, /, **keys: Any) -> Run:
 def evaluate(
     name: Literal["retrieval", "knn", "linear", "svm", "regions"], checkpoint_file: str | Path, /, **keys: Any
 ) -> list[Record]:
-    """Scores a checkpoint beside its random initialisation.
+    """Scores a checkpoint and a randomly initialised network.
 
     Args:
-        name: of the evaluation; ``mcl evaluate --help`` says what each does.
-        checkpoint_file: of mcl.
-        keys: as of :func:`load_config`, for where the images are now.
+        name: of the evaluation; ``mcl evaluate --help`` describes each.
+        checkpoint_file: checkpoint of mcl.
+        keys: as of :func:`load_config`, for example to name the current folders of the images.
 
     Returns:
         A record for data.root, with ``split`` train, and one for data.val_root, if that is set, with ``split`` val.
@@ -124,14 +125,14 @@ def embed(
     plot: Literal["", "pca", "umap"] = "",
     **keys: Any,
 ) -> Embedding:
-    """Writes a row of features for each image, or goes on with a file that was begun.
+    """Writes a row of features for each image. An incomplete file is continued.
 
     Args:
-        checkpoint_file: of mcl.
+        checkpoint_file: checkpoint of mcl.
         images: folder, list file or shards, as ``data.root``.
-        out: file to write, ``.npy`` (and ``.json`` beside it) or ``.parquet``.
+        out: file to write, ``.npy`` (with a ``.json`` of the same name) or ``.parquet``.
         features: one of :data:`mcl.evaluation.embedding.FEATURES`.
-        plot: how the images are mapped in a picture beside `out`, with a page of nearest neighbours; empty: not at all.
+        plot: projection for a map of the images, which is written with a page of nearest neighbours; empty: none.
         keys: as of :func:`load_config`.
 
     Raises:
@@ -160,11 +161,15 @@ def export(
     """Writes the weights of a checkpoint for another library.
 
     Args:
-        checkpoint_file: of mcl.
-        to: the library that reads them; ``mcl export --help`` lists those that there are.
-        parts, network, statistics, output: as of :func:`mcl.exporters.export`.
+        checkpoint_file: checkpoint of mcl.
+        to: the library that reads them, one of those that ``mcl export --help`` lists.
+        parts: backbone, fpn or head; empty: all parts that the library has.
+        network: online, or target, the momentum network.
+        statistics: folder of images from which BatchNorm statistics are computed, or none; empty: data.root for
+            libraries that freeze them.
         verify: load the weights into the library's own model first, and compare features.
-        keys: as of :func:`load_config`, for where the images of data.root are now.
+        output: file or folder to write; None: in ``exports/`` of the run folder.
+        keys: as of :func:`load_config`, for example to name the current folder of the images in data.root.
 
     Raises:
         CheckpointError, ConfigError, SourceError: see :func:`mcl.exporters.export`.
@@ -187,13 +192,13 @@ def detect(
     output: str | Path | None = None,
     threshold: float = THRESHOLD,
 ) -> list["Detections"]:
-    """Draws what a fine-tuned detector finds in images, into PNG files.
+    """Draws the detections of a fine-tuned detector into PNG files.
 
     Args:
-        run: folder of a run of ``mcl finetune``, whose newest checkpoint is taken, or a checkpoint in it.
-        images: files, or folders of such; those that cannot be read are left out with a warning.
+        run: run folder of ``mcl finetune``, whose newest checkpoint is used, or a checkpoint in it.
+        images: files or folders; images that cannot be read are skipped with a warning.
         output: folder of the pictures; None: ``detections/`` of the run folder.
-        threshold: score that objects have at least, from 0 to 1.
+        threshold: lowest score that is drawn, from 0 to 1.
 
     Raises:
         ConfigError: no such run, an illegal threshold, or MMDetection is not installed.
@@ -206,11 +211,12 @@ def detect(
 
 
 class FeatureMaps(nn.Module):
-    """A backbone whose output is named by stride.
+    """A backbone that returns feature maps by stride.
 
     Attributes:
-        channels: of the maps, by stride.
-        mean, std: per channel, with which images, RGB from 0 to 1, are normalised.
+        channels: channels of the maps, by stride.
+        mean: RGB mean with which images from 0 to 1 are normalised.
+        std: RGB standard deviation with which images from 0 to 1 are normalised.
     """
 
     def __init__(self, backbone: Backbone, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -220,7 +226,7 @@ class FeatureMaps(nn.Module):
         self.channels = dict(zip((4, 8, 16, 32), reversed(backbone.channels), strict=True))
 
     def forward(self, images: Tensor) -> dict[int, Tensor]:
-        """(n, 3, h, w), normalised, to (n, channels[s], h / s, w / s) for s in 4, 8, 16, 32."""
+        """Maps normalised images (n, 3, h, w) to maps (n, channels[s], h / s, w / s) for s in 4, 8, 16, 32."""
         return dict(zip(self.channels, reversed(self.backbone(images)), strict=True))
 
 

@@ -1,4 +1,4 @@
-"""The verbs of ``mcl``: arguments in, one call, words out."""
+"""Command line of ``mcl``: each verb parses its arguments, makes one call and prints the result."""
 
 import argparse
 import io
@@ -25,25 +25,26 @@ FEATURES = ["c5", "c4", "c3", "c2", "p5", "p4", "p3", "p2", "projector"]
 """Those of :data:`mcl.evaluation.embedding.FEATURES`."""
 
 _STOPPING = (
-    "stopping; in training after this step, with a checkpoint; a second signal ends within 10 seconds without saving\n"
+    "stopping: training ends after this step and saves a checkpoint; a second signal ends it within 10 seconds without "
+    "saving\n"
 )
 
 Run = Callable[[argparse.Namespace], Iterable[object]]
-"""What a verb does; what it yields is printed."""
+"""Implementation of a verb; each item that it yields is printed as a line."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point: parses, runs, and turns errors of our own into one line and their exit code, mostly 2."""
-    # Threads of OpenMP sleep while they wait: on a busy machine, spinning takes the cores from those that have work.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # is read when torch is imported
+    """Entry point. An error of a class of mcl is printed in one line; the process exits with its code, mostly 2."""
+    # OpenMP threads sleep while they wait: on a busy machine, spinning threads take cores from threads that have work.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch reads it on import
     parser = _parser()
-    options, words = parser.parse_known_args(arguments)  # key=value may stand behind options, too
+    options, words = parser.parse_known_args(arguments)  # key=value may follow options
     if words and not ("overrides" in options and all("=" in word and not word.startswith("-") for word in words)):
         hint = "; keys are set by key=value, such as trainer.epochs=3" if "overrides" in options else ""
         parser.error(f"unrecognized arguments: {' '.join(words)}{hint}")
     if words:
         options.overrides = [*options.overrides, *words]
-    worker = "MCL_LAUNCHED" in os.environ  # by mcl.distributed.local, which says what ends a process
+    worker = "MCL_LAUNCHED" in os.environ  # started by mcl.distributed.local, which reports the errors of its processes
     first = os.environ.get("RANK", "0") == "0" and options.verb in ("pretrain", "finetune") and not worker
     try:
         _prepare()
@@ -55,11 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print(f"mcl {options.verb}: interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
-    except BrokenPipeError:  # who read the output, such as head, has enough
+    except BrokenPipeError:  # the reader of the output, such as head, has closed it
         _discard_output()
         sys.exit(128 + signal.SIGPIPE)
     except (ValueError, RuntimeError, OSError) as error:
-        if type(error).__module__.split(".")[0] in ("mcl", "dali_pipelines"):  # those for users are classes of our own
+        if type(error).__module__.split(".")[0] in ("mcl", "dali_pipelines"):  # errors that a user can cause
             message = str(error)
         elif isinstance(error, OSError) and error.filename is not None:  # such as a name that is too long
             message = f"{error.filename}: {error.strerror}"
@@ -71,25 +72,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _prepare() -> None:
-    """Makes up for what the environment may lack, before libraries fail for want of it.
+    """Replaces closed standard streams and checks folders, on which libraries depend.
 
     Raises:
-        ConfigError: it cannot be made up for.
+        ConfigError: the current folder does not exist, or no temporary folder can be written.
     """
-    for name in ("stdin", "stdout", "stderr"):  # closed by whoever started this; files that are opened later must not
-        if getattr(sys, name) is None:  # take their places
+    for name in ("stdin", "stdout", "stderr"):  # None if the parent closed it; the next file opened would take its
+        if getattr(sys, name) is None:  # descriptor
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: names of files need not fit the encoding
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: file names may not fit the encoding
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         os.getcwd()
     except FileNotFoundError:
-        raise ConfigError("the current folder is gone; change to one that exists") from None
+        raise ConfigError("the current folder was deleted; change to one that exists") from None
     try:
         tempfile.gettempdir()
     except FileNotFoundError:
-        raise ConfigError("no folder for temporary files can be written to; set TMPDIR to one that can") from None
+        raise ConfigError("no folder for temporary files is writable; set TMPDIR to one that is") from None
 
 
 def _print(text: object) -> None:
@@ -108,7 +109,7 @@ def _print(text: object) -> None:
 
 
 def _discard_output() -> None:
-    """Of what Python has not written yet, and would in the end."""
+    """Discards buffered output, which Python would write on exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -129,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
         "pretrain",
         _pretrain,
         "pre-train from a configuration",
-        description="Pre-trains, or continues the run of that name. Writes output/name/.",
+        description="Pre-trains a backbone, or continues the run of the same name. Writes to output/name/.",
         epilog="keys (key=value overrides the YAML file):\n\n" + _keys(),
     )
     pretrain.add_argument("config", type=Path, help="preset, such as mcl_r50_fpn_100e_in1k, or YAML file")
@@ -138,19 +139,19 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = verb(
         "evaluate",
         _evaluate,
-        "score a checkpoint beside its random initialisation",
-        description="Scores a checkpoint beside its random initialisation, on data.root and data.val_root.",
+        "score a checkpoint and a randomly initialised network",
+        description="Scores a checkpoint and a randomly initialised network on data.root and data.val_root.",
         epilog=textwrap.dedent("""\
-            retrieval  whether a tile's embedding is nearest to that of its own image, among evaluation.gallery images
-            knn        class by the evaluation.k nearest training images, by the cosine of pooled features, weighted
-            linear     class by a logistic regression on these features
-            svm        mean average precision of a support vector machine for each class; images may have several, which
-                       evaluation.annotations and evaluation.val_annotations say
-            regions    class of the objects of a COCO-format folder, evaluation.regions, by neighbours and regression on
-                       features that are pooled from the pyramid
+            retrieval  top-1 accuracy of finding a tile's own image among evaluation.gallery images, by embeddings
+            knn        classification by the evaluation.k nearest training images, weighted by cosine similarity
+            linear     classification by logistic regression
+            svm        mean average precision of one support vector machine per class; evaluation.annotations and
+                       evaluation.val_annotations list the classes of each image
+            regions    classification of the objects of the COCO-format folder evaluation.regions, by nearest neighbours
+                       and logistic regression on features pooled from the pyramid
 
-            evaluation.features says which these are, evaluation.labels of how many images the class is known; scores of
-            a run's checkpoint also go to its evaluations.jsonl and report.html.
+            evaluation.features selects the features of knn, linear and svm, evaluation.labels the share of images whose
+            class they know. Scores of a run's checkpoint are added to evaluations.jsonl and report.html of the run.
             """),
     )
     evaluate.add_argument("name", choices=["retrieval", "knn", "linear", "svm", "regions"])
@@ -161,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
         "embed",
         _embed,
         "write the features of images to a file",
-        description="Writes a row of features for each image, or goes on with a file that was begun.",
+        description="Writes a row of features for each image. An incomplete file is continued.",
     )
     embed.add_argument("checkpoint", type=Path, help="e.g. runs/demo/checkpoints/last.pt")
     embed.add_argument("images", help="folder, list file or shards, as data.root")
@@ -171,7 +172,8 @@ def _parser() -> argparse.ArgumentParser:
         "--features",
         choices=FEATURES,
         default="c5",
-        help="mean over space of a stage of the backbone or a level of the pyramid, or the projector's; default: c5",
+        help="stage of the backbone or level of the pyramid, averaged over space, or the projector's output; "
+        "default: c5",
     )
     embed.add_argument(
         "--plot",
@@ -179,16 +181,18 @@ def _parser() -> argparse.ArgumentParser:
         nargs="?",
         const="pca",
         default="",
-        help="draw a map of the images (FILE.png; pca if not said) and their nearest neighbours (FILE.html)",
+        help="draw a map of the images (FILE.png; default: pca) and their nearest neighbours (FILE.html)",
     )
 
-    export = verb("export", _export, "hand the weights to another library")
+    export = verb("export", _export, "write weights for another library")
     export.add_argument("checkpoint", type=Path, help="e.g. runs/demo/checkpoints/last.pt")
     add_overrides(export, "e.g. data.root=FOLDER, for --network target and --statistics")
     export.add_argument(
-        "--to", required=True, choices=TARGETS, help="the library that reads them; hub: a folder to share"
+        "--to", required=True, choices=TARGETS, help="library that loads the weights; hub: a Hugging Face Hub folder"
     )
-    export.add_argument("--parts", type=_words, default=[], help="e.g. backbone,fpn,head; default: all that it takes")
+    export.add_argument(
+        "--parts", type=_words, default=[], help="e.g. backbone,fpn,head; default: all parts that the library has"
+    )
     export.add_argument(
         "--network", choices=["online", "target"], default="online", help="target: the momentum network"
     )
@@ -196,28 +200,30 @@ def _parser() -> argparse.ArgumentParser:
         "--statistics",
         default="",
         metavar="FOLDER|none",
-        help="photographs for BatchNorm's statistics; default: data.root, for libraries that freeze them",
+        help="images from which BatchNorm statistics are computed; default: data.root for libraries that freeze them",
     )
     export.add_argument(
-        "--classifier", action="store_true", help="of objective=supervised the classifier, too; --to hub has a place"
+        "--verify", action="store_true", help="load the weights into the library's model and compare features"
     )
-    export.add_argument("--verify", action="store_true", help="load them into the library's model, compare features")
+    export.add_argument(
+        "--classifier", action="store_true", help="also export the classifier of objective=supervised; needs --to hub"
+    )
     export.add_argument("--output", type=Path, help="file or folder to write; default: in exports/ of the run folder")
 
-    importer = verb("import-openselfsup", _import, "turn the authors' released checkpoint into ours")
+    importer = verb("import-openselfsup", _import, "convert a checkpoint of the authors' code")
     importer.add_argument("file", type=Path)
-    importer.add_argument("--output", type=Path, help="file to write; default: FILE with the ending .mcl.pt")
+    importer.add_argument("--output", type=Path, help="file to write; default: FILE with the suffix .mcl.pt")
 
     convert = verb(
         "convert",
         _convert,
-        "write annotations in COCO's format, for mcl finetune",
-        description="Writes PASCAL VOC's annotations in COCO's format. Objects that are difficult are marked so.",
+        "write annotations in COCO format, for mcl finetune",
+        description="Writes PASCAL VOC annotations in COCO format. Objects marked difficult keep their mark.",
     )
     convert.add_argument("format", choices=["voc"])
     convert.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="e.g. VOCdevkit/VOC2007")
     convert.add_argument(
-        "--ids", default="", help="image set, e.g. trainval, or file with an id per line; default: all"
+        "--ids", default="", help="image set, e.g. trainval, or file with one id per line; default: all"
     )
     convert.add_argument(
         "--output",
@@ -230,87 +236,86 @@ def _parser() -> argparse.ArgumentParser:
         "finetune",
         _finetune,
         "train a detector in MMDetection",
-        description="Trains a detector from given weights, or continues the run of that name. Writes output/name/.",
+        description="Trains a detector from given weights, or continues the run of the same name. Writes to "
+        "output/name/.",
     )
     finetune.add_argument("config", type=Path, help="preset, such as mask_rcnn_r50_fpn_1x, or Python file")
-    add_overrides(finetune, "keys of that file, e.g. weights=runs/mcl/checkpoints/last.pt data.root=FOLDER name=NAME")
+    add_overrides(finetune, "keys of the file, e.g. weights=runs/mcl/checkpoints/last.pt data.root=FOLDER name=NAME")
     finetune.add_argument(
-        "--repeats", type=int, metavar="N", help="train with N seeds, and write a table of mean and standard deviation"
+        "--repeats", type=int, metavar="N", help="train with N seeds and write a table of means and standard deviations"
     )
     finetune.add_argument(
-        "--compare", type=Path, metavar="FOLDER", help="of other repeats; adds the paired difference to the table"
+        "--compare", type=Path, metavar="FOLDER", help="other repeats; the table gets their paired difference"
     )
 
     detect = verb(
         "detect",
         _detect,
-        "draw what a fine-tuned detector finds",
-        description="Draws boxes, masks, categories and scores into PNG files, and prints a line for each.",
+        "draw the detections of a fine-tuned detector",
+        description="Draws boxes, masks, categories and scores into PNG files, and prints one line per file.",
     )
-    detect.add_argument(
-        "detector", metavar="run", type=Path, help="folder of a run of mcl finetune, or a checkpoint in one"
-    )
+    detect.add_argument("detector", metavar="run", type=Path, help="run folder of mcl finetune, or a checkpoint in it")
     detect.add_argument("images", type=Path, nargs="+", help="files or folders")
-    detect.add_argument("--threshold", type=float, default=0.3, help="score that is drawn at least; default: 0.3")
+    detect.add_argument("--threshold", type=float, default=0.3, help="lowest score that is drawn; default: 0.3")
     detect.add_argument("--output", type=Path, help="folder to write; default: detections/ of the run folder")
 
-    preview = verb("preview", _preview, "draw a step's montages, and a checkpoint's feature maps")
-    preview.add_argument("config", type=Path, help="preset, YAML file, or a checkpoint (then with feature maps)")
+    preview = verb("preview", _preview, "draw the montages of a step, and feature maps of a checkpoint")
+    preview.add_argument("config", type=Path, help="preset, YAML file, or checkpoint (draws feature maps, too)")
     add_overrides(preview, "e.g. data.root=FOLDER")
-    preview.add_argument("--step", type=int, default=0, help="step of the run to draw, from 0")
+    preview.add_argument("--step", type=int, default=0, help="step of the run to draw, counted from 0")
     preview.add_argument(
         "--output",
         type=Path,
-        help="folder to write; default: preview/ of the run folder, output/name or the checkpoint's",
+        help="folder to write; default: preview/ of the run folder",
     )
 
-    index = verb("index", _index, "read and keep the sizes of all images, so that runs start faster")
+    index = verb("index", _index, "read and store the sizes of all images, so that runs start faster")
     index.add_argument("config", type=Path, help="preset or YAML file")
     add_overrides(index, "e.g. data.root=FOLDER data.index=FOLDER")
 
-    budget = verb("budget", _budget, "what a configuration costs: FLOPs, memory, hours")
+    budget = verb("budget", _budget, "compute the cost of a configuration: FLOPs, memory, hours")
     budget.add_argument("config", type=Path, help="preset or YAML file")
     add_overrides(budget, "e.g. montage.queries=[4,1,1,1]")
     budget.add_argument(
         "--images",
         type=int,
-        help="of an epoch; default: those in the index of data.root, or as many as ImageNet-1k has",
+        help="images per epoch; default: the number in the index of data.root, or that of ImageNet-1k",
     )
-    budget.add_argument("--gpus", type=int, help="processes; default: as many as make 128 images each")
-    budget.add_argument("--nodes", type=int, help="machines that they are on; default: as few as have 8 each")
+    budget.add_argument("--gpus", type=int, help="number of GPUs; default: 128 images on each")
+    budget.add_argument("--nodes", type=int, help="number of machines; default: 8 GPUs in each")
     budget.add_argument(
         "--bandwidth",
         type=_numbers,
         metavar="WITHIN,BETWEEN",
-        help="GB/s in one direction, of a GPU within its node and of a node to others; default: published ones",
+        help="GB/s in one direction, of a GPU within its node and of a node to other nodes; default: published figures",
     )
-    budget.add_argument("--json", action="store_true", help="print JSON, and nothing else")
+    budget.add_argument("--json", action="store_true", help="print JSON instead of tables")
     budget.add_argument("--plot", type=Path, metavar="FILE.png", help="picture to write")
 
     install = verb(
         "install-mmdet",
         _install_mmdet,
         "install MMDetection, for mcl finetune",
-        description="Installs MMDetection beside PyTorch, which stays as it is. Builds mmcv: 8 minutes on 2 cores.",
+        description="Installs MMDetection without changing PyTorch. Builds mmcv, which takes 8 minutes on 2 cores.",
     )
     install.add_argument(
-        "--fork", choices=["openmmlab", "onedl"], default="openmmlab", help="onedl: a fork that is maintained"
+        "--fork", choices=["openmmlab", "onedl"], default="openmmlab", help="onedl: the maintained fork"
     )
 
-    verb("presets", _presets, "list the configurations that are known by their names")
+    verb("presets", _presets, "list the presets of mcl pretrain and mcl finetune")
 
-    config = verb("config", _config, "print a configuration with all of its keys")
+    config = verb("config", _config, "print a configuration with all keys")
     config.add_argument("config", type=Path, nargs="?", help="preset or YAML file")
     add_overrides(config, "e.g. trainer.epochs=10")
     config.add_argument("--schema", action="store_true", help="print the JSON schema of all keys, for editors")
 
-    doctor = verb("doctor", _doctor, "what is installed, what is used, and why")
+    doctor = verb("doctor", _doctor, "report what is installed and what is used, and why")
     doctor.add_argument(
         "--measure",
         nargs="?",
         const="",
         metavar="PRESET",
-        help="time the loading of images by each engine and device, and recommend one for a preset or YAML file",
+        help="time image loading with each engine and device, and recommend one for a preset or YAML file",
     )
     add_overrides(doctor, "with --measure, e.g. data.root=/data/imagenet/train; default: the repository's photographs")
     return parser

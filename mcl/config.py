@@ -1,8 +1,8 @@
-"""One tree of frozen dataclasses: every key of a run, its type, its default and its meaning, each said once.
+"""A tree of frozen dataclasses that defines type, default and documentation of every key.
 
-A configuration is read from a YAML preset and refined by ``key=value`` words, e.g. ``optim.base_lr=0.5``. A word for a
-key that is text is taken as it was typed; all others are YAML. The string under each field is its documentation;
-``mcl pretrain --help`` prints exactly these.
+A configuration is read from a YAML preset and changed by ``key=value`` words, e.g. ``optim.base_lr=0.5``. Values of
+text keys are used as typed; all other values are YAML. The string under each field is its documentation, which
+``mcl pretrain --help`` prints.
 """
 
 import dataclasses
@@ -73,36 +73,37 @@ class ModelConfig:
         "convnext_t",
         "swin_t",
     ] = "resnet50"
-    """Backbone, named as in torchvision. Those with vd are the ResNet-D of RT-DETR. ConvNeXt and Swin drop no paths
-    (stochastic depth 0) and want optim.name=adamw, as in their presets."""
+    """Backbone, named as in torchvision; names with vd are the ResNet-D of RT-DETR. ConvNeXt and Swin are trained
+    without stochastic depth, and need optim.name=adamw, as in their presets."""
     init: Annotated[str, Trait.PATH, Trait.AT_START] = ""
-    """Weights that a new run starts from: a file of ours or of another library (docs/weights.md says which), or what a
-    library downloads, as torchvision:resnet50 or timm:resnet50.a1_in1k. The backbone must be whole; FPN and region head
-    are taken where they are there, and everything of a checkpoint of the same model. Empty: random ones."""
+    """Initial weights of a new run: a checkpoint of mcl, a file of another library (docs/weights.md lists them), or a
+    model that a library downloads, such as torchvision:resnet50 or timm:resnet50.a1_in1k. The file must contain the
+    whole backbone; FPN and region head are loaded if present, and all weights of a checkpoint of the same model. Empty:
+    random weights."""
     width: int = Field(default=256, ge=1, le=2**16)
-    """Channels of the FPN, of the region head and of the embedding."""
+    """Channels of FPN, region head and embedding."""
     head_convs: int = Field(default=4, ge=0, le=100)
-    """3x3 convolutions of the region head."""
+    """Number of 3x3 convolutions in the region head."""
     hidden: int = Field(default=2048, ge=1, le=2**20)
     """Hidden units of projector and predictors."""
     compute: Literal["matched", "released"] = "matched"
     """matched: FPN and head process only the canvases that enter each level's loss. released: they process every tile
     on every map, as the authors' code does: 3.9 times the FLOPs, the same loss terms, other BatchNorm statistics."""
     temperature: float = Field(default=1.0, gt=0)
-    """Softmax temperature T of contrastive losses; that of objective=mcl is multiplied by 2 T."""
+    """Softmax temperature T of contrastive losses. The loss of objective=mcl is multiplied by 2 T."""
     loss_weights: tuple[float, ...] = (0.5, 0.25, 0.125, 0.125)
-    """Weight of each level's loss."""
+    """Weight of the loss of each level."""
     targets: Literal["top", "same_level", "adjacent", "all"] = "top"
-    """Levels of the other view whose targets a tile is compared with, each by a loss of its own; the mean is taken.
-    top: level 0, as released; same_level: its own; adjacent: its own and those next to it; all. The momentum network
-    runs on no more than it must."""
+    """Levels of the other view that a tile is compared with. Each level is one loss; losses are averaged. top: level 0,
+    as in the authors' code; same_level: the level of the tile; adjacent: that level and its neighbours; all: every
+    level. The momentum network computes only the levels that are used."""
     loss: Literal["infonce", "cosine"] = "infonce"
-    """infonce: cross-entropy of picking the own image's target among all images'. cosine: 2 - 2 cos with the own
-    image's target, without negatives and temperature, as in BYOL."""
+    """infonce: cross-entropy of selecting the target of the tile's own image among the targets of all images. cosine:
+    2 - 2 cos with the target of the own image, without negatives and temperature, as in BYOL."""
     queue: int = Field(default=0, ge=0, le=2**22)
-    """Targets of former steps, per view and level, that are further negatives; 0: none."""
+    """Number of targets of previous steps that are kept as negatives, per view and level. 0: none."""
     label_smoothing: float = Field(default=0.1, ge=0, lt=1)
-    """objective=supervised: share of the target distribution that all classes have in equal parts."""
+    """objective=supervised: label smoothing of the cross-entropy."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -112,11 +113,12 @@ class OptimConfig:
     base_lr: float = Field(default=1.0, gt=0)
     """Learning rate per 256 images: lr = base_lr * trainer.global_batch / 256."""
     final_lr: float = Field(default=1e-4, ge=0)
-    """Learning rate at the end of the cosine, absolute."""
+    """Learning rate at the end of the cosine schedule; not scaled by the batch."""
     warmup_epochs: float = Field(default=10.0225, ge=0, le=1e6)
-    """Length of the linear warm-up, which multiplies the cosine; rounded to steps (3,127 for ImageNet at 4,096)."""
+    """Epochs of linear warm-up. Its factor multiplies the cosine schedule. The length is rounded to whole steps (3,127
+    for ImageNet with a global batch of 4,096)."""
     warmup_start: float = Field(default=1e-4, ge=0, le=1)
-    """Factor at the first step of the warm-up."""
+    """Factor of the warm-up at the first step."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """Momentum of LARS and SGD."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -126,13 +128,13 @@ class OptimConfig:
     trust_coefficient: float = Field(default=1e-3, gt=0)
     """LARS trust coefficient."""
     exclude: Literal["ndim<=1", "released"] = "ndim<=1"
-    """Parameters without weight decay and trust ratio: all vectors, with ConvNeXt's layer scales and Swin's relative
-    position tables, or those the authors' regular expression finds (it misses the BatchNorm scales of downsampling
-    branches and MLPs)."""
+    """Parameters without weight decay and trust ratio. ndim<=1: biases and normalisation parameters, the layer scales
+    of ConvNeXt and the relative position tables of Swin. released: those that the regular expression of the authors'
+    code matches, which misses the BatchNorm scales of downsampling branches and MLPs."""
     clip_norm: float = Field(default=500.0, ge=0)
-    """Gradients are scaled down to this global L2 norm; 0 switches clipping off."""
+    """Largest global L2 norm of the gradients; larger gradients are scaled down. 0 disables clipping."""
     ema: float = Field(default=0.99, ge=0, le=1)
-    """Momentum of the target network at the first step; it rises to optim.final_ema along a half cosine."""
+    """Momentum of the target network at the first step. It increases to optim.final_ema along a half cosine."""
     final_ema: float = Field(default=1.0, ge=0, le=1)
     """Momentum of the target network at the end."""
 
@@ -153,65 +155,69 @@ _AUTO_IS_0 = WrapValidator(_auto_is_0, json_schema_input_type=Literal["auto"] | 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class TrainerConfig:
     epochs: int = Field(default=100, ge=1)
-    """Length of the run and of all schedules."""
+    """Epochs of the run and of all schedules."""
     global_batch: Annotated[int, Trait.DECIDES_SPEED] = Field(default=4096, ge=1, le=2**20)
     """Images per step, over all processes."""
     precision: Annotated[Literal["fp32", "bf16", "fp16", "fp64"], Trait.DECIDES_SPEED] = "bf16"
-    """Arithmetic of the networks: autocast for bf16 and fp16 (with loss scaling); the loss is computed in fp32, or in
-    fp64 there."""
+    """Precision of the networks. bf16 and fp16 use autocast, fp16 with loss scaling. The loss is computed in fp32, or
+    with fp64 in fp64."""
     tf32: Annotated[bool, Trait.DECIDES_SPEED] = True
-    """Convolutions of precision fp32 round their inputs to TF32 (10 bits of mantissa) on GPUs that have it, as is
-    PyTorch's default. Linear layers and the loss are in full fp32."""
+    """With precision fp32, GPUs round the inputs of convolutions to TF32 (10 bits of mantissa), as is PyTorch's
+    default. Linear layers and the loss use full fp32."""
     deterministic: Annotated[bool, Trait.RESUMABLE, Trait.DECIDES_SPEED] = False
     """Runs on the same GPUs, and resumed runs, have bit-identical weights. Only deterministic algorithms are used, and
     gradients of processes are added in the order of ranks, which is slower. Images must be decoded on the CPU
     (data.device=cpu). Without it, runs are bit-identical only on CPUs with one or two processes."""
     accumulate: Annotated[int, Trait.DECIDES_SPEED, _AUTO_IS_0] = Field(default=1, ge=0)
-    """Micro-batches per step and process. Less memory for activations; gradients are those of all, each compared with
-    the targets of the whole batch. BatchNorm statistics are those of a micro-batch. auto (or 0): the smallest number
-    that fits into the free memory of every GPU, 1 on CPUs; it is stored with the run and kept when that is resumed."""
+    """Number of micro-batches that a process splits its images of a step into, which saves memory for activations. Each
+    tile is still compared with the targets of the whole batch. BatchNorm statistics are those of a micro-batch. auto
+    (or 0): the smallest number that fits into the free memory of every GPU, 1 on CPUs. The number is stored with the
+    run and kept when the run is resumed."""
     recompute: Annotated[bool, Trait.RESUMABLE, Trait.DECIDES_SPEED] = False
-    """Activation checkpointing: the insides of backbone blocks are not kept for backward, but computed again."""
+    """Activation checkpointing: activations inside backbone blocks are not stored for the backward pass but
+    recomputed."""
     compile: Annotated[bool, Trait.RESUMABLE, Trait.DECIDES_SPEED] = False
-    """Backbones and heads through torch.compile, which on CUDA generates Triton kernels; new shapes compile anew."""
+    """Compile backbones and heads with torch.compile, which generates Triton kernels for CUDA. Each new shape is
+    compiled once."""
     cuda_graph: Annotated[bool, Trait.RESUMABLE, Trait.DECIDES_SPEED] = False
-    """Forward and backward as one recorded CUDA graph, for one process; recorded anew when montage.schedule changes
-    the canvas. Not for several processes, whose collectives would be outside NCCL's timeouts in a graph."""
+    """Record forward and backward as one CUDA graph, and again when montage.schedule changes the canvas. One process
+    only: NCCL's timeouts do not cover collectives in a graph."""
     max_loss_scale: float = Field(default=2.0**14, ge=1)
     """Upper bound of the fp16 loss scale."""
     on_nonfinite: Annotated[Literal["stop", "skip"], Trait.RESUMABLE] = "stop"
-    """What becomes of a step whose gradient is infinite or NaN. stop: the run ends before the next checkpoint, naming
-    it; in fp16, where the loss scale is lowered instead, after 100 such steps in a row. skip: weights, optimiser,
-    momentum network and running statistics stay as they were, the record counts it, and the run ends after 100 such
-    steps in a row."""
+    """Action for a step with an infinite or NaN gradient. stop: the run ends before the next checkpoint and reports the
+    step; with fp16, which lowers the loss scale first, after 100 such steps in a row. skip: weights, optimiser,
+    momentum network and running statistics keep their values, the step is counted in metrics.jsonl, and the run ends
+    after 100 such steps in a row."""
     device: Annotated[Literal["auto", "cpu", "cuda"], Trait.RESUMABLE] = "auto"
-    """Where the networks live."""
+    """Device of the networks."""
     devices: Annotated[Devices, Trait.OF_A_MACHINE, Trait.RESUMABLE] = "auto"
-    """Processes that mcl pretrain starts on this machine where no launcher, such as torchrun, did: a number, one per
-    GPU or over gloo on the CPU; a list of GPUs, such as [0,2]; auto: one per GPU, as far as global_batch divides."""
+    """Processes that mcl pretrain starts on this machine, unless a launcher such as torchrun started it. A number: so
+    many processes, one per GPU, or over gloo on the CPU. A list, such as [0,2]: one process on each of these GPUs.
+    auto: one per GPU, on as many GPUs as global_batch can be divided among."""
     threads: Annotated[int, Trait.OF_A_MACHINE, Trait.RESUMABLE] = Field(default=0, ge=0, le=4096)
-    """CPU threads of PyTorch; 0 leaves its default."""
+    """CPU threads of PyTorch. 0: PyTorch's default."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of weights, order, crops, augmentations and montages."""
     log_every: Annotated[int, Trait.RESUMABLE] = Field(default=10, ge=1)
     """Steps between two records in metrics.jsonl."""
     profile: Annotated[int, Trait.RESUMABLE] = Field(default=0, ge=0, le=100)
-    """Steps that the first process profiles, after the first five: profile/trace.json.gz, for chrome://tracing, and the
-    time of every operator and kernel in profile/table.txt of the run folder. 0: none."""
+    """Number of steps that the first process profiles, starting with the sixth. Writes profile/trace.json.gz, for
+    chrome://tracing, and the time of every operator and kernel to profile/table.txt in the run folder. 0: none."""
     checkpoint_epochs: Annotated[float, Trait.RESUMABLE] = Field(default=4.0, gt=0)
     """Epochs between two checkpoints."""
     keep: Annotated[int, Trait.RESUMABLE] = Field(default=3, ge=1)
-    """Checkpoints kept; older ones are deleted."""
+    """Number of checkpoints to keep. Older checkpoints are deleted."""
     keep_best: Annotated[Literal["none", "retrieval", "knn", "linear", "svm"], Trait.RESUMABLE] = "none"
-    """Evaluation whose best checkpoint is kept as well, under the name best.pt: by top-1 accuracy, of retrieval by its
-    mean over the levels, on held-out images where there are any. It takes evaluation.every."""
+    """Evaluation whose best checkpoint is kept as best.pt. The score is top-1 accuracy (retrieval: the mean over
+    levels) on held-out images, if there are any. Needs evaluation.every."""
     resume: Annotated[Literal["auto", "never"], Trait.RESUMABLE] = "auto"
-    """auto continues the run found in the run folder; never refuses to touch a folder that holds one."""
+    """auto: continue the run in the run folder, if there is one. never: report an error if there is one."""
     init_from: Annotated[str, Trait.PATH] = ""
     """Old name of model.init."""
     timeout: Annotated[float, Trait.RESUMABLE] = Field(default=600.0, gt=0, le=1e8)
-    """Seconds without progress after which a run of several processes ends and names the one that hangs; more than
-    loading and computing a step, and saving, may take."""
+    """Seconds without progress after which a run of several processes ends with an error that names the process that
+    hangs. It must be longer than loading and computing a step, and than saving a checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -219,30 +225,31 @@ class EvaluationConfig:
     at_end: tuple[Literal["retrieval", "knn", "linear", "svm", "regions"], ...] = ()
     """Evaluations at the end of a run."""
     every: float = Field(default=0.0, ge=0, le=1e6)
-    """Epochs between two evaluations during the run, each after a checkpoint; the first one before the first step.
-    0: none. They leave what the run computes as it is."""
+    """Epochs between two evaluations during the run. The first one is before the first step, the others follow a
+    checkpoint. They do not change the weights of the run. 0: none."""
     during: tuple[Literal["retrieval", "knn", "linear", "svm", "regions"], ...] = ("retrieval",)
-    """Which these are; on the images of data.val_root, or on those trained on without it."""
+    """Evaluations during the run, on the images of data.val_root, or without it on the training images."""
     gallery: int = Field(default=32, ge=2)
-    """Retrieval: images in a gallery."""
+    """Retrieval: number of images in a gallery."""
     galleries: int = Field(default=32, ge=2)
-    """Retrieval: galleries, each with new crops and montages; scores are averaged."""
+    """Retrieval: number of galleries, each with new crops and montages. Scores are averaged."""
     k: int = Field(default=10, ge=1)
-    """Neighbours that vote in kNN."""
+    """kNN: number of neighbours."""
     features: Literal["c2", "c3", "c4", "c5", "p2", "p3", "p4", "p5"] = "c5"
-    """What kNN, linear probe and SVM see: the mean over space of a stage of the backbone or of a level of the FPN."""
+    """Features of kNN, linear probe and SVM: a stage of the backbone or a level of the FPN, averaged over space."""
     labels: float = Field(default=1.0, gt=0, le=1)
-    """Fraction of the images of every class whose labels kNN and linear probe know, drawn by trainer.seed; such as
-    0.01 or 0.1."""
+    """Fraction of the images of every class whose labels kNN and linear probe use, such as 0.01; drawn with
+    trainer.seed."""
     annotations: Annotated[str, Trait.PATH, Trait.OF_A_MACHINE] = ""
-    """SVM: file in COCO format with the classes of the images of data.root, such as VOC 2007's trainval set; images
-    that it does not name are left out."""
+    """SVM: COCO-format file with the classes of the images of data.root, such as VOC 2007's trainval set. Images that
+    it does not list are not used."""
     val_annotations: Annotated[str, Trait.PATH, Trait.OF_A_MACHINE] = ""
     """SVM: the same for data.val_root."""
     regions: Annotated[str, Trait.PATH] = ""
-    """COCO-format folder, laid out as mcl finetune takes it, whose objects mcl evaluate regions tells apart."""
+    """COCO-format folder, with the layout that mcl finetune needs, whose objects mcl evaluate regions classifies."""
     region_cells: int = Field(default=0, ge=0, le=64)
-    """Its images are shown whole, as squares of 32 * region_cells pixels; 0: twice montage.cells, at its last size."""
+    """Images of evaluation.regions are resized to squares of 32 * region_cells pixels. 0: twice montage.cells, or twice
+    the last cells of montage.schedule."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -250,7 +257,7 @@ class LogConfig:
     tensorboard: bool = True
     """Write TensorBoard events."""
     wandb: str = ""
-    """Weights & Biases project; empty does not log there."""
+    """Weights & Biases project. Empty: no logging to Weights & Biases."""
     progress: bool = True
     """Show a progress bar on a terminal."""
     preview: bool = True
@@ -266,10 +273,10 @@ class Config:
     objective: Annotated[
         Literal["mcl", "supervised", "supervised_contrastive", "moco_v2", "byol"], Trait.DECIDES_SPEED
     ] = "mcl"
-    """What is learned. mcl: tiles of every level find their own image among the targets of a momentum network.
-    supervised: tiles of every level are classified. supervised_contrastive: all tiles of a class attract each other.
-    These two need the class of every image. moco_v2 and byol: peers, of whole images, with the same trainer, loader and
-    backbone; they want montage.ratios=[1] and more, as in their presets."""
+    """Pre-training objective. mcl: tiles of every level are matched to their own image among the targets of a momentum
+    network. supervised: tiles of every level are classified. supervised_contrastive: tiles of a class are contrasted
+    with tiles of other classes. These two need the class of every image. moco_v2 and byol: other methods, on whole
+    images, with the same trainer, loader and backbone; they need montage.ratios=[1] and the keys of their presets."""
     data: DataConfig = DataConfig()
     augment: AugmentConfig = AugmentConfig()
     montage: Annotated[Geometry, Trait.DECIDES_SPEED] = Geometry()
@@ -285,13 +292,13 @@ class Config:
         if levels != weights:
             raise ValueError(f"model.loss_weights: {weights} weights for the {levels} levels of montage.ratios")
         if self.trainer.compile and self.trainer.recompute:
-            raise ValueError("trainer.recompute: torch.compile cannot recompute; set it or trainer.compile to false")
+            raise ValueError("trainer.recompute: not supported by torch.compile; set it or trainer.compile to false")
         if self.trainer.compile and self.trainer.deterministic:
             raise ValueError(
                 "trainer.deterministic: torch.compile chooses kernels by timing; set it or trainer.compile to false"
             )
         if self.model.init and self.trainer.init_from:
-            raise ValueError("trainer.init_from: is the old name of model.init, which is set, too; leave it out")
+            raise ValueError("trainer.init_from: the old name of model.init, which is set as well; remove it")
         best, evaluation = self.trainer.keep_best, self.evaluation
         if best != "none" and (not evaluation.every or best not in evaluation.during):
             raise ValueError(
@@ -303,7 +310,7 @@ class Config:
         return self
 
     def doubts(self) -> list[str]:
-        """What is legal and seldom meant, as after one key of a preset was changed: a line each, with what to set."""
+        """Warnings about legal values that are probably mistakes, one line each, with a suggestion."""
         optim, epochs = self.optim, self.trainer.epochs
         peak = optim.base_lr * self.trainer.global_batch / 256
         lines = []
@@ -312,29 +319,29 @@ class Config:
             highest = 0.26 * epochs / optim.warmup_epochs * peak
             lines.append(
                 f"optim.warmup_epochs: a warm-up of {optim.warmup_epochs:g} epochs is as long as the run "
-                f"(trainer.epochs={epochs}) or longer: the learning rate never passes {highest:.2g} of {peak:.2g}; "
+                f"(trainer.epochs={epochs}) or longer: the learning rate stays below {highest:.2g} of {peak:.2g}; "
                 f"set optim.warmup_epochs={epochs / 10:g}, for instance"
             )
         if optim.name != "lars" and optim.base_lr >= OptimConfig.base_lr:
             usual = 0.05 if optim.name == "sgd" else 1e-3
             lines.append(
-                f"optim.base_lr: {optim.base_lr:g} is a rate for lars, which scales it down; {optim.name} will hardly "
-                f"converge with it; set optim.base_lr={usual:g}, for instance"
+                f"optim.base_lr: {optim.base_lr:g} is a rate for lars, which scales it down; {optim.name} hardly "
+                f"converges with it; set optim.base_lr={usual:g}, for instance"
             )
         if optim.name == "lars" and optim.base_lr <= 0.02:
             lines.append(
-                f"optim.base_lr: {optim.base_lr:g} is a rate for adamw or sgd; lars scales it down, so that weights "
-                f"hardly move; set optim.base_lr={OptimConfig.base_lr:g}, for instance"
+                f"optim.base_lr: {optim.base_lr:g} is a rate for adamw or sgd; lars scales it down, so weights "
+                f"hardly change; set optim.base_lr={OptimConfig.base_lr:g}, for instance"
             )
         if optim.final_lr > peak:
             lines.append(
                 f"optim.final_lr: {optim.final_lr:g} is above the highest learning rate of the run, {peak:.2g} "
-                "(optim.base_lr * trainer.global_batch / 256), so that it rises to the end; set it lower"
+                "(optim.base_lr * trainer.global_batch / 256), so the rate increases until the end; set it lower"
             )
         if late := [epoch for epoch, _ in self.montage.schedule if epoch >= epochs]:
             lines.append(
                 f"montage.schedule: the canvases from epoch {', '.join(map(str, late))} on are never used, since "
-                f"trainer.epochs={epochs}; shorten the schedule with the run"
+                f"trainer.epochs={epochs}; shorten the schedule as well"
             )
         return lines
 
@@ -344,7 +351,7 @@ class Config:
 
     @property
     def loading(self) -> DataConfig:
-        """``data`` for training, ``data.dtype`` resolved."""
+        """``data`` for training, with ``data.dtype`` resolved."""
         half = self.trainer.precision in ("bf16", "fp16")
         dtype: Any = ("float16" if half else "float32") if self.data.dtype == "auto" else self.data.dtype
         return dataclasses.replace(self.data, dtype=dtype)
@@ -359,14 +366,15 @@ class Config:
         geometry: Geometry | None = None,
         seed: int | None = None,
     ) -> Plan:
-        """What a process sees in every step.
+        """The plan that determines the images, crops and montages of a process in every step.
 
         Args:
-            size: images of the data set.
-            images: of them per process and step.
-            rank, world_size: of the process, and how many there are.
-            geometry: in place of ``montage``.
-            seed: in place of ``trainer.seed``.
+            size: number of images in the data set.
+            images: number of images per process and step.
+            rank: rank of the process.
+            world_size: number of processes.
+            geometry: replaces ``montage``.
+            seed: replaces ``trainer.seed``.
 
         Raises:
             ConfigError: the images of a process and step fill no whole number of canvases.
@@ -386,15 +394,15 @@ class Config:
         )
 
     def images_per_rank(self, world_size: int) -> int:
-        """Images of a step per process.
+        """Images per step and process.
 
         Raises:
-            ConfigError: trainer.global_batch does not divide by the processes, or makes no legal montage;
+            ConfigError: trainer.global_batch is not divisible by the number of processes or makes no legal montage, or
                 montage.queries do not divide its canvases.
         """
         batch = self.trainer.global_batch
         if batch % world_size:
-            raise ConfigError(f"trainer.global_batch: {batch} does not divide by {world_size} processes")
+            raise ConfigError(f"trainer.global_batch: {batch} is not divisible by {world_size} processes")
         images = batch // world_size
         geometry = self.montage
         if not geometry.legal(images):
@@ -409,19 +417,19 @@ class Config:
         online = [canvases // parts for canvases in geometry.query_canvases(images)]
         if world_size * online[0] < 2:  # a canvas of level 0 is a single tile
             raise ConfigError(
-                "montage.queries: one query of level 0 per micro-batch leaves the projector's BatchNorm a single row; "
-                "use more queries, a larger trainer.global_batch or a smaller trainer.accumulate"
+                "montage.queries: with one query of level 0 per micro-batch, the projector's BatchNorm has a single "
+                "row; use more queries, a larger trainer.global_batch or a smaller trainer.accumulate"
             )
         if min(online) * geometry.fewest_cells**2 < 2:
             key = "montage.cells" if geometry.cells == 1 else "montage.schedule"
             raise ConfigError(
-                f"trainer.global_batch: {images // parts} images per process and micro-batch and 1 "
-                f"cell ({key}) leave BatchNorm one value per channel; double the batch or use 2 cells"
+                f"trainer.global_batch: with {images // parts} images per process and micro-batch and 1 "
+                f"cell ({key}), BatchNorm has one value per channel; double the batch or use 2 cells"
             )
         return images
 
     def parts(self, images: int) -> list[int]:
-        """Numbers of micro-batches by which the canvases of every level, online queries and others, divide."""
+        """Numbers of micro-batches that divide the canvases and the online queries of every level."""
         largest = math.gcd(*self.montage.query_canvases(images), *self.montage.canvases(images))
         return [n for n in range(1, largest + 1) if largest % n == 0]
 
@@ -431,7 +439,7 @@ class Config:
         if self.trainer.accumulate not in (0, *legal):
             raise ConfigError(
                 f"trainer.accumulate: {images} images per process make {list(canvases)} canvases, of which "
-                f"{list(online)} are online queries; these divide by {', '.join(map(str, legal))}, not by "
+                f"{list(online)} are online queries; these are divisible by {', '.join(map(str, legal))}, not by "
                 f"{self.trainer.accumulate}"
             )
 
@@ -448,34 +456,34 @@ class Config:
 
 
 def is_folder_name(name: str) -> bool:
-    """Whether a folder of that name lies directly in another one; no control characters, which would break lines."""
+    """Whether `name` is a folder name without separators, and without control characters, which would break lines."""
     return Path(name).name == name != ".." and min(name, default="") >= " "
 
 
 PRESETS = Path(__file__).parent / "presets"
-"""Configurations of ``mcl pretrain`` that are known by their names."""
+"""Folder of the presets of ``mcl pretrain``."""
 
 DETECTORS = Path(__file__).parent / "finetune" / "configs"
-"""Those of ``mcl finetune``."""
+"""Folder of the presets of ``mcl finetune``."""
 
 _ADAPTER: TypeAdapter[Config] = TypeAdapter(Config)
 
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """A key of the configuration, that is a leaf of the tree."""
+    """A key of the configuration: a leaf of the tree."""
 
     name: str
-    """With its sections, as in data.root."""
+    """Dotted name, such as data.root."""
     kind: Any
-    """The type of its values, as they are written."""
+    """Type of its values as they are written."""
     default: Any
     documentation: str
     traits: frozenset[Trait]
 
     @property
     def is_text(self) -> bool:
-        """Whether its value is a text, or one of several."""
+        """Whether its value is text or one of several words."""
         return self.kind is str or get_origin(self.kind) is Literal
 
 
@@ -494,7 +502,7 @@ def all_keys(section: type = Config, prefix: str = "", traits: frozenset[Trait] 
 
 
 def value(config: Config, key: str) -> Any:
-    """What a configuration has under a dotted key."""
+    """The value of a dotted key."""
     section: Any = config
     for part in key.split("."):
         section = getattr(section, part)
@@ -502,7 +510,7 @@ def value(config: Config, key: str) -> Any:
 
 
 def changed_keys(before: Config, now: Config) -> list[str]:
-    """Keys whose values differ and decide what a run computes."""
+    """Keys that have different values and change what a run computes."""
     return [
         key.name
         for key in all_keys()
@@ -511,13 +519,13 @@ def changed_keys(before: Config, now: Config) -> list[str]:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Plain nested dictionary (tuples become lists), what ``config.yaml`` of a run holds."""
+    """Nested dictionary of plain values (tuples become lists), as in ``config.yaml`` of a run."""
     plain: dict[str, Any] = _ADAPTER.dump_python(config, mode="json")
     return plain
 
 
 def schema() -> dict[str, Any]:
-    """JSON schema of a configuration, by which editors complete and check YAML files."""
+    """JSON schema of a configuration, with which editors complete and check YAML files."""
     return _ADAPTER.json_schema()
 
 
@@ -540,7 +548,7 @@ def from_dict(values: Mapping[str, Any]) -> Config:
         if first["type"] == "value_error":  # our own checks: `loc` is the section, the message starts with its key
             message = first["msg"].removeprefix("Value error, ")
             raise ConfigError(f"{key}.{message}" if key else message) from None
-        # A key of several types has an error for each.
+        # A key of several types has one error per type.
         same = [first, *(other for other in others if ".".join(map(str, other["loc"])).startswith(f"{key}."))]
         wanted = list(
             dict.fromkeys(one["msg"].removeprefix("Input should be ").partition(", unable")[0] for one in same)
@@ -552,10 +560,9 @@ def from_dict(values: Mapping[str, Any]) -> Config:
 
 
 def load(path: str | Path, overrides: Iterable[str] | Mapping[str, Any] = ()) -> Config:
-    """Reads a YAML file, or a preset by its name, and applies words or values to it (:func:`override`).
+    """Reads a YAML file or a preset and applies changes to it (see :func:`override`).
 
-    In the file, too, text is what is written. Its data.val_root belongs to its data.root: who sets another root takes
-    the held-out images away, unless they are set, too.
+    A change of data.root removes the file's data.val_root, unless that is changed as well.
 
     Raises:
         ConfigError: no such file or preset, not YAML, or see :func:`from_dict`.
@@ -582,7 +589,7 @@ def load(path: str | Path, overrides: Iterable[str] | Mapping[str, Any] = ()) ->
 
 
 def override(config: Config, overrides: Iterable[str] | Mapping[str, Any]) -> Config:
-    """Applies ``key=value`` words to a configuration, or values by dotted keys; nothing behind the = is the empty text.
+    """Applies ``key=value`` words, or values by dotted keys, to a configuration. ``key=`` sets the empty text.
 
     Raises:
         ConfigError: see :func:`from_dict`.
@@ -620,7 +627,7 @@ def _apply(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _texts(values: Mapping[str, Any], keys: Mapping[str, Key], prefix: str = "") -> dict[str, Any]:
-    """With the empty text for none, and in paths the home folder for ~, as the shell leaves data.root=~/images.
+    """Replaces None by the empty text for text keys, and ~ by the home folder in paths.
 
     Raises:
         ConfigError: there is no home folder.
@@ -634,20 +641,20 @@ def _texts(values: Mapping[str, Any], keys: Mapping[str, Key], prefix: str = "")
             result[name] = ""
         elif key and isinstance(value, str):
             if not can_be_named(value):
-                raise ConfigError(f"{key.name}: no file can be called {value!r}; leave out what is written with \\")
+                raise ConfigError(f"{key.name}: no file can be called {value!r}; remove what is written with \\")
             result[name] = at_home(key.name, value) if Trait.PATH in key.traits else value
     return result
 
 
 def at_home(key: str, path: str) -> str:
-    """A path with the home folder for ~, which the shell leaves in data.root=~/images.
+    """A path with ~ replaced by the home folder, which the shell does not do in data.root=~/images.
 
     Raises:
-        ConfigError: there is no home folder; the key is named.
+        ConfigError: there is no home folder; the message names the key.
     """
     expanded = os.path.expanduser(path)
     if expanded == path and path.split("/")[0] == "~":
-        raise ConfigError(f"{key}: {path}: there is no home folder that ~ could be; set HOME, or write the whole path")
+        raise ConfigError(f"{key}: {path}: ~ needs a home folder; set HOME, or write the whole path")
     return expanded
 
 
@@ -660,11 +667,11 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def _nearest(key: str, known: list[str]) -> str:
-    """Says which known key was probably meant: the same last word, or similar spelling."""
+    """Suggests the known key with the same last word or a similar spelling."""
     leaf = key.rsplit(".", 1)[-1]
     close = [k for k in difflib.get_close_matches(key, known, n=1, cutoff=0.5) if _alike(leaf, k.rsplit(".", 1)[-1])]
     same = [k for k in known if k.rsplit(".", 1)[-1] == leaf]
-    same = difflib.get_close_matches(key, same, n=1, cutoff=0)  # of several, the one in the likeliest section
+    same = difflib.get_close_matches(key, same, n=1, cutoff=0)  # of several, the one in the most similar section
     leaves = difflib.get_close_matches(leaf, [k.rsplit(".", 1)[-1] for k in known], n=1, cutoff=0.6)
     similar = [k for k in known if leaves and k.rsplit(".", 1)[-1] == leaves[0]]
     candidates = same or close or similar

@@ -3,8 +3,8 @@
 #
 # usage: bash scripts/check_wheels.sh [dist]
 #
-# environment: PYTHON (python3) makes the new environment; BESIDE is what is installed beside the wheels, by default
-# nvidia-dali-cuda130==2.4.0. PyTorch comes with them: 5.5 GB.
+# environment: PYTHON (python3) creates the new environment; BESIDE are packages to install with the wheels, such as
+# torch==2.11.0 torchvision==0.26.0. PyTorch and DALI come with them: 5.5 GB.
 set -euo pipefail
 
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -12,17 +12,11 @@ dist=$(cd "${1:-dist}" && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cd "$work"
-"${PYTHON:-python3}" -m venv venv
 mkdir photos
 cp -r "$root"/data/photos/val/* photos
 
 # Runs a command with nothing on PATH but what was installed.
 alone() { env -u LD_LIBRARY_PATH -u CUDA_HOME -u PYTHONPATH PATH="$work/venv/bin" "$@"; }
-
-install() {
-  alone python -m pip --disable-pip-version-check install --quiet "$@"
-  alone python -m pip --disable-pip-version-check check
-}
 
 # Repeats what a command says, which has to contain each argument.
 says() {
@@ -43,8 +37,8 @@ train() {
 
 doctor() { alone mcl doctor | says "Ready to run." "$@"; }
 
-echo "== the wheel with operators"
-install "$dist"/mcl_pretrain-*-manylinux_*_x86_64.whl ${BESIDE:-nvidia-dali-cuda130==2.4.0}
+echo "== the wheel with operators, as in a container"
+PYTHON=$(command -v "${PYTHON:-python3}") alone "$BASH" "$root"/docker/install.sh "$dist" "$work"/venv ${BESIDE:-}
 train platform "loader: fused on cpu" "operators: mcl: region_pool, batch_norm, norms, lars_, ema_"
 doctor "for CPU and CUDA (" "fused engine on CPU"
 alone mcl budget mcl_r18_fpn_demo | says "loader.json"
@@ -66,7 +60,7 @@ assert all(path.startswith(sys.prefix) for path in loaded)
 END
 
 echo "== the pure wheel"
-install --force-reinstall --no-deps "$dist"/mcl_pretrain-*-py3-none-any.whl
+alone python -m pip --disable-pip-version-check install --quiet --force-reinstall --no-deps "$dist"/mcl_pretrain-*-py3-none-any.whl
 train stock "loader: stock on cpu (" "mcl's DALI plugin is not installed; " "steps are slower without mcl's CPU operators"
 doctor "stock engine on CPU" "torchvision on CPU: region_pool"
 alone python -m pip uninstall --quiet --yes nvidia-dali-cuda130

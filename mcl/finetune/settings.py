@@ -160,7 +160,7 @@ def adapt(config: Config) -> None:
     """Sets what follows from processes and devices: launcher, images per process, mixed precision, BatchNorm.
 
     Raises:
-        ConfigError: an illegal value, ``global_batch`` does not divide by the processes, or something needs a GPU that
+        ConfigError: an illegal value, ``global_batch`` is not divisible by the processes, or something needs a GPU that
             is not there.
     """
     if not isinstance(config.timeout, int | float) or config.timeout <= 0:
@@ -186,7 +186,7 @@ def adapt(config: Config) -> None:
     if processes > 1 and not cuda:
         raise ConfigError(f"{processes} processes, but no GPU: MMEngine trains on a CPU in one process; start one")
     if config.global_batch % processes:
-        raise ConfigError(f"global_batch: {config.global_batch} does not divide by {processes} processes")
+        raise ConfigError(f"global_batch: {config.global_batch} is not divisible by {processes} processes")
     config.train_dataloader.batch_size = config.global_batch // processes
     if config.amp:
         if not cuda:

@@ -105,8 +105,9 @@ class Objective(nn.Module):
         """Loss of a micro-batch.
 
         Args:
-            query, key: both views.
-            prepared: what :meth:`prepare` returned for the step; None: the micro-batch is all of it.
+            query: query view.
+            key: key view.
+            prepared: result of :meth:`prepare` for the step; None: the micro-batch is the whole step.
         """
         raise NotImplementedError
 

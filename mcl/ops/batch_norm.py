@@ -1,7 +1,7 @@
 """BatchNorm in training, with the addition and the ReLU that follow it: groups of rows, over all processes.
 
-Statistics are one tensor (groups, 2 c + 1), so that processes exchange it in one collective: c means, c of what belongs
-to them (first the sums of squared distances from the mean, then 1 / standard deviation), and the number of rows.
+Statistics are one tensor (groups, 2 c + 1), which processes exchange in one collective: c means, c sums of squared
+distances from the mean (later replaced by 1 / standard deviation), and the number of rows.
 """
 
 from collections.abc import Sequence
@@ -30,25 +30,27 @@ def batch_norm(
 ) -> Tensor:
     """``relu(F.batch_norm(x, training=True) + residual)`` for groups of rows, each with statistics of its own.
 
-    Statistics are those of all processes' rows; each direction is one collective, for all groups. Computed in fp32, in
-    fp64 where x is, and rounded once. Sums have one order, whatever the number of threads. Nothing is read back from
-    the device. Gradients of weight and bias are each process's own part, which DistributedDataParallel averages.
+    Statistics are those of the rows of all processes. Forward and backward need one collective each, for all groups.
+    Arithmetic is in fp32, in fp64 if x is, and rounded once. The order of additions does not depend on the number of
+    threads. Nothing is read back from the device. Gradients of weight and bias are those of the process;
+    DistributedDataParallel averages them.
 
     Args:
         x: (n, c) or (n, c, h, w); float16, bfloat16, float32 or float64.
-        weight, bias: (c,) float64 where x is and float32 otherwise; 1 and 0 without them.
+        weight: (c,) float64 if x is float64, otherwise float32; None: 1.
+        bias: as weight; None: 0.
         running: mean and variance (c,) and the number of batches (), or None; updated in place, group after group.
-        counts: rows of each group, n together.
-        momentum: part of a group's statistics in the running ones; None for the mean of all groups so far.
+        counts: number of rows of each group; the sum is n.
+        momentum: weight of a group's statistics in the running statistics; None: the mean of all groups so far.
         eps: added to the variance.
-        residual: as x; added to what was normalised.
-        relu: whether the sum is cut off at 0.
+        residual: as x; added to the normalised values.
+        relu: whether to apply ReLU to the sum.
 
     Returns:
         As x, channels_last.
 
     Raises:
-        ValueError: x has other dimensions, or a group one value per channel, which has no variance.
+        ValueError: x has other dimensions, or a group has one value per channel, which has no variance.
     """
     if x.dim() not in (2, 4):
         raise ValueError(f"x: shape {tuple(x.shape)} must be (n, c) or (n, c, h, w)")
@@ -73,7 +75,7 @@ def batch_norm(
 
 
 class _Normalize(torch.autograd.Function):
-    """Of rows whose statistics are known; its gradient is that through the statistics, too."""
+    """Normalises rows with given statistics; the gradient includes the path through the statistics."""
 
     @staticmethod
     def forward(
@@ -81,7 +83,7 @@ class _Normalize(torch.autograd.Function):
         residual: Tensor | None, relu: bool,
     ) -> Tensor:  # fmt: skip
         y: Tensor = torch.ops.mcl.batch_norm_apply(x, weight, bias, statistics, counts, residual, relu)
-        # Backward sees in x itself what ReLU let through, unless something was added.
+        # Without a residual, backward computes from x which values ReLU has passed.
         ctx.save_for_backward(x, y if relu and residual is not None else None, weight, bias, statistics)
         ctx.counts, ctx.relu, ctx.added = counts, relu, residual is not None
         return y

@@ -82,7 +82,7 @@ def test_no_current_folder(tmp_path: Path) -> None:
     gone.mkdir()
     done = mcl("doctor", prefix=["sh", "-c", f'cd {gone} && rmdir {gone} && exec "$@"', "sh"])
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "mcl doctor: error: the current folder is gone; change to one that exists\n"
+    assert done.stderr == "mcl doctor: error: the current folder was deleted; change to one that exists\n"
 
 
 def test_no_folder_for_temporary_files(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,7 +90,7 @@ def test_no_folder_for_temporary_files(monkeypatch: pytest.MonkeyPatch, capsys: 
     monkeypatch.setattr("tempfile._candidate_tempdir_list", lambda: ["/no/where"])
     with pytest.raises(SystemExit, match="2"):
         cli.main(["doctor"])
-    assert "no folder for temporary files can be written to; set TMPDIR" in capsys.readouterr().err
+    assert "no folder for temporary files is writable; set TMPDIR" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

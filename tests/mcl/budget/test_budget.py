@@ -408,7 +408,7 @@ def test_json_is_all_that_is_printed(tmp_path: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--gpus", "3"], r"trainer\.global_batch: 32 does not divide by 3 processes"),
+        (["--gpus", "3"], r"trainer\.global_batch: 32 is not divisible by 3 processes"),
         (["--images", "0"], r"--images: 0 must be at least 1"),
         (["--gpus", "0"], r"--gpus: 0 must be at least 1"),
         (["--plot", "x.pdf"], r"--plot: x\.pdf must end in \.png"),

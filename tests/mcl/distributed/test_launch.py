@@ -127,7 +127,7 @@ def test_queued_again_it_goes_on_where_it_stopped(tmp_path: Path, photos: Path) 
     resumed = job.start("trainer.global_batch=9")
     printed, _ = resumed.communicate(timeout=120)
     assert resumed.returncode == 1
-    assert "trainer.global_batch: 9 does not divide by 2 processes" in printed
+    assert "trainer.global_batch: 9 is not divisible by 2 processes" in printed
     commands = [line.split()[:2] for line in job.said.read_text().splitlines()]
     assert commands.count(["scontrol", "requeue"]) == 2
     records = [r["step"] for r in read(tmp_path / "tiny" / "metrics.jsonl")]

@@ -115,7 +115,7 @@ def test_ctrl_c_and_resume(few_photos: Path, tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGINT, output
-    assert output.count("stopping; in training after this step") == 1
+    assert output.count("stopping: training ends after this step") == 1
     assert "Traceback" not in output
     stopped = int(re.findall(r"stopped by signal 2 at step (\d+)", output)[0])
 

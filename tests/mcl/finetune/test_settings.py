@@ -170,7 +170,7 @@ def test_processes(preset: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (preset.optim_wrapper.type, preset.optim_wrapper.loss_scale) == ("AmpOptimWrapper", "dynamic")
     assert preset.model.neck.norm_cfg.type == "SyncBN"
     preset.global_batch = 12
-    with pytest.raises(ConfigError, match="global_batch: 12 does not divide by 8 processes"):
+    with pytest.raises(ConfigError, match="global_batch: 12 is not divisible by 8 processes"):
         settings.adapt(preset)
 
 

@@ -156,5 +156,5 @@ def test_a_trainer_asks_before_it_works(tmp_path: Path, photos: Path) -> None:
         first == second == "optim.ema: 0.5 on rank 1, 0.99 on rank 0; start all processes with the same configuration"
     )
     first, second = in_ranks(2, train, [[*words, "trainer.global_batch=9"]] * 2)
-    assert first == second == "trainer.global_batch: 9 does not divide by 2 processes"
+    assert first == second == "trainer.global_batch: 9 is not divisible by 2 processes"
     assert not list(tmp_path.iterdir())

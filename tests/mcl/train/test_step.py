@@ -186,17 +186,17 @@ def test_images_of_half_precision_are_taken(precision: str) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("trainer.accumulate=3",), r"trainer\.accumulate: 16 images .* divide by 1, 2, 4, not by 3"),
+        (("trainer.accumulate=3",), r"trainer\.accumulate: 16 images .* divisible by 1, 2, 4, not by 3"),
         (
             ("trainer.accumulate=4", "montage.queries=[8,2]"),
-            r"trainer\.accumulate: .* \[16, 4\] canvases, of which \[2, 2\] .* divide by 1, 2, not by 4",
+            r"trainer\.accumulate: .* \[16, 4\] canvases, of which \[2, 2\] .* divisible by 1, 2, not by 4",
         ),
         (
             ("trainer.accumulate=4",),
-            r"trainer\.global_batch: 4 images .* micro-batch and 1 cell .* one value per channel",
+            r"trainer\.global_batch: with 4 images .* micro-batch and 1 cell .* one value per channel",
         ),
         (("trainer.accumulate=-1",), r"trainer\.accumulate: Input should be auto or a whole number, 0 or more"),
-        (("trainer.compile=true", "trainer.recompute=true"), r"trainer\.recompute: torch\.compile cannot recompute"),
+        (("trainer.compile=true", "trainer.recompute=true"), r"trainer\.recompute: not supported by torch\.compile"),
     ],
 )
 def test_keys_that_cannot_be(words: tuple[str, ...], message: str) -> None:
