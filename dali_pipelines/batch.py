@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dali_pipelines.geometry import Geometry
-from dali_pipelines.layout import join, staged, tile_boxes
+from dali_pipelines.layout import cut, join, staged, tile_boxes
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,11 @@ class MontageBatch:
             found.append(torch.cat([boxes[:, :1] - first, boxes[:, 1:]], 1))
             first += canvases
         return found
+
+    def stacked(self) -> list[Tensor]:
+        """The tiles of each level as images of their own: (R, 3, tile, tile) channels_last."""
+        levels = zip(self.pixels.split(self.canvas_counts), self.ratios, strict=True)
+        return [cut(canvases, ratio) for canvases, ratio in levels]
 
     def tile_labels(self) -> list[Tensor]:
         """Class of the image of each tile: per level (R,) int64."""

@@ -164,7 +164,7 @@ def augmentation(
         blur_scale: factor from canvas pixels to the pixels that are blurred.
     """
     n = len(samples)
-    u = _uniform(_words(seed, epoch, samples, Purpose.CROP, _CROP_ATTEMPTS, view, level))
+    u = _uniform(_words(seed, epoch, samples, Purpose.CROP, _CROP_ATTEMPTS, view, 0 if config.shared_crop else level))
     window = crop_windows(u.reshape(n, _CROP_ATTEMPTS, 4), sizes, config.crop_scale, config.crop_ratio)
 
     u = _uniform(_words(seed, epoch, samples, Purpose.COLOUR, 4, view, level))

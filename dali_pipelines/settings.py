@@ -82,6 +82,9 @@ class AugmentConfig:
     """Area of the crop window as a fraction of the image's, lower and upper bound."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Aspect ratio (width / height) of the crop window, lower and upper bound."""
+    shared_crop: bool = False
+    """All levels of a view see the same crop window of an image, that of level 0. Off, each level has its own, as
+    released. Flip, colours and blur are drawn per level all the same."""
     flip: float = Field(default=0.5, ge=0, le=1)
     """Probability of a horizontal flip."""
     jitter: float = Field(default=0.8, ge=0, le=1)

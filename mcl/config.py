@@ -86,6 +86,9 @@ class ModelConfig:
     """Number of 3x3 convolutions in the region head."""
     hidden: int = Field(default=2048, ge=1, le=2**20)
     """Hidden units of projector and predictors."""
+    assembly: Literal["montage", "stack"] = "montage"
+    """montage: tiles go through backbone and FPN on their canvases. stack: each by itself, as an image of its own size in
+    a batch, so that it has no neighbours; with the same crops, pixels, targets and loss."""
     compute: Literal["matched", "released"] = "matched"
     """matched: FPN and head process only the canvases that enter each level's loss. released: they process every tile
     on every map, as the authors' code does: 3.9 times the FLOPs, the same loss terms, other BatchNorm statistics."""
@@ -291,6 +294,8 @@ class Config:
         levels, weights = len(self.montage.ratios), len(self.model.loss_weights)
         if levels != weights:
             raise ValueError(f"model.loss_weights: {weights} weights for the {levels} levels of montage.ratios")
+        if self.model.assembly == "stack":
+            self._check_stack()
         if self.trainer.compile and self.trainer.recompute:
             raise ValueError("trainer.recompute: not supported by torch.compile; set it or trainer.compile to false")
         if self.trainer.compile and self.trainer.deterministic:
@@ -308,6 +313,22 @@ class Config:
         if not is_folder_name(self.name):
             raise ValueError(f"name: {self.name!r} is not a plain folder name")
         return self
+
+    def _check_stack(self) -> None:
+        if self.model.compute == "released":
+            raise ValueError(
+                "model.assembly: stack computes no other map of an image than its level's, model.compute=released all of "
+                "them; set model.compute=matched"
+            )
+        if self.model.backbone != "convnext_t":
+            return
+        for key, cells in ("cells", self.montage.cells), *(("schedule", cells) for _, cells in self.montage.schedule):
+            if cells % self.montage.ratios[-1]:
+                raise ValueError(
+                    "model.assembly: stack gives model.backbone=convnext_t, which drops odd rows of maps, images whose "
+                    f"sides are no multiples of 32 px; set montage.{key} to multiples of {self.montage.ratios[-1]} cells, "
+                    f"not {cells}"
+                )
 
     def doubts(self) -> list[str]:
         """Warnings about legal values that are probably mistakes, one line each, with a suggestion."""

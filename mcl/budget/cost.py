@@ -6,7 +6,7 @@ what is not, and :mod:`mcl.budget.communication`), times are estimates unless th
 
 | key | what |
 |---|---|
-| name, backbone, compute, precision, epochs | of the configuration |
+| name, backbone, assembly, compute, precision, epochs | of the configuration |
 | images, images_from | of an epoch, and what says so: ``--images``, ``index`` (of ``data.root``), or ``ImageNet-1k`` for want of both |
 | gpus, images_per_gpu | processes, and images of a step on each |
 | gflop_per_image | of a training step, both views, mean over the epochs |
@@ -75,6 +75,7 @@ def budget(
     return {
         "name": config.name,
         "backbone": config.model.backbone,
+        "assembly": config.model.assembly,
         "compute": config.model.compute,
         "precision": precision,
         "epochs": config.trainer.epochs,

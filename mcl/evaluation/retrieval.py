@@ -30,7 +30,8 @@ _STATISTICS_BATCHES = 8
 
 
 class LevelwiseEncoder(nn.Module):
-    """An encoder as with ``compute: matched``, but with BatchNorm statistics of FPN and head for every level given.
+    """An encoder as with ``compute: matched``, but with BatchNorm statistics of FPN and head for every level given;
+    with ``assembly: stack`` those of the backbone, too.
 
     In training each level is normalised by its own batch; one running mean over the levels would fit none of them.
     """
@@ -38,6 +39,8 @@ class LevelwiseEncoder(nn.Module):
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
         self.encoder = encoder
+        each = encoder.ratios if encoder.assembly == "stack" else ()  # whose backbone, too, sees level by level
+        self.backbones = nn.ModuleList(copy.deepcopy(encoder.backbone) for _ in each)
         self.fpns = nn.ModuleList(copy.deepcopy(encoder.fpn) for _ in encoder.ratios)
         self.heads = nn.ModuleList(copy.deepcopy(encoder.head) for _ in encoder.ratios)
 
@@ -46,6 +49,9 @@ class LevelwiseEncoder(nn.Module):
         return [self._embeddings(view) for view in views]
 
     def _embeddings(self, view: MontageBatch) -> list[Tensor]:
+        if self.backbones:
+            stacked = enumerate(view.stacked())
+            return [self.heads[i](self.fpns[i](self.backbones[i](tiles), [i])[0]) for i, tiles in stacked]
         levels = range(len(view.canvas_counts))
         features = zip(*(f.split(view.canvas_counts) for f in self.encoder.backbone(view.pixels)), strict=True)
         maps = [self.fpns[i](own, [i])[0] for i, own in zip(levels, features, strict=True)]

@@ -1,4 +1,4 @@
-"""Backbone, FPN and region head as one, and the two ways to compute their embeddings."""
+"""Backbone, FPN and region head as one, and the ways to compute their embeddings."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -22,13 +22,14 @@ class Encoder(nn.Module):
     Args:
         config: names and widths, and ``compute``: matched, where FPN and head see only each level's own canvases, or
             released, where they see every canvas at every level. The embeddings differ only by BatchNorm's statistics.
+            And ``assembly``: montage, or stack, where every tile is an image of its own.
         ratios: tiles per canvas side, per level.
         recompute: activation checkpointing of the backbone.
     """
 
     def __init__(self, config: ModelConfig, ratios: Sequence[int], recompute: bool = False) -> None:
         super().__init__()
-        self.compute = config.compute
+        self.compute, self.assembly = config.compute, config.assembly
         self.ratios = tuple(ratios)
         depths = [r.bit_length() - 1 for r in ratios]  # a map twice as fine per doubling of the ratio
         self.backbone = Backbone(config.backbone, recompute, maps=depths[-1] + 1)
@@ -41,6 +42,8 @@ class Encoder(nn.Module):
         Returns:
             Per view and level, (R, width).
         """
+        if self.assembly == "stack":
+            return self._stacked(views)
         return self._matched(views) if self.compute == "matched" else self._released(views)
 
     def _matched(self, views: Sequence[MontageBatch]) -> list[list[Tensor]]:
@@ -53,6 +56,20 @@ class Encoder(nn.Module):
         counts = [len(boxes) for boxes in regions]
         embeddings = self.head(self.pool(maps, levels, regions, views[0].cells), counts).split(counts)
         return [list(embeddings[i : i + len(canvases)]) for i in range(0, len(regions), len(canvases))]
+
+    def _stacked(self, views: Sequence[MontageBatch]) -> list[list[Tensor]]:
+        """Level after level, whose tiles have a size of their own; the tiles of both views together.
+
+        A tile's map at its level has cells x cells: pooling all of it would be a copy.
+        """
+        maps: list[Tensor] = []
+        counts: list[int] = []
+        for level, tiles in enumerate(zip(*(view.stacked() for view in views), strict=True)):
+            own = [len(of_view) for of_view in tiles]
+            maps += self.fpn(self.backbone(join(tiles), own), [level], views=own)
+            counts += own
+        embeddings = self.head(join(maps), counts).split(counts)
+        return [list(embeddings[i :: len(views)]) for i in range(len(views))]
 
     def _released(self, views: Sequence[MontageBatch]) -> list[list[Tensor]]:
         """Every tile of every map goes through the head, view after view, the finest map first."""

@@ -51,7 +51,8 @@ class FPN(nn.Module):
         rows are slow; BatchNorm sees them one by one, in their order.
 
         Args:
-            features: the backbone's maps, coarsest first: (n, channels[i], h * 2^i, w * 2^i).
+            features: the backbone's maps, coarsest first: (n, channels[i], h * 2^i, w * 2^i); sides that are odd at a
+                finer stride are half of them, rounded up.
             levels: indices into `depths`: increasing, or of each group.
             counts: canvases per group, n together.
             views: without `counts`, canvases that BatchNorm sees by themselves, n together.
@@ -62,7 +63,7 @@ class FPN(nn.Module):
         for depth in range(self.depths[levels[-1]] + 1):
             x = self.laterals[depth](features[depth], views)
             if merged:
-                x = x + _twice_as_fine(merged[-1])
+                x = x + _finer(merged[-1], x)
             merged.append(x)
         return [self.outputs[level](merged[self.depths[level]], views) for level in levels]
 
@@ -78,7 +79,7 @@ class FPN(nn.Module):
                 x = _join(_split(x, counts), groups)
             x = lateral(x, [counts[g] for g in groups])
             if above:
-                x = x + _twice_as_fine(_join(above, groups))
+                x = x + _finer(_join(above, groups), x)
             above = dict(zip(groups, _split(x, [counts[g] for g in groups]).values(), strict=True))
             maps |= {g: above[g] for g in groups if self.depths[levels[g]] == depth}
         for level, output in enumerate(self.outputs):
@@ -89,10 +90,13 @@ class FPN(nn.Module):
         return [maps[g] for g in range(len(counts))]
 
 
-def _twice_as_fine(x: Tensor) -> Tensor:
-    """Every cell four times; in its dtype, of which autocast would make fp32 on a GPU, and so of all that follows."""
+def _finer(x: Tensor, like: Tensor) -> Tensor:
+    """Every cell four times, but for the last row and column of a map with an odd side, as of a stacked image.
+
+    In its dtype, of which autocast would make fp32 on a GPU, and so of all that follows.
+    """
     with torch.autocast(x.device.type, enabled=False):
-        return F.interpolate(x, scale_factor=2, mode="nearest")
+        return F.interpolate(x, like.shape[2:], mode="nearest")
 
 
 def _split(x: Tensor, counts: Sequence[int]) -> dict[int, Tensor]:

@@ -60,7 +60,8 @@ def check(config: Config, device: str, loader: str) -> None:
             "trainer.deterministic: decoding on a GPU is not reproducible, since the decoder that takes an image "
             "varies; set data.device=cpu"
         )
-    if config.model.compute == "matched" and not ops.compiled("region_pool", device):
+    pools = config.model.compute == "matched" and config.model.assembly == "montage"
+    if pools and not ops.compiled("region_pool", device):
         raise ConfigError(
             "trainer.deterministic: region pooling adds gradients in a fixed order only in the compiled operators "
             f"({ops.backends(device)['region_pool'][1]}); build them, or set trainer.deterministic=false"
