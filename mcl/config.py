@@ -87,8 +87,8 @@ class ModelConfig:
     hidden: int = Field(default=2048, ge=1, le=2**20)
     """Hidden units of projector and predictors."""
     assembly: Literal["montage", "stack"] = "montage"
-    """montage: tiles go through backbone and FPN on their canvases. stack: each by itself, as an image of its own size in
-    a batch, so that it has no neighbours; with the same crops, pixels, targets and loss."""
+    """montage: tiles go through backbone and FPN on their canvases. stack: each by itself, as an image of its own size
+    in a batch, so that it has no neighbours; with the same crops, pixels, targets and loss."""
     compute: Literal["matched", "released"] = "matched"
     """matched: FPN and head process only the canvases that enter each level's loss. released: they process every tile
     on every map, as the authors' code does: 3.9 times the FLOPs, the same loss terms, other BatchNorm statistics."""
@@ -317,8 +317,8 @@ class Config:
     def _check_stack(self) -> None:
         if self.model.compute == "released":
             raise ValueError(
-                "model.assembly: stack computes no other map of an image than its level's, model.compute=released all of "
-                "them; set model.compute=matched"
+                "model.assembly: stack computes only that map of an image that its level needs, model.compute=released "
+                "every one; set model.compute=matched"
             )
         if self.model.backbone != "convnext_t":
             return
@@ -326,8 +326,8 @@ class Config:
             if cells % self.montage.ratios[-1]:
                 raise ValueError(
                     "model.assembly: stack gives model.backbone=convnext_t, which drops odd rows of maps, images whose "
-                    f"sides are no multiples of 32 px; set montage.{key} to multiples of {self.montage.ratios[-1]} cells, "
-                    f"not {cells}"
+                    f"sides are no multiples of 32 px; set montage.{key} to multiples of {self.montage.ratios[-1]} "
+                    f"cells, not {cells}"
                 )
 
     def doubts(self) -> list[str]:
