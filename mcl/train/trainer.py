@@ -358,7 +358,8 @@ class Trainer:
             log.warning("training on the CPU, since PyTorch sees no CUDA device, though there is a driver: mcl doctor")
         log.info(
             f"{self.config.objective}, {model.backbone}, canvas {plan.geometry.canvas} px, {model.assembly}, "
-            f"{model.compute}, {arithmetic.describe(trainer, self.device.type)} on {self.device} x {distributed.world_size()}; "
+            f"{model.compute}, {arithmetic.describe(trainer, self.device.type)} "
+            f"on {self.device} x {distributed.world_size()}; "
             f"{plan.global_batch} images per step, {self.steps_per_epoch} steps per epoch, {self.steps} steps"
         )
         if distributed.rank() == 0:

@@ -109,6 +109,20 @@ def test_the_samples_of_a_step_and_their_augmentations_do_not_depend_on_the_worl
                     assert np.array_equal(getattr(a, f.name)[rows], getattr(b, f.name))
 
 
+def test_a_shared_crop_is_that_of_level_0_and_all_else_stays() -> None:
+    plan = make()
+    own, shared = (
+        dataclasses.replace(plan, augment=AugmentConfig(shared_crop=s)).step(1, SIZES) for s in (False, True)
+    )
+    assert own.augmentations[0][0].window.tolist() == plan.step(1, SIZES).augmentations[0][0].window.tolist()
+    for ours, theirs in zip(shared.augmentations, own.augmentations, strict=True):
+        for level, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            assert np.array_equal(a.window, theirs[0].window)
+            assert (level == 0) == np.array_equal(a.window, b.window)
+            assert same(dataclasses.replace(a, window=b.window), b)
+    assert not np.array_equal(shared.augmentations[0][0].window, shared.augmentations[1][0].window)
+
+
 def test_crop_windows_are_distributed_as_torchvisions() -> None:
     torch.manual_seed(0)
     n, width, height = 4000, 500, 375

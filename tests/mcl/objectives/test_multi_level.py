@@ -171,6 +171,7 @@ VARIANTS = [
     ("model.targets=all", "model.queue=20", *THREE_LEVELS),
     ("model.targets=adjacent", "model.queue=6", "model.temperature=0.2", *FOUR_LEVELS),
     ("model.targets=adjacent", "model.compute=released", *THREE_LEVELS),
+    ("model.assembly=stack", "augment.shared_crop=true", "montage.cells=2"),
 ]
 variants = pytest.mark.parametrize("words", VARIANTS, ids=lambda words: ",".join(words[:2]))
 
@@ -274,6 +275,7 @@ def test_a_queue_without_negatives_is_refused(tiny: Config) -> None:
         ("model.targets=adjacent",),
         ("model.targets=all", "model.queue=224"),
         ("model.loss=cosine",),
+        ("model.assembly=stack", "augment.shared_crop=true"),
         ("montage.ratios=[1,2,4]", "montage.images_per_canvas=[1,4,16]", "model.loss_weights=[0.5,0.25,0.25]"),
         ("montage.ratios=[1,2]", "montage.images_per_canvas=[1,4]", "model.loss_weights=[0.5,0.5]", "model.queue=224"),
     ],
