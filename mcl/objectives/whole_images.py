@@ -25,7 +25,13 @@ class WholeImages(Objective):
     """
 
     scores = ("positive", "negative")
-    unused: ClassVar[tuple[str, ...]] = ("model.compute", "model.targets", "model.label_smoothing")
+    unused: ClassVar[tuple[str, ...]] = (
+        "augment.shared_crop",
+        "model.assembly",
+        "model.compute",
+        "model.targets",
+        "model.label_smoothing",
+    )
 
     def __init__(self, config: Config, classes: Sequence[str] = ()) -> None:
         super().__init__(config, classes)
