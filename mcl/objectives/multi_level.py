@@ -74,10 +74,12 @@ class MCL(Objective):
         """Every tile against targets of the other view; `prepared` are the step's."""
         model, views = self.config.model, (query, key)
         gathered = prepared or self.prepare([views])
-        predicted = self.predictions(views)
-        directions = []
+        embeddings = self.embeddings(views)
+        predicted = self.predictions(embeddings)
+        directions, targets = [], []
         for view, other in enumerate((1, 0)):
             banks, compare = self._unit(gathered[other].wait()), self._compare
+            targets.append(banks)
             if model.queue:
                 hidden = torch.arange(model.queue, device=banks.device) >= self.queued
                 compare = partial(compare, hidden=torch.cat([hidden.new_zeros(len(banks)), hidden]))
@@ -87,7 +89,7 @@ class MCL(Objective):
         losses, *scores = (torch.stack(values) for values in zip(*directions, strict=True))  # (V, L) each
         loss = total_loss(losses, model.loss_weights, 2 * model.temperature if self._contrasts else 1)
         detached = {name: values.detach() for name, values in zip(self.scores, scores, strict=True)}
-        return Output(loss, losses.detach(), detached)
+        return Output(loss, losses.detach(), detached, [[z.detach() for z in view] for view in embeddings], targets)
 
     @torch.no_grad()
     def prepare(self, parts: Sequence[tuple[MontageBatch, MontageBatch]]) -> list[Gather]:
@@ -121,13 +123,17 @@ class MCL(Objective):
         embeddings: list[list[Tensor]] = self.target(*(view.first(view.canvas_counts[:levels]) for view in views))
         return embeddings
 
-    def predictions(self, views: Sequence[MontageBatch]) -> list[list[Tensor]]:
-        """Online predictions of the tiles of each view and level: (R, width)."""
-        levels = zip(*self.online(*(view.first(view.query_counts) for view in views)), strict=True)
+    def embeddings(self, views: Sequence[MontageBatch]) -> list[list[Tensor]]:
+        """Online embeddings of the tiles of each view and level: (R, width)."""
+        embeddings: list[list[Tensor]] = self.online(*(view.first(view.query_counts) for view in views))
+        return embeddings
+
+    def predictions(self, embeddings: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+        """What the predictors make of them: per view and level, (R, width)."""
         predicted = []
-        for predict, embeddings in zip(self.predictors, levels, strict=True):
-            counts = [len(z) for z in embeddings]
-            predicted.append(predict(join(embeddings), counts).split(counts))
+        for predict, own in zip(self.predictors, zip(*embeddings, strict=True), strict=True):
+            counts = [len(z) for z in own]
+            predicted.append(predict(join(own), counts).split(counts))
         return [list(of_view) for of_view in zip(*predicted, strict=True)]
 
     def positives(self, view: MontageBatch) -> list[Tensor]:
@@ -141,7 +147,8 @@ class MCL(Objective):
         """As of :class:`Objective`; where a level is compared with several, the mean over these."""
         banks = [self._unit(bank.wait()).unbind(1) for bank in self.prepare([(query, key)])]
         views, hits = (query, key), []
-        for view, predicted, bank in zip(views, self.predictions(views), reversed(banks), strict=True):
+        predictions = self.predictions(self.embeddings(views))
+        for view, predicted, bank in zip(views, predictions, reversed(banks), strict=True):
             for p, rows, chosen in zip(predicted, self.positives(view), self._chosen, strict=True):
                 nearest = [(F.normalize(upcast(p), dim=1) @ bank[j].t()).argmax(1) for j in chosen]
                 hits.append(torch.stack([(found == rows).float().mean() for found in nearest]).mean())

@@ -14,11 +14,16 @@ from mcl.config import Config, ConfigError, all_keys, value
 
 @dataclass(frozen=True)
 class Output:
-    """Of one step: V views or directions (query view first), L levels. All but `loss` are detached."""
+    """Of one step: V views or directions (query view first), L levels. All but `loss` are detached.
+
+    Records have what the last two say about a collapse (:mod:`mcl.records.collapse`); they may be left out.
+    """
 
     loss: Tensor  # () total, with gradient
     losses: Tensor  # (V, L) before weights and constant factors
     scores: Mapping[str, Tensor]  # by the names that the objective declares, (V, L)
+    embeddings: Sequence[Sequence[Tensor]] = ()  # of the online network: per view and level, (R, D)
+    targets: Sequence[Tensor] = ()  # per view (B, levels that have targets, D), of the whole step
 
     def detach(self) -> Self:
         return replace(self, loss=self.loss.detach())
@@ -33,7 +38,10 @@ class Output:
             return torch.stack(list(values)).mean(0)
 
         scores = {name: mean([o.scores[name] for o in outputs]) for name in outputs[0].scores}
-        return cls(mean([o.loss for o in outputs]), mean([o.losses for o in outputs]), scores)
+        embeddings = [view for o in outputs for view in o.embeddings]
+        return cls(
+            mean([o.loss for o in outputs]), mean([o.losses for o in outputs]), scores, embeddings, outputs[0].targets
+        )
 
 
 class Objective(nn.Module):

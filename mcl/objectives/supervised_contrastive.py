@@ -42,7 +42,8 @@ class SupervisedContrastive(Objective):
 
     def forward(self, query: MontageBatch, key: MontageBatch, prepared: Any = None) -> Output:
         views = [view.first(view.query_counts) for view in (query, key)]
-        embeddings = [z for levels in self.online(*views) for z in levels]
+        made = self.online(*views)
+        embeddings = [z for levels in made for z in levels]
         counts = [len(z) for z in embeddings]
         labels = torch.cat([truth for view in views for truth in view.tile_labels()])
         with torch.autocast(labels.device.type, enabled=False):
@@ -55,4 +56,5 @@ class SupervisedContrastive(Objective):
             ]
         losses, positive, negative = torch.stack(values).view(len(views), -1, 3).unbind(2)  # (V, L) each
         scores = {"positive": positive.detach(), "negative": negative.detach()}
-        return Output(weighted(losses, self.config.model.loss_weights), losses.detach(), scores)
+        seen = [[z.detach() for z in levels] for levels in made]
+        return Output(weighted(losses, self.config.model.loss_weights), losses.detach(), scores, seen)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mcl.objectives import Output
+from mcl.records import collapse
 from mcl.records.metrics import Record
 from mcl.records.timers import HostClock, Timer
 
@@ -31,6 +32,7 @@ class Meter:
         self._sums = torch.zeros(1 + len(scores), levels, device=device)  # losses, scores: means of all views
         self._totals = torch.zeros(2, device=device)  # loss, gradient norm
         self._count = 0
+        self._latest: Output | None = None
         self._skipped = torch.tensor(0, device=device)  # since the last reading
         self._in_a_row = torch.tensor(0, device=device)
         self._failed_step = torch.tensor(-1, device=device)
@@ -46,6 +48,7 @@ class Meter:
         self._sums += torch.where(counts, values, 0)
         self._totals += torch.where(counts, totals, 0)
         self._count += 1
+        self._latest = output
         self._skipped += ~finite
         self._in_a_row = torch.where(finite, 0, self._in_a_row + 1)
         failed = ~output.losses.isfinite().all(0) & counts  # (L,)
@@ -56,7 +59,7 @@ class Meter:
         self._failed_step = torch.where(first, step, self._failed_step)
 
     def read(self) -> Record:
-        """Means since the last call, and how many steps were left out."""
+        """Means since the last call, how many steps were left out, and the last step's figures of collapse."""
         skipped = int(self._skipped)
         counted = self._count - (skipped if self._skips else 0)
         losses, *scores = (self._sums / counted).tolist()
@@ -70,6 +73,7 @@ class Meter:
             "grad_norm": grad_norm,
             "loss_level": losses,
             **dict(zip(self._scores, scores, strict=True)),
+            **(collapse.figures(self._latest) if self._latest else {}),
             "skipped": skipped,
         }
 

@@ -24,6 +24,9 @@ log = logging.getLogger("mcl")
 Record = dict[str, Any]
 """Numbers, lists with a number per level, and ``kind`` and ``step``."""
 
+COLLAPSE = ("embedding_std", "target_rank")
+"""Lists of a training record by which :mod:`mcl.records.collapse` tells a collapse."""
+
 EVALUATIONS = "evaluations.jsonl"
 """File of a run folder for the records of kind ``eval``: the run's own, and those of ``mcl evaluate``."""
 
@@ -260,14 +263,15 @@ def describe(record: Record) -> str:
     """A training record in one line."""
     return (
         f"step {record['step']:>6}  epoch {record['epoch']:7.2f}  loss {record['loss']:8.4f}  "
-        f"{_scores(record)}  lr {record['lr']:.2e}  {record['images_per_s']:7.1f} img/s  "
+        f"{_scores(record)}  {_collapse(record)}lr {record['lr']:.2e}  {record['images_per_s']:7.1f} img/s  "
         f"wait {record['data_wait']:4.0%}  {record['peak_memory_gb']:5.1f} GB  eta {eta(record['eta_s'])}"
     )
 
 
 def scores(record: Mapping[str, Any]) -> dict[str, list[float]]:
     """What a training record has for every level, by name, besides the losses."""
-    return {name: value for name, value in record.items() if isinstance(value, list) and name != "loss_level"}
+    others = ("loss_level", *COLLAPSE)
+    return {name: value for name, value in record.items() if isinstance(value, list) and name not in others}
 
 
 def _scores(record: Record) -> str:
@@ -276,6 +280,12 @@ def _scores(record: Record) -> str:
     levels = ["/".join(f"{value:+.2f}" for value in level) for level in zip(*found.values(), strict=True)]
     names = "/".join(found)
     return " ".join(["cos +/-" if names == "positive/negative" else names, *levels])
+
+
+def _collapse(record: Record) -> str:
+    """Its figures in words, each of the level where it is smallest."""
+    names = dict(zip(COLLAPSE, ("std", "rank"), strict=True))
+    return "".join(f"{names[key]} {min(record[key]):.3g}  " for key in COLLAPSE if record.get(key))
 
 
 def eta(seconds: float) -> str:

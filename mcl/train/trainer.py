@@ -18,6 +18,7 @@ from mcl.distributed import hang, launch
 from mcl.distributed.consensus import Consensus
 from mcl.evaluation import check_evaluations
 from mcl.objectives import OBJECTIVES, Output, build
+from mcl.records.collapse import CollapseWarning
 from mcl.records.meters import Meter, Stopwatch
 from mcl.records.metrics import (
     EVALUATIONS,
@@ -149,6 +150,7 @@ class Trainer:
         consensus, stop = Consensus(), 0
         trainer = self.config.trainer
         every = max(1, round(trainer.checkpoint_epochs * self.steps_per_epoch))
+        warn_of_collapse = CollapseWarning(self.config)
         stopwatch = Stopwatch(self.steps - self.step, self._update.timer)
         with (
             Signals() as signals,
@@ -175,6 +177,7 @@ class Trainer:
                         if metrics is not None:
                             metrics.write(record)
                             bar.show(record)
+                            warn_of_collapse(record)
                     evaluated = bool(self._evaluations.names(self.step))
                     if self.step % every == 0 or self.step == self.steps or stop or evaluated:
                         with stopwatch.saving():

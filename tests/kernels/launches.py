@@ -127,9 +127,9 @@ def as_before(model: MCL) -> None:
     for module in model.modules():
         if isinstance(module, BatchNorm):
             module.forward = in_turn(module)  # type: ignore[method-assign]
-    predictions, targets = model.predictions, model.targets
-    model.predictions = lambda views: [predictions([view])[0] for view in views]  # type: ignore[method-assign]
-    model.targets = lambda views: [targets([view])[0] for view in views]  # type: ignore[method-assign]
+    for name in ("embeddings", "predictions", "targets"):
+        together = getattr(model, name)
+        setattr(model, name, lambda views, together=together: [together([view])[0] for view in views])
 
 
 def step(cfg: Config, images: int, before: bool, device: str = "cpu") -> tuple[Meter, Meter]:

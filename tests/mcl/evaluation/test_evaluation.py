@@ -39,8 +39,11 @@ class Oracle(MCL):
     def targets(self, views: Sequence[MontageBatch]) -> list[list[Tensor]]:
         return [[self.codes[view.tile_images[view.tiles(i)]] for i in range(2)] for view in views]
 
-    def predictions(self, views: Sequence[MontageBatch]) -> list[list[Tensor]]:
+    def embeddings(self, views: Sequence[MontageBatch]) -> list[list[Tensor]]:
         return [[self.codes, self.codes[:1].expand(len(view.index), -1)] for view in views]
+
+    def predictions(self, embeddings: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+        return [list(of_view) for of_view in embeddings]
 
 
 @pytest.mark.usefixtures("thin_backbone")

@@ -156,8 +156,11 @@ class OneByOne(MCL):
     def targets(self, views: Sequence[MontageBatch]) -> list[list[Tensor]]:
         return [super(OneByOne, self).targets([view])[0] for view in views]
 
-    def predictions(self, views: Sequence[MontageBatch]) -> list[list[Tensor]]:
-        return [super(OneByOne, self).predictions([view])[0] for view in views]
+    def embeddings(self, views: Sequence[MontageBatch]) -> list[list[Tensor]]:
+        return [super(OneByOne, self).embeddings([view])[0] for view in views]
+
+    def predictions(self, embeddings: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+        return [super(OneByOne, self).predictions([view])[0] for view in embeddings]
 
 
 @pytest.mark.parametrize(
@@ -203,8 +206,9 @@ def test_gradients_of_fewer_queries_are_those_without_the_other_terms(compute: s
     found = torch.autograd.grad(output.loss, parameters, allow_unused=True)  # maps finer than those of two levels
 
     cfg, targets = model.config.model, matched.targets(views[::-1])
+    predicted = matched.predictions(matched.embeddings(views))
     losses = []
-    for view, (full, tiles), (bank,) in zip(views, matched.predictions(views), targets, strict=True):
+    for view, (full, tiles), (bank,) in zip(views, predicted, targets, strict=True):
         own, others = matched.positives(view)
         predictions, banks = [full[:4], tiles], [F.normalize(bank, dim=1)]
         compare = partial(info_nce, temperature=cfg.temperature)
@@ -226,9 +230,9 @@ def test_queries_take_the_first_canvases_of_each_level() -> None:
     matched, _ = models("thin", geometry)
     query = random_view(geometry, 8, 1, torch.float64)
     with torch.no_grad():
-        (full,) = matched.predictions([query])
+        (full,) = matched.predictions(matched.embeddings([query]))
         part = dataclasses.replace(query, query_counts=(3, 1))
-        (few,) = matched.predictions([part])
+        (few,) = matched.predictions(matched.embeddings([part]))
         rows = matched.positives(part)
     assert [len(p) for p in few] == [3, 4]
     torch.testing.assert_close(few[0], full[0][:3], rtol=1e-12, atol=1e-12)

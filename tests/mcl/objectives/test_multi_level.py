@@ -88,8 +88,11 @@ class Known(MCL):
         said = TARGETED[distributed.rank()]
         return [[vectors(angles + self.turned, 2) for angles in of_view[: self._levels]] for of_view in said]
 
-    def predictions(self, views: Sequence[MontageBatch]) -> list[list[Tensor]]:
+    def embeddings(self, views: Sequence[MontageBatch]) -> list[list[Tensor]]:
         return [[vectors(angles, 3) for angles in of_view] for of_view in PREDICTED[distributed.rank()]]
+
+    def predictions(self, embeddings: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+        return [list(of_view) for of_view in embeddings]
 
 
 def vectors(degrees: Any, longest: float) -> Tensor:
