@@ -22,7 +22,11 @@ PLACES = (
 )
 """Classes with photographs that are backgrounds of the detection set."""
 
-_SINCE = {"model": ("init", "targets", "loss", "queue", "label_smoothing"), "optim": ("final_ema",)}
+_SINCE = {
+    "augment": ("shared_crop",),
+    "model": ("assembly", "init", "targets", "loss", "queue", "label_smoothing"),
+    "optim": ("final_ema",),
+}
 """Keys of sections that are younger than kept results; they are digested where they are not as by default."""
 _OF_PRESET = ("montage", "augment", "model", "optim")
 _OF_DETECTOR = (

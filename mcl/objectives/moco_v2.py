@@ -52,11 +52,18 @@ class MoCoV2(WholeImages):
         gathered = prepared or self.prepare([(query, key)])
         view = query.first(query.query_counts)
         (predicted,) = self.online(view)
-        keys = gathered.wait()[view.tile_images + distributed.rank() * len(query.index)]
-        loss, *scores = queue_contrast(predicted, unit(keys), self.queue, self.config.model.temperature)
+        keys = unit(gathered.wait())
+        own = keys[view.tile_images + distributed.rank() * len(query.index)]
+        loss, *scores = queue_contrast(predicted, own, self.queue, self.config.model.temperature)
         losses = loss.view(1, 1)
         detached = {name: value.detach().view(1, 1) for name, value in zip(self.scores, scores, strict=True)}
-        return Output(total_loss(losses, self.config.model.loss_weights, 1), losses.detach(), detached)
+        return Output(
+            total_loss(losses, self.config.model.loss_weights, 1),
+            losses.detach(),
+            detached,
+            [[predicted.detach()]],
+            [keys.unsqueeze(1)],
+        )
 
     @torch.no_grad()
     def prepare(self, parts: Sequence[tuple[MontageBatch, MontageBatch]]) -> Gather:
