@@ -1,24 +1,25 @@
 """A folder to share: weights under the canonical names, config.json, and a model card made from the run."""
 
 import hashlib
+import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+import safetensors.torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import Tensor
 
 from mcl.config import Config, ModelConfig, Trait, all_keys, to_dict
 from mcl.evaluation.scoring import describe
 from mcl.exporters.canonical import canonical_names
-from mcl.exporters.files import Metadata, Weights, json_bytes, safetensors_bytes
+from mcl.exporters.files import Metadata, Weights, json_bytes
 from mcl.exporters.target import Target, Twin
 from mcl.models import Encoder
 from mcl.records import metrics
 
 _PRIVATE = {Trait.PATH, Trait.OF_A_MACHINE, Trait.RESUMABLE}
-WEIGHTS = "model.safetensors"
 
 
 def about(cfg: Config, path: Path, step: int) -> Mapping[str, Any]:
@@ -44,19 +45,22 @@ def about(cfg: Config, path: Path, step: int) -> Mapping[str, Any]:
 
 
 def _pack(weights: Weights, metadata: Metadata) -> dict[str, bytes]:
-    content = safetensors_bytes(weights, metadata)
+    content = safetensors.torch.save(dict(weights), {"mcl": json.dumps(metadata)})  # one field: they have no order
+    sha256 = hashlib.sha256(content).hexdigest()
+    file = f"model-{sha256[:8]}.safetensors"
     environment = Environment(
         loader=PackageLoader("mcl"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     card = environment.get_template("card.md").render(
         about=metadata,
-        file=WEIGHTS,
-        sha256=hashlib.sha256(content).hexdigest(),
+        file=file,
+        sha256=sha256,
         tensors=len(weights),
         values=sum(tensor.numel() for tensor in weights.values()),
         scores=[line for record in metadata["figures"]["scores"] for line in describe(record).splitlines()],
     )
-    return {WEIGHTS: content, "config.json": json_bytes(metadata), "README.md": card.encode()}
+    config = json_bytes({"weights": file, **metadata})
+    return {file: content, "config.json": config, "README.md": card.encode()}
 
 
 def _build(config: ModelConfig) -> Encoder:

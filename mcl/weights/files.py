@@ -1,7 +1,9 @@
 """Tensors of a file by their names, read without executing anything in it."""
 
 import argparse
+import contextlib
 import io
+import json
 import pickle
 import re
 from collections import OrderedDict
@@ -29,13 +31,16 @@ def load(path: Path) -> Any:
 
     Args:
         path: of ``torch.save``, safetensors, or a pickle of NumPy arrays (``.pkl``), as detectron2 has it; a folder
-            with one file of safetensors, as on the Hugging Face Hub.
+            with one file of safetensors, or whose config.json names one, as on the Hugging Face Hub.
 
     Raises:
         CheckpointError: it cannot be read, or only by executing what it holds.
     """
     if path.is_dir():
         inside = sorted(path.glob("*.safetensors"))
+        with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):  # anybody's config.json
+            named = json.loads((path / "config.json").read_bytes()).get("weights")
+            inside = [file for file in inside if file.name == named] or inside
         if len(inside) != 1:
             raise CheckpointError(f"{path}: a folder with {len(inside)} files *.safetensors; name a file")
         path = inside[0]

@@ -17,6 +17,7 @@ from mcl.exporters import export
 from mcl.exporters.files import write_folder
 from mcl.objectives import MCL
 from mcl.train.checkpoint import CheckpointError
+from mcl.weights import files
 from tests.mcl.exporters.conftest import image, make_model, save_model
 from tests.mcl.exporters.test_libraries import backbone_maps, same
 
@@ -47,11 +48,13 @@ def test_folder(run: tuple[MCL, Path]) -> None:
     model, path = run
     report = export(path, "hub", check=True)
     assert report.path == path.parent.parent / "exports" / "hub"
-    assert {file.name for file in report.path.iterdir()} == {"model.safetensors", "config.json", "README.md"}
+    (file,) = report.path.glob("*.safetensors")
+    assert {file.name for file in report.path.iterdir()} == {file.name, "config.json", "README.md"}
+    assert file.name == f"model-{hashlib.sha256(file.read_bytes()).hexdigest()[:8]}.safetensors"
     assert report.verified is not None
     assert report.usage.startswith(f"hf upload USER/NAME {report.path}  #")
 
-    weights = safetensors.torch.load_file(report.path / "model.safetensors")
+    weights = safetensors.torch.load_file(file)
     backbone = torchvision.models.resnet18()
     body = {name.removeprefix("backbone.body."): tensor for name, tensor in weights.items() if ".body." in name}
     missing, unexpected = backbone.load_state_dict(body, strict=False)
@@ -80,13 +83,29 @@ def test_card(run: tuple[MCL, Path], tmp_path: Path) -> None:
         "license": "unknown",
         "datasets": [],
     }
-    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    for words in (digest, "epoch 0.75, loss 8.2500", "val   top-1  50.0%   random network  25.0%", " 75.0% ±0.0%"):
+    (file,) = folder.glob("*.safetensors")
+    for words in (
+        hashlib.sha256(file.read_bytes()).hexdigest(),
+        f'load_file("{file.name}")',
+        "epoch 0.75, loss 8.2500",
+        "val   top-1  50.0%   random network  25.0%",
+        " 75.0% ±0.0%",
+    ):
         assert words in text
     assert "90.0%" not in text  # of a later step
     for file in folder.iterdir():
         assert b"secret" not in file.read_bytes()
     assert all(len(line) <= 200 for line in card.splitlines())
+
+
+def test_of_several_weights_the_latest_are_read(run: tuple[MCL, Path], tmp_path: Path) -> None:
+    """The same ones have the same name; others come beside them."""
+    for _ in range(4):
+        folder = export(run[1], "hub", parts=["backbone"], output=tmp_path / "hub").path
+    assert len(list(folder.glob("*.safetensors"))) == 1
+    whole = export(run[1], "hub", output=folder)
+    assert len(list(folder.glob("*.safetensors"))) == 2
+    assert files.load(folder).keys() == whole.weights.keys()
 
 
 def test_a_folder_keeps_its_other_files_and_is_written_whole_or_not_at_all(tmp_path: Path) -> None:

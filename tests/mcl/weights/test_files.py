@@ -74,9 +74,20 @@ def test_a_folder_with_safetensors(tmp_path: Path) -> None:
         files.load(tmp_path)
     safetensors.torch.save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
     assert files.load(tmp_path)["a"].tolist() == [1, 1]
-    safetensors.torch.save_file({"a": torch.ones(2)}, tmp_path / "other.safetensors")
-    with pytest.raises(CheckpointError, match="a folder with 2 files"):
-        files.load(tmp_path)
+    safetensors.torch.save_file({"a": torch.zeros(2)}, tmp_path / "other.safetensors")
+    for config in (
+        "{}",
+        '{"weights": "no.safetensors"}',
+        '{"weights": ["model.safetensors"]}',
+        "[]",
+        "{",
+        "[" * 100_000,
+    ):
+        (tmp_path / "config.json").write_text(config)
+        with pytest.raises(CheckpointError, match="a folder with 2 files"):
+            files.load(tmp_path)
+    (tmp_path / "config.json").write_text('{"weights": "other.safetensors"}')
+    assert files.load(tmp_path)["a"].tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("ending", [".pth", ".pt", ".safetensors", ".pkl"])
