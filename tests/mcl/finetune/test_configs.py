@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 
 pytest.importorskip("mmdet", reason="needs MMDetection: make mmdet")
 
@@ -152,6 +153,19 @@ def test_tensors_of_patches_load(name: str, tmp_path: Path) -> None:
     hook = weights.load(str(save_model(model, Geometry(), tmp_path)), config.model)
     begin = ("backbone.", "neck.", "roi_head.bbox_head.shared_convs.")
     assert hook.weights.keys() == {n for n in weights.build(config.model).state_dict() if n.startswith(begin)}
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("name", "norms"), [("convnext_tiny", 4), ("swin_t", 3)])
+def test_supervised_weights_of_patches(name: str, norms: int, tmp_path: Path) -> None:
+    """torchvision's classifiers have the others of the backbone's tensors."""
+    torch.save(torchvision.models.get_model(name).state_dict(), tmp_path / "x.pth")
+    config = read(f"mask_rcnn_{name.replace('tiny', 't')}_fpn_1x")
+    hook = weights.load(str(tmp_path / "x.pth"), config.model)
+    own = {name for name in weights.build(config.model).state_dict() if name.startswith("backbone.")}
+    assert own - hook.weights.keys() == {
+        f"backbone.norm{i}.{leaf}" for i in range(norms) for leaf in ("weight", "bias")
+    }
 
 
 @pytest.mark.parametrize("name", [name for name in PROTOCOLS if name not in C4])
