@@ -110,7 +110,7 @@ def test_the_old_key(tiny: Config, resnet: Path) -> None:
     state = checkpoint.load(cfg.run_folder / "checkpoints" / "last.pt")
     del state["config"]["model"]["init"]  # as earlier versions wrote it
     assert config.from_dict(state["config"]) == cfg
-    with pytest.raises(ConfigError, match=r"trainer\.init_from: is the old name of model\.init, which is set, too"):
+    with pytest.raises(ConfigError, match=r"trainer\.init_from: the old name of model\.init, which is set as well"):
         init(cfg, "both", "model.init=x.pth")
 
 
