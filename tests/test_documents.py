@@ -47,8 +47,13 @@ NOT_RUN = {
 }
 """By a pattern of the whole command."""
 
-INSTEAD = {"/data/imagenet": "data/photos", "/data/shards": "shards", "FOLDER": "data/photos/train"}
-"""What stands for what a user has."""
+INSTEAD = {
+    "/data/imagenet": "data/photos",
+    "/data/shards": "shards",
+    "FOLDER": "data/photos/train",
+    "name=mine": "name=mine trainer.epochs=3",
+}
+"""What stands for what a user has, and makes a run short."""
 
 
 def blocks(page: str) -> Iterator[list[str]]:
@@ -178,5 +183,6 @@ def test_commands_run(page: str, user: Path, tmp_path: Path) -> None:
             shell(folder, command)
     if page == "README.md":
         (example,) = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
-        (folder / "example.py").write_text(example.replace("FOLDER", "data/photos/train").replace("mine", "other"))
+        short = example.replace("FOLDER", "data/photos/train").replace('"mine"', '"other", trainer={"epochs": 3}')
+        (folder / "example.py").write_text(short)
         shell(folder, "python example.py")
