@@ -25,17 +25,18 @@ PAGES = sorted(
     for pattern in ("README.md", "CONTRIBUTING.md", "docs/*.md", "*/README.md", "tests/data/README.md")
     for path in ROOT.glob(pattern)
 )
-PROGRAMS = ("mcl", "make", "pip", "python", "pytest", "source", "mkdir", "bash", "hf", "sbatch", "torchrun")
+PROGRAMS = ("mcl", "make", "pip", "python", "pytest", "source", "mkdir", "bash", "hf", "sbatch", "torchrun", "docker")
 
 NOT_RUN = {
-    r"make (demo|test|gpu|bench|soak|fuzz|data|setup|mmdet|check|data mmdet)": "install, or take minutes; continuous "
-    "integration runs check, which needs setup, and test, which needs mmdet; demo's own command is run here",
+    r"make [\w ]+": "installs, or takes minutes; continuous integration runs check, test and release, which need setup, "
+    "mmdet, docs and wheels; demo's own command is run here",
     r"source .venv/bin/activate": "changes the shell",
     r"(.venv/bin/)?pip install .*": "downloads; scripts/check_wheels.sh installs the wheels, make bench the rest",
     r"(.venv/bin/)?python -m benchmarks\.transfer": "hours; tests/benchmarks runs it at a tiny size",
     r"python scripts/build_data.py .*": "needs the packages that make data downloads",
     r"python -m tests\.dali_pipelines\.\w+": "tests/dali_pipelines/test_engines.py measures the same",
     r"pytest -s -m soak .*": "make soak runs it",
+    r"docker .*": "needs Docker",
     r"hf upload .*": "needs an account",
     r"mcl install-mmdet": "make mmdet runs it",
     r"mcl pretrain mcl_r50\S* .*": "needs GPUs, and mostly ImageNet; the keys are checked here",
