@@ -269,8 +269,14 @@ def test_classifiers_with_layer_norms(
         same([ours.eval()(image)[0]], [last_map(theirs.eval(), image)])
 
 
-@pytest.mark.parametrize("to", ["torchvision", "timm", "mmdet"])
-@pytest.mark.parametrize("name", ["swin", "convnext"])
+@pytest.mark.parametrize(
+    ("to", "name"),
+    [
+        pytest.param(to, name, marks=[pytest.mark.soak] * ((to, name) not in (("mmdet", "swin"), ("timm", "convnext"))))
+        for to in ("torchvision", "timm", "mmdet")
+        for name in SMALLS
+    ],
+)
 def test_deeper_ones_with_layer_norms(to: str, name: str, save: Callable[[Any], Path]) -> None:
     target = TARGETS[to]
     names = {n: target.name_of(f"backbone.body.{n}", f"{name}_t") for n in state_of(SMALLS[name])}
