@@ -56,7 +56,7 @@ class Signals:
 
 
 # The watcher is a separate process, since this one runs no Python code while C code holds the interpreter. The C part
-# of Python's signal handlers writes the number of each signal to the watcher's input, which this process closes on exit.
+# of Python's signal handlers writes the number of each signal to the watcher's input, which is closed on exit.
 _WATCHER = """
 import os, select, signal, sys, time
 for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
