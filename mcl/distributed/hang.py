@@ -17,7 +17,7 @@ GRACE = 25.0
 
 
 def end_after(seconds: float) -> None:
-    """Ends this process after `seconds` and writes the stacks of its threads to stderr. Does nothing with one process."""
+    """Ends this process after `seconds`, with the stacks of its threads on stderr. Does nothing with one process."""
     if distributed.world_size() > 1:
         faulthandler.dump_traceback_later(seconds, exit=True)
 

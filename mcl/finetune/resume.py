@@ -104,6 +104,6 @@ def newest(files: list[Path]) -> tuple[Path, Mapping[str, Any]]:
         except Exception as error:  # half a file fails in the zip reader, the unpickler or the tensor reader
             said = f"{path}: incomplete ({reason(error)})"
             if path != files[-1]:
-                log.warning("%s; trying the one before", said)
+                log.warning("%s; trying the previous one", said)
     others = f"; none of the {len(files)} checkpoints can be read" if len(files) > 1 else ""
-    raise CheckpointError(f"{said}{others}; remove what cannot be read, to start anew")
+    raise CheckpointError(f"{said}{others}; remove what cannot be read to start a new run")
