@@ -93,7 +93,7 @@ class Backbone(nn.Module):
         return super().__new__((PatchNet if name in _PATCH_NETS else ConvNet) if cls is Backbone else cls)
 
     def forward(self, x: Tensor, counts: Sequence[int] = ()) -> list[Tensor]:
-        """Maps (n, 3, S, S) to C5, C4, C3, C2: (n, channels[i], S / 32 * 2^i, S / 32 * 2^i), rounded up, coarsest first.
+        """Maps (n, 3, S, S) to C5, C4, C3, C2: (n, channels[i], S / 32 * 2^i, S / 32 * 2^i) rounded up, coarsest first.
 
         Args:
             x: canvases.
