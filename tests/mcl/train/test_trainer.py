@@ -292,7 +292,7 @@ def test_the_first_lines_name_what_is_slow(tiny: Config, tmp_path: Path, monkeyp
     trainer = Trainer(tiny)
     trainer.fit()
     text = (trainer.folder / "train.log").read_text()
-    assert "training on the CPU, since PyTorch sees no CUDA device" in text
+    assert "training on the CPU: PyTorch sees no GPU" in text
     assert "loader: fused on cpu (no CUDA device)" in text
     assert "steps are slower without mcl's CPU operators (region_pool: a launch per map" in text
 
