@@ -155,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, help="images (data.root)")
     parser.add_argument("--seconds", type=float, default=5, help="of a turn, at least one step")
     parser.add_argument(
-        "--steps", type=int, default=0, help=f"of the trainer; default: {RECORDS} times trainer.log_every"
+        "--steps", type=int, default=0, help=f"trainer; default: {RECORDS} times trainer.log_every"
     )
     options = parser.parse_intermixed_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
