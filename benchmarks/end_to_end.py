@@ -154,9 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. trainer.threads=2")
     parser.add_argument("--data", type=Path, help="images (data.root)")
     parser.add_argument("--seconds", type=float, default=5, help="of a turn, at least one step")
-    parser.add_argument(
-        "--steps", type=int, default=0, help=f"trainer; default: {RECORDS} times trainer.log_every"
-    )
+    parser.add_argument("--steps", type=int, default=0, help=f"trainer; default: {RECORDS} times trainer.log_every")
     options = parser.parse_intermixed_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         root = [f"data.root={options.data}"] if options.data else []
