@@ -168,7 +168,7 @@ def test_annotations_that_do_not_fit_their_image(field: str, value: Any, message
             r"images\[0\] is '1.jpg'; it must be an object with id, file_name, width",
         ),
         (every("annotations", bbox=[4, 5, 0, 10]), "no box has a width and a height"),
-        (every("images", width=2**20, height=2**20), "a mask in an image of 1048576 x 1048576 pixels; .* the most"),
+        (every("images", width=2**20, height=2**20), "a mask in an image of 1048576 x 1048576 pixels; .* at most"),
     ],
 )
 def test_sections_that_are_wrong(edit: Edit, message: str) -> None:
