@@ -1,13 +1,13 @@
-"""Build script: compiles kernels/ where torch is; stops with the remedy where a half-working package would come out.
+"""Build script: compiles kernels/ if torch is installed; stops with a remedy if a part cannot be compiled.
 
 pip's isolated builds (``pip install .``) have no torch: they make the pure wheel.
 
 Environment:
-    MCL_BUILD_EXTENSION=0   compiles nothing: mcl.ops then runs on PyTorch alone, slowly. 1: compiles or fails.
-    MCL_BUILD_CUDA=0|1      without or with CUDA; default: with, if torch is and there is an NVIDIA driver or a toolkit.
-    TORCH_CUDA_ARCH_LIST    default ARCHITECTURES, as far as the toolkit knows them, and PTX for the newest.
+    MCL_BUILD_EXTENSION=0   compiles nothing; operators then run on PyTorch, slowly. 1: compiles or fails.
+    MCL_BUILD_CUDA=0|1      without or with CUDA; default: with CUDA if torch has it and there is a driver or a toolkit.
+    TORCH_CUDA_ARCH_LIST    default: ARCHITECTURES that the toolkit supports, and PTX for the newest.
     MAX_JOBS                parallel compilations; default: as cores and memory allow.
-    MCL_BUILD_PLUGIN=0      without the operator for DALI, where there is no DALI.
+    MCL_BUILD_PLUGIN=0      does not compile the operator for DALI, which may then be missing.
 """
 
 import functools
@@ -28,7 +28,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 
 FIRST = "pip install -r requirements/torch.txt"
 ARCHITECTURES = ("7.5", "8.0", "9.0", "10.0", "12.0")
-"""Compute capabilities that CUDA code is compiled for; a GPU runs the code of a lower minor version, too."""
+"""Compute capabilities that CUDA code is compiled for; a GPU also runs code of a lower minor version."""
 GIB_PER_JOB = 3
 """Memory of one compilation with torch's headers."""
 
@@ -49,9 +49,9 @@ def with_plugin() -> bool:
 
 
 def compiles() -> bool:
-    """Whether to compile: where torch is, unless told otherwise; stops where anything needed for it is missing."""
+    """Whether to compile: by default if torch is installed. Stops if a requirement is missing."""
     wish = flag("MCL_BUILD_EXTENSION")
-    flag("MCL_BUILD_CUDA")  # a wrong value is said before anything takes time
+    flag("MCL_BUILD_CUDA")  # reports a wrong value early
     if wish is False or (wish is None and importlib.util.find_spec("torch") is None):
         return False
     missing = []
@@ -78,7 +78,7 @@ def compiles() -> bool:
 def toolkit() -> Path | None:
     """The CUDA toolkit to compile with, of torch's major version; None: for CPUs only.
 
-    It is the installed one, or the compiler of requirements/torch.txt, so that a machine needs no more than a driver.
+    It is the installed toolkit, or the compiler of requirements/torch.txt, so that a machine needs only a driver.
     """
     import torch
     from torch.utils import cpp_extension
@@ -129,7 +129,7 @@ def major(version: str) -> str:
 
 
 def architectures(home: Path) -> str:
-    """Those of ARCHITECTURES that the toolkit can compile for, PTX for the newest."""
+    """The ARCHITECTURES that the toolkit supports, with PTX for the newest."""
     listing = subprocess.run([home / "bin/nvcc", "--list-gpu-arch"], capture_output=True, text=True, check=True)
     known = {line.removeprefix("compute_") for line in listing.stdout.split()}
     chosen = [a for a in ARCHITECTURES if a.replace(".", "") in known]
@@ -139,7 +139,7 @@ def architectures(home: Path) -> str:
 
 
 def sources_digest() -> str:
-    """Short hash of all that is compiled; :mod:`mcl.distributed.agreement` compares it between processes."""
+    """Short hash of all compiled sources; :mod:`mcl.train.agreement` compares it between processes."""
     whole = hashlib.sha256(Path("setup.py").read_bytes())
     for file in sorted(path for folder in (SOURCES, PLUGIN) for path in folder.rglob("*") if path.is_file()):
         whole.update(f"{file} ".encode() + hashlib.sha256(file.read_bytes()).digest())
@@ -152,7 +152,7 @@ def jobs() -> int:
 
 
 def runtime(home: Path, name: str) -> str:
-    """The CUDA runtime to link with: of those that torch brings, or the toolkit's."""
+    """The CUDA runtime to link with: torch's, or that of the toolkit."""
     import torch
 
     packages = Path(torch.__file__).parents[1]
@@ -164,12 +164,12 @@ def runtime(home: Path, name: str) -> str:
 
 
 def operators() -> list[Extension]:
-    """``mcl._C`` for CPUs, and for GPUs ``mcl._C_cuda13``, of a CUDA version: not every torch has its libraries."""
+    """``mcl._C`` for CPUs, and ``mcl._C_cuda13`` for GPUs, which needs a torch of that CUDA version."""
     import torch
     from torch.utils.cpp_extension import CppExtension
 
     os.environ.setdefault("MAX_JOBS", str(jobs()))
-    # The libtorch symbols that 2.10 promises to keep; so one build serves later versions, too.
+    # The stable libtorch symbols of 2.10, so that one build supports later versions.
     flags = ["-std=c++20", "-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     hidden = "-fvisibility=hidden"
 
@@ -197,17 +197,17 @@ def operators() -> list[Extension]:
 
 
 def plugin() -> Extension:
-    """The DALI operators, against the headers in DALI's wheel."""
+    """The DALI operators, compiled with the headers in DALI's wheel."""
     import torch
     from nvidia.dali import sysconfig
 
-    # DALI's headers name CUDA's, whatever is compiled; they come with torch and requirements/torch.txt.
+    # DALI's headers include CUDA's, also for CPUs; torch and requirements/torch.txt install them.
     flags = ["-std=c++20", "-O3", *sysconfig.get_compile_flags()]
     for folder in Path(torch.__file__).parents[1].glob("nvidia/cu*/include"):
         flags += ["-isystem", str(folder)]
-    # What is switched off complains of DALI's headers.
+    # DALI's headers cause this warning.
     warnings = "-Wno-free-nonheap-object"
-    # No fused multiply-add anywhere: so all processors and GPUs make the same pixels, those that the emulation proves.
+    # Without fused multiply-add, all CPUs and GPUs compute the same pixels as the emulation in the tests.
     vectorize = ["-fno-trapping-math", "-fno-math-errno", "-ffp-contract=off"]
     compile_args = {"cxx": [*flags, "-g0", *vectorize, warnings]}
     sources = [*PLUGIN.glob("cpu/*.cc")]
@@ -230,7 +230,7 @@ def plugin() -> Extension:
 
 
 def dali() -> str:
-    """The DALI that is here, as pip names it; the plugin serves no other."""
+    """The installed DALI, as a requirement of pip; the plugin supports no other version."""
     import nvidia.dali
 
     return f"nvidia-dali-cuda{str(nvidia.dali.__cuda_version__)[:2]}0=={nvidia.dali.__version__}"
@@ -240,7 +240,7 @@ def compile_and_setup() -> None:
     from torch.utils.cpp_extension import BuildExtension
 
     class Build(BuildExtension):
-        """Keeps beside the libraries what they were built from and for, and what ptxas says of every kernel:
+        """Also writes text files with a hash of the sources, the architectures, and ptxas' report on every kernel:
         registers, spills, shared memory."""
 
         def build_extension(self, extension: Extension) -> None:

@@ -1,7 +1,7 @@
-"""What all benchmarks share: rounds of turns, the machine, results as JSON, tables, and a gate against earlier results.
+"""Shared parts of benchmarks: rounds of turns, the machine, results as JSON, tables, and a gate on earlier results.
 
-Results are medians over rounds. In a round every contender has one turn, so that whatever disturbs the machine disturbs
-all of them alike. Spread is the interquartile range relative to the median.
+Results are medians over rounds. In a round every contender has one turn, so that disturbances of the machine affect all
+of them alike. Spread is the interquartile range relative to the median.
 """
 
 import argparse
@@ -141,20 +141,20 @@ def argument_parser(description: str | None, repeat: int, plot: bool = True) -> 
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.exit(
-            "benchmarks measure a single process; start them without torchrun. A run's own speed is in its metrics"
+            "benchmarks measure a single process; start them without torchrun. metrics.jsonl has the speed of a run"
         )
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeat", type=int, default=repeat, help="rounds")
     parser.add_argument("--json", type=Path, help="file to write the results to")
-    parser.add_argument("--gate", type=Path, help="earlier results: fail where a median is slower than there")
+    parser.add_argument("--gate", type=Path, help="earlier results: fail if a median is slower than in these")
     parser.add_argument("--tolerance", type=float, default=5, help="by so many percent")
     if plot:
-        parser.add_argument("--plot", type=Path, help="PNG file to draw the results to")
+        parser.add_argument("--plot", type=Path, help="PNG file to write a chart of the results to")
     return parser
 
 
 def finish(options: argparse.Namespace, results: Sequence[Result]) -> None:
-    """Writes the JSON file and applies the gate that were asked for; exits with status 1 if it fails."""
+    """Writes the JSON file and applies the gate, if requested; exits with status 1 if the gate fails."""
     if options.json:
         config = {key: str(portable(v)) if isinstance(v, Path) else v for key, v in vars(options).items()}
         report = {"environment": environment(), "config": config, "results": list(results)}

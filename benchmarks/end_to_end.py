@@ -1,18 +1,18 @@
 """Loader, model, and both together, of one run: ``python -m benchmarks.end_to_end CONFIG key=value ...``.
 
-* ``loader``: its steps, thrown away;
-* ``model``: training steps on the first batch, again and again;
-* ``together``: a step of the loader, a step of the model, in the order of the trainer's loop;
-* ``trainer``: a real run of ``--steps`` steps in a temporary folder, logging and checkpoints included, and where its
-  time goes by its own records. The first record is left out: it holds what happens once.
+* ``loader``: steps of the loader, whose batches are discarded;
+* ``model``: training steps on the first batch, repeated;
+* ``together``: alternating steps of loader and model, as in the trainer's loop;
+* ``trainer``: a real run of ``--steps`` steps in a temporary folder, with logging and checkpoints, and the shares of
+  its time by its own records. The first record is ignored, since it includes work that is done once.
 
-The first three take turns, one at a time, in rounds; what is reported are medians over rounds. Threads, devices and
-arithmetic are the trainer's; of a canvas schedule the first size is taken. Between turns nothing runs: the loader's
-threads, which work ahead, are gone after a turn, and a turn starts with as many steps as they work ahead. These are not
-counted, so that equally much is in the making when the clock starts as when it stops.
+The first three take turns in rounds; reported are medians over rounds. Threads, devices and precision are those of the
+trainer; of a canvas schedule, the first size is used. Nothing runs between turns: the loader's threads, which prepare
+batches ahead, end with a turn. A turn starts with as many uncounted steps as are prepared ahead, so that the same
+number of batches is in preparation when the clock starts and when it stops.
 
-Where loader and model share the cores, the best that can be is to take turns, 1 / (1 / loader + 1 / model) images per
-second; where each has a device of its own, it is the slower one's rate.
+When loader and model share cores, the upper bound is the serial rate, 1 / (1 / loader + 1 / model) images per second;
+when each has its own device, it is the rate of the slower one.
 """
 
 import gc
@@ -35,7 +35,7 @@ RECORDS = 6
 """Of the trainer's run, by default."""
 
 _PHASES = ("data_wait", "forward", "backward", "graph", "optimizer")
-"""What a record says of time; a CUDA graph is forward and backward in one."""
+"""Phases of a step in a record; a CUDA graph is forward and backward in one."""
 _COLUMNS = {
     "what": itemgetter("name"),
     "images/s": itemgetter("images_per_s"),
@@ -118,7 +118,7 @@ def shares(records: Sequence[Record], images: int) -> dict[str, float]:
 
 
 def table(results: Sequence[Result]) -> str:
-    """What was measured, as Markdown."""
+    """The results as Markdown."""
     parts = next(r["shares"] for r in results if "shares" in r)
     header = ["share of the trainer's time", *(name.replace("_", " ") for name in parts)]
     shown = markdown(header, [["", *(f"{part:.1%}" for part in parts.values())]])
@@ -126,7 +126,7 @@ def table(results: Sequence[Result]) -> str:
 
 
 def bars(results: Sequence[Result]) -> dict[str, list[charts.Bar]]:
-    """What the chart shows."""
+    """Rows of the chart."""
     notes = {
         "together": "{of_turns:.0%} of taking turns, {of_slower:.0%} of the {bound_by}'s",
         "trainer": "{shares[overhead]:.1%} of its time is its own work",
@@ -136,7 +136,7 @@ def bars(results: Sequence[Result]) -> dict[str, list[charts.Bar]]:
 
 
 def prepare(path: Path, words: Sequence[str], steps: int) -> tuple[Config, int]:
-    """The configuration that was asked for, without its canvas schedule, and the steps of the trainer.
+    """The requested configuration, without its canvas schedule, and the number of steps of the trainer.
 
     Raises:
         ConfigError: a wrong key, or fewer than two records.
@@ -150,11 +150,11 @@ def prepare(path: Path, words: Sequence[str], steps: int) -> tuple[Config, int]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argument_parser(__doc__, repeat=5)
-    parser.add_argument("config", type=Path, nargs="?", default=DEMO, help="YAML file; the demo's without it")
+    parser.add_argument("config", type=Path, nargs="?", default=DEMO, help="YAML file; default: that of the demo")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. trainer.threads=2")
     parser.add_argument("--data", type=Path, help="images (data.root)")
     parser.add_argument("--seconds", type=float, default=5, help="of a turn, at least one step")
-    parser.add_argument("--steps", type=int, default=0, help=f"of the trainer; 0: {RECORDS} times trainer.log_every")
+    parser.add_argument("--steps", type=int, default=0, help=f"trainer; default: {RECORDS} times trainer.log_every")
     options = parser.parse_intermixed_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         root = [f"data.root={options.data}"] if options.data else []

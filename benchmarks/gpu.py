@@ -1,11 +1,11 @@
-"""All that a machine with a GPU can tell, in one command: ``make gpu``, or ``python -m benchmarks.gpu``.
+"""Builds, tests and measures on a machine with a GPU: ``make gpu``, or ``python -m benchmarks.gpu``.
 
-It builds, runs the tests that need a GPU, measures, and says what bounds a run. Every stage is a process with a limit
-of time. When it ends, its log and its JSON file are in the folder, and ``report.md`` and ``report.json`` are written
-anew. A stage that might take longer than what is left of the time is skipped, and so is one that needs a package which
-is not there; the report says why.
+It compiles the operators, runs the tests that need a GPU, measures, and reports what bounds a run. Every stage is a
+process with a time limit. When a stage ends, its log and JSON file are in the folder, and ``report.md`` and
+``report.json`` are updated. A stage is skipped if it may take longer than the remaining time, or if it needs a package
+that is not installed; the report names the reason.
 
-This module imports nothing but Python's own library: it runs before anything is installed.
+This module imports only Python's standard library, since it runs before anything is installed.
 """
 
 import argparse
@@ -33,9 +33,9 @@ OPTIONAL = {
     "mmdet": "no detector is tested",
     "apex": "mcl's own operators do its work",
 }
-"""Packages, and what follows where one is not installed."""
+"""Optional packages, and the consequence if one is not installed."""
 IDLE = 0.1
-"""Part of a step in which the GPU does nothing that is worth a word."""
+"""Idle share of a step's GPU time from which the report mentions it."""
 
 _PROBE = """
 import importlib.util, json, sys, torch
@@ -82,7 +82,7 @@ class Stage:
 
 
 def find_gpu() -> Gpu | None:
-    """What nvidia-smi says; None where there is no GPU, or none that may be seen."""
+    """The first GPU that nvidia-smi lists; None if there is none, or none is visible."""
     query = ["nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader"]
     try:
         said = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True).stdout
@@ -211,7 +211,7 @@ def summarize_tests(folder: Path) -> None:
 
 
 def bounds(measured: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What bounds a run, in words.
+    """A text that names what bounds a run.
 
     Args:
         measured: of each stage that is done, its results by their names.
@@ -273,11 +273,11 @@ def report(folder: Path, gpu: Gpu, torch: str, missing: Sequence[str], outcomes:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder of the results; default: benchmarks/results/gpu-DEVICE")
-    parser.add_argument("--full", action="store_true", help="everything, however long it takes")
+    parser.add_argument("--full", action="store_true", help="run everything, without a time limit")
     parser.add_argument(
-        "--venv", choices=["yes", "no"], default="yes", help="no: by this Python, as it is, and its torch"
+        "--venv", choices=["yes", "no"], default="yes", help="no: use this Python and its torch without changes"
     )
-    parser.add_argument("--wheels", type=Path, help="folder of wheels that this Python lacks; needs no network")
+    parser.add_argument("--wheels", type=Path, help="folder of wheels of missing packages; needs no network")
     parser.add_argument("--images", type=int, default=128, help="of a step")
     options = parser.parse_args(arguments)
     gpu = find_gpu()

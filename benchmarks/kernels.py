@@ -1,8 +1,8 @@
-"""Operators beside what one would use without them: ``python -m benchmarks.kernels``.
+"""Compares operators with their alternatives: ``python -m benchmarks.kernels``.
 
-Region pooling beside torchvision and BatchNorm beside PyTorch, forward and backward; LARS and momentum network beside a
-loop over parameters and beside PyTorch's foreach. On the GPU where there is one, else on the CPU.
-``python -m tests.kernels.ptxas`` prints what the compiler says of the CUDA kernels.
+Region pooling is compared with torchvision, and BatchNorm with PyTorch, forward and backward; LARS and momentum network
+with a loop over parameters and with PyTorch's foreach functions. On a GPU if there is one, else on the CPU.
+``python -m tests.kernels.ptxas`` prints registers and spills of the CUDA kernels.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""What the verbs do: a whole run from its configuration, and what is done with its checkpoints."""
+"""Implementation of the verbs: a whole run from its configuration, and work with its checkpoints."""
 
 import dataclasses
 import os
@@ -47,10 +47,10 @@ _BAD_EXAMPLES = 5
 
 
 def run(cfg: Config) -> None:
-    """:func:`pretrain` on the devices of ``trainer.devices``, in one process for each.
+    """Runs :func:`pretrain` on the devices of ``trainer.devices``, one process per device.
 
     Raises:
-        ProcessError: one of several processes failed; and see :func:`pretrain`.
+        ProcessError: one of several processes failed. Other errors: see :func:`pretrain`.
     """
     trainer = cfg.trainer
     gpus = distributed.gpus() if trainer.device != "cpu" else 0
@@ -71,9 +71,9 @@ def _divides(cfg: Config, processes: int) -> bool:
         return False
 
 
-@record  # for torchrun, which then says why a process ended
+@record  # torchrun then reports why a process ended
 def pretrain(cfg: Config) -> None:
-    """Trains, then evaluates, draws and reports into the run folder.
+    """Trains, then evaluates, and writes pictures and the report to the run folder.
 
     Raises:
         ConfigError, SourceError, CheckpointError: wrong input.
@@ -88,10 +88,10 @@ def pretrain(cfg: Config) -> None:
                 _draw(cfg, lambda folder: montages(cfg, trainer.step, folder, trainer.loader.source))
             try:
                 trainer.fit()
-            except Interrupted:  # of all processes at the same step, so that none is waited for in vain
+            except Interrupted:  # all processes stop at the same step, so none waits for another
                 distributed.teardown()
                 raise
-    distributed.teardown()  # what follows is the first process's alone
+    distributed.teardown()  # only the first process goes on
     if first:
         with recorded_errors():
             _finish(trainer)
@@ -114,16 +114,16 @@ def _finish(trainer: Trainer) -> None:
 
 
 def _draw(cfg: Config, picture: Callable[[Path], Path]) -> None:
-    """Draws into the run folder, if pictures are wanted; a run never ends for want of one."""
+    """Draws a picture into the run folder if ``log.preview`` is set. A failure is logged and does not end the run."""
     try:
         if cfg.log.preview:
             picture(cfg.run_folder / "preview")
-    except Exception as error:  # a picture meets the disk, the images and DALI; none of them may cost a run
+    except Exception as error:  # the disk, the images or DALI can fail
         log.warning("no picture: %s: %s", type(error).__name__, error)
 
 
 def evaluate(name: str, path: Path, overrides: Sequence[str] | Mapping[str, Any]) -> list[Record]:
-    """Scores a checkpoint, by a record for each split; a run's own checkpoint also in the run's list and report.
+    """Scores a checkpoint and returns one record per split. Scores of a checkpoint in a run are added to that run.
 
     Raises:
         CheckpointError, ConfigError, SourceError: wrong input.
@@ -140,20 +140,20 @@ def evaluate(name: str, path: Path, overrides: Sequence[str] | Mapping[str, Any]
                 append(folder / EVALUATIONS, {**record, "step": state["step"], "by": "mcl evaluate"})
             if (folder / "report.html").exists():
                 report.write(folder)
-        except (RecordError, OSError) as error:  # somebody else's run, perhaps
-            warnings.warn(f"{error}; the scores are in no file", stacklevel=2)
+        except (RecordError, OSError) as error:  # such as a run of another user
+            warnings.warn(f"{error}; the scores are not written to the run", stacklevel=2)
     return records
 
 
 def embed(
     path: Path, images: str, out: Path, features: str, plot: str, overrides: Sequence[str] | Mapping[str, Any]
 ) -> Iterator[str]:
-    """Writes features of images, and draws them if `plot` is pca or umap; yields what was written.
+    """Writes features of images, and draws them if `plot` is pca or umap; yields the written files.
 
     Args:
-        path: of the checkpoint.
-        images: as ``data.root``; the checkpoint's other keys of ``data`` that say what images there are do not count.
-        out, features: as of :func:`mcl.evaluation.embedding.embed`.
+        path: checkpoint.
+        images: as ``data.root``; replaces all keys of the checkpoint that select images.
+        out, features: see :func:`mcl.evaluation.embedding.embed`.
         overrides: ``key=value`` words, or values by dotted keys.
 
     Raises:
@@ -177,14 +177,13 @@ def embed(
 
 
 def preview(path: Path, overrides: Sequence[str], step: int, output: Path | None = None) -> Iterator[Path]:
-    """Draws what a configuration, or a checkpoint, makes of its images; yields the files written.
+    """Draws montages of a configuration or checkpoint, and feature maps of a checkpoint; yields the written files.
 
     Args:
-        path: of the configuration or checkpoint.
+        path: configuration or checkpoint.
         overrides: ``key=value`` words.
-        step: of the run.
-        output: folder to write; None: ``preview/`` of the run folder, a checkpoint's own, or beside a checkpoint that
-            lies in none.
+        step: step of the run, from 0.
+        output: folder to write; None: ``preview/`` of the run folder, or in the folder of a checkpoint without a run.
 
     Raises:
         CheckpointError, ConfigError, SourceError: wrong input.
@@ -201,7 +200,7 @@ def preview(path: Path, overrides: Sequence[str], step: int, output: Path | None
     source = open_images(cfg.data)
     steps = cfg.trainer.epochs * (len(source) // cfg.trainer.global_batch)
     if not 0 <= step < max(1, steps):
-        raise ConfigError(f"--step: {step} is none of the run's {steps} steps, which count from 0")
+        raise ConfigError(f"--step: the run has steps 0 to {steps - 1}, not {step}")
     yield montages(cfg, step, output, source)
     if model is not None:
         yield features(model, cfg, output)
@@ -216,9 +215,9 @@ def montages(cfg: Config, step: int, folder: Path, source: Source) -> Path:
 
 
 def batch(cfg: Config, step: int, source: Source) -> tuple[MontageBatch, MontageBatch]:
-    """Both views of the first images of a step, as many as make the smallest montage, on the CPU.
+    """Both views of the first images of a step, on the CPU: the smallest number that makes a montage.
 
-    Images, crops and colours are those of the run; their neighbours in the montages are not, where the batch is larger.
+    Images, crops and colours are those of the run. With larger batches, the run places other images next to them.
     """
     images = nearest_legal(cfg.montage, 1)[0]
     plan = cfg.plan(len(source), images, world_size=max(1, cfg.trainer.global_batch // images))
@@ -229,7 +228,7 @@ def batch(cfg: Config, step: int, source: Source) -> tuple[MontageBatch, Montage
 
 
 def features(model: Objective, cfg: Config, folder: Path) -> Path:
-    """Draws feature maps of some photographs, held-out ones if there are any; returns the picture's path."""
+    """Draws feature maps of some images, of ``data.val_root`` if it is set; returns the picture's path."""
     source = open_images(cfg.data, held_out=bool(cfg.data.val_root))
     spread = np.arange(0, len(source), max(1, len(source) // _PREVIEW_PHOTOS))[:_PREVIEW_PHOTOS]
     ((images, _),) = photos(cfg, source, next(model.parameters()).device, spread)
@@ -239,7 +238,7 @@ def features(model: Objective, cfg: Config, folder: Path) -> Path:
 
 
 def index(data: DataConfig) -> Iterator[str]:
-    """Brings the index up to date; yields what there is to say, in lines.
+    """Updates the index of image sizes; yields lines of a summary.
 
     Raises:
         SourceError: see :func:`dali_pipelines.source.open_source`.
@@ -259,7 +258,7 @@ def _index(data: DataConfig, held_out: bool) -> Iterator[str]:
     for i, reason in list(source.bad.items())[:_BAD_EXAMPLES]:
         yield f"  {source.names[i]}: {reason}"
     if n := source.by_pillow.sum():
-        yield f"  {n} of them are decoded by Pillow, which is slower: dali_pipelines/README.md says which"
+        yield f"  {n} of them are decoded by Pillow, which is slower: see dali_pipelines/README.md"
     yield f"  {read[-1]} headers read in {seconds:.1f} s, {read[-1] / seconds:.0f} per second"
     path = index_file(data.index, source.root, source.kind, "" if held_out else data.annotations)
     yield f"  index: {path if os.path.exists(path) else 'could not be written'}"

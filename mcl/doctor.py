@@ -1,6 +1,6 @@
 """What is installed, what is used and why: ``mcl doctor``.
 
-Imports nothing heavy itself, and survives whatever is absent or broken.
+Imports libraries only to examine them, and handles any that is absent or broken.
 """
 
 import importlib
@@ -29,7 +29,7 @@ _WIDTH = 100
 _ABSENT = "not installed"
 _MARKS = {"ok": "ok", "note": "-", "missing": "MISSING"}
 BUILT_FOR = Path(mcl.__file__).parent / "_C.architectures.txt"
-"""GPUs that the extension was compiled for, as setup.py leaves it: "7.5;8.0+PTX", empty where it is for CPUs only."""
+"""Compute capabilities that setup.py compiled the extension for, such as "7.5;8.0+PTX"; empty for CPUs only."""
 _PYTHON = (3, 11)
 _TORCH = (2, 10)
 
@@ -42,7 +42,7 @@ class Check:
 
     name: str
     status: Status
-    """ok: works. missing: needed, and absent or broken. note: absent or limited, and mcl runs without it."""
+    """ok: works. missing: required, but absent or broken. note: absent or limited, and not required."""
     detail: str
     """What was found."""
     used: bool
@@ -50,11 +50,11 @@ class Check:
     why: str
     """Why it is used or not."""
     remedy: str = ""
-    """Command that changes it; empty where nothing has to be done."""
+    """Command that changes it; empty if nothing has to be done."""
 
 
 def checks() -> list[Check]:
-    """Looks at everything that decides how mcl runs on this machine. Never raises."""
+    """Examines everything that affects how mcl runs on this machine. Never raises."""
     probes: dict[str, Callable[[], Iterator[Check]]] = {
         "Python": _python,
         "packages": _packages,
@@ -71,13 +71,13 @@ def checks() -> list[Check]:
     for name, probe in probes.items():
         try:
             found += probe()
-        except Exception as error:  # a diagnosis that dies of the illness helps nobody
+        except Exception as error:  # the other checks must still run
             found.append(Check(name, "note", f"cannot be examined: {_reason(error)}", False, "see the message"))
     return found
 
 
 def ok(found: list[Check]) -> bool:
-    """Whether nothing that mcl needs is absent or broken; what the exit status tells."""
+    """Whether nothing that mcl requires is absent or broken; decides the exit code."""
     return all(check.status != "missing" for check in found)
 
 
@@ -99,7 +99,7 @@ def report(found: list[Check] | None = None) -> str:
 
 
 def _needed(name: str, detail: str, why: str, problem: str = "", remedy: str = "") -> Check:
-    """A check of what mcl needs; `problem` is why it does not work, empty where it does."""
+    """A check of something that mcl requires; `problem` says why it does not work, or is empty."""
     if problem:
         return Check(name, "missing", detail, False, problem, remedy)
     return Check(name, "ok", detail, True, why)
@@ -141,7 +141,7 @@ def _pytorch() -> Iterator[Check]:
 
 
 def _wanted(package: str, name: str) -> "SpecifierSet":
-    """Versions of another package that an installed one requires."""
+    """Versions of package `name` that the installed `package` requires."""
     from packaging.requirements import Requirement
     from packaging.specifiers import SpecifierSet
 
@@ -192,7 +192,7 @@ def _cpu() -> Iterator[Check]:
 
 
 def _dali() -> Iterator[Check]:
-    """DALI, and who decodes JPEG files."""
+    """DALI, and the library that decodes JPEG files."""
     dali, reason = _probe("nvidia.dali")
     loader, _ = _probe("dali_pipelines.loader")
     if dali is not None and loader is not None and _choice(loader)[1] == "gpu":
@@ -207,11 +207,11 @@ def _dali() -> Iterator[Check]:
             why = "the torchvision engine is used, at a fraction of the speed"
             yield Check("DALI", "note", reason, False, why, f"pip install {DALI}")
         else:
-            why = "installed but unusable; mend it, or remove it and the slower torchvision engine is used"
+            why = "installed but not usable; repair it, or remove it to use the slower torchvision engine"
             yield Check("DALI", "missing", reason, False, why, f"pip install --force-reinstall {DALI}")
         pillow, _ = _probe("PIL.features")
         if pillow is None:
-            why = "neither DALI nor Pillow is there"
+            why = "neither DALI nor Pillow is installed"
             yield Check("JPEG decoder", "missing", "none", False, why, "pip install pillow")
         else:
             turbo = "-turbo" if pillow.check_feature("libjpeg_turbo") else ""
@@ -219,7 +219,7 @@ def _dali() -> Iterator[Check]:
 
 
 def _extensions() -> Iterator[Check]:
-    """The compiled operators, and who does what in a step."""
+    """The compiled operators, and the library that runs each operator of a step."""
     ops, reason = _probe("mcl.ops")
     if ops is None:
         yield Check("C++ extension", "missing", reason, False, "the operators cannot be imported", BUILD)
@@ -238,7 +238,7 @@ def _extensions() -> Iterator[Check]:
 
 
 def _built(obstacle: str) -> Check:
-    """Whether the extension serves the GPUs that are here; `obstacle` is why it serves none."""
+    """Whether the extension supports the GPUs of this machine; `obstacle` says why it supports none."""
     torch, _ = _probe("torch")
     gpus = range(torch.cuda.device_count()) if _device() == "cuda" else ()
     if gpus and obstacle:
@@ -255,13 +255,13 @@ def _built(obstacle: str) -> Check:
 
 
 def _serves(architectures: str, own: tuple[int, int]) -> bool:
-    """Whether machine code of the same major version or, for any later GPU, PTX is there."""
+    """Whether the extension has machine code of the same major version or, for any later GPU, PTX."""
     built = re.findall(r"(\d+)\.(\d)[af]?(\+PTX)?", architectures)
     return any((int(a), int(b)) <= own and (int(a) == own[0] or ptx) for a, b, ptx in built)
 
 
 def _choice(loader: Any) -> tuple[str, str, str]:
-    """Engine and device that a process loads with by default, and why; `loader` is the module."""
+    """Default engine and device of a process, and why; `loader` is the module."""
     torch, _ = _probe("torch")
     cuda = _device() == "cuda"
     threads = loader.default_threads(torch.cuda.device_count() if cuda else 1)
@@ -278,7 +278,7 @@ def _loader() -> Iterator[Check]:
     engine, device, why = _choice(loader)
     detail = f"{engine} engine on {device.upper()}"
     if engine == "fused" and _device() == "cpu":
-        yield Check("loader", "ok", detail, True, "the fastest there is")
+        yield Check("loader", "ok", detail, True, "the fastest engine")
     elif engine == "fused" and "loader threads" in why:
         yield Check("loader", "ok", detail, True, f"{why}; mcl doctor --measure times the others")
     else:
@@ -286,9 +286,9 @@ def _loader() -> Iterator[Check]:
 
 
 def _apex() -> Iterator[Check]:
-    """Not imported by its bare name: PyPI's project of the name has requirements of its own and fails without them."""
+    """NVIDIA apex. It is not imported: a project of the same name on PyPI fails without its own requirements."""
     spec = _find("apex")
-    without = "the extension or PyTorch does its work"
+    without = "the extension or PyTorch is used instead"
     folders = [Path(folder) for folder in spec.submodule_search_locations or ()] if spec else []
     if spec is None:
         yield Check("apex", "note", _ABSENT, False, without)
@@ -305,7 +305,7 @@ def _apex() -> Iterator[Check]:
 
 
 def _others() -> Iterator[Check]:
-    """Packages that draw, log or fine-tune, and what each is for."""
+    """Packages for drawing, logging and fine-tuning, and their purpose."""
     for name in ("mmengine", "mmcv", "mmdet"):
         yield _package(name, "note", "only mcl finetune needs it", "mcl install-mmdet")
     yield _package("faster_coco_eval", "note", "only AP of LVIS needs it", "pip install faster-coco-eval")
@@ -332,7 +332,7 @@ def _dotted(version: tuple[int, ...]) -> str:
 
 
 def _probe(name: str) -> tuple[Any, str]:
-    """The module; or None and the reason, which is ``_ABSENT`` or what its import raised."""
+    """The module; or None and the reason: ``_ABSENT``, or the error of its import."""
     if _find(name) is None:
         return None, _ABSENT
     try:
@@ -373,6 +373,6 @@ def _driver() -> str:
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):  # the tool is absent, or has no driver to talk to
+    except (OSError, subprocess.SubprocessError):  # the tool or the driver is absent
         return ""
     return next(iter(answer.stdout.split()), "")

@@ -1,4 +1,4 @@
-"""How fast images load on this machine, by each engine and device that it has: ``mcl doctor --measure``."""
+"""Loading speed on this machine for each available engine and device: ``mcl doctor --measure``."""
 
 import dataclasses
 import time
@@ -19,16 +19,16 @@ from mcl.config import Config, ConfigError, DataConfig
 _PRESET = "mcl_r50_fpn_100e_in1k"
 _PHOTOS = Path(mcl.__path__[0]).parent / "data/photos/train"
 _IMAGES = 128
-"""Of a step, at most: those of a GPU where 32 make a batch of 4,096."""
+"""Most images per step: a batch of 4,096 on 32 GPUs."""
 
 
 def measure(words: Sequence[str], seconds: float = 5.0) -> Iterator[str]:
-    """Times what can load here, one after the other, alone and with the threads of one process; yields lines.
+    """Times every available engine and device in turn, with the threads of one process; yields lines.
 
     Args:
-        words: a preset or YAML file, or none for the paper's, and ``key=value`` for it; without ``data.root`` the
-            repository's photographs load.
-        seconds: for each, after a warm-up.
+        words: a preset or YAML file (default: that of the paper) and ``key=value`` words. Without ``data.root``, the
+            photographs of the repository are loaded.
+        seconds: duration of each measurement, after a warm-up.
 
     Raises:
         ConfigError, SourceError, BadDataError: images or keys that cannot be used.
@@ -52,12 +52,12 @@ def measure(words: Sequence[str], seconds: float = 5.0) -> Iterator[str]:
         need, said = _need(cfg)
         yield said
         enough = [name for name in rates if name.endswith("=cpu") and rates[name] >= need]
-        best = max(enough, key=rates.__getitem__, default=best)  # it leaves the GPU to the training
+        best = max(enough, key=rates.__getitem__, default=best)  # leaves the GPU to training
     yield f"recommended: {best}"
 
 
 def _candidates(data: DataConfig, cuda: bool) -> list[DataConfig]:
-    """What can be had of the engines and devices asked for; torchvision only where there is nothing else."""
+    """Available engines and devices among the requested ones; torchvision only if there is no other."""
     found: list[DataConfig] = []
     for engine in ("fused", "stock", "torchvision") if data.engine == "auto" else (data.engine,):
         for device in ("cpu", "gpu") if data.device == "auto" else (data.device,):
@@ -75,7 +75,7 @@ def _candidates(data: DataConfig, cuda: bool) -> list[DataConfig]:
 
 def _images_per_s(source: Source, plan: Plan, data: DataConfig, gpu: int | None, threads: int, seconds: float) -> float:
     with MontageLoader(source, plan, data, gpu=gpu, threads=threads) as loader:
-        for _ in range(1 + data.prefetch):  # what was made while nobody was waiting
+        for _ in range(1 + data.prefetch):  # batches that were prepared ahead
             next(loader)
         steps, start = 0, time.perf_counter()
         while steps == 0 or time.perf_counter() - start < seconds:
@@ -87,7 +87,7 @@ def _images_per_s(source: Source, plan: Plan, data: DataConfig, gpu: int | None,
 
 
 def _need(cfg: Config) -> tuple[float, str]:
-    """Images per second that a GPU of this kind trains on, by ``mcl budget``, and that in words."""
+    """Images per second that training on this GPU consumes, by ``mcl budget``, and a line that says so."""
     rows = [row for row in budget(cfg)["time"] if row["kind"] == "estimate"]
     name = torch.cuda.get_device_name()
     rows = [row for row in rows if row["hardware"] in name] or rows

@@ -1,4 +1,4 @@
-"""YAML as nested lists and dictionaries of text: what a word means, the type of its key says."""
+"""YAML as nested lists and dictionaries of text. The type of a key decides how its text is read."""
 
 import itertools
 import json
@@ -11,9 +11,9 @@ _MOST_VALUES = 100_000
 
 
 class _Plain(yaml.SafeLoader):
-    """YAML whose words stay words, for what they mean depends on the key: 007 may be a name, and `no` one of a list.
+    """YAML loader that leaves all scalars as text, since their type depends on the key: 007 may be a name.
 
-    Without YAML's guesses, 010 is ten instead of eight, 1:30 no number of seconds, and 1e-3 a number.
+    Without YAML's implicit types, 010 is ten instead of eight, 1:30 is not a number of seconds, and 1e-3 is a number.
     """
 
     def get_single_node(self) -> yaml.Node | None:
@@ -24,9 +24,9 @@ class _Plain(yaml.SafeLoader):
 
 
 def _written_out(node: yaml.Node, known: dict[yaml.Node, float]) -> float:
-    """Nodes that a node stands for, all aliases written out."""
+    """Number of nodes of a tree with all aliases expanded."""
     if node not in known:
-        known[node] = math.inf  # until it is known: for aliases within it
+        known[node] = math.inf  # for aliases of a node within itself
         values = itertools.chain.from_iterable(node.value) if isinstance(node, yaml.MappingNode) else node.value
         children = () if isinstance(node, yaml.ScalarNode) else values
         known[node] = 1 + sum(_written_out(child, known) for child in children)
@@ -43,13 +43,13 @@ def parse_yaml(text: str | bytes) -> Any:
     """Reads YAML: nested lists and dictionaries of text; None is null, ~ or nothing.
 
     Raises:
-        yaml.YAMLError: it is none.
+        yaml.YAMLError: the text is not YAML.
     """
     try:
         value = _Plain(text).get_single_data()
-        json.dumps(value, skipkeys=True)  # no bytes, dates or sets, for which YAML has tags
+        json.dumps(value, skipkeys=True)  # refuses bytes, dates and sets, which YAML's tags create
     except yaml.YAMLError:
         raise
-    except Exception as error:  # a tag on what it does not fit raises nearly anything
+    except Exception as error:  # a tag on an unsuitable value raises errors of many classes
         raise yaml.YAMLError(str(error)) from None
     return value

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: training saves and leaves after its step; a second one ends any verb within ten seconds."""
+"""SIGTERM and Ctrl-C: training saves after the current step and ends; a second signal ends any verb in ten seconds."""
 
 import contextlib
 import os
@@ -12,15 +12,15 @@ from types import FrameType
 from typing import Any, Self
 
 _AGAIN = 2.0
-"""Seconds in which a second signal is the first one again: a terminal or a scheduler sends it to all processes, and
-torchrun passes it on."""
+"""Seconds in which a second signal counts as a repetition of the first: a terminal or scheduler sends it to all
+processes, and torchrun sends it once more."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ended the run, after everything was saved.
+    """A signal ended the run after a checkpoint was saved.
 
     Args:
-        code: of the process, 128 + the signal's number, as in a shell.
+        code: exit code of the process: 128 + the signal's number, as in a shell.
     """
 
     def __init__(self, code: int) -> None:
@@ -29,9 +29,9 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Signals:
-    """Within the context, SIGINT and SIGTERM are noted instead of obeyed; a later second SIGINT acts as usual.
+    """Within the context, SIGINT and SIGTERM are only recorded in `received`. A second, later SIGINT acts as usual.
 
-    A second SIGTERM is ignored here: schedulers and torchrun both send one.
+    A second SIGTERM is ignored, since schedulers and torchrun both send one.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class Signals:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():  # no other one may
+        if threading.current_thread() is threading.main_thread():  # only this one may install handlers
             self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -55,8 +55,8 @@ class Signals:
             signal.default_int_handler(number, frame)
 
 
-# A process of its own, since no Python code of this one runs while C code holds the interpreter. The C part of Python's
-# signal handlers writes the number of each signal to its input, which ends with this process.
+# The watcher is a separate process, since this one runs no Python code while C code holds the interpreter. The C part
+# of Python's signal handlers writes the number of each signal to the watcher's input, which is closed on exit.
 _WATCHER = """
 import os, select, signal, sys, time
 for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
@@ -79,20 +79,20 @@ while said := os.read(0, 1):
         break
 """
 
-_LOST = "a second signal: this process ends within ten seconds; what was done since the last checkpoint is lost\n"
+_LOST = "a second signal: this process ends within ten seconds; work since the last checkpoint is lost\n"
 
 
 @contextlib.contextmanager
 def a_second_one_ends(first: str) -> Iterator[None]:
-    """Lets a second signal end the process within the context. It installs no handlers; the caller does.
+    """Within the context, a second signal ends the process. The caller installs handlers.
 
     Args:
-        first: what is said on stderr at the first signal that a handler notes, whatever the process is doing.
+        first: message that is written to stderr at the first signal.
     """
     read, write = os.pipe()
     os.set_blocking(write, False)
     command = [sys.executable, "-I", "-S", "-c", _WATCHER, str(os.getpid()), first, _LOST, str(_AGAIN)]
-    watcher = subprocess.Popen(command, stdin=read, start_new_session=True)  # which Ctrl-C does not reach
+    watcher = subprocess.Popen(command, stdin=read, start_new_session=True)  # Ctrl-C does not reach a new session
     os.close(read)
     before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     global _open
@@ -110,7 +110,7 @@ _open = -1  # the watcher's input
 
 
 def _let_go() -> None:
-    """A forked process is not watched."""
+    """Detaches a forked process from the watcher."""
     global _open
     if _open >= 0:
         signal.set_wakeup_fd(-1)

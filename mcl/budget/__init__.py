@@ -1,4 +1,4 @@
-"""What a configuration costs: ``mcl budget CONFIG``."""
+"""Cost of a configuration: ``mcl budget CONFIG``."""
 
 from mcl.budget.cost import budget
 

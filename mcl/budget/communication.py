@@ -1,16 +1,16 @@
-"""What several processes exchange in a step, and the time that this takes beside their arithmetic.
+"""Communication of several processes in a step, and the time that it takes.
 
-Calls and bytes are counted: they are those of a real step. Times are estimates, of a model with few assumptions:
+Calls and bytes are counted: they are those of a real step. Times are estimates of a model with few assumptions:
 
 * A GPU computes at the rate that one GPU reaches in the cited supervised training
   (:data:`~mcl.budget.hardware.YARDSTICKS`).
 * An all-reduce costs the latency of its hops and its bytes over the slowest link, along a ring or a tree, whichever is
   faster, as NCCL chooses; an all-gather goes along a ring. A ring takes 2 (W - 1) hops for the former and W - 1 for the
   latter, and sends (W - 1) / W of the result per pass. Links carry their full rate, which is more than is measured.
-* Gradients travel during backward, all but the last bucket, which is complete only when backward is. Targets travel
-  during the forward pass of the online network. BatchNorm waits for its statistics, every time.
+* Gradients are sent during the backward pass, except the last bucket, which is complete at its end. Targets are sent
+  during the forward pass of the online network. BatchNorm waits for its statistics in every call.
 * All processes are ready at the same moment.
-* Signals go from host to host while the next steps run, and cost them nothing.
+* Signals are exchanged between hosts while the next steps run, at no cost.
 """
 
 import math
@@ -36,7 +36,7 @@ _SHARED = 1.8  # factor of hops within a node where there are several nodes
 
 @dataclass(frozen=True)
 class Exchange:
-    """Collectives of a step that serve one purpose."""
+    """The collectives of a step for one purpose."""
 
     purpose: str
     operation: str  # all-reduce or all-gather
@@ -45,7 +45,7 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Links:
-    """What connects GPUs, in one direction, GB/s (10^9 bytes)."""
+    """Bandwidth between GPUs in one direction, GB/s (10^9 bytes)."""
 
     hardware: str
     within_gb_per_s: float  # from one GPU to the others of its node
@@ -61,11 +61,11 @@ LINKS = (
 
 
 def exchanges(count: Count, accumulate: int) -> list[Exchange]:
-    """What a step exchanges, whatever the number of processes, if they are more than one.
+    """Collectives of a step, which are the same for any number of processes above one.
 
     Args:
-        count: of a micro-batch.
-        accumulate: micro-batches of a step.
+        count: counts of a micro-batch.
+        accumulate: number of micro-batches in a step.
     """
     # Per group: mean, squared distances and number of rows; then the two sums of the gradient.
     forward = [n.element * n.groups * (2 * n.channels + 1) for n in count.norms]
@@ -91,20 +91,20 @@ def buckets(gradients: Sequence[int]) -> list[int]:
 
 
 def nodes_of(gpus: int, nodes: int | None) -> int:
-    """Machines: as many as were asked for, or as few as make NODE GPUs each.
+    """Number of machines: the requested number, or the smallest with at most NODE GPUs each.
 
     Raises:
-        ConfigError: the GPUs do not divide among them.
+        ConfigError: the GPUs cannot be divided among them.
     """
     if nodes is None:
         return next(n for n in range(math.ceil(gpus / NODE), gpus + 1) if gpus % n == 0)
     if nodes < 1 or gpus % nodes:
-        raise ConfigError(f"--nodes: {gpus} GPUs do not divide among {nodes} nodes")
+        raise ConfigError(f"--nodes: {gpus} GPUs cannot be divided among {nodes} nodes")
     return nodes
 
 
 def links_of(bandwidth: Sequence[float] | None) -> Sequence[Links]:
-    """The published ones, or the two numbers that were given, for any hardware.
+    """Published bandwidths, or the given ones for any hardware.
 
     Raises:
         ConfigError: they are not two positive numbers.
@@ -120,7 +120,7 @@ def links_of(bandwidth: Sequence[float] | None) -> Sequence[Links]:
 def describe(
     stages: Sequence[Stage], supervised: float, precision: str, gpus: int, nodes: int, links: Sequence[Links]
 ) -> dict[str, Any]:
-    """What a budget says of it; see :mod:`mcl.budget`.
+    """The entry ``communication`` of a budget; see :mod:`mcl.budget.cost`.
 
     Args:
         stages: of the configuration at `gpus` processes.
@@ -153,7 +153,7 @@ def describe(
 
 
 def _scale(stages: Sequence[Stage], rate: float, gpus: int, world: int, nodes: int, links: Links) -> dict[str, Any]:
-    """A mean step of so many processes, of as many images per GPU; `rate` is FLOP/s of one."""
+    """Estimates for a mean step with the same number of images per GPU; `rate` is FLOP/s of a GPU."""
     epochs = sum(stage.epochs for stage in stages)
     steps = [(step_times(stage, rate, world / gpus, world, nodes, links), stage.epochs / epochs) for stage in stages]
     means = {name: sum(seconds[name] * share for seconds, share in steps) for name in steps[0][0]}
@@ -168,7 +168,7 @@ def _scale(stages: Sequence[Stage], rate: float, gpus: int, world: int, nodes: i
 
 
 def step_times(stage: Stage, rate: float, share: float, world: int, nodes: int, links: Links) -> dict[str, float]:
-    """Seconds of a step's arithmetic, of its exchanges, and of these what the arithmetic does not hide.
+    """Seconds of a step's arithmetic, of its communication, and of the communication that is not overlapped.
 
     Args:
         stage: of the configuration.
@@ -180,7 +180,7 @@ def step_times(stage: Stage, rate: float, share: float, world: int, nodes: int, 
     """
 
     def time(flops: Mapping[str, int]) -> float:
-        """Of one micro-batch."""
+        """Seconds of one micro-batch."""
         return sum(value * (share if part == "loss" else 1) for part, value in flops.items()) / rate
 
     forward, backward = time(stage.count.forward), time(stage.count.backward)
@@ -203,7 +203,7 @@ def step_times(stage: Stage, rate: float, share: float, world: int, nodes: int, 
 
 
 def collective_time(operation: str, size: int, world: int, nodes: int, links: Links) -> float:
-    """Seconds of an all-reduce or all-gather to which each of so many processes hands `size` bytes."""
+    """Seconds of an all-reduce or all-gather of `size` bytes per process."""
     within, between = links.within_gb_per_s, links.between_gb_per_s
     bandwidth = 1e9 * (within if nodes == 1 else min(within, between))
     passes = 2 if operation == "all-reduce" else 1

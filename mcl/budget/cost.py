@@ -1,17 +1,17 @@
-"""What a configuration costs: ``mcl budget CONFIG``. Needs no images, no GPU and no DALI.
+"""Cost of a configuration: ``mcl budget CONFIG``. Needs no images, no GPU and no DALI.
 
-:func:`budget` returns what ``--json`` prints. FLOPs and bytes are counted (see :mod:`mcl.budget.count` for what is and
-what is not, and :mod:`mcl.budget.communication`), times are estimates unless they say that they were measured (see
+:func:`budget` returns what ``--json`` prints. FLOPs and bytes are counted (:mod:`mcl.budget.count` lists what is
+included, see also :mod:`mcl.budget.communication`), times are estimates unless they are marked as measured (see
 :mod:`mcl.budget.hardware`).
 
 | key | what |
 |---|---|
 | name, backbone, assembly, compute, precision, epochs | of the configuration |
-| images, images_from | of an epoch, and what says so: ``--images``, ``index`` (of ``data.root``), or ``ImageNet-1k`` for want of both |
+| images, images_from | per epoch, and the source of this number: ``--images``, ``index`` (of ``data.root``), or else ``ImageNet-1k`` |
 | gpus, images_per_gpu | processes, and images of a step on each |
 | gflop_per_image | of a training step, both views, mean over the epochs |
 | supervised | ``model`` and ``gflop_per_image`` of a supervised step of that backbone at 224 px, with its classifier |
-| ratio_to_supervised | the one over the other |
+| ratio_to_supervised | ratio of the two |
 | parts | by part: ``forward``, ``backward`` (GFLOP per image, mean over the epochs), ``parameters`` (number), ``saved_bytes`` |
 | stages | of the canvas schedule: ``first_epoch``, ``epochs``, ``cells``, ``canvas`` (px), ``gflop_per_image``, ``ratio_to_supervised``, ``parts`` (GFLOP per image), ``saved_bytes`` |
 | memory | bytes per GPU, largest stage: ``parameters``, ``gradients``, ``optimizer``, ``momentum_network``, ``canvases`` (of both views, as often as they are held: by the loader ``data.prefetch`` times, as often by steps that the GPU has not finished, by the step, its micro-batches or graph), ``activations`` (what autograd saves; on a CPU with bf16 instructions somewhat less), ``temporaries`` (what else lives at the worst moment), ``decoder`` (of a loader on the GPU; for photographs of 500 x 375 px), ``margin`` (workspaces, NCCL, fragmentation: assumed), ``total``: what a run compares with the free memory |
@@ -48,21 +48,22 @@ def budget(
     ``trainer.accumulate=auto`` counts as 1.
 
     Args:
-        gpus: processes; None takes as many as give each of them 128 images, or, where that is impossible, more.
-        nodes: machines that they are on; None takes as few as have 8 each.
-        bandwidth: GB/s within a node and between nodes; None takes published ones.
-        images: of an epoch; None takes those that the index of ``data.root`` holds, or as many as ImageNet-1k has.
+        config: the configuration.
+        gpus: number of GPUs; None: 128 images on each, or more if the batch cannot be divided so.
+        nodes: number of machines; None: 8 GPUs in each.
+        bandwidth: GB/s within a node and between nodes; None: published figures.
+        images: images per epoch; None: the number in the index of ``data.root``, or that of ImageNet-1k.
 
     Raises:
-        ConfigError: the global batch does not divide among the processes, or these not among the machines.
-        CheckpointError: the run folder has checkpoints, and none can be read.
+        ConfigError: the global batch cannot be divided among the GPUs, or the GPUs among the machines.
+        CheckpointError: the run folder has checkpoints, but none can be read.
     """
     OBJECTIVES[config.objective].check(config)
     if gpus is not None and gpus < 1:
         raise ConfigError(f"--gpus: {gpus} must be at least 1")
     if images is not None and images < 1:
         raise ConfigError(f"--images: {images} must be at least 1")
-    if not config.trainer.accumulate:  # auto: nobody knows on which GPUs
+    if not config.trainer.accumulate:  # auto depends on the GPUs
         config = override(config, ["trainer.accumulate=1"])
     images, images_from = _images(config, images)
     gpus = gpus or _processes(config)
@@ -100,7 +101,7 @@ def budget(
 
 
 def _images(config: Config, given: int | None) -> tuple[int, str]:
-    """Of an epoch, and what says so."""
+    """Images per epoch, and the source of this number."""
     if given is not None:
         return given, "--images"
     indexed = indexed_images(config.data)
@@ -108,7 +109,7 @@ def _images(config: Config, given: int | None) -> tuple[int, str]:
 
 
 def _processes(config: Config) -> int:
-    """As many as can have 128 images each, or more."""
+    """The largest number of GPUs with 128 images each, or more."""
     for processes in range(config.trainer.global_batch // _RELEASED_IMAGES, 1, -1):
         with contextlib.suppress(ConfigError):
             config.images_per_rank(processes)

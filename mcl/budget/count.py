@@ -1,15 +1,15 @@
 """FLOPs and bytes of a training step, counted while the real modules run on tensors without memory.
 
-The tensors are PyTorch's fake ones: shapes and types as on a CPU, autocast included, and no data; so a step of any size
-takes seconds. What is counted is what runs, forward and backward, both views:
+These are PyTorch's fake tensors, with shapes and types as on a CPU, autocast included, and no data; so a step of any
+size takes seconds. Counted are forward and backward of both views:
 
-* 2 FLOPs per multiply-add of convolutions and matrix products, as PyTorch's own formulas have it. Backward is counted
-  from the gradients that autograd really computes; the first convolution, for example, has none towards its input.
-* Not counted, since they compute little for what they read and write: BatchNorm, activations, pooling, interpolation,
-  softmax, clipping, optimiser and momentum update; region pooling, which on the montage's grid only copies.
-* Bytes of what autograd keeps between forward and backward, each piece of memory once, and of all that lives at once
-  at the worst moment.
-* What several processes would have to exchange: calls of BatchNorm, gradients in the order in which they come, targets.
+* 2 FLOPs per multiply-add of convolutions and matrix products, by PyTorch's formulas. Backward is counted from the
+  gradients that autograd computes; the first convolution, for example, has none for its input.
+* Not counted are operations that compute little compared with their memory traffic: BatchNorm, activations, pooling,
+  interpolation, softmax, clipping, optimiser and momentum update, and region pooling, which copies on the montage's
+  grid.
+* Bytes that autograd stores between forward and backward, each piece of memory once, and the peak of all memory.
+* Communication of several processes: calls of BatchNorm, gradients in the order of backward, targets.
 """
 
 import functools
@@ -37,11 +37,11 @@ from mcl.objectives import OBJECTIVES, Objective, build
 from mcl.train.optim import AUTOCAST, build_optimizer
 
 PARTS = ("backbone", "FPN", "head", "projector", "predictors", "loss", "momentum network")
-"""What a step consists of. `head` are its convolutions; everything of the momentum network is in the last, and whatever
-else an objective has besides its encoders among the predictors."""
+"""Parts of a step. `head` are its convolutions; the last is the whole momentum network. Modules of an objective outside
+of its encoders count as predictors."""
 
 _CLASSES = ("",) * 1000
-"""Stand for those of the images, which nobody knows here; so many as ImageNet-1k has."""
+"""Placeholders for the classes of the images, which are unknown here; as many as in ImageNet-1k."""
 
 _OWNERS = {  # names of modules begin so; the first that fits
     "online.head.projector": "projector",
@@ -54,7 +54,7 @@ _OWNERS = {  # names of modules begin so; the first that fits
 
 
 def _owner(name: str) -> str:
-    """The part that a module or a parameter belongs to; empty for a module of several parts."""
+    """The part of a module or parameter; empty for a module of several parts."""
     return next((part for start, part in _OWNERS.items() if name.startswith(start)), "predictors" if name else "")
 
 
@@ -70,7 +70,7 @@ class Normalization:
 
 @dataclass(frozen=True)
 class Count:
-    """Of one process's training step, by part."""
+    """Counts of one process's training step, by part."""
 
     forward: Mapping[str, int]  # FLOPs
     backward: Mapping[str, int]  # FLOPs
@@ -88,7 +88,7 @@ class Count:
 
 @dataclass(frozen=True)
 class Stage:
-    """Epochs of one geometry: what the canvas schedule consists of."""
+    """Epochs with one geometry: a stage of the canvas schedule."""
 
     first: int
     epochs: int
@@ -110,7 +110,7 @@ class Stage:
 
 
 def _convolution_backward(gradient: Tensor, x: Tensor, weight: Tensor, *others: Any, **_: Any) -> int:
-    """As much as forward for the gradients of input and weight each; PyTorch's formula does without groups."""
+    """FLOPs of the gradients of input and weight: those of forward each. PyTorch's formula ignores groups."""
     wanted: Sequence[bool] = others[-1][:2]
     return 2 * sum(wanted) * gradient.numel() * weight[0].numel()
 
@@ -119,9 +119,9 @@ _FORMULAS = {**flop_registry, torch.ops.aten.convolution_backward: _convolution_
 
 
 class _Meter(TorchDispatchMode):
-    """Books what runs and what is saved on the part of the step that it belongs to.
+    """Counts operations and saved tensors for the part of the step that they belong to.
 
-    A node of the backward graph begins by taking out what it has saved, which tells whose it is.
+    A node of the backward graph first unpacks its saved tensors, which identifies its part.
 
     Args:
         known: tensors that exist anyway, and are not counted as saved.
@@ -137,7 +137,7 @@ class _Meter(TorchDispatchMode):
         self.peak = 0
         self._inside = ["loss"]
         self._returning: str | None = None
-        # Addresses of storages, as long as they live: another one may get the place.
+        # Addresses of living storages: an address may be used again later.
         self._known = {t.untyped_storage()._cdata for t in known}
         self._booked = set(self._known)
         self._living = 0
@@ -169,7 +169,7 @@ class _Meter(TorchDispatchMode):
 
     @staticmethod
     def _first(storage: torch.UntypedStorage, seen: set[int]) -> bool:
-        """Whether a storage is not among those seen; it is from now on, as long as it lives."""
+        """Whether a storage is new; adds it to those seen as long as it lives."""
         if storage._cdata in seen:
             return False
         seen.add(storage._cdata)
@@ -177,7 +177,7 @@ class _Meter(TorchDispatchMode):
         return True
 
     def watch(self, model: nn.Module) -> None:
-        """Follows which part is running, calls of BatchNorms, and gradients as they come."""
+        """Records the running part, calls of BatchNorm, and gradients in the order in which backward computes them."""
         for name, module in model.named_modules():
             if (part := _owner(name)) != _owner(name.rpartition(".")[0]):
                 for called in module if isinstance(module, nn.ModuleList) else [module]:

@@ -1,7 +1,7 @@
-"""What a budget means in time: published throughputs, measurements of the run itself, and what the loader has to bring.
+"""Duration of a budget: published throughputs, measurements of the run itself, and the speed that the loader needs.
 
-Estimates assume that MCL reaches the FLOP/s that the cited supervised ResNet-50 training reached on that hardware, and
-that nodes of 8 GPUs work side by side without loss. Only measurements say what is true.
+Estimates assume that MCL reaches the FLOP/s of the cited supervised ResNet-50 training on the same hardware, and that
+nodes of 8 GPUs scale without loss. They do not replace measurements.
 """
 
 import json
@@ -18,10 +18,10 @@ from mcl.records.metrics import read
 from mcl.train import checkpoint
 
 IMAGENET = 1_281_167
-"""Training images of ImageNet-1k, which times are for where nothing says how many there are."""
+"""Training images of ImageNet-1k; the default number of images per epoch."""
 
 GATE = 19_000
-"""Images per second that DALI's own test asks of one H100: decode, random crop and resize to one view of 224 px."""
+"""Images per second that DALI's own test requires of one H100: decode, random crop and resize to a view of 224 px."""
 
 GATE_SOURCE = "NVIDIA/DALI qa/TL1_decoder_perf/test.sh: H100 on x86, 70 CPU threads, hardware decoder share 0.12"
 
@@ -64,7 +64,7 @@ _BENCHMARK = Path(__file__).with_name("loader.json")
 
 @dataclass(frozen=True)
 class Speed:
-    """What some GPUs, or the device of a run, compute per second."""
+    """Throughput of GPUs, or of the device of a run."""
 
     kind: str  # measured or estimate
     hardware: str
@@ -74,13 +74,13 @@ class Speed:
 
 
 def measurement(config: Config, flops: Mapping[int, float]) -> Speed | None:
-    """What the run folder of a configuration holds, if its run computed the same; None if it holds nothing.
+    """The throughput of the run in the run folder, if it computed the same; None without records.
 
     Args:
-        flops: per image, by cells; records of other cells are left out.
+        flops: FLOPs per image, by cells; records of other cells are ignored.
 
     Raises:
-        CheckpointError: the folder has checkpoints, and none can be read.
+        CheckpointError: the folder has checkpoints, but none can be read.
     """
     folder = config.run_folder
     records = [r for r in read(folder / "metrics.jsonl") if r["kind"] == "train" and "images_per_s" in r]
@@ -100,7 +100,7 @@ def measurement(config: Config, flops: Mapping[int, float]) -> Speed | None:
 
 
 def loading_on_cpu(path: Path = _BENCHMARK) -> dict[str, Any] | None:
-    """What the fused engine takes on a CPU, as benchmarked here; None where it was not.
+    """Cost of the fused engine on a CPU, from this project's benchmark; None without its results.
 
     Returns:
         decode_s (core-seconds to decode an image), view_s (to make a view of 224 px of it), views (of an image in the
@@ -123,7 +123,7 @@ def loading_on_cpu(path: Path = _BENCHMARK) -> dict[str, Any] | None:
 
 
 def yardsticks(precision: str) -> list[Yardstick]:
-    """Those that stand for a ``trainer.precision``."""
+    """Yardsticks for a ``trainer.precision``."""
     return [yardstick for yardstick in YARDSTICKS if precision in yardstick.precisions]
 
 
@@ -142,7 +142,7 @@ def times(
         images: of an epoch.
         supervised: FLOPs per image of a supervised ResNet-50 step at 224 px.
         precision: as trainer.precision; without published throughputs for it there are no estimates.
-        measured: takes the place of the estimate for its device and number of processes.
+        measured: replaces the estimate for its device and number of processes.
         cpu: as :func:`loading_on_cpu` returns it.
     """
     speeds = [measured] if measured else []

@@ -1,4 +1,4 @@
-"""What a step needs of a GPU's memory."""
+"""GPU memory of a step."""
 
 import dataclasses
 
@@ -7,14 +7,13 @@ from mcl.config import Config
 
 _BATCH_BYTES = {"float32": 4, "float16": 2}
 _LIBRARIES = 2 * 10**9
-"""Bytes that libraries take: workspaces of cuDNN and cuBLAS, NCCL's buffers, modules of kernels. An assumption."""
+"""Bytes that libraries use: workspaces of cuDNN and cuBLAS, NCCL's buffers, kernel modules. An assumption."""
 _FRAGMENTED = 0.05
 """Part of PyTorch's memory that lies idle between tensors. An assumption."""
 _DECODED = 3
-"""Decoded images that the loader holds on a GPU for each one of a step, the decoder's own memory among them. An
-assumption."""
+"""Decoded images that the loader holds on a GPU per image of a step, including the decoder's memory. An assumption."""
 _PHOTOGRAPH = 3 * 500 * 375
-"""Bytes of a decoded image where nothing says how large images are: the usual one of ImageNet."""
+"""Bytes of a decoded image of unknown size: a typical one of ImageNet."""
 
 
 def first_epochs(config: Config) -> list[int]:
@@ -26,7 +25,7 @@ def memory(config: Config, processes: int, image: float | None = None) -> dict[s
     """Bytes per GPU, at the largest canvases of the run; see :mod:`mcl.budget.cost`. Takes a second or a few.
 
     Args:
-        image: bytes of a decoded image on the GPU, on average; 0 if a CPU decodes, None if nobody knows.
+        image: mean bytes of a decoded image on the GPU; 0 if a CPU decodes, None if unknown.
 
     Raises:
         ConfigError: trainer.global_batch or trainer.accumulate is not legal for so many processes.

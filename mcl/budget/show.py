@@ -1,4 +1,4 @@
-"""A budget for people: tables for the terminal, and a picture."""
+"""A budget as tables for the terminal, and as a picture."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ _INK = "#1B1F24"
 
 
 def tables(budget: dict[str, Any]) -> str:
-    """What :func:`mcl.budget.budget` returns, as text."""
+    """The result of :func:`mcl.budget.budget` as text."""
     environment = Environment(loader=PackageLoader("mcl"), trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"columns": _columns, "f": _formatted}
     return environment.get_template("budget.txt").render(b=budget, span=_span).rstrip("\n")
@@ -34,7 +34,7 @@ def _formatted(value: float | None, kind: str) -> str:
 
 
 def check_picture(path: Path) -> None:
-    """Raises ConfigError where :func:`plot` could not write."""
+    """Raises ConfigError if :func:`plot` cannot write the file."""
     if path.suffix != ".png":
         raise ConfigError(f"--plot: {path} must end in .png")
     if not path.absolute().parent.is_dir():

@@ -1,6 +1,6 @@
-"""Processes of a run: torchrun starts them and ends them all when one fails; PyTorch's process group connects them.
+"""Process group and collectives of a run. With one process they do nothing.
 
-This module holds the process group and its collectives. With one process they do nothing.
+torchrun starts the processes, and ends all of them when one fails.
 """
 
 import faulthandler
@@ -31,16 +31,17 @@ _imagined: tuple[int, list[int]] | None = None
 
 
 class PeerError(RuntimeError):
-    """A collective failed, since another process ended or hangs. The same command continues the run."""
+    """A collective failed because another process ended or hangs. The same command continues the run."""
 
     exit_code = 3
 
 
 def setup(device: str, timeout: float = 600, folder: Path | None = None) -> None:
-    """Joins the process group when there is more than one process: NCCL on GPUs, gloo on CPUs.
+    """Joins the process group if there are several processes: NCCL on GPUs, gloo on CPUs.
 
     Args:
-        timeout: of collectives, seconds.
+        device: cpu or cuda.
+        timeout: of collectives, in seconds.
         folder: where NCCL's flight recorder writes its dumps if a collective times out.
 
     Raises:
@@ -49,7 +50,7 @@ def setup(device: str, timeout: float = 600, folder: Path | None = None) -> None
     size = launch.world_size()
     if size == 1:
         return
-    # PyTorch 2.13 has new names for two things that it also has under these, as do the versions before.
+    # PyTorch 2.13 has new names for two functions; the old ones work in all versions.
     warnings.filterwarnings("ignore", "`broadcast_buffers` is|`torch.distributed.all_gather_into", FutureWarning)
     if device == "cuda":
         if local_rank() >= gpus():
@@ -81,7 +82,7 @@ def setup(device: str, timeout: float = 600, folder: Path | None = None) -> None
 
 
 def teardown() -> None:
-    """Leaves the group; what follows has no deadline."""
+    """Leaves the group and cancels deadlines."""
     global _hosts
     if dist.is_initialized():
         hang.end_after(hang.GRACE)
@@ -91,17 +92,17 @@ def teardown() -> None:
 
 
 def gpus() -> int:
-    """GPUs that CUDA gives this process; PyTorch's own count is the driver's, before CUDA is initialised."""
+    """Number of GPUs that this process can use. Before CUDA is initialised, torch.cuda.device_count asks the driver."""
     return torch.accelerator.device_count() if torch.cuda.is_available() else 0
 
 
 @contextmanager
 def naming_peers() -> Iterator[None]:
-    """Turns the error of a collective that failed into a :class:`PeerError`, and ends a process that cannot leave."""
+    """Raises :class:`PeerError` in place of the error of a failed collective, and ends the process if leaving hangs."""
     try:
         yield
     except Exception as error:
-        hang.end_after(hang.GRACE)  # leaving the group may wait for processes that are gone
+        hang.end_after(hang.GRACE)  # leaving the group may wait for processes that have ended
         said = str(error)
         ours = type(error) is RuntimeError and any(word in said for word in ("gloo", "NCCL", "monitoredBarrier"))
         if world_size() == 1 or not (isinstance(error, dist.DistError) or ours):
@@ -110,12 +111,12 @@ def naming_peers() -> Iterator[None]:
             f"another process ended or hangs, so a collective of rank {rank()} failed ({said.splitlines()[0]}). Its "
             "own error is in train.log or in the output of torchrun; if pre-training hangs, its stack will be in the "
             "run's folder hangs, and NCCL's flight recorder in nccl_rank_*. If no process failed, NCCL_DEBUG=INFO "
-            "tells more about the network. The same command continues"
+            "shows more about the network. The same command continues the run"
         ) from error
 
 
 def hosts() -> dist.ProcessGroup | None:
-    """All processes over gloo, for what GPUs have no part in; None if there is only one."""
+    """A gloo group of all processes, for exchanges between hosts; None if there is only one process."""
     global _hosts
     if _hosts is None and world_size() > 1:
         _hosts = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_timeout))
@@ -124,7 +125,7 @@ def hosts() -> dist.ProcessGroup | None:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Within it this process counts as the only one, so that the same code exchanges nothing."""
+    """Within the context, this process counts as the only one, so collectives do nothing."""
     global _alone, _imagined
     before, (_alone, _imagined) = (_alone, _imagined), (True, None)
     try:
@@ -135,10 +136,10 @@ def alone() -> Iterator[None]:
 
 @contextmanager
 def imagined(processes: int) -> Iterator[list[int]]:
-    """Within it every :class:`Gather` has its own rows so many times, as if other processes had brought the like.
+    """Within the context, every :class:`Gather` repeats its rows, as if so many processes had the same rows.
 
     Yields:
-        Bytes of what each was given, in their order.
+        A list to which each gather appends the bytes of its input.
     """
     global _imagined
     before, _imagined = _imagined, (processes, [])
@@ -162,15 +163,15 @@ def local_rank() -> int:
 
 
 def local_world_size() -> int:
-    """Processes of this machine."""
+    """Number of processes on this machine."""
     return int(os.environ["LOCAL_WORLD_SIZE"]) if launch.launched() else 1
 
 
 class Gather:
-    """(n, ...) of every rank, on its way to all of them; without gradient.
+    """An asynchronous all-gather of (n, ...) tensors, without gradient.
 
     Args:
-        x: of this rank; not to be written to before :meth:`wait`.
+        x: tensor of this rank, which must not be changed before :meth:`wait`.
     """
 
     def __init__(self, x: Tensor) -> None:
@@ -185,14 +186,14 @@ class Gather:
             self._work = dist.all_gather_into_tensor(self._all, self._own, async_op=True)
 
     def wait(self) -> Tensor:
-        """Concatenated in the order of ranks; on a GPU its stream waits, and the host does not."""
+        """Tensors of all ranks, concatenated in their order. On a GPU the stream waits and the host does not."""
         if self._work is not None:
             self._work.wait()
         return self._all
 
 
 def gather_with_gradient(x: Tensor) -> Tensor:
-    """(n, ...) of every rank, concatenated in their order; gradients of all ranks are added up."""
+    """Tensors (n, ...) of all ranks, concatenated in their order. Backward adds the gradients of all ranks."""
     if _imagined is not None:
         processes, sizes = _imagined
         sizes.append(x.nbytes)
@@ -201,7 +202,7 @@ def gather_with_gradient(x: Tensor) -> Tensor:
 
 
 def add_up(x: Tensor) -> Tensor:
-    """The sum over all processes, in the order of their ranks where PyTorch is to be deterministic; x is used up."""
+    """The sum over all processes; in the order of ranks with deterministic algorithms. `x` may be overwritten."""
     if torch.are_deterministic_algorithms_enabled():
         return _in_order(Gather(x[None]).wait())
     dist.all_reduce(x)
@@ -209,8 +210,9 @@ def add_up(x: Tensor) -> Tensor:
 
 
 def average_in_order(_: object, bucket: GradBucket) -> torch.futures.Future[Tensor]:
-    """Adds gradients in the order of ranks, as a communication hook of DistributedDataParallel. An all-reduce of three
-    or more adds in an order that depends on the place in the bucket, and a resumed run begins with other buckets."""
+    """A communication hook of DistributedDataParallel that adds gradients in the order of ranks. An all-reduce over
+    three or more ranks adds in an order that depends on the position in the bucket, and a resumed run has other
+    buckets at first."""
     own = bucket.buffer()
     parts = own.new_empty(world_size(), len(own))
     work = cast(dist.Work, dist.all_gather_into_tensor(parts, own[None], async_op=True))
@@ -218,12 +220,12 @@ def average_in_order(_: object, bucket: GradBucket) -> torch.futures.Future[Tens
 
 
 def _in_order(parts: Tensor) -> Tensor:
-    """The sum over the first dimension, whose order does not depend on the shape as that of torch.sum does."""
+    """The sum over the first dimension, in an order that does not depend on the shape, unlike torch.sum."""
     return sum(parts[1:].unbind(), parts[0])
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """A picklable value of every rank, in the order of ranks. Waits for all of them."""
+    """Picklable values of all ranks, in their order. Waits for all ranks."""
     values = [value] * world_size()
     if len(values) > 1:
         dist.all_gather_object(values, value, hosts())
@@ -231,15 +233,15 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def barrier(timeout: timedelta | None = None) -> None:
-    """Waits for all processes; the error of rank 0 names those that do not come."""
+    """Waits for all processes; the error of rank 0 names those that do not arrive."""
     if world_size() > 1:
         dist.monitored_barrier(hosts(), timeout or _timeout, wait_all_ranks=True)
 
 
 def local_rank_zero_first(work: Callable[[], T]) -> T:
-    """Calls `work` on the first process of every machine and then, when all of these are done, on the others.
+    """Calls `work` on the first process of every machine, and when all of these are done, on the others.
 
-    It is for work whose result a file keeps for whoever comes later. It may take longer than a step: a day at most.
+    It is for work that writes its result to a file for later calls. It may take a day at most.
     """
     hosts()
     first = local_rank() == 0
@@ -250,12 +252,13 @@ def local_rank_zero_first(work: Callable[[], T]) -> T:
 
 
 def once_per_machine(work: Callable[[], T], of: object = None) -> T:
-    """What `work` returns on the first process of a machine: the others map its memory instead of calling it.
+    """The result of `work` on the first process of a machine; the others map its memory instead of calling `work`.
 
-    It is for large arrays of NumPy in what can be pickled. It may take longer than a step: a day at most.
+    It is for picklable values with large NumPy arrays. It may take a day at most.
 
     Args:
-        of: what the result depends on; a process where it is another than on the first one does its own work.
+        work: computes the result.
+        of: what the result depends on; a process where it differs from the first process's calls `work` itself.
     """
     if world_size() == 1:
         return work()

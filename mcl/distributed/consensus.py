@@ -12,8 +12,8 @@ from mcl import distributed
 class Consensus:
     """The signal that any process received, known to all of them after the same step.
 
-    Hosts tell each other after every step, beside the training, and hear `LAG` steps later what was said; by then
-    nobody has to wait. So a run stops at most that many steps later than a single process would.
+    Hosts start an all-reduce after every step and read its result `LAG` steps later, when it is usually complete. A run
+    stops at most `LAG` steps later than a single process would.
     """
 
     LAG = 2
@@ -23,7 +23,7 @@ class Consensus:
         self._under_way: deque[tuple[Tensor, dist.Work]] = deque()
 
     def __call__(self, received: int) -> int:
-        """Says what this process received, 0 for nothing; called after every step by all of them."""
+        """Exchanges the signal that this process received, or 0; all processes call this after every step."""
         if self._group is None:
             return received
         said = torch.tensor(received)

@@ -1,6 +1,6 @@
-"""Processes that hang end by themselves, and leave behind where they hung.
+"""Ends processes that hang, and writes where they hung.
 
-Python's ``faulthandler`` ends them without the interpreter, also where they hang in C code.
+Python's ``faulthandler`` does this without the interpreter, so it works for processes that hang in C code.
 """
 
 import contextlib
@@ -12,24 +12,26 @@ from pathlib import Path
 from mcl import distributed
 
 GRACE = 25.0
-"""Seconds in which the timeouts of PyTorch's collectives, which say more, come first; torchrun kills at 30."""
+"""Seconds after which a process ends, so that PyTorch's timeouts, which report more, come first; torchrun kills after
+30 seconds."""
 
 
 def end_after(seconds: float) -> None:
-    """Ends this process after a while, with the stacks of all threads on stderr. With one process it does nothing."""
+    """Ends this process after `seconds`, with the stacks of its threads on stderr. Does nothing with one process."""
     if distributed.world_size() > 1:
         faulthandler.dump_traceback_later(seconds, exit=True)
 
 
 @contextlib.contextmanager
 def deadline(folder: Path, timeout: float) -> Iterator[Callable[[], None]]:
-    """Ends this process when there is no progress for `timeout` seconds and a grace. With one process it does nothing.
+    """Ends this process when there is no progress for `timeout` + ``GRACE`` seconds. Does nothing with one process.
 
     Args:
-        folder: of ``rank_<rank>.txt``, to which the stacks of all threads are appended then.
+        folder: of ``rank_<rank>.txt``, to which the stacks of all threads are appended.
+        timeout: in seconds.
 
     Yields:
-        What to call at every progress.
+        A function to call when there is progress.
     """
     if distributed.world_size() == 1:
         yield lambda: None
@@ -47,5 +49,5 @@ def deadline(folder: Path, timeout: float) -> Iterator[Callable[[], None]]:
             faulthandler.cancel_dump_traceback_later()
             if not os.fstat(file.fileno()).st_size:
                 path.unlink()
-                with contextlib.suppress(OSError):  # until the last one
+                with contextlib.suppress(OSError):  # not empty yet
                     folder.rmdir()

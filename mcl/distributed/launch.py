@@ -1,4 +1,4 @@
-"""How the processes of a run find each other: the variables and the store of torchrun."""
+"""Rendezvous of the processes of a run, through the variables and the store of torchrun."""
 
 import os
 import socket
@@ -12,16 +12,16 @@ from torch.distributed.rendezvous import rendezvous
 
 from mcl.config import ConfigError
 
-_RESOLVE = 60.0  # seconds, within which the name of the first machine must resolve
+_RESOLVE = 60.0  # seconds in which the name of the first machine must resolve
 
 
 def launched() -> bool:
-    """Whether this process is one of several; without WORLD_SIZE the other variables are left over and mean nothing."""
+    """Whether this process is one of several. Without WORLD_SIZE, other variables of torchrun are ignored."""
     return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def world_size() -> int:
-    """Processes of the run; 1 unless a launcher said otherwise, whatever variables are left over from another run.
+    """Number of processes of the run: WORLD_SIZE, or 1 without a launcher.
 
     Raises:
         ConfigError: a variable is missing or is not what torchrun sets, or srun started several processes itself.
@@ -29,8 +29,8 @@ def world_size() -> int:
     if "WORLD_SIZE" not in os.environ:
         if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
             raise ConfigError(
-                f"SLURM_STEP_NUM_TASKS: srun started {os.environ['SLURM_STEP_NUM_TASKS']} processes that do not know "
-                "each other; let srun start one torchrun per node, as scripts/slurm.sbatch does"
+                f"SLURM_STEP_NUM_TASKS: srun started {os.environ['SLURM_STEP_NUM_TASKS']} processes without torchrun; "
+                "let srun start one torchrun per node, as scripts/slurm.sbatch does"
             )
         return 1
     size = _number("WORLD_SIZE", 1, 1 << 20)
@@ -43,14 +43,14 @@ def world_size() -> int:
 
 
 def meet(timeout: timedelta) -> tuple[Store, int, int]:
-    """A store that only the processes started together share, rank and world size.
+    """A store that only processes started together share, and rank and world size.
 
-    torchrun keeps its store when it restarts them (seen in PyTorch 2.14, where gloo then reads addresses of processes
-    that are gone), and its agents on several machines may count restarts differently. So rank 0 names each start.
-    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 would do instead, but only in torchrun's own environment.
+    torchrun keeps its store when it restarts processes (seen in PyTorch 2.14, where gloo then reads addresses of
+    processes that have ended), and its agents on several machines may count restarts differently. So rank 0 names each
+    start. TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 has the same effect, but only in torchrun's own environment.
 
     Raises:
-        DistStoreError: not all of them came in time.
+        DistStoreError: some processes did not arrive in time.
     """
     store, rank, size = next(rendezvous("env://", timeout=timeout))
     if rank == 0:
@@ -58,12 +58,12 @@ def meet(timeout: timedelta) -> tuple[Store, int, int]:
         here = PrefixStore(start, store)
         store.set("start", start)
         here.wait([f"rank {other}" for other in range(1, size)], timeout)
-        store.delete_key("exception_dump")  # by which NCCL's watchdogs would end this start, too
+        store.delete_key("exception_dump")  # otherwise NCCL's watchdogs end this start as well
         here.set("all", "")
         return here, rank, size
     end, answered = time.monotonic() + timeout.total_seconds(), ""
     while time.monotonic() < end:
-        start = store.get("start").decode()  # perhaps still that of the start before
+        start = store.get("start").decode()  # may still be the previous one
         here = PrefixStore(start, store)
         complete = here.check(["all"])
         if complete and start == answered:
@@ -72,7 +72,7 @@ def meet(timeout: timedelta) -> tuple[Store, int, int]:
             here.set(f"rank {rank}", "")
             answered = start
         time.sleep(0.1)
-    raise dist.DistStoreError("rank 0 did not come")
+    raise dist.DistStoreError("rank 0 did not arrive")
 
 
 def _number(name: str, least: int, most: int) -> int:

@@ -1,4 +1,4 @@
-"""One process per device of this machine, started by PyTorch's elastic launcher where no other launcher did."""
+"""Starts one process per device of this machine with PyTorch's elastic launcher, if no other launcher did."""
 
 import contextlib
 import logging
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 _LAUNCHED = "MCL_LAUNCHED"
-"""Variable of the processes that are started here; mcl.cli leaves the error of one to the launcher."""
+"""Environment variable of the processes that are started here; mcl.cli leaves their errors to the launcher."""
 
 _HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
 class ProcessError(RuntimeError):
-    """A process of the run failed; the message is its own."""
+    """A process of the run failed; the message is that of its error."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -31,18 +31,18 @@ class ProcessError(RuntimeError):
 
 
 def devices(key: str, wanted: Any, gpus: int, fits: Callable[[int], bool]) -> list[int]:
-    """Numbers of the devices to start processes on; ``[0]`` where another launcher started this process.
+    """Numbers of the devices to start processes on; ``[0]`` if another launcher started this process.
 
     Args:
-        key: of the configuration, for errors.
-        wanted: its value: a number of processes, a list of GPUs, or auto, for as many GPUs as fit.
-        gpus: that PyTorch sees; 0 where they are not to be used.
-        fits: whether the batch divides by a number of processes.
+        key: key of the configuration, for errors.
+        wanted: its value: a number of processes, a list of GPUs, or auto for as many GPUs as fit.
+        gpus: number of GPUs that PyTorch sees; 0 if they are not used.
+        fits: whether the batch can be divided among a number of processes.
 
     Raises:
         ConfigError: there are no such GPUs.
     """
-    launch.world_size()  # refuses what is not torchrun's
+    launch.world_size()  # raises if the variables are not those of torchrun
     if {"WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys():
         return [0]
     if wanted == "auto":
@@ -62,20 +62,20 @@ def devices(key: str, wanted: Any, gpus: int, fits: Callable[[int], bool]) -> li
 
 
 def run(words: Sequence[str], numbers: Sequence[int], key: str, gpus: int, timeout: float) -> None:
-    """Runs ``mcl`` with these words in one process for each of these devices, and waits for them.
+    """Runs ``mcl`` in one process per device, and waits for all of them.
 
-    As under torchrun, a process that fails ends the others, and SIGTERM and Ctrl-C reach all of them.
+    As under torchrun, a process that fails ends the others, and all processes receive SIGTERM and Ctrl-C.
 
     Args:
         words: the verb and its arguments.
-        numbers: of the devices.
-        key: of the configuration that :func:`devices` read them from.
-        gpus: as there.
-        timeout: seconds that the processes have to save and leave after a signal.
+        numbers: numbers of the devices.
+        key: key of the configuration that names the devices.
+        gpus: as in :func:`devices`.
+        timeout: seconds in which the processes must save and end after a signal.
 
     Raises:
-        ProcessError: one of them failed.
-        Interrupted: a signal ended them, after a checkpoint was saved.
+        ProcessError: a process failed.
+        Interrupted: a signal ended the processes after a checkpoint was saved.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -84,7 +84,7 @@ def run(words: Sequence[str], numbers: Sequence[int], key: str, gpus: int, timeo
     where = "one per GPU" if gpus else "on the CPU"
     many = f"es, {where}; {key}=1 starts one" if len(numbers) > 1 else f" on GPU {numbers[0]}"
     print(f"starting {len(numbers)} process{many}", flush=True)
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what happens is said in one line
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # mcl prints one line
     with _environment(numbers, gpus, timeout):
         settings = LaunchConfig(
             min_nodes=1,
@@ -93,7 +93,7 @@ def run(words: Sequence[str], numbers: Sequence[int], key: str, gpus: int, timeo
             run_id=uuid.uuid4().hex,
             rdzv_backend="c10d",
             rdzv_endpoint="localhost:0",
-            local_addr="127.0.0.1",  # the machine's own name need not resolve
+            local_addr="127.0.0.1",  # the name of the machine may not resolve
             max_restarts=0,
             monitor_interval=0.5,
         )
@@ -106,7 +106,7 @@ def run(words: Sequence[str], numbers: Sequence[int], key: str, gpus: int, timeo
 
 
 def _first(error: "ChildFailedError") -> ProcessError:
-    """The failure that was not a consequence of another one."""
+    """The failure that caused the others."""
     said = []
     for rank, failure in error.failures.items():
         recorded: Any = failure.message
@@ -119,7 +119,7 @@ def _first(error: "ChildFailedError") -> ProcessError:
 
 @contextlib.contextmanager
 def _environment(numbers: Sequence[int], gpus: int, timeout: float) -> Iterator[None]:
-    """Of the processes: their GPUs, their share of the cores, and the time to save when a signal ends them."""
+    """Sets the environment of the processes: their GPUs, share of the cores, and time to save after a signal."""
     environment, handlers = dict(os.environ), {number: signal.getsignal(number) for number in _HANDLED}
     os.environ[_LAUNCHED] = "1"
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // len(numbers))))

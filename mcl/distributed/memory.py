@@ -1,4 +1,4 @@
-"""Results that the processes of a machine share: the memory of one of them, mapped by the others."""
+"""Shares results of one process with the others of its machine, which map its memory."""
 
 import mmap
 import os
@@ -10,11 +10,11 @@ _ALIGNMENT = 64  # bytes
 
 
 class Offer(NamedTuple):
-    """Where a process keeps a pickled value for the others of its machine."""
+    """A pickled value in the memory of a process, for the other processes of its machine."""
 
     path: str
-    link: str  # what the path is a link to, on this machine and in no other container
-    spans: list[tuple[int, int]]  # of the pickle, then of every array in it
+    link: str  # target of the link `path`, which differs on other machines and in other containers
+    spans: list[tuple[int, int]]  # start and end of the pickle, then of every array in it
 
     def here(self) -> bool:
         """Whether this process can read it."""
@@ -24,7 +24,7 @@ class Offer(NamedTuple):
             return False
 
     def take(self) -> Any:
-        """The value; its arrays lie in the shared memory, and what is written to them stays in this process."""
+        """The value. Its arrays lie in the shared memory, copied on write."""
         with open(self.path, "rb") as file:
             whole = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
         value, *arrays = (whole[start:end] for start, end in self.spans)
@@ -32,7 +32,7 @@ class Offer(NamedTuple):
 
 
 def offer(value: Any) -> tuple[Offer, int]:
-    """Writes a value into memory that the system frees when nobody uses it any more; the descriptor keeps it, too."""
+    """Writes a value to shared memory, which is freed when its descriptor and all mappings are closed; returns both."""
     arrays: list[pickle.PickleBuffer] = []
     pickled = pickle.dumps(value, protocol=5, buffer_callback=arrays.append)
     name = uuid.uuid4().hex

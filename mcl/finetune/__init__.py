@@ -1,4 +1,4 @@
-"""Fine-tuning of detectors in MMDetection, which need not be installed for anything else."""
+"""Fine-tuning of detectors in MMDetection, which no other part of mcl needs."""
 
 import os
 import warnings
@@ -14,26 +14,27 @@ if TYPE_CHECKING:
     from mcl.finetune.pictures import Detections
 
 THRESHOLD = 0.3
-"""Score that detections have at least to be drawn, unless another is set."""
+"""Default of the lowest score that is drawn."""
 
 
 def finetune(path: Path, overrides: Sequence[str] = (), repeats: int | None = None, compare: Path | None = None) -> str:
     """Trains and evaluates the detector of an MMDetection configuration, or continues its run.
 
     Args:
-        path: Python file, or the name of one of mcl's, such as ``mask_rcnn_r50_fpn_1x``.
+        path: Python file or preset, such as ``mask_rcnn_r50_fpn_1x``.
         overrides: ``key=value`` words; keys are those of the file.
-        repeats: runs with so many seeds, from ``randomness.seed`` on, in folders ``seed-0``, ... of the run's folder.
-        compare: folder of other repeats, to compare with.
+        repeats: number of seeds to train with, from ``randomness.seed`` on; runs are in ``seed-0``, ... of the run
+            folder.
+        compare: folder of other repeats to compare with.
 
     Returns:
-        The table of AP, in percent, of every evaluation, or that of the repeats; empty if other processes have trained
-        and printed it.
+        A table with the AP, in percent, of every evaluation, or with that of the repeats; empty if other processes have
+        trained and printed it.
 
     Raises:
         ConfigError: wrong configuration, or MMDetection is not installed.
         SourceError: wrong data.
-        CheckpointError: weights that do not fit, or cannot be read.
+        CheckpointError: weights cannot be read or do not fit the detector.
     """
     _import_mmdet("mcl finetune")
     from mcl.finetune import repeats as several
@@ -55,7 +56,7 @@ def finetune(path: Path, overrides: Sequence[str] = (), repeats: int | None = No
 def detect(
     run: Path, images: Sequence[Path], output: Path | None = None, threshold: float = THRESHOLD
 ) -> Iterator["Detections"]:
-    """Draws what a fine-tuned detector finds; see :func:`mcl.detect`."""
+    """Draws the detections of a fine-tuned detector; see :func:`mcl.detect`."""
     _import_mmdet("mcl detect")
     from mcl.finetune import detection
 
@@ -65,7 +66,7 @@ def detect(
 def _import_mmdet(verb: str) -> None:
     from mcl.exporters.mmdet import import_mmdet  # exporters import evaluations, which read annotations
 
-    # MMEngine imports it, and nobody who fine-tunes can change that.
+    # MMEngine imports it, which users cannot change
     warnings.filterwarnings("ignore", "pkg_resources is deprecated", UserWarning)
     if os.path.expanduser("~") == "~":
         os.environ["HOME"] = "/nonexistent"  # without any, yapf, which MMEngine imports, fails

@@ -1,4 +1,4 @@
-"""Annotation files in COCO's format, which training and evaluation read only after the check here."""
+"""Reads and checks annotation files in COCO format, for training and evaluation."""
 
 import contextlib
 import gc
@@ -22,13 +22,13 @@ _MOST_OUTLINE = 2**22  # pixels; pycocotools takes 80 bytes for each
 
 
 class Annotations(NamedTuple):
-    """What MMDetection and pycocotools read of an annotation file, in the form in which they read it."""
+    """Content of an annotation file, as MMDetection and pycocotools read it."""
 
     images: list[Entry]
     categories: list[Entry]
     annotations: list[Entry]
     corrections: str
-    """What differs from the file; empty if nothing does."""
+    """Corrections of the content; empty if there are none."""
     digest: bytes
     """SHA-256 of the file."""
 
@@ -46,12 +46,12 @@ def read(path: Path, masks: bool = True, keep: bool = False) -> Annotations:
 
     Args:
         path: the file.
-        masks: whether every object must have a mask; if not, masks are not looked at, and are left out unless those of
-            the kept annotations were needed.
-        keep: for others in this process that read the same file, if it has not changed, until :func:`forget`.
+        masks: whether every object must have a mask; if not, masks are neither checked nor returned, unless kept
+            annotations have them.
+        keep: whether to keep the result for later calls with the same file, until :func:`forget`.
 
     Raises:
-        SourceError: the file cannot be read, or as :func:`check` says.
+        SourceError: the file cannot be read, or see :func:`check`.
     """
     try:
         status = path.stat()
@@ -68,13 +68,13 @@ def read(path: Path, masks: bool = True, keep: bool = False) -> Annotations:
 
 
 def forget() -> None:
-    """Gives back the memory of what was kept, which is 3 GB for COCO."""
+    """Frees kept annotations, which are 3 GB for COCO."""
     _kept.clear()
 
 
 @contextlib.contextmanager
 def without_collection() -> Iterator[None]:
-    """Switches Python's garbage collector off, which would go through millions of new objects again and again."""
+    """Disables Python's garbage collector, which would scan millions of new objects repeatedly."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -85,15 +85,15 @@ def without_collection() -> Iterator[None]:
 
 
 def check(data: bytes, name: str, masks: bool = True) -> Annotations:
-    """Checks the content of an annotation file, and corrects what can mean one thing only.
+    """Checks the content of an annotation file, and makes unambiguous corrections.
 
     Args:
         data: the content, in UTF-8, UTF-16 or UTF-32.
-        name: the file's, for messages.
+        name: name of the file, for messages.
         masks: as for :func:`read`.
 
     Raises:
-        SourceError: something is missing or wrong; the message names the entry and says what it must be.
+        SourceError: an entry is missing or wrong; the message names it and a legal value.
     """
     corrections: Counter[str] = Counter()
     content = _load(data, name, corrections)
@@ -124,7 +124,7 @@ def check(data: bytes, name: str, masks: bool = True) -> Annotations:
             raise SourceError(f"{name}: {_entry('annotations', number, annotation)} {wrong}") from None
         found.append(annotation)
     if not found:
-        raise SourceError(f"{name}: no box has a width and a height; write COCO's annotations anew")
+        raise SourceError(f"{name}: no box has a width and a height; export the annotations again")
     _renumber(found, "annotations", corrections)
     what = ", ".join(f"{what} ({count})" for what, count in corrections.items())
     return Annotations(images, categories, found, what, hashlib.sha256(data).digest())
@@ -141,7 +141,7 @@ def _load(data: bytes, name: str, corrections: Counter[str]) -> dict[str, Any]:
         ) from None
     except (ValueError, RecursionError) as error:
         reason = f"is not JSON ({error})" if data else "is empty"
-        raise SourceError(f"{name}: {reason}; write COCO's annotations anew") from None
+        raise SourceError(f"{name}: {reason}; export the annotations again") from None
     if encoding != "utf-8":
         corrections[f"encoding {encoding}"] += 1
     return content if isinstance(content, dict) else {}
@@ -179,12 +179,12 @@ def _section(content: Entry, name: str, section: str, masks: bool, corrections: 
 
 
 def _entry(section: str, number: int, entry: Entry) -> str:
-    """An entry in messages: where it stands, and its id if that is known."""
+    """An entry in messages: its position, and its id if that is known."""
     return f"{section}[{number}]" + (f" (id {reprlib.repr(entry['id'])})" if "id" in entry else "")
 
 
 def _default(section: str, number: int, field: str, raw: Entry, entry: Entry) -> Any:
-    """What an entry leaves unsaid, or None."""
+    """The default of a missing field, or None."""
     if field == "id" and section == "annotations":
         return f"entry {number}"  # to be renumbered: nothing refers to it
     if field == "iscrowd":
@@ -197,8 +197,8 @@ def _default(section: str, number: int, field: str, raw: Entry, entry: Entry) ->
 
 
 def _renumber(entries: list[Entry], section: str, corrections: Counter[str]) -> None:
-    """Gives entries other ids if pycocotools would mistake these: it sorts them by NumPy, and takes the annotation of
-    id 0 for none."""
+    """Gives entries new ids if pycocotools cannot use these: it sorts them with NumPy, and treats annotation id 0 as no
+    annotation."""
     ids = [entry["id"] for entry in entries]
     numbers = all(type(key) is int and abs(key) < 2**63 for key in ids)
     texts = all(type(key) is str for key in ids)
@@ -220,20 +220,20 @@ def _referred(annotation: Entry, field: str, entries: dict[str, Entry]) -> Entry
 
 
 def _check_bounds(what: str, corners: tuple[float, float, float, float], image: Entry) -> None:
-    """Something must overlap its image, and may leave it by as much as the image is large."""
+    """Checks that a box or mask overlaps its image and extends beyond it by no more than the image's size."""
     left, top, right, bottom = corners
     width, height = image["width"], image["height"]
     if left >= width or top >= height or right < 0 or bottom < 0:
         raise _Wrong(f"has a {what} outside of its image of {width} x {height} pixels; correct or remove it")
     if left < -width or top < -height or right > 2 * width or bottom > 2 * height:
-        raise _Wrong(f"has a {what} that reaches far out of its image of {width} x {height} pixels; clip it")
+        raise _Wrong(f"has a {what} that extends far beyond its image of {width} x {height} pixels; clip it")
 
 
 def _check_mask(mask: Any, image: Entry) -> None:
-    """A mask must be one that pycocotools can draw: it trusts all numbers, and takes memory for what they say."""
+    """Checks that pycocotools can draw a mask; it does not check numbers, and allocates memory for them."""
     width, height = image["width"], image["height"]
     if width * height > _MOST_PIXELS:
-        raise _Wrong(f"has a mask in an image of {width} x {height} pixels; {_MOST_PIXELS} is the most for masks")
+        raise _Wrong(f"has a mask in an image of {width} x {height} pixels; masks may have {_MOST_PIXELS} at most")
     if isinstance(mask, list):
         xs, ys = ([v for polygon in mask for v in polygon[start::2]] for start in (0, 1))
         _check_bounds("mask", (min(xs), min(ys), max(xs), max(ys)), image)
@@ -243,11 +243,11 @@ def _check_mask(mask: Any, image: Entry) -> None:
         return
     if mask["size"] != [height, width]:
         size = reprlib.repr(mask["size"])
-        raise _Wrong(f"has a mask of the size {size}; that of its image is [{height}, {width}]; encode it anew")
+        raise _Wrong(f"has a mask of the size {size}; that of its image is [{height}, {width}]; encode it again")
     counts = mask["counts"]
     pixels = sum(_runs(counts) if isinstance(counts, str) else counts)
     if pixels != width * height:
-        raise _Wrong(f"has a mask with run lengths of {pixels} pixels, not {width} x {height}; encode it anew")
+        raise _Wrong(f"has a mask with run lengths of {pixels} pixels, not {width} x {height}; encode it again")
 
 
 def _distance(x: float, next_x: float, y: float, next_y: float) -> float:
@@ -272,7 +272,7 @@ def _runs(text: str) -> list[int]:
     else:
         if not bits and min(runs, default=0) >= 0:
             return runs
-    raise _Wrong(f"has a mask with broken run lengths, {reprlib.repr(text)}; encode it anew")
+    raise _Wrong(f"has a mask with broken run lengths, {reprlib.repr(text)}; encode it again")
 
 
 def _id(value: Any) -> int | str:
@@ -346,7 +346,7 @@ def _mask(value: Any) -> Any:
     """Polygons that enclose something, or the size and the run lengths of an encoding."""
     wanted = (
         "polygons of three points or more, [[x, y, x, y, ...], ...], or a run-length encoding; "
-        "a detector of boxes alone, such as faster_rcnn_r18_fpn_mini or faster_rcnn_r50_fpn_1x, does without"
+        "a detector without masks, such as faster_rcnn_r18_fpn_mini or faster_rcnn_r50_fpn_1x, needs none"
     )
     if isinstance(value, list):
         polygons = [_numbers(polygon, wanted) for polygon in value]

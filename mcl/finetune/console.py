@@ -1,4 +1,4 @@
-"""What a run shows on the terminal: its steps, warnings and what mcl says; all the rest is in MMEngine's log file."""
+"""Terminal output of a run: steps, warnings and messages of mcl. MMEngine's log file has everything else."""
 
 import contextlib
 import io
@@ -19,7 +19,7 @@ PAUSE = 10.0
 
 
 def route_messages(logger: Any) -> None:
-    """MMEngine's messages go into its log file; its steps and warnings are mcl's messages, too."""
+    """Sends MMEngine's messages to its log file, and its steps and warnings also to mcl's log."""
     logger.handlers[:] = [handler for handler in logger.handlers if isinstance(handler, logging.FileHandler)]
     logger.addHandler(_Relay())
     logger.addFilter(lambda record: "copypaste" not in record.getMessage())  # AP once more, absent ones as -1
@@ -34,7 +34,7 @@ class _Relay(logging.Handler):
 
 
 class Printed(io.TextIOBase):
-    """What libraries print, as messages of MMEngine's log; pycocotools writes -1 for what is absent."""
+    """Sends the output of libraries to MMEngine's log; pycocotools prints -1 for missing values."""
 
     def __init__(self, logger: Any) -> None:
         self._logger = logger
@@ -47,10 +47,10 @@ class Printed(io.TextIOBase):
 
 @contextlib.contextmanager
 def shown(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-    """Shows how far something is that takes long: a bar on a terminal, a line every few seconds elsewhere.
+    """Shows progress: a bar on a terminal, a line every few seconds elsewhere.
 
     Yields:
-        What to tell the number of units done and of all.
+        A function that takes the number of finished units and of all units.
     """
     began = said = time.monotonic()
     hidden = None if distributed.rank() == 0 else True  # None: unless it can be drawn

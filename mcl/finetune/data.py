@@ -1,4 +1,4 @@
-"""COCO-format folders: where things lie in them, and whether they can be trained on."""
+"""COCO-format folders: their layouts, and checks of their content."""
 
 import functools
 import hashlib
@@ -40,7 +40,7 @@ MIN_SIDE = 32
 
 @dataclass(frozen=True)
 class Folder:
-    """A COCO-format folder that was found to be in order."""
+    """A COCO-format folder that has passed all checks."""
 
     root: Path
     train: Split
@@ -48,11 +48,11 @@ class Folder:
     classes: tuple[str, ...]
     """Names of the categories to detect, in the order of the annotations, which is that of the labels."""
     digest: str
-    """Of both annotation files: the same for a copy of the folder elsewhere."""
+    """Hash of both annotation files; the same for a copy of the folder."""
     chosen: tuple[int | str, ...]
     """Ids of the images to train on."""
     images: int
-    """Training images of which an epoch consists: those with objects of the classes, as MMDetection counts them."""
+    """Training images in an epoch: those with objects of the classes, as MMDetection counts them."""
 
 
 def open_folder(
@@ -65,10 +65,10 @@ def open_folder(
     fraction: float = 1.0,
     seed: int = 0,
 ) -> Folder:
-    """Reads both annotation files of a folder and looks whether all that they name is there.
+    """Reads both annotation files of a folder and checks that all images exist.
 
-    Annotations are kept for those who read them next (:func:`mcl.finetune.annotations.forget`). Images are looked at by
-    the first process of every machine, and the others wait.
+    Annotations are kept for later calls, until :func:`mcl.finetune.annotations.forget`. The first process of every
+    machine checks images; the others wait.
 
     Args:
         root: the folder.
@@ -76,9 +76,9 @@ def open_folder(
         masks: whether every object must have a mask.
         lvis: look for annotations of LVIS first; COCO's may be there, too.
         index: folder of the indices of image sizes; empty: the user's cache.
-        max_bad_fraction: of the training images that need not be readable.
-        fraction: of the training images to train on.
-        seed: that chooses them, by :func:`mcl.finetune.labels.choose`.
+        max_bad_fraction: fraction of the training images that may be unreadable.
+        fraction: fraction of the training images to train on.
+        seed: seed that selects them, by :func:`mcl.finetune.labels.choose`.
 
     Raises:
         SourceError: a folder, annotation file or image is missing; annotations are empty or broken; the categories of

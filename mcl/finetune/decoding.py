@@ -1,4 +1,4 @@
-"""Images as MMDetection decodes them, or a word about why they cannot be used."""
+"""Images as MMDetection decodes them, with errors that name the file."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from mmdet.registry import TRANSFORMS
 
 
 class BadImageError(RuntimeError):
-    """An image that cannot be decoded, or is not the one that was annotated; the message names the file."""
+    """An image cannot be decoded, or has another size than its annotation; the message names the file."""
 
 
 @TRANSFORMS.register_module()

@@ -1,4 +1,4 @@
-"""What a fine-tuned detector finds in images, as pictures."""
+"""Pictures of the detections of a fine-tuned detector."""
 
 import contextlib
 import io
@@ -27,7 +27,7 @@ _SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}  # files
 
 
 def detect(run: Path, images: Sequence[Path], output: Path | None, threshold: float) -> Iterator[Detections]:
-    """Draws what a detector finds; see :func:`mcl.detect`."""
+    """Draws the detections of a detector; see :func:`mcl.detect`."""
     if not 0 <= threshold <= 1:
         raise ConfigError(f"--threshold: {threshold} must be from 0 to 1")
     folder = run if run.is_dir() else run.parent
@@ -110,7 +110,7 @@ def annotated(info: Any) -> Objects:
 
 
 def compare(detector: Any, loader: Any, path: Path) -> None:
-    """Draws what a detector finds in some images of a loader beside what is annotated."""
+    """Draws detections and annotations of some images of a loader side by side."""
     dataset, rows = loader.dataset, []
     classes = dataset.metainfo["classes"]
     detector.eval()

@@ -1,4 +1,4 @@
-"""What happens around MMEngine's training steps."""
+"""Hooks of MMEngine's training."""
 
 import itertools
 import json
@@ -21,7 +21,7 @@ from mcl.signals import Interrupted, Signals
 
 @HOOKS.register_module()
 class SeedEveryStep(Hook):
-    """Makes what a step draws, such as the sampled regions, a function of seed, step and process."""
+    """Makes random numbers of a step, such as for sampled regions, a function of seed, step and process."""
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         seed_everything(runner.seed, runner.iter, get_rank())
@@ -47,11 +47,11 @@ def _plain(value: Any) -> Any:
 
 
 class LoadWeights(Hook):
-    """Puts pre-trained weights into a detector after it was initialised.
+    """Loads pre-trained weights into a detector after its initialisation.
 
     Args:
-        weights: all of them are the detector's.
-        summary: of them, in words.
+        weights: tensors by the names of the detector.
+        summary: description of the weights.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], summary: str) -> None:
@@ -62,10 +62,10 @@ class LoadWeights(Hook):
 
 
 class Summary(Hook):
-    """Says in a line each what data, model, weights and schedule are.
+    """Logs data, model, weights and schedule in one line each.
 
     Args:
-        weights: what the run starts from, in words.
+        weights: description of the initial weights.
     """
 
     def __init__(self, weights: str) -> None:

@@ -1,4 +1,4 @@
-"""Which checkpoint a run continues from, and whether it is one of the same run."""
+"""Selects the checkpoint that a run continues from, and checks that it belongs to the same run."""
 
 import json
 from collections.abc import Mapping
@@ -32,17 +32,18 @@ def _decisive(config: Config, folder: Folder) -> dict[str, str]:
 
 
 def prepare(config: Config, folder: Folder) -> Identity:
-    """Lets MMEngine continue from the newest checkpoint in the run folder that can be read, if there is one.
+    """Makes MMEngine continue from the newest readable checkpoint in the run folder, if there is one.
 
     Args:
-        folder: the data, which may have moved.
+        config: configuration of the run.
+        folder: the data, which may be at another path than before.
 
     Returns:
-        The hook by which the checkpoints to come tell what run they are of.
+        A hook that stores in new checkpoints what identifies the run.
 
     Raises:
-        CheckpointError: there are checkpoints, and none can be read.
-        ConfigError: the folder holds a run that was not to be continued, or another one.
+        CheckpointError: there are checkpoints, but none can be read.
+        ConfigError: the folder has another run, or ``resume`` is false.
     """
     sections = _decisive(config, folder)
     files = checkpoints(Path(config.work_dir))
@@ -61,10 +62,10 @@ def prepare(config: Config, folder: Folder) -> Identity:
 
 
 def to_test(config: Config) -> Path:
-    """The checkpoint that is to be evaluated: that of ``load_from``, or the newest of the run.
+    """The checkpoint to evaluate: that of ``load_from``, or the newest of the run.
 
     Raises:
-        CheckpointError: it cannot be read, or is another detector's.
+        CheckpointError: it cannot be read, or belongs to another detector.
         ConfigError: there is none.
     """
     run = Path(config.output) / config.name
@@ -79,7 +80,7 @@ def to_test(config: Config) -> Path:
     if wrong := [name for name, tensor in own.items() if name not in found or found[name].shape != tensor.shape]:
         raise CheckpointError(
             f"{path}: of another detector: {len(wrong)} of {len(own)} tensors are missing or have another shape, the "
-            f"first: {wrong[0]}; take the configuration and data.classes that it was trained with"
+            f"first: {wrong[0]}; use the configuration and data.classes that it was trained with"
         )
     return path
 
@@ -92,7 +93,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def newest(files: list[Path]) -> tuple[Path, Mapping[str, Any]]:
-    """The first that can be read, since MMEngine's writing can be cut, and its decisive sections.
+    """The first readable checkpoint, and the sections that identify its run; MMEngine may leave incomplete files.
 
     Raises:
         CheckpointError: there is none.
@@ -101,9 +102,9 @@ def newest(files: list[Path]) -> tuple[Path, Mapping[str, Any]]:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             return path, dict(state["meta"].get("mcl", {}))
-        except Exception as error:  # half a file fails in the zip reader, the unpickler or the tensor reader
+        except Exception as error:  # an incomplete file fails in the zip reader, the unpickler or the tensor reader
             said = f"{path}: incomplete ({reason(error)})"
             if path != files[-1]:
-                log.warning("%s; trying the one before", said)
+                log.warning("%s; trying the previous one", said)
     others = f"; none of the {len(files)} checkpoints can be read" if len(files) > 1 else ""
-    raise CheckpointError(f"{said}{others}; remove what cannot be read, to start anew")
+    raise CheckpointError(f"{said}{others}; remove what cannot be read to start a new run")

@@ -1,4 +1,4 @@
-"""Optimiser and schedule of a fine-tuning that follow from few keys; what the command line sets stays as it is set."""
+"""Derives optimiser and schedule of a fine-tuning from a few keys. Keys of the command line are not changed."""
 
 import inspect
 from collections.abc import Collection
@@ -33,9 +33,10 @@ class LARS(optim.LARS):
 
 
 def choose_optimizer(config: Config, before: Any, given: Collection[str]) -> None:
-    """Drops the settings that an optimiser of another type does not take, such as the momentum of SGD.
+    """Removes settings that an optimiser of another type does not have, such as the momentum of SGD.
 
     Args:
+        config: configuration of the run.
         before: type of the optimiser in the files.
         given: keys that the command line sets.
 
@@ -60,7 +61,7 @@ def choose_optimizer(config: Config, before: Any, given: Collection[str]) -> Non
 
 
 def scale(config: Config, before: int, given: Collection[str]) -> None:
-    """Moves milestones and warm-up with the number of steps: in proportion, rounded down, a warm-up to 2 at least.
+    """Scales milestones and warm-up with the number of steps, rounded down; a warm-up has at least 2 steps.
 
     Args:
         before: ``train_cfg.max_iters`` that ``param_scheduler`` is for.
@@ -80,7 +81,7 @@ def scale(config: Config, before: int, given: Collection[str]) -> None:
         late += [m for m in scheduler.get("milestones") or () if isinstance(m, int) and m >= steps]
     if late:
         log.warning(
-            "the learning rate will not fall at %s: train_cfg.max_iters=%d; set param_scheduler.1.milestones",
+            "the learning rate will not decrease at %s: train_cfg.max_iters=%d; set param_scheduler.1.milestones",
             *(late, steps),
         )
 

@@ -1,4 +1,4 @@
-"""Configuration of a fine-tuning: an MMDetection file, ``key=value`` words, and what follows from the machine."""
+"""Configuration of a fine-tuning: an MMDetection file, ``key=value`` words, and settings that depend on the machine."""
 
 import difflib
 import reprlib
@@ -40,16 +40,16 @@ _OURS: dict[str, type] = {
     **dict.fromkeys(("name", *_PATHS), str),
     **dict.fromkeys(_LEAST, int),
 }
-"""Types of keys that mcl itself reads, whatever a file, a null or another section has put there."""
+"""Types of the keys that mcl reads."""
 
 _OPTIONAL = ("val_dataloader.batch_size", "train_cfg.val_interval", "epochs", "test")
 """MMEngine has values for them, or they mean nothing where they are not."""
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a configuration and applies ``key=value`` words to it, whose keys are those that the files have.
+    """Reads a configuration and applies ``key=value`` words, for keys that the files have.
 
-    What replaces text is taken as it was typed, everything else is YAML; where the files have None, nothing is None.
+    Values of text keys are used as typed; all other values are YAML. An empty value of a key that is None stays None.
 
     Raises:
         ConfigError: no such file, not a configuration of ``mcl finetune``, unknown key, or illegal value.
@@ -64,7 +64,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     except Exception as error:  # a Python file may raise anything
         raise ConfigError(f"{path}: cannot read the configuration ({type(error).__name__}: {error})") from error
     if "pretrained" in config:
-        raise ConfigError(f"{path}: pretrained is no key any more: names are found out, parts says which to load")
+        raise ConfigError(f"{path}: pretrained is no longer a key: names are recognised, parts selects what to load")
     if "parts" not in config:
         raise ConfigError(f'{path}: not a configuration of mcl finetune; its _base_ must be one, "_base_/runtime.py"')
     files = {name: node[index] for name, node, index in _places(config)}
@@ -75,7 +75,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
         if key not in places and key in _OPTIONAL:
             continue
         if key not in places:
-            raise ConfigError(f"{key}: is missing; set it, or leave the section around it as the files have it")
+            raise ConfigError(f"{key}: is missing; set it, or keep its section as it is in the files")
         node, index = places[key]
         if not isinstance(node[index], kind):
             raise ConfigError(f"{key}: expected {kind.__name__}, got {node[index]!r}")
@@ -91,7 +91,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def _follow(config: Config, files: Mapping[str, Any], given: Sequence[str]) -> None:
-    """Sets what follows from the keys that the command line has given; `files` has the values before that."""
+    """Derives settings from the keys of the command line; `files` has the values before."""
     schedule.choose_optimizer(config, files.get("optim_wrapper.optimizer.type"), given)
     steps, before = config.train_cfg.max_iters, files.get("train_cfg.max_iters")
     schedule.scale(config, before if isinstance(before, int) and before > 0 else steps, given)
@@ -123,13 +123,13 @@ def _override(config: Config, word: str) -> None:
 
 
 def _like(old: Any, new: Any, element: bool = False) -> Any:
-    """A value that :func:`~mcl.plain_yaml.parse_yaml` has read, with the numbers and tuples of the one it replaces.
+    """Converts a value of :func:`~mcl.plain_yaml.parse_yaml` to the type of the value that it replaces.
 
-    Elements of a list are like the old one's first, or text where that is empty; what replaces None is a number, a
-    switch or a text.
+    Elements of a list get the type of the old list's first element, or text if that is empty. None is replaced by a
+    number, a switch or text.
 
     Raises:
-        ValueError: it cannot be of that type.
+        ValueError: the value cannot be converted.
     """
     if new is None:
         return None
@@ -145,11 +145,11 @@ def _like(old: Any, new: Any, element: bool = False) -> Any:
         return new
     if isinstance(new, str) and isinstance(old, bool | int | float):
         return (_NUMBER if element and type(old) is int else _TYPES[type(old)]).validate_python(new)
-    raise ValueError(f"{new!r} is nothing like {old!r}")
+    raise ValueError(f"{new!r} is of another kind than {old!r}")
 
 
 def _places(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Every dotted key of sections and leaves, what holds its value, and the index of the value there."""
+    """Every dotted key of sections and leaves, with the container and the index of its value."""
     items = node.items() if isinstance(node, (dict, Config)) else enumerate(node) if isinstance(node, list) else ()
     for index, value in items:
         yield f"{prefix}{index}", node, index
@@ -157,11 +157,11 @@ def _places(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
 
 
 def adapt(config: Config) -> None:
-    """Sets what follows from processes and devices: launcher, images per process, mixed precision, BatchNorm.
+    """Derives settings from processes and devices: launcher, images per process, mixed precision, BatchNorm.
 
     Raises:
-        ConfigError: an illegal value, ``global_batch`` is not divisible by the processes, or something needs a GPU that
-            is not there.
+        ConfigError: an illegal value, ``global_batch`` is not divisible by the processes, or a setting needs a GPU and
+            there is none.
     """
     if not isinstance(config.timeout, int | float) or config.timeout <= 0:
         raise ConfigError(f"timeout: {config.timeout} must be a number above 0, of seconds")
@@ -190,7 +190,7 @@ def adapt(config: Config) -> None:
     config.train_dataloader.batch_size = config.global_batch // processes
     if config.amp:
         if not cuda:
-            raise ConfigError("amp: needs a GPU; leave it out")
+            raise ConfigError("amp: needs a GPU; remove it")
         config.optim_wrapper.update(type="AmpOptimWrapper", loss_scale="dynamic")
     if not cuda and replace(config.model, "type", "SyncBN", "BN"):
         log.warning("SyncBN is for GPUs; on this CPU it is BN, which computes the same in one process")

@@ -1,4 +1,4 @@
-"""A fine-tuning from its configuration to its table of AP."""
+"""A fine-tuning run: from the configuration to the table of AP."""
 
 import contextlib
 import copy
@@ -96,7 +96,7 @@ def _test(config: Config) -> str:
 
 
 def _show(runner: Runner) -> None:
-    """Says what AP categories have, and draws what is found in some images; a run never fails for want of a picture."""
+    """Logs the AP of categories and draws detections in some images; a failure to draw does not end the run."""
     folder = Path(runner.work_dir)
     if distributed.rank() == 0:
         if table := metric.by_category(folder):
@@ -128,14 +128,14 @@ class _Runner(Runner):
 
 
 def _records(config: Config) -> list[dict[str, Any]]:
-    """Evaluations that the first process has written, on all processes."""
+    """Evaluations that the first process has written; the same on all processes."""
     records = [metric.read(Path(config.work_dir))]
     broadcast_object_list(records)
     return records[0]
 
 
 def use(config: Config, folder: Folder) -> None:
-    """Puts paths and classes of a folder into a configuration, and what follows from its other keys."""
+    """Writes paths and classes of a folder into a configuration, and derives other settings."""
     config.data.classes = list(folder.classes)
     replace(config.model, "num_classes", ..., len(folder.classes))
     for split, dataset in (

@@ -26,10 +26,10 @@ def convert(folders: Sequence[Path], output: Path, ids: str = "") -> str:
     evaluation leaves difficult ones out.
 
     Args:
-        folders: each with Annotations/ and JPEGImages/, such as VOCdevkit/VOC2007.
+        folders: folders with Annotations/ and JPEGImages/, such as VOCdevkit/VOC2007.
         output: the file to write. Paths of images in it are relative to its folder.
-        ids: the images to take: the name of an image set, such as trainval, that every folder has in ImageSets/Main/,
-            or a file with an id per line; empty: all that have annotations.
+        ids: selects images: the name of an image set, such as trainval, that every folder has in ImageSets/Main/, or a
+            file with one id per line; empty: all images with annotations.
 
     Returns:
         What was written, in words.

@@ -1,4 +1,4 @@
-"""Pre-trained weights for a detector: read, renamed, and held against it."""
+"""Reads pre-trained weights for a detector, renames them, and compares them with the detector."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ _HEAD_CONVS = 16
 
 
 def load(source: str, model: Mapping[str, Any], parts: Sequence[str] = ()) -> LoadWeights:
-    """Reads weights and selects those that a detector is to start from.
+    """Reads weights and selects those that a detector can use.
 
     Args:
         source: as of :func:`mcl.weights.read.read`.
@@ -56,9 +56,9 @@ def _target(model: Mapping[str, Any]) -> Target:
 
 
 def _places(own: Mapping[str, Tensor], target: Target) -> tuple[str, dict[str, str]]:
-    """Which of our backbones a detector has, and its names by canonical ones.
+    """The backbone of mcl that a detector has, and the detector's names by canonical names.
 
-    The last stage of a C4 detector's backbone is its box head. An FPN or a head of another form is left out.
+    The last stage of a C4 detector's backbone is its box head. An FPN or head of another form is ignored.
     """
 
     def place(name: str, backbone: str) -> str:
@@ -86,7 +86,7 @@ def _places(own: Mapping[str, Tensor], target: Target) -> tuple[str, dict[str, s
 
 
 def build(model: Mapping[str, Any]) -> Any:
-    """A detector without memory, where it can be made so, of which names and shapes can be asked."""
+    """A detector for names and shapes, without memory if its class allows that."""
     with DefaultScope.overwrite_default_scope("mmdet"):
         try:
             with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""Processes that load data: whether their memory suffices, and what is said when they fail."""
+"""Processes that load data: check of their shared memory, and errors in one line."""
 
 import contextlib
 import multiprocessing
@@ -23,13 +23,13 @@ _PREFETCH = 2  # batches per process, PyTorch's default
 
 
 class LoaderError(RuntimeError):
-    """The processes that load data died or hang; the same command continues the run."""
+    """A process that loads data ended or hangs; the same command continues the run."""
 
     exit_code = 3
 
 
 def check_shared_memory(config: Config) -> None:
-    """Compares the shared memory of the machine with what loaders put into it at most.
+    """Compares the shared memory of the machine with the most that loaders can need.
 
     Raises:
         ConfigError: it is too small.
@@ -59,7 +59,7 @@ def _largest(loader: Any) -> int:
 
 @contextlib.contextmanager
 def reporting_loader_errors(timeout: float) -> Iterator[None]:
-    """Errors in a loader's processes, whose messages are tracebacks, become one line.
+    """Replaces errors of a loader's processes, whose messages are tracebacks, by errors with one line.
 
     Args:
         timeout: seconds that a batch may take, for the message.
@@ -75,7 +75,7 @@ def reporting_loader_errors(timeout: float) -> Iterator[None]:
     except BadDataError as error:
         raise BadDataError(_last(error)) from None
     except BadImageError as error:
-        raise SourceError(f"{_last(error)}; it was readable when the run started; put it back") from None
+        raise SourceError(f"{_last(error)}; it was readable when the run started; restore it") from None
     except RuntimeError as error:
         if not str(error).startswith("DataLoader "):
             raise

@@ -1,4 +1,4 @@
-"""Backbones that return their feature maps; parameters are named as in torchvision."""
+"""Backbones that return feature maps, with torchvision's parameter names."""
 
 import contextlib
 from collections import OrderedDict
@@ -18,7 +18,7 @@ from mcl.models.norm import BatchNorm
 
 
 class BasicBlock(resnet.BasicBlock):  # type: ignore[misc]  # torchvision has no types
-    """torchvision's block of two convolutions; BatchNorm takes what follows it along."""
+    """torchvision's block of two convolutions, with additions and ReLUs fused into BatchNorm."""
 
     def forward(self, x: Tensor, counts: Sequence[int] = ()) -> Tensor:
         y: Tensor = self.bn1(self.conv1(x), counts, relu=True)
@@ -27,7 +27,7 @@ class BasicBlock(resnet.BasicBlock):  # type: ignore[misc]  # torchvision has no
 
 
 class Bottleneck(resnet.Bottleneck):  # type: ignore[misc]
-    """torchvision's block of three convolutions; BatchNorm takes what follows it along."""
+    """torchvision's block of three convolutions, with additions and ReLUs fused into BatchNorm."""
 
     def forward(self, x: Tensor, counts: Sequence[int] = ()) -> Tensor:
         y: Tensor = self.bn1(self.conv1(x), counts, relu=True)
@@ -47,7 +47,7 @@ def _shortcut(block: nn.Module, x: Tensor, counts: Sequence[int]) -> Tensor:
 
 
 class DeepStem(nn.Sequential):
-    """ResNet-D's three 3x3 convolutions, each with BatchNorm and ReLU; numbered as if ReLU were a module, too."""
+    """ResNet-D's three 3x3 convolutions, each with BatchNorm and ReLU; ReLU is counted in the names of modules."""
 
     def __init__(self) -> None:
         layers: OrderedDict[str, nn.Module] = OrderedDict()
@@ -57,7 +57,7 @@ class DeepStem(nn.Sequential):
         super().__init__(layers)
 
     def forward(self, x: Tensor, counts: Sequence[int] = ()) -> Tensor:
-        """(n, 3, S, S) to (n, 64, S / 2, S / 2)."""
+        """Maps (n, 3, S, S) to (n, 64, S / 2, S / 2)."""
         for layer in self:
             x = layer(x, counts, relu=True) if isinstance(layer, BatchNorm) else layer(x)
         return x
@@ -75,15 +75,15 @@ _GROUPS = {"resnext50_32x4d": {"groups": 32, "width_per_group": 4}}
 
 
 class Backbone(nn.Module):
-    """Feature maps of images. What it makes is the class of its name, as :class:`pathlib.Path` does.
+    """Base class of backbones. ``Backbone(name)`` creates an instance of the subclass of that name.
 
     Args:
         name: as ``model.backbone``.
-        recompute: whether backward computes the insides of blocks again, from their inputs, instead of keeping them.
-        maps: how many maps are read, coarsest first; what only the others need is not trained.
+        recompute: whether backward recomputes activations inside blocks instead of storing them.
+        maps: number of maps that are used, coarsest first; layers that only other maps need are not trained.
 
     Attributes:
-        channels: of the maps that :meth:`forward` returns.
+        channels: channels of the maps that :meth:`forward` returns.
     """
 
     channels: tuple[int, ...]
@@ -93,10 +93,11 @@ class Backbone(nn.Module):
         return super().__new__((PatchNet if name in _PATCH_NETS else ConvNet) if cls is Backbone else cls)
 
     def forward(self, x: Tensor, counts: Sequence[int] = ()) -> list[Tensor]:
-        """(n, 3, S, S) to C5, C4, C3, C2: (n, channels[i], S / 32 * 2^i, S / 32 * 2^i), coarsest first, rounded up.
+        """Maps (n, 3, S, S) to C5, C4, C3, C2: (n, channels[i], S / 32 * 2^i, S / 32 * 2^i) rounded up, coarsest first.
 
         Args:
-            counts: canvases of each group that BatchNorm sees by itself; without them all are one.
+            x: canvases.
+            counts: number of canvases in each group that BatchNorm normalises separately; empty: one group.
         """
         raise NotImplementedError
 
@@ -115,7 +116,7 @@ class Backbone(nn.Module):
 
     @contextlib.contextmanager
     def _frozen_statistics(self) -> Iterator[None]:
-        """Running statistics, which have seen the batch the first time, stay as they are."""
+        """Within the context, running statistics are not updated: the first computation has updated them."""
         norms = [m for m in self.modules() if isinstance(m, BatchNorm) and m.training]
         before = [(n.running_mean, n.running_var, n.num_batches_tracked) for n in norms]
         for n in norms:
@@ -130,11 +131,11 @@ class Backbone(nn.Module):
 class ConvNet(Backbone, ResNet):  # type: ignore[misc]
     """torchvision's ResNet (stride in the 3x3 convolution), or the ResNet-D of RT-DETR.
 
-    ResNet-D (arXiv 1812.01187) has a :class:`DeepStem`, and averages over 2 x 2 cells before a shortcut's convolution,
-    which has stride 1. As RT-DETR has it, the first stage has such a convolution even where it keeps the channels.
+    ResNet-D (arXiv 1812.01187) has a :class:`DeepStem`, and shortcuts average over 2 x 2 cells before a convolution of
+    stride 1. As in RT-DETR, the first stage has such a convolution even if it keeps the number of channels.
 
-    Convolutions start from a Kaiming normal distribution over the fan-in, and no BatchNorm scale starts at zero, as in
-    the released code.
+    Convolutions are initialised with a Kaiming normal distribution over the fan-in, and no BatchNorm scale is
+    initialised with zero, as in the authors' code.
     """
 
     stem: DeepStem
@@ -166,7 +167,7 @@ class ConvNet(Backbone, ResNet):  # type: ignore[misc]
         return features[::-1]
 
     def _stride_4(self, x: Tensor, counts: Sequence[int]) -> Tensor:
-        """(n, 3, S, S) to (n, 64, S / 4, S / 4)."""
+        """Maps (n, 3, S, S) to (n, 64, S / 4, S / 4)."""
         x = self.stem(x, counts) if self.deep else self.bn1(self.conv1(x), counts, relu=True)
         y: Tensor = self.maxpool(x)
         return y
@@ -175,7 +176,7 @@ class ConvNet(Backbone, ResNet):  # type: ignore[misc]
         return [getattr(self, f"layer{i}") for i in range(1, 5)]
 
     def _deepen(self) -> None:
-        """Makes a ResNet-D of a ResNet."""
+        """Replaces stem and shortcuts of a ResNet by those of a ResNet-D."""
         del self.conv1, self.bn1
         self.stem = DeepStem()
         inputs = 64
@@ -186,11 +187,10 @@ class ConvNet(Backbone, ResNet):  # type: ignore[misc]
 
 
 class PatchNet(Backbone):
-    """torchvision's ConvNeXt or Swin Transformer, which begin with patches of 4 x 4 pixels and use no BatchNorm.
+    """torchvision's ConvNeXt or Swin Transformer, which start with patches of 4 x 4 pixels and use no BatchNorm.
 
-    Each map ends in a LayerNorm, as detectors have it: ``norms``, finest first. Initial values are torchvision's;
-    no path is dropped (stochastic depth 0). Swin pads maps to whole windows, and does not shift them where a map is no
-    larger than one.
+    Each map is normalised by a LayerNorm, as in detectors: ``norms``, finest first. Initial values are torchvision's,
+    without stochastic depth. Swin pads maps to whole windows, and does not shift windows in maps of a single window.
     """
 
     def __init__(self, name: str, recompute: bool = False, maps: int = 4) -> None:
@@ -223,9 +223,9 @@ class PatchNet(Backbone):
 
 
 def _in_full_precision(norm: nn.LayerNorm, inputs: tuple[Tensor]) -> tuple[Tensor]:
-    """As autocast does on a GPU, and not on a CPU, whose steps should be those of a GPU."""
+    """Casts inputs as autocast does on a GPU but not on a CPU, so that both compute the same."""
     return (inputs[0].to(norm.weight.dtype),)
 
 
 _PATCH_NETS: dict[str, tuple[int, list[int]]] = {"convnext_t": (96, [3, 3, 9, 3]), "swin_t": (96, [2, 2, 6, 2])}
-"""Channels of the first stage, and blocks of each."""
+"""Channels of the first stage, and number of blocks per stage."""

@@ -1,4 +1,4 @@
-"""Backbone, FPN and region head as one, and the ways to compute their embeddings."""
+"""Encoder: backbone, FPN and region head, and the ways to compute embeddings."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -17,12 +17,12 @@ from mcl.ops import region_pool
 
 
 class Encoder(nn.Module):
-    """Backbone, FPN and region head: canvases to one embedding per tile.
+    """Backbone, FPN and region head, which compute one embedding per tile of the canvases.
 
     Args:
-        config: names and widths, and ``compute``: matched, where FPN and head see only each level's own canvases, or
-            released, where they see every canvas at every level. The embeddings differ only by BatchNorm's statistics.
-            And ``assembly``: montage, or stack, where every tile is an image of its own.
+        config: names and widths, and ``compute``: with matched, FPN and head process only the canvases of each level,
+            with released every canvas at every level. The embeddings differ only by BatchNorm statistics.
+            ``assembly``: montage, or stack, where every tile is an image of its own.
         ratios: tiles per canvas side, per level.
         recompute: activation checkpointing of the backbone.
     """
@@ -37,17 +37,17 @@ class Encoder(nn.Module):
         self.head = RegionHead(config.width, config.head_convs, config.hidden)
 
     def forward(self, *views: MontageBatch) -> list[list[Tensor]]:
-        """Embeddings of the tiles of views with equal numbers of canvases, which BatchNorm sees one by one.
+        """Embeddings of the tiles of views with equal numbers of canvases; BatchNorm normalises each view separately.
 
         Returns:
-            Per view and level, (R, width).
+            (R, width) for each view and level.
         """
         if self.assembly == "stack":
             return self._stacked(views)
         return self._matched(views) if self.compute == "matched" else self._released(views)
 
     def _matched(self, views: Sequence[MontageBatch]) -> list[list[Tensor]]:
-        """All views together: products of few rows are slow."""
+        """Processes all views together, since matrix products of few rows are slow."""
         canvases = views[0].canvas_counts
         levels = [*range(len(canvases))] * len(views)
         features = self.backbone(join([view.pixels for view in views]), [sum(canvases)] * len(views))
@@ -72,7 +72,7 @@ class Encoder(nn.Module):
         return [list(embeddings[i :: len(views)]) for i in range(len(views))]
 
     def _released(self, views: Sequence[MontageBatch]) -> list[list[Tensor]]:
-        """Every tile of every map goes through the head, view after view, the finest map first."""
+        """Processes every tile of every map in the head, view by view, finest map first."""
         counts, ratios = [len(view.pixels) for view in views], views[0].ratios
         maps = self.fpn(self.backbone(join([view.pixels for view in views]), counts), range(len(ratios)), views=counts)
         bounds = list(itertools.accumulate(views[0].canvas_counts, initial=0))
@@ -83,7 +83,7 @@ class Encoder(nn.Module):
         return embeddings
 
     def pool(self, maps: Sequence[Tensor], levels: Sequence[int], boxes: Sequence[Tensor], cells: int) -> Tensor:
-        """(R, width, cells, cells), the tiles of each map, whose level is given, map after map; in one launch."""
+        """Pools the tiles of all maps in one launch: (R, width, cells, cells), map by map."""
         index = torch.cat([b.new_full((len(b),), i, dtype=torch.int64) for i, b in enumerate(boxes)])
         strides = [STRIDE / self.ratios[level] for level in levels]
         return region_pool(maps, strides, torch.cat(list(boxes)), index, cells)

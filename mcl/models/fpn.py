@@ -1,4 +1,4 @@
-"""Feature pyramid network with BatchNorm on laterals and outputs (no activation, no bias), as in the released code."""
+"""Feature pyramid network with BatchNorm on laterals and outputs (no activation, no bias), as in the authors' code."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from mcl.models.norm import BatchNorm
 
 
 class ConvNorm(nn.Module):
-    """Convolution of stride 1 without bias, then BatchNorm; padding keeps the size."""
+    """Convolution with stride 1 and padding that keeps the size, without bias, followed by BatchNorm."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int) -> None:
         super().__init__()
@@ -19,18 +19,18 @@ class ConvNorm(nn.Module):
         self.norm = BatchNorm(outputs)
 
     def forward(self, x: Tensor, counts: Sequence[int] = (), relu: bool = False) -> Tensor:
-        """ReLU is taken last, if wanted; `counts` as for :class:`BatchNorm`."""
+        """Convolution, BatchNorm and, if `relu`, ReLU; `counts` as for :class:`BatchNorm`."""
         y: Tensor = self.norm(self.conv(x), counts, relu=relu)
         return y
 
 
 class FPN(nn.Module):
-    """Maps of equal width at several strides, coarsest first.
+    """Feature pyramid: maps with equal channels at several strides, coarsest first.
 
     Args:
-        channels: of the backbone's maps, coarsest first.
-        width: of the output maps.
-        depths: how many strides below the coarsest each output map lies, increasing (0 is P5, 3 is P2).
+        channels: channels of the backbone's maps, coarsest first.
+        width: channels of the output maps.
+        depths: for each output map the number of strides below the coarsest, increasing (0 is P5, 3 is P2).
     """
 
     def __init__(self, channels: Sequence[int], width: int, depths: Sequence[int]) -> None:
@@ -45,17 +45,17 @@ class FPN(nn.Module):
     def forward(
         self, features: Sequence[Tensor], levels: Sequence[int], counts: Sequence[int] = (), views: Sequence[int] = ()
     ) -> list[Tensor]:
-        """Output maps of the given levels, of all canvases or, with `counts`, of each group of them one.
+        """Output maps of the given levels for all canvases or, with `counts`, one map per group of canvases.
 
-        Only the laterals that these need are computed. Groups go through a convolution together, for products of few
-        rows are slow; BatchNorm sees them one by one, in their order.
+        Only laterals that these need are computed. Convolutions process groups together, since matrix products of few
+        rows are slow; BatchNorm normalises each group separately, in order.
 
         Args:
             features: the backbone's maps, coarsest first: (n, channels[i], h * 2^i, w * 2^i); sides that are odd at a
                 finer stride are half of them, rounded up.
-            levels: indices into `depths`: increasing, or of each group.
-            counts: canvases per group, n together.
-            views: without `counts`, canvases that BatchNorm sees by themselves, n together.
+            levels: indices into `depths`, increasing; with `counts` the index of each group.
+            counts: number of canvases in each group; the sum is n.
+            views: without `counts`, numbers of canvases that BatchNorm normalises separately; the sum is n.
         """
         if counts:
             return self._of_groups(features, levels, counts)
@@ -91,9 +91,9 @@ class FPN(nn.Module):
 
 
 def _finer(x: Tensor, like: Tensor) -> Tensor:
-    """Every cell four times, but for the last row and column of a map with an odd side, as of a stacked image.
+    """Nearest-neighbour upsampling to the size of `like`, which may be odd for a stacked image.
 
-    In its dtype, of which autocast would make fp32 on a GPU, and so of all that follows.
+    It keeps the dtype of `x`; autocast on a GPU would use fp32 here and in what follows.
     """
     with torch.autocast(x.device.type, enabled=False):
         return F.interpolate(x, like.shape[2:], mode="nearest")
@@ -109,9 +109,9 @@ def _join(pieces: dict[int, Tensor], groups: Sequence[int]) -> Tensor:
 
 
 class Groups(torch.autograd.Function):
-    """Cuts a map (n, C, H, W) into groups of rows.
+    """Splits a map (n, C, H, W) into groups of rows.
 
-    The gradient of slices would be a sum of whole maps, one per group, mostly zeros and not channels_last.
+    Autograd's gradient of slices is a sum of whole maps, one per group, mostly zeros and not channels_last.
     """
 
     @staticmethod

@@ -12,7 +12,7 @@ from mcl.models.norm import BatchNorm
 class RegionHead(nn.Module):
     """Convolutions with zero padding at the tile's borders, average pool, projector; shared by all levels.
 
-    Levels go through it together, for products of few rows are slow, and are normalised one by one, in their order.
+    It processes levels together, since matrix products of few rows are slow; BatchNorm normalises each separately.
 
     Args:
         width: channels of the maps and of the embedding.
@@ -38,7 +38,7 @@ class RegionHead(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, tiles: Tensor, counts: Sequence[int] = ()) -> Tensor:
-        """(R, C, cells, cells) to embeddings (R, C); without `counts`, tiles per level, all are of one."""
+        """Maps tiles (R, C, cells, cells) to embeddings (R, C); `counts` are tiles per level, empty for one level."""
         for conv in self.convs:
             tiles = conv(tiles, counts, relu=True)
         pooled = F.avg_pool2d(tiles, tiles.shape[2:]).flatten(1)  # unlike mean, its gradient is channels_last
@@ -60,7 +60,7 @@ class GlobalHead(nn.Module):
 
 
 class MLP(nn.Sequential):
-    """Layers whose BatchNorms see groups of rows by themselves."""
+    """Layers whose BatchNorms normalise groups of rows separately."""
 
     def forward(self, x: Tensor, counts: Sequence[int] = ()) -> Tensor:
         for layer in self:
@@ -69,7 +69,7 @@ class MLP(nn.Sequential):
 
 
 def predictor(width: int, hidden: int) -> MLP:
-    """MLP of the online side, (R, width) to (R, width)."""
+    """MLP of the online network, which maps (R, width) to (R, width)."""
     mlp = MLP(nn.Linear(width, hidden), BatchNorm(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, width))
     for module in mlp:
         if isinstance(module, nn.Linear):

@@ -1,4 +1,4 @@
-"""The one BatchNorm: of groups of rows, with the addition and the ReLU that follow it, over all processes."""
+"""BatchNorm of groups of rows over all processes, fused with the addition and the ReLU that follow it."""
 
 from collections.abc import Sequence
 
@@ -9,21 +9,20 @@ from mcl.ops.batch_norm import batch_norm
 
 
 class BatchNorm(_BatchNorm):
-    """PyTorch's BatchNorm1d and BatchNorm2d, parameters and buffers included; see :func:`mcl.ops.batch_norm.batch_norm`
-    for what it is in training.
-
-    Where there are several processes, all of them have to call it in training mode.
+    """BatchNorm with parameters and buffers of PyTorch's BatchNorm1d and BatchNorm2d. In training it is
+    :func:`mcl.ops.batch_norm.batch_norm`, which all processes must call.
     """
 
     def forward(
         self, x: Tensor, counts: Sequence[int] = (), residual: Tensor | None = None, relu: bool = False
     ) -> Tensor:
-        """Normalises groups of rows, each by itself and in their order; then adds `residual` and takes ReLU, if wanted.
+        """Normalises groups of rows separately, in order, then adds `residual` and applies ReLU.
 
         Args:
             x: (n, c) or (n, c, h, w).
-            counts: rows per group, n together; without them all rows are one.
-            residual: as x.
+            counts: number of rows in each group; the sum is n. Empty: one group.
+            residual: as x; None: 0.
+            relu: whether to apply ReLU.
         """
         if self.training:
             running = self.running_mean, self.running_var, self.num_batches_tracked

@@ -1,6 +1,6 @@
-"""The Python face of kernels/: operators of the compiled extension, with PyTorch and torchvision where it is absent."""
+"""Operators of the compiled extension (sources in kernels/), with fallbacks in PyTorch and torchvision."""
 
-from mcl.ops import fallback  # noqa: F401  registers what the extension lacks
+from mcl.ops import fallback  # noqa: F401  registers operators that the extension lacks
 from mcl.ops.batch_norm import batch_norm
 from mcl.ops.library import compiled, missing
 from mcl.ops.region_pool import region_pool

@@ -1,8 +1,8 @@
-"""NVIDIA apex, where it is installed: norms, momentum network and cross-entropy of CUDA tensors.
+"""NVIDIA apex, if it is installed: norms, momentum network and cross-entropy of CUDA tensors.
 
-apex comes from its sources or from NVIDIA's containers, never from PyPI, whose project of that name is another. Its
-multi-tensor kernels take contiguous CUDA tensors and a flag: not zero makes kernels return at once, and checks for
-overflow set it. So every call brings a fresh flag. Its own ``clip_grad_norm_`` is not used: it reads the norm back.
+apex is installed from its sources or with NVIDIA's containers; the project of that name on PyPI is another. Its
+multi-tensor kernels take contiguous CUDA tensors and a flag, which overflow checks set, and return at once if it is not
+zero; so every call uses a new flag. apex's ``clip_grad_norm_`` is not used, since it reads the norm back.
 """
 
 import importlib
@@ -18,7 +18,7 @@ _DEVICES = ("cuda",)
 def _find(module: str, name: str) -> Any:
     try:
         return getattr(importlib.import_module(module), name)
-    except Exception:  # absent, PyPI's other project, or built for another torch: all mean that it is not used
+    except Exception:  # absent, the other project, or built for another torch
         return None
 
 
@@ -35,17 +35,17 @@ _parts = {
 
 
 def supplies(task: str) -> bool:
-    """Whether apex has all that the task needs; it knows "norms", "ema_", "clip" and "cross_entropy"."""
+    """Whether apex has the functions for a task: "norms", "ema_", "clip" or "cross_entropy"."""
     return None not in _parts.get(task, [None])
 
 
 def serves(task: str, tensors: Sequence[Tensor]) -> bool:
-    """Whether apex does this task on these tensors: fp32, on CUDA."""
+    """Whether apex supports a task on these tensors, which must be fp32 on CUDA."""
     return supplies(task) and all(t.device.type in _DEVICES and t.dtype == torch.float32 for t in tensors)
 
 
 def norms(tensors: Sequence[Tensor]) -> Tensor:
-    """(T,) norms of the tensors."""
+    """Norms of the tensors, (T,)."""
     each: Tensor = _applier(_l2norm, _flag(tensors), [_flat(tensors)], True)[1]
     return each
 
@@ -62,7 +62,7 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean over rows. Label 0 is a class like any other: apex would leave out what equals `padding_idx`."""
+    """Mean cross-entropy over rows. `padding_idx` is -1, since apex ignores labels that equal it."""
     smoothing, padding_idx, half_to_float = 0.0, -1, False
     rows: Tensor = _cross_entropy.apply(logits, labels, smoothing, padding_idx, half_to_float)
     return rows.mean()
@@ -73,5 +73,5 @@ def _flag(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _flat(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors' elements as they lie in memory; norms and sums do not mind the order."""
+    """Flat views of the tensors in memory order, which does not matter for norms and sums."""
     return [t if t.is_contiguous() else t.detach().as_strided((t.numel(),), (1,)) for t in tensors]

@@ -1,6 +1,6 @@
-"""The operators in PyTorch and torchvision, where the extension was not built for the device: right, and slower.
+"""Slower implementations of the operators in PyTorch and torchvision, for devices that the extension does not support.
 
-The host reads nothing back in them either.
+They read nothing back to the host either.
 """
 
 import contextlib
@@ -20,23 +20,23 @@ def _rois(
     level: int, shape: tuple[int, ...], stride: float, boxes: Tensor, index: Tensor, bins: int, ratio: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Which boxes are pooled from a map (R,), and all boxes as torchvision takes them, (R, 5).
+    """Mask (R,) of the boxes that are pooled from a map, and all boxes in torchvision's format, (R, 5).
 
-    Those that are not lie beyond the map and have no area. So they cost nothing, and the host need not pick the others.
+    The other boxes are placed outside of the map without area, so that they cost nothing and the host selects nothing.
     """
     rows, _, height, width = shape
     row, *edges = boxes.to(dtype).unbind(1)
     mine = (index == level) & (row >= 0) & (row < rows)
     for low, high in zip(edges[:2], edges[2:], strict=True):
         mine &= (high - low >= 0) & (high - low).isfinite()
-    if not ratio:  # bins of three times the map at most: torchvision takes as many samples as they have cells
+    if not ratio:  # limits bins to three times the map: torchvision takes one sample per cell
         sides = (width, height, width, height)
         edges = [e.clamp(-bins * s * stride, (bins + 1) * s * stride) for e, s in zip(edges, sides, strict=True)]
     return mine, torch.stack([row.where(mine, 0), *(e.where(mine, -2 * stride) for e in edges)], 1)
 
 
 def _like_the_operator(x: Tensor, dtype: torch.dtype, last: bool) -> Tensor:
-    """A copy, laid out as the fake kernels say."""
+    """A copy with the memory format of the fake kernels."""
     layout = torch.channels_last if last else torch.contiguous_format
     return torch.empty_like(x, dtype=dtype, memory_format=layout).copy_(x)
 
@@ -62,7 +62,7 @@ def region_pool(
 def region_pool_backward(
     grad: Tensor, sizes: list[int], strides: list[float], boxes: Tensor, index: Tensor, ratio: int, last: bool
 ) -> list[Tensor]:
-    if grad.is_cuda:  # it adds with atomics
+    if grad.is_cuda:  # torchvision uses atomics
         torch._prims_common.alert_not_deterministic("region pooling without mcl's CUDA kernels")
     wide, bins = grad.to(torch.promote_types(grad.dtype, torch.float32)), grad.shape[2]
     grads = []
@@ -158,7 +158,7 @@ def batch_norm_backward_apply(
 
 
 def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: Tensor) -> Tensor:
-    """Rows of a group, normalised, in the dtype of its statistics (2 c + 1,)."""
+    """Normalised rows of a group, in the dtype of its statistics (2 c + 1,)."""
     mean, inverse, _ = _parted(statistics)
     value = (x.to(mean) - _along(x, mean)) * _along(x, inverse if weight is None else inverse * weight)
     return value if bias is None else value + _along(x, bias)
@@ -167,25 +167,25 @@ def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: T
 def _through(
     grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: Tensor, relu: bool
 ) -> Tensor:
-    """What ReLU lets through of a group's gradient."""
+    """The gradient of a group before ReLU."""
     wide = grad.to(statistics)
     return torch.where(_affine(x, weight, bias, statistics) <= 0, 0, wide) if relu else wide
 
 
 def _parted(statistics: Tensor) -> tuple[Tensor, ...]:
-    """(..., 2 c + 1) as batch_norm has it: two of (..., c), and the numbers of rows (..., 1)."""
+    """Splits statistics (..., 2 c + 1) into two parts (..., c) and the numbers of rows (..., 1)."""
     channels = statistics.shape[-1] // 2
     parts: tuple[Tensor, ...] = statistics.split([channels, channels, 1], -1)
     return parts
 
 
 def _over_rows(x: Tensor) -> list[int]:
-    """All dimensions but that of channels."""
+    """All dimensions except channels."""
     return [0, *range(2, x.dim())]
 
 
 def _along(x: Tensor, values: Tensor) -> Tensor:
-    """(c,) along the channels of x."""
+    """Values (c,), reshaped to broadcast over the channels of x."""
     return values.view(-1, *[1] * (x.dim() - 2))
 
 
@@ -222,7 +222,7 @@ def ema_(targets: list[Tensor], onlines: list[Tensor], momentum: float, found_in
 
 @contextlib.contextmanager
 def _unless(found_inf: Tensor | None, tensors: list[Tensor]) -> Iterator[None]:
-    """Puts the tensors back as they were, without asking on the host, where `found_inf` is not 0."""
+    """Restores the tensors on exit if `found_inf` is not 0, without reading it on the host."""
     if found_inf is None:
         yield
         return

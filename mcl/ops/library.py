@@ -1,4 +1,4 @@
-"""Schemas of the operators, and who implements them: the compiled libraries, or :mod:`mcl.ops.fallback`."""
+"""Schemas of the operators, and their registration: from the compiled libraries, or :mod:`mcl.ops.fallback`."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -53,31 +53,31 @@ for _name, _schema in SCHEMAS.items():
 
 
 def load(library: Path) -> str:
-    """Loads a library that setup.py has built; returns why it cannot be used, with the remedy, or nothing."""
+    """Loads a compiled library; returns an empty text, or why it cannot be used and the remedy."""
     if not library.exists():
         return f"the extension is not installed; {BUILD} installs it"
     try:
         torch.ops.load_library(str(library))
-    except OSError as error:  # made for another torch; the cause names the symbol or library
+    except OSError as error:  # built for another torch; the cause names the symbol or library
         return f"{library.name} does not load ({error.__cause__ or error}); {BUILD} replaces it"
     return ""
 
 
 def load_cuda(folder: Path, cuda: str | None) -> str:
-    """As :func:`load`, that for PyTorch's version of CUDA, as "13.0": another would bring a second CUDA runtime."""
+    """As :func:`load`, for PyTorch's CUDA version, such as "13.0"; another one would load a second CUDA runtime."""
     version = (cuda or "").partition(".")[0]
     found = [library.stem.removeprefix("_C_cuda") for library in folder.glob("_C_cuda*.so")]
     if found and version not in found:
         ours = f"PyTorch is built {f'for CUDA {version}' if version else 'without CUDA'}"
         return f"the extension serves CUDA {', '.join(found)}, {ours}; install another PyTorch, or build in a checkout"
     if not found and (folder / "_C.so").exists():
-        return f"the extension is built without CUDA; MCL_BUILD_CUDA=1 {BUILD} builds it with"
+        return f"the extension is built without CUDA; MCL_BUILD_CUDA=1 {BUILD} builds it with CUDA"
     return load(folder / f"_C_cuda{version}.so")
 
 
 _FOLDER = Path(__file__).parents[1]
 missing = {"cpu": load(_FOLDER / "_C.so"), "cuda": load_cuda(_FOLDER, torch.version.cuda)}
-"""Why the extension is not used on "cpu" and "cuda"; empty where it is."""
+"""Why the extension is not used on "cpu" and "cuda"; empty if it is used."""
 
 
 def compiled(name: str, device: str) -> bool:
@@ -94,10 +94,10 @@ _compiled = {
 
 
 def fallback(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Makes a function the implementation of an operator on the devices that the extension does not serve.
+    """Registers a function as the implementation of an operator on devices that the extension does not support.
 
     Args:
-        name: of the operator.
+        name: name of the operator.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""Region pooling: RoIAlign over several maps in one launch, with a deterministic backward.
+"""Region pooling: RoIAlign over several maps in one launch, with a deterministic backward pass.
 
 Shape letters: n canvases of a map, C channels, R boxes, P output_size.
 """
@@ -24,27 +24,27 @@ def region_pool(
 ) -> Tensor:
     """Pools boxes from feature maps: RoIAlign with ``aligned=True`` (arXiv 1703.06870), over all maps at once.
 
-    A box is cut into P x P bins; a bin is the mean of bilinear samples in it. Where every sample of a box lies on a
-    cell centre, it is copied bit for bit. fp16, bf16 and fp32 are summed in fp32, fp64 in fp64. Backward adds boxes in
-    their order, without atomics: equal input gives equal bits. Nothing is read back from the device.
+    A box is divided into P x P bins; a bin is the mean of bilinear samples in it. If every sample of a box lies on a
+    cell centre, cells are copied bit for bit. fp16, bf16 and fp32 are summed in fp32, fp64 in fp64. The backward pass
+    adds boxes in their order, without atomics, so it is deterministic. Nothing is read back from the device.
 
-    Boxes with non-finite or reversed edges, and those that name no existing map or row, give 0 and no gradient; so do
-    boxes without area when `sampling_ratio` is 0.
+    Boxes with non-finite or reversed edges, or with a map or row that does not exist, give 0 and no gradient; so do
+    boxes without area if `sampling_ratio` is 0.
 
     Args:
-        features: maps (n, C, H, W), at most 8, of one dtype and device; n, H, W may differ. Any memory layout, never
-            copied.
+        features: maps (n, C, H, W), at most 8, of one dtype and device; n, H, W may differ. Any memory format; maps are
+            not copied.
         strides: canvas pixels per cell, per map.
-        boxes: (R, 5) row of the map, then x1, y1, x2, y2 in canvas pixels. Has no gradient.
-        index: (R,) int64, which map a box is pooled from.
+        boxes: (R, 5) row of the map, then x1, y1, x2, y2 in canvas pixels. They have no gradient.
+        index: (R,) int64, the map that a box is pooled from.
         output_size: bins per side, P.
-        sampling_ratio: samples per bin and side; 0 takes one per cell that a bin covers, at most the map's size.
+        sampling_ratio: samples per bin and side; 0: one per cell that a bin covers, at most the map's size.
 
     Returns:
-        (R, C, P, P), channels_last where all maps are.
+        (R, C, P, P), channels_last if all maps are.
 
     Raises:
-        ValueError: arguments that do not fit each other, by name.
+        ValueError: arguments do not fit each other; the message names them.
     """
     _check(features, strides, boxes, index, output_size, sampling_ratio)
     pooled: Tensor = torch.ops.mcl.region_pool(
@@ -86,7 +86,7 @@ def _check(
 
 
 def channels_last(features: Sequence[Tensor]) -> bool:
-    """Whether every map has its channels next to each other; then the results have, too."""
+    """Whether all maps are channels_last; then the results are as well."""
     return all(f.stride(1) == 1 for f in features)
 
 
@@ -133,7 +133,7 @@ def _setup_twice(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> Non
 
 
 def _backward_twice(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
-    """Pooling is linear: the derivative of its backward is pooling itself."""
+    """Pooling is linear, so the derivative of its backward pass is pooling."""
     pooled = torch.ops.mcl.region_pool(grads, ctx.strides, *ctx.saved_tensors, ctx.bins, ctx.ratio)
     return pooled, None, None, None, None, None, None
 
@@ -147,7 +147,7 @@ _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C
 
 
 def _autocast(features: list[Tensor], *args: Any) -> Tensor:
-    """Maps keep their dtype, the widest of them if they differ; boxes are never rounded."""
+    """Maps are cast to the widest of their dtypes; boxes are not rounded."""
     widest = features[0].dtype
     for f in features:
         widest = torch.promote_types(widest, f.dtype)

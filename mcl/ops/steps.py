@@ -1,6 +1,6 @@
-"""What a training step does to all parameters at once, and its cross-entropy. Nothing is read back from the device.
+"""Operations on all parameters, and cross-entropy. Nothing is read back from the device.
 
-apex does what it can where it is installed; then the extension, in the fewest passes over memory; then PyTorch.
+apex is used if it is installed and supports the operation, then the extension, then PyTorch.
 """
 
 import math
@@ -19,11 +19,11 @@ _WITHOUT = {
     "lars_": "more passes over the parameters",
     "ema_": "more passes over the parameters",
 }
-"""What it costs that the extension lacks an operator."""
+"""Costs of an operator that is not compiled."""
 
 
 def norms(tensors: Sequence[Tensor]) -> Tensor:
-    """L2 norms of fp32 or fp64 tensors without gaps in memory: (T,), in their dtype, on their device."""
+    """L2 norms of fp32 or fp64 tensors without gaps in memory; returns (T,) of their dtype, on their device."""
     if apex.serves("norms", tensors):
         return apex.norms(tensors)
     result: Tensor = torch.ops.mcl.norms(list(tensors))
@@ -45,11 +45,15 @@ def lars_(
     """One step of LARS (see :class:`mcl.train.optim.LARS`), in place, on fp32 or fp64 tensors without gaps in memory.
 
     Args:
-        weights: the parameters.
-        grads: their gradients, with elements in the same order in memory.
-        momenta: their momentum buffers, likewise.
-        adapt: by the trust ratio, which is 1 otherwise.
-        found_inf: one float32 on the tensors' device; if it is not 0, nothing changes. The host does not read it.
+        weights: parameters.
+        grads: gradients, with the strides of the parameters.
+        momenta: momentum buffers, with the strides of the parameters.
+        lr: learning rate.
+        momentum: momentum.
+        weight_decay: weight decay.
+        trust_coefficient: trust coefficient.
+        adapt: whether to multiply by the trust ratio.
+        found_inf: one float32 on the device of the tensors; if it is not 0, nothing changes. The host does not read it.
     """
     both = [*weights, *grads]
     given = apex.norms(both).view(2, -1) if adapt and apex.serves("norms", both) else None
@@ -61,16 +65,16 @@ def ema_(
     targets: Sequence[Tensor], onlines: Sequence[Tensor], momentum: float, found_inf: Tensor | None = None
 ) -> None:
     """target = momentum * target + (1 - momentum) * online, in place; tensors and `found_inf` as for :func:`lars_`."""
-    if found_inf is None and apex.serves("ema_", [*targets, *onlines]):  # apex's kernel does not heed its flag
+    if found_inf is None and apex.serves("ema_", [*targets, *onlines]):  # apex's kernel ignores its flag
         apex.ema_(targets, onlines, momentum)
     else:
         torch.ops.mcl.ema_(list(targets), list(onlines), momentum, found_inf)
 
 
 def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-    """Scales gradients in place so that their common norm is at most `max_norm`; returns it as it was, ().
+    """Scales gradients in place so that their global norm is at most `max_norm`; returns the norm before, ().
 
-    Where `max_norm` is infinite they are left alone.
+    An infinite `max_norm` leaves them unchanged.
     """
     parameters = [p for p in parameters if p.grad is not None]
     grads = [p.grad for p in parameters if p.grad is not None]
@@ -89,7 +93,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def backends(device: str) -> dict[str, tuple[str, str]]:
-    """Who does what on "cpu" or "cuda": per operator the library's name, and why."""
+    """The library that runs each operator on "cpu" or "cuda", and why."""
     chosen = {}
     for task in ("region_pool", "batch_norm", "norms", "lars_", "ema_", "clip", "cross_entropy"):
         if device == "cuda" and apex.supplies(task):
@@ -104,7 +108,7 @@ def backends(device: str) -> dict[str, tuple[str, str]]:
 
 
 def costs(device: str) -> str:
-    """What is slower on "cpu" or "cuda" for want of compiled operators, why, and the remedy; empty if nothing is."""
+    """What is slower on "cpu" or "cuda" without compiled operators, why, and the remedy; empty if nothing is slower."""
     served = backends(device)
     lacking = [task for task in _WITHOUT if served[task][0] in ("PyTorch", "torchvision")]
     if not lacking:
@@ -114,7 +118,7 @@ def costs(device: str) -> str:
 
 
 def describe(device: str) -> str:
-    """Which library does what on "cpu" or "cuda", as in "mcl: region_pool, lars_; PyTorch: clip"."""
+    """The libraries that run operators on "cpu" or "cuda", such as "mcl: region_pool, lars_; PyTorch: clip"."""
     tasks: dict[str, list[str]] = {}
     for task, (name, _) in backends(device).items():
         tasks.setdefault(name, []).append(task)

@@ -1,4 +1,4 @@
-"""Whether all processes of a run do the same; asked once, before any work."""
+"""Checks once, before any work, that all processes of a run have the same code, configuration and images."""
 
 import hashlib
 from pathlib import Path
@@ -13,16 +13,17 @@ from mcl import distributed, ops
 from mcl.config import Config, ConfigError, Trait, all_keys, value
 
 _BUILT_FROM = Path(mcl.__path__[0]) / "_C.sources.txt"
-"""Hash that setup.py leaves beside the binaries: a machine may have new Python files and old binaries."""
+"""File with a hash of the compiled sources, since a machine may have new Python files and old binaries."""
 
 
 def check(config: Config, device: str, source: Source, step: int | None) -> None:
     """Compares code, libraries, configuration, images and checkpoints of all processes; one small collective.
 
     Args:
+        config: configuration of the run.
         device: cpu or cuda, where this process trains.
         source: the images that it sees.
-        step: of the newest checkpoint that it can read.
+        step: step of the newest checkpoint that it can read; None: there is none.
 
     Raises:
         ConfigError: on every process; the message names the ranks that differ from rank 0, in what, and the remedy.
@@ -36,11 +37,11 @@ def check(config: Config, device: str, source: Source, step: int | None) -> None
 
 
 def _statement(config: Config, device: str, source: Source, step: int | None) -> dict[str, tuple[str, str]]:
-    """What all processes must agree on, in words, and the remedy where they do not."""
+    """Descriptions of everything that must be equal on all processes, each with a remedy."""
     built = _BUILT_FROM.read_text().strip() if _BUILT_FROM.exists() else "unknown"
     images = f"{len(source)} images with the fingerprint {source.fingerprint()[:12]}"
     keys = [key.name for key in all_keys() if Trait.OF_A_MACHINE not in key.traits]
-    doctor, rebuild = "mcl doctor says on each machine why", dali_pipelines.BUILD
+    doctor, rebuild = "mcl doctor reports why on each machine", dali_pipelines.BUILD
     return {
         "the code of mcl": (_code(), "install the same commit on all machines"),
         "PyTorch": (str(torch.__version__), "install the same version on all machines"),
@@ -54,7 +55,7 @@ def _statement(config: Config, device: str, source: Source, step: int | None) ->
         "data.root": (images, "give all machines the same files: names, classes, sizes and broken ones"),
         "the newest checkpoint": (
             "none" if step is None else f"of step {step}",
-            "put output on a file system that all machines share; where one reads badly, its warnings say why",
+            "put output on a file system that all machines share; warnings name checkpoints that cannot be read",
         ),
     }
 
@@ -63,7 +64,7 @@ def _engine(config: Config, device: str) -> str:
     try:
         threads = config.data.threads or default_threads(distributed.local_world_size())
         engine, on, _ = choose_engine(config.data, device == "cuda", threads)
-    except ConfigError as error:  # the loader's to raise, on all processes
+    except ConfigError as error:  # the loader raises it later, on all processes
         return f"none ({error})"
     if engine == "torchvision":
         return f"{engine} on {on}"
@@ -73,7 +74,7 @@ def _engine(config: Config, device: str) -> str:
 
 
 def _code() -> str:
-    """Hash of the sources of our packages, short enough to be read out."""
+    """A short hash of the Python sources."""
     whole = hashlib.sha256()
     for package in (mcl, dali_pipelines):
         folder = Path(package.__path__[0])

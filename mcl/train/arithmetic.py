@@ -1,4 +1,4 @@
-"""How PyTorch's libraries compute on a GPU: which algorithms, in which precision, and whether twice the same."""
+"""Settings of PyTorch's GPU libraries: algorithms, precision and determinism."""
 
 import os
 
@@ -13,11 +13,10 @@ _DETERMINISTIC = (":4096:8", ":16:8")
 
 
 def choose(trainer: TrainerConfig) -> None:
-    """Sets PyTorch's switches as the configuration says, for the whole process; before CUDA starts.
+    """Applies ``trainer.deterministic`` and ``trainer.tf32`` to the whole process, before CUDA starts.
 
-    Matrix products are always in full fp32, as the loss must be, whatever NVIDIA's containers have in their
-    environment. Memory that an operator leaves uninitialised is filled with NaN under ``trainer.deterministic``, as is
-    PyTorch's default there, so that reading it shows.
+    Matrix products are always in full fp32, as the loss must be, also if the environment of NVIDIA's containers enables
+    TF32. With ``trainer.deterministic``, PyTorch fills uninitialised memory with NaN, which makes reads of it visible.
 
     Raises:
         ConfigError: the environment contradicts ``trainer.deterministic``.
@@ -38,27 +37,28 @@ def choose(trainer: TrainerConfig) -> None:
         os.environ[_WORKSPACE] = given
     torch.use_deterministic_algorithms(exact)
     torch.backends.cudnn.deterministic = exact
-    torch.backends.cudnn.benchmark = not exact  # by timing, which is not twice the same
+    torch.backends.cudnn.benchmark = not exact  # chooses algorithms by timing, so not reproducibly
     torch.backends.cudnn.allow_tf32 = trainer.tf32
     torch.set_float32_matmul_precision("highest")
 
 
 def check(config: Config, device: str, loader: str) -> None:
-    """Refuses what is not covered by PyTorch's deterministic algorithms.
+    """Raises if ``trainer.deterministic`` is set and a part of the run is not deterministic.
 
     Args:
-        device: cpu or cuda, where the networks live.
-        loader: cpu or gpu, where images are decoded.
+        config: configuration of the run.
+        device: cpu or cuda, the device of the networks.
+        loader: cpu or gpu, the device that decodes images.
 
     Raises:
-        ConfigError: ``trainer.deterministic`` cannot be had; the message names the obstacle and the remedy.
+        ConfigError: a part is not deterministic; the message names it and the remedy.
     """
     if not (config.trainer.deterministic and device == "cuda"):
         return
     if loader == "gpu":
         raise ConfigError(
-            "trainer.deterministic: decoding on a GPU is not reproducible, since the decoder that takes an image "
-            "varies; set data.device=cpu"
+            "trainer.deterministic: decoding on a GPU is not reproducible, since the decoder of an image varies; set "
+            "data.device=cpu"
         )
     pools = config.model.compute == "matched" and config.model.assembly == "montage"
     if pools and not ops.compiled("region_pool", device):
@@ -69,6 +69,6 @@ def check(config: Config, device: str, loader: str) -> None:
 
 
 def describe(trainer: TrainerConfig, device: str) -> str:
-    """The arithmetic of the networks in words, as in "fp32 (TF32 in convolutions), deterministic"."""
+    """Precision and determinism in words, such as "fp32 (TF32 in convolutions), deterministic"."""
     tf32 = " (TF32 in convolutions)" if trainer.precision == "fp32" and trainer.tf32 and device == "cuda" else ""
     return f"{trainer.precision}{tf32}{', deterministic' if trainer.deterministic else ''}"

@@ -1,11 +1,10 @@
-"""Checkpoints: everything that changes during training, written atomically, the last k kept.
+"""Checkpoints: the whole state of training, written atomically; the last k are kept.
 
-A file holds plain tensors, numbers, strings and containers, so that it loads with ``weights_only=True``:
-``format``, ``config`` (the resolved configuration as a dictionary), ``step`` (steps done), ``model``, ``optimizer``,
-``scaler``, ``loader``, ``rng`` and ``environment``; where the objective has labels, ``classes``, their names. Behind
-the archive, where readers of zip files do not look, stands the SHA-256 of all that comes before it: one file, one
-rename, and no bit changes unnoticed. Files that do not say that they have one, as those of earlier versions, are read
-without.
+A file contains plain tensors, numbers, strings and containers, so it loads with ``weights_only=True``: ``format``,
+``config`` (the resolved configuration as a dictionary), ``step`` (number of finished steps), ``model``, ``optimizer``,
+``scaler``, ``loader``, ``rng`` and ``environment``, and for objectives with labels ``classes``, their names. The
+SHA-256 of the zip archive follows the archive, where readers of zip files ignore it. Files of earlier versions have no
+checksum.
 """
 
 import hashlib
@@ -38,9 +37,9 @@ class CheckpointError(RuntimeError):
 
 
 def save(folder: Path, state: dict[str, Any], keep: int) -> Path:
-    """Writes ``step_<step>.pt``, points ``last.pt`` at it and deletes all but the last `keep` and the best.
+    """Writes ``step_<step>.pt``, points ``last.pt`` at it and deletes all checkpoints but the last `keep` and the best.
 
-    A crash, a signal or a full disk at any moment leaves the previous checkpoint in place.
+    A crash, a signal or a full disk leaves the previous checkpoint in place.
 
     Raises:
         CheckpointError: the folder cannot be written or the disk is full.
@@ -48,7 +47,7 @@ def save(folder: Path, state: dict[str, Any], keep: int) -> Path:
     path = folder / f"step_{state['step']:08d}.pt"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for abandoned in folder.glob("*.partial"):  # by a process that was killed
+        for abandoned in folder.glob("*.partial"):  # left by a process that was killed
             abandoned.unlink()
         with replacing(path) as file:
             write({"format": FORMAT, **state}, file)
@@ -58,7 +57,7 @@ def save(folder: Path, state: dict[str, Any], keep: int) -> Path:
                 old.unlink()
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         raise CheckpointError(
-            f"{path}: cannot save ({error}); the checkpoints before it are untouched. Free space or mend the folder's "
+            f"{path}: cannot save ({error}); earlier checkpoints are unchanged. Free space or correct the folder's "
             "permissions, then start the same command again"
         ) from error
     return path
@@ -75,11 +74,13 @@ def mark_best(folder: Path, step: int) -> None:
         if path.exists():
             _point(folder / BEST, path)
     except OSError as error:
-        raise CheckpointError(f"{folder / BEST}: cannot be written ({error}); mend the folder's permissions") from error
+        raise CheckpointError(
+            f"{folder / BEST}: cannot be written ({error}); correct the folder's permissions"
+        ) from error
 
 
 def _point(link: Path, path: Path) -> None:
-    """Makes a link to a checkpoint of its folder, or leaves the one before."""
+    """Replaces a link to a checkpoint in the same folder atomically."""
     partial = link.with_name(f"{link.name}.partial")
     partial.unlink(missing_ok=True)
     partial.symlink_to(path.name)
@@ -88,9 +89,9 @@ def _point(link: Path, path: Path) -> None:
 
 
 def write(state: dict[str, Any], file: IO[bytes]) -> None:
-    """Writes a state and, behind it, its checksum."""
+    """Writes a state, followed by its checksum."""
     hashing = _Hashing(file)
-    torch.save({**state, "checksum": _CHECKSUM}, hashing)  # type: ignore[arg-type]  # it asks for no more than this
+    torch.save({**state, "checksum": _CHECKSUM}, hashing)  # type: ignore[arg-type]  # torch needs only its methods
     file.write(f"\n{_CHECKSUM} {hashing.hash.hexdigest()}\n".encode())
 
 
@@ -100,10 +101,10 @@ def steps(folder: Path) -> list[Path]:
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """Reads a checkpoint onto the CPU, without executing anything in it.
+    """Reads a checkpoint onto the CPU, without executing code in it.
 
     Raises:
-        CheckpointError: no such file, incomplete, changed since it was written, or not one of ours.
+        CheckpointError: no such file, or it is incomplete, damaged or not a checkpoint of mcl.
     """
     if Path(path).is_dir():
         raise CheckpointError(f"{path}: a folder; name a checkpoint in it, such as {Path(path) / LAST}")
@@ -114,14 +115,15 @@ def load(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: no such checkpoint") from None
     except CheckpointError:
         raise
-    except Exception as error:  # half a file fails in the zip reader, the unpickler or the tensor reader
+    except Exception as error:  # an incomplete file fails in the zip reader, the unpickler or the tensor reader
         raise CheckpointError(
             f"{path}: incomplete or not a checkpoint of mcl ({reason(error)}); "
-            "use an earlier one of the same folder. The authors' own checkpoints go through mcl import-openselfsup"
+            "use an earlier one of the same folder. mcl import-openselfsup converts checkpoints of the authors' code"
         ) from error
     if not _holds(state, {"format": int, **_ALWAYS}) or state["format"] != FORMAT or not is_weights(state["model"]):
         raise CheckpointError(
-            f"{path}: not a checkpoint of mcl (format {FORMAT}); the authors' own go through mcl import-openselfsup"
+            f"{path}: not a checkpoint of mcl (format {FORMAT}); mcl import-openselfsup converts those of the authors' "
+            "code"
         )
     if state.pop("checksum", None) is not None and not checked:
         raise CheckpointError(f"{path}: damaged: its checksum is missing; {_DAMAGED}")
@@ -132,28 +134,30 @@ def latest(folder: Path, needed: Mapping[str, type] = _TO_RESUME) -> dict[str, A
     """The newest checkpoint that a run can be resumed from; others are skipped with a warning. None if there is none.
 
     Args:
-        folder: of the checkpoints.
-        needed: entries that it must have, and their types.
+        folder: folder of the checkpoints.
+        needed: required entries and their types.
 
     Raises:
-        CheckpointError: there are checkpoints, and none can be read.
+        CheckpointError: there are checkpoints, but none can be read.
     """
     files = steps(folder)
     for path in reversed(files):
         try:
             state = load(path)
             if not _holds(state, needed):
-                raise CheckpointError(f"{path}: holds no more than weights; start a new run with model.init={path}")
+                raise CheckpointError(f"{path}: contains weights only; start a new run with model.init={path}")
             return state
         except CheckpointError as error:
-            warnings.warn(f"{error}; trying the one before", stacklevel=2)
+            warnings.warn(f"{error}; trying the previous one", stacklevel=2)
     if files:
-        raise CheckpointError(f"{folder}: none of the {len(files)} checkpoints can be read; remove them to start anew")
+        raise CheckpointError(
+            f"{folder}: none of the {len(files)} checkpoints can be read; remove them to start a new run"
+        )
     return None
 
 
 def load_model(path: str | Path) -> tuple[Objective, Config]:
-    """Builds the model that a checkpoint holds, with its weights, on the CPU.
+    """Builds the model of a checkpoint with its weights, on the CPU.
 
     Raises:
         CheckpointError: see :func:`load`.
@@ -162,23 +166,23 @@ def load_model(path: str | Path) -> tuple[Objective, Config]:
 
 
 def built(state: dict[str, Any], path: str | Path) -> tuple[Objective, Config]:
-    """As :func:`load_model`, of a checkpoint that has been read from a path.
+    """As :func:`load_model`, for a state that was read from `path`.
 
     Raises:
-        CheckpointError: the weights are another model's.
+        CheckpointError: the weights belong to another model.
     """
     cfg = config.from_dict(state["config"])
-    with torch.device("meta"):  # no memory before the shapes have been compared
+    with torch.device("meta"):  # allocates nothing before the shapes have been compared
         model = build(cfg, state.get("classes", ()))
     restore(model, state["model"], path)
     return model, cfg
 
 
 def restore(model: Objective, weights: dict[str, torch.Tensor], path: str | Path) -> None:
-    """Loads weights strictly, into a model that may be without memory (on the device meta); then it is on the CPU.
+    """Loads weights strictly. A model on the device meta is moved to the CPU.
 
     Raises:
-        CheckpointError: the weights are another model's; the first differing key is named.
+        CheckpointError: the weights belong to another model; the message names the first key that differs.
     """
     own = model.state_dict()
     missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())

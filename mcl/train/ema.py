@@ -10,7 +10,7 @@ from mcl import ops
 
 
 def momentum(base: float, step: int, steps: int, final: float = 1.0) -> float:
-    """m at a step: from `base` to `final` along a half cosine."""
+    """Momentum at a step, which changes from `base` to `final` along a half cosine."""
     return final - (final - base) * (math.cos(math.pi * step / steps) + 1) / 2
 
 
@@ -21,6 +21,6 @@ def update(target: Iterable[Tensor], online: Iterable[Tensor], m: float, found_i
     Args:
         target, online: parameters of both networks.
         m: momentum.
-        found_inf: one float32 on their device; if it is not 0, nothing moves.
+        found_inf: one float32 on their device; if it is not 0, nothing changes.
     """
     ops.ema_(list(target), list(online), m, found_inf)

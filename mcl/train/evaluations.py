@@ -1,4 +1,4 @@
-"""Evaluations of a run: at which steps, which of them are still missing there, and which checkpoint is the best."""
+"""Evaluations of a run: their steps, which of them are missing, and which checkpoint is the best."""
 
 from collections.abc import Callable
 
@@ -16,13 +16,13 @@ from mcl.train import checkpoint
 
 
 class Evaluations:
-    """What is evaluated during a run and at its end, by all processes.
+    """Evaluations during a run and at its end, by all processes.
 
     Args:
-        config: of the run.
-        sources: its images by split.
-        steps: of the whole run.
-        steps_per_epoch: of them.
+        config: configuration of the run.
+        sources: images by split.
+        steps: number of steps of the run.
+        steps_per_epoch: number of steps per epoch.
     """
 
     def __init__(self, config: Config, sources: Sources, steps: int, steps_per_epoch: int) -> None:
@@ -32,13 +32,13 @@ class Evaluations:
         self._folder = config.run_folder
 
     def names(self, step: int) -> list[str]:
-        """Of the evaluations of a step."""
+        """Names of the evaluations at a step."""
         own = self._config.evaluation
         during = own.during if self._every and (step % self._every == 0 or step == self._steps) else ()
         return list(dict.fromkeys([*(own.at_end if step == self._steps else ()), *during]))
 
     def missing(self, step: int) -> list[str]:
-        """Those of a step that have no record yet; the first process looks, and all of them are told."""
+        """Evaluations at a step that have no record yet, as the first process finds them."""
         done = {record["name"] for record in self._records() if record["step"] == step}
         missing = [name for name in self.names(step) if name not in done]
         told: list[str] = distributed.gather_objects(missing)[0]
@@ -47,11 +47,14 @@ class Evaluations:
     def run(
         self, model: Objective, device: torch.device, step: int, write: Callable[[Record], None], progress: Progress
     ) -> None:
-        """Evaluates what is missing at a step, and points best.pt at its checkpoint where that is the best so far.
+        """Runs the missing evaluations at a step, and points best.pt at its checkpoint if that is the best so far.
 
         Args:
+            model: the model to evaluate.
+            device: device of the model.
+            step: step of the run.
             write: takes the records, on the first process.
-            progress: is called after every part of the work, by all processes; what it raises ends it.
+            progress: called after every part of the work, by all processes; its exceptions end the evaluation.
         """
         if missing := self.missing(step):
             held_out = step < self._steps or "retrieval" not in self._config.evaluation.at_end
@@ -59,8 +62,8 @@ class Evaluations:
                 records = evaluation.evaluate(missing, model, self._config, device, self._sources, held_out, progress)
             except (ConfigError, SourceError, BadDataError) as error:
                 if isinstance(error, BadDataError) and distributed.world_size() > 1:
-                    raise  # the others may not have met it
-                log.warning("no %s: %s", ", ".join(missing), error)  # images changed; the weights are none the worse
+                    raise  # other processes may not have raised it
+                log.warning("no %s: %s", ", ".join(missing), error)  # images changed; the run can go on
                 return
             for record in records:
                 if distributed.rank() == 0:

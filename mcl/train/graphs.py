@@ -1,4 +1,4 @@
-"""CUDA graphs: what a step queues kernel by kernel, recorded once and then started as one."""
+"""CUDA graphs: the kernels of a step, recorded once and launched together."""
 
 import dataclasses
 from collections.abc import Callable, Iterable
@@ -12,11 +12,11 @@ from dali_pipelines.batch import MontageBatch
 T = TypeVar("T")
 
 _WARMUP = 3
-"""Calls before recording, in which libraries choose their algorithms and lazy state comes to be."""
+"""Calls before recording, in which libraries choose algorithms and initialise lazily."""
 
 
 class Recorder(Protocol):
-    """Calls some work once, and returns what does it again, with the same memory for inputs and results."""
+    """Runs work once; returns its result and a function that repeats it with the same memory for inputs and results."""
 
     def __call__(self, work: Callable[[], T]) -> tuple[T, Callable[[], None]]: ...
 
@@ -25,7 +25,7 @@ class CudaRecorder:
     """Records on the current device.
 
     Args:
-        buffers: what work changes on the side, such as running statistics; they do not notice the warm-up.
+        buffers: tensors that work updates, such as running statistics; restored after the warm-up.
         reset: called before every warm-up call and before recording.
     """
 
@@ -45,19 +45,19 @@ class CudaRecorder:
             buffer.copy_(before)
         self._reset()
         graph = torch.cuda.CUDAGraph()
-        # The loader's threads go on allocating, which is no affair of the recording.
+        # Other threads, such as the loader's, may allocate memory during recording.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             result = work()
-        graph.replay()  # recording alone computes nothing
+        graph.replay()  # recording does not compute
         return result, graph.replay
 
 
 class Graphed(Generic[T]):
-    """Work on two views, recorded anew when their shape changes.
+    """Work on two views, recorded again when their shape changes.
 
     Args:
-        work: takes the query and the key view; must not look at values on the host.
-        recorder: of the device.
+        work: takes the query and the key view; must not read values on the host.
+        recorder: records on the device.
     """
 
     def __init__(self, work: Callable[[MontageBatch, MontageBatch], T], recorder: Recorder) -> None:
@@ -67,7 +67,7 @@ class Graphed(Generic[T]):
         self._recorded: tuple[T, Callable[[], None]] | None = None
 
     def __call__(self, query: MontageBatch, key: MontageBatch) -> T:
-        """What work returns, in memory that the next call writes to."""
+        """The result of `work`, in memory that the next call overwrites."""
         shape = (query.pixels.shape, query.canvas_counts, query.query_counts)
         if self._recorded is not None and shape == self._shape:
             for view, new in zip(self._views, (query, key), strict=True):
@@ -76,7 +76,7 @@ class Graphed(Generic[T]):
             result, again = self._recorded
             again()
             return result
-        self._recorded = None  # its memory, all activations among it, goes back before the new one takes its own
+        self._recorded = None  # frees the memory of all activations before the next recording allocates
         self._shape, self._views = shape, [_cloned(query), _cloned(key)]
         self._recorded = self._record(lambda: self._work(*self._views))
         return self._recorded[0]

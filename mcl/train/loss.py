@@ -9,22 +9,22 @@ from torch import Tensor
 from mcl.ops import cross_entropy
 
 Comparison = tuple[Tensor, Tensor, Tensor]
-"""Loss, mean cosine with one's own target, mean cosine with the others; each ()."""
+"""Loss, mean cosine with the own target, mean cosine with the other targets; each ()."""
 
-_HIDDEN = -1e9  # far below any logit, and finite, for apex multiplies the sum of all logits by its smoothing, 0
+_HIDDEN = -1e9  # far below any logit, and finite, since apex multiplies the sum of all logits by its smoothing, 0
 
 
 def info_nce(
     predictions: Tensor, rows: Tensor, bank: Tensor, temperature: float, hidden: Tensor | None = None
 ) -> Comparison:
-    """Cross-entropy of picking one's own target among all, by cosine.
+    """InfoNCE: cross-entropy of selecting each prediction's own target among all targets, by cosine.
 
     Args:
-        predictions: (R, D), any length.
+        predictions: (R, D); need not be normalised.
         rows: (R,) row of each prediction's own target in the bank.
         bank: (B, D) normalised targets.
         temperature: divides the cosines.
-        hidden: (B,) bool, rows of zeros in the bank that are no targets.
+        hidden: (B,) bool, rows of the bank that are not filled.
     """
     cosines = F.normalize(predictions, dim=1) @ bank.t()  # (R, B)
     logits = cosines / temperature
@@ -36,7 +36,7 @@ def info_nce(
 
 
 def regression(predictions: Tensor, rows: Tensor, bank: Tensor) -> Comparison:
-    """2 - 2 cos, the squared distance from one's own target, both normalised; arguments as of :func:`info_nce`."""
+    """2 - 2 cos, the squared distance of normalised vectors from their own targets; arguments: :func:`info_nce`."""
     predictions = F.normalize(predictions, dim=1)
     positives = (predictions * bank[rows]).sum(1).mean()
     everything = predictions.sum(0) @ bank.sum(0)
@@ -44,7 +44,7 @@ def regression(predictions: Tensor, rows: Tensor, bank: Tensor) -> Comparison:
 
 
 def _others(everything: Tensor, positives: Tensor, rows: int, count: int | Tensor) -> Tensor:
-    """Mean of the cosines with the others, from the sum of all and the mean with one's own."""
+    """Mean cosine with other targets, from the sum over all targets and the mean over the own ones."""
     return (everything - positives * rows) / (rows * count - rows)
 
 
@@ -66,13 +66,14 @@ def over_levels(
     chosen: Sequence[Sequence[int]],
     compare: Callable[[Tensor, Tensor, Tensor], Comparison],
 ) -> Comparison:
-    """Every level with the banks that are chosen for it, the mean over these; fp16 and bf16 are computed in fp32.
+    """Compares every level with the banks that are chosen for it, and averages over these; fp16 and bf16 use fp32.
 
     Args:
-        predictions, rows: of each level.
-        banks: of each target level, normalised; in all of them an image has the same row.
-        chosen: indices into `banks`, of each level.
-        compare: a prediction's level with a bank.
+        predictions: predictions of each level.
+        rows: rows of each level, as in :func:`info_nce`.
+        banks: normalised targets of each level; an image has the same row in all of them.
+        chosen: indices into `banks`, for each level.
+        compare: loss of the predictions of a level with a bank.
 
     Returns:
         Losses and both cosines, each (L,).
@@ -113,7 +114,9 @@ def smoothed_cross_entropy(logits: Tensor, labels: Tensor, smoothing: float) -> 
     """Mean cross-entropy of (R, C) logits against (R,) int64 labels, () in fp32 at least.
 
     Args:
-        smoothing: share of the target distribution that all C classes have in equal parts.
+        logits: (R, C).
+        labels: (R,) int64.
+        smoothing: label smoothing.
     """
     with torch.autocast(logits.device.type, enabled=False):
         return F.cross_entropy(upcast(logits), labels, label_smoothing=smoothing)
@@ -122,19 +125,19 @@ def smoothed_cross_entropy(logits: Tensor, labels: Tensor, smoothing: float) -> 
 def supervised_contrast(
     anchors: Tensor, labels: Tensor, rows: Tensor, bank: Tensor, classes: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean over positives of the cross-entropy of picking them among all others, by cosine (arXiv 2004.11362, eq. 2).
+    """Supervised contrastive loss (arXiv 2004.11362, eq. 2), with cosines.
 
     Args:
         anchors: (R, D) normalised.
-        labels: (R,) int64 their classes.
-        rows: (R,) int64 where the bank has them; no anchor is compared with itself.
+        labels: (R,) int64 classes of the anchors.
+        rows: (R,) int64 rows of the anchors in the bank; no anchor is compared with itself.
         bank: (B, D) normalised.
         classes: (B,) int64 of the bank.
         temperature: divides the cosines.
 
     Returns:
-        Loss, mean cosine with positives, mean cosine with negatives; each (), over anchors. An anchor that has no
-        positive, or no negative, adds 0 to the loss and the first, or to the last.
+        Loss, mean cosine with positives, mean cosine with negatives; each (), over anchors. An anchor without positives
+        adds 0 to the first two, an anchor without negatives adds 0 to the last.
     """
     cosines = anchors @ bank.t()  # (R, B)
     self_ = torch.zeros_like(cosines, dtype=torch.bool).scatter_(1, rows[:, None], True)

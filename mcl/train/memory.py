@@ -1,4 +1,4 @@
-"""Whether a step fits into the memory of the GPUs, what helps where it does not, and how much was taken."""
+"""GPU memory of a step: whether it fits, settings that need less, and the measured peak."""
 
 import contextlib
 import math
@@ -17,50 +17,50 @@ from mcl.records.metrics import Record
 _GB = 1e9
 _RECOMPUTE = "trainer.recompute=true"
 _NO_MEMORY = re.compile("out of memory|STATUS_ALLOC_FAILED|can't allocate memory|unable to find an engine")
-"""How CUDA and its libraries, and PyTorch on a CPU, say that there is no more; the last one is cuDNN's, which found no
-memory for the workspace of any algorithm."""
+"""Out-of-memory messages of CUDA libraries, and of PyTorch on a CPU. The last one is cuDNN's, if no algorithm has
+memory for its workspace."""
 
 
 class OutOfMemoryError(RuntimeError):
-    """A step did not fit into memory; the message says how much it took and what needs less."""
+    """A step did not fit into memory; the message names the peak and settings that need less."""
 
 
 def free(device: torch.device) -> int | None:
-    """Bytes that this process may have on its GPU, those that it has already among them; None on a CPU."""
+    """Bytes of GPU memory that this process can use, including those it already uses; None on a CPU."""
     if device.type != "cuda":
         return None
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
 
 
 def peak(device: torch.device) -> Record:
-    """What this process has taken at most since its start, GB of 10^9 bytes, for a record.
+    """Peak memory of this process since its start, in GB of 10^9 bytes, for a record.
 
     Returns:
-        ``peak_memory_gb``, of tensors on the GPU, or resident on a CPU; on a GPU also ``reserved_memory_gb``, of all
-        that PyTorch has set aside there. What CUDA, NCCL and DALI take is in neither.
+        ``peak_memory_gb``: of tensors on a GPU, or resident memory on a CPU. On a GPU also ``reserved_memory_gb``: all
+        memory that PyTorch has reserved. Memory of CUDA, NCCL and DALI is not included.
     """
     if device.type == "cuda":
         allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
         return {"peak_memory_gb": allocated / _GB, "reserved_memory_gb": reserved / _GB}
-    # Not getrusage's ru_maxrss: Linux hands a parent's peak down to the process that it starts.
+    # Not getrusage's ru_maxrss: a process inherits that of its parent.
     kilobytes = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     return {"peak_memory_gb": 1024 * int(kilobytes[0]) / _GB}
 
 
 def as_before(config: Config, state: dict[str, Any]) -> Config:
-    """With the ``trainer.accumulate`` of a checkpoint, where it is auto."""
+    """The configuration with the ``trainer.accumulate`` of a checkpoint, if it is auto."""
     if config.trainer.accumulate:
         return config
     return override(config, [f"trainer.accumulate={from_dict(state['config']).trainer.accumulate}"])
 
 
 def fit(config: Config, device: torch.device, loader: MontageLoader) -> Config:
-    """Resolves ``trainer.accumulate=auto``, and refuses a step for which the GPU of any process has too little memory.
+    """Resolves ``trainer.accumulate=auto`` and checks that a step fits into the GPU memory of every process.
 
-    All processes call it and come to the same. On CPUs auto is 1, and nothing is refused.
+    All processes must call it; they get the same result. On CPUs, auto is 1 and nothing is checked.
 
     Raises:
-        ConfigError: the message names what fits.
+        ConfigError: a step does not fit; the message names settings that do.
     """
     wanted = config.trainer.accumulate
     stated = config if wanted else override(config, ["trainer.accumulate=1"])
@@ -79,7 +79,7 @@ def fit(config: Config, device: torch.device, loader: MontageLoader) -> Config:
 
 @contextlib.contextmanager
 def explained(config: Config, device: torch.device, loader: MontageLoader) -> Iterator[None]:
-    """Turns an error for want of memory into an :class:`OutOfMemoryError`."""
+    """Raises :class:`OutOfMemoryError`, which names remedies, in place of other out-of-memory errors."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -87,14 +87,14 @@ def explained(config: Config, device: torch.device, loader: MontageLoader) -> It
             raise
         needs, took = _Needs(loader), ", PyTorch's cache ".join(f"{size:.1f} GB" for size in peak(device).values())
         raise OutOfMemoryError(
-            f"not enough memory: a step of {loader.plan.images} images did not fit into that of rank "
+            f"not enough memory: a step of {loader.plan.images} images did not fit into the memory of rank "
             f"{distributed.rank()} (peak {took}; mcl budget counts {_gb(needs.bytes(config))}); "
             f"{needs.remedies(config, free(device) or math.inf, config.trainer.accumulate + 1)}"
         ) from error
 
 
 class _Needs:
-    """What steps of other settings need, with the images of a loader."""
+    """Memory that steps need with other settings, for the images of a loader."""
 
     def __init__(self, loader: MontageLoader) -> None:
         self._images, self._processes = loader.plan.images, loader.plan.world_size
@@ -107,17 +107,17 @@ class _Needs:
             return memory(config, self._processes, self._decoded)["total"]
 
     def smallest(self, config: Config, limit: float, least: int) -> Config | None:
-        """With the smallest ``trainer.accumulate``, `least` or more, that is legal and fits."""
+        """The configuration with the smallest legal ``trainer.accumulate`` >= `least` that fits, or None."""
         for parts in config.parts(self._images):
             if parts >= least:
-                with contextlib.suppress(ConfigError):  # would leave BatchNorm a single value
+                with contextlib.suppress(ConfigError):  # BatchNorm would have a single value
                     found = override(config, [f"trainer.accumulate={parts}"])
                     if self.bytes(found) <= limit:
                         return found
         return None
 
     def remedies(self, config: Config, limit: float, least: int = 1) -> str:
-        """What fits, in words; without recomputing, with `least` micro-batches or more."""
+        """Settings that fit, in words; `least` is the lowest number of micro-batches without recomputing."""
         found = [self.smallest(config, limit, least)]
         if not config.trainer.recompute and not config.trainer.compile:
             recomputed = self.smallest(override(config, [_RECOMPUTE]), limit, config.trainer.accumulate)

@@ -13,11 +13,11 @@ from mcl import ops
 from mcl.config import OptimConfig
 
 _VECTORS = (".layer_scale", ".relative_position_bias_table")
-"""Parameters of ConvNeXt and Swin that are vectors of channels or heads, whatever their shape."""
+"""Parameters of ConvNeXt and Swin that are treated as vectors, although they have more dimensions."""
 _RELEASED_EXCLUSION = re.compile(r"(bn|gn)\d+\.(weight|bias)|\.bn\.(weight|bias)|bias")
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-"""What ``trainer.precision`` computes in, where that is not the type of the weights."""
+"""Autocast types by ``trainer.precision``."""
 
 
 class LARS(Optimizer):
@@ -27,10 +27,10 @@ class LARS(Optimizer):
         trust = trust_coefficient * |w| / (|g| + weight_decay * |w|)
         buffer = momentum * buffer + lr * trust * (g + weight_decay * w)
         w = w - buffer
-    Groups with ``adapt=False`` use trust = 1. A zero weight gives trust = 0, so it never moves.
+    Groups with ``adapt=False`` use trust = 1. A zero weight gives trust = 0, so it never changes.
 
-    Like PyTorch's fused optimisers, it heeds two attributes that :class:`torch.amp.GradScaler` sets, one float32 each:
-    a step changes nothing if ``found_inf`` is not 0, and divides gradients by ``grad_scale``, in place.
+    Like PyTorch's fused optimisers, it uses two attributes that :class:`torch.amp.GradScaler` sets, one float32 each: a
+    step changes nothing if ``found_inf`` is not 0, and divides gradients by ``grad_scale``, in place.
 
     Args:
         params: parameters, or groups of them with their own ``weight_decay`` and ``adapt``.
@@ -93,26 +93,26 @@ def _momenta(optimizer: Optimizer, weights: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _in_order_of(weight: Tensor, grad: Tensor) -> Tensor:
-    """The gradient, its elements in memory in the order of the weight's; autograd nearly always makes it so."""
+    """The gradient with the strides of the weight; copied if they differ, which is rare."""
     return grad if grad.stride() == weight.stride() else torch.empty_like(weight).copy_(grad)
 
 
 def excluded(name: str, parameter: Tensor, rule: str) -> bool:
-    """Whether a parameter takes neither weight decay nor trust ratio; `rule` is ``optim.exclude``."""
+    """Whether a parameter has neither weight decay nor trust ratio; `rule` is ``optim.exclude``."""
     if rule == "released":
         return _RELEASED_EXCLUSION.search(_released_name(name)) is not None
     return parameter.ndim <= 1 or name.endswith(_VECTORS)
 
 
 def _released_name(name: str) -> str:
-    """The authors call the norms of FPN and head convolutions `bn`."""
+    """The parameter's name in the authors' code, which calls the norms of FPN and head convolutions `bn`."""
     return re.sub(r"^(online\.fpn\..*|online\.head\.convs\..*)\.norm\.", r"\1.bn.", name)
 
 
 def build_optimizer(config: OptimConfig, model: nn.Module) -> Optimizer:
-    """Optimiser over the trainable parameters of `model`, in two groups: the usual, and the excluded ones.
+    """Optimiser over the trainable parameters of `model` in two groups; those of :func:`excluded` are the second.
 
-    Each of them leaves a step out if its attribute ``found_inf``, () float32 on the device, is 1.
+    It skips a step if its attribute ``found_inf``, () float32 on the device, is 1.
     """
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     usual = [p for name, p in trainable if not excluded(name, p, config.exclude)]
@@ -130,8 +130,8 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> Optimizer:
 
 
 def _prepared(optimizer: Optimizer) -> Optimizer:
-    """Gives PyTorch's fused kernels what they need: gradients that lie in memory in the order of their weights, and
-    momentum buffers, which SGD would leave uninitialised if its first step is skipped."""
+    """Prepares steps of PyTorch's fused optimisers: gradients get the strides of their weights, and momentum buffers
+    are created, which SGD leaves uninitialised if its first step is skipped."""
     given: list[tuple[Tensor, Tensor]] = []
 
     def before(*_: Any) -> None:
@@ -145,7 +145,7 @@ def _prepared(optimizer: Optimizer) -> Optimizer:
 
     def after(*_: Any) -> None:
         for w, grad in given:
-            w.grad = grad  # which a CUDA graph may have recorded
+            w.grad = grad  # a CUDA graph may have recorded it
         given.clear()
 
     optimizer.register_step_pre_hook(before)
@@ -154,8 +154,8 @@ def _prepared(optimizer: Optimizer) -> Optimizer:
 
 
 def load_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Takes up the state per parameter that ``state_dict`` gave. Settings of groups stay the optimiser's own: they
-    follow from the configuration, and which of PyTorch's implementations computes may differ."""
+    """Restores the state of parameters. Settings of groups are not restored: they follow from the configuration, and
+    from the implementation that PyTorch chooses."""
     groups = [
         own | {"params": saved["params"]}
         for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True)
@@ -164,11 +164,14 @@ def load_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
 
 
 def learning_rate(config: OptimConfig, global_batch: int, step: int, steps: int, steps_per_epoch: int) -> float:
-    """Learning rate of a step: a cosine over the whole run from the first step on, times a linear warm-up.
+    """Learning rate of a step: a cosine over the whole run, multiplied by a linear warm-up.
 
     Args:
+        config: ``optim`` of the configuration.
+        global_batch: images per step.
         step: from 0.
-        steps: of the whole run.
+        steps: number of steps of the run.
+        steps_per_epoch: number of steps per epoch.
     """
     peak = config.base_lr * global_batch / 256
     lr = config.final_lr + (peak - config.final_lr) * (math.cos(math.pi * step / steps) + 1) / 2
@@ -184,7 +187,7 @@ def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
 
 
 class LossScaler(torch.amp.GradScaler):
-    """Loss scaling for fp16 with an upper bound of the scale, as the released code has one."""
+    """Loss scaling for fp16 with an upper bound of the scale, as in the authors' code."""
 
     def __init__(self, device: str, maximum: float, enabled: bool) -> None:
         super().__init__(device, init_scale=maximum, enabled=enabled)

@@ -1,4 +1,4 @@
-"""Saving beside the training: a copy of the state is taken in the step's time, all the rest is a thread's work."""
+"""Saves checkpoints in the background: training only waits for a copy of the state."""
 
 import threading
 from concurrent import futures
@@ -12,17 +12,17 @@ from torch.utils._pytree import tree_map_only
 from mcl.records.metrics import log
 from mcl.train import checkpoint
 
-_PATIENCE = 10.0  # seconds, of the 30 that torchrun gives
+_PATIENCE = 10.0  # seconds; torchrun kills after 30
 
 
 class Saver:
-    """Writes checkpoints (:func:`mcl.train.checkpoint.save`) in threads of their own, one at a time.
+    """Writes checkpoints (:func:`mcl.train.checkpoint.save`) in background threads, one at a time.
 
-    A disk may never answer, so these threads keep no process alive that has come to its end.
+    The threads are daemons, so that a hung disk does not block exit.
 
     Args:
-        folder: of the checkpoints.
-        keep: how many stay.
+        folder: folder of the checkpoints.
+        keep: number of checkpoints to keep.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
@@ -30,10 +30,10 @@ class Saver:
         self._pending: futures.Future[None] | None = None
 
     def save(self, state: dict[str, Any]) -> None:
-        """Starts to save; what is in `state` may change when this returns. Waits for the save before.
+        """Waits for the previous save, and starts to save a copy of `state`.
 
         Raises:
-            CheckpointError: the save before failed.
+            CheckpointError: the previous save failed.
         """
         self.wait()
         snapshot = tree_map_only(Tensor, _to_host, state)
@@ -43,7 +43,7 @@ class Saver:
         threading.Thread(target=self._write, args=arguments, name="saving", daemon=True).start()
 
     def check(self) -> None:
-        """Raises the error of a save that failed; does not wait.
+        """Raises the error of a failed save; does not wait.
 
         Raises:
             CheckpointError: see :func:`mcl.train.checkpoint.save`.
@@ -52,7 +52,7 @@ class Saver:
             self.wait()
 
     def wait(self) -> None:
-        """Waits until what was handed in is on the disk.
+        """Waits until the checkpoint is on the disk.
 
         Raises:
             CheckpointError: see :func:`mcl.train.checkpoint.save`.
@@ -62,7 +62,7 @@ class Saver:
             pending.result()
 
     def settle(self) -> None:
-        """Gives a save under way some time to end, and does not ask how; for a process that ends."""
+        """Waits some seconds for a pending save and ignores its error; for a process that is about to end."""
         if self._pending is not None:
             futures.wait([self._pending], _PATIENCE)
 
@@ -77,5 +77,5 @@ class Saver:
 
 
 def _to_host(tensor: Tensor) -> Tensor:
-    """A copy in host memory; from a GPU into pinned memory, complete when its stream has come by."""
+    """An asynchronous copy in host memory, pinned for a GPU; complete when the current stream has reached it."""
     return tensor.detach().to("cpu", non_blocking=True, copy=True)

@@ -20,15 +20,15 @@ from mcl.train.optim import AUTOCAST, LossScaler, build_optimizer, load_state, s
 
 
 class TrainingStep:
-    """What a step does to a model, on its device.
+    """One step: forward, backward, clipping, optimiser and momentum network.
 
     Args:
-        config: of the run.
-        model: moved to the device and to the arithmetic of ``trainer.precision``, in place.
-        device: of this process.
+        config: configuration of the run.
+        model: moved in place to the device and to the dtype of ``trainer.precision``.
+        device: device of this process.
 
     Raises:
-        ConfigError: keys that do not go together, or not with this device.
+        ConfigError: keys that exclude each other, or that the device does not support.
     """
 
     def __init__(self, config: Config, model: Objective, device: torch.device) -> None:
@@ -58,11 +58,11 @@ class TrainingStep:
         Args:
             query, key: both views, on the device or on the host.
             lr: learning rate.
-            momentum: of the momentum network.
+            momentum: momentum of the target network.
 
         Returns:
-            The model's output, its loss detached, and the norm of the gradient before clipping, (). Where that is not
-            finite, and ``trainer.on_nonfinite`` is skip or the precision fp16, nothing but the loss scale has changed.
+            The model's output, detached, and the norm of the gradient before clipping, (). If the norm is not finite,
+            and ``trainer.on_nonfinite`` is skip or the precision fp16, only the loss scale has changed.
         """
         dtype = None if self._config.trainer.precision in AUTOCAST else self._dtype
         query, key = query.to(self._device, dtype), key.to(self._device, dtype)
@@ -75,8 +75,8 @@ class TrainingStep:
         with self.timer.phase("optimizer"):
             self.scaler.unscale_(self.optimizer)
             grad_norm = ops.clip_grad_norm_(self._parameters, self._config.optim.clip_norm or float("inf"))
-            # Gradients are averages over all processes, which therefore decide alike. Unlike the scaler's own flag, the
-            # norm also tells where squares of finite gradients overflow, which clipping turns into zeros.
+            # Gradients are averages over all processes, so all processes decide alike. Unlike the scaler's flag, the
+            # norm also detects that squares of finite gradients overflow, after which clipping would give zeros.
             found_inf = (~grad_norm.isfinite()).float() if self._skips else None
             self.optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # as torch.amp.GradScaler does
             self.optimizer.step()
@@ -88,27 +88,27 @@ class TrainingStep:
         return output, grad_norm
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next step depends on besides the model: ``optimizer`` and ``scaler``."""
+        """State of ``optimizer`` and ``scaler``."""
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up what :meth:`state_dict` gave, now or in an earlier version; other keys are ignored."""
+        """Restores a state of :meth:`state_dict`, also of an earlier version; other keys are ignored."""
         load_state(self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
 
     def _restore_buffers(self, before: list[Tensor], found_inf: Tensor) -> None:
-        """Puts back what the model has changed, if `found_inf` is not 0; all buffers of a dtype in few launches."""
+        """Restores buffers if `found_inf` is not 0; all buffers of a dtype in few launches."""
         for buffers, joined in zip(self._buffers, before, strict=True):
             parts = torch.where(found_inf == 0, _joined(buffers), joined).split([b.numel() for b in buffers])
             torch._foreach_copy_(buffers, [part.view_as(b) for part, b in zip(parts, buffers, strict=True)])
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """The arithmetic of ``trainer.precision``."""
+        """Autocast for ``trainer.precision``."""
         dtype = AUTOCAST.get(self._config.trainer.precision)
         return torch.autocast(self._device.type, dtype) if dtype else contextlib.nullcontext()
 
     def _backward(self, query: MontageBatch, key: MontageBatch) -> Output:
-        """Loss and gradients, those of all micro-batches added up."""
+        """Computes loss and gradients, accumulated over all micro-batches."""
         count = self._config.trainer.accumulate
         parts = [(query.part(i, count), key.part(i, count)) for i in range(count)]
         with self._phase("forward"), self.autocast():
@@ -129,14 +129,14 @@ class TrainingStep:
         return contextlib.nullcontext() if self._config.trainer.cuda_graph else self.timer.phase(name)
 
     def _communicating(self, last: bool) -> contextlib.AbstractContextManager[Any]:
-        """Gradients are averaged over ranks after the last micro-batch alone."""
+        """Averages gradients over ranks after the last micro-batch only."""
         if last or not isinstance(self._module, DistributedDataParallel):
             return contextlib.nullcontext()
         return self._module.no_sync()
 
     def _parallel(self) -> nn.Module:
         devices = [self._device.index] if self._device.type == "cuda" else None
-        # Buffers are equal on all ranks already; gradients need no copy of their own.
+        # Buffers are equal on all ranks; gradients are views of the buckets.
         parallel = DistributedDataParallel(self.model, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
         if self._config.trainer.deterministic:
             parallel.register_comm_hook(None, distributed.average_in_order)
@@ -146,7 +146,7 @@ class TrainingStep:
         if self._device.type != "cuda":
             raise ConfigError("trainer.cuda_graph: needs a CUDA device; use trainer.cuda_graph=false")
         if distributed.world_size() > 1:
-            raise ConfigError("trainer.cuda_graph: records one process alone; use trainer.cuda_graph=false")
+            raise ConfigError("trainer.cuda_graph: supports one process only; use trainer.cuda_graph=false")
         return CudaRecorder(self.model.buffers(), lambda: self.optimizer.zero_grad(set_to_none=True))
 
 
@@ -155,13 +155,13 @@ def _joined(tensors: list[Tensor]) -> Tensor:
 
 
 def _check_cache() -> None:
-    """Raises ConfigError where torch.compile could not keep what it compiles."""
+    """Raises ConfigError if the cache folder of torch.compile cannot be written."""
     folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or tempfile.gettempdir()
     try:
         os.makedirs(folder, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise ConfigError(
-            f"trainer.compile: {folder} cannot be written ({error.strerror}), where PyTorch keeps what it compiles; "
-            "set TORCHINDUCTOR_CACHE_DIR to a folder that can"
+            f"trainer.compile: {folder}, the cache folder of torch.compile, cannot be written ({error.strerror}); "
+            "set TORCHINDUCTOR_CACHE_DIR to a writable folder"
         ) from None

@@ -1,4 +1,4 @@
-"""The training loop, readable top to bottom."""
+"""The training loop."""
 
 import os
 from collections.abc import Callable
@@ -42,19 +42,18 @@ from mcl.train.step import TrainingStep
 _DRIVER = Path("/proc/driver/nvidia/version")
 
 _BUSY = 0.5
-"""Load per core, before a run has added its own, that is worth a warning."""
+"""Load per core at the start of a run that causes a warning."""
 
 _SKIPPED_IN_A_ROW = 100
-"""Steps left out one after the other, as in fp16 or by trainer.on_nonfinite, that end a run: no finite gradient will
-come."""
+"""Number of consecutive skipped steps (fp16, or trainer.on_nonfinite=skip) that ends a run."""
 
 
 class NonFiniteLossError(RuntimeError):
-    """Loss or gradient became infinite or NaN; the message names step, level and last good checkpoint."""
+    """Loss or gradient is infinite or NaN; the message names step, level and last good checkpoint."""
 
 
 class _Stopped(Exception):
-    """A signal came during an evaluation; all processes raise this at the same place."""
+    """A signal arrived during an evaluation; all processes raise this at the same place."""
 
     def __init__(self, signal: int) -> None:
         self.signal = signal
@@ -64,16 +63,16 @@ def resolve_device(name: str) -> torch.device:
     """The device of this process for ``trainer.device``.
 
     Raises:
-        ConfigError: cuda was asked for and is not there.
+        ConfigError: CUDA is requested but not available.
     """
     if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("trainer.device: cuda was asked for, but PyTorch sees no CUDA device; use trainer.device=cpu")
+        raise ConfigError("trainer.device: cuda is set, but PyTorch sees no CUDA device; use trainer.device=cpu")
     on_gpu = name != "cpu" and torch.cuda.is_available()
     return torch.device("cuda", distributed.local_rank()) if on_gpu else torch.device("cpu")
 
 
 class Trainer:
-    """A run: built from its configuration, continued from its folder if that holds a checkpoint.
+    """A run: created from its configuration, or continued if its folder has a checkpoint.
 
     Raises:
         ConfigError, SourceError, CheckpointError: wrong input, before any work starts.
@@ -82,7 +81,7 @@ class Trainer:
     def __init__(self, config: Config) -> None:
         self.config, self.folder = config, config.run_folder
         trainer = config.trainer
-        launch.world_size()  # refuses what is not torchrun's
+        launch.world_size()  # raises if the variables are not those of torchrun
         self.device = resolve_device(trainer.device)
         arithmetic.choose(trainer)
         distributed.setup(self.device.type, trainer.timeout, self.folder)
@@ -90,7 +89,7 @@ class Trainer:
         if trainer.threads:
             torch.set_num_threads(trainer.threads)
 
-        # Nothing is written before all is accepted.
+        # Nothing is written before all checks have passed.
         self.images = config.images_per_rank(distributed.world_size())
         source = distributed.once_per_machine(lambda: open_images(config.data), config.data)
         held_out = distributed.once_per_machine(lambda: check_evaluations(config, source), config.data)
@@ -134,11 +133,11 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------ the loop
 
     def fit(self) -> None:
-        """Trains and evaluates to the end, or until a signal.
+        """Trains and evaluates until the end or a signal.
 
         Raises:
             CheckpointError: a checkpoint could not be saved.
-            NonFiniteLossError: see there.
+            NonFiniteLossError: loss or gradient is infinite or NaN.
             Interrupted: SIGINT or SIGTERM arrived; a checkpoint was saved.
         """
         with hang.deadline(self.folder / "hangs", self.config.trainer.timeout) as extend:
@@ -187,10 +186,10 @@ class Trainer:
                         with stopwatch.standing():
                             stop = self._evaluate(metrics, extend, consensus, signals)
                 self._saver.wait()
-                distributed.barrier()  # torchrun ends the others as soon as one has failed, or was stopped
+                distributed.barrier()  # torchrun ends all processes as soon as one has failed or was stopped
             except BaseException:
                 self._saver.settle()
-                hang.end_after(hang.GRACE)  # the loader waits for the GPU, which may wait for a process that has ended
+                hang.end_after(hang.GRACE)  # closing waits for the GPU, which may wait for a process that has ended
                 raise
             finally:
                 self.loader.close()
@@ -203,7 +202,7 @@ class Trainer:
     def _evaluate(
         self, metrics: Metrics | None, extend: Callable[[], None], consensus: Consensus, signals: Signals
     ) -> int:
-        """Does the evaluations of this step that are still missing; returns the signal that ended them, or 0."""
+        """Runs the evaluations of this step that are missing; returns the signal that ended them, or 0."""
 
         def progress() -> None:
             extend()
@@ -212,7 +211,7 @@ class Trainer:
 
         if not self._evaluations.names(self.step):
             return 0
-        self._saver.wait()  # for the checkpoint that may become the best
+        self._saver.wait()  # this checkpoint may become the best
         write = metrics.write if metrics is not None else lambda _: None
         try:
             self._evaluations.run(self.model, self.device, self.step, write, progress)
@@ -221,7 +220,7 @@ class Trainer:
         return 0
 
     def train_step(self, query: MontageBatch, key: MontageBatch) -> tuple[Output, Tensor]:
-        """The next step (:class:`~mcl.train.step.TrainingStep`), at its place in the schedules."""
+        """Runs the next step (:class:`~mcl.train.step.TrainingStep`) with scheduled learning rate and momentum."""
         optim, trainer = self.config.optim, self.config.trainer
         lr = learning_rate(optim, trainer.global_batch, self.step, self.steps, self.steps_per_epoch)
         return self._update(query, key, lr, ema.momentum(optim.ema, self.step, self.steps, optim.final_ema))
@@ -229,7 +228,7 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------ state
 
     def save(self) -> None:
-        """Hands a checkpoint to the thread that writes it, unless the loss is no longer finite."""
+        """Starts to save a checkpoint in the background. Raises if the loss is no longer finite."""
         self._check_finite()
         for bad in distributed.gather_objects(self.loader.bad):
             self.loader.share(bad)
@@ -254,7 +253,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any], origin: str) -> None:
-        """Takes up where :meth:`state_dict` was called; `origin` names the file in errors."""
+        """Restores a state of :meth:`state_dict`; `origin` names the file in errors."""
         checkpoint.restore(self.model, state["model"], origin)
         self._update.load_state_dict(state)
         self.loader.load_state_dict(state["loader"])
@@ -267,7 +266,7 @@ class Trainer:
         if changed and before.get("deterministic") and self.config.trainer.deterministic:
             raise ConfigError(
                 f"trainer.deterministic: the run in {self.folder} cannot be resumed bit for bit: {'; '.join(changed)}; "
-                "go back to that, or set trainer.deterministic=false"
+                "restore the old values, or set trainer.deterministic=false"
             )
         if changed:
             log.warning("resuming, but not bit for bit: %s", "; ".join(changed))
@@ -275,7 +274,7 @@ class Trainer:
     def _check_resumable(self, state: dict[str, Any], source: Source) -> None:
         """
         Raises:
-            ConfigError: the run in the folder is another one, or none is wanted.
+            ConfigError: the folder has another run, or ``trainer.resume`` is never.
         """
         if self.config.trainer.resume == "never":
             raise ConfigError(f"trainer.resume: never, but {self.folder} holds a run; choose another name")
@@ -294,12 +293,12 @@ class Trainer:
             )
 
     def _read_initial(self) -> str:
-        """Puts the weights of ``model.init`` into the model; returns what these are.
+        """Loads the weights of ``model.init`` into the model; returns a description of them.
 
         Raises:
             CheckpointError, ConfigError: they cannot be read, downloaded or used.
         """
-        from mcl.weights.start import start  # which needs all that is exported, and that this module
+        from mcl.weights.start import start  # imports mcl.exporters, which imports this module
 
         source = self.config.model.init or self.config.trainer.init_from
         return distributed.local_rank_zero_first(lambda: start(self.model, source)) if source else ""
@@ -332,7 +331,7 @@ class Trainer:
         if first:
             rewrite(self.folder / "config.yaml", yaml.safe_dump(to_dict(self.config), sort_keys=False))
             if not self.step:
-                for name in ("bad_files.jsonl", EVALUATIONS):  # of a run that left no checkpoint
+                for name in ("bad_files.jsonl", EVALUATIONS):  # from a run without a checkpoint
                     (self.folder / name).unlink(missing_ok=True)
         elsewhere = {} if first else self.loader.source.bad
         self.loader.report_bad(BadFiles(self.folder / "bad_files.jsonl", elsewhere))
@@ -345,9 +344,7 @@ class Trainer:
         names = "" if not source.classes else f" in {len(source.classes)} classes"
         log.info("%d images%s in %s, %d of them bad", len(source), names, source.root, len(self.loader.bad))
         if n := source.by_pillow.sum():
-            log.info(
-                "%d of these images are decoded by Pillow, which is slower: dali_pipelines/README.md says which", n
-            )
+            log.info("%d of these images are decoded by Pillow, which is slower: see dali_pipelines/README.md", n)
         log.info("loader: %s on %s (%s)", self.loader.engine_name, self.loader.device, self.loader.reason)
         log.info("operators: %s", ops.describe(self.device.type))
         if self._initial:
@@ -358,7 +355,7 @@ class Trainer:
         if load > _BUSY * cores and distributed.rank() == 0:
             log.warning("the machine is busy: its load is %.1f on %d cores, so steps will be slower", load, cores)
         if trainer.device == "auto" and self.device.type == "cpu" and _DRIVER.exists():
-            log.warning("training on the CPU, since PyTorch sees no CUDA device, though there is a driver: mcl doctor")
+            log.warning("training on the CPU: PyTorch sees no GPU, though there is a driver; mcl doctor reports why")
         log.info(
             f"{self.config.objective}, {model.backbone}, canvas {plan.geometry.canvas} px, {model.assembly}, "
             f"{model.compute}, {arithmetic.describe(trainer, self.device.type)} "
@@ -375,7 +372,7 @@ class Trainer:
         last = self.step - 1
         means = self._meter.read()
         if self._skips and means["skipped"]:
-            log.warning("%d steps without a finite gradient since the last record, left out", means["skipped"])
+            log.warning("%d steps since the last record had no finite gradient and were skipped", means["skipped"])
         return {
             "kind": "train",
             "step": self.step,
@@ -397,7 +394,7 @@ class Trainer:
             what = f"gradient was not finite in the last {skipped} steps"
         else:
             return
-        self._saver.settle()  # the checkpoint to name may still be under way
+        self._saver.settle()  # the last checkpoint may still be being written
         good = checkpoint.steps(self.folder / "checkpoints")
         raise NonFiniteLossError(
             f"the {what}; last good checkpoint: {good[-1] if good else 'none'}. "

@@ -56,8 +56,8 @@ def test_a_reader_that_has_enough_is_no_error(
     [
         (["pretrain", DEMO, "trainer.accumulate=foo"], r"error: trainer\.accumulate: Input should be auto or a whole"),
         (["pretrain", "nowhere.yaml"], r"error: nowhere\.yaml: cannot read the configuration"),
-        (["preview", DEMO, "--step", "-1"], r"error: --step: -1 is none of the run's 140 steps, which count from 0"),
-        (["preview", DEMO, "--step", "140"], r"error: --step: 140 is none of the run's 140 steps"),
+        (["preview", DEMO, "--step", "-1"], r"error: --step: the run has steps 0 to 139, not -1"),
+        (["preview", DEMO, "--step", "140"], r"error: --step: the run has steps 0 to 139, not 140"),
         (["preview", DEMO, "--output", DEMO], r"error: .*montage_000000\.png: cannot write the picture \(.*\); choose"),
         (["budget", DEMO, "--plot", "/proc/budget.png"], r"error: --plot: /proc/budget\.png cannot be written"),
         (

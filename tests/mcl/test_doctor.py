@@ -135,7 +135,7 @@ def test_dali_absent_and_broken(machine: Machine) -> None:
     [
         (15, True, "fused engine on GPU; 7 loader threads per GPU, fewer than 8", "nvJPEG"),
         (16, True, "fused engine on CPU; 8 loader threads per GPU, at least 8", "libjpeg-turbo"),
-        (16, False, "fused engine on CPU; the fastest there is", "libjpeg-turbo"),
+        (16, False, "fused engine on CPU; the fastest engine", "libjpeg-turbo"),
     ],
 )
 def test_loader_and_decoder_follow_cores_and_device(
@@ -286,7 +286,7 @@ def test_the_engine_that_loads_images_and_why_not_a_faster_one(
     assert (fused.status, fused.detail, fused.why, fused.remedy) == (
         "ok",
         "fused engine on CPU",
-        "the fastest there is",
+        "the fastest engine",
         "",
     )
     monkeypatch.setattr(pipelines, "PLUGIN", tmp_path / "libmcl_dali.so")

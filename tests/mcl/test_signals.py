@@ -61,7 +61,7 @@ def test_a_second_signal_ends_what_hangs(started: "subprocess.Popen[str]", numbe
     assert started.poll() is None
     started.send_signal(number)
     assert started.wait(10) != 0
-    assert started.stderr.readline().startswith("a second signal: this process ends within ten seconds; what was done")
+    assert started.stderr.readline().startswith("a second signal: this process ends within ten seconds; work since")
 
 
 @pytest.mark.parametrize("started", [EVALUATE], indirect=True)

@@ -204,8 +204,8 @@ def test_a_single_gpu_exchanges_nothing() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--gpus", "2", "--nodes", "3"], r"--nodes: 2 GPUs do not divide among 3 nodes"),
-        (["--gpus", "2", "--nodes", "0"], r"--nodes: 2 GPUs do not divide among 0 nodes"),
+        (["--gpus", "2", "--nodes", "3"], r"--nodes: 2 GPUs cannot be divided among 3 nodes"),
+        (["--gpus", "2", "--nodes", "0"], r"--nodes: 2 GPUs cannot be divided among 0 nodes"),
         (["--bandwidth", "200"], r"--bandwidth: give two positive numbers"),
         (["--bandwidth", "200,0"], r"--bandwidth: give two positive numbers"),
         (["--bandwidth", "fast"], r"argument --bandwidth: invalid"),

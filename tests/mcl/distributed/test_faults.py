@@ -247,7 +247,9 @@ def test_out_of_memory_on_one_rank(preset: Path, tmp_path: Path) -> None:
     with Run(preset, tmp_path, plant=fill_memory_in_third_step) as run:
         assert run.ends() == [3, 2]
     said = json.loads((run.folder / "error.json").read_text())["message"]["message"]
-    assert said.startswith("OutOfMemoryError: not enough memory: a step of 4 images did not fit into that of rank 1")
+    assert said.startswith(
+        "OutOfMemoryError: not enough memory: a step of 4 images did not fit into the memory of rank 1"
+    )
     assert "; set trainer.recompute=true (" in said
     assert "Tried to allocate 2.00 GiB" in run.log()
 

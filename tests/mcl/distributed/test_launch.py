@@ -198,7 +198,7 @@ def test_variables_left_behind_make_a_single_process(environment: pytest.MonkeyP
 def test_processes_of_srun_alone_are_refused(environment: pytest.MonkeyPatch) -> None:
     for name, value in variables(procid=1, step_num_tasks=8).items():
         environment.setenv(name, value)
-    with pytest.raises(ConfigError, match="SLURM_STEP_NUM_TASKS: srun started 8 processes that do not know each other"):
+    with pytest.raises(ConfigError, match="SLURM_STEP_NUM_TASKS: srun started 8 processes without torchrun"):
         distributed.setup("cpu")
 
 

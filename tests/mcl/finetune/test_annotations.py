@@ -109,12 +109,12 @@ def test_values_that_a_field_does_not_take(section: str, field: str, value: Any,
             ("image_id", "the image_id 99, which the file does not have", [99]),
             ("category_id", "the category_id 'thing', which the file does not have", ["thing"]),
             ("bbox", "a box outside of its image", ([40, 5, 3, 3], [5, 30, 3, 3], [-9, 5, 3, 3], [5, -9, 3, 3])),
-            ("bbox", "a box that reaches far out", ([5, 5, 76, 3], [5, 5, 3, 56], [-41, 5, 50, 3], [5, -31, 3, 50])),
-            ("bbox", "a box that reaches far out", ([5, 5, 1e9, 3], [-1e9, 5, 1e9, 3])),
+            ("bbox", "a box that extends far beyond", ([5, 5, 76, 3], [5, 5, 3, 56], [-41, 5, 50, 3], [5, -31, 3, 50])),
+            ("bbox", "a box that extends far beyond", ([5, 5, 1e9, 3], [-1e9, 5, 1e9, 3])),
             ("segmentation", "a mask outside of its image", [[[50, 5, 60, 5, 60, 15]]]),
             (
                 "segmentation",
-                "a mask that reaches far out of its image of 40 x 30 pixels",
+                "a mask that extends far beyond its image of 40 x 30 pixels",
                 [
                     [POLYGON, [-164.1, -221.8, 2.08e8, 3.52e8, 225.9, 236.5, 272.0, 384.2]],
                     *([[-41, 5, 24, 5, 24, 15]], [[4, 61, 24, 5, 24, 15]], [POLYGON, [4, 5, 24, -1e300, 24, 15]]),
@@ -168,7 +168,7 @@ def test_annotations_that_do_not_fit_their_image(field: str, value: Any, message
             r"images\[0\] is '1.jpg'; it must be an object with id, file_name, width",
         ),
         (every("annotations", bbox=[4, 5, 0, 10]), "no box has a width and a height"),
-        (every("images", width=2**20, height=2**20), "a mask in an image of 1048576 x 1048576 pixels; .* the most"),
+        (every("images", width=2**20, height=2**20), "a mask in an image of 1048576 x 1048576 pixels; .* at most"),
     ],
 )
 def test_sections_that_are_wrong(edit: Edit, message: str) -> None:
@@ -200,7 +200,7 @@ def test_files_that_are_no_annotations(data: bytes, message: str) -> None:
 
 def test_numbers_that_json_reads_as_infinite() -> None:
     data = encode(example()).replace(b"24, 15", b"24, 1e999")
-    with pytest.raises(SourceError, match="a mask that reaches far out of its image"):
+    with pytest.raises(SourceError, match="a mask that extends far beyond its image"):
         check(data, "x")
 
 

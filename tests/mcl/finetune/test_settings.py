@@ -98,7 +98,7 @@ def test_lists_have_the_elements_of_those_they_replace() -> None:
         ("train_cfg.max_iters=on", r"train_cfg\.max_iters: expected int, as in 1200, got 'on'"),
         ("train_cfg.max_iters=", r"train_cfg\.max_iters: expected int, as in 1200, got ''"),
         ("train_cfg.max_iters=null", r"train_cfg\.max_iters: expected int, got None"),
-        ("train_cfg={}", r"train_cfg\.max_iters: is missing; set it, or leave the section around it"),
+        ("train_cfg={}", r"train_cfg\.max_iters: is missing; set it, or keep its section"),
         ("train_dataloader={}", r"train_dataloader\.\w+: is missing"),
         ("train_dataloader.dataset=null", r"train_dataloader\.dataset: expected dict, got None"),
         ("data={}", r"data\.\w+: is missing"),
@@ -139,7 +139,7 @@ def test_wrong_files(tmp_path: Path) -> None:
 
 def test_a_rate_that_will_not_fall_is_spoken_of(said: pytest.LogCaptureFixture) -> None:
     settings.load(MINI, ["train_cfg.max_iters=1000", "param_scheduler.1.milestones=[900,1100]"])
-    assert "the learning rate will not fall at [1100]: train_cfg.max_iters=1000" in said.text
+    assert "the learning rate will not decrease at [1100]: train_cfg.max_iters=1000" in said.text
     said.clear()
     settings.load(MINI, ["train_cfg.max_iters=600", "param_scheduler.1.milestones=[300,500]"])
     assert not said.text

@@ -143,5 +143,5 @@ def test_a_neck_of_another_form_is_left_out(checkpoint: Path) -> None:
 
 def test_the_old_keys(tmp_path: Path) -> None:
     (tmp_path / "x.py").write_text(f'_base_ = "{MINI}"\npretrained = dict(names=["backbone"])\n')
-    with pytest.raises(ConfigError, match=r"x\.py: pretrained is no key any more: .* parts says which to load"):
+    with pytest.raises(ConfigError, match=r"x\.py: pretrained is no longer a key: .* parts selects what to load"):
         settings.load(tmp_path / "x.py")

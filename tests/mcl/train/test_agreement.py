@@ -116,7 +116,7 @@ def test_code_libraries_images_and_checkpoints_must_be_the_same(tmp_path: Path) 
     assert operators.startswith(
         "the operators: mcl: region_pool, batch_norm, norms, ema_; PyTorch: lars_, clip, cross_entropy on"
     )
-    assert operators.endswith("on rank 0; mcl doctor says on each machine why; build the extension on all of them")
+    assert operators.endswith("on rank 0; mcl doctor reports why on each machine; build the extension on all of them")
     engine = "the engine of the loader: "
     assert dali.startswith(f"{engine}fused on cpu (DALI 1.50.0) on rank 2, 3, fused on cpu (DALI 2.4.0) on rank 0; mcl")
     assert plugin.startswith(

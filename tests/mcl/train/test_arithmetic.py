@@ -160,7 +160,7 @@ def test_what_would_compute_other_numbers_is_refused_on_resume(tiny: Config, thi
     checkpoint.steps(tiny.run_folder / "checkpoints")[-1].unlink()
     with mock.patch("dali_pipelines.loader.choose_engine", return_value=("torchvision", "cpu", "no DALI")):
         changed = "engine was fused on cpu, is torchvision on cpu"
-        with pytest.raises(ConfigError, match=rf"trainer\.deterministic: .*{changed}; go back to that, or set trainer"):
+        with pytest.raises(ConfigError, match=rf"trainer\.deterministic: .*{changed}; restore the old values, or"):
             Trainer(exact)
         Trainer(config.override(exact, ["trainer.deterministic=false"])).loader.close()
     assert f"not bit for bit: {changed}; deterministic was True, is False" in log.read_text()

@@ -71,7 +71,7 @@ def test_the_one_before_a_damaged_one_is_taken(tmp_path: Path) -> None:
     content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 4
     newest.write_bytes(content)
-    with pytest.warns(UserWarning, match=r"step_00000002\.pt: damaged: .*checksum.* trying the one before"):
+    with pytest.warns(UserWarning, match=r"step_00000002\.pt: damaged: .*checksum.* trying the previous one"):
         latest = checkpoint.latest(tmp_path)
     assert latest is not None
     assert latest["step"] == 1
@@ -86,7 +86,7 @@ def test_files_of_earlier_versions_have_no_checksum(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [0, 1000, 200_000])
 def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path, size: int) -> None:
     checkpoint.save(tmp_path, state(1), keep=2)
-    with small_disk(size), pytest.raises(CheckpointError, match=r"step_00000002\.pt: cannot save .* untouched. Free"):
+    with small_disk(size), pytest.raises(CheckpointError, match=r"step_00000002\.pt: cannot save .* unchanged. Free"):
         checkpoint.save(tmp_path, state(2, size=100_000), keep=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["last.pt", "step_00000001.pt"]
     assert checkpoint.load(tmp_path / "last.pt")["step"] == 1
@@ -177,9 +177,7 @@ def test_weights_alone_are_not_resumed(tmp_path: Path, key: str) -> None:
     torch.save({"format": checkpoint.FORMAT, **{k: v for k, v in state(1).items() if k != key}}, path)
     assert checkpoint.load(path)["step"] == 1
     with (
-        pytest.warns(
-            UserWarning, match=r"step_00000001\.pt: holds no more than weights; start a new run with model\.init"
-        ),
+        pytest.warns(UserWarning, match=r"step_00000001\.pt: contains weights only; start a new run with model\.init"),
         pytest.raises(CheckpointError, match="none of the 1 checkpoints can be read"),
     ):
         checkpoint.latest(tmp_path)

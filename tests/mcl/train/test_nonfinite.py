@@ -83,7 +83,7 @@ def test_a_run_counts_what_it_skips(tiny: Config) -> None:
     records = read(tiny.run_folder / "metrics.jsonl")
     assert [r["skipped"] for r in records] == [0, 1, 0, 2]
     assert [math.isfinite(r["loss"]) for r in records] == [True, True, True, False]
-    assert "2 steps without a finite gradient since the last record" in (tiny.run_folder / "train.log").read_text()
+    assert "2 steps since the last record had no finite gradient" in (tiny.run_folder / "train.log").read_text()
     assert all(tensor.isfinite().all() for tensor in trainer.model.state_dict().values())
     assert report.write(tiny.run_folder).exists()
 

@@ -179,7 +179,7 @@ def test_an_error_for_want_of_memory_says_what_helps(tiny: Config, capsys: pytes
         cli.main(["pretrain", str(preset(tiny))])
     (line,) = capsys.readouterr().err.splitlines()
     assert re.fullmatch(
-        r"mcl pretrain: error: not enough memory: a step of 16 images did not fit into that of rank 0 \(peak "
+        r"mcl pretrain: error: not enough memory: a step of 16 images did not fit into the memory of rank 0 \(peak "
         r"[\d.]+ GB; mcl budget counts [\d.]+ GB\); "
         rf"set trainer\.recompute=true \(needs [\d.]+ GB, same results\) or trainer\.accumulate=2 {OTHER_RUN}",
         line,

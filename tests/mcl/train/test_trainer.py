@@ -221,7 +221,7 @@ def test_half_a_checkpoint_is_skipped(tiny: Config) -> None:
     Trainer(tiny).fit()
     before, newest = checkpoint.steps(tiny.run_folder / "checkpoints")
     newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
-    with pytest.warns(UserWarning, match=r"step_00000008\.pt: incomplete .*trying the one before"):
+    with pytest.warns(UserWarning, match=r"step_00000008\.pt: incomplete .*trying the previous one"):
         trainer = Trainer(tiny)
     assert trainer.step == 4
     before.write_bytes(b"")
@@ -255,7 +255,7 @@ def test_a_failed_save_keeps_the_checkpoint_before(tiny: Config) -> None:
             disk.enter_context(small_disk(20_000))
 
         before_step(trainer, 6, fill)
-        with pytest.raises(CheckpointError, match=r"step_00000008\.pt: cannot save .*too large.* untouched"):
+        with pytest.raises(CheckpointError, match=r"step_00000008\.pt: cannot save .*too large.* unchanged"):
             trainer.fit()
     assert [p.name for p in sorted((tiny.run_folder / "checkpoints").iterdir())] == ["last.pt", "step_00000004.pt"]
     Trainer(tiny).fit()
@@ -292,7 +292,7 @@ def test_the_first_lines_name_what_is_slow(tiny: Config, tmp_path: Path, monkeyp
     trainer = Trainer(tiny)
     trainer.fit()
     text = (trainer.folder / "train.log").read_text()
-    assert "training on the CPU, since PyTorch sees no CUDA device" in text
+    assert "training on the CPU: PyTorch sees no GPU" in text
     assert "loader: fused on cpu (no CUDA device)" in text
     assert "steps are slower without mcl's CPU operators (region_pool: a launch per map" in text
 
@@ -385,7 +385,7 @@ def test_remedies_for_bad_files_may_be_applied_on_resume(tiny: Config) -> None:
         (["trainer.global_batch=10"], r"trainer\.global_batch: 10 .* nearest legal: 8, 12"),
         (["trainer.global_batch=64"], r"has 32 images, fewer than trainer\.global_batch=64"),
         (["data.engine=stock", "data.device=gpu"], r"data\.device: gpu needs a CUDA device"),
-        (["trainer.device=cuda"], r"trainer\.device: cuda was asked for"),
+        (["trainer.device=cuda"], r"trainer\.device: cuda is set"),
         (["output=/proc/nowhere"], r"output: cannot write to /proc/nowhere"),
         (["log.wandb=project"], r"log\.wandb: No module named 'wandb'; pip install wandb, or log\.wandb=$"),
     ],
