@@ -4,6 +4,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -246,7 +247,7 @@ def test_a_run_of_the_real_one(name: str, tiny: Config, tmp_path: Path) -> None:
     )
     Trainer(cfg).fit()
     losses = [record["loss"] for record in read(cfg.run_folder / "metrics.jsonl")]
-    assert losses[-1] < 0.96 * losses[0], losses
+    assert np.mean(losses[3:]) < 0.96 * losses[0], losses
     resumed_without_its_end(cfg, tmp_path / "again")
     to = next(to for to, target in TARGETS.items() if name in target.backbones)
     last = cfg.run_folder / "checkpoints" / checkpoint.LAST
