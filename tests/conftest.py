@@ -45,7 +45,8 @@ class ThinBackbone(nn.Module):
 
     def __init__(self, name: str, recompute: bool = False, maps: int = 4) -> None:
         super().__init__()
-        self.convs = nn.ModuleList(nn.Conv2d(3, c, 1, bias=False) for c in self.channels)
+        convs = [nn.Conv2d(3, c, 1, bias=False) for c in self.channels]
+        self.convs = nn.ModuleList(conv.requires_grad_(i < maps) for i, conv in enumerate(convs))
 
     def forward(self, x: Tensor, counts: Sequence[int] = ()) -> list[Tensor]:
         return [conv(F.avg_pool2d(x, 32 >> i)) for i, conv in enumerate(self.convs)]

@@ -16,11 +16,11 @@ from mcl.budget import budget, communication, count, show
 from mcl.budget.communication import LINKS, Links
 from mcl.config import Config
 from mcl.distributed.consensus import Consensus
-from mcl.objectives import MCL
+from mcl.objectives import build
 from mcl.train.step import TrainingStep
 from tests.conftest import ROOT, ThinBackbone
 from tests.mcl.ranks import in_ranks
-from tests.step import FOUR_LEVELS, configure, views
+from tests.step import FOUR_LEVELS, ONE_LEVEL, configure, views
 
 DEMO = str(ROOT / "mcl" / "presets" / "mcl_r18_fpn_demo.yaml")
 REAL = configure("trainer.global_batch=8", "trainer.recompute=true")
@@ -30,6 +30,8 @@ THIN = [
         "trainer.global_batch=16", "trainer.accumulate=2", "montage.cells=2", *FOUR_LEVELS, "montage.queries=[2,1,1,1]"
     ),
     configure("trainer.global_batch=8", "model.compute=released", "model.width=64", "model.hidden=1024", *FOUR_LEVELS),
+    configure("trainer.global_batch=8", "trainer.accumulate=2", "objective=moco_v2", "model.queue=6", *ONE_LEVEL),
+    configure("trainer.global_batch=8", "objective=byol", *ONE_LEVEL),
 ]
 
 
@@ -62,7 +64,7 @@ def exchanged(cases: list[Config]) -> list[dict[str, list[int]]]:
     said = []
     for cfg in cases:
         with thin(cfg):
-            step = TrainingStep(cfg, MCL(cfg), torch.device("cpu"))
+            step = TrainingStep(cfg, build(cfg), torch.device("cpu"))
         query, key = views(cfg, world=distributed.world_size())
         consensus = Consensus()
         for _ in range(2):

@@ -1,8 +1,10 @@
 """Backbones against the modules of the libraries that also have them, and in training."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -12,12 +14,20 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torchvision.models.feature_extraction import create_feature_extractor
 
+from mcl import config
 from mcl.budget import count
+from mcl.config import Config
+from mcl.exporters import export
+from mcl.exporters.convert import TARGETS
 from mcl.exporters.timm import rename
 from mcl.models import backbones
 from mcl.models.backbones import Backbone
 from mcl.models.norm import BatchNorm
+from mcl.records.metrics import read
+from mcl.train import checkpoint
 from mcl.train.optim import build_optimizer
+from mcl.train.trainer import Trainer
+from tests.mcl.tiny import resumed_without_its_end
 from tests.mcl.train.test_no_waiting import check_whole_step
 from tests.mcl.train.test_step import same_bits, state_after
 from tests.step import FOUR_LEVELS, build, configure, views
@@ -225,3 +235,20 @@ def test_what_adamw_does_not_decay() -> None:
         assert vectors["weight_decay"] == 0
         assert {names[id(p)] for p in vectors["params"]} == {"weight", "bias", *keys}
         assert all(p.ndim < 2 for p in vectors["params"] if names[id(p)] == "weight")
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", ["resnet152", *(f"resnet{n}vd" for n in (34, 50, 101)), *OTHERS])
+def test_a_run_of_the_real_one(name: str, tiny: Config, tmp_path: Path) -> None:
+    """Its loss falls, it resumes bit for bit, and its weights are exported."""
+    words = "model.temperature=0.2", "optim.name=adamw", "optim.base_lr=8e-3", "optim.clip_norm=5"
+    cfg = config.override(
+        tiny, [*words, f"model.backbone={name}", "trainer.epochs=6", "trainer.global_batch=16", "trainer.keep=3"]
+    )
+    Trainer(cfg).fit()
+    losses = [record["loss"] for record in read(cfg.run_folder / "metrics.jsonl")]
+    assert np.mean(losses[3:]) < 0.96 * losses[0], losses
+    resumed_without_its_end(cfg, tmp_path / "again")
+    to = next(to for to, target in TARGETS.items() if name in target.backbones)
+    last = cfg.run_folder / "checkpoints" / checkpoint.LAST
+    assert export(last, to, parts=["backbone"], statistics_of="none").path.exists()

@@ -1,6 +1,7 @@
 """Objectives with labels against sums written out by hand, over one and two processes, and whole runs of them."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -58,6 +59,10 @@ def case(objective: str, seed: int) -> tuple[Objective, list[MontageBatch]]:
     )
     model = build(cfg, ["a", "b", "c"]).double()
     model.online = Given(seed)
+    if objective == "supervised":
+        generator = torch.Generator().manual_seed(5)
+        model.classifier.weight.data.normal_(generator=generator)
+        model.classifier.bias.data.normal_(generator=generator)
     views = [random_view(cfg.montage, IMAGES, view + 2 * seed, torch.float64) for view in range(2)]
     return model, [dataclasses.replace(view, labels=torch.tensor(LABELS[seed])) for view in views]
 
@@ -95,6 +100,16 @@ def by_hand(processes: int) -> list[Tensor]:
     return results
 
 
+@functools.cache
+def results(processes: int) -> list[dict[str, tuple[Output, Tensor | None]]]:
+    """Of each process."""
+    return in_ranks(2, everything, 2) if processes == 2 else [everything(1)]
+
+
+def everything(processes: int) -> dict[str, tuple[Output, Tensor | None]]:
+    return {objective: run(objective, processes) for objective in ("supervised", "supervised_contrastive")}
+
+
 def run(objective: str, processes: int) -> tuple[Output, Tensor | None]:
     """What a process computes: its output, and the gradient of its embeddings by the mean loss of all processes."""
     model, views = case(objective, distributed.rank())
@@ -110,8 +125,8 @@ def total(losses: Tensor) -> Tensor:
 @pytest.mark.parametrize("processes", [1, 2])
 def test_supervised_contrastive_by_hand(processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Losses, and gradients of the mean over processes by finite differences."""
-    results = [run("supervised_contrastive", 1)] if processes == 1 else in_ranks(2, run, "supervised_contrastive", 2)
-    for (output, _), losses in zip(results, by_hand(processes), strict=True):
+    found = [of_process["supervised_contrastive"] for of_process in results(processes)]
+    for (output, _), losses in zip(found, by_hand(processes), strict=True):
         torch.testing.assert_close(output.losses, losses.detach(), rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(output.loss, total(losses).detach(), rtol=1e-12, atol=1e-12)
 
@@ -128,16 +143,18 @@ def test_supervised_contrastive_by_hand(processes: int, monkeypatch: pytest.Monk
             return sum(float(total(losses).detach()) for losses in by_hand(processes)) / processes
 
         slope = (mean(eps) - mean(-eps)) / (2 * eps)
-        assert float(results[seed][1][view, row, column]) == pytest.approx(slope, rel=1e-6, abs=1e-9)
+        assert float(found[seed][1][view, row, column]) == pytest.approx(slope, rel=1e-6, abs=1e-9)
 
 
-def test_supervised_loss_by_hand() -> None:
-    model, views = case("supervised", 0)
-    output = model(*views)
+@pytest.mark.parametrize(("processes", "process"), [(1, 0), (2, 0), (2, 1)])
+def test_supervised_loss_by_hand(processes: int, process: int) -> None:
+    """Each process has its own tiles; DistributedDataParallel averages their gradients."""
+    model, _ = case("supervised", process)
+    output, _ = results(processes)[process]["supervised"]
     weight, bias = (p.detach() for p in (model.classifier.weight, model.classifier.bias))
     losses: dict[tuple[int, int], list[Tensor]] = {}
     hits: dict[tuple[int, int], list[Tensor]] = {}
-    for row, label, view, level in tiles(0):
+    for row, label, view, level in tiles(process):
         logits = [float(weight[c] @ row.detach() + bias[c]) for c in range(3)]
         log_sum = math.log(sum(math.exp(x) for x in logits))
         logs = [x - log_sum for x in logits]
@@ -147,7 +164,7 @@ def test_supervised_loss_by_hand() -> None:
     wanted = averaged(losses)
     torch.testing.assert_close(output.losses, wanted, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(output.scores["accuracy"], averaged(hits))
-    torch.testing.assert_close(output.loss.detach(), total(wanted), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(output.loss, total(wanted), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.usefixtures("thin_backbone")
