@@ -56,7 +56,8 @@ class MoCoV2(WholeImages):
         loss, *scores = queue_contrast(predicted, unit(keys), self.queue, self.config.model.temperature)
         losses = loss.view(1, 1)
         detached = {name: value.detach().view(1, 1) for name, value in zip(self.scores, scores, strict=True)}
-        return Output(total_loss(losses, self.config.model.loss_weights, 1), losses.detach(), detached)
+        total = total_loss(losses, self.config.model.loss_weights, 1)
+        return Output(total, losses.detach(), detached, [[predicted.detach()]], [unit(gathered.wait())[:, None]])
 
     @torch.no_grad()
     def prepare(self, parts: Sequence[tuple[MontageBatch, MontageBatch]]) -> Gather:
