@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 from torch.distributed.elastic.multiprocessing.errors import record
 
@@ -22,9 +23,9 @@ from mcl import config, distributed, evaluation
 from mcl.config import Config, ConfigError, DataConfig
 from mcl.distributed import local
 from mcl.evaluation import embedding, neighbours
-from mcl.evaluation.features import photos
+from mcl.evaluation.features import Maps, photos, prepare
 from mcl.evaluation.scoring import describe
-from mcl.objectives import Objective
+from mcl.objectives import Objective, build
 from mcl.records import preview as pictures
 from mcl.records import report
 from mcl.records.metrics import (
@@ -38,6 +39,7 @@ from mcl.records.metrics import (
     read,
     recorded_errors,
 )
+from mcl.records.tensorboard import show_picture
 from mcl.signals import Interrupted
 from mcl.train import arithmetic, checkpoint
 from mcl.train.trainer import Trainer, resolve_device
@@ -85,7 +87,7 @@ def pretrain(cfg: Config) -> None:
         first = distributed.rank() == 0
         if not trainer.finished:
             if first and trainer.step < trainer.steps:
-                _draw(cfg, lambda folder: montages(cfg, trainer.step, folder, trainer.loader.source))
+                _draw(cfg, trainer.step, lambda folder: montages(cfg, trainer.step, folder, trainer.loader.source))
             try:
                 trainer.fit()
             except Interrupted:  # all processes stop at the same step, so none waits for another
@@ -107,17 +109,17 @@ def _finish(trainer: Trainer) -> None:
     else:
         if trainer.finished:
             log_to_file(folder)
-        _draw(cfg, lambda pictures_folder: features(trainer.model, cfg, pictures_folder))
+        _draw(cfg, trainer.step, lambda pictures_folder: features(trainer.model, cfg, pictures_folder))
         report.write(folder)
     log.info("report: %s", folder / "report.html")
     log.info("weights: %s", folder / "checkpoints" / checkpoint.LAST)
 
 
-def _draw(cfg: Config, picture: Callable[[Path], Path]) -> None:
-    """Draws a picture into the run folder if ``log.preview`` is set. A failure is logged and does not end the run."""
+def _draw(cfg: Config, step: int, picture: Callable[[Path], Path]) -> None:
+    """Draws a picture into the run folder and TensorBoard if ``log.preview`` is set. A failure is logged alone."""
     try:
         if cfg.log.preview:
-            picture(cfg.run_folder / "preview")
+            show_picture(cfg, picture(cfg.run_folder / "preview"), step)
     except Exception as error:  # the disk, the images or DALI can fail
         log.warning("no picture: %s: %s", type(error).__name__, error)
 
@@ -228,12 +230,20 @@ def batch(cfg: Config, step: int, source: Source) -> tuple[MontageBatch, Montage
 
 
 def features(model: Objective, cfg: Config, folder: Path) -> Path:
-    """Draws feature maps of some images, of ``data.val_root`` if it is set; returns the picture's path."""
+    """Draws feature maps of some images, of ``data.val_root`` if it is set; returns the picture's path.
+
+    The same network without training is shown beside the trained one, both with BatchNorm statistics of images.
+    """
     source = open_images(cfg.data, held_out=bool(cfg.data.val_root))
+    device = next(model.parameters()).device
+    torch.manual_seed(cfg.trainer.seed)
+    networks = [Maps(own.online) for own in (model, build(cfg, model.classes))]
+    trained, untrained = prepare(networks, cfg, source, device)
     spread = np.arange(0, len(source), max(1, len(source) // _PREVIEW_PHOTOS))[:_PREVIEW_PHOTOS]
-    ((images, _),) = photos(cfg, source, next(model.parameters()).device, spread)
+    ((images, _),) = photos(cfg, source, device, spread)
     path = folder / "features.png"
-    pictures.feature_maps(model.online, images, path, cfg.augment)
+    shown = {"Trained": trained, "Untrained": untrained}
+    pictures.feature_maps(shown, networks[0].names, images, path, cfg.augment)
     return path
 
 

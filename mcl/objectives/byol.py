@@ -48,13 +48,9 @@ class BYOL(WholeImages):
         ]
         losses, *scores = (torch.stack(values) for values in zip(*directions, strict=True))  # (2, 1) each
         detached = {name: values.detach() for name, values in zip(self.scores, scores, strict=True)}
-        return Output(
-            total_loss(losses, self.config.model.loss_weights, 1),
-            losses.detach(),
-            detached,
-            [[z.detach()] for z in embeddings],
-            [target.unsqueeze(1) for target in targets],
-        )
+        total = total_loss(losses, self.config.model.loss_weights, 1)
+        seen = [[z.detach()] for z in embeddings]
+        return Output(total, losses.detach(), detached, seen, [target[:, None] for target in targets])
 
     @torch.no_grad()
     def prepare(self, parts: Sequence[tuple[MontageBatch, MontageBatch]]) -> list[Tensor]:

@@ -57,13 +57,8 @@ class MoCoV2(WholeImages):
         loss, *scores = queue_contrast(predicted, own, self.queue, self.config.model.temperature)
         losses = loss.view(1, 1)
         detached = {name: value.detach().view(1, 1) for name, value in zip(self.scores, scores, strict=True)}
-        return Output(
-            total_loss(losses, self.config.model.loss_weights, 1),
-            losses.detach(),
-            detached,
-            [[predicted.detach()]],
-            [keys.unsqueeze(1)],
-        )
+        total = total_loss(losses, self.config.model.loss_weights, 1)
+        return Output(total, losses.detach(), detached, [[predicted.detach()]], [keys[:, None]])
 
     @torch.no_grad()
     def prepare(self, parts: Sequence[tuple[MontageBatch, MontageBatch]]) -> Gather:
