@@ -7,7 +7,7 @@ BUILD = (
     if (Path(__file__).parents[1] / "setup.py").exists()
     else "pip install --force-reinstall --no-deps mcl_pretrain-*-manylinux_*_x86_64.whl"
 )
-"""Command that brings the compiled operators: in a checkout, or where a wheel was installed."""
+"""Command that installs the compiled operators: in a checkout, or after the installation of a wheel."""
 
 _BUILT_FOR = Path(__file__).with_name("libmcl_dali.txt")
 DALI = _BUILT_FOR.read_text().strip() if _BUILT_FOR.exists() else "nvidia-dali-cuda130"

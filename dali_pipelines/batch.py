@@ -1,4 +1,4 @@
-"""What a loader yields: one view of a step as tensors.
+"""One view of a step as tensors, which the loader yields.
 
 Shape letters: N images, K canvases of all levels, T tiles of all levels, L levels, S canvas side.
 """
@@ -43,10 +43,10 @@ class MontageBatch:
         return dataclasses.replace(self, pixels=pixels, **moved)
 
     def part(self, i: int, parts: int) -> "MontageBatch":
-        """One of so many equal parts of the canvases of every level, for gradient accumulation.
+        """Part `i` of `parts` equal parts of the canvases of every level, for gradient accumulation.
 
-        Canvases that are online queries and those that are not are divided each for itself. `labels`, `index` and what
-        `tile_images` counts stay those of all N images.
+        Online queries and other canvases are divided separately. `labels` and `index` are those of all N images, which
+        `tile_images` refers to.
         """
         if parts == 1:
             return self
@@ -57,7 +57,7 @@ class MontageBatch:
         return self._select(ranges, [queries // parts for queries in self.query_counts])
 
     def first(self, counts: Sequence[int]) -> "MontageBatch":
-        """The view with the first counts[i] canvases of level i alone, for as many levels as given; all are queries."""
+        """The view with only the first counts[i] canvases of level i, for the given levels; all are queries."""
         return self._select([[(0, count)] for count in counts], counts)
 
     def _select(self, ranges: Sequence[Sequence[tuple[int, int]]], queries: Sequence[int]) -> "MontageBatch":
@@ -91,7 +91,7 @@ class MontageBatch:
         )
 
     def regions(self) -> list[Tensor]:
-        """Boxes of the tiles of each level: (R, 5) row among the level's canvases, x1, y1, x2, y2 in canvas pixels."""
+        """Boxes of the tiles of each level: (R, 5) index of the level's canvas, x1, y1, x2, y2 in canvas pixels."""
         found, first = [], 0
         for level, canvases in enumerate(self.canvas_counts):
             boxes = self.boxes[self.tiles(level)]
@@ -105,7 +105,7 @@ class MontageBatch:
         return [cut(canvases, ratio) for canvases, ratio in levels]
 
     def tile_labels(self) -> list[Tensor]:
-        """Class of the image of each tile: per level (R,) int64."""
+        """Class of the image of each tile: (R,) int64 for each level."""
         return [self.labels[self.tile_images[self.tiles(i)]] for i in range(len(self.canvas_counts))]
 
     def tiles(self, level: int) -> slice:

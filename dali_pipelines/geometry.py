@@ -18,7 +18,7 @@ STRIDE = 32
 """Stride of the coarsest feature map, C5."""
 
 MOST_CELLS = 1024
-"""Far more than memory holds."""
+"""Upper bound, far above what fits into memory."""
 
 IntArray = npt.NDArray[np.int64]
 
@@ -38,10 +38,10 @@ class Geometry:
     images_per_canvas: tuple[int, ...] = (1, 4, 16, 32)
     """Images of the batch per canvas, one entry per level: N images make N / images_per_canvas canvases."""
     schedule: tuple[tuple[int, int], ...] = ()
-    """Canvas schedule: pairs of an epoch, counted from 0, and the cells from then on; `cells` holds before."""
+    """Canvas schedule: pairs of an epoch, counted from 0, and the cells from then on. `cells` applies before the first."""
     queries: tuple[int, ...] = ()
-    """Online queries, one entry per level: one canvas in so many goes through the online network, the first ones of the
-    batch (whose order is random as it is); targets are always all images. Empty: every canvas."""
+    """Online queries, one entry per level: n means that the online network processes one in n canvases, the first ones
+    of the (shuffled) batch. Targets are always those of all images. Empty: every canvas."""
 
     def __post_init__(self) -> None:
         ratios, per_canvas = list(self.ratios), list(self.images_per_canvas)
@@ -79,7 +79,7 @@ class Geometry:
 
     @property
     def final(self) -> "Geometry":
-        """What the schedule ends with, every canvas a query: the geometry of evaluations."""
+        """The last geometry of the schedule, with every canvas as a query, which evaluations use."""
         cells = self.schedule[-1][1] if self.schedule else self.cells
         return dataclasses.replace(self, cells=cells, schedule=(), queries=())
 

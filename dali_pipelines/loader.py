@@ -52,7 +52,7 @@ class BadDataError(RuntimeError):
 
 
 class LoaderMemoryError(RuntimeError):
-    """There is not enough memory, of the GPU or the machine, for what the loader is asked to do."""
+    """The GPU or the machine has too little memory to load a step."""
 
 
 class DaliEngine:
@@ -176,16 +176,16 @@ class DaliEngine:
 
 
 def _cause(error: Exception) -> str:
-    """What happened in a pipeline, in a line: DALI quotes its source before, and says behind that it is lost."""
+    """The cause of an error of a pipeline, in one line of DALI's message."""
     text = str(error).rpartition("encountered:")[2]
     return "DALI: " + next((line.strip(" :") for line in text.splitlines() if line.strip()), "cannot decode it")
 
 
 def choose_engine(data: DataConfig, cuda: bool, threads: int) -> tuple[str, str, str]:
-    """Resolves ``data.engine`` and ``data.device`` by the rule that stands at these keys.
+    """Resolves ``data.engine`` and ``data.device`` as these keys document.
 
     Args:
-        data: what is asked for.
+        data: requested engine and device.
         cuda: whether this process has a CUDA device.
         threads: of the loader.
 
@@ -215,7 +215,7 @@ def choose_engine(data: DataConfig, cuda: bool, threads: int) -> tuple[str, str,
 
 
 def _obstacle(engine: str, device: str, cuda: bool) -> str | None:
-    """What keeps an engine from running on a device, and the remedy."""
+    """Why an engine cannot run on a device, and the remedy; empty if it can."""
     if device == "gpu" and not cuda:
         return "no CUDA device"
     if engine == "torchvision":
@@ -241,16 +241,16 @@ def default_threads(local_world_size: int = 1) -> int:
 
 
 class MontageLoader:
-    """Yields (query view, key view), from any step on: for ever, or to the end of a plan that has one, and its views.
+    """An iterator over pairs (query view, key view), endless or until the end of its plan, that starts at any step.
 
-    Its state is a position and the list of bad files: whatever was prefetched, a loader that is given another's state
-    goes on exactly where that one stood.
+    Its state is a position and the list of bad files. A loader that gets the state of another one continues exactly
+    where that one stopped, regardless of prefetching.
 
     Args:
         source: the images.
-        plan: what is done to them.
+        plan: order, crops, augmentations and montages.
         data: engine, device, threads, prefetch and limits.
-        gpu: CUDA device to load on when the engine chosen runs on one.
+        gpu: CUDA device of the canvases, if the engine runs on a GPU.
 
     Raises:
         ConfigError: fewer images than a step needs, or an engine that is not there.
@@ -313,16 +313,16 @@ class MontageLoader:
         self._add_bad({int(i): reason for i, reason in state["bad"].items() if int(i) not in self.bad})
 
     def share(self, bad: dict[int, str]) -> None:
-        """Takes over what other processes found to be bad, and have reported.
+        """Adds images that other processes found to be bad and have reported.
 
         Raises:
-            BadDataError: all together they are too many.
+            BadDataError: there are too many bad images in all.
         """
         self.bad.update(bad)
         self._check_bad()
 
     def report_bad(self, to: Callable[[int, str, str], None]) -> None:
-        """Calls `to` with (index, path, reason) for every file found to be bad, so far and from now on."""
+        """Calls `to` with (index, path, reason) for every bad file that has been or will be found."""
         self._on_bad = to
         self._report(self.bad)
 

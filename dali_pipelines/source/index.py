@@ -197,7 +197,7 @@ class Index:
         except (FileNotFoundError, NotADirectoryError):
             pass
         except Exception as error:  # a damaged file makes zip and NumPy raise nearly anything
-            warnings.warn(f"{self.path} cannot be used and is built anew ({error})", stacklevel=2)
+            warnings.warn(f"{self.path} cannot be used and is created again ({error})", stacklevel=2)
         return Table.of([])
 
     def _save(self, table: Table) -> None:

@@ -158,7 +158,7 @@ def _tar_images(file: BinaryIO, path: str, size: int) -> Iterator[Image]:
                 raise SourceError(f"{path} is not a tar file ({error})") from None
         yield from filter(None, (sample.image() for sample in samples.values()))
         if not end:
-            raise SourceError(f"{path} is a tar file with nothing in it; make it anew or remove it")
+            raise SourceError(f"{path} is an empty tar file; create it again or remove it")
         behind = _skip_zeros(file, end)
         if behind == end < size:
             yield Image(f"byte {behind}", behind, 0, -1, _DAMAGED)
@@ -224,7 +224,7 @@ def _tfrecord_images(file: BinaryIO, path: str, size: int) -> Iterator[Image]:
         yield _example_image(file, str(number), (start + 12, end - 4))
         start, number = end, number + 1
     if not number:
-        raise SourceError(f"{path} is empty; make it anew or remove it")
+        raise SourceError(f"{path} is empty; create it again or remove it")
 
 
 def _example_image(file: BinaryIO, name: str, record: _Span) -> Image:

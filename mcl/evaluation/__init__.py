@@ -1,4 +1,4 @@
-"""Knowing whether it learned: retrieval, kNN and a linear probe, each beside the random network."""
+"""Evaluations of representations: retrieval, kNN, linear probe and others, each compared with a random network."""
 
 from mcl.evaluation.scoring import check_evaluations, describe, evaluate, score
 

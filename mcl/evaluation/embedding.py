@@ -1,8 +1,8 @@
-"""Features of any images in a file: a row for each image, in the order of the source.
+"""Features of any images in a file: one row per image, in the order of the source.
 
-What is done lies in ``FILE.partial``, and how much that is in ``FILE.partial.json``, so that whoever is killed goes on
-from there. Batches hold the same images either way, so the file is the same, bit for bit, where the device, the engine
-and the libraries are.
+Finished rows are in ``FILE.partial``, and their number in ``FILE.partial.json``, from which an interrupted call
+continues. Batches contain the same images in either case, so the file is bit-identical on the same device, engine and
+libraries.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ _EXAMPLES = 5  # of bad images
 
 
 class EmbeddingError(RuntimeError):
-    """Features that cannot be written; the message names the file and the remedy."""
+    """Features cannot be written; the message names the file and the remedy."""
 
 
 class Projected(nn.Module):
@@ -60,7 +60,7 @@ class Projected(nn.Module):
 
 @dataclass(frozen=True)
 class Embedding:
-    """A file of features, and what its n rows are."""
+    """A file of features, one row for each of n images."""
 
     path: Path
     features: str
@@ -90,7 +90,7 @@ class Embedding:
 
 
 def check(path: Path) -> None:
-    """Refuses a file that could not be written in the end.
+    """Checks the file name and that the libraries to write the file are installed.
 
     Raises:
         ConfigError: neither .npy nor .parquet; or the latter without pyarrow.
@@ -113,7 +113,7 @@ def _parquet() -> Any:
 
 @torch.no_grad()
 def embed(encoder: nn.Module, config: Config, source: Source, device: torch.device, path: Path, name: str) -> Embedding:
-    """Writes features of all images of a source, or goes on with it; a file that has them already stays as it is.
+    """Writes features of all images of a source, or continues an incomplete file; a complete file is not changed.
 
     BatchNorm has the statistics of the training, as in exported weights, so that the features of an image do not depend
     on the other images.
@@ -153,8 +153,8 @@ def embed(encoder: nn.Module, config: Config, source: Source, device: torch.devi
         _finish(made)
     except OSError as error:
         raise EmbeddingError(
-            f"{path}: cannot be written ({error.strerror or error}); free space, or mend the folder's permissions, and "
-            "start the same command again: it goes on where this one stopped"
+            f"{path}: cannot be written ({error.strerror or error}); free space, or correct the folder's permissions, "
+            "and start the same command again: it continues where this one stopped"
         ) from error
     return made
 
@@ -196,7 +196,7 @@ def _compute(
     first, bad = _done(path, key)
     rows, done, saved = _map(_partial(path), shape, new=not first), first, time.monotonic()
     if first:
-        log.info("%s: goes on after %d of %d images", path, first, len(source))
+        log.info("%s: continues after %d of %d images", path, first, len(source))
 
     def save() -> None:
         rows.flush()

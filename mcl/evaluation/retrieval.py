@@ -1,8 +1,8 @@
-"""Retrieval: does a tile find the image it came from? It is what MCL teaches, so it moves first.
+"""Retrieval: the share of tiles whose own image is the nearest. It is the objective of MCL, so it improves before
+downstream accuracy does.
 
-In fresh montages every tile of every level looks, by its region feature through projector and predictor, for its own
-image among the gallery's momentum targets of the other view, of the levels that it was compared with in training.
-Chance is 1 / gallery.
+The embedding of every tile of new montages, after projector and predictor, is compared with the momentum targets of a
+gallery in the other view, at the levels that it was compared with in training. Chance is 1 / gallery.
 """
 
 import copy
@@ -81,7 +81,7 @@ def check_gallery(config: Config, source: Source) -> None:
     """Raises ConfigError for an objective without targets, too few images, or a gallery that makes no montage."""
     if not OBJECTIVES[config.objective].retrieves:
         raise ConfigError(
-            f"objective: {config.objective} has no targets among which retrieval could find an image; take knn or "
+            f"objective: {config.objective} has no targets, which retrieval needs; use knn or "
             "linear, and leave retrieval out of evaluation.at_end"
         )
     gallery = config.evaluation.gallery

@@ -1,7 +1,7 @@
-"""The evaluations as a user meets them: trained beside random, on photographs trained on and on held-out ones.
+"""Evaluations of a trained and a random network, on training images and on held-out images.
 
-All processes take part. Nothing that training computes is changed by them: networks are copied, and random states and
-PyTorch's switches are afterwards what they were.
+All processes take part. Evaluations do not change training: networks are copied, and random states and PyTorch's
+settings are restored.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ def evaluate(
     held_out: bool = False,
     progress: Progress = lambda: None,
 ) -> list[Record]:
-    """Scores copies of a model, beside the same network untrained; a record for each name and split.
+    """Scores copies of a model and of the same network with initial weights; one record for each name and split.
 
     Args:
         names: retrieval, knn, linear, svm; kNN and linear probe are given the same features.
@@ -111,7 +111,7 @@ def score(record: Record) -> float:
 
 
 def check_evaluations(config: Config, source: Source) -> dict[str, Source]:
-    """Refuses before a run what its evaluations would refuse later; returns its held-out images, as ``val``.
+    """Checks before a run that its evaluations are possible; returns its held-out images, as ``val``.
 
     Args:
         source: the images of data.root.

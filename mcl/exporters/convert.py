@@ -1,4 +1,4 @@
-"""``mcl export``: a checkpoint in, a file for another library out."""
+"""``mcl export``: writes the weights of a checkpoint for another library."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial

@@ -26,7 +26,7 @@ class Verified:
 
 @dataclass(frozen=True)
 class Report:
-    """What an export did; ``str()`` of it is meant for the console."""
+    """Summary of an export; ``str()`` formats it for the console."""
 
     path: Path
     """The file or folder written."""

@@ -1,4 +1,4 @@
-"""What a training step needs of a model. A pre-training is one subclass, in a file of its own."""
+"""Interface of objectives. A pre-training method is one subclass, in its own file."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -45,30 +45,30 @@ class Output:
 
 
 class Objective(nn.Module):
-    """Networks and loss of a pre-training; everything that it computes in a step stays on the device.
+    """Networks and loss of a pre-training method. A step must not read values on the host.
 
-    A step calls :meth:`prepare` once, :meth:`forward` for each micro-batch, and :meth:`finish` behind the last one.
-    What these change besides gradients, such as running statistics or a queue, are buffers: checkpoints have them, and
-    the step puts them back if it is left out.
+    A step calls :meth:`prepare` once, :meth:`forward` for each micro-batch, and :meth:`finish` after the last one.
+    Everything that these methods change, such as running statistics or a queue, must be a buffer: checkpoints contain
+    buffers, and a skipped step restores them.
 
     Args:
-        config: of the run.
+        config: configuration of the run.
         classes: names of the classes of the images, if they have any.
 
     Attributes:
-        online: network that is evaluated and exported; has a ``backbone``.
-        target: copy of it without gradients, or None; moved after every step by :func:`mcl.train.ema.update` alone.
-        classifier: of region features, or None; exported on request.
+        online: network that is evaluated and exported; it has a ``backbone``.
+        target: copy of it without gradients, or None; only :func:`mcl.train.ema.update` changes it, after every step.
+        classifier: classifier of region features, or None; exported on request.
     """
 
     scores: ClassVar[tuple[str, ...]] = ()
-    """What :attr:`Output.scores` has, and records after it."""
+    """Names of the scores in :attr:`Output.scores`, and in records."""
     labelled: ClassVar[bool] = False
-    """Whether every image must have a class; checkpoints then hold the names of the classes."""
+    """Whether every image must have a class; checkpoints then contain the names of the classes."""
     unused: ClassVar[tuple[str, ...]] = ()
-    """Keys that it does not read: other values than their defaults are refused."""
+    """Keys that the objective does not use; values other than their defaults are errors."""
     retrieves: ClassVar[bool] = False
-    """Whether it has :meth:`matches`, for the evaluation retrieval."""
+    """Whether it implements :meth:`matches`, for the evaluation retrieval."""
 
     def __init__(self, config: Config, classes: Sequence[str] = ()) -> None:
         super().__init__()
@@ -79,14 +79,14 @@ class Objective(nn.Module):
 
     @classmethod
     def check(cls, config: Config, source: Source | None = None) -> None:
-        """Refuses what it cannot be trained with, before any work starts; a subclass adds its own keys.
+        """Checks the configuration and the images before any work starts; subclasses add their own checks.
 
         Args:
-            config: of the run.
-            source: the images, where they are known.
+            config: configuration of the run.
+            source: the images; None if they are not known.
 
         Raises:
-            ConfigError: keys that do not go together, or images without a class.
+            ConfigError: keys that exclude each other, or images without a class.
         """
         for key in all_keys():
             if key.name in cls.unused and (given := value(config, key.name)) != key.default:
@@ -103,7 +103,7 @@ class Objective(nn.Module):
                 )
 
     def prepare(self, parts: Sequence[tuple[MontageBatch, MontageBatch]]) -> Any:
-        """What all micro-batches of a step have in common, without gradient, such as targets on their way.
+        """Computes without gradients what all micro-batches of a step share, such as targets.
 
         Args:
             parts: query and key view of each micro-batch (:meth:`~dali_pipelines.batch.MontageBatch.part`).
@@ -120,14 +120,14 @@ class Objective(nn.Module):
         raise NotImplementedError
 
     def finish(self, prepared: Any) -> None:
-        """Called when the gradients of the step are there, with what :meth:`prepare` returned; updates buffers."""
+        """Updates buffers after the backward pass of a step; `prepared` is the result of :meth:`prepare`."""
 
     def matches(self, query: MontageBatch, key: MontageBatch) -> Tensor:
-        """(V, L), share of the tiles of a view whose nearest target in the other view is that of their own image."""
+        """Share of tiles whose nearest target in the other view is that of their own image: (V, L)."""
         raise NotImplementedError
 
     def compile_parts(self) -> None:
-        """Backbones and heads through ``torch.compile``, in place, when they are first called."""
+        """Compiles backbones and heads in place with ``torch.compile``, when they are first called."""
         for encoder in filter(None, (self.online, self.target)):
             encoder.backbone.compile()
             encoder.head.compile()

@@ -1,4 +1,4 @@
-"""What a run measures of itself without waiting for the device: means of its losses, its speed, its waiting."""
+"""Measurements of a run without waiting for the device: means of losses, speed and waiting times."""
 
 import contextlib
 import time

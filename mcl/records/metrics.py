@@ -37,11 +37,11 @@ ENVIRONMENT = "environment.json"
 
 
 class RecordError(RuntimeError):
-    """A record that could not be written; the message names the file and the remedy."""
+    """A record cannot be written; the message names the file and the remedy."""
 
 
 class _Console(logging.StreamHandler):  # type: ignore[type-arg]
-    """A run does not end, nor complain at every line, when who read its output has gone: train.log has all of it."""
+    """Ignores a closed output, since train.log has every message."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         if not isinstance(sys.exc_info()[1], OSError):
@@ -218,7 +218,7 @@ def _reporting(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise RecordError(
-            f"{path}: cannot be written ({error.strerror}); make room, and the same command continues"
+            f"{path}: cannot be written ({error.strerror}); free space, and the same command continues the run"
         ) from error
 
 

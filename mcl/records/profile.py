@@ -40,7 +40,7 @@ def profiled(folder: Path, steps: int) -> Iterator[Callable[[], None]]:
     with profile(activities=activities, schedule=plan, on_trace_ready=lambda p: _write(folder, p)) as profiler:
         yield profiler.step
     if profiler.step_num <= _SKIPPED + _WARMUP:
-        log.warning("trainer.profile: nothing, for the run ended within its first %d steps", _SKIPPED + _WARMUP)
+        log.warning("trainer.profile: no profile, since the run ended within its first %d steps", _SKIPPED + _WARMUP)
 
 
 def _write(folder: Path, profiler: profile) -> None:

@@ -1,4 +1,4 @@
-"""From what a user names, a file or a library's weights, to tensors by canonical names."""
+"""Reads a file or the weights of a library, and maps them to tensors by canonical names."""
 
 import functools
 import os

@@ -10,9 +10,9 @@ from mcl.weights.read import read, take
 
 
 def start(model: Objective, source: str) -> str:
-    """Puts weights into the online and the target network of a new model, BatchNorm's statistics included.
+    """Loads weights and BatchNorm statistics into the online and the target network of a new model.
 
-    Of a checkpoint of mcl with the same model everything is taken, the target network's own weights, too.
+    From a checkpoint of mcl with the same model everything is loaded, including the weights of the target network.
 
     Args:
         source: as of :func:`mcl.weights.read.read`.

@@ -214,7 +214,7 @@ def test_a_damaged_index_is_built_anew(tmp_path: Path, folder_of: Write, reads: 
         middle = len(content) // 2
         flipped = content[:middle] + bytes(b ^ 0x55 for b in content[middle : middle + 400]) + content[middle + 400 :]
         file.write_bytes({"text": b"hello", "empty": b"", "cut": content[:-100], "flipped": flipped}[damage])
-    with pytest.warns(UserWarning, match=rf"{file} cannot be used and is built anew"):
+    with pytest.warns(UserWarning, match=rf"{file} cannot be used and is created again"):
         again = open_source(str(root), index=str(reads.index))
     assert same(first, again)
     assert reads(root)[1] == 0
@@ -229,7 +229,7 @@ def test_an_index_of_another_version_is_built_anew(tmp_path: Path, folder_of: Wr
     with np.load(file) as arrays:
         columns = {**arrays, "format": arrays["format"] + change, "counts": arrays["counts"] + 7}
     np.savez(file, **columns)
-    with pytest.warns(UserWarning, match=r"built anew \(written by another version\)"):
+    with pytest.warns(UserWarning, match=r"created again \(written by another version\)"):
         again = open_source(str(tmp_path / "root"), index=str(reads.index))
     assert same(first, again)
     assert reads(tmp_path / "root")[1] == 0

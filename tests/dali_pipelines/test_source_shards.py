@@ -166,7 +166,7 @@ def test_what_is_no_shard_is_named(tmp_path: Path, name: str, content: bytes, me
 
 def test_shards_of_zeros_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(bytes(20_480))
-    with pytest.raises(SourceError, match=r"a\.tar is a tar file with nothing in it"):
+    with pytest.raises(SourceError, match=r"a\.tar is an empty tar file"):
         open_source(str(tmp_path))
 
 

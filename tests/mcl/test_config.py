@@ -95,7 +95,7 @@ def test_coco_preset_has_the_iterations_of_imagenet() -> None:
         ("trainer.epochs=many", r"trainer\.epochs: .*integer.* \(got 'many'\)"),
         ("trainer.epochs=0", r"trainer\.epochs: .*greater than or equal to 1"),
         ("model.backbone=vgg", r"model\.backbone: .*resnet18.* \(got 'vgg'\)"),
-        ("augment.blur=[2, 0]", r"augment\.blur: probabilities lie between 0 and 1"),
+        ("augment.blur=[2, 0]", r"augment\.blur: probabilities must be between 0 and 1"),
         ("augment.crop_scale=[1, 0.2]", r"augment\.crop_scale: .*lower <= upper"),
         ("augment.mean=[1, 2]", r"augment\.mean"),
         ("montage.ratios=[1, 3]", r"montage\.ratios: \[1, 3\] must start with 1 and increase among 1, 2, 4, 8"),

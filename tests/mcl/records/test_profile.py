@@ -54,7 +54,7 @@ def test_a_run_may_be_too_short(tmp_path: Path, photos: Path) -> None:
     Trainer(cfg).fit()
     assert not (cfg.run_folder / "profile").exists()
     assert (
-        "trainer.profile: nothing, for the run ended within its first 5 steps"
+        "trainer.profile: no profile, since the run ended within its first 5 steps"
         in (cfg.run_folder / "train.log").read_text()
     )
 
