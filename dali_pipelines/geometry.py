@@ -38,7 +38,7 @@ class Geometry:
     images_per_canvas: tuple[int, ...] = (1, 4, 16, 32)
     """Images of the batch per canvas, one entry per level: N images make N / images_per_canvas canvases."""
     schedule: tuple[tuple[int, int], ...] = ()
-    """Canvas schedule: pairs of an epoch, counted from 0, and the cells from then on; `cells` applies until the first."""
+    """Canvas schedule: pairs of an epoch, counted from 0, and the cells from then on. `cells` applies before."""
     queries: tuple[int, ...] = ()
     """Online queries, one entry per level: n means that the online network processes one in n canvases, the first ones
     of the (shuffled) batch. Targets are always those of all images. Empty: every canvas."""
