@@ -28,7 +28,7 @@ _SECTION = re.compile(
 
 
 def render(text: str) -> str:
-    """A document with its tables made anew from the results."""
+    """A document with its tables generated from the results."""
 
     def section(match: re.Match[str]) -> str:
         start, name, columns, rows, end = match.groups()

@@ -1,4 +1,4 @@
-"""What the loader has lent to a GPU: memory that is kept until it is read, and how far the host may be ahead."""
+"""Memory that the loader lends to a GPU and keeps until the GPU has read it; limits how far the host is ahead."""
 
 from collections import deque
 
@@ -19,7 +19,7 @@ class Lending:
         self._steps: deque[tuple[list[Tensor], torch.cuda.Event]] = deque()
 
     def lend(self, memory: list[Tensor]) -> None:
-        """Keeps a step's memory until the GPU has done with it: whoever drops a tensor does not wait for that."""
+        """Keeps the memory of a step until the GPU has finished the step, so that freeing a tensor does not block."""
         if self._steps:  # all that reads the last step's has been queued by now
             self._steps[-1][1].record(torch.cuda.current_stream(self._gpu))
         while self._steps and (len(self._steps) > self._ahead or self._steps[0][1].query()):

@@ -104,8 +104,8 @@ class DaliEngine:
     def collect(self) -> tuple[list[Tensor], list[Tensor]]:
         """Canvases of every view of the next step, [(K, 3, S, S) channels_last, ...], and the memory that is lent.
 
-        On a GPU, what the current stream is given next waits for them; the host does not. Nobody reuses their memory
-        as long as somebody holds it, but who drops it must not have left work behind that reads it.
+        On a GPU, later work of the current stream waits for them; the host does not. Their memory is reused when it is
+        freed, so that work which reads it must have finished before.
 
         Raises:
             RuntimeError, OSError: an image of the steps in flight cannot be read or decoded, or has changed; the
@@ -275,7 +275,7 @@ class MontageLoader:
         self.source, self.plan = source, plan
         self._threads = threads or data.threads or default_threads()
         self.engine_name, self.device, self.reason = choose_engine(data, gpu is not None, self._threads)
-        self._data, self._gpu = data, gpu  # data.dtype may still be auto, which is float32 where nobody trains
+        self._data, self._gpu = data, gpu  # data.dtype may still be auto, which is float32 outside of training
         self._lending = None if gpu is None else Lending(gpu, data.prefetch)
         self._on_bad: Callable[[int, str, str], None] | None = None
         self._engine: DaliEngine | TorchvisionEngine | None = None

@@ -1,6 +1,6 @@
 """The DALI pipelines: encoded images in, normalised canvases or tiles out.
 
-``fused_pipeline`` makes canvases in one operator of our own (``kernels/dali``), ``stock_pipeline`` makes their tiles in
+``fused_pipeline`` makes canvases in one operator of mcl (``kernels/dali``), ``stock_pipeline`` makes their tiles in
 DALI's. Both decode every image once. One graph for both devices: on the CPU everything runs there; on a GPU the decoder
 is ``mixed`` and what follows runs on that GPU. What is fed to a graph, the ``*_feed`` functions compute from a plan.
 """

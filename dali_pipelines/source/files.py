@@ -188,7 +188,7 @@ class Remote:
 
 
 def _version(entry: dict[str, Any]) -> int:
-    """What changes whenever an object is written anew, as a number."""
+    """A number that changes whenever an object is written."""
     keys = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "created")
     value = next((entry[key] for key in keys if entry.get(key)), "")
     return int.from_bytes(hashlib.blake2b(str(value).encode(), digest_size=7).digest(), "big")

@@ -68,7 +68,7 @@ class Table(NamedTuple):
 
     @classmethod
     def concatenate(cls, parts: Sequence[Self]) -> Self:
-        """Their files one behind the other."""
+        """Concatenates the files of tables."""
         columns: Iterator[Any] = zip(*parts, strict=True)
         return cls._make((Names if isinstance(c[0], Names) else np).concatenate(c) for c in columns)
 

@@ -17,7 +17,7 @@ _MANY = 1 << 14
 
 
 def spread(starts: Int64s, counts: Int64s) -> Int64s:
-    """(counts.sum(),) runs of numbers, one behind the other: from each start on, as many as its count says."""
+    """Concatenated ranges, (counts.sum(),): counts[i] consecutive numbers from starts[i] on."""
     return np.repeat(starts - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
 
 
@@ -42,7 +42,7 @@ class Names(Sequence[str]):
 
     @classmethod
     def concatenate(cls, parts: Sequence["Names"]) -> Self:
-        """One behind the other, without folders."""
+        """Concatenates texts, without their folders."""
         lengths = [np.diff(part.offsets) for part in parts]
         content = np.concatenate([part.content for part in parts])
         return cls(content, np.append(0, np.cumsum(np.concatenate(lengths))))

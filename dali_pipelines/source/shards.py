@@ -16,7 +16,7 @@ from dali_pipelines.source.files import Files, SourceError
 from dali_pipelines.source.headers import EXTENSIONS, Header, read_header
 from dali_pipelines.source.index import Image
 
-_Span = tuple[int, int]  # first byte, and the one behind the last
+_Span = tuple[int, int]  # first byte, and the one after the last
 
 NAMES = {
     "webdataset": re.compile(r"\.tar$|\.tgz$|\.tar\.\w+$", re.IGNORECASE),
@@ -142,7 +142,7 @@ class _Sample:
 
 
 def _tar_images(file: BinaryIO, path: str, size: int) -> Iterator[Image]:
-    """The images of tars that lie one behind the other, as `cat` joins them: each ends with blocks of zeros."""
+    """The images of concatenated tars, as `cat` makes them: each ends with blocks of zeros."""
     start = end = 0
     while start < size or not end:
         samples: dict[str, _Sample] = {}

@@ -116,7 +116,7 @@ class Pooled(nn.Module):
             self.fpn = getattr(encoder, "fpn", None)
             levels = () if self.fpn is None else self.fpn.depths
             if self.stage not in levels:
-                known = ", ".join(f"p{5 - depth}" for depth in levels) or "none, for want of an FPN"
+                known = ", ".join(f"p{5 - depth}" for depth in levels) or "none, since it has no FPN"
                 raise ConfigError(f"evaluation.features: {name} is none of the levels that the model has: {known}")
             self.level = levels.index(self.stage)
 
@@ -226,5 +226,5 @@ def extract(
 
 
 def _hidden() -> bool | None:
-    """Whether a bar is not drawn; None: where nobody sees it."""
+    """Argument `disable` of tqdm: None hides the bar outside of a terminal."""
     return True if distributed.rank() else None

@@ -77,7 +77,7 @@ class Target(Convention):
     classifies: bool = False
     """Whether it has a place for a classifier of region features."""
     freezes: bool = False
-    """Whether its detectors, as they come, keep BatchNorm's running statistics for ever."""
+    """Whether its detectors freeze BatchNorm's running statistics by default."""
     maps: tuple[int, ...] = (2, 3, 4, 5)
     """Maps of the FPN that it takes, 2 is P2."""
     check: Callable[[ModelConfig, Sequence[str]], None] = lambda config, parts: None

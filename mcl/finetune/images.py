@@ -79,13 +79,13 @@ def check(
         said = f"{annotations}: {len(bad)} of the {len(paths)} images cannot be used, the first: {paths[i]}: {reason}"
         if len(bad) > max_bad_fraction * len(paths):
             allowed = f", or raise data.max_bad_fraction={max_bad_fraction}" if max_bad_fraction else ""
-            raise SourceError(f"{said}; mend these files, or take them out of the annotations{allowed}")
+            raise SourceError(f"{said}; repair these files, or remove them from the annotations{allowed}")
         log.warning("%s; others will replace them", said)
 
 
 def _remedy(found: list[int], stated: list[float], orientation: int) -> str:
     if found != stated[::-1]:
-        return "Mend width and height, or take the images that were annotated"
+        return "Correct width and height, or use the images that were annotated"
     if orientation > 4:  # which exchanges width and height
         return (
             f"EXIF orientation {orientation} exchanges width and height: if the boxes are those of the image as it is "

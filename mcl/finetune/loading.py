@@ -115,7 +115,7 @@ class SeededDataset(RepeatDataset):
             bad = {record["index"] for record in read(self._list)}  # by all processes, in all parts of the run
         if len(bad) > self._max_bad_fraction * len(self) or len(bad) == len(self):
             raise BadDataError(
-                f"{len(bad)} of the {len(self)} training images are broken, the last: {said}; mend them, or raise "
+                f"{len(bad)} of the {len(self)} training images are broken, the last: {said}; repair them, or raise "
                 f"data.max_bad_fraction={self._max_bad_fraction}"
             )
 

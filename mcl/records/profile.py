@@ -1,4 +1,4 @@
-"""Where the time of some steps goes: a trace of every operator and kernel, and a table of their sums."""
+"""Profile of some steps: a trace of every operator and kernel, and a table of their total times."""
 
 import contextlib
 import gzip
@@ -44,7 +44,7 @@ def profiled(folder: Path, steps: int) -> Iterator[Callable[[], None]]:
 
 
 def _write(folder: Path, profiler: profile) -> None:
-    """A run never ends for want of these files."""
+    """Writes the files; an error is logged and does not end the run."""
     try:
         folder.mkdir(exist_ok=True)
         trace = folder / "trace.json.gz"

@@ -30,7 +30,7 @@ VERSIONS = {
 
 
 class DataError(RuntimeError):
-    """Something that the user can mend: a missing package, a wrong selection file, an unusable output folder."""
+    """An error that the user can correct: a missing package, a wrong selection file, an unusable output folder."""
 
 
 class Packages:

@@ -104,7 +104,7 @@ def test_boxes_of_the_turned_image_are_taken(fresh: Path, said: pytest.LogCaptur
     ("edit", "message"),
     [
         (lambda i: i.update(width=i["height"], height=i["width"]), r"Width and height are exchanged"),
-        (lambda i: i.update(width=i["width"] + 1), r"Mend width and height, or take the images that were annotated"),
+        (lambda i: i.update(width=i["width"] + 1), r"Correct width and height, or use the images that were annotated"),
     ],
 )
 def test_sizes_that_are_not_the_images(fresh: Path, edit: Callable[[Any], object], message: str) -> None:
@@ -227,7 +227,7 @@ def test_too_many_broken_images_end_the_run(fresh: Path, tmp_path: Path) -> None
     """In one line, from a loading process, too."""
     damage(fresh / "train" / "1.jpg", CUT)
     damage(fresh / "train" / "4.jpg", CUT)
-    said = r"2 of the 5 training images are broken, the last: .*train/[14]\.jpg: cannot be decoded; mend them, or "
+    said = r"2 of the 5 training images are broken, the last: .*train/[14]\.jpg: cannot be decoded; repair them, or "
     with pytest.raises(BadDataError, match=rf"^{said}raise data\.max_bad_fraction=0\.2$"):
         batches(fresh, tmp_path / "run", 0, 0.2)
     arguments = words(fresh, tmp_path, "run", "data.max_bad_fraction=0.2", "train_dataloader.num_workers=2")
