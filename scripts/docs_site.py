@@ -20,7 +20,8 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     """
     pages = {page for pattern in PAGES for page in ROOT.glob(pattern)}
     linked = {(page.parent / link).resolve() for page in pages for link in _LINK.findall(page.read_text())}
-    names = sorted(str(path.relative_to(ROOT)) for path in pages | linked if path.is_file() and ROOT in path.parents)
+    used = pages | linked | {ROOT / file for file in config.extra_css}
+    names = sorted(str(path.relative_to(ROOT)) for path in used if path.is_file() and ROOT in path.parents)
     of_theme = [file for file in files if file.src_dir != config.docs_dir]
     return Files(of_theme + [File(name, str(ROOT), config.site_dir, config.use_directory_urls) for name in names])
 

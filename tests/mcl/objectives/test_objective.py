@@ -89,7 +89,7 @@ def test_from_training_to_export(tiny: Config, tmp_path: Path) -> None:
 
     model, cfg = checkpoint.load_model(path)
     assert model.classes == tuple(whole["classes"])
-    with pytest.raises(ConfigError, match=r"objective: mcl has no targets .* take knn or linear"):
+    with pytest.raises(ConfigError, match=r"objective: mcl has no targets.* use knn or linear"):
         list(evaluate(["retrieval"], model, cfg, torch.device("cpu")))
     with pytest.raises(ConfigError, match=r"--network: objective=mcl has no momentum network"):
         export(path, "mmdet", parts=["backbone"], network="target")
