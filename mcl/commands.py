@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 from torch.distributed.elastic.multiprocessing.errors import record
 
@@ -22,9 +23,9 @@ from mcl import config, distributed, evaluation
 from mcl.config import Config, ConfigError, DataConfig
 from mcl.distributed import local
 from mcl.evaluation import embedding, neighbours
-from mcl.evaluation.features import photos
+from mcl.evaluation.features import Maps, photos, prepare
 from mcl.evaluation.scoring import describe
-from mcl.objectives import Objective
+from mcl.objectives import Objective, build
 from mcl.records import preview as pictures
 from mcl.records import report
 from mcl.records.metrics import (
@@ -38,6 +39,7 @@ from mcl.records.metrics import (
     read,
     recorded_errors,
 )
+from mcl.records.tensorboard import show_picture
 from mcl.signals import Interrupted
 from mcl.train import arithmetic, checkpoint
 from mcl.train.trainer import Trainer, resolve_device
@@ -85,7 +87,7 @@ def pretrain(cfg: Config) -> None:
         first = distributed.rank() == 0
         if not trainer.finished:
             if first and trainer.step < trainer.steps:
-                _draw(cfg, lambda folder: montages(cfg, trainer.step, folder, trainer.loader.source))
+                _draw(cfg, trainer.step, lambda folder: montages(cfg, trainer.step, folder, trainer.loader.source))
             try:
                 trainer.fit()
             except Interrupted:  # of all processes at the same step, so that none is waited for in vain
@@ -107,17 +109,17 @@ def _finish(trainer: Trainer) -> None:
     else:
         if trainer.finished:
             log_to_file(folder)
-        _draw(cfg, lambda pictures_folder: features(trainer.model, cfg, pictures_folder))
+        _draw(cfg, trainer.step, lambda pictures_folder: features(trainer.model, cfg, pictures_folder))
         report.write(folder)
     log.info("report: %s", folder / "report.html")
     log.info("weights: %s", folder / "checkpoints" / checkpoint.LAST)
 
 
-def _draw(cfg: Config, picture: Callable[[Path], Path]) -> None:
-    """Draws into the run folder, if pictures are wanted; a run never ends for want of one."""
+def _draw(cfg: Config, step: int, picture: Callable[[Path], Path]) -> None:
+    """Draws into the run folder and TensorBoard, if pictures are wanted; a run never ends for want of one."""
     try:
         if cfg.log.preview:
-            picture(cfg.run_folder / "preview")
+            show_picture(cfg, picture(cfg.run_folder / "preview"), step)
     except Exception as error:  # a picture meets the disk, the images and DALI; none of them may cost a run
         log.warning("no picture: %s: %s", type(error).__name__, error)
 
@@ -229,12 +231,20 @@ def batch(cfg: Config, step: int, source: Source) -> tuple[MontageBatch, Montage
 
 
 def features(model: Objective, cfg: Config, folder: Path) -> Path:
-    """Draws feature maps of some photographs, held-out ones if there are any; returns the picture's path."""
+    """Draws feature maps of some photographs, held-out ones if there are any; returns the picture's path.
+
+    The same network untrained is shown beside the trained one, both with BatchNorm statistics of photographs.
+    """
     source = open_images(cfg.data, held_out=bool(cfg.data.val_root))
+    device = next(model.parameters()).device
+    torch.manual_seed(cfg.trainer.seed)
+    networks = [Maps(own.online) for own in (model, build(cfg, model.classes))]
+    trained, untrained = prepare(networks, cfg, source, device)
     spread = np.arange(0, len(source), max(1, len(source) // _PREVIEW_PHOTOS))[:_PREVIEW_PHOTOS]
-    ((images, _),) = photos(cfg, source, next(model.parameters()).device, spread)
+    ((images, _),) = photos(cfg, source, device, spread)
     path = folder / "features.png"
-    pictures.feature_maps(model.online, images, path, cfg.augment)
+    shown = {"Trained": trained, "Untrained": untrained}
+    pictures.feature_maps(shown, networks[0].names, images, path, cfg.augment)
     return path
 
 

@@ -128,6 +128,21 @@ class Pooled(nn.Module):
         return pooled
 
 
+class Maps(nn.Module):
+    """The maps of an encoder's pyramid, level 0 first, or of its backbone without one; `names` are p5, p4 and so on."""
+
+    def __init__(self, encoder: Any) -> None:
+        super().__init__()
+        self.backbone, self.fpn = encoder.backbone, getattr(encoder, "fpn", None)
+        depths = range(len(encoder.backbone.channels)) if self.fpn is None else self.fpn.depths
+        self.names = [f"{'c' if self.fpn is None else 'p'}{5 - depth}" for depth in depths]
+
+    def forward(self, pixels: Tensor) -> list[Tensor]:
+        """(n, 3, S, S) to (n, channels, h, w) for each."""
+        maps: list[Tensor] = self.backbone(pixels)
+        return maps if self.fpn is None else self.fpn(maps, range(len(self.names)))
+
+
 class _Each(nn.ModuleList):
     """Networks that see the same photographs."""
 

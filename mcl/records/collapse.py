@@ -85,13 +85,16 @@ class CollapseWarning:
         self._healthy = dict(zip(COLLAPSE, (width**-0.5, rank), strict=True))
         self._least = dict(zip(COLLAPSE, (LEAST_STD * width**-0.5, LEAST_RANK * rank), strict=True))
         self._in_a_row: Counter[str] = Counter()
+        # Where no BatchNorm ends the projector, as in MCL, new networks give all images much the same.
+        self._was_healthy = dict.fromkeys(COLLAPSE, config.objective == "mcl")
 
     def __call__(self, record: Record) -> None:
         """Takes a training record in."""
         for name, least in self._least.items():
             values = record.get(name, [])
             low = [level for level, value in enumerate(values) if value < least]
-            if self._in_a_row[name] == PATIENCE:
+            self._was_healthy[name] |= bool(values) and not low
+            if self._in_a_row[name] == PATIENCE or not self._was_healthy[name]:
                 continue
             self._in_a_row[name] = self._in_a_row[name] + 1 if low else 0
             if self._in_a_row[name] == PATIENCE:

@@ -16,18 +16,12 @@ from matplotlib.figure import Figure
 
 from mcl.records.metrics import scores
 from mcl.records.preview import PALETTE
+from mcl.records.tensorboard import NAMES
 
 Record = Mapping[str, Any]
 FloatSeries = np.ndarray[Any, np.dtype[np.float64]]
 
-NAMES = {
-    "retrieval": "Retrieval",
-    "knn": "Nearest neighbours",
-    "linear": "Linear classifier",
-    "svm": "Support vector machines",
-    "regions": "Objects",
-}
-"""Evaluations as the page calls them."""
+_VARIETY = "a collapse takes the deviation to 0 and the effective rank to 1"
 
 POINTS = 400
 """Points of a curve; longer series are averaged down to as many."""
@@ -88,11 +82,14 @@ def training_curves(train: Sequence[Record]) -> list[tuple[str, str, Markup]]:
         "images / s": [Line(series("images_per_s"), PALETTE[0])],
         "data wait, %": [Line(100 * series("data_wait"), PALETTE[1])],
     }
+    variety = {"std of embeddings": levels("embedding_std"), "rank of targets": levels("target_rank")}
+    variety = {label: lines for label, lines in variety.items() if lines}
     with_whom = "solid: with their own image; dashed: with the others" if "cosine" in panels else ""
     title = f"{' and '.join(panels).capitalize()} of tiles"
     return [
         ("Loss", "", _svg("Loss", x, x_label, {"loss": [Line(series("loss"), PALETTE[0])]})),
         *([(title, with_whom, _svg("Scores", x, x_label, panels))] if panels else []),
+        *([("Variety", _VARIETY, _svg("Variety", x, x_label, variety, from_zero=True))] if variety else []),
         ("Schedules", "", _svg("Schedules", x, x_label, schedules)),
         ("Speed", "", _svg("Speed", x, x_label, speed, from_zero=True)),
     ]

@@ -18,6 +18,7 @@ from tqdm.contrib import DummyTqdmFile
 
 from mcl import distributed
 from mcl.config import Config, ConfigError, to_dict
+from mcl.records.tensorboard import TensorBoard, charted
 
 log = logging.getLogger("mcl")
 
@@ -29,6 +30,10 @@ COLLAPSE = ("embedding_std", "target_rank")
 
 EVALUATIONS = "evaluations.jsonl"
 """File of a run folder for the records of kind ``eval``: the run's own, and those of ``mcl evaluate``."""
+
+
+ENVIRONMENT = "environment.json"
+"""File of a run folder that says when and on what it was last started."""
 
 
 class RecordError(RuntimeError):
@@ -111,15 +116,13 @@ class Metrics:
         _keep_until(self._evaluations, step)
         with _reporting(self._path):
             self._file = open(self._path, "a")  # noqa: SIM115  # open as long as the run
-        self._tensorboard: Any = None
+        self._tensorboard: TensorBoard | None = None
         self._wandb: Any = None
         if config.log.tensorboard and find_spec("tensorboard") is None:
             log.info("log.tensorboard: not installed, so metrics.jsonl alone has the numbers; pip install tensorboard")
         elif config.log.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
             with _needed("log.tensorboard", "log.tensorboard=false does without"):
-                self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+                self._tensorboard = TensorBoard(config, step)
         if config.log.wandb:
             import wandb
 
@@ -145,12 +148,10 @@ class Metrics:
             with _reporting(self._path):
                 self._file.write(json.dumps(record) + "\n")
                 self._file.flush()
-        numbers = _numbers(record)
         if self._tensorboard is not None:
-            for name, value in numbers.items():
-                self._tensorboard.add_scalar(name, value, record["step"])
+            self._tensorboard.write(record)
         if self._wandb is not None:
-            self._wandb.log(numbers, step=record["step"])
+            self._wandb.log(charted(record), step=record["step"])
 
     def close(self) -> None:
         """Ends all sinks.
@@ -298,18 +299,6 @@ def _keep_until(path: Path, step: int) -> None:
     """Drops records of steps after `step`: a resumed run writes them again."""
     if path.exists():
         rewrite(path, "".join(json.dumps(r) + "\n" for r in read(path) if r["step"] <= step))
-
-
-def _numbers(record: Record) -> dict[str, float]:
-    """Its numbers by path, such as train/loss, train/loss_level_0 or eval/knn_val/accuracy."""
-    prefix = f"eval/{record['name']}_{record['split']}" if record["kind"] == "eval" else record["kind"]
-    numbers: dict[str, float] = {}
-    for name, value in record.items():
-        if isinstance(value, list):
-            numbers |= {f"{prefix}/{name}_{i}": v for i, v in enumerate(value)}
-        elif name not in ("kind", "step") and not isinstance(value, str):
-            numbers[f"{prefix}/{name}"] = value
-    return numbers
 
 
 class BadFiles:

@@ -3,8 +3,7 @@
 A picture of montages is first arranged, by pure functions, then drawn. Coordinates are pixels of the picture.
 """
 
-import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,12 +11,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
+from torch import Tensor, nn
 
 from dali_pipelines.batch import MontageBatch
 from dali_pipelines.geometry import STRIDE
 from mcl.config import AugmentConfig, ConfigError
-from mcl.models import Encoder, GlobalEncoder
 
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
 """Colour of each level; told apart with any colour vision (Okabe and Ito)."""
@@ -219,40 +217,41 @@ def _draw_links(picture: Image.Image, links: Sequence[Link]) -> None:
     picture.paste(overlay, (0, 0), overlay)
 
 
-def feature_maps(encoder: Encoder | GlobalEncoder, images: Tensor, path: Path, augment: AugmentConfig) -> None:
-    """Writes a PNG of images and their FPN maps, whose first three principal components are shown as red, green, blue.
+@torch.no_grad()
+def feature_maps(
+    networks: Mapping[str, nn.Module], names: Sequence[str], images: Tensor, path: Path, augment: AugmentConfig
+) -> None:
+    """Writes a PNG of images and of the maps that networks make of them, as three colours for their main directions.
 
-    Without an FPN the maps are those of the backbone. BatchNorm uses its running statistics, as after loading a
-    checkpoint. The encoder is left as it was.
+    What depends on the position alone, the mean map over the images, is taken away from each.
 
     Args:
-        encoder: on any device.
-        images: (n, 3, S, S) full images, normalised.
+        networks: by their names; (n, 3, S, S) to maps (:class:`mcl.evaluation.features.Maps`), in evaluation mode.
+        names: of the maps.
+        images: (n, 3, S, S) full images, normalised, on the networks' device.
         path: file to write; missing folders are made.
         augment: its mean and std undo the normalisation.
 
     Raises:
         OSError: the file cannot be written; the message names it.
     """
-    network, weight = copy.deepcopy(encoder).eval(), next(encoder.parameters())
-    with torch.no_grad():
-        features = network.backbone(images.to(weight.device, weight.dtype))
-        if isinstance(network, GlobalEncoder):
-            maps, kinds = features, [f"C{5 - i}" for i in range(len(features))]
-        else:
-            maps, kinds = network.fpn(features, range(len(network.ratios))), list(map(pyramid_name, network.ratios))
-    columns = [to_rgb(images, augment), *map(pca_rgb, maps)]
-    names = [f"Input, {images.shape[-1]} px"]
-    names += [f"{kind}, {m.shape[-1]} x {m.shape[-2]}" for kind, m in zip(kinds, maps, strict=True)]
-    side, top = _shown_side(images.shape[-1], SMALL), 180
-    width = max(2 * MARGIN + len(columns) * (side + 2 * GAP) - 2 * GAP, 2 * MARGIN + 1060)
+    columns, titles = [to_rgb(images, augment)], [f"Input, {images.shape[-1]} px"]
+    for network in networks.values():
+        for name, own in zip(names, network(images), strict=True):
+            columns.append(pca_rgb(own - own.mean(0)))
+            titles.append(f"{name}, {own.shape[-1]} x {own.shape[-2]}")
+    side, top = _shown_side(images.shape[-1], SMALL), 220
+    step = side + 2 * GAP
+    width = max(2 * MARGIN + len(columns) * step - 2 * GAP, 2 * MARGIN + 1300)
     picture = Image.new("RGB", (width, top + len(images) * (side + GAP) - GAP + MARGIN), PAPER)
     draw = ImageDraw.Draw(picture)
     _text(draw, (MARGIN, MARGIN - 4), "Feature maps", 44)
-    note = "First three principal components as red, green and blue; computed per column, over all rows."
+    note = "Three main directions as red, green and blue, of each column by itself; without the mean over the images."
     _text(draw, (MARGIN, MARGIN + 58), note, 23, GRAY)
-    for column, (name, pixels) in enumerate(zip(names, columns, strict=True)):
-        x = MARGIN + column * (side + 2 * GAP)
+    for i, name in enumerate(networks):
+        _text(draw, (MARGIN + (1 + i * len(names)) * step, top - 72), name, 30)
+    for column, (name, pixels) in enumerate(zip(titles, columns, strict=True)):
+        x = MARGIN + column * step
         _text(draw, (x, top - 36), name, 24)
         for row, image in enumerate(pixels):
             picture.paste(_resized(image, side), (x, top + row * (side + GAP)))

@@ -5,6 +5,7 @@ missing, so that a report can be written at any time, of a running or broken run
 """
 
 import base64
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,9 +15,10 @@ import yaml
 from jinja2 import ChainableUndefined, Environment, PackageLoader
 
 from mcl import __version__
-from mcl.records.curves import NAMES, Record, number, score_curves, training_curves
-from mcl.records.metrics import EVALUATIONS, read
+from mcl.records.curves import Record, length, number, score_curves, training_curves
+from mcl.records.metrics import ENVIRONMENT, EVALUATIONS, read
 from mcl.records.preview import PALETTE, pyramid_name
+from mcl.records.tensorboard import NAMES, PICTURES
 
 RECENT = 10
 """Records that the final speed and the final data wait are the median of."""
@@ -62,6 +64,8 @@ def render(folder: Path) -> str:
     )
     return environment.get_template("report.html").render(
         name=config.get("name") or folder.resolve().name,
+        verdict=verdict(scores, folder),
+        about=_about(config, folder / ENVIRONMENT),
         config=config,
         config_text=text,
         train=train,
@@ -76,13 +80,89 @@ def render(folder: Path) -> str:
         score_curves=score_curves(scores),
         names=NAMES,
         unreadable=sum(len(_lines(file)) for file in files) - len(records),
-        pictures=[(p.stem.replace("_", " "), base64.b64encode(p.read_bytes()).decode()) for p in pictures],
+        pictures=[(_caption(p.stem), base64.b64encode(p.read_bytes()).decode()) for p in pictures],
         version=__version__,
         clock=clock,
         median=statistics.median,
         palette=PALETTE,
         pyramid_name=pyramid_name,
     )
+
+
+def verdict(evaluations: Sequence[Record], folder: Path) -> str:
+    """Whether the run learned, in a sentence: whether its score lies above that of the same network untrained by two
+    standard errors of their difference. Retrieval decides where it was measured, the latest on held-out images first.
+    """
+    judged = [(r, found) for r in evaluations if (number(r, "step") or 0) > 0 and (found := _compared(r))]
+    if not judged:
+        return f"Not measured whether it learned: mcl evaluate retrieval {folder / 'checkpoints' / 'last.pt'}"
+    order = list(NAMES)[::-1]
+
+    def weight(item: tuple[Record, Any]) -> tuple[int, bool, float]:
+        record, _ = item
+        return order.index(record["name"]), record.get("split") == "val", number(record, "step") or 0
+
+    record, (trained, error, random, random_error) = max(judged, key=weight)
+    learned = trained - random > 2 * math.hypot(error, random_error)
+    return (
+        f"{'Learned' if learned else 'No sign of learning'}: {NAMES[record['name']].lower()} {trained:.1%} ± "
+        f"{100 * error:.1f} (untrained {random:.1%} ± {100 * random_error:.1f}), "
+        f"{'held-out' if record.get('split') == 'val' else 'training'} images, step {record['step']:,.0f}"
+    )
+
+
+def _compared(record: Record) -> tuple[float, float, float, float] | None:
+    """Scores of the trained and the untrained network with their standard errors; None where these are not known.
+
+    That of retrieval's mean over levels is at most the mean of theirs; objects of an image are not independent, so
+    theirs comes from the interval; that of a share of n images is binomial.
+    """
+    name, keys = record.get("name"), ("levels", "levels_se", "random", "random_se")
+    if name == "retrieval":
+        rows = [[number(record, key, i) for i in range(length(record, key))] for key in keys]
+        if not all(rows) or any(value is None for row in rows for value in row):
+            return None
+        means = [statistics.fmean(value or 0 for value in row) for row in rows]
+        return means[0], means[1], means[2], means[3]
+    values = [number(record, key) for key in ("accuracy", "random")]
+    if name == "regions":
+        ends = [[number(record, f"{key}_interval", i) for i in (0, 1)] for key in ("accuracy", "random")]
+        errors = [None if low is None or high is None else (high - low) / 4 for low, high in ends]
+    elif name in ("knn", "linear") and (n := number(record, "images")):
+        errors = [None if p is None else math.sqrt(max(0, p * (1 - p)) / n) for p in values]
+    else:
+        return None
+    (trained, random), (error, random_error) = values, errors
+    if trained is None or random is None or error is None or random_error is None:
+        return None
+    return trained, error, random, random_error
+
+
+def _about(config: Record, path: Path) -> str:
+    """Data set, batch, precision, device and date of a run, as far as they are known."""
+
+    def of(section: str, key: str) -> Any:
+        values = config.get(section)
+        return values.get(key) if isinstance(values, dict) else None
+
+    known = _parsed("\n".join(_lines(path)))  # JSON is YAML
+    parts = [
+        of("data", "root"),
+        f"{of('trainer', 'global_batch')} images per step" if of("trainer", "global_batch") else "",
+    ]
+    parts += [
+        of("trainer", "precision"),
+        f"{known['device']} × {known.get('world_size', 1)}" if known.get("device") else "",
+    ]
+    parts.append(f"started {str(known['started'])[:16].replace('T', ' ')}" if known.get("started") else "")
+    return " · ".join(str(part) for part in parts if part)
+
+
+def _caption(stem: str) -> str:
+    """Of a picture, from its file's name: what it shows, and of which step."""
+    kind, _, step = stem.partition("_")
+    words = PICTURES.get(kind, stem.replace("_", " "))
+    return f"{words} (step {int(step):,})" if kind in PICTURES and step.isdigit() else words
 
 
 def _lines(path: Path) -> list[str]:

@@ -1,7 +1,9 @@
 """The training loop, readable top to bottom."""
 
+import json
 import os
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from mcl.objectives import OBJECTIVES, Output, build
 from mcl.records.collapse import CollapseWarning
 from mcl.records.meters import Meter, Stopwatch
 from mcl.records.metrics import (
+    ENVIRONMENT,
     EVALUATIONS,
     BadFiles,
     Metrics,
@@ -331,6 +334,8 @@ class Trainer:
             raise ConfigError(f"output: cannot write to {self.folder} ({error.strerror}); set output=FOLDER") from None
         if first:
             rewrite(self.folder / "config.yaml", yaml.safe_dump(to_dict(self.config), sort_keys=False))
+            about = {"started": datetime.now().astimezone().isoformat(timespec="seconds"), **self._environment()}
+            rewrite(self.folder / ENVIRONMENT, json.dumps(about, indent=1))
             if not self.step:
                 for name in ("bad_files.jsonl", EVALUATIONS):  # of a run that left no checkpoint
                     (self.folder / name).unlink(missing_ok=True)

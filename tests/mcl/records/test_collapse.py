@@ -125,6 +125,15 @@ def test_a_warning_comes_once_after_two_records(caplog: pytest.LogCaptureFixture
     assert "docs/evaluation.md" in rank
 
 
+def test_an_objective_that_starts_alike_is_warned_of_when_it_falls(caplog: pytest.LogCaptureFixture) -> None:
+    """Projectors without BatchNorm at their end do."""
+    warn = CollapseWarning(config.override(configure(), ["objective=supervised_contrastive"]))
+    for step, std in enumerate([0.01, 0.02, 0.03, 0.2, 0.03, 0.01]):
+        assert not caplog.records
+        warn(record(step, [std], []))
+    assert caplog.messages[0].startswith("step 5: the embeddings of level 0 ")
+
+
 @pytest.mark.usefixtures("thin_backbone")
 def test_records_have_the_figures_and_training_does_not_notice(tiny: Config) -> None:
     """Of the last step: the end of a run is the same, bit for bit, however often they are computed."""

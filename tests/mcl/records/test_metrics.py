@@ -1,16 +1,18 @@
 """Where records go: what a sink needs and lacks is named before the first step."""
 
 import importlib.util
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from mcl import config
 from mcl.config import Config, ConfigError
-from mcl.records import metrics
+from mcl.records import metrics, tensorboard
 from mcl.records.metrics import Metrics
 
 PROGRAM = """
@@ -79,3 +81,41 @@ def test_wandb(cfg: Config, tmp_path: Path, project: str, environment: dict[str,
     assert message == "" or last.endswith("; wandb login, WANDB_MODE=offline, or log.wandb=")
     assert (done.returncode == 0) == (message == "")
     assert bool(list(cfg.run_folder.iterdir())) == (message == ""), "something was written before all was accepted"
+
+
+def test_tensorboard_opens_with_loss_and_scores_in_words(cfg: Config, tmp_path: Path) -> None:
+    """Constants make no chart, but a note; configuration and pictures are there; a first NaN ends nothing."""
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    cfg = config.override(cfg, ["log.tensorboard=true"])
+    sink = Metrics(cfg, 0)
+    for step, loss, rate in ((1, 3.0, 0.1), (2, 2.0, 0.1), (3, 2.0, 0.1), (4, 1.0, 0.2)):
+        train = {"loss": loss, "lr": rate, "ema": 0.99, "grad_norm": math.nan, "positive": [loss / 10, 0.5]}
+        sink.write({"kind": "train", "step": step, "epoch": step / 4, "eta_s": 10.0 - step, **train})
+        levels = {"levels": [0.1 * step, 0.5], "levels_se": [0.1, 0.1], "random": [0.1, 0.2], "chance": 0.1}
+        sink.write({"kind": "eval", "name": "retrieval", "split": "val", "step": step, **levels})
+    sink.write({"kind": "eval", "name": "knn", "split": "train", "step": 4, "accuracy": 0.5, "random": 0.25, "k": 10})
+    sink.close()
+    Image.new("RGB", (4, 3)).save(tmp_path / "montage_000004.png")
+    tensorboard.show_picture(cfg, tmp_path / "montage_000004.png", 4)
+
+    board = event_accumulator.EventAccumulator(str(cfg.run_folder / "tensorboard")).Reload()
+    tags = board.Tags()
+    charts = {tag: [(event.step, round(event.value, 4)) for event in board.Scalars(tag)] for tag in tags["scalars"]}
+    assert charts.pop("update/gradient norm")
+    assert charts == {
+        "train/loss": [(1, 3), (2, 2), (3, 2), (4, 1)],
+        "train/cosine/own/level 0": [(1, 0.3), (2, 0.2), (3, 0.2), (4, 0.1)],
+        "update/learning rate": [(1, 0.1), (3, 0.1), (4, 0.2)],
+        "evaluation/Retrieval, held-out images/trained/level 0": [(1, 0.1), (2, 0.2), (3, 0.3), (4, 0.4)],
+        "evaluation/Nearest neighbours, training images/trained": [(4, 0.5)],
+        "evaluation/Nearest neighbours, training images/untrained": [(4, 0.25)],
+    }
+    groups = sorted({tag.split("/")[0] for tag in charts})
+    assert groups[:2] == ["evaluation", "train"]  # which TensorBoard unfolds
+    texts = {tag: board.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in tags["tensors"]}
+    assert "backbone: resnet18" in texts["configuration/text_summary"]
+    constants = texts["numbers that never changed/text_summary"]
+    assert "update/momentum of the target network: 0.99" in constants
+    assert "evaluation/Retrieval, held-out images/untrained/level 1: 0.2" in constants
+    assert len(constants.splitlines()) == 5
+    assert [tag.split(":")[0] for tag in tags["images"]] == ["Montages"]

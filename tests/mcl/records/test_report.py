@@ -1,8 +1,10 @@
 """The report: self-contained, escaped, true to the records, and written whatever a run lacks."""
 
 import base64
+import html
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -176,7 +178,7 @@ def test_curves_are_inline_and_take_the_colours_of_the_page(page: str) -> None:
 def test_pictures_are_inside(page: str, folder: Path) -> None:
     (data,) = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
     assert base64.b64decode(data) == (folder / "preview" / "montage_0.png").read_bytes()
-    assert 'alt="montage 0"' in page
+    assert 'alt="Montages: every tile has to find its own image in the other view (step 0)"' in page
 
 
 def test_long_runs_are_thinned_and_odd_records_survive(tmp_path: Path) -> None:
@@ -227,3 +229,48 @@ def test_an_empty_folder_has_a_report_and_no_folder_is_an_error(tmp_path: Path) 
 )
 def test_durations(seconds: float, words: str) -> None:
     assert report.clock(seconds) == words
+
+
+KNN_OF_100 = {**KNN, "images": 100}
+REGIONS = {
+    **{"name": "regions", "split": "val", "accuracy": 0.5, "random": 0.4},
+    **{"accuracy_interval": [0.48, 0.52], "random_interval": [0.38, 0.42]},
+}
+
+
+@pytest.mark.parametrize(
+    ("scores", "said"),
+    [
+        ([], "Not measured whether it learned: mcl evaluate retrieval run/checkpoints/last.pt"),
+        ([{**RETRIEVAL, "step": 0}], "Not measured "),
+        ([{**RETRIEVAL, "step": 7, "levels_se": ["a"]}], "Not measured "),
+        ([{**KNN, "step": 7}], "Not measured "),  # of how many images
+        (
+            [{**RETRIEVAL, "step": 9000, "split": "train"}, {**RETRIEVAL, "step": 8000}, {**KNN_OF_100, "step": 9000}],
+            "Learned: retrieval 59.4% ± 2.5 (untrained 25.0% ± 0.5), held-out images, step 8,000",
+        ),
+        (
+            [{**RETRIEVAL, "step": 8}, {**RETRIEVAL, "step": 9, "levels": [0.3, 0.3, 0.3, 0.3]}],
+            "No sign of learning: retrieval 30.0% ± 2.5 (untrained 25.0% ± 0.5), held-out images, step 9",
+        ),
+        (  # sqrt(0.42 x 0.58 / 100), and the like
+            [{**KNN_OF_100, "step": 9}],
+            "No sign of learning: nearest neighbours 42.0% ± 4.9 (untrained 31.0% ± 4.6), held-out images, step 9",
+        ),
+        ([{**REGIONS, "step": 9}], "Learned: objects 50.0% ± 1.0 (untrained 40.0% ± 1.0), held-out images, step 9"),
+    ],
+)
+def test_the_first_line_says_whether_it_learned(scores: list[dict[str, Any]], said: str) -> None:
+    assert report.verdict(scores, Path("run")).startswith(said)
+
+
+def test_what_a_run_was_made_of(folder: Path, tmp_path: Path) -> None:
+    """The verdict comes right after the name; the rest is data set, batch, precision, device and date."""
+    shutil.copytree(folder, tmp_path / "run")
+    (tmp_path / "run" / "environment.json").write_text(
+        json.dumps({"started": "2026-03-01T12:34:56+00:00", "device": "NVIDIA H200", "world_size": 8})
+    )
+    text = text_of(report.render(tmp_path / "run"))
+    assert f"{text_of(html.escape(NAME))} Learned: retrieval 59.4%" in text
+    assert "/photos/&lt;script&gt;alert(1)&lt;/script&gt; · 32 images per step · " in text
+    assert " · NVIDIA H200 × 8 · started 2026-03-01 12:34" in text

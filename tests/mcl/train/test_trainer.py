@@ -76,6 +76,7 @@ def test_run_folder(tiny: Config, photos: Path) -> None:
             "checkpoints",
             "preview",
             "report.html",
+            "environment.json",
         )
     }
     assert config.from_dict(yaml.safe_load((folder / "config.yaml").read_text())) == cfg
