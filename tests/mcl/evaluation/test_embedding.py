@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -264,3 +265,32 @@ def test_killed_again_and_again(cfg: Config, folder: Path, model: Objective, tmp
     assert kills
     subprocess.run([*command, str(path)], cwd=ROOT, check=True)
     assert path.read_bytes() == (tmp_path / "whole.npy").read_bytes()
+
+
+@pytest.mark.soak
+def test_speed_is_that_of_decoding_and_forward_together(tmp_path: Path) -> None:
+    """80% of it at least, with the demo's network on the photographs of ``make data``; the three take turns."""
+    root = ROOT / "data" / "photos4k"
+    if not root.exists():
+        pytest.skip("make data builds data/photos4k")
+    own = config.load("mcl_r18_fpn_demo", [f"data.root={root}", "data.val_root="])
+    images, encoder = open_source(str(root)), build(own).online
+    network, batches = (
+        embedding.Pooled(encoder, "c5").eval(),
+        [pixels for pixels, _ in embedding.photos(own, images, CPU)],
+    )
+    took: dict[str, list[float]] = {"decode": [], "forward": [], "embed": []}
+    with torch.no_grad():
+        for turn in range(3):
+            start = time.perf_counter()
+            assert sum(len(index) for _, index in embedding.photos(own, images, CPU)) == len(images)
+            decoded = time.perf_counter()
+            for pixels in batches:
+                network(pixels)
+            computed = time.perf_counter()
+            embed(encoder, own, images, CPU, tmp_path / f"{turn}.npy", "c5")
+            for name, seconds in zip(took, np.diff([start, decoded, computed, time.perf_counter()]), strict=True):
+                took[name].append(seconds)
+    decode, forward, both = (statistics.median(seconds) for seconds in took.values())
+    print(f"{len(images)} images: decode {decode:.1f} s, forward {forward:.1f} s, embed {both:.1f} s")
+    assert (decode + forward) / both >= 0.8
