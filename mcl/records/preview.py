@@ -239,7 +239,7 @@ def feature_maps(
     for network in networks.values():
         for name, own in zip(names, network(images), strict=True):
             columns.append(pca_rgb(own - own.mean(0)))
-            titles.append(f"{name}, {own.shape[-1]} x {own.shape[-2]}")
+            titles.append(f"{name.upper()}, {own.shape[-1]} x {own.shape[-2]}")
     side, top = _shown_side(images.shape[-1], SMALL), 220
     step = side + 2 * GAP
     width = max(2 * MARGIN + len(columns) * step - 2 * GAP, 2 * MARGIN + 1300)
