@@ -38,8 +38,8 @@ _SAID = dict(
     )
 )
 _REMEDY = (
-    "they collapse, and the network learns little more. Start anew with a lower optim.base_lr or a longer "
-    "optim.warmup_epochs, or with model.loss=infonce; docs/evaluation.md says more"
+    "they collapse, and the network learns little more. Start a new run with a lower optim.base_lr or a longer "
+    "optim.warmup_epochs, and with model.loss=infonce if it is cosine; see docs/evaluation.md"
 )
 
 
