@@ -147,7 +147,7 @@ def test_python_threshold_and_broken_images(run: Path, tmp_path: Path) -> None:
     [
         (["/no/where", "x.jpg"], r"^/no/where: neither the folder of a run of mcl finetune nor a checkpoint in one$"),
         (["{run}", "/no/where.jpg"], r"^/no/where\.jpg: no such file$"),
-        (["{run}", str(ROOT / "docs")], r"docs: no image in it$"),
+        (["{run}", str(ROOT / "mcl")], r"mcl: no image in it$"),
         (["{run}", "{run}/perfect.py"], r"^none of the 1 images could be read$"),
         (["{run}/iter_5.pth", "{run}"], r"iter_5\.pth: neither the folder of a run"),
         (["{run}", "{run}", "--threshold", "2"], r"^--threshold: 2\.0 must be from 0 to 1$"),
