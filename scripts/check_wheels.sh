@@ -38,7 +38,8 @@ train() {
 doctor() { alone mcl doctor | says "Ready to run." "$@"; }
 
 echo "== the wheel with operators, as in a container"
-PYTHON=$(command -v "${PYTHON:-python3}") alone "$BASH" "$root"/docker/install.sh "$dist" "$work"/venv ${BESIDE:-}
+# Its own path: python3 may be a script of a version manager, which needs other programs.
+PYTHON=$("${PYTHON:-python3}" -c 'import sys; print(sys.executable)') alone "$BASH" "$root"/docker/install.sh "$dist" "$work"/venv ${BESIDE:-}
 train platform "loader: fused on cpu" "operators: mcl: region_pool, batch_norm, norms, lars_, ema_"
 doctor "for CPU and CUDA (" "fused engine on CPU"
 alone mcl budget mcl_r18_fpn_demo | says "loader.json"

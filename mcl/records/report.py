@@ -8,6 +8,7 @@ import base64
 import math
 import statistics
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def render(folder: Path) -> str:
     )
     return environment.get_template("report.html").render(
         name=config.get("name") or folder.resolve().name,
-        verdict=verdict(scores, folder),
+        verdict=verdict(scores, folder, _of(config, "model", "init") or _of(config, "trainer", "init_from")),
         about=_about(config, folder / ENVIRONMENT),
         config=config,
         config_text=text,
@@ -89,9 +90,10 @@ def render(folder: Path) -> str:
     )
 
 
-def verdict(evaluations: Sequence[Record], folder: Path) -> str:
+def verdict(evaluations: Sequence[Record], folder: Path, start: str | None = None) -> str:
     """Whether the run learned, in a sentence: whether its score lies above that of the same network untrained by two
     standard errors of their difference. Retrieval decides where it was measured, the latest on held-out images first.
+    The untrained network has random weights, so the sentence names those that a run started from (`start`).
     """
     judged = [(r, found) for r in evaluations if (number(r, "step") or 0) > 0 and (found := _compared(r))]
     if not judged:
@@ -104,11 +106,12 @@ def verdict(evaluations: Sequence[Record], folder: Path) -> str:
 
     record, (trained, error, random, random_error) = max(judged, key=weight)
     learned = trained - random > 2 * math.hypot(error, random_error)
-    return (
+    text = (
         f"{'Learned' if learned else 'No sign of learning'}: {NAMES[record['name']].lower()} {trained:.1%} ± "
         f"{100 * error:.1f} (untrained {random:.1%} ± {100 * random_error:.1f}), "
         f"{'held-out' if record.get('split') == 'val' else 'training'} images, step {record['step']:,.0f}"
     )
+    return f"{text}. The run started from {start}, which may account for part of it" if start else text
 
 
 def _compared(record: Record) -> tuple[float, float, float, float] | None:
@@ -138,13 +141,14 @@ def _compared(record: Record) -> tuple[float, float, float, float] | None:
     return trained, error, random, random_error
 
 
+def _of(config: Record, section: str, key: str) -> Any:
+    values = config.get(section)
+    return values.get(key) if isinstance(values, dict) else None
+
+
 def _about(config: Record, path: Path) -> str:
     """Data set, batch, precision, device and date of a run, as far as they are known."""
-
-    def of(section: str, key: str) -> Any:
-        values = config.get(section)
-        return values.get(key) if isinstance(values, dict) else None
-
+    of = partial(_of, config)
     known = _parsed("\n".join(_lines(path)))  # JSON is YAML
     parts = [
         of("data", "root"),

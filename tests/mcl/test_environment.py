@@ -74,7 +74,9 @@ def test_a_cache_of_compiled_code_that_cannot_be_written(
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/proc/cache")
     with pytest.raises(SystemExit, match="2"):
         cli.main(["pretrain", str(tiny_file), "trainer.compile=true"])
-    assert "trainer.compile: /proc/cache cannot be written" in capsys.readouterr().err
+    assert (
+        "trainer.compile: /proc/cache, the cache folder of torch.compile, cannot be written" in capsys.readouterr().err
+    )
 
 
 def test_no_current_folder(tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ with signals.a_second_one_ends("stopping\\n"), signals.Signals():
     {what}
 """
 EVALUATE = """
-import time
+import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell without job control starts with it ignored
 from mcl import cli, commands
 def evaluate(*_):
     print("ready", flush=True)

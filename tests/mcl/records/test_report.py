@@ -262,6 +262,8 @@ REGIONS = {
 )
 def test_the_first_line_says_whether_it_learned(scores: list[dict[str, Any]], said: str) -> None:
     assert report.verdict(scores, Path("run")).startswith(said)
+    named = report.verdict(scores, Path("run"), "torchvision:resnet50")
+    assert ("started from torchvision:resnet50" in named) == (not said.startswith("Not measured"))
 
 
 def test_what_a_run_was_made_of(folder: Path, tmp_path: Path) -> None:
