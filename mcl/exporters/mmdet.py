@@ -115,10 +115,8 @@ def backbone(model: Any, image: Tensor) -> Any:
     return model.backbone(image)
 
 
-RCNN = Target(
-    name="mmdet",
-    rename=partial(rename, first_map=0),
-    parts={"backbone": r"backbone\.", "fpn": r"neck\.", "head": r"roi_head\.bbox_head\.shared_convs\."},
+_detector = partial(
+    Target,
     saves={".pth": save_openmmlab},
     backbones=BACKBONES,
     renames=patch_nets.renames("OpenMMLab", "backbone."),
@@ -127,6 +125,12 @@ RCNN = Target(
     sizes={"swin_t": (256, 288)},  # it shifts windows even in maps no larger than one, of 7 x 7
     lacks=FIRST_SHORTCUT,
     usage=_usage,
+)
+
+RCNN = _detector(
+    name="mmdet",
+    rename=partial(rename, first_map=0),
+    parts={"backbone": r"backbone\.", "fpn": r"neck\.", "head": r"roi_head\.bbox_head\.shared_convs\."},
     twins=[
         Twin(
             "mmdet",
@@ -141,18 +145,10 @@ RCNN = Target(
     ],
 )
 
-RETINANET = Target(
+RETINANET = _detector(
     name="mmdet-retinanet",
     rename=partial(rename, first_map=1),
     parts={"backbone": r"backbone\.", "fpn": r"neck\.(lateral_convs|fpn_convs\.[012])\."},
-    saves={".pth": save_openmmlab},
-    backbones=BACKBONES,
-    renames=patch_nets.renames("OpenMMLab", "backbone."),
-    adapt=patch_nets.adapt,
-    restore=patch_nets.restored,
-    sizes={"swin_t": (256, 288)},  # it shifts windows even in maps no larger than one, of 7 x 7
-    lacks=FIRST_SHORTCUT,
-    usage=_usage,
     twins=[
         Twin(
             "mmdet", INSTALL, _build_retinanet, {"backbone": backbone, "fpn": lambda model, maps: model.neck(maps)[:3]}
