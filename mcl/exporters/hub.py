@@ -37,10 +37,13 @@ def about(cfg: Config, path: Path, step: int) -> Mapping[str, Any]:
             for name in sections:
                 section = section[name]
             del section[last]
-    records = [r for r in metrics.read(path.absolute().parent.parent / "metrics.jsonl") if r["step"] <= step]
+    folder = path.absolute().parent.parent
+    files = folder / "metrics.jsonl", folder / metrics.EVALUATIONS
+    records = [r for file in files for r in metrics.read(file) if r["step"] <= step]
     training = [{k: r[k] for k in ("step", "epoch", "loss")} for r in records if r["kind"] == "train"]
     scores = [r for r in records if r["kind"] == "eval" and r["step"] == step]
-    figures = {"training": training[-1:], "scores": scores}
+    latest = {tuple(str(r.get(key)) for key in ("name", "split", "features", "labels")): r for r in scores}
+    figures = {"training": training[-1:], "scores": [*latest.values()]}
     return {"config": {name: part for name, part in content.items() if part}, "figures": figures}
 
 

@@ -27,6 +27,8 @@ RECORDS = (
     {"kind": "train", "step": 4, "epoch": 1.0, "loss": 7.5},
     {"kind": "eval", "step": 3, "name": "knn", "split": "val", "accuracy": 0.5, "random": 0.25, "chance": 0.125,
      "classes": 8, "k": 10},
+    {"kind": "eval", "step": 3, "name": "knn", "split": "val", "accuracy": 0.5, "random": 0.25, "chance": 0.125,
+     "classes": 8, "k": 10, "by": "mcl evaluate"},
     {"kind": "eval", "step": 3, "name": "retrieval", "split": "train", "levels": [0.75, 0.5], "levels_se": [0.0, 0.0],
      "random": [0.25, 0.125], "random_se": [0.0, 0.0], "chance": 0.03125, "gallery": 32},
     {"kind": "eval", "step": 4, "name": "knn", "split": "val", "accuracy": 0.9, "random": 0.25, "chance": 0.125,
@@ -40,7 +42,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[MCL, Path]:
     folder = tmp_path_factory.mktemp("secret") / "runs" / "birds"
     model = make_model(Geometry(), backbone="resnet18", width=8, head_convs=1).eval()
     path = save_model(model, Geometry(), folder, root="/home/someone/secret")
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+    for name, kind in (("metrics.jsonl", "train"), ("evaluations.jsonl", "eval")):  # as runs write them
+        (folder / name).write_text("".join(json.dumps(r) + "\n" for r in RECORDS if r["kind"] == kind))
     return model, path
 
 
