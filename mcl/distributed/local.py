@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -77,7 +78,7 @@ def run(words: Sequence[str], numbers: Sequence[int], key: str, gpus: int, timeo
         ProcessError: a process failed.
         Interrupted: a signal ended the processes after a checkpoint was saved.
     """
-    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -85,7 +86,7 @@ def run(words: Sequence[str], numbers: Sequence[int], key: str, gpus: int, timeo
     many = f"es, {where}; {key}=1 starts one" if len(numbers) > 1 else f" on GPU {numbers[0]}"
     print(f"starting {len(numbers)} process{many}", flush=True)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # mcl prints one line
-    with _environment(numbers, gpus, timeout):
+    with _environment(numbers, gpus, timeout), tempfile.TemporaryDirectory(prefix="mcl-") as logs:
         settings = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -96,6 +97,7 @@ def run(words: Sequence[str], numbers: Sequence[int], key: str, gpus: int, timeo
             local_addr="127.0.0.1",  # the name of the machine may not resolve
             max_restarts=0,
             monitor_interval=0.5,
+            logs_specs=DefaultLogsSpecs(log_dir=logs),  # PyTorch never removes a folder of its own choice
         )
         try:
             elastic_launch(settings, sys.executable)("-m", "mcl", *words)

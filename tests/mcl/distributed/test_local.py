@@ -94,12 +94,15 @@ def _command(folder: Path, root: Path, *words: str) -> list[str]:
 
 def test_an_error_is_said_once(tmp_path: Path) -> None:
     command = _command(tmp_path, tmp_path / "nothing")
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    (temporary := tmp_path / "temporary").mkdir()
+    environment = {**os.environ, "TMPDIR": str(temporary)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert done.stdout == "starting 2 processes, on the CPU; trainer.devices=1 starts one\n"
     ours = [line for line in done.stderr.splitlines() if not line.startswith("[rank")]  # gloo's
     assert ours == [f"mcl pretrain: error: data.root: {tmp_path / 'nothing'} does not exist"]
     assert not (tmp_path / "tiny").exists()
+    assert not list(temporary.iterdir())
 
 
 @pytest.mark.soak
