@@ -207,8 +207,8 @@ def test_its_loss_falls(objective: str) -> None:
 @pytest.mark.parametrize("objective", ["supervised", "supervised_contrastive"])
 def test_it_learns_from_photographs(objective: str, photos: Path, tmp_path: Path) -> None:
     """The demo with labels."""
-    words = [f"objective={objective}", f"data.root={photos / 'train'}", f"output={tmp_path}", "trainer.epochs=8"]
-    cfg = config.load("mcl_r18_fpn_demo", [*words, "evaluation.at_end=[]", "optim.base_lr=4e-3"])
+    words = [f"objective={objective}", f"data.root={photos / 'train'}", f"output={tmp_path}", "evaluation.at_end=[]"]
+    cfg = config.load("mcl_r18_fpn_demo", words)
     commands.pretrain(cfg)
     losses = [record["loss"] for record in read(cfg.run_folder / "metrics.jsonl") if record["kind"] == "train"]
     assert losses[-1] < 0.95 * losses[0], losses
