@@ -32,5 +32,5 @@ TARGET = Target(
     usage=lambda path, _: f"MODEL.WEIGHTS: {path}  # docs/export.md has the configuration's other keys",
     freezes=True,
     backbones=(*RESNETS, "resnext50_32x4d"),
-    lacks="detectron2 has no ResNet-D, ConvNeXt or Swin",
+    lacks="detectron2 has no ResNet-D, ConvNeXt and Swin",
 )

@@ -149,7 +149,7 @@ DETR = Target(
     usage=partial(_usage, "Detr", "ConditionalDetr and DeformableDetr"),
     twins=[_twin(_detr, name, _detr_maps) for name in _DETRS],
     backbones=[name for name in timm.MODELS if name.startswith("res")],
-    lacks="DETR takes ResNets of timm, which has no ResNet-D of 18 or 34 layers like those of RT-DETR",
+    lacks="DETR takes ResNets of timm's, which has no ResNet-D of 18 or 34 layers as RT-DETR has it",
     freezes=True,
 )
 
@@ -161,7 +161,7 @@ DETR_RESNET = Target(
     usage=DETR.usage,
     twins=[_twin(_detr_resnet, name, _detr_maps) for name in _DETRS],
     backbones=_RESNETS,
-    lacks="transformers' own ResNet has 18 to 152 layers, and is neither a ResNeXt nor a ResNet-D",
+    lacks="transformers' own ResNet is one of 18 to 152 layers, neither a ResNeXt nor a ResNet-D",
     freezes=True,
 )
 

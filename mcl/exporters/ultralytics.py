@@ -109,6 +109,6 @@ TARGET = Target(
     ),
     twins=[Twin("ultralytics", _INSTALL, lambda config: _build(config.backbone), {"backbone": _maps})],
     backbones=_DEPTHS,
-    lacks="ultralytics' RT-DETR takes only ResNets with three convolutions per block",
+    lacks="ultralytics' RT-DETR takes ResNets of three convolutions per block alone",
     check=_check,
 )

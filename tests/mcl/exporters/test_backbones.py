@@ -95,7 +95,7 @@ def test_merging_belongs_to_the_stage_before_it() -> None:
         ),
         ("mmdet", "resnet18vd", "resnet18vd"),
         ("detectron2", "swin_t", "no module for model.backbone=swin_t: detectron2 has no .*; take --to mmdet, "),
-        ("mmpretrain", "resnet18vd", "only in RT-DETR; take --to transformers-rtdetr, hub"),
+        ("mmpretrain", "resnet18vd", "RT-DETR alone; take --to transformers-rtdetr, hub"),
         ("torchvision-detection", "convnext_t", "take --to mmdet, .*torchvision, timm"),
         ("torchvision-detection", "resnet152", "have a ResNet-50; take --to mmdet"),
     ],
