@@ -40,7 +40,7 @@ _COLUMNS = {
     "what": itemgetter("name"),
     "images/s": itemgetter("images_per_s"),
     "spread": "{spread:.0%}".format_map,
-    "of taking turns": "{of_turns:.0%}".format_map,
+    "of serial rate": "{of_turns:.0%}".format_map,
     "of the slower": "{of_slower:.0%}".format_map,
     "bound by": itemgetter("bound_by"),
 }
@@ -81,9 +81,9 @@ def measure(config: Config, repeat: int, seconds: float) -> dict[str, list[float
 def evaluate(measured: Mapping[str, Sequence[float]], records: Sequence[Record], images: int) -> list[Result]:
     """Results; ``seconds`` are per image.
 
-    ``together`` has ``of_turns`` and ``of_slower``: the parts that it reaches of the rate of loader and model taking
-    turns, and of the slower one's; and ``bound_by``, which that is. ``trainer`` has ``shares`` of its time, as parts of
-    1: the phases, and ``overhead``, what is left.
+    ``together`` has ``of_turns`` and ``of_slower``: its rate divided by the serial rate, and by the slower of the two
+    rates; and ``bound_by``, the name of the slower one. ``trainer`` has ``shares`` of its time, as parts of 1: the
+    phases, and ``overhead``, the rest.
 
     Args:
         records: of the trainer, at least two.
@@ -128,7 +128,7 @@ def table(results: Sequence[Result]) -> str:
 def bars(results: Sequence[Result]) -> dict[str, list[charts.Bar]]:
     """Rows of the chart."""
     notes = {
-        "together": "{of_turns:.0%} of taking turns, {of_slower:.0%} of the {bound_by}'s",
+        "together": "{of_turns:.0%} of the serial rate, {of_slower:.0%} of the {bound_by}'s",
         "trainer": "{shares[overhead]:.1%} of its time is its own work",
     }
     each = {r["name"]: (r["images_per_s"], notes.get(r["name"], "").format_map(r)) for r in results}
