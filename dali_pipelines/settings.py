@@ -83,8 +83,8 @@ class AugmentConfig:
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Aspect ratio (width / height) of the crop window, lower and upper bound."""
     shared_crop: bool = False
-    """All levels of a view see the same crop window of an image, that of level 0. Off, each level has its own, as
-    released. Flip, colours and blur are drawn per level all the same."""
+    """Whether all levels of a view use the crop window of level 0. Otherwise each level has a window of its own, as in
+    the authors' code. Flip, colours and blur are drawn per level in either case."""
     flip: float = Field(default=0.5, ge=0, le=1)
     """Probability of a horizontal flip."""
     jitter: float = Field(default=0.8, ge=0, le=1)
@@ -96,7 +96,7 @@ class AugmentConfig:
     saturation: float = Field(default=0.2, ge=0)
     """The saturation factor is drawn from 1 - x to 1 + x."""
     hue: float = Field(default=0.1, ge=0, le=0.5)
-    """The hue is shifted by -x to x turns."""
+    """The hue is shifted by -x to x, as a fraction of the colour circle."""
     gray: float = Field(default=0.2, ge=0, le=1)
     """Probability of grayscale."""
     blur: tuple[float, float] = (1.0, 0.1)

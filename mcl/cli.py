@@ -142,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
         "score a checkpoint and a randomly initialised network",
         description="Scores a checkpoint and a randomly initialised network on data.root and data.val_root.",
         epilog=textwrap.dedent("""\
-            retrieval  top-1 accuracy of finding a tile's own image among evaluation.gallery images, by embeddings
+            retrieval  top-1: whether a tile's own image has the most similar target of evaluation.gallery images
             knn        classification by the evaluation.k nearest training images, weighted by cosine similarity
             linear     classification by logistic regression
             svm        mean average precision of one support vector machine per class; evaluation.annotations and
@@ -154,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
             class they know. Scores of a run's checkpoint are added to evaluations.jsonl and report.html of the run.
             """),
     )
-    evaluate.add_argument("name", choices=["retrieval", "knn", "linear", "svm", "regions"])
+    evaluate.add_argument("name", choices=["retrieval", "knn", "linear", "svm", "regions"], help="described below")
     evaluate.add_argument("checkpoint", type=Path, help="e.g. runs/demo/checkpoints/last.pt")
     add_overrides(evaluate, "e.g. data.root=FOLDER data.val_root=FOLDER")
 
@@ -211,7 +211,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--output", type=Path, help="file or folder to write; default: in exports/ of the run folder")
 
     importer = verb("import-openselfsup", _import, "convert a checkpoint of the authors' code")
-    importer.add_argument("file", type=Path)
+    importer.add_argument("file", type=Path, help="training checkpoint of the authors' code")
     importer.add_argument("--output", type=Path, help="file to write; default: FILE with the suffix .mcl.pt")
 
     convert = verb(
@@ -220,7 +220,7 @@ def _parser() -> argparse.ArgumentParser:
         "write annotations in COCO format, for mcl finetune",
         description="Writes PASCAL VOC annotations in COCO format. Objects marked difficult keep their mark.",
     )
-    convert.add_argument("format", choices=["voc"])
+    convert.add_argument("format", choices=["voc"], help="voc: PASCAL VOC")
     convert.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="e.g. VOCdevkit/VOC2007")
     convert.add_argument(
         "--ids", default="", help="image set, e.g. trainval, or file with one id per line; default: all"
@@ -245,7 +245,10 @@ def _parser() -> argparse.ArgumentParser:
         "--repeats", type=int, metavar="N", help="train with N seeds and write a table of means and standard deviations"
     )
     finetune.add_argument(
-        "--compare", type=Path, metavar="FOLDER", help="other repeats; the table gets their paired difference"
+        "--compare",
+        type=Path,
+        metavar="FOLDER",
+        help="run folder of other repeats; the table also compares with these, seed by seed",
     )
 
     detect = verb(
@@ -259,7 +262,12 @@ def _parser() -> argparse.ArgumentParser:
     detect.add_argument("--threshold", type=float, default=0.3, help="lowest score that is drawn; default: 0.3")
     detect.add_argument("--output", type=Path, help="folder to write; default: detections/ of the run folder")
 
-    preview = verb("preview", _preview, "draw the montages of a step, and feature maps of a checkpoint")
+    preview = verb(
+        "preview",
+        _preview,
+        "draw the montages of a step, and feature maps of a checkpoint",
+        description="Draws the montages that training makes of your images. It trains nothing and needs no GPU.",
+    )
     preview.add_argument("config", type=Path, help="preset, YAML file, or checkpoint (draws feature maps, too)")
     add_overrides(preview, "e.g. data.root=FOLDER")
     preview.add_argument("--step", type=int, default=0, help="step of the run to draw, counted from 0")
@@ -281,8 +289,8 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         help="images per epoch; default: the number in the index of data.root, or that of ImageNet-1k",
     )
-    budget.add_argument("--gpus", type=int, help="number of GPUs; default: 128 images on each")
-    budget.add_argument("--nodes", type=int, help="number of machines; default: 8 GPUs in each")
+    budget.add_argument("--gpus", type=int, help="number of GPUs; default: so many that each has 128 images")
+    budget.add_argument("--nodes", type=int, help="number of machines; default: so many that each has up to 8 GPUs")
     budget.add_argument(
         "--bandwidth",
         type=_numbers,
@@ -290,7 +298,7 @@ def _parser() -> argparse.ArgumentParser:
         help="GB/s in one direction, of a GPU within its node and of a node to other nodes; default: published figures",
     )
     budget.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    budget.add_argument("--plot", type=Path, metavar="FILE.png", help="picture to write")
+    budget.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the FLOPs of each part into this file")
 
     install = verb(
         "install-mmdet",

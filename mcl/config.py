@@ -78,8 +78,8 @@ class ModelConfig:
     init: Annotated[str, Trait.PATH, Trait.AT_START] = ""
     """Initial weights of a new run: a checkpoint of mcl, a file of another library (docs/weights.md lists them), or a
     model that a library downloads, such as torchvision:resnet50 or timm:resnet50.a1_in1k. The file must contain the
-    whole backbone; FPN and region head are loaded if present, and all weights of a checkpoint of the same model. Empty:
-    random weights."""
+    whole backbone; FPN and region head are loaded if it contains them, and everything from a checkpoint of mcl with the
+    same model. Empty: random weights."""
     width: int = Field(default=256, ge=1, le=2**16)
     """Channels of FPN, region head and embedding."""
     head_convs: int = Field(default=4, ge=0, le=100)
@@ -87,22 +87,23 @@ class ModelConfig:
     hidden: int = Field(default=2048, ge=1, le=2**20)
     """Hidden units of projector and predictors."""
     assembly: Literal["montage", "stack"] = "montage"
-    """montage: tiles go through backbone and FPN on their canvases. stack: each by itself, as an image of its own size
-    in a batch, so that it has no neighbours; with the same crops, pixels, targets and loss."""
+    """montage: tiles go through backbone and FPN together, on their canvases. stack: every tile goes through them as an
+    image of its own size, so that it has no neighbours. Crops, pixels, targets and loss are the same."""
     compute: Literal["matched", "released"] = "matched"
     """matched: FPN and head process only the canvases that enter each level's loss. released: they process every tile
-    on every map, as the authors' code does: 3.9 times the FLOPs, the same loss terms, other BatchNorm statistics."""
+    on every map, as the authors' code does, with the same loss terms and other BatchNorm statistics; for ResNet-50 at
+    224 px this takes 3.9 times the FLOPs."""
     temperature: float = Field(default=1.0, gt=0)
     """Softmax temperature T of contrastive losses. The loss of objective=mcl is multiplied by 2 T."""
     loss_weights: tuple[float, ...] = (0.5, 0.25, 0.125, 0.125)
     """Weight of the loss of each level."""
     targets: Literal["top", "same_level", "adjacent", "all"] = "top"
-    """Levels of the other view that a tile is compared with. Each level is one loss; losses are averaged. top: level 0,
-    as in the authors' code; same_level: the level of the tile; adjacent: that level and its neighbours; all: every
-    level. The momentum network computes only the levels that are used."""
+    """Levels of the other view that a tile is compared with. Each of them has a loss of its own; these are averaged.
+    top: level 0, as in the authors' code; same_level: the level of the tile; adjacent: that level and its neighbours;
+    all: every level. The momentum network computes only these levels."""
     loss: Literal["infonce", "cosine"] = "infonce"
     """infonce: cross-entropy of selecting the target of the tile's own image among the targets of all images. cosine:
-    2 - 2 cos with the target of the own image, without negatives and temperature, as in BYOL."""
+    2 - 2 cos with the target of the tile's own image, without negatives and temperature, as in BYOL."""
     queue: int = Field(default=0, ge=0, le=2**22)
     """Number of targets of previous steps that are kept as negatives, per view and level. 0: none."""
     label_smoothing: float = Field(default=0.1, ge=0, lt=1)
@@ -118,8 +119,8 @@ class OptimConfig:
     final_lr: float = Field(default=1e-4, ge=0)
     """Learning rate at the end of the cosine schedule; not scaled by the batch."""
     warmup_epochs: float = Field(default=10.0225, ge=0, le=1e6)
-    """Epochs of linear warm-up. Its factor multiplies the cosine schedule. The length is rounded to whole steps (3,127
-    for ImageNet with a global batch of 4,096)."""
+    """Epochs of linear warm-up, rounded to whole steps (3,127 for ImageNet with a global batch of 4,096). Its factor
+    multiplies the cosine schedule. Change it with trainer.epochs; most presets warm up during a tenth of the run."""
     warmup_start: float = Field(default=1e-4, ge=0, le=1)
     """Factor of the warm-up at the first step."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
@@ -137,9 +138,10 @@ class OptimConfig:
     clip_norm: float = Field(default=500.0, ge=0)
     """Largest global L2 norm of the gradients; larger gradients are scaled down. 0 disables clipping."""
     ema: float = Field(default=0.99, ge=0, le=1)
-    """Momentum of the target network at the first step. It increases to optim.final_ema along a half cosine."""
+    """Momentum of the momentum network at the first step: its weights are this times their old value, plus the rest
+    times those of the online network. It increases to optim.final_ema along a half cosine."""
     final_ema: float = Field(default=1.0, ge=0, le=1)
-    """Momentum of the target network at the end."""
+    """Momentum of the momentum network at the end of the run."""
 
 
 Devices = Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] | Annotated[tuple[NonNegativeInt, ...], Len(1)]
@@ -158,12 +160,12 @@ _AUTO_IS_0 = WrapValidator(_auto_is_0, json_schema_input_type=Literal["auto"] | 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class TrainerConfig:
     epochs: int = Field(default=100, ge=1)
-    """Epochs of the run and of all schedules."""
+    """Epochs of the run, and of all schedules but the warm-up."""
     global_batch: Annotated[int, Trait.DECIDES_SPEED] = Field(default=4096, ge=1, le=2**20)
     """Images per step, over all processes."""
     precision: Annotated[Literal["fp32", "bf16", "fp16", "fp64"], Trait.DECIDES_SPEED] = "bf16"
-    """Precision of the networks. bf16 and fp16 use autocast, fp16 with loss scaling. The loss is computed in fp32, or
-    with fp64 in fp64."""
+    """Precision of the networks. bf16 and fp16 use autocast, fp16 with loss scaling. The loss is computed in fp32, with
+    fp64 in fp64."""
     tf32: Annotated[bool, Trait.DECIDES_SPEED] = True
     """With precision fp32, GPUs round the inputs of convolutions to TF32 (10 bits of mantissa), as is PyTorch's
     default. Linear layers and the loss use full fp32."""
@@ -178,7 +180,7 @@ class TrainerConfig:
     run and kept when the run is resumed."""
     recompute: Annotated[bool, Trait.RESUMABLE, Trait.DECIDES_SPEED] = False
     """Activation checkpointing: activations inside backbone blocks are not stored for the backward pass but
-    recomputed."""
+    recomputed. It saves memory, costs one more forward pass of the backbone, and does not change results."""
     compile: Annotated[bool, Trait.RESUMABLE, Trait.DECIDES_SPEED] = False
     """Compile backbones and heads with torch.compile, which generates Triton kernels for CUDA. Each new shape is
     compiled once."""
@@ -195,8 +197,8 @@ class TrainerConfig:
     device: Annotated[Literal["auto", "cpu", "cuda"], Trait.RESUMABLE] = "auto"
     """Device of the networks."""
     devices: Annotated[Devices, Trait.OF_A_MACHINE, Trait.RESUMABLE] = "auto"
-    """Processes that mcl pretrain starts on this machine, unless a launcher such as torchrun started it. A number: so
-    many processes, one per GPU, or over gloo on the CPU. A list, such as [0,2]: one process on each of these GPUs.
+    """Processes that mcl pretrain starts on this machine, unless a launcher such as torchrun started it. A number: that
+    many processes, one per GPU, or on the CPU, over gloo. A list, such as [0,2]: one process on each of these GPUs.
     auto: one per GPU, on as many GPUs as global_batch can be divided among."""
     threads: Annotated[int, Trait.OF_A_MACHINE, Trait.RESUMABLE] = Field(default=0, ge=0, le=4096)
     """CPU threads of PyTorch. 0: PyTorch's default."""
@@ -317,17 +319,17 @@ class Config:
     def _check_stack(self) -> None:
         if self.model.compute == "released":
             raise ValueError(
-                "model.assembly: stack computes only that map of an image that its level needs, model.compute=released "
-                "every one; set model.compute=matched"
+                "model.assembly: stack computes only the map that an image's level needs, but model.compute=released "
+                "needs all maps; set model.compute=matched"
             )
         if self.model.backbone != "convnext_t":
             return
         for key, cells in ("cells", self.montage.cells), *(("schedule", cells) for _, cells in self.montage.schedule):
             if cells % self.montage.ratios[-1]:
                 raise ValueError(
-                    "model.assembly: stack gives model.backbone=convnext_t, which drops odd rows of maps, images whose "
-                    f"sides are no multiples of 32 px; set montage.{key} to multiples of {self.montage.ratios[-1]} "
-                    f"cells, not {cells}"
+                    "model.assembly: with stack the sides of some tiles are no multiples of 32 px, and "
+                    "model.backbone=convnext_t would drop a part of them; set "
+                    f"montage.{key} to multiples of {self.montage.ratios[-1]} cells, not {cells}"
                 )
 
     def doubts(self) -> list[str]:
@@ -340,7 +342,8 @@ class Config:
             highest = 0.26 * epochs / optim.warmup_epochs * peak
             lines.append(
                 f"optim.warmup_epochs: a warm-up of {optim.warmup_epochs:g} epochs is as long as the run "
-                f"(trainer.epochs={epochs}) or longer: the learning rate stays below {highest:.2g} of {peak:.2g}; "
+                f"(trainer.epochs={epochs}) or longer: the learning rate stays below {highest:.2g} instead of reaching "
+                f"{peak:.2g}; "
                 f"set optim.warmup_epochs={epochs / 10:g}, for instance"
             )
         if optim.name != "lars" and optim.base_lr >= OptimConfig.base_lr:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _WIDTH = 100
 _ABSENT = "not installed"
 _MARKS = {"ok": "ok", "note": "-", "missing": "MISSING"}
+_LEGEND = "used: with default settings. -: limited or absent, but not required. $: a command that changes it."
 BUILT_FOR = Path(mcl.__file__).parent / "_C.architectures.txt"
 """Compute capabilities that setup.py compiled the extension for, such as "7.5;8.0+PTX"; empty for CPUs only."""
 _PYTHON = (3, 11)
@@ -82,7 +83,7 @@ def ok(found: list[Check]) -> bool:
 
 
 def report(found: list[Check] | None = None) -> str:
-    """The checks as a table of at most 100 columns, remedies below; `found` defaults to :func:`checks`."""
+    """The checks as a table of at most 100 columns, with remedies; `found` defaults to :func:`checks`."""
     found = checks() if found is None else found
     left = max(len(check.name) for check in found) + 2
     indent = 9 + left + 6
@@ -94,7 +95,7 @@ def report(found: list[Check] | None = None) -> str:
         if check.remedy:
             lines.append(" " * indent + f"$ {check.remedy}")
     bad = [check.name for check in found if check.status == "missing"]
-    lines += ["", f"Not ready to run: {', '.join(bad)}." if bad else "Ready to run."]
+    lines += ["", _LEGEND, f"Not ready to run: {', '.join(bad)}." if bad else "Ready to run."]
     return "\n".join(lines)
 
 
@@ -116,7 +117,7 @@ def _packages() -> Iterator[Check]:
     found = {name: _probe(module) for name, module in modules.items()}
     bad = [name for name, (module, _) in found.items() if module is None]
     detail = ", ".join(f"{name} {reason or _version(module)}" for name, (module, reason) in found.items())
-    why = "mcl is built on them"
+    why = "mcl needs them"
     yield _needed("packages", detail, why, why if bad else "", f"pip install --force-reinstall {' '.join(bad)}")
 
 
@@ -136,7 +137,7 @@ def _pytorch() -> Iterator[Check]:
         problem = "it needs torch"
     elif not wanted.contains(release, prereleases=True):
         problem = f"it needs torch{wanted}"
-    why = f"backbones; goes with torch {release}"
+    why = f"backbones; it fits torch {release}"
     yield _needed("torchvision", reason or vision.__version__, why, problem, remedy)
 
 
@@ -156,7 +157,7 @@ def _cuda() -> Iterator[Check]:
     torch, _ = _probe("torch")
     driver, on_cpu = _driver(), "the networks run on the CPU"
     if torch is None:
-        yield Check("CUDA", "note", "unknown", False, "torch cannot tell")
+        yield Check("CUDA", "note", "unknown", False, "torch, which finds devices, is missing")
     elif torch.cuda.is_available():
         least = min(int("".join(filter(str.isdigit, name))) for name in torch.cuda.get_arch_list())  # 90 for sm_90a
         why, remedy = f"torch is built for CUDA {torch.version.cuda}", "use another GPU, or trainer.device=cpu"
@@ -183,7 +184,9 @@ def _cpu() -> Iterator[Check]:
     capability = torch.backends.cpu.get_cpu_capability() if torch is not None else "capability unknown"
     detail = f"{model}, {cores} core{'s' if cores != 1 else ''}, {capability}"
     if _device() == "cuda":
-        yield Check("CPU", "ok", detail, True, "prepares what the GPU does not")
+        yield Check(
+            "CPU", "ok", detail, True, "gives the GPU its work, and loads images unless the GPU does: see loader"
+        )
     elif flags & {"avx512_bf16", "amx_bf16", "bf16"}:
         yield Check("CPU", "ok", detail, True, "networks and loader; it has bf16 instructions")
     else:
@@ -196,12 +199,12 @@ def _dali() -> Iterator[Check]:
     dali, reason = _probe("nvidia.dali")
     loader, _ = _probe("dali_pipelines.loader")
     if dali is not None and loader is not None and _choice(loader)[1] == "gpu":
-        yield Check("DALI", "ok", dali.__version__, True, "decodes and augments on the GPU")
-        why = "on the GPU, and its decoding engine if it has one"
+        yield Check("DALI", "ok", dali.__version__, True, "decodes and augments images on the GPU")
+        why = "decodes on the GPU, and on its decoding engine if it has one"
         yield Check("JPEG decoder", "ok", "nvJPEG, in DALI", True, why)
     elif dali is not None:
-        yield Check("DALI", "ok", dali.__version__, True, "decodes and augments on the CPU: see loader")
-        yield Check("JPEG decoder", "ok", "libjpeg-turbo, in DALI", True, "nvJPEG decodes with data.device=gpu only")
+        yield Check("DALI", "ok", dali.__version__, True, "decodes and augments images on the CPU: see loader")
+        yield Check("JPEG decoder", "ok", "libjpeg-turbo, in DALI", True, "nvJPEG is used with data.device=gpu only")
     else:
         if reason == _ABSENT:
             why = "the torchvision engine is used, at a fraction of the speed"
@@ -278,7 +281,7 @@ def _loader() -> Iterator[Check]:
     engine, device, why = _choice(loader)
     detail = f"{engine} engine on {device.upper()}"
     if engine == "fused" and _device() == "cpu":
-        yield Check("loader", "ok", detail, True, "the fastest engine")
+        yield Check("loader", "ok", detail, True, "loads images with the fastest engine")
     elif engine == "fused" and "loader threads" in why:
         yield Check("loader", "ok", detail, True, f"{why}; mcl doctor --measure times the others")
     else:
@@ -288,7 +291,7 @@ def _loader() -> Iterator[Check]:
 def _apex() -> Iterator[Check]:
     """NVIDIA apex. It is not imported: a project of the same name on PyPI fails without its own requirements."""
     spec = _find("apex")
-    without = "the extension or PyTorch is used instead"
+    without = "the C++ extension or PyTorch computes its operators"
     folders = [Path(folder) for folder in spec.submodule_search_locations or ()] if spec else []
     if spec is None:
         yield Check("apex", "note", _ABSENT, False, without)

@@ -278,12 +278,12 @@ def test_presets_leave_no_doubts(path: Path) -> None:
         (
             "in1k",
             ["trainer.epochs=1", "trainer.global_batch=64"],
-            r"optim\.warmup_epochs: .* 10\.0225 epochs .* stays below 0\.0065 of 0\.25; set optim\.warmup_epochs=0\.1",
+            r"optim\.warmup_epochs: .* 10\.0225 epochs .* below 0\.0065 instead of reaching 0\.25; set .*epochs=0\.1",
         ),
         (
             "in1k",
             ["trainer.epochs=10", "optim.warmup_epochs=10"],
-            r"stays below 4\.2 of 16; set optim\.warmup_epochs=1,",
+            r"stays below 4\.2 instead of reaching 16; set optim\.warmup_epochs=1,",
         ),
         ("in1k", ["optim.name=adamw"], r"optim\.base_lr: 1 is a rate for lars.* set optim\.base_lr=0\.001"),
         ("in1k", ["optim.name=sgd"], r"optim\.base_lr: 1 is a rate for lars.* set optim\.base_lr=0\.05"),
@@ -300,7 +300,7 @@ def test_what_is_seldom_meant_is_said_in_a_line(name: str, words: list[str], mes
 def test_a_warm_up_as_long_as_the_run_never_passes_what_is_said() -> None:
     cfg = preset("mcl_r50_fpn_100e_in1k", "trainer.epochs=2", "optim.warmup_epochs=3")
     rates = [learning_rate(cfg.optim, 4096, step, 2000, 1000) for step in range(2000)]
-    assert f"stays below {max(rates):.2g} of 16" in cfg.doubts()[0]
+    assert f"stays below {max(rates):.2g} instead of reaching 16" in cfg.doubts()[0]
 
 
 def test_illegal_batches_name_the_nearest_legal_ones() -> None:
