@@ -281,7 +281,7 @@ def _loader() -> Iterator[Check]:
     engine, device, why = _choice(loader)
     detail = f"{engine} engine on {device.upper()}"
     if engine == "fused" and _device() == "cpu":
-        yield Check("loader", "ok", detail, True, "loads images with the fastest engine")
+        yield Check("loader", "ok", detail, True, "the fastest engine")
     elif engine == "fused" and "loader threads" in why:
         yield Check("loader", "ok", detail, True, f"{why}; mcl doctor --measure times the others")
     else:
