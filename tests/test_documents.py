@@ -4,6 +4,7 @@
 What is not run is listed here, with the reason or with what runs it.
 """
 
+import math
 import os
 import re
 import shlex
@@ -17,7 +18,7 @@ import pytest
 import yaml
 
 from mcl import cli
-from mcl.config import DETECTORS, PRESETS
+from mcl.config import DETECTORS, PRESETS, load
 from tests.conftest import ROOT
 
 PAGES = sorted(
@@ -148,6 +149,31 @@ def test_every_exception_is_of_a_command() -> None:
     assert every
     for pattern in NOT_RUN:
         assert any(re.fullmatch(pattern, command) for command in every), pattern
+
+
+def test_recipes_say_how_long_presets_warm_up() -> None:
+    text = (ROOT / "docs" / "recipes.md").read_text()
+    found = {}
+    for warmup, epochs, names in re.findall(r"^\| (\d[\d.]*)\b.* \| ([\d,]+) \| (`\w+`.*) \|$", text, re.MULTILINE):
+        for name in re.findall(r"`(\w+)`", names):
+            found[name] = (float(warmup), int(epochs.replace(",", "")))
+    presets = {path.stem: load(path) for path in PRESETS.glob("*.yaml")}
+    assert found == {name: (cfg.optim.warmup_epochs, cfg.trainer.epochs) for name, cfg in presets.items()}
+    for name, words in re.findall(r"\| `(mcl_\w+) ([^`]*trainer\.epochs[^`]*)` \|", text):  # of the recipes
+        cfg = load(name, words.split())
+        assert cfg.optim.warmup_epochs == cfg.trainer.epochs / 10
+
+
+def test_the_method_says_which_loss_to_expect() -> None:
+    """That of equal cosines, and that of predictions which are their own target and orthogonal to all others."""
+    pattern = r"^\| `(\w+)` \| ([\d.]+) \| ([\d,]+) \| ([\d.]+) \| ([\d.]+) \|$"
+    rows = re.findall(pattern, (ROOT / "docs" / "method.md").read_text(), re.MULTILINE)
+    assert len(rows) == 3
+    for name, *said in rows:
+        cfg = load(name)
+        t, targets = cfg.model.temperature, cfg.trainer.global_batch + cfg.model.queue
+        least = 4 * t * (math.log(math.exp(1 / t) + targets - 1) - 1 / t)
+        assert said == [f"{t:g}", f"{targets:,}", f"{4 * t * math.log(targets):.2f}", f"{least:.2f}"], name
 
 
 @pytest.fixture(scope="module")
