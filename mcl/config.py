@@ -235,7 +235,7 @@ class EvaluationConfig:
     during: tuple[Literal["retrieval", "knn", "linear", "svm", "regions"], ...] = ("retrieval",)
     """Evaluations during the run, on the images of data.val_root, or without it on the training images."""
     gallery: int = Field(default=32, ge=2)
-    """Retrieval: number of images in a gallery."""
+    """Retrieval: number of images among which a tile has to find its own, a gallery."""
     galleries: int = Field(default=32, ge=2)
     """Retrieval: number of galleries, each with new crops and montages. Scores are averaged."""
     k: int = Field(default=10, ge=1)
@@ -266,7 +266,7 @@ class LogConfig:
     progress: bool = True
     """Show a progress bar on a terminal."""
     preview: bool = True
-    """Write pictures of the first montages into the run folder."""
+    """Draw the first montages, and at the end feature maps, into preview/ of the run folder."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
