@@ -507,7 +507,7 @@ def test_too_little_memory_is_said_at_once_with_the_remedy(
 @pytest.mark.parametrize(
     "error",
     [
-        RuntimeError(DALI_ERROR.format("mcl.montage", "montage: the output is not one piece of memory")),
+        RuntimeError(DALI_ERROR.format("mcl.montage", "montage: the output is not contiguous")),
         RuntimeError("CUDA runtime API error cudaErrorIllegalAddress (700)"),
         RuntimeError("shape '[2, 3]' is invalid for input of size 5"),
     ],
