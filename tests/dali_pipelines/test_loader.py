@@ -157,7 +157,7 @@ def test_bad_files_are_each_reported_once_with_name_and_reason(run: Run) -> None
     for i in (5, 11):
         assert "image file is truncated" in reasons[i]
     if 19 in reasons:
-        assert "the shard is cut short" in reasons[19]
+        assert "the shard is truncated" in reasons[19]
     assert run.state["position"] == 4
 
 
@@ -246,7 +246,7 @@ def test_what_vanished_since_the_start_is_replaced(
     assert IMAGES - 1 not in query.index.tolist()
     ((i, reason),) = loader.bad.items()
     assert i == IMAGES - 1
-    assert ("No such file" if source.paths else "1.tar is cut short or damaged") in reason
+    assert ("No such file" if source.paths else "1.tar is truncated or damaged") in reason
 
 
 def saved(image: Image.Image) -> bytes:
@@ -653,7 +653,7 @@ def test_the_first_choice_that_can_be_had_is_taken(
         assert tuple(choice) == fitting[0]
         assert reason
     else:
-        with pytest.raises(ConfigError, match=r"^data\.(engine|device): \w+ (needs|cannot be had)"):
+        with pytest.raises(ConfigError, match=r"^data\.(engine|device): \w+ (needs|is not available)"):
             choose_engine(asked, cuda, threads)
 
 
@@ -694,13 +694,13 @@ def test_the_reason_says_what_is_missing_and_how_to_get_it(
             "everything",
             {"device": "gpu", "engine": "torchvision"},
             True,
-            r"data\.device: gpu cannot be had, but cpu can: the torchvision engine runs on CPUs only",
+            r"data\.device: gpu is not available, cpu is: the torchvision engine runs on CPUs only",
         ),
         (
             "plugin without CUDA",
             {"device": "gpu", "engine": "fused"},
             True,
-            r"data\.device: gpu cannot be had, but cpu can: .* without CUDA; MCL_BUILD_CUDA=1 builds it with",
+            r"data\.device: gpu is not available, cpu is: .* without CUDA; MCL_BUILD_CUDA=1 builds it with",
         ),
         (
             "no plugin",

@@ -263,17 +263,17 @@ def test_coco_images_that_are_broken_or_not_there(tmp_path: Path, folder_of: Wri
         ("{", r"a\.json is not a JSON file: "),
         ("[1]", r'a\.json has no list "images"'),
         ('{"annotations": []}', r'a\.json has no list "images"'),
-        ('{"images": [{"id": 1}]}', r'a\.json: an image lacks "id" or "file_name"'),
-        ('{"images": [{"id": 1, "file_name": 2}]}', r"or they are of other types"),
+        ('{"images": [{"id": 1}]}', r'a\.json: an image has no "id" or "file_name"'),
+        ('{"images": [{"id": 1, "file_name": 2}]}', r"or one of the wrong type"),
         ('{"images": [{"id": 1, "file_name": "../x.jpg"}]}', r"a\.json, image 1: .\.\./x\.jpg. may lie outside"),
         ('{"images": [{"id": 1, "file_name": "/x.jpg"}]}', r"a\.json, image 1: ./x\.jpg. may lie outside"),
         (
             '{"images": [{"id": 1, "file_name": "a\\u0000.jpg"}]}',
-            r"a\.json, image 1: no file can be called 'a\\x00\.jpg'",
+            r"a\.json, image 1: 'a\\x00\.jpg' is not a legal file name",
         ),
         (
             '{"images": [{"id": 1, "file_name": "\\ud800.jpg"}]}',
-            r"a\.json, image 1: no file can be called '\\ud800\.jpg'",
+            r"a\.json, image 1: '\\ud800\.jpg' is not a legal file name",
         ),
         ('{"images": [{"id": "\\n", "file_name": "\\n/.."}]}', r"a\.json, image '\\n': '\\n/\.\.' may lie outside"),
         ("[" * 100_000, r"a\.json is not a JSON file: maximum recursion"),
@@ -447,7 +447,7 @@ def test_an_absurdly_large_image_is_refused_unread(tmp_path: Path, width: int, h
     (tmp_path / "bomb.png").write_bytes(forged)
     reason = header(tmp_path / "bomb.png")
     assert isinstance(reason, str)
-    assert f"{source.MAX_PIXELS} are refused" in reason or "DecompressionBombError" in reason
+    assert f"pixels, more than {source.MAX_PIXELS}" in reason or "DecompressionBombError" in reason
 
 
 def test_bad_files_keep_their_place_in_the_numbering(tmp_path: Path, folder_of: Write) -> None:

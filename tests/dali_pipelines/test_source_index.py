@@ -229,7 +229,7 @@ def test_an_index_of_another_version_is_built_anew(tmp_path: Path, folder_of: Wr
     with np.load(file) as arrays:
         columns = {**arrays, "format": arrays["format"] + change, "counts": arrays["counts"] + 7}
     np.savez(file, **columns)
-    with pytest.warns(UserWarning, match=r"created again \(written by another version\)"):
+    with pytest.warns(UserWarning, match=r"created again \(it was written by another version\)"):
         again = open_source(str(tmp_path / "root"), index=str(reads.index))
     assert same(first, again)
     assert reads(tmp_path / "root")[1] == 0

@@ -15,8 +15,8 @@ from PIL import Image
 from dali_pipelines.source import MAX_PIXELS, SourceError, open_source
 from tests.dali_pipelines.shards import example, write_tar, write_tfrecord
 
-CUT = "the shard is cut short"
-DAMAGED = "the shard is cut short or damaged here: what follows cannot be read"
+CUT = "the shard is truncated"
+DAMAGED = "the shard is truncated or damaged here; the rest of it cannot be read"
 NO_IMAGE = "not an image, or its header is broken"
 
 
@@ -86,7 +86,7 @@ def test_bad_members(tmp_path: Path, encoded: list[bytes], kind: str, write: Sha
     assert s.bad.keys() == {1, 2, 3}
     assert s.sizes.tolist() == [[64, 48], [0, 0], [0, 0], [0, 0], [64, 48]]
     assert s.read(0) == images[0]
-    with pytest.raises(OSError, match=rf"a\.{end} is cut short or damaged: 0 of 0 bytes"):
+    with pytest.raises(OSError, match=rf"a\.{end} is truncated or damaged: 0 of 0 bytes"):
         s.read(2)
 
 
@@ -120,8 +120,8 @@ def test_the_image_that_is_cut_is_the_one_named(tmp_path: Path, encoded: list[by
     (tmp_path / "a.tar").write_bytes(whole[: whole.index(encoded[2]) + 100])
     s = open_source(str(tmp_path))
     assert s.names[2] == f"{tmp_path}/a.tar/000002.jpg"
-    assert s.bad == {2: "the shard is cut short: it ends within this sample"}
-    with pytest.raises(OSError, match=rf"a\.tar is cut short or damaged: 100 of {len(encoded[2])} bytes at "):
+    assert s.bad == {2: "the shard is truncated: it ends within this sample"}
+    with pytest.raises(OSError, match=rf"a\.tar is truncated or damaged: 100 of {len(encoded[2])} bytes at "):
         s.read(2)
 
 
@@ -129,7 +129,7 @@ def test_reading_a_shard_that_has_gone_or_shrunk_says_so(tmp_path: Path, encoded
     tar(tmp_path / "a.tar", encoded)
     s = open_source(str(tmp_path))
     os.truncate(tmp_path / "a.tar", 2000)
-    with pytest.raises(OSError, match=rf"a\.tar is cut short or damaged: 0 of {len(encoded[3])} bytes"):
+    with pytest.raises(OSError, match=rf"a\.tar is truncated or damaged: 0 of {len(encoded[3])} bytes"):
         s.read(3)
     (tmp_path / "a.tar").unlink()
     with pytest.raises(OSError, match=r"No such file or directory: .*a\.tar"):
@@ -206,7 +206,7 @@ def test_names_of_braces_keep_their_order_and_zeros(tmp_path: Path, encoded: lis
         ("x-{0..9999999}.tar", r"more than 1000000 shards"),
         ("x-{0..9999}{0..9999}.tar", r"more than 1000000 shards"),
         ("y-*.tar", r"no images in the 0 shards"),
-        ("x-*", r"does not say what its shards are; set data\.source"),
+        ("x-*", r"does not tell the kind of its shards; set data\.source"),
     ],
 )
 def test_patterns_that_cannot_be_used(tmp_path: Path, encoded: list[bytes], pattern: str, message: str) -> None:
@@ -438,7 +438,7 @@ def test_records_without_what_is_needed(tmp_path: Path, encoded: list[bytes]) ->
     ]
     write_tfrecord(tmp_path / "a.tfrecord", records)
     s = open_source(str(tmp_path))
-    none, two = (f"{n} values of image/encoded in the record, where 1 belongs" for n in (0, 2))
+    none, two = (f"{n} values of image/encoded in the record, instead of 1" for n in (0, 2))
     assert s.bad == {1: none, 2: "not a tf.train.Example", 3: none, 4: two, 6: "its class -5 is negative"}
     assert s.labels.tolist() == [-1, -1, -1, -1, 1, 2, -1, -1]
     assert s.read(5) == encoded[1]

@@ -463,5 +463,5 @@ def test_a_shard_cut_short_trains_through(tiny: Config, few_photos: Path, tmp_pa
     Trainer(cfg).fit()
     (line,) = (tiny.run_folder / "bad_files.jsonl").read_text().splitlines()
     assert json.loads(line)["path"].endswith("0.tar/025.jpg")
-    assert "cut short" in json.loads(line)["reason"]
+    assert "truncated" in json.loads(line)["reason"]
     assert last_weights(tiny)["step"] == 26 // 8
