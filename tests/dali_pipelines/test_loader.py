@@ -531,7 +531,7 @@ def test_images_that_only_decode_alone_are_not_bad(good: Source, monkeypatch: py
         raise RuntimeError(DALI_ERROR.format("decoders.image", "Failed to decode sample #3 : "))
 
     monkeypatch.setattr(DaliEngine, "collect", fail)
-    message = r"one by one, but not together \(DALI: Failed to decode sample #3\), .* memory .* lower data\.prefetch"
+    message = r"one by one, but not together \(DALI: Failed to decode sample #3\), .* memory: lower data\.prefetch"
     with make_loader(good, "fused") as loader, pytest.raises(LoaderMemoryError, match=message):
         next(loader)
     assert loader.bad == {}
@@ -724,7 +724,7 @@ def test_the_reason_says_what_is_missing_and_how_to_get_it(
             "another DALI",
             {"engine": "fused"},
             False,
-            r"data\.engine: fused .* serves nvidia-dali-cuda130==1\.99\.0, and nvidia-dali-cuda1\d0==[\d.]+ "
+            r"data\.engine: fused .* built for nvidia-dali-cuda130==1\.99\.0, but nvidia-dali-cuda1\d0==[\d.]+ "
             r"is installed; pip install nvidia-dali-cuda130==1\.99\.0$",
         ),
         ("no DALI", {"engine": "fused"}, False, r"data\.engine: fused .* pip install nvidia-dali-cuda130"),
