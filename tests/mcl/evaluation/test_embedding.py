@@ -113,7 +113,7 @@ def test_the_projector_is_that_of_whole_images(cfg: Config, model: Objective) ->
 def test_features_by_name(cfg: Config, source: Source, thin: Objective, tmp_path: Path) -> None:
     assert tuple(NAMED) == FEATURES
     assert embed(thin.online, cfg, source, CPU, tmp_path / "x.npy", "projector").rows().shape == (66, 16)
-    with pytest.raises(ConfigError, match="p3 is none of the levels"):
+    with pytest.raises(ConfigError, match="the model has no p3; maps of its FPN"):
         embed(thin.online, cfg, source, CPU, tmp_path / "p3.npy", "p3")
 
 

@@ -88,7 +88,7 @@ def test_retrieval_of_both_splits_leaves_the_model_alone(small: Config) -> None:
     assert model.training
 
 
-@pytest.mark.parametrize(("gallery", "message"), [(10, "fill no whole number"), (400, "has only 246 images")])
+@pytest.mark.parametrize(("gallery", "message"), [(10, "do not fill a whole number"), (400, "has only 246 images")])
 def test_impossible_galleries(small: Config, gallery: int, message: str) -> None:
     cfg = dataclasses.replace(small, evaluation=dataclasses.replace(small.evaluation, gallery=gallery))
     with pytest.raises(ConfigError, match=rf"evaluation\.gallery.*{message}"):
