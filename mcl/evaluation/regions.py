@@ -60,7 +60,7 @@ def open_boxes(config: Config) -> tuple[Boxes, Boxes]:
     """
     folder = config.evaluation.regions
     if not folder:
-        raise ConfigError("evaluation.regions: not set; set it to a COCO-format folder, as for mcl finetune")
+        raise ConfigError("evaluation.regions: not set; set it to a folder in COCO format, as for mcl finetune")
     if not Path(folder).is_dir():
         raise ConfigError(f"evaluation.regions: {folder} does not exist")
     train, val = (

@@ -163,9 +163,7 @@ def _check_parts(target: Target, parts: Sequence[str], encoder: Encoder | Global
             f"trained no {', '.join(lacking)}; export without FPN: --parts {others}"
         )
     if "head" in parts and not cfg.model.head_convs:
-        raise ConfigError(
-            "--parts: model.head_convs=0, so there is no head to export; use --parts backbone,fpn"
-        )
+        raise ConfigError("--parts: model.head_convs=0, so there is no head to export; use --parts backbone,fpn")
 
 
 def _classifier(target: Target, model: Objective) -> dict[str, Tensor]:

@@ -190,7 +190,7 @@ def test_unfit_annotations(cfg: Config, coco: Path, tmp_path: Path, edit: Callab
         open_boxes(config.override(cfg, [f"evaluation.regions={folder}"]))
 
 
-@pytest.mark.parametrize(("folder", "message"), [("", "not set; set it to a COCO-format"), ("/no/where", "does not exist")])
+@pytest.mark.parametrize(("folder", "message"), [("", "not set; set it to a folder"), ("/no/where", "does not exist")])
 def test_no_folder(cfg: Config, folder: str, message: str) -> None:
     with pytest.raises(ConfigError, match=rf"evaluation\.regions: .*{message}"):
         open_boxes(config.override(cfg, [f"evaluation.regions={folder}"]))

@@ -144,7 +144,7 @@ def test_parts(saved: Path, tmp_path: Path) -> None:
         ("timm", ["fpn"], "x.pth", "--parts: timm has no place for the fpn; it takes backbone"),
         ("mmdet-retinanet", ["head"], "x.pth", "--parts: mmdet-retinanet has no place for the head"),
         ("mmdet", [], "x.safetensors", r"--output: .*x\.safetensors: mmdet reads only files that end in \.pth"),
-        ("timm", [], "x", r"which reads \.safetensors or \.pth"),
+        ("timm", [], "x", r"end in \.safetensors or \.pth"),
         (
             "torchvision-detection",
             [],
@@ -302,8 +302,8 @@ def test_output_in_the_way(tmp_path: Path) -> None:
     for output, message in (
         (tmp_path, "cannot write"),  # a folder
         (source / "below" / "a.pth", "cannot write"),
-        (source, "name another output"),
-        (tmp_path / "link.pt", "name another output"),
+        (source, "choose another output"),
+        (tmp_path / "link.pt", "choose another output"),
     ):
         with pytest.raises(CheckpointError, match=message):
             write(output, source, lambda file: torch.save({}, file))

@@ -232,11 +232,11 @@ def test_unusable_files_are_named(hollow: dict[str, Tensor], save: Save, tmp_pat
         (text, "cut short, or not of the format"),
         (empty, "cut short"),
         (number, "has no state_dict"),
-        (output, "checkpoint of mcl already"),
+        (output, "already a checkpoint of mcl"),
     ):
         with pytest.raises(CheckpointError, match=f"{path.name}: .*{message}"):
             import_file(path, tmp_path / "again.pt")
-    with pytest.raises(CheckpointError, match="name another output"):
+    with pytest.raises(CheckpointError, match="choose another output"):
         import_file(source, source)
 
 

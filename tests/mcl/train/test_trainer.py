@@ -268,7 +268,7 @@ def test_a_record_that_finds_no_room_is_named(tiny: Config) -> None:
     trainer = Trainer(tiny)
     with ExitStack() as disk:
         before_step(trainer, 1, lambda: disk.enter_context(small_disk(100)))
-        with pytest.raises(RecordError, match=r"metrics\.jsonl: cannot be written \(.*\); free space, and the same"):
+        with pytest.raises(RecordError, match=r"metrics\.jsonl: cannot be written \(.*\); free disk space, and run"):
             trainer.fit()
 
 
