@@ -11,7 +11,7 @@ from mcl.config import Config, ModelConfig
 from mcl.exporters.files import Pack, Save, Weights
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
-FIRST_SHORTCUT = "a ResNet-D of 18 or 34 layers has a convolution in its first shortcut in RT-DETR alone"
+FIRST_SHORTCUT = "a ResNet-D of 18 or 34 layers has a convolution in its first shortcut only in RT-DETR"
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,7 @@ def test_full_skips_what_needs_a_package_that_is_not_there(
     assert "setup.py" not in {call[0] for call in calls}
     outcomes = json.loads((tmp_path / "out" / "report.json").read_text())["stages"]
     skipped = {name: outcome["why"] for name, outcome in outcomes.items() if outcome["status"] == "skipped"}
-    assert skipped.pop("build").startswith("the operators are compiled for CUDA")
+    assert skipped.pop("build").startswith("the operators are already compiled for CUDA")
     assert skipped == dict.fromkeys(("end_to_end_cpu", "end_to_end_gpu"), "nvidia.dali is not installed")
     assert {f"step_{precision}" for precision in ("fp32", "tf32", "bf16", "fp16")} | {
         "loader",
@@ -161,14 +161,14 @@ def test_what_would_take_too_long_is_skipped() -> None:
     stage = Stage("loader", 100, [])
     assert gpu.attempt(stage, 100.0, [], lambda _: {"status": "done"}) == {"status": "done"}
     assert gpu.attempt(stage, 99.0, [], lambda _: {"status": "done"}) == {
-        **{"status": "skipped", "why": "it may take 100 s, and 99 are left; FULL=1 sets no limit"}
+        **{"status": "skipped", "why": "it may take 100 s, but 99 s are left; FULL=1 has no limit"}
     }
 
 
 def test_a_stage_ends_after_its_time_with_all_that_it_started(tmp_path: Path) -> None:
     command = ["sh", "-c", f"(sleep 1; touch {tmp_path}/late) & echo begun; wait"]
     outcome = gpu.run("slow", command, 0.3, tmp_path, os.environ)
-    assert (outcome["status"], outcome["why"]) == ("failed", "not done after 0 s")
+    assert (outcome["status"], outcome["why"]) == ("failed", "not finished after 0 s")
     assert 0.3 <= outcome["seconds"] < 1
     assert (tmp_path / "slow.log").read_text() == "begun\n"
     time.sleep(1)
@@ -181,9 +181,9 @@ def test_a_slow_loader_and_an_idle_gpu_are_named() -> None:
     (step,) = profile.evaluate([], [], seconds=1.0, steps=1, images=32)
     ways = {name: {"contender": name, "seconds": s} for name, s in {"matched": 0.3, "graph": 0.2}.items()}
     words = " ".join(gpu.bounds({"end_to_end": end, "profile": {"step": step}, "step": ways}))
-    assert "The loader bounds the run, which reaches 98% of its rate. More data.threads" in words
+    assert "The loader bounds the run, which reaches 98% of its rate. Raise data.threads" in words
     assert "The GPU idles for 100% of a step" in words
-    assert "trainer.cuda_graph=true queues it at once" in words
+    assert "trainer.cuda_graph=true queues a step at once" in words
     assert "a CUDA graph makes a step 1.50 times as fast" in words
     assert gpu.bounds({}) == []
 
@@ -200,7 +200,7 @@ def test_without_a_gpu_it_says_so_in_one_line(tool: str | None, hidden: str | No
     command = [sys.executable, "-m", "benchmarks.gpu"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "make gpu: no GPU here: nvidia-smi finds none, or CUDA_VISIBLE_DEVICES hides it\n"
+    assert done.stderr == "make gpu: no GPU: nvidia-smi finds none, or CUDA_VISIBLE_DEVICES hides it\n"
 
 
 def test_a_torch_that_sees_no_gpu_is_named(
@@ -211,4 +211,4 @@ def test_a_torch_that_sees_no_gpu_is_named(
     assert gpu.main(["--venv", "no", "--out", str(tmp_path)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("make gpu: NVIDIA H200 cannot be used by")
-    assert line.endswith("its torch sees no CUDA device: mcl doctor")
+    assert line.endswith("its torch sees no CUDA device; run mcl doctor")

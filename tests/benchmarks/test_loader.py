@@ -65,7 +65,7 @@ def test_a_dataloader_is_given_the_images_of_the_plan(photos: Path, monkeypatch:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"batch": 48}, ConfigError, "--batch: 48 images fill no whole number of canvases; use 32 or 64"),
+        ({"batch": 48}, ConfigError, "--batch: 48 images do not fill a whole number of canvases; use 32 or 64"),
         ({"batch": 96}, ConfigError, r"--batch: 96 is more than the 66 images"),
         ({"threads": (1, 999)}, ConfigError, r"--threads: 999 is not between 1 and the \d+ cores"),
         ({"data": Path("nowhere")}, SourceError, "--data: nowhere does not exist"),

@@ -116,7 +116,9 @@ def test_classes_of_both_splits_are_numbered_alike(small: Config, photos: Path, 
     (record,) = evaluate(["knn"], MCL(cfg), cfg, torch.device("cpu"))
     assert (record["accuracy"], record["chance"], record["classes"]) == (1.0, 1.0, 26)
     (tmp_path / "val" / last).rename(tmp_path / "val" / "unheard_of")
-    with pytest.raises(ConfigError, match=r"data\.val_root: .* has classes that data\.root lacks, e\.g\. unheard_of"):
+    with pytest.raises(
+        ConfigError, match=r"data\.val_root: .* has classes that data\.root does not have, e\.g\. unheard_of"
+    ):
         list(evaluate(["knn"], MCL(cfg), cfg, torch.device("cpu")))
 
 

@@ -71,7 +71,7 @@ def test_what_cannot_be_drawn(colours: Embedding, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ConfigError, match="has 0 images that can be decoded; a plot needs two"):
         draw(colours, open_source(colours.root), "pca")
     monkeypatch.setitem(sys.modules, "umap", None)
-    with pytest.raises(ConfigError, match=r"--plot umap: .*pip install umap-learn, or --plot pca"):
+    with pytest.raises(ConfigError, match=r"--plot umap: .*pip install umap-learn, or use --plot pca"):
         check("umap")
 
 

@@ -95,7 +95,7 @@ def test_merging_belongs_to_the_stage_before_it() -> None:
         ),
         ("mmdet", "resnet18vd", "resnet18vd"),
         ("detectron2", "swin_t", "model.backbone=swin_t is not supported: detectron2 has no .*; targets .*: mmdet, "),
-        ("mmpretrain", "resnet18vd", "RT-DETR alone; targets that support it: transformers-rtdetr, hub"),
+        ("mmpretrain", "resnet18vd", "only in RT-DETR; targets that support it: transformers-rtdetr, hub"),
         ("torchvision-detection", "convnext_t", "support it: mmdet, .*torchvision, timm"),
         ("torchvision-detection", "resnet152", "have a ResNet-50; targets that support it: mmdet"),
     ],
