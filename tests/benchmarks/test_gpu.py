@@ -1,4 +1,4 @@
-"""All that a machine with a GPU can tell: what runs there, in which time, and what is said; the GPU is a fake."""
+"""``make gpu`` with a simulated GPU: stages, time limits and report."""
 
 import argparse
 import importlib
@@ -46,7 +46,7 @@ def script(path: Path, text: str) -> Path:
 
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[list[str]]]:
-    """A machine with a GPU, and a Python on it that copies the results of earlier benchmarks; what is asked of it."""
+    """A machine with a GPU, whose Python copies the results of earlier benchmarks; returns the calls of that Python."""
     script(tmp_path / "nvidia-smi", SAYS_H200)
     results, calls = tmp_path / "results", tmp_path / "calls"
     results.mkdir()
@@ -64,7 +64,8 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., li
             patch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
             patch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
             patch.setattr(sys, "executable", str(script(tmp_path / "python", text)))
-            assert gpu.main(["--venv", "no", "--out", str(tmp_path / "out"), *arguments]) == 1  # kernels fail
+            # The stage kernels fails.
+            assert gpu.main(["--venv", "no", "--out", str(tmp_path / "out"), *arguments]) == 1
         return [json.loads(line) for line in calls.read_text().splitlines()]
 
     return run
@@ -128,7 +129,7 @@ def test_full_skips_what_needs_a_package_that_is_not_there(
 
 @pytest.mark.parametrize("full", [False, True])
 def test_options_are_those_of_the_benchmarks(full: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the words are keys of the configuration."""
+    """Options and configuration keys of all stages exist."""
 
     class Parsed(Exception):
         pass

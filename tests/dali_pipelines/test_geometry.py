@@ -1,4 +1,4 @@
-"""Geometry, by hand-computed cases."""
+"""Geometry, compared with cases computed by hand."""
 
 import pytest
 import torch
