@@ -277,7 +277,7 @@ def test_a_disk_that_is_still_full_leaves_records_as_they_were(tiny: Config) -> 
     break_off(tiny)
     before = {name: (tiny.run_folder / name).read_bytes() for name in ("config.yaml", "metrics.jsonl")}
     assert all(before.values())
-    with small_disk(100), pytest.raises(RecordError, match=r"config\.yaml: cannot be written \(.*\); free space"):
+    with small_disk(100), pytest.raises(RecordError, match=r"config\.yaml: cannot be written \(.*\); free disk space"):
         Trainer(tiny)
     trainer = Trainer(tiny)
     with small_disk(100), pytest.raises(RecordError, match=r"metrics\.jsonl: cannot be written"):
