@@ -17,7 +17,7 @@ struct Recipe {
   bool solarize;
 };
 
-// Number of fields of a recipe in the operator's input: x1 y1 x2 y2 flip jitter order[4] factors[4] gray sigma solarize.
+// Fields of a recipe in the operator's input: x1 y1 x2 y2 flip jitter order[4] factors[4] gray sigma solarize.
 constexpr int kFields = 17;
 
 // Clamps fields to valid ranges, so that kernels never access memory out of bounds; a window keeps at least one pixel.
