@@ -1,12 +1,12 @@
-"""The authors' training step in plain PyTorch: a contender of :mod:`benchmarks.step`, and an oracle for tests.
+"""The authors' training step in plain PyTorch: a contender of :mod:`benchmarks.step`, and a reference for tests.
 
-:class:`Authors` computes what the released code does (GuoQiushan/MCL, commit 1912aa9), in its order, with modules of
-PyTorch and torchvision in their default memory format. It has no layer of :mod:`mcl` in it, and its tensors have the
-names of the released ``state_dict``.
+:class:`Authors` computes the same as the released code (GuoQiushan/MCL, commit 1912aa9), in the same order, with
+modules of PyTorch and torchvision in their default memory format. It uses no layer of :mod:`mcl`, and its tensors have
+the names of the released ``state_dict``.
 
-What takes time in the released code without being part of the method is left out, in favour of the authors: LARS and
-the momentum network go through the parameters one by one, and LARS reads two norms of each from the device; logging
-reads every loss; and montages, which are given here, are assembled within the step.
+Some costs of the released code are not part of the method, and are left out in favour of the authors: LARS and the
+momentum network process parameters one by one, and LARS reads two norms of each from the device; logging reads every
+loss; and montages are assembled within the step, whereas they are inputs here.
 """
 
 import contextlib
@@ -24,11 +24,11 @@ from mcl.config import Config, ModelConfig
 from mcl.train.optim import AUTOCAST
 
 LOSS_SCALE = 2.0**14
-"""In fp16: the upper bound of the authors' loss scale, which does not move here."""
+"""Loss scale in fp16: the upper bound of the authors' scale, and constant here."""
 
 
 class ConvModule(nn.Module):
-    """Convolution without bias, BatchNorm and, if wanted, ReLU."""
+    """Convolution without bias, BatchNorm, and optionally ReLU."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, relu: bool) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Pyramid(nn.Module):
 
 
 class Head(nn.Module):
-    """Convolutions, average pool and projector on all tiles of all maps, one map after the other."""
+    """Convolutions, average pooling and projector on all tiles of all maps, one map after another."""
 
     def __init__(self, config: ModelConfig, cells: int) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class Head(nn.Module):
 
 
 class Predictors(nn.Module):
-    """One per level."""
+    """One predictor per level."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class Authors(nn.Module):
         self.head = Predictors(config)
 
     def forward(self, query: MontageBatch, key: MontageBatch) -> dict[str, Tensor]:
-        """What the authors log of each direction and level: cosines, and losses, which add up to the step's."""
+        """The values that the authors log for each direction and level: cosines, and losses that sum to the step's."""
         views = {"q": query, "k": key}
         pixels = {name: view.pixels.contiguous() for name, view in views.items()}
         online = {name: self.encoder_q(x) for name, x in pixels.items()}
@@ -128,7 +128,7 @@ class Authors(nn.Module):
         return log
 
     def contrast(self, predicted: Tensor, targets: Tensor, labels: Tensor, weight: float) -> dict[str, Tensor]:
-        """Of one level: predictions (R, C) against normalised targets (N, C), of which labels (R,) are right."""
+        """Loss and cosines of one level, from predictions (R, C), normalised targets (N, C) and their labels (R,)."""
         cosines = F.normalize(predicted, dim=1) @ targets.t()
         temperature = self.config.temperature
         loss = F.cross_entropy(cosines / temperature, labels) * (2 * temperature * weight)
@@ -138,11 +138,11 @@ class Authors(nn.Module):
 
 
 class AuthorsStep:
-    """Forward, backward, clip, LARS and momentum network, in the arithmetic of ``trainer.precision``.
+    """Forward, backward, clipping, LARS and momentum network, in the precision ``trainer.precision``.
 
     Args:
-        config: of a run with LARS.
-        model: on its device.
+        config: configuration of a run with LARS.
+        model: the model, on its device.
     """
 
     def __init__(self, config: Config, model: Authors) -> None:
@@ -154,7 +154,7 @@ class AuthorsStep:
         self.momenta = {p: torch.zeros_like(p) for _, p in named}
 
     def __call__(self, query: MontageBatch, key: MontageBatch, lr: float, momentum: float) -> dict[str, Tensor]:
-        """Updates the model and returns what its forward did."""
+        """Updates the model and returns the result of its forward."""
         dtype, scale = AUTOCAST.get(self.precision), LOSS_SCALE if self.precision == "fp16" else 1.0
         with torch.autocast(query.pixels.device.type, dtype) if dtype else contextlib.nullcontext():
             log = self.model(query, key)
@@ -173,7 +173,7 @@ class AuthorsStep:
         return log
 
     def update(self, weights: list[Tensor], lr: float, decay: float, trust_coefficient: float | None) -> None:
-        """LARS; without trust coefficient SGD with momentum."""
+        """LARS; without a trust coefficient, SGD with momentum."""
         grads, momenta = [w.grad for w in weights], [self.momenta[w] for w in weights]
         steps = torch._foreach_add(grads, weights, alpha=decay)
         torch._foreach_mul_(steps, lr)

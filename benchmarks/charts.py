@@ -11,13 +11,13 @@ from matplotlib.figure import Figure
 from benchmarks.common import digits
 
 OURS, OTHERS, INK = "#0072B2", "#9AA3AD", "#1B1F24"
-_GROUP = 0.8  # height of all bars of a row, of 1
-_CHARACTER = 0.011  # width of one in a label, of the axes
+_GROUP = 0.8  # height of all bars of a row, as a fraction of the row
+_CHARACTER = 0.011  # width of a character in a label, as a fraction of the axes
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A rate and what stands behind it."""
+    """A rate, and the note that is printed after it."""
 
     images_per_s: float
     note: str
@@ -28,7 +28,7 @@ def bars(title: str, rows: Mapping[str, Sequence[Bar]], path: Path) -> None:
     """Writes a chart of horizontal bars, the first row on top.
 
     Args:
-        rows: by name, which may have two lines, one bar or several.
+        rows: one or several bars, by name; a name may have two lines.
     """
     most = max(map(len, rows.values()))
     figure, ax = _axes(title, list(rows), 0.8 + 0.25 * len(rows) * (1 + most))

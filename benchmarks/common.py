@@ -1,7 +1,7 @@
-"""Shared parts of benchmarks: rounds of turns, the machine, results as JSON, tables, and a gate on earlier results.
+"""Shared parts of benchmarks: rounds of turns, the machine, results as JSON, tables, and comparison with a baseline.
 
 Results are medians over rounds. In a round every contender has one turn, so that disturbances of the machine affect all
-of them alike. Spread is the interquartile range relative to the median.
+contenders equally. Spread is the interquartile range relative to the median.
 """
 
 import argparse
@@ -33,9 +33,9 @@ _LONG = 30.0  # seconds
 
 
 def progress(items: Sequence[T], what: Callable[[T], str], per_line: int = 1) -> Iterator[T]:
-    """The items, one by one; on stderr stands what begins, and how long the rest will take.
+    """Yields the items; prints the current one and the time left on stderr.
 
-    A bar on a terminal; elsewhere lines, one for every `per_line` items, and for those behind one that took long.
+    In a terminal this is a bar; elsewhere it is a line for every `per_line` items, and one after each long item.
     """
     start, said, total = time.monotonic(), 0.0, len(items)
     shape = "{desc}{n_fmt} of {total_fmt} done, {elapsed} elapsed, {remaining} left"
@@ -52,12 +52,14 @@ def progress(items: Sequence[T], what: Callable[[T], str], per_line: int = 1) ->
 
 
 def rounds(names: Sequence[T], repeat: int, turn: Callable[[T, bool], V], shown: bool = True) -> dict[T, list[V]]:
-    """What the turns of each contender returned in `repeat` rounds, after one round of warm-up.
+    """Results of each contender's turns in `repeat` rounds, after one round of warm-up.
 
     The order rotates, so that no contender always comes first.
 
     Args:
-        turn: takes a turn; its arguments are the name and whether the turn counts.
+        names: the contenders.
+        repeat: number of rounds that count.
+        turn: runs a turn, given the contender's name and whether the turn counts.
         shown: whether progress is shown.
     """
 
@@ -75,12 +77,12 @@ def rounds(names: Sequence[T], repeat: int, turn: Callable[[T, bool], V], shown:
 
 
 def interleave(functions: Mapping[str, Callable[[], object]], repeat: int) -> dict[str, list[float]]:
-    """Seconds of the calls of each function, in rounds that show no progress."""
+    """Seconds of a call of each function in every round, without showing progress."""
     return rounds(list(functions), repeat, lambda name, _: per_call(functions[name]), shown=False)
 
 
 def timed(function: Callable[[], object], times: int = 1) -> float:
-    """Seconds of `times` calls. Waits for the GPU, where there is one, before and after."""
+    """Seconds of `times` calls. If there is a GPU, waits for it before and after."""
     synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     synchronize()
     start = time.perf_counter()
@@ -91,7 +93,7 @@ def timed(function: Callable[[], object], times: int = 1) -> float:
 
 
 def per_call(function: Callable[[], object], times: int = 20) -> float:
-    """Seconds of a call; on a GPU of one of `times`, so that waiting for the first and the last does not weigh."""
+    """Seconds of a call; on a GPU, the mean of `times` calls, so that synchronising has little influence."""
     times = times if torch.cuda.is_available() else 1
     return timed(function, times) / times
 
@@ -105,10 +107,10 @@ def summary(name: str, seconds: Sequence[float], **more: Any) -> Result:
 
 
 def environment(*libraries: str) -> dict[str, Any]:
-    """The machine and the versions that results depend on.
+    """The machine and the versions of libraries.
 
     Args:
-        libraries: more of them than all benchmarks depend on.
+        libraries: further libraries, besides those that all benchmarks use.
     """
     cpuinfo = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
@@ -132,11 +134,12 @@ def environment(*libraries: str) -> dict[str, Any]:
 
 
 def argument_parser(description: str | None, repeat: int, plot: bool = True) -> argparse.ArgumentParser:
-    """The options that every benchmark has; ends this process if it is one of several, which none can measure.
+    """Parser with the options of every benchmark. Exits if torchrun started this process, since benchmarks are for one
+    process.
 
     Args:
         description: the docstring of the script.
-        repeat: rounds by default.
+        repeat: default number of rounds.
         plot: whether the benchmark draws a chart.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -144,10 +147,10 @@ def argument_parser(description: str | None, repeat: int, plot: bool = True) -> 
             "benchmarks measure a single process; start them without torchrun. metrics.jsonl has the speed of a run"
         )
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeat", type=int, default=repeat, help="rounds")
+    parser.add_argument("--repeat", type=int, default=repeat, help="number of rounds")
     parser.add_argument("--json", type=Path, help="file to write the results to")
     parser.add_argument("--gate", type=Path, help="earlier results: fail if a median is slower than in these")
-    parser.add_argument("--tolerance", type=float, default=5, help="by so many percent")
+    parser.add_argument("--tolerance", type=float, default=5, help="for --gate: allowed slowdown, in percent")
     if plot:
         parser.add_argument("--plot", type=Path, help="PNG file to write a chart of the results to")
     return parser
@@ -166,7 +169,7 @@ def finish(options: argparse.Namespace, results: Sequence[Result]) -> None:
 
 
 def slower(results: Sequence[Result], baseline: Sequence[Result], tolerance: float) -> list[str]:
-    """What is slower than the baseline by more than `tolerance` percent, or missing, in words."""
+    """Messages about results that are slower than the baseline by more than `tolerance` percent, or missing."""
     now = {r["name"]: r["seconds"] for r in results}
     failures = []
     for before in baseline:
@@ -180,11 +183,11 @@ def slower(results: Sequence[Result], baseline: Sequence[Result], tolerance: flo
 
 
 def tables(*parts: tuple[Sequence[Result], Mapping[str, Callable[[Result], object]]]) -> str:
-    """Tables as Markdown. Those without a row are left out, and so are columns without a value.
+    """Tables as Markdown, without empty tables and empty columns.
 
     Args:
-        parts: of each table the results, a row each, and by header what makes a cell of a result, such as
-            ``"{ratio:.2f}x".format_map``; a cell is empty where that raises KeyError.
+        parts: for each table, the results, which are its rows, and by header a function from a result to a cell, such
+            as ``"{ratio:.2f}x".format_map``. A cell is empty if the function raises KeyError.
     """
     made = []
     for results, columns in parts:
@@ -198,7 +201,7 @@ def tables(*parts: tuple[Sequence[Result], Mapping[str, Callable[[Result], objec
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table; floats are written by :func:`digits`."""
+    """A table as Markdown; floats are formatted by :func:`digits`."""
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for row in rows:
         lines.append("| " + " | ".join(digits(c) if isinstance(c, float) else str(c) for c in row) + " |")
@@ -206,11 +209,11 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def digits(value: float) -> str:
-    """Three digits, or all before the point."""
+    """Formats with three significant digits, or more before the decimal point."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def portable(path: Path) -> Path:
-    """Relative to the checkout, where it lies in it."""
+    """The path relative to the checkout, if it is inside."""
     path = path.resolve()
     return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path

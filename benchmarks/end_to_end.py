@@ -6,10 +6,10 @@
 * ``trainer``: a real run of ``--steps`` steps in a temporary folder, with logging and checkpoints, and the shares of
   its time by its own records. The first record is ignored, since it includes work that is done once.
 
-The first three take turns in rounds; reported are medians over rounds. Threads, devices and precision are those of the
-trainer; of a canvas schedule, the first size is used. Nothing runs between turns: the loader's threads, which prepare
-batches ahead, end with a turn. A turn starts with as many uncounted steps as are prepared ahead, so that the same
-number of batches is in preparation when the clock starts and when it stops.
+The first three take turns in rounds, and medians over rounds are reported. Threads, devices and precision are those of
+the trainer. Of a canvas schedule, the first size is used. Nothing runs between turns: the loader's threads, which
+prepare batches in advance, end with each turn. A turn starts with as many uncounted steps as batches are prepared in
+advance, so that the same number of batches is in preparation when the clock starts and when it stops.
 
 When loader and model share cores, the upper bound is the serial rate, 1 / (1 / loader + 1 / model) images per second;
 when each has its own device, it is the rate of the slower one.
@@ -32,10 +32,10 @@ from mcl.train.trainer import Trainer
 
 DEMO = PRESETS / "mcl_r18_fpn_demo.yaml"
 RECORDS = 6
-"""Of the trainer's run, by default."""
+"""Default number of records of the trainer's run."""
 
 _PHASES = ("data_wait", "forward", "backward", "graph", "optimizer")
-"""Phases of a step in a record; a CUDA graph is forward and backward in one."""
+"""Phases of a step in a record; a CUDA graph contains both forward and backward."""
 _COLUMNS = {
     "what": itemgetter("name"),
     "images/s": itemgetter("images_per_s"),
@@ -50,7 +50,7 @@ def measure(config: Config, repeat: int, seconds: float) -> dict[str, list[float
     """Seconds per image of loader, model and both, in every round.
 
     Args:
-        seconds: of a turn, about; at least one step.
+        seconds: approximate length of a turn, which has at least one step.
 
     Raises:
         ConfigError, SourceError: see :class:`~mcl.train.trainer.Trainer`.
@@ -68,9 +68,9 @@ def measure(config: Config, repeat: int, seconds: float) -> dict[str, list[float
 
     def turn(name: str, counts: bool) -> float:
         with loader:
-            timed(contenders[name], config.data.prefetch)  # as many as the loader works ahead
+            timed(contenders[name], config.data.prefetch)  # fills the loader's queue
             per_step = timed(contenders[name], steps[name]) / steps[name]
-        gc.collect()  # what Python keeps in a circle would go on decoding
+        gc.collect()  # a pipeline in a reference cycle would go on decoding
         if not counts:
             steps[name] = max(1, round(seconds / per_step))
         return per_step / config.trainer.global_batch
@@ -86,8 +86,8 @@ def evaluate(measured: Mapping[str, Sequence[float]], records: Sequence[Record],
     phases, and ``overhead``, the rest.
 
     Args:
-        records: of the trainer, at least two.
-        images: of a step.
+        records: records of the trainer, at least two.
+        images: images per step.
     """
     results = {name: summary(name, seconds) for name, seconds in measured.items()}
     loader, model, together = (results[name]["seconds"] for name in ("loader", "model", "together"))
@@ -104,9 +104,9 @@ def evaluate(measured: Mapping[str, Sequence[float]], records: Sequence[Record],
 
 
 def shares(records: Sequence[Record], images: int) -> dict[str, float]:
-    """Where the time between the first and the last record went, as parts of 1.
+    """Shares of the time between the first and the last record, as parts of 1.
 
-    On a GPU the host may wait for the loader while the phases run: then ``overhead`` is too small, even below 0.
+    On a GPU the host may wait for the loader while the phases run; then ``overhead`` is too small, or even negative.
     """
     elapsed = [(b["step"] - a["step"]) * images / b["images_per_s"] for a, b in itertools.pairwise(records)]
     parts = {
@@ -139,7 +139,7 @@ def prepare(path: Path, words: Sequence[str], steps: int) -> tuple[Config, int]:
     """The requested configuration, without its canvas schedule, and the number of steps of the trainer.
 
     Raises:
-        ConfigError: a wrong key, or fewer than two records.
+        ConfigError: a key is wrong, or there would be fewer than two records.
     """
     config = configs.load(path, [*words, "evaluation.at_end=[]", "montage.schedule=[]"])
     every = config.trainer.log_every
@@ -150,11 +150,13 @@ def prepare(path: Path, words: Sequence[str], steps: int) -> tuple[Config, int]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argument_parser(__doc__, repeat=5)
-    parser.add_argument("config", type=Path, nargs="?", default=DEMO, help="YAML file; default: that of the demo")
+    parser.add_argument("config", type=Path, nargs="?", default=DEMO, help="YAML file; default: the demo's")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. trainer.threads=2")
     parser.add_argument("--data", type=Path, help="images (data.root)")
-    parser.add_argument("--seconds", type=float, default=5, help="of a turn, at least one step")
-    parser.add_argument("--steps", type=int, default=0, help=f"trainer; default: {RECORDS} times trainer.log_every")
+    parser.add_argument("--seconds", type=float, default=5, help="length of a turn, which has at least one step")
+    parser.add_argument(
+        "--steps", type=int, default=0, help=f"steps of the trainer; default: {RECORDS} times trainer.log_every"
+    )
     options = parser.parse_intermixed_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         root = [f"data.root={options.data}"] if options.data else []

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 PHOTOS = ROOT / "data" / "photos" / "train"
 PRESET = ROOT / "mcl" / "presets" / "mcl_r50_fpn_100e_in1k.yaml"
 MINUTES = 8.0
-"""Of everything, without ``--full``."""
+"""Time limit of all stages together, without ``--full``."""
 OPTIONAL = {
     "nvidia.dali": "Pillow and torchvision load images",
     "mmdet": "no detector is tested",
@@ -55,12 +55,12 @@ print(json.dumps({"cuda": cuda, "torch": version, "missing": missing, "built": b
 """
 
 Outcome = dict[str, Any]
-"""``status`` (done, failed or skipped), ``seconds`` of one that was not skipped, ``why`` of one that is not done."""
+"""``status`` (done, failed or skipped), ``seconds`` unless skipped, and ``why`` unless done."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """The first one."""
+    """Name and compute capability of the first GPU."""
 
     name: str
     capability: str
@@ -68,17 +68,17 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Stage:
-    """What one process does."""
+    """A stage, which runs in a process of its own."""
 
     name: str
     seconds: float
-    """It is ended after that."""
+    """Time limit of the process."""
     arguments: Sequence[str]
-    """Of Python."""
+    """Arguments of Python."""
     full: bool = False
-    """Whether only ``--full`` has it."""
+    """Whether the stage runs only with ``--full``."""
     needs: str = ""
-    """A package that it cannot do without."""
+    """A package that the stage requires."""
 
 
 def find_gpu() -> Gpu | None:
@@ -95,11 +95,12 @@ def find_gpu() -> Gpu | None:
 
 
 def stages(folder: Path, full: bool, images: int) -> list[Stage]:
-    """All of them, in their order.
+    """All stages, in order.
 
     Args:
-        folder: for JSON files.
-        images: of a step.
+        folder: folder of JSON files.
+        full: whether to include the stages of ``--full``.
+        images: images per step.
     """
 
     def measure(name: str, seconds: float, *words: object, full: bool = False, needs: str = "") -> Stage:
@@ -143,7 +144,7 @@ def stages(folder: Path, full: bool, images: int) -> list[Stage]:
 def run(
     name: str, command: Sequence[str], seconds: float | None, folder: Path, environment: Mapping[str, str]
 ) -> Outcome:
-    """Runs a command whose output goes to a log; ends it, and all that it has started, after so many seconds."""
+    """Runs a command, whose output goes to a log; after `seconds` it is killed, with all processes of its session."""
     start, log = time.monotonic(), folder / f"{name}.log"
     with log.open("w") as output:
         process = subprocess.Popen(
@@ -153,13 +154,13 @@ def run(
             status: int | None = process.wait(seconds)
         except subprocess.TimeoutExpired:
             status = None
-        finally:  # also after Ctrl-C, of which the new session learns nothing
+        finally:  # also after Ctrl-C, which the new session does not receive
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
     outcome: Outcome = {"status": "failed" if status != 0 else "done", "seconds": round(time.monotonic() - start, 1)}
     if status is None:
-        outcome["why"] = f"not done after {seconds:.0f} s"
+        outcome["why"] = f"not finished after {seconds:.0f} s"
     elif status:
         said = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
         outcome["why"] = said[-1][:300] if said else f"exit status {status}"
@@ -167,25 +168,26 @@ def run(
 
 
 def attempt(stage: Stage, left: float, missing: Sequence[str], work: Callable[[Stage], Outcome]) -> Outcome:
-    """Runs a stage for which there is all that it needs.
+    """Runs a stage if its package is installed and there is enough time.
 
     Args:
-        left: seconds of the whole.
+        stage: the stage.
+        left: seconds left for all stages.
         missing: packages that are not installed.
-        work: runs it.
+        work: runs the stage.
     """
     if stage.needs in missing:
         return {"status": "skipped", "why": f"{stage.needs} is not installed"}
     if stage.seconds > left:
-        why = f"it may take {stage.seconds:.0f} s, and {max(0, left):.0f} are left; FULL=1 sets no limit"
+        why = f"it may take {stage.seconds:.0f} s, but {max(0, left):.0f} s are left; FULL=1 has no limit"
         return {"status": "skipped", "why": why}
     return work(stage)
 
 
 def build(python: str, gpu: Gpu, found: Mapping[str, Any], folder: Path, environment: Mapping[str, str]) -> Outcome:
-    """Compiles the operators in place, by this Python and for this GPU alone; without DALI, without its plugin."""
+    """Compiles the operators in place, with this Python and only for this GPU; without DALI, without its plugin."""
     if found["built"]:
-        return {"status": "skipped", "why": "the operators are compiled for CUDA; make clean removes them"}
+        return {"status": "skipped", "why": "the operators are already compiled for CUDA; make clean removes them"}
     own = {"TORCH_CUDA_ARCH_LIST": gpu.capability, "MCL_BUILD_PLUGIN": str(int("nvidia.dali" not in found["missing"]))}
     outcome = run("build", [python, "setup.py", "build_ext", "--inplace"], None, folder, own | dict(environment))
     said = re.findall(r"^mcl: (.*built for CPUs only.*)$", (folder / "build.log").read_text(), re.MULTILINE)
@@ -193,7 +195,7 @@ def build(python: str, gpu: Gpu, found: Mapping[str, Any], folder: Path, environ
 
 
 def summarize_tests(folder: Path) -> None:
-    """Makes tests.json of what pytest wrote: how many passed, which failed, and why others were skipped."""
+    """Writes tests.json from pytest's report: number of passed tests, failed tests, and reasons of skipped tests."""
     report = folder / "tests.xml"
     cases = list(ElementTree.parse(report).iter("testcase")) if report.exists() else []
     failed = [
@@ -211,10 +213,10 @@ def summarize_tests(folder: Path) -> None:
 
 
 def bounds(measured: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A text that names what bounds a run.
+    """Sentences that say what bounds a run.
 
     Args:
-        measured: of each stage that is done, its results by their names.
+        measured: by finished stage, its results by name.
     """
     lines = []
     if end := measured.get("end_to_end"):
@@ -225,7 +227,7 @@ def bounds(measured: Mapping[str, Mapping[str, Any]]) -> list[str]:
             f"{together['of_slower']:.0%} of its rate."
         )
         if together["bound_by"] == "loader":
-            lines.append("More data.threads, or another data.engine or data.device: mcl doctor --measure times them.")
+            lines.append("Raise data.threads, or change data.engine or data.device: mcl doctor --measure times them.")
     if profile := measured.get("profile"):
         step = profile["step"]
         first, second, *_ = [*step["kinds"].items(), ("nothing else", 0.0), ("nothing else", 0.0)]
@@ -235,7 +237,7 @@ def bounds(measured: Mapping[str, Mapping[str, Any]]) -> list[str]:
         )
         if step["idle"] > IDLE:
             lines.append(
-                "It waits for images, or for the host to queue work: trainer.cuda_graph=true queues it at once."
+                "It waits for images or for the host to queue work; trainer.cuda_graph=true queues a step at once."
             )
     if steps := measured.get("step"):
         ways = {r["contender"]: r for r in steps.values()}
@@ -278,11 +280,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--venv", choices=["yes", "no"], default="yes", help="no: use this Python and its torch without changes"
     )
     parser.add_argument("--wheels", type=Path, help="folder of wheels of missing packages; needs no network")
-    parser.add_argument("--images", type=int, default=128, help="of a step")
+    parser.add_argument("--images", type=int, default=128, help="images per step")
     options = parser.parse_args(arguments)
     gpu = find_gpu()
     if gpu is None:
-        print("make gpu: no GPU here: nvidia-smi finds none, or CUDA_VISIBLE_DEVICES hides it", file=sys.stderr)
+        print("make gpu: no GPU: nvidia-smi finds none, or CUDA_VISIBLE_DEVICES hides it", file=sys.stderr)
         return 2
     name = re.sub(r"[^a-z0-9]+", "-", gpu.name.lower().removeprefix("nvidia "))
     folder = (options.out or ROOT / "benchmarks" / "results" / f"gpu-{name}").resolve()
@@ -292,7 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure(options: argparse.Namespace, gpu: Gpu, folder: Path, packages: str) -> int:
-    """Everything, on a GPU; `packages` is a folder for wheels. Returns the exit status."""
+    """Runs all stages and returns the exit status; `packages` is a folder for wheels."""
     deadline = time.monotonic() + (float("inf") if options.full else 60 * MINUTES)
     paths = [packages, str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
@@ -319,7 +321,7 @@ def measure(options: argparse.Namespace, gpu: Gpu, folder: Path, packages: str) 
         [python, "-c", _PROBE, *OPTIONAL], env=environment, capture_output=True, text=True, check=False
     )
     if probed.returncode or not (found := json.loads(probed.stdout))["cuda"]:
-        why = (probed.stderr.strip().splitlines() or ["its torch sees no CUDA device: mcl doctor"])[-1]
+        why = (probed.stderr.strip().splitlines() or ["its torch sees no CUDA device; run mcl doctor"])[-1]
         print(f"make gpu: {gpu.name} cannot be used by {python}: {why}", file=sys.stderr)
         return 2
     if options.venv == "no":

@@ -1,7 +1,7 @@
 """Compares operators with their alternatives: ``python -m benchmarks.kernels``.
 
 Region pooling is compared with torchvision, and BatchNorm with PyTorch, forward and backward; LARS and momentum network
-with a loop over parameters and with PyTorch's foreach functions. On a GPU if there is one, else on the CPU.
+are compared with a loop over parameters and with PyTorch's foreach functions. They run on the GPU if there is one.
 ``python -m tests.kernels.ptxas`` prints registers and spills of the CUDA kernels.
 """
 
@@ -33,25 +33,25 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GEOMETRY = Geometry()
 STRIDES = [STRIDE / r for r in GEOMETRY.ratios]
 SIDES = [GEOMETRY.cells * r for r in GEOMETRY.ratios]
-"""Cells of a side of each map."""
+"""Cells per side of each map."""
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 NORMS = ((64, 112, False), (256, 56, True), (2048, 7, True))
-"""Channels, cells of a side, whether a residual is added: ResNet-50's stem, first and last stage at 224 px."""
+"""Channels, cells per side, whether a residual is added: ResNet-50's stem, first and last stage at 224 px."""
 STEP = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-5, "trust_coefficient": 1e-3}
 
 
 @dataclass(frozen=True)
 class Case:
-    """Ways to compute the same; ours comes first."""
+    """Several ways to compute the same result; the first one is ours."""
 
     ways: Mapping[str, Callable[[], Tensor]]
-    inputs: Sequence[Tensor]  # with gradients
-    tolerance: float  # relative, between outputs and between gradients of ours and of another
+    inputs: Sequence[Tensor]  # inputs that have gradients
+    tolerance: float  # relative, for outputs and gradients of the other ways against ours
 
 
 def race(name: str, case: Case, repeat: int) -> list[Result]:
-    """Results of each way: forward and backward together, and the ratio to ours.
+    """Results of each way: seconds of forward and backward together, and their ratio to ours.
 
     Raises:
         AssertionError: outputs or gradients differ.
@@ -82,7 +82,7 @@ def ours(maps: list[Tensor], boxes: Tensor, index: Tensor) -> Tensor:
 
 
 def theirs(maps: list[Tensor], boxes: Tensor, index: Tensor) -> Tensor:
-    """torchvision, map by map; boxes are in the order of the maps. bf16, which it lacks, is converted to and from."""
+    """torchvision, map by map; boxes must be in the order of maps. bf16, which it lacks, is converted to and from."""
     pooled = []
     for level, (f, stride) in enumerate(zip(maps, STRIDES, strict=True)):
         wide = f.float() if f.dtype == torch.bfloat16 else f
@@ -92,19 +92,19 @@ def theirs(maps: list[Tensor], boxes: Tensor, index: Tensor) -> Tensor:
 
 
 def _noise(*shape: int, dtype: str = "fp32", layout: str = "NCHW") -> Tensor:
-    """On the device, with a gradient."""
+    """Random values on the device, with a gradient."""
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     return noise.to(DEVICE, DTYPES[dtype]).contiguous(memory_format=LAYOUTS[layout]).requires_grad_()
 
 
 def _tiles(images: int) -> tuple[Tensor, Tensor]:
-    """Boxes (R, 5) and the levels (R,) of all tiles; canvases are counted over all levels."""
+    """Boxes (R, 5) and levels (R,) of all tiles; canvases are numbered through all levels."""
     index = torch.arange(GEOMETRY.levels).repeat_interleave(torch.tensor(GEOMETRY.tiles(images)))
     return tile_boxes(GEOMETRY, images).clone(), index
 
 
 def region_pool(images: int, channels: int, dtype: str, layout: str, random: bool) -> Case:
-    """On maps of the released shapes: of each level its own canvases, and its tiles or as many random boxes."""
+    """Pooling from maps with the released shapes: one map per level with its canvases, and tiles or random boxes."""
     canvases = GEOMETRY.canvases(images)
     boxes, index = _tiles(images)
     boxes[:, 0] -= torch.tensor([sum(canvases[:i]) for i in range(GEOMETRY.levels)])[index]
@@ -118,7 +118,7 @@ def region_pool(images: int, channels: int, dtype: str, layout: str, random: boo
 
 
 def multiscale(images: int, channels: int) -> Case:
-    """Against MultiScaleRoIAlign, which chooses a map by a box's size: every map holds every canvas.
+    """Comparison with MultiScaleRoIAlign, which chooses a map by the size of a box, so that every map has all canvases.
 
     It pools without the half-pixel shift (aligned=False), so values differ; boxes and maps are the same.
     """
@@ -130,14 +130,14 @@ def multiscale(images: int, channels: int) -> Case:
     by_name = OrderedDict(zip(names, maps[::-1], strict=True))
     per_canvas = [boxes[boxes[:, 0] == k, 1:] for k in range(number)]
     sizes = [(GEOMETRY.canvas, GEOMETRY.canvas)] * number
-    pool(by_name, per_canvas, sizes)  # which makes map_levels
+    pool(by_name, per_canvas, sizes)  # creates map_levels
     assert torch.equal(GEOMETRY.levels - 1 - pool.map_levels(per_canvas), index)  # type: ignore[operator]
     ways = {"mcl": lambda: ours(maps, boxes, index), "MultiScaleRoIAlign": lambda: pool(by_name, per_canvas, sizes)}
     return Case(ways, maps, math.inf)
 
 
 def norm(images: int, dtype: str, channels: int, side: int, residual: bool) -> Case:
-    """BatchNorm in training, with what follows it in a residual block."""
+    """BatchNorm in training, with the addition and the ReLU of a residual block."""
     maps = [_noise(images, channels, side, side, dtype=dtype, layout="channels_last") for _ in range(1 + residual)]
     weight, bias = (torch.full((channels,), value, device=DEVICE, requires_grad=True) for value in (1.0, 0.0))
     running = torch.zeros(channels, device=DEVICE), torch.ones(channels, device=DEVICE), None
@@ -149,12 +149,12 @@ def norm(images: int, dtype: str, channels: int, side: int, residual: bool) -> C
     def fused() -> Tensor:
         return batch_norm(maps[0], weight, bias, running, [images], 0.1, 1e-5, maps[1] if residual else None, True)
 
-    # Sums near zero round to different sides, and ReLU passes other gradients; tests are stricter.
+    # Sums near zero may round to different signs, so that ReLU passes other gradients; tests are stricter.
     return Case({"mcl": fused, "PyTorch": plain}, [*maps, weight, bias], 1e-2 if dtype == "fp32" else 1e-1)
 
 
 def loop(weights: Sequence[nn.Parameter], buffers: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
-    """A step in the style of the released code: parameter by parameter, two host reads each, and new tensors."""
+    """A step as in the released code: one parameter at a time, two reads by the host for each, and new tensors."""
     for w, buffer in zip(weights, buffers, strict=True):
         assert w.grad is not None
         weight_norm, grad_norm = w.data.norm().item(), w.grad.norm().item()
@@ -177,14 +177,14 @@ PASSES = {
     "loop": 15 + 7,
     # g + wd w: 3; norms 2; * trust: 2; buffer * m: 2; + step: 3; w - buffer: 3. Then k * m: 2; + q: 3.
     "foreach": 15 + 5,
-    # Norms 2; reads w, g, buffer, writes w, buffer: 5. Then reads k, q, writes k. The CPU has two of them in its cache.
+    # Norms 2; reads w, g, buffer, writes w, buffer: 5. Then reads k, q, writes k. Two are from the CPU's cache.
     "mcl": 7 + 3,
 }
-"""Reads and writes of all parameters, per step: of LARS, of the momentum network."""
+"""Passes over all parameters per step (reads and writes): LARS + momentum network."""
 
 
 def steps(repeat: int) -> list[Result]:
-    """LARS and momentum network of R50-FPN, three ways on equal tensors."""
+    """LARS and momentum network of R50-FPN, in three ways on equal tensors."""
     model = MCL(Config(montage=GEOMETRY)).to(DEVICE, memory_format=torch.channels_last)  # type: ignore[call-overload]
     shapes = [p.detach() for p in (*model.online.parameters(), *model.predictors.parameters()) if p.ndim > 1]
     ways: dict[str, Callable[[], object]] = {}
@@ -215,7 +215,7 @@ def steps(repeat: int) -> list[Result]:
 
 
 def measure(images: int, fewer: int, channels: int, repeat: int) -> list[Result]:
-    """All cases, one after the other."""
+    """Measures all cases, one after another."""
     cases: dict[str, Callable[[], Case]] = {}
     for dtype, layout, kind in itertools.product(DTYPES, LAYOUTS, ("grid", "random")):
         pool = functools.partial(region_pool, images, channels, dtype, layout, kind == "random")
@@ -231,7 +231,7 @@ def measure(images: int, fewer: int, channels: int, repeat: int) -> list[Result]
 
 
 def table(results: Sequence[Result]) -> str:
-    """What was measured, as Markdown: a row for each of those that ours is compared with."""
+    """The results as Markdown, with one row for each alternative to ours."""
     named = [(*r["name"].rsplit(": ", 1), r) for r in results]
     ours = {case: r for case, who, r in named if who == "mcl"}
     rows = [(case, _ms(ours[case]), who, _ms(r), f"{r['ratio']:.3g}x") for case, who, r in named if who != "mcl"]
@@ -245,8 +245,8 @@ def _ms(result: Result) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argument_parser(__doc__, repeat=7, plot=False)
     parser.add_argument("--images", type=int, default=128, help="images per view")
-    parser.add_argument("--channels", type=int, default=256, help="of the maps")
-    parser.add_argument("--threads", type=int, default=0, help="of the CPU; 0: PyTorch's default")
+    parser.add_argument("--channels", type=int, default=256, help="channels of the maps")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's default")
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -258,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     print("torchvision has no bf16 kernel on CPUs: its time includes converting to fp32 and back.\n")
     print(table(results))
-    print("\nReads and writes of all parameters, counted, and the bandwidth that they come to:\n")
+    print("\nPasses over all parameters (reads and writes, counted), and the resulting bandwidth:\n")
     moving = [r for r in results if "passes" in r]
     print(markdown(["way", "passes", "GB/s"], [(r["name"], r["passes"], r["bytes_per_s"] / 1e9) for r in moving]))
     finish(options, results)

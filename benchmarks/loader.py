@@ -1,25 +1,27 @@
-"""The loader beside what one would use without it: ``python -m benchmarks.loader --data data/photos4k``.
+"""Compares the loader with the usual alternatives: ``python -m benchmarks.loader --data data/photos4k``.
 
-Unique source images per second, each shown in eight augmented views (two recipes, four levels, canvases of 224 px):
+Measures unique source images per second. Each is shown in eight augmented views (two recipes, four levels, canvases of
+224 px):
 
-* ``decode``: DALI reads and decodes the files on the CPU, nothing else: the ceiling;
-* ``fused``, ``stock``: mcl's loader with either engine, to normalised montages; ``fused_gpu``, ``stock_gpu``: the same
-  on a GPU, decoding included;
-* ``released``: the authors' recipe, eight views of 224 px made by Pillow, in worker processes of a DataLoader;
-* ``torchvision``: the same eight views by torchvision.transforms.v2 on tensors, likewise;
-* ``lightly``: the same eight views by lightly's BYOL transforms, likewise.
+* ``decode``: DALI only reads and decodes the files, on the CPU; this is the upper bound for CPUs;
+* ``fused``, ``stock``: mcl's loader with either engine, up to normalised montages; ``fused_gpu``, ``stock_gpu``: the
+  same on a GPU, including decoding;
+* ``released``: the authors' recipe, eight views of 224 px made by Pillow in worker processes of a DataLoader;
+* ``torchvision``: the same eight views, made by torchvision.transforms.v2 on tensors, also in a DataLoader;
+* ``lightly``: the same eight views, made by lightly's BYOL transforms, also in a DataLoader.
 
-What makes it fair:
+Rules for a fair comparison:
 
-* All take turns, one at a time, in rounds; what is reported are medians over rounds.
-* Between turns nothing runs. A worker process is given the batches of a turn when the clock starts, and has none left
-  when it stops. DALI, which works ahead, is built anew for every turn; the clock starts when its queue has been filled.
-* All go through the steps of one plan, from files that the machine has in memory.
-* T threads are T cores: the process and its workers are kept on them, helper threads included. DALI gets T threads, a
-  DataLoader T workers of one thread each.
-* The three other recipes end before normalising and tiling, which they leave to the device; ours include both. Ours cut
-  views straight to the size of their tiles (``data.tile_sampling=direct``), 1.33 canvases of pixels per image and view
-  instead of 4; that is part of what is compared.
+* All contenders take turns, one at a time, in rounds, and medians over rounds are reported.
+* Nothing runs between turns. A worker process gets the batches of a turn when the clock starts, and has none left when
+  it stops. DALI, which prepares batches in advance, is built again for every turn; the clock starts when its queue is
+  full.
+* All contenders process the steps of the same plan, from files that are in the page cache.
+* T threads means T cores: the process and its workers, with all helper threads, are pinned to T cores. DALI gets T
+  threads, a DataLoader T workers with one thread each.
+* The three other recipes end before normalisation and tiling, which they leave to the device; ours include both. Ours
+  crop views directly to the size of their tiles (``data.tile_sampling=direct``), which is 1.33 canvases of pixels per
+  image and view instead of 4. This is part of the comparison.
 """
 
 import itertools
@@ -71,10 +73,10 @@ class Entry(NamedTuple):
 def measure(
     job: Job, contenders: Sequence[str], threads: Sequence[int], repeat: int, seconds: float
 ) -> tuple[dict[Entry, list[Turn]], dict[str, str]]:
-    """Turns of about so many seconds, but of at least one batch per thread.
+    """Runs turns of about `seconds` seconds, with at least one batch per thread.
 
     Returns:
-        all turns but those of the warm-up round, and why contenders are missing.
+        All turns except those of the warm-up round, and the reasons why contenders are missing.
     """
     loaders: dict[Entry, Take] = {}
     missing: dict[str, str] = {}
@@ -99,10 +101,10 @@ def measure(
 def evaluate(measured: Mapping[Entry, Sequence[Turn]]) -> list[Result]:
     """One result per contender and number of threads; ``seconds`` are per image.
 
-    ``ratio`` is to the released recipe with as many threads, ``scaling`` to the same contender with the fewest
-    threads, ``scaling_of_decode`` is that over the scaling of decoding alone. Each is there where both sides are.
-    ``shares`` are what the cores do while ours runs, as parts of 1; they wait when they are idle, or taken by other
-    programs.
+    ``ratio`` is the speed relative to the released recipe with as many threads, ``scaling`` that relative to the same
+    contender with the fewest threads, ``scaling_of_decode`` the latter divided by the scaling of decoding alone. Ratios
+    are left out if one of the two was not measured. ``shares`` tell how ours uses the cores, as parts of 1; ``wait`` is
+    time in which cores are idle or used by other programs.
     """
     results = {}
     for entry, each in measured.items():
@@ -131,22 +133,22 @@ def evaluate(measured: Mapping[Entry, Sequence[Turn]]) -> list[Result]:
 
 
 def prepare(data: Path, images: int, batch: int, threads: Sequence[int]) -> Job:
-    """The job that was asked for, its files read once.
+    """The requested job. Reads all files once, so that they are in the page cache.
 
     Raises:
-        SourceError: no images in ``--data``.
-        ConfigError: images that only mcl can read, too few of them, a batch that fills no whole canvases, or too many
-            threads.
+        SourceError: there are no images in ``--data``.
+        ConfigError: only mcl can read the images, there are too few, the batch does not fill whole canvases, or there
+            are too many threads.
     """
     for count in threads:
         cores(count)
     geometry = Geometry()
     if not geometry.legal(batch):
         near = " or ".join(map(str, nearest_legal(geometry, batch)))
-        raise ConfigError(f"--batch: {batch} images fill no whole number of canvases; use {near}")
+        raise ConfigError(f"--batch: {batch} images do not fill a whole number of canvases; use {near}")
     source = open_source(str(data), key="--data")
     if source.paths is None:
-        raise ConfigError(f"--data: {data} is no folder of files on a disk, which is all that others read")
+        raise ConfigError(f"--data: {data} is not a folder of files on a disk; other loaders cannot read it")
     size = min(images or len(source), len(source))
     if size < batch:
         raise ConfigError(f"--batch: {batch} is more than the {size} images; lower it or add images")
@@ -158,12 +160,12 @@ def prepare(data: Path, images: int, batch: int, threads: Sequence[int]) -> Job:
 
 
 def table(results: Sequence[Result]) -> str:
-    """What was measured, as Markdown."""
+    """The results as Markdown."""
     return tables((results, _COLUMNS), ([r for r in results if "shares" in r], _SHARES))
 
 
 def bars(results: Sequence[Result]) -> dict[str, list[charts.Bar]]:
-    """What the chart shows: a row per contender, a bar per number of threads."""
+    """Rows of the chart: one per contender, with one bar per number of threads."""
     rows: dict[str, list[charts.Bar]] = {}
     for r in results:
         note = r["name"].partition(", ")[2]  # the number of threads
@@ -178,11 +180,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     default = sorted({1, default_threads()})
     parser = argument_parser(__doc__, repeat=7)
     parser.add_argument("--data", type=Path, default=Path("data/photos/train"), help="folder of images, or list file")
-    parser.add_argument("--images", type=int, default=0, help="use the first so many of them; 0: all")
+    parser.add_argument("--images", type=int, default=0, metavar="N", help="use only the first N images; 0: all")
     parser.add_argument("--batch", type=int, default=128, help="images per batch")
-    parser.add_argument("--threads", type=int, nargs="+", default=default, help="cores")
-    parser.add_argument("--seconds", type=float, default=5, help="of a turn, at least one batch per thread")
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="who takes part")
+    parser.add_argument("--threads", type=int, nargs="+", default=default, help="numbers of threads, and of cores")
+    parser.add_argument("--seconds", type=float, default=5, help="length of a turn, at least one batch per thread")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="what to measure")
     options = parser.parse_args(arguments)
     job = prepare(options.data, options.images, options.batch, options.threads)
     measured, missing = measure(job, options.contenders, options.threads, options.repeat, options.seconds)

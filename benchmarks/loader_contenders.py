@@ -1,14 +1,14 @@
-"""What :mod:`benchmarks.loader` compares: DALI in this process, others in worker processes of PyTorch's DataLoader.
+"""Contenders of :mod:`benchmarks.loader`: DALI in this process, others in worker processes of PyTorch's DataLoader.
 
-Every batch of a contender shows the images of the next step of one plan, the same for all. Contenders are idle between
-turns:
+All contenders load the images of the steps of the same plan, one step per batch. They are idle between turns:
 
-* A DALI pipeline always works some batches ahead, so it is built anew for every turn and gone after it. The batches
-  that fill its queue are not counted: as many are then in the making when the clock starts as when it stops.
-* A DataLoader's workers wait. A turn is one epoch, so nothing is loaded before its clock starts or after it stops, and
-  its batches are a multiple of the workers, so no worker waits for the others. Views are neither normalised nor tiled,
-  which is left to the device. Batches are handed over in shared memory: 0.6 GB for 128 images as float32, up to two
-  batches per worker.
+* A DALI pipeline always prepares some batches in advance, so it is built for every turn and deleted after it. The
+  batches that fill its queue are not counted, so that the same number of batches is in preparation when the clock
+  starts and when it stops.
+* The workers of a DataLoader wait between turns. A turn is one epoch, so that nothing is loaded before its clock starts
+  or after it stops. The number of batches is a multiple of the number of workers, so that no worker waits for others.
+  Views are neither normalised nor tiled, which is left to the device. Batches are passed in shared memory: 0.6 GB for
+  128 images as float32, up to two batches per worker.
 """
 
 import functools
@@ -46,37 +46,37 @@ Transform = Callable[[Any], Any]
 
 
 class Missing(ValueError):
-    """A contender that is not installed; the message says how to get it."""
+    """A contender is not installed; the message says how to install it."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is loaded, and how it is augmented."""
+    """The images to load, and the plan of their augmentation."""
 
     source: Source
     paths: tuple[str, ...]  # of the images that the plan shows
     plan: Plan
 
     def batch(self, step: int) -> list[int]:
-        """The images of a step, without those that are known to be broken."""
+        """The images of a step, in which those known to be broken are replaced."""
         return [int(i) for i in self.plan.samples(step, self.source.bad)]
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What some batches took."""
+    """Measurement of some batches."""
 
     images: int
     seconds: float
-    core_seconds: float  # of this process and all its threads, not of other processes
+    core_seconds: float  # CPU time of this process with all its threads, without other processes
 
 
 Take = Callable[[int], Turn]
-"""Loads so many batches, a multiple of the number of threads."""
+"""Loads a number of batches, which must be a multiple of the number of threads."""
 
 
 def _timed(load: Callable[[], object], times: int, images: int) -> Turn:
-    """What so many calls take, which load so many images together."""
+    """Times `times` calls, which load `images` images in all."""
     start, core_start = time.perf_counter(), time.process_time()
     for _ in range(times):
         load()
@@ -86,10 +86,10 @@ def _timed(load: Callable[[], object], times: int, images: int) -> Turn:
 
 
 def cores(threads: int) -> list[int]:
-    """The first ones that this process may use.
+    """The first cores that this process may use, as many as threads.
 
     Raises:
-        ConfigError: it may not use so many.
+        ConfigError: the process may use fewer cores.
     """
     allowed = sorted(os.sched_getaffinity(0))
     if not 0 < threads <= len(allowed):
@@ -99,7 +99,7 @@ def cores(threads: int) -> list[int]:
 
 @contextmanager
 def pinned(to: Sequence[int]) -> Iterator[None]:
-    """Keeps this thread, and those that it starts meanwhile, on some cores, and PyTorch to one thread."""
+    """Pins this thread, and threads that it starts in the context, to some cores; PyTorch uses one thread."""
     affinity, threads = os.sched_getaffinity(0), torch.get_num_threads()
     os.sched_setaffinity(0, to)
     torch.set_num_threads(1)
@@ -115,7 +115,7 @@ def pinned(to: Sequence[int]) -> Iterator[None]:
 
 @contextmanager
 def decode(job: Job, threads: int) -> Iterator[Take]:
-    """The ceiling: DALI reads and decodes the files on the CPU, and nothing else."""
+    """DALI only reads and decodes the files, on the CPU: the upper bound."""
     try:
         from nvidia.dali import Pipeline, fn, types
     except ImportError:
@@ -133,7 +133,7 @@ def decode(job: Job, threads: int) -> Iterator[Take]:
         pipeline.build()
         turn = _ahead(pipeline.run, batches, job.plan.images)
         del pipeline
-        gc.collect()  # what Python keeps in a circle would go on decoding
+        gc.collect()  # a pipeline in a reference cycle would go on decoding
         return turn
 
     yield take
@@ -160,7 +160,7 @@ def montages(
 
 
 def _ahead(take: Callable[[], object], batches: int, images: int) -> Turn:
-    """A turn of what works ahead, timed when its queue has been filled."""
+    """A turn of a contender that prepares batches in advance; the clock starts when its queue is full."""
     for _ in range(AHEAD):
         take()
     return _timed(take, batches, batches * images)
@@ -171,12 +171,12 @@ def _ahead(take: Callable[[], object], batches: int, images: int) -> Turn:
 
 @contextmanager
 def workers(job: Job, threads: int, recipe: Callable[[Job], "Views"]) -> Iterator[Take]:
-    """As many workers as threads, each on any of as many cores, with one thread of its own.
+    """As many workers as threads, with one thread each, pinned together to as many cores.
 
     Args:
-        recipe: makes eight augmented views of canvas size of each image, which is decoded once.
+        recipe: returns the dataset, which decodes each image once and makes eight augmented views of canvas size.
     """
-    # Forking this process, which has threads, could hang; starting Python afresh for every worker takes long.
+    # Forking this process, which has threads, could hang, and spawning every worker takes long.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     steps = itertools.count()
@@ -198,7 +198,7 @@ def workers(job: Job, threads: int, recipe: Callable[[Job], "Views"]) -> Iterato
         planned[:] = [job.batch(next(steps)) for _ in range(batches)]
         return _timed(load, 1, batches * job.plan.images)
 
-    load()  # one image per worker: they have started when it is there
+    load()  # one image per worker: all workers have started when it returns
     yield take
 
 
@@ -211,8 +211,8 @@ class Views(Dataset[list[Tensor]]):
 
     Args:
         paths: the files.
-        read: decodes one.
-        transforms: one per view.
+        read: decodes a file.
+        transforms: one transform per view.
     """
 
     def __init__(self, paths: Sequence[str], read: Read, transforms: Sequence[Transform]) -> None:
@@ -225,13 +225,13 @@ class Views(Dataset[list[Tensor]]):
 
 
 def released(job: Job) -> Views:
-    """The authors' way: Pillow images and torchvision's transforms, as float32 tensors in [0, 1]."""
+    """The authors' recipe: Pillow images and torchvision's transforms, to float32 tensors in [0, 1]."""
     t = torchvision.transforms
     return _recipes(job, read_pillow, t, functools.partial(blur_pillow, job.plan.augment.blur_sigma), [t.ToTensor()])
 
 
 def torchvision_v2(job: Job) -> Views:
-    """A present-day user's way: uint8 tensors from the decoder to the end."""
+    """The current recipe of torchvision: uint8 tensors from the decoder to the end."""
     v2 = torchvision.transforms.v2
     sigma = job.plan.augment.blur_sigma
     window = int(blur_window(np.array(sigma[1], np.float32)))
@@ -239,7 +239,7 @@ def torchvision_v2(job: Job) -> Views:
 
 
 def lightly(job: Job) -> Views:
-    """lightly's BYOL views, given the same strengths, without their normalisation: float32 tensors in [0, 1].
+    """lightly's BYOL views with the same parameters, without normalisation: float32 tensors in [0, 1].
 
     Raises:
         Missing: lightly is not installed.
@@ -272,7 +272,7 @@ def lightly(job: Job) -> Views:
 
 
 def blur_pillow(sigma: tuple[float, float], image: Image.Image) -> Image.Image:
-    """Pillow's Gaussian blur, its sigma drawn between two bounds, in pixels."""
+    """Pillow's Gaussian blur, with a random sigma between two bounds, in pixels."""
     return image.filter(ImageFilter.GaussianBlur(random.uniform(*sigma)))
 
 
@@ -282,7 +282,7 @@ def read_pillow(path: str) -> Image.Image:
 
 
 def _recipes(job: Job, read: Read, t: ModuleType, blur: Transform, last: Sequence[Transform]) -> Views:
-    """One recipe per view and level, from torchvision's transforms, version 1 or 2."""
+    """One transform per view and level, made of torchvision's transforms, version 1 or 2."""
     a = job.plan.augment
     transforms = [
         t.Compose(
@@ -312,5 +312,5 @@ CONTENDERS: dict[str, tuple[str, Callable[[Job, int], AbstractContextManager[Tak
     "torchvision": ("torchvision v2\n(DataLoader)", functools.partial(workers, recipe=torchvision_v2)),
     "lightly": ("lightly\n(DataLoader)", functools.partial(workers, recipe=lightly)),
 }
-"""By key, each in words, and what makes it with a number of threads."""
+"""By key: the label in charts, and a function that creates the contender with a number of threads."""
 OURS = ("fused", "stock")

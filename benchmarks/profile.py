@@ -1,6 +1,7 @@
-"""Which kernels a run's time goes to, and how long the device idles: ``python -m benchmarks.profile CONFIG key=value``.
+"""Kernels that take a run's time, and the device's idle time: ``python -m benchmarks.profile CONFIG key=value``.
 
-Steps of the trainer on images of the loader, profiled after a few others; on a CPU its operators stand for kernels.
+Profiles steps of the trainer with images of the loader, after a few others. On a CPU, operators are shown instead of
+kernels.
 """
 
 import re
@@ -27,7 +28,7 @@ KINDS = {
     "copies": r"memcpy|memset|copy|catarray|::cat|::to\b",
     "other": "",
 }
-"""What a kernel is for, by the first expression that is in its name."""
+"""Kinds of kernels; a kernel is of the first kind whose expression matches its name."""
 _COLUMNS = {
     "kernel": itemgetter("name"),
     "share": "{share:.1%}".format_map,
@@ -38,7 +39,7 @@ _WARM_UP = 5
 
 
 def measure(config: Config, steps: int) -> list[Result]:
-    """What :func:`evaluate` makes of so many steps."""
+    """Profiles some steps; returns the results of :func:`evaluate`."""
     trainer = Trainer(config)
     on_gpu = trainer.device.type == "cuda"
 
@@ -48,7 +49,7 @@ def measure(config: Config, steps: int) -> list[Result]:
 
     with trainer.loader:
         timed(step, _WARM_UP)
-        # Not the host's operators, too, which would take time that the GPU waits for.
+        # On a GPU the host's operators are not profiled: this would slow the host down, and the GPU would wait.
         with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
             seconds = timed(step, steps)
     device = DeviceType.CUDA if on_gpu else DeviceType.CPU
@@ -65,14 +66,17 @@ def evaluate(
     steps: int,
     images: int,
 ) -> list[Result]:
-    """A result for the step, with ``idle``, the part of it in which the device did nothing, and ``kinds``, the parts of
-    the device's time by what kernels are for; then one for each kernel, the longest first.
+    """A result for the step, then one for each kernel, the longest first.
+
+    The step has ``idle``, the share of its time in which the device was idle, and ``kinds``, the shares of the device's
+    time by kinds of kernels.
 
     Args:
-        kernels: name, microseconds and calls of each, over all steps.
-        spans: from when to when the device was busy, microseconds.
-        seconds: of all steps, on the host's clock.
-        images: of a step.
+        kernels: name, microseconds and calls of each kernel, over all steps.
+        spans: start and end of the device's activities, microseconds.
+        seconds: duration of all steps, on the host's clock.
+        steps: number of steps.
+        images: images per step.
     """
     ordered = sorted(kernels, key=itemgetter(1), reverse=True)
     total = sum(time for _, time, _ in ordered) or 1
@@ -99,7 +103,7 @@ def evaluate(
 
 
 def busy(spans: Iterable[tuple[float, float]]) -> float:
-    """How long at least one of the spans lasts."""
+    """Length of the union of spans."""
     total, until = 0.0, float("-inf")
     for start, end in sorted(spans):
         total += max(0.0, end - max(start, until))
@@ -108,7 +112,7 @@ def busy(spans: Iterable[tuple[float, float]]) -> float:
 
 
 def table(results: Sequence[Result], most: int = 20) -> str:
-    """What was measured, as Markdown, with the longest kernels."""
+    """The results as Markdown, with the longest kernels."""
     step, *kernels = results
     kinds = markdown(["idle", *step["kinds"]], [[f"{part:.1%}" for part in (step["idle"], *step["kinds"].values())]])
     rows = [[make(kernel) for make in _COLUMNS.values()] for kernel in kernels[:most]]
@@ -117,9 +121,9 @@ def table(results: Sequence[Result], most: int = 20) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argument_parser(__doc__, repeat=1, plot=False)
-    parser.add_argument("config", type=Path, nargs="?", default=DEMO, help="YAML file; the demo's without it")
+    parser.add_argument("config", type=Path, nargs="?", default=DEMO, help="YAML file; default: the demo's")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.root=FOLDER")
-    parser.add_argument("--steps", type=int, default=5, help="that are profiled")
+    parser.add_argument("--steps", type=int, default=5, help="number of profiled steps")
     options = parser.parse_intermixed_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         config, _ = prepare(options.config, [*options.overrides, f"output={folder}"], 0)

@@ -1,7 +1,7 @@
-"""Puts measured tables into README files and documents: ``python -m benchmarks.readme``.
+"""Writes tables of results into README files and documents: ``python -m benchmarks.readme``.
 
-A table stands between ``<!-- benchmarks/results/NAME.json -->`` and ``<!-- end -->``. An excerpt of the first table of
-a result names columns, then rows by their first cells: ``<!-- benchmarks/results/NAME.json (A; B) (row; row) -->``.
+A table is between ``<!-- benchmarks/results/NAME.json -->`` and ``<!-- end -->``. For an excerpt of a result's first
+table, list columns and then rows, by their first cells: ``<!-- benchmarks/results/NAME.json (A; B) (row; row) -->``.
 """
 
 import json

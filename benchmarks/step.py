@@ -1,21 +1,22 @@
-"""A training step beside the authors' way and beside supervised training: ``python -m benchmarks.step``.
+"""Compares a training step with the authors' step and with supervised training: ``python -m benchmarks.step``.
 
-A step is forward, backward, clip, optimiser and momentum network, on fixed inputs of noise:
+A step is forward, backward, clipping, optimiser and momentum network, on fixed random inputs:
 
-* ``authors``: the authors' step in plain PyTorch (:mod:`benchmarks.authors`), at canvases of ``--cells`` cells;
-* ``released``: the preset that computes the same, at the same canvases;
-* ``matched``: the preset that needs less for it, likewise;
+* ``authors``: the authors' step in plain PyTorch (:mod:`benchmarks.authors`), on canvases of ``--cells`` cells;
+* ``released``: the preset that computes the same, on the same canvases;
+* ``matched``: the preset that computes only what enters the loss, on the same canvases;
 * ``recompute``: ``matched`` with activation checkpointing;
-* ``graph``, ``compile``: ``matched`` as a CUDA graph, which needs a GPU, and by torch.compile;
-* ``bf16``: ``matched`` in bf16, whatever ``--precision``; slower than fp32 on a CPU without bf16 instructions, of which
-  ``mcl doctor`` tells;
-* ``budget``, ``budget_2x``: the preset of that name at every size of its own canvas schedule, whatever ``--cells``; a
-  round is the mean of its sizes, weighted by their epochs;
-* ``supervised``: torchvision's model at 224 px, whatever ``--cells``: what ``mcl budget`` compares with;
-  ``supervised_canvas``: the same at canvas size. Forward, backward, SGD.
+* ``graph``, ``compile``: ``matched`` as a CUDA graph, which needs a GPU, and with torch.compile;
+* ``bf16``: ``matched`` in bf16, regardless of ``--precision``. It is slower than fp32 on a CPU without bf16
+  instructions; ``mcl doctor`` says whether it has them;
+* ``budget``, ``budget_2x``: the preset of that name with its own canvas schedule, regardless of ``--cells``. All sizes
+  are measured; a round is their mean, weighted by epochs;
+* ``supervised``: torchvision's model at 224 px, regardless of ``--cells``, with which ``mcl budget`` compares;
+  ``supervised_canvas``: the same at canvas size. Their steps are forward, backward and SGD.
 
-Each has a process of its own. All take turns, one at a time, in rounds, with a step before the one that is timed; what
-is reported are medians over rounds, and the peak of each process. FLOPs and saved bytes are counted (``mcl.budget``).
+Each contender has its own process. They take turns, one at a time, in rounds; each turn has an untimed step first.
+Medians over rounds and the peak memory of each process are reported. FLOPs and saved bytes are counted
+(``mcl.budget``).
 """
 
 import contextlib
@@ -50,24 +51,25 @@ from mcl.train.step import TrainingStep
 from mcl.train.trainer import resolve_device
 
 Step = Callable[[int], object]
-"""Does a step on images, or canvases, of so many pixels; the first one of a size makes the inputs."""
+"""Runs a step on images, or canvases, with a side of so many pixels; inputs are made in the first step of a size."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all contenders have in common."""
+    """Settings that all contenders share."""
 
     backbone: str
-    cells: int  # of the canvases; canvas schedules keep their own
-    images: int  # of a step
-    precision: str  # as trainer.precision
-    device: str  # as trainer.device
-    tf32: bool = True  # as trainer.tf32
+    cells: int  # of canvases; canvas schedules are not changed
+    images: int  # per step
+    precision: str  # trainer.precision
+    device: str  # trainer.device
+    tf32: bool = True  # trainer.tf32
 
 
 Stage = dict[str, Any]
-"""Epochs with images, or canvases, of one size: ``epochs``, ``side`` (pixels), and, counted, ``gflop_per_image`` and
-``saved_bytes``, which autograd keeps for backward; the latter not of supervised training."""
+"""Epochs with images, or canvases, of one size: ``epochs``, ``side`` (pixels), and the counted values
+``gflop_per_image`` and ``saved_bytes``, which autograd keeps for backward; supervised training has no
+``saved_bytes``."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class Supervised:
     side: int
 
     def stages(self) -> list[Stage]:
-        """What is to be measured, counted beforehand: takes seconds."""
+        """The stages to measure, with counted FLOPs; counting takes seconds."""
         flops = count.supervised(self.setting.backbone, self.side)
         return [{"epochs": 1, "side": self.side, "gflop_per_image": flops / 1e9}]
 
@@ -107,16 +109,16 @@ class Supervised:
 
 @dataclass(frozen=True)
 class Pretraining:
-    """A preset of this project, in one process: forward, backward, clip, optimiser, momentum network."""
+    """A preset of this project, in one process: forward, backward, clipping, optimiser, momentum network."""
 
     config: Config
-    plain: bool = False  # the authors' step in plain PyTorch instead, which computes the same as `released`
+    plain: bool = False  # whether to run the authors' step in plain PyTorch, which computes the same as `released`
 
     def stages(self) -> list[Stage]:
-        """As of :class:`Supervised`.
+        """As :meth:`Supervised.stages`.
 
         Raises:
-            ConfigError: the batch fills no whole canvases.
+            ConfigError: the batch does not fill whole canvases.
         """
         counted = ["epochs", "gflop_per_image", *([] if self.plain else ["saved_bytes"])]
         stages = budget(self.config, gpus=1)["stages"]
@@ -145,7 +147,7 @@ class Pretraining:
 
 
 def _noise(images: int, side: int, seed: int) -> torch.Tensor:
-    """(images, 3, side, side), channels_last."""
+    """Random values (images, 3, side, side), channels_last."""
     pixels = torch.randn(images, 3, side, side, generator=torch.Generator().manual_seed(seed))
     return pixels.contiguous(memory_format=torch.channels_last)
 
@@ -154,10 +156,10 @@ Contender = Supervised | Pretraining
 
 
 def _preset(setting: Setting, name: str, *words: str, scheduled: bool = False) -> Pretraining:
-    """A preset with the backbone, batch, precision, device and size of the setting, and with `words`.
+    """A preset with the backbone, batch, precision, device and size of the setting, and with the overrides `words`.
 
     Args:
-        scheduled: it keeps the sizes of its own canvas schedule.
+        scheduled: whether to keep the preset's canvas schedule.
     """
     common = [
         f"model.backbone={setting.backbone}",
@@ -186,11 +188,11 @@ CONTENDERS: dict[str, tuple[str, Callable[[Setting], Contender]]] = {
     "budget": ("budget", lambda setting: _preset(setting, "budget", scheduled=True)),
     "budget_2x": ("budget_2x", lambda setting: _preset(setting, "budget_2x", scheduled=True)),
 }
-"""By key, each in words, and what makes it."""
+"""By key: the label in tables, and a function that creates the contender."""
 
 
 def apart(contender: Contender) -> ProcessPoolExecutor:
-    """A process for a contender, so that one has the memory at a time and its peak can be found out."""
+    """A separate process for a contender, so that contenders do not share memory and its peak can be measured."""
     return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _start, (contender,))
 
 
@@ -203,11 +205,10 @@ def _start(contender: Contender) -> None:
 
 
 def seconds(side: int) -> float:
-    """Of a step on images, or canvases, of so many pixels, after one that is not timed; in a process of :func:`apart`.
+    """Seconds of a step on images, or canvases, with a side of so many pixels; runs in a process of :func:`apart`.
 
-    On a GPU it is the mean of several.
-
-    Then what is free goes back, for the other processes.
+    An untimed step comes first. On a GPU the result is the mean of several steps. Free memory is then returned to the
+    system, for the other processes.
     """
     _step(side)
     elapsed = per_call(lambda: _step(side), 10)
@@ -218,22 +219,23 @@ def seconds(side: int) -> float:
 
 
 def peak() -> int:
-    """Bytes at the peak of a process of :func:`apart`: resident, or allocated by PyTorch on the GPU."""
+    """Peak memory of a process of :func:`apart`, bytes: resident, or allocated by PyTorch on the GPU."""
     device = torch.device("cuda" if torch.cuda.is_initialized() else "cpu")
     return round(1e9 * memory.peak(device)["peak_memory_gb"])
 
 
 Stages = Mapping[str, Sequence[Stage]]
-"""What each contender is measured at."""
+"""The stages of each contender."""
 
 
 def measure(
     contenders: Mapping[str, Contender], stages: Stages, repeat: int
 ) -> tuple[dict[str, list[list[float]]], dict[str, int]]:
-    """Steps of all contenders, each in a process of its own.
+    """Measures steps of all contenders, each in its own process.
 
     Returns:
-        Of each contender, for each of its stages, the seconds of a step in every round; and the bytes at its peak.
+        For each contender and stage, the seconds of a step in every round; and for each contender, its peak memory in
+        bytes.
     """
     process = functools.cache(lambda name: apart(contenders[name]))
     entries = {f"{name}, {s['side']} px": (name, s["side"]) for name, each in stages.items() for s in each}
@@ -252,13 +254,14 @@ def evaluate(
 ) -> list[Result]:
     """One result per contender; ``seconds`` are per step.
 
-    ``ratio_to_supervised`` is the time of a step over that of a supervised one at 224 px, ``counted_ratio`` the same of
-    their FLOPs; ``faster_than_released`` is how many times, ``saved_of_released`` the part of its saved bytes. Each is
-    there where both sides are. The stages of a canvas schedule have the first two.
+    ``ratio_to_supervised`` is the time of a step divided by that of a supervised step at 224 px, ``counted_ratio`` the
+    ratio of their FLOPs. ``faster_than_released`` is the speed relative to ``released``, ``saved_of_released`` the
+    ratio of saved bytes. Ratios are left out if one of the two was not measured. Stages of a canvas schedule have the
+    first two.
 
     Args:
-        peaks: bytes, of each contender.
-        images: of a step.
+        peaks: peak memory of each contender, bytes.
+        images: images per step.
     """
     results = {}
     for name, each in stages.items():
@@ -312,13 +315,13 @@ _STAGE_COLUMNS = {
 
 
 def table(results: Sequence[Result]) -> str:
-    """What was measured, as Markdown."""
+    """The results as Markdown."""
     stages = [{"name": r["name"], **stage} for r in results for stage in r.get("stages", [])]
     return tables((results, _COLUMNS), (stages, _STAGE_COLUMNS))
 
 
 def bars(results: Sequence[Result]) -> dict[str, list[charts.Bar]]:
-    """What the chart shows."""
+    """Rows of the chart."""
     rows = {}
     for r in results:
         ours = not r["contender"].startswith(("supervised", "authors", "released"))
@@ -335,12 +338,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     default = ["supervised", "released", "matched", "recompute", "budget", "budget_2x"]
     parser = argument_parser(__doc__, repeat=5)
     parser.add_argument("--backbone", default="resnet50", help="model.backbone")
-    parser.add_argument("--cells", type=int, default=7, help="montage.cells: canvases of 32 times as many pixels")
-    parser.add_argument("--images", type=int, default=32, help="of a step (trainer.global_batch)")
+    parser.add_argument("--cells", type=int, default=7, help="montage.cells; a canvas side has 32 times as many pixels")
+    parser.add_argument("--images", type=int, default=32, help="images per step (trainer.global_batch)")
     parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="trainer.precision")
     parser.add_argument("--no-tf32", action="store_false", dest="tf32", help="trainer.tf32=false")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="trainer.device")
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=default, help="who takes part")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=default, help="what to measure")
     options = parser.parse_args(arguments)
     setting = Setting(options.backbone, options.cells, options.images, options.precision, options.device, options.tf32)
     contenders = {name: CONTENDERS[name][1](setting) for name in options.contenders}

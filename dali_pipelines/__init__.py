@@ -1,4 +1,4 @@
-"""The loader of ``mcl``: images to montages, with NVIDIA DALI or with torchvision, from one augmentation plan."""
+"""The loader of ``mcl``: makes montages from images, with NVIDIA DALI or torchvision, after one augmentation plan."""
 
 from pathlib import Path
 
@@ -11,4 +11,4 @@ BUILD = (
 
 _BUILT_FOR = Path(__file__).with_name("libmcl_dali.txt")
 DALI = _BUILT_FOR.read_text().strip() if _BUILT_FOR.exists() else "nvidia-dali-cuda130"
-"""The DALI to install, as pip names it: exactly the one that mcl's plugin was built for, as setup.py leaves it."""
+"""pip requirement of DALI: the exact version that mcl's plugin was built for, which setup.py records."""

@@ -1,4 +1,4 @@
-"""One view of a step as tensors, which the loader yields.
+"""One view of a step as tensors. The loader yields them.
 
 Shape letters: N images, K canvases of all levels, T tiles of all levels, L levels, S canvas side.
 """
@@ -22,11 +22,11 @@ class MontageBatch:
     pixels: Tensor  # (K, 3, S, S) channels_last memory, normalised; canvases of all levels, level 0 first
     labels: Tensor  # (N,) int64 class of each image, -1 unknown
     index: Tensor  # (N,) int64 dataset index of each image
-    tile_images: Tensor  # (T,) int64 which of the N images each tile shows, in level order, row-major
+    tile_images: Tensor  # (T,) int64 which of the N images each tile shows, level after level, row-major
     boxes: Tensor  # (T, 5) float32 row of the canvas in `pixels`, x1, y1, x2, y2 in canvas pixels
     crops: Tensor  # (T, 5) float32 x1, y1, x2, y2 of the crop in the image (0..1), flipped (1) or not (0)
     canvas_counts: tuple[int, ...]  # (L,) canvases per level, in `pixels`
-    query_counts: tuple[int, ...]  # (L,) how many of them, the first ones, go through the online network
+    query_counts: tuple[int, ...]  # (L,) how many of these, counted from the first, the online network processes
     ratios: tuple[int, ...]  # (L,) tiles per canvas side
     cells: int
     epoch: int
@@ -61,13 +61,13 @@ class MontageBatch:
         return self._select([[(0, count)] for count in counts], counts)
 
     def _select(self, ranges: Sequence[Sequence[tuple[int, int]]], queries: Sequence[int]) -> "MontageBatch":
-        """The canvases of some ranges (start, count) of each level, with their tiles; if adjacent, without a copy."""
+        """Selects ranges (start, count) of each level's canvases, with their tiles; adjacent ones are not copied."""
         canvases: list[slice] = []
         tiles: list[slice] = []
         for level, pieces in enumerate(ranges):
             canvas, tile, per_canvas = sum(self.canvas_counts[:level]), self.tiles(level).start, self.ratios[level] ** 2
             for start, count in pieces:
-                if not count:  # an empty piece among them would make torch.cat forget channels_last
+                if not count:  # with an empty piece, the result of torch.cat would not be channels_last
                     continue
                 own = slice(canvas + start, canvas + start + count)
                 its = slice(tile + start * per_canvas, tile + (start + count) * per_canvas)
@@ -100,7 +100,7 @@ class MontageBatch:
         return found
 
     def stacked(self) -> list[Tensor]:
-        """The tiles of each level as images of their own: (R, 3, tile, tile) channels_last."""
+        """The tiles of each level as separate images: (R, 3, tile, tile) channels_last."""
         levels = zip(self.pixels.split(self.canvas_counts), self.ratios, strict=True)
         return [cut(canvases, ratio) for canvases, ratio in levels]
 
@@ -115,7 +115,7 @@ class MontageBatch:
 
 
 def in_order(geometry: Geometry, images: int, pixels: Tensor) -> MontageBatch:
-    """A view of N images that come from nowhere: on every level their tiles follow each other in order.
+    """A view of N images without a source. On every level, tiles show the images in order.
 
     Args:
         pixels: (K, 3, S, S), the canvases.

@@ -18,7 +18,7 @@ STRIDE = 32
 """Stride of the coarsest feature map, C5."""
 
 MOST_CELLS = 1024
-"""Upper bound, far above what fits into memory."""
+"""Upper bound of `cells`, far above what fits into memory."""
 
 IntArray = npt.NDArray[np.int64]
 
@@ -57,13 +57,13 @@ class Geometry:
         self._check_cells(self.cells, "")
         epochs = [epoch for epoch, _ in self.schedule]
         if epochs != sorted(set(epochs)) or any(epoch < 1 for epoch in epochs):
-            raise ValueError(f"schedule: epochs {epochs} must increase from 1 on; montage.cells holds before")
+            raise ValueError(f"schedule: epochs {epochs} must increase from 1; montage.cells applies before")
         for epoch, cells in self.schedule:
             self._check_cells(cells, f"schedule: from epoch {epoch} on: ")
         if self.queries and len(self.queries) != len(ratios):
             raise ValueError(f"queries: {len(self.queries)} entries for {len(ratios)} ratios")
         if any(every < 1 for every in self.queries):
-            raise ValueError(f"queries: {list(self.queries)} must be at least 1; 4 is one canvas in 4")
+            raise ValueError(f"queries: {list(self.queries)} must be at least 1; 4 means one canvas in 4")
 
     def _check_cells(self, cells: int, where: str) -> None:
         if not 1 <= cells <= MOST_CELLS:
@@ -85,7 +85,7 @@ class Geometry:
 
     @property
     def fewest_cells(self) -> int:
-        """Of all epochs."""
+        """Smallest number of cells in any epoch."""
         return min([self.cells, *(cells for _, cells in self.schedule)])
 
     @property

@@ -1,4 +1,4 @@
-"""Where tiles lie on canvases: their boxes, how they are put together, and how maps are cut into them again."""
+"""Layout of tiles on canvases: boxes of tiles, assembly of canvases, and cutting maps into tiles."""
 
 import functools
 from collections.abc import Sequence
@@ -39,13 +39,13 @@ def lay_out(tiles: Sequence[Tensor], tile_images: Sequence[IntArray], ratios: Se
 def assemble(tiles: Tensor, ratio: int) -> Tensor:
     """Lays (canvases * ratio^2, 3, tile, tile) out row-major: (canvases, 3, S, S)."""
     _, channels, side, _ = tiles.shape
-    grid = tiles.permute(0, 2, 3, 1).reshape(-1, ratio, ratio, side, side, channels)  # as DALI's tiles lie in memory
+    grid = tiles.permute(0, 2, 3, 1).reshape(-1, ratio, ratio, side, side, channels)  # no copy
     canvases = grid.transpose(2, 3).reshape(-1, ratio * side, ratio * side, channels)
     return canvases.permute(0, 3, 1, 2)
 
 
 def cut(canvases: Tensor, ratio: int) -> Tensor:
-    """The inverse of :func:`assemble`, of any maps: (n, C, S, S) to (n * ratio^2, C, tile, tile), channels_last."""
+    """The inverse of :func:`assemble`, for any maps: (n, C, S, S) to (n * ratio^2, C, tile, tile), channels_last."""
     n, channels, side, _ = canvases.shape
     tile = side // ratio
     grid = canvases.permute(0, 2, 3, 1).reshape(n, ratio, tile, ratio, tile, channels)
@@ -53,13 +53,13 @@ def cut(canvases: Tensor, ratio: int) -> Tensor:
 
 
 def join(pieces: Sequence[Tensor]) -> Tensor:
-    """``torch.cat``, without a copy where there is a single piece; under autocast, too, it keeps the dtype."""
+    """``torch.cat`` that does not copy a single piece, and keeps the dtype under autocast."""
     if len(pieces) == 1:
         return pieces[0]
-    with torch.autocast(pieces[0].device.type, enabled=False):  # whose cat takes no fp16 on a CPU
+    with torch.autocast(pieces[0].device.type, enabled=False):  # autocast's cat rejects fp16 on a CPU
         return torch.cat(list(pieces))
 
 
 def staged(x: Tensor, device: torch.device) -> Tensor:
-    """What an asynchronous copy can start from: one from pageable memory would wait for all that the GPU has to do."""
+    """Pins `x` if it is to be copied to a GPU: a copy from pageable memory waits for all work of the GPU."""
     return x.pin_memory() if device.type == "cuda" and x.device.type == "cpu" else x

@@ -1,4 +1,4 @@
-"""Memory that the loader lends to a GPU and keeps until the GPU has read it; limits how far the host is ahead."""
+"""Keeps the memory of steps until the GPU has read it, and limits how many steps the host may be ahead of the GPU."""
 
 from collections import deque
 
@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 class Lending:
-    """Memory of the steps that a GPU has been given and has not finished.
+    """Memory of steps that have been passed to a GPU and that it has not finished.
 
     Args:
         gpu: the CUDA device.
-        ahead: steps that it may not have finished when the next one is lent; the host waits for the one before them.
+        ahead: number of unfinished steps that are allowed when the next one is lent; the host waits for older ones.
     """
 
     def __init__(self, gpu: int, ahead: int) -> None:
@@ -20,15 +20,15 @@ class Lending:
 
     def lend(self, memory: list[Tensor]) -> None:
         """Keeps the memory of a step until the GPU has finished the step, so that freeing a tensor does not block."""
-        if self._steps:  # all that reads the last step's has been queued by now
+        if self._steps:  # all work that reads the memory of the last step has been queued
             self._steps[-1][1].record(torch.cuda.current_stream(self._gpu))
         while self._steps and (len(self._steps) > self._ahead or self._steps[0][1].query()):
             self._steps[0][1].synchronize()
             self._steps.popleft()
-        self._steps.append((memory, torch.cuda.Event(blocking=True)))  # threads of the loader need the cores
+        self._steps.append((memory, torch.cuda.Event(blocking=True)))  # a spinning host would take a core
 
     def settle(self) -> None:
-        """Waits for the GPU and gives everything back."""
+        """Waits for the GPU, then releases all memory."""
         if self._steps:
             torch.cuda.current_stream(self._gpu).synchronize()
         self._steps.clear()

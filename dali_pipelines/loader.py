@@ -1,4 +1,4 @@
-"""The loader: steps of a plan, carried out by an engine, as pairs of :class:`~dali_pipelines.batch.MontageBatch`."""
+"""The loader: an engine executes the steps of a plan, as pairs of :class:`~dali_pipelines.batch.MontageBatch`."""
 
 import contextlib
 import dataclasses
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
     from dali_pipelines.reference import TorchvisionEngine
 
 READERS = 32
-"""Threads that read shards and object stores, of which a read may take long, and that decode with Pillow."""
+"""Threads that read shards and object stores, where a read may take long, and that decode with Pillow."""
 
 READ_AHEAD = 2
-"""Steps that they are ahead of DALI, at most."""
+"""Largest number of steps that these threads may be ahead of DALI."""
 
 DECODED_AHEAD = 1 << 30
-"""Bytes of pixels decoded by Pillow with which no further step is begun, so that there are never more than these and
-those of one step."""
+"""Limit for pixels that Pillow has decoded in advance, bytes. Beyond it no further step is started, so that memory
+holds at most this and the pixels of one step."""
 
 _MEMORY = re.compile(
     "out of memory|bad_alloc|cudaErrorMemoryAllocation|CUDA allocation failed|(Can't|Cannot) allocate", re.IGNORECASE
@@ -44,7 +44,8 @@ _MEMORY = re.compile(
 _READS_IMAGES = re.compile(r"operator `nvidia\.dali\.fn\.(io\.file\.read|peek_image_shape|decoders\.image)`")
 
 ENOUGH_THREADS = 8
-"""Loader threads per GPU with which CPUs load: three times what an A100 takes of the default preset, by mcl budget."""
+"""Loader threads per GPU from which on CPUs decode: three times what an A100 needs with the default preset, as counted
+by mcl budget."""
 
 
 class BadDataError(RuntimeError):
@@ -59,12 +60,12 @@ class DaliEngine:
     """Runs plans in a DALI pipeline.
 
     Args:
-        plans: what to do, step by step; drawn some steps ahead, and carried out in that order.
+        plans: the plans of successive steps; taken some steps in advance, and executed in order.
         source: the images.
         name: fused or stock.
-        graph: what decides the operators.
-        images: per step, N.
-        threads: of DALI, and of ours that read where DALI cannot.
+        graph: the settings of the operators.
+        images: images per step, N.
+        threads: threads of DALI, and of the pool that reads what DALI cannot read.
         gpu: the CUDA device that gets the canvases; None leaves them on the CPU.
     """
 
@@ -82,7 +83,7 @@ class DaliEngine:
 
         self._plans, self._source, self._gpu, self._dali = plans, source, gpu, pipelines
         self._fused = name == "fused"
-        with contextlib.suppress(RuntimeError):  # stock can do without; but it keeps decoders' errors off the console
+        with contextlib.suppress(RuntimeError):  # stock needs it only to keep decoders' messages off the console
             pipelines.load_plugin()
         self._feed = pipelines.fused_feed if self._fused else pipelines.stock_feed
         self._by_path = ~source.by_pillow & (source.paths is not None)  # (n,) read by DALI's threads
@@ -102,14 +103,14 @@ class DaliEngine:
         self._pipeline.build()
 
     def collect(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Canvases of every view of the next step, [(K, 3, S, S) channels_last, ...], and the memory that is lent.
+        """Canvases of every view of the next step, [(K, 3, S, S) channels_last, ...], and the memory that holds them.
 
-        On a GPU, later work of the current stream waits for them; the host does not. Their memory is reused when it is
-        freed, so that work which reads it must have finished before.
+        On a GPU, later work of the current stream waits for the canvases; the host does not. DALI reuses their memory
+        once it is freed, so all work that reads it must have finished by then.
 
         Raises:
-            RuntimeError, OSError: an image of the steps in flight cannot be read or decoded, or has changed; the
-                pipeline cannot be used any more.
+            RuntimeError, OSError: an image of the steps in flight cannot be read or decoded, or has changed. The
+                pipeline cannot be used again.
         """
         *made, shapes = self._pipeline.run(None if self._gpu is None else torch.cuda.current_stream(self._gpu))
         plan = self._fed.popleft()
@@ -134,19 +135,19 @@ class DaliEngine:
             try:
                 _, shape = self._dali.decode_pipeline(encoded).run()
             except RuntimeError:
-                decode(encoded)  # Pillow says more clearly what is wrong
+                decode(encoded)  # Pillow's message is clearer
                 raise
             self._source.check_size(i, (shape.at(0)[1], shape.at(0)[0]))
         except OSError as error:
             return str(error)
         except RuntimeError as error:
             return None if _MEMORY.search(str(error)) else _cause(error)
-        except MemoryError:  # which says nothing about the image, either
+        except MemoryError:  # says nothing about the image, either
             pass
         return None
 
     def _next(self, _: int) -> list[Any]:
-        """What is fed to the pipeline for the next step."""
+        """The input of the pipeline for the next step."""
         ahead = 0 if self._by_path.all() else READ_AHEAD
         while not self._reading or (len(self._reading) <= ahead and self._decoded_ahead() < DECODED_AHEAD):
             if (plan := next(self._plans, None)) is None:
@@ -154,7 +155,7 @@ class DaliEngine:
             ours = plan.index[~self._by_path[plan.index]]
             self._reading.append((plan, self._readers.map(self._source.encoded, ours.tolist())))
         if not self._reading:
-            raise StopIteration  # by which DALI knows that the steps before are the last ones
+            raise StopIteration  # tells DALI that the earlier steps were the last ones
         plan, read = self._reading.popleft()
         is_path, paths = self._by_path[plan.index], self._source.paths or ()
         contents = [
@@ -176,7 +177,7 @@ class DaliEngine:
 
 
 def _cause(error: Exception) -> str:
-    """The cause of an error of a pipeline, in one line of DALI's message."""
+    """The line of DALI's message that tells the cause of an error of a pipeline."""
     text = str(error).rpartition("encountered:")[2]
     return "DALI: " + next((line.strip(" :") for line in text.splitlines() if line.strip()), "cannot decode it")
 
@@ -187,13 +188,13 @@ def choose_engine(data: DataConfig, cuda: bool, threads: int) -> tuple[str, str,
     Args:
         data: requested engine and device.
         cuda: whether this process has a CUDA device.
-        threads: of the loader.
+        threads: number of loader threads.
 
     Returns:
         engine (fused, stock or torchvision), device (cpu or gpu), and the reason in words.
 
     Raises:
-        ConfigError: what was asked for is not there.
+        ConfigError: the requested engine or device is not available.
     """
     engines = ("fused", "stock", "torchvision") if data.engine == "auto" else (data.engine,)
     enough = threads >= ENOUGH_THREADS
@@ -210,12 +211,12 @@ def choose_engine(data: DataConfig, cuda: bool, threads: int) -> tuple[str, str,
     if data.device == "gpu" and not cuda:
         raise ConfigError("data.device: gpu needs a CUDA device; use data.device=cpu")
     cpu_can = _obstacle(engines[-1], "cpu", cuda) is None
-    key = "data.device: gpu cannot be had, but cpu can" if cpu_can else f"data.engine: {data.engine} cannot be had"
+    key = "data.device: gpu is not available, cpu is" if cpu_can else f"data.engine: {data.engine} is not available"
     raise ConfigError(f"{key}: {'; '.join(dict.fromkeys(missing))}")
 
 
 def _obstacle(engine: str, device: str, cuda: bool) -> str | None:
-    """Why an engine cannot run on a device, and the remedy; empty if it can."""
+    """Why an engine cannot run on a device, and the remedy; None if it can."""
     if device == "gpu" and not cuda:
         return "no CUDA device"
     if engine == "torchvision":
@@ -236,26 +237,27 @@ def _obstacle(engine: str, device: str, cuda: bool) -> str | None:
 
 
 def default_threads(local_world_size: int = 1) -> int:
-    """Cores this process may use, shared among the processes of the machine."""
+    """Number of cores that this process may use, divided by the processes of the machine."""
     return max(1, len(os.sched_getaffinity(0)) // local_world_size)
 
 
 class MontageLoader:
-    """An iterator over pairs (query view, key view), endless or until the end of its plan, that starts at any step.
+    """An iterator over pairs (query view, key view), which is endless unless its plan ends. It can start at any step.
 
-    Its state is a position and the list of bad files. A loader that gets the state of another one continues exactly
-    where that one stopped, regardless of prefetching.
+    The state of a loader is its position and the list of bad files. A loader that loads the state of another continues
+    exactly where the other stopped, regardless of prefetching.
 
     Args:
         source: the images.
         plan: order, crops, augmentations and montages.
         data: engine, device, threads, prefetch and limits.
-        gpu: CUDA device of the canvases, if the engine runs on a GPU.
+        gpu: CUDA device that gets the canvases; None leaves them on the CPU.
+        threads: number of loader threads; None: as ``data.threads`` says.
 
     Raises:
-        ConfigError: fewer images than a step needs, or an engine that is not there.
-        BadDataError: too many bad files; raised when they are found.
-        LoaderMemoryError: see there; raised when a step is loaded.
+        ConfigError: there are fewer images than a step needs, or the engine is not available.
+        BadDataError: there are too many bad files; raised when they are found.
+        LoaderMemoryError: there is too little memory; raised when a step is loaded.
     """
 
     def __init__(
@@ -279,7 +281,7 @@ class MontageLoader:
         self._lending = None if gpu is None else Lending(gpu, data.prefetch)
         self._on_bad: Callable[[int, str, str], None] | None = None
         self._engine: DaliEngine | TorchvisionEngine | None = None
-        self._ahead: deque[StepPlan] = deque()  # drawn by the engine, not yet collected
+        self._ahead: deque[StepPlan] = deque()  # taken by the engine, not yet collected
         self.position = 0
         self.bad: dict[int, str] = {}
         self._add_bad(source.bad)
@@ -356,7 +358,7 @@ class MontageLoader:
             return TorchvisionEngine(self._plans(), plan.augment, self._data, source, self._threads)
         from dali_pipelines.pipelines import Graph
 
-        # Not the largest: memory is set aside for a whole batch of them.
+        # Not the largest size: memory is allocated for a whole batch of such images.
         width, height = np.percentile(source.sizes, 99, 0).astype(int).tolist()
         graph = Graph(
             plan.geometry,
@@ -373,15 +375,15 @@ class MontageLoader:
         """Decodes the files of the steps in flight one by one, notes the broken ones and restarts the engine.
 
         Raises:
-            LoaderMemoryError: memory was what is missing.
-            Exception: `error`, if no image can be to blame.
+            LoaderMemoryError: the error was a lack of memory.
+            Exception: `error` itself, if images cannot be its cause.
         """
         assert self._engine is not None
         text, remedies = (
             str(error),
             {
                 "cpu": "lower data.prefetch, data.threads or trainer.global_batch",
-                "gpu": "lower data.prefetch, set data.device=cpu, or leave it more by a larger trainer.accumulate",
+                "gpu": "lower data.prefetch, set data.device=cpu, or raise trainer.accumulate, which frees GPU memory",
             },
         )
         if isinstance(error, MemoryError) or _MEMORY.search(text):
@@ -389,17 +391,17 @@ class MontageLoader:
             raise LoaderMemoryError(
                 f"not enough memory to load a step on the {self.device.upper()} ({cause}); {remedies[self.device]}"
             ) from error
-        # DALI quotes names of files in its errors, which may be no text.
+        # DALI quotes file names in its errors, and a name need not be valid UTF-8.
         if not isinstance(error, (OSError, UnicodeDecodeError)) and not _READS_IMAGES.search(text):
             raise error
         engine, suspects = self._engine, np.unique(np.concatenate([plan.index for plan in self._ahead]))
-        self.close()  # gives its memory back
+        self.close()  # frees its memory
         reasons = {int(i): engine.decodes(int(i)) for i in suspects}
         found = {i: reason for i, reason in reasons.items() if reason is not None}
         if not found:
             raise LoaderMemoryError(
                 f"the {len(suspects)} images of the next steps can be decoded one by one, but not together "
-                f"({_cause(error)}), as where memory is too little: {remedies[self.device]}"
+                f"({_cause(error)}), probably for lack of memory: {remedies[self.device]}"
             ) from error
         self._add_bad(found)
 
@@ -414,7 +416,7 @@ class MontageLoader:
                 self._on_bad(i, self.source.names[i], reason)
 
     def _check_bad(self) -> None:
-        # Were all of them bad, there would be nothing to replace them with, whatever fraction is allowed.
+        # If all images are bad, none is left to replace them with, whatever fraction is allowed.
         if len(self.bad) > self._data.max_bad_fraction * len(self.source) or len(self.bad) == len(self.source):
             i, reason = min(self.bad.items())
             raise BadDataError(

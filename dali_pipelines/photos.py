@@ -1,4 +1,4 @@
-"""Photographs as they are, each once and in a given order: the plan of an evaluation, for the engines of training."""
+"""The plan of an evaluation, for the engines of training: every photograph once, in a given order, not augmented."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class PhotoPlan(Plan):
     shown: IntArray
     """(n,) dataset indices, in the order in which they are shown."""
     whole: bool = False
-    """Shows the whole image, its sides scaled apart, in place of the square in its middle."""
+    """Show the whole image, without keeping its aspect ratio, instead of its central square."""
 
     @property
     def views(self) -> int:
@@ -28,7 +28,7 @@ class PhotoPlan(Plan):
 
     @property
     def steps(self) -> int:
-        """Of `images` each; the last one may have fewer."""
+        """Number of steps of `images` photographs each; the last step may have fewer."""
         return -(-len(self.shown) // self.images)
 
     @property
@@ -36,11 +36,11 @@ class PhotoPlan(Plan):
         return self.steps
 
     def wanted(self, step: int) -> IntArray:
-        """(N,) dataset indices of a step, whether they can be decoded or not."""
+        """(N,) dataset indices of a step, including bad ones."""
         return self.shown[step * self.images : (step + 1) * self.images]
 
     def samples(self, step: int, bad: Collection[int]) -> IntArray:
-        """As :meth:`wanted`, with substitutes for the bad ones."""
+        """As :meth:`wanted`, with substitutes for bad ones."""
         index = self.wanted(step).copy()
         for i, sample in enumerate(index.tolist()):
             if sample in bad:
@@ -80,5 +80,5 @@ class PhotoPlan(Plan):
 
 
 def canvas_of(cells: int) -> Geometry:
-    """Canvases that show one image each."""
+    """The geometry of canvases that show one image each."""
     return Geometry(cells=cells, ratios=(1,), images_per_canvas=(1,))

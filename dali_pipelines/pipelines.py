@@ -1,8 +1,8 @@
-"""The DALI pipelines: encoded images in, normalised canvases or tiles out.
+"""The DALI pipelines, which turn encoded images into normalised canvases or tiles.
 
-``fused_pipeline`` makes canvases in one operator of mcl (``kernels/dali``), ``stock_pipeline`` makes their tiles in
-DALI's. Both decode every image once. One graph for both devices: on the CPU everything runs there; on a GPU the decoder
-is ``mixed`` and what follows runs on that GPU. What is fed to a graph, the ``*_feed`` functions compute from a plan.
+``fused_pipeline`` makes canvases with one operator of mcl (``kernels/dali``); ``stock_pipeline`` makes their tiles with
+DALI's operators. Both decode every image once. The graph is the same for CPU and GPU: on a GPU the decoder is ``mixed``
+and all later operators run on the GPU. The ``*_feed`` functions compute the inputs of a graph from a plan.
 """
 
 import dataclasses
@@ -25,30 +25,30 @@ from dali_pipelines.settings import AugmentConfig, DataConfig
 from dali_pipelines.stock_ops import Node, Recipe
 
 PLUGIN = Path(__file__).parent / "libmcl_dali.so"
-"""The fused operator, as setup.py builds it."""
+"""The library of the fused operator, built by setup.py."""
 
 INSTALLED = f"nvidia-dali-cuda{str(dali.__cuda_version__)[:2]}0=={dali.__version__}"
-"""This DALI, as pip names it."""
+"""pip requirement of the installed DALI."""
 
 _DTYPES = {"auto": types.FLOAT, "float32": types.FLOAT, "float16": types.FLOAT16}
 
 Feed = Callable[[int], list[Any]]
-"""What ``external_source`` calls for each batch, with its number: the arrays of a plan."""
+"""Called by ``external_source`` with the number of each batch; returns the arrays of a plan."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Graph:
-    """What decides the operators of a pipeline."""
+    """The settings that determine the operators of a pipeline."""
 
     geometry: Geometry
     augment: AugmentConfig
     data: DataConfig
     device: Literal["cpu", "gpu"] = "cpu"
-    """Where images are decoded and augmented."""
+    """Device that decodes and augments."""
     upload: bool = False
-    """Canvases made on the CPU are copied to the pipeline's GPU."""
+    """Copy canvases that were made on the CPU to the pipeline's GPU."""
     usual: tuple[int, int] = (0, 0)
-    """Width, height that hardly any image exceeds, pixels: a GPU sets memory for decoding them aside at once."""
+    """Width, height that few images exceed, pixels; a GPU allocates memory for decoding such images in advance."""
     views: int = VIEWS
 
     @property
@@ -63,13 +63,13 @@ class Graph:
 
 @functools.cache
 def load_plugin() -> frozenset[str]:
-    """Makes ``fn.mcl.montage`` known to DALI; returns the devices that it was built for: cpu, perhaps gpu.
+    """Registers ``fn.mcl.montage`` with DALI; returns the devices that it was built for: cpu, and gpu if with CUDA.
 
     Raises:
         RuntimeError: the library was built for another DALI, or does not load; the message names the remedy.
     """
     if not INSTALLED.startswith(DALI):
-        raise RuntimeError(f"it serves {DALI}, and {INSTALLED} is installed; pip install {DALI}")
+        raise RuntimeError(f"it was built for {DALI}, but {INSTALLED} is installed; pip install {DALI}")
     try:
         plugin_manager.load_library(str(PLUGIN))
     except RuntimeError as error:
@@ -80,7 +80,7 @@ def load_plugin() -> frozenset[str]:
 
 @pipeline_def(enable_conditionals=True)
 def fused_pipeline(feed: Feed, graph: Graph) -> tuple[Node, ...]:
-    """The canvases of every view, (N, K * S / N, S, 3), which is (K, S, S, 3) in memory; then the images' shapes."""
+    """Returns the canvases of every view, (N, K * S / N, S, 3), which is (K, S, S, 3) in memory, and images' shapes."""
     contents, is_path, recipes, slots, cells = fn.external_source(source=feed, num_outputs=5, batch=True)
     image, shape = decode(read(contents, is_path), graph)
     views = fn.mcl.montage(  # type: ignore[attr-defined]  # the plugin's
@@ -94,7 +94,7 @@ def fused_pipeline(feed: Feed, graph: Graph) -> tuple[Node, ...]:
         released=graph.released,
         **graph.normalisation(),
     )
-    views = [views] if graph.views == 1 else views  # DALI gives a single output without a list
+    views = [views] if graph.views == 1 else views  # DALI returns a single output without a list
     return *(view.gpu() if graph.upload else view for view in views), shape
 
 
@@ -102,7 +102,7 @@ def fused_feed(plan: StepPlan) -> list[Any]:
     """Recipes (N, views * levels, 17), slots (N, tiles of one image) and cells (N,), for the fused pipeline."""
     n = len(plan.index)
     recipes = [recipe_rows(a) for a in chain(*plan.augmentations)]
-    # Every image is shown equally often, so the slots sorted by image are a row per image.
+    # Every image is shown equally often, so that sorting slots by image gives one row per image.
     slots = [np.argsort(shown, kind="stable").reshape(n, -1) for shown in chain(*plan.tile_images)]
     return [
         np.stack(recipes, 1),
@@ -112,14 +112,14 @@ def fused_feed(plan: StepPlan) -> list[Any]:
 
 
 def recipe_rows(a: Augmentation) -> npt.NDArray[np.float32]:
-    """(n, 17) numbers of as many recipes, in the order of kernels/dali/recipe.h."""
+    """The recipes of n tiles, (n, 17), with the fields of kernels/dali/recipe.h."""
     columns = [a.window, a.flip, a.jitter, a.order, a.factors, a.gray, a.sigma, a.solarize]
     return np.column_stack(columns).astype(np.float32)
 
 
 @pipeline_def(enable_conditionals=True)
 def stock_pipeline(feed: Feed, graph: Graph) -> tuple[Node, ...]:
-    """The tiles of every view and level, (N, tile, tile, 3), for PyTorch to lay out; then the images' shapes."""
+    """Returns the tiles of every view and level, (N, tile, tile, 3), which PyTorch lays out, and images' shapes."""
     inputs = 3 + graph.views * graph.geometry.levels * stock_ops.RECIPE_NODES
     contents, is_path, canvas, *rest = fn.external_source(source=feed, num_outputs=inputs, batch=True)
     image, shape = decode(read(contents, is_path), graph)
@@ -134,26 +134,26 @@ def stock_pipeline(feed: Feed, graph: Graph) -> tuple[Node, ...]:
 
 
 def stock_feed(plan: StepPlan) -> list[Any]:
-    """Sides of the canvas (N,), and the arrays of all recipes, for the stock pipeline."""
+    """Canvas sides (N,) and the arrays of all recipes, for the stock pipeline."""
     canvas = np.full(len(plan.index), plan.geometry.canvas, np.int32)
     return [canvas, *chain(*map(stock_ops.recipe_arrays, chain(*plan.augmentations)))]
 
 
 def read(contents: Node, is_path: Node) -> Node:
-    """Encoded images: what DALI's threads read where contents are paths, else the contents themselves."""
+    """Encoded images: `contents`, or the files read by DALI's threads where `contents` are paths."""
     if is_path:
         contents = fn.io.file.read(contents)
     return contents
 
 
 def decode(encoded: Node, graph: Graph) -> tuple[Node, Node]:
-    """RGB pixels as stored: EXIF rotation is ignored, since the plan's sizes are the header's.
+    """RGB pixels as stored: EXIF rotation is ignored, since plans use the sizes in headers.
 
     Returns:
-        The image, and its shape (height, width, 3) on the CPU, by which one that has changed since is noticed.
+        The image, and its shape (height, width, 3) on the CPU, from which the loader sees whether the file has changed.
     """
-    # DALI's decoder crashes where it cannot read the header of one of 32 images or more; this operator only fails. The
-    # shape that is given to the encoded bytes, their own, makes the decoder wait for it.
+    # In batches of 32 images or more DALI's decoder crashes if it cannot read a header, whereas peek_image_shape raises
+    # an error. The reshape changes nothing: it only makes the decoder depend on peek_image_shape.
     header = fn.peek_image_shape(encoded, dtype=types.INT32)
     encoded = fn.reshape(encoded, shape=encoded.shape(dtype=types.INT32) + 0 * header[:1])
     image = fn.decoders.image(
@@ -161,7 +161,7 @@ def decode(encoded: Node, graph: Graph) -> tuple[Node, Node]:
         device="mixed" if graph.device == "gpu" else "cpu",
         output_type=types.RGB,
         adjust_orientation=False,
-        # Only read by a GPU: chroma as on the CPU, the share of the decoding engine, memory once instead of creeping.
+        # For GPUs only: upsample chroma as on the CPU; the hardware decoder's share; allocate memory once, in advance.
         jpeg_fancy_upsampling=True,
         hw_decoder_load=graph.data.hardware_decoder,
         preallocate_width_hint=graph.usual[0],
@@ -180,7 +180,7 @@ def make_tile(image: Node, recipe: Recipe, canvas: Node, ratio: int, released: b
 
 
 def decode_pipeline(encoded: bytes) -> Pipeline:
-    """Decodes one image on the CPU, to pixels and shape: tells whether it is the one that broke a batch."""
+    """A pipeline that decodes one image on the CPU to pixels and shape, to find out which image broke a batch."""
 
     @pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
     def pipeline() -> tuple[Node, ...]:

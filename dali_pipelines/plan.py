@@ -1,9 +1,9 @@
 """Order and augmentation as pure functions of (seed, epoch, position).
 
-No part of the loader owns a random state: every number below comes out of Philox 4x32-10, a counter-based generator
-(Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), at a counter made of the sample, the epoch and
-what the number is for. So a run resumes at any step for nothing, and any engine can carry out, or anyone draw, the same
-step. Purposes are numbered once and for all; a new one takes the next number.
+The loader has no random state. Every number comes from Philox 4x32-10, a counter-based generator (Salmon et al.,
+"Parallel random numbers: as easy as 1, 2, 3", SC 2011); the counter consists of the sample, the epoch and the purpose
+of the number. So a run can resume at any step at no cost, and every engine can execute the same step. The numbers of
+purposes must never change; a new purpose takes the next number.
 """
 
 import functools
@@ -22,13 +22,13 @@ from dali_pipelines.settings import AugmentConfig
 VIEWS = 2
 """Query view and key view."""
 
-_CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop
+_CROP_ATTEMPTS = 10  # as in torchvision's RandomResizedCrop
 _SUBSTITUTE_DRAWS = 64
-_AT_ONCE = 1 << 16  # samples whose words are drawn at a time: every process draws those of all samples
+_AT_ONCE = 1 << 16  # samples whose words are drawn at a time, to save memory
 
 
 class Purpose(IntEnum):
-    """What a number is drawn for: third word of the counter, above view and level."""
+    """What a number is drawn for. In the third word of the counter, in the bits above view and level."""
 
     ORDER = 0
     SUBSTITUTE = 1
@@ -73,13 +73,13 @@ def _uniform(words: npt.NDArray[np.uint32]) -> npt.NDArray[np.float64]:
 
 
 def _keys(words: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint64]:
-    """(n,) the first two of each row of random words, read as one 64-bit number: what is sorted by them is shuffled."""
+    """(n,) sort keys for shuffling: the first two words of each row, read as a 64-bit number."""
     return words[:, 0].astype(np.uint64) << np.uint64(32) | words[:, 1]
 
 
 @functools.lru_cache(maxsize=2)
 def order(seed: int, epoch: int, size: int) -> IntArray:
-    """The order in which an epoch visits `size` samples: a permutation."""
+    """The permutation in which an epoch visits `size` samples."""
     samples = np.array_split(np.arange(size), size // _AT_ONCE + 1)
     keys = [_keys(_words(seed, epoch, some, Purpose.ORDER, 1)) for some in samples]
     permutation = np.argsort(np.concatenate(keys), kind="stable")
@@ -88,7 +88,7 @@ def order(seed: int, epoch: int, size: int) -> IntArray:
 
 
 def substitute(seed: int, epoch: int, position: int, size: int, bad: Collection[int]) -> int:
-    """The sample shown at `position` of an epoch in place of one that cannot be decoded: the first good one drawn."""
+    """The sample that replaces a bad one at `position` of an epoch: the first drawn sample that is not bad."""
     draws = _uniform(_words(seed, epoch, position, Purpose.SUBSTITUTE, _SUBSTITUTE_DRAWS // 4))[0]
     drawn: list[int] = (draws * size).astype(np.int64).tolist()
     behind = ((drawn[-1] + k) % size for k in range(size))
@@ -97,12 +97,12 @@ def substitute(seed: int, epoch: int, position: int, size: int, bad: Collection[
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What happens to n images in one view at one level, in this order."""
+    """The augmentation of n images in one view at one level, in this order."""
 
     window: npt.NDArray[np.int32]  # (n, 4) x1, y1, x2, y2 of the crop in the source image, pixels
     flip: npt.NDArray[np.bool_]  # (n,)
-    jitter: npt.NDArray[np.bool_]  # (n,) whether the four colour operations happen
-    order: npt.NDArray[np.int64]  # (n, 4) which of them comes first, second, ...
+    jitter: npt.NDArray[np.bool_]  # (n,) whether the four colour operations are applied
+    order: npt.NDArray[np.int64]  # (n, 4) order of the colour operations
     factors: npt.NDArray[np.float32]  # (n, 4) brightness, contrast, saturation factors, hue shift in turns
     gray: npt.NDArray[np.bool_]  # (n,)
     sigma: npt.NDArray[np.float32]  # (n,) of the blur, in pixels of the image it is applied to; 0: no blur
@@ -110,7 +110,7 @@ class Augmentation:
 
 
 def blur_window(sigma: npt.NDArray[np.float32]) -> npt.NDArray[np.int32]:
-    """Side of a Gaussian's kernel, pixels: three sigma to either side."""
+    """Side of a Gaussian blur's kernel, pixels: three sigma to either side."""
     return np.asarray(2 * np.ceil(3 * sigma) + 1).astype(np.int32)
 
 
@@ -159,7 +159,7 @@ def augmentation(
     """Draws the augmentation of n samples.
 
     Args:
-        samples: (n,) dataset indices: with seed, epoch, view and level the key of every number drawn.
+        samples: (n,) dataset indices; these, seed, epoch, view and level determine every number drawn.
         sizes: (n, 2) width, height of these images, pixels.
         blur_scale: factor from canvas pixels to the pixels that are blurred.
     """
@@ -201,7 +201,7 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that decides what a rank sees: a pure function from step to :class:`StepPlan`."""
+    """Determines what a rank sees: a pure function from step to :class:`StepPlan`."""
 
     seed: int
     size: int  # samples of the dataset
@@ -222,7 +222,7 @@ class Plan:
 
     @property
     def steps(self) -> int | None:
-        """After which it ends; None for never."""
+        """Number of steps; None if the plan never ends."""
         return None
 
     @property
@@ -231,7 +231,7 @@ class Plan:
         return self.size // self.global_batch
 
     def samples(self, step: int, bad: Collection[int]) -> IntArray:
-        """(N,) dataset indices of a step, with substitutes for the bad ones."""
+        """(N,) dataset indices of a step, with substitutes for bad ones."""
         epoch, position = divmod(step, self.steps_per_epoch)
         first = position * self.global_batch + self.rank * self.images
         index = order(self.seed, epoch, self.size)[first : first + self.images].copy()

@@ -1,6 +1,6 @@
-"""The slow, obvious twin of the DALI pipeline: Pillow and torchvision carry the same plan out.
+"""A slow and simple implementation of the loader: Pillow and torchvision execute the same plans as DALI.
 
-It is the oracle of the other engines and the fallback where DALI is not installed.
+Tests compare the other engines with it, and it is used where DALI is not installed.
 """
 
 from collections import deque
@@ -25,7 +25,7 @@ def decode(source: Source, i: int) -> Tensor:
     """(3, H, W) uint8 of image i of a source.
 
     Raises:
-        OSError: it cannot be read or decoded, or has another size than the source says.
+        OSError: the image cannot be read or decoded, or does not have the size that its header had.
     """
     pixels = pillow_decode(source.read(i))
     source.check_size(i, (pixels.shape[1], pixels.shape[0]))
@@ -73,7 +73,7 @@ def make_tile(image: Tensor, a: Augmentation, i: int, geometry: Geometry, level:
 
 
 class TorchvisionEngine:
-    """Runs plans on a pool of threads; same interface as :class:`dali_pipelines.loader.DaliEngine`."""
+    """Runs plans in a pool of threads, with the interface of :class:`dali_pipelines.loader.DaliEngine`."""
 
     def __init__(
         self,
@@ -92,7 +92,7 @@ class TorchvisionEngine:
         self._pending: deque[tuple[StepPlan, list[Future[list[list[Tensor]]]]]] = deque()
 
     def collect(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Canvases of every view of the next step, [(K, 3, S, S) channels_last, ...]; none of it is lent.
+        """Canvases of every view of the next step, [(K, 3, S, S) channels_last, ...], and an empty list.
 
         Raises:
             OSError: an image of this step cannot be decoded.

@@ -1,8 +1,8 @@
-"""Graph functions: each takes and returns DALI nodes and runs on the device its image is on.
+"""Graph functions: each takes and returns DALI nodes and runs on the device of its image.
 
-They carry an :class:`~dali_pipelines.plan.Augmentation` out with stock DALI operators; per-sample parameters are nodes
-on the CPU. The ``if`` statements over nodes are DALI conditionals: they split the batch, and only the samples concerned
-are processed.
+They apply an :class:`~dali_pipelines.plan.Augmentation` with stock DALI operators. Parameters of samples are nodes on
+the CPU. An ``if`` over a node is a DALI conditional: it splits the batch, and only the samples for which the condition
+holds are processed.
 """
 
 from collections.abc import Iterator
@@ -25,9 +25,9 @@ COLOUR_STEPS = 4
 
 
 class ColourStep(NamedTuple):
-    """Parameters of one of the four colour operations; the factors of the other three are neutral."""
+    """Parameters of one of the four colour operations; the parameters of the other three have no effect."""
 
-    chroma: Node  # bool: saturation or hue, else brightness or contrast
+    chroma: Node  # bool: whether the operation is saturation or hue; otherwise it is brightness or contrast
     brightness: Node
     contrast: Node
     saturation: Node
@@ -51,11 +51,11 @@ class Recipe(NamedTuple):
 
 
 RECIPE_NODES = COLOUR_STEPS * len(ColourStep._fields) + len(Recipe._fields) - 1
-"""External inputs that a recipe takes."""
+"""Number of external inputs of a recipe."""
 
 
 def recipe_of(nodes: Iterator[Node]) -> Recipe:
-    """The recipe of the next ``RECIPE_NODES`` nodes, to which :func:`recipe_arrays` are fed."""
+    """The recipe made of the next ``RECIPE_NODES`` nodes, whose values :func:`recipe_arrays` returns."""
     steps = tuple(ColourStep(*(next(nodes) for _ in ColourStep._fields)) for _ in range(COLOUR_STEPS))
     return Recipe(steps, *(next(nodes) for _ in Recipe._fields[1:]))
 
@@ -80,7 +80,7 @@ def recipe_arrays(a: Augmentation) -> list[npt.NDArray[Any]]:
         jitter=a.jitter,
         gray=a.gray,
         blur=a.sigma > 0,
-        sigma=np.maximum(a.sigma, 1e-3),  # the operator checks the sigma of the samples that it leaves out, too
+        sigma=np.maximum(a.sigma, 1e-3),  # the operator rejects 0, also of samples that it does not process
         blur_window=blur_window(a.sigma),
         solarize=a.solarize,
     )
@@ -88,7 +88,7 @@ def recipe_arrays(a: Augmentation) -> list[npt.NDArray[Any]]:
 
 
 def crop_and_resize(image: Node, r: Recipe, side: Node) -> Node:
-    """Cuts the window out, then rescales it to a square of `side` pixels and flips it; nothing beyond it is seen."""
+    """Crops the window, then rescales it to a square of `side` pixels and flips it; pixels outside are not read."""
     window = fn.slice(image, r.window_start, r.window_shape, axes=[0, 1])
     side = fn.cast(side, dtype=types.FLOAT)
     return fn.resize(
@@ -137,6 +137,6 @@ def blur_and_solarize(image: Node, r: Recipe) -> Node:
 
 
 def every_rth_pixel(image: Node, side: Node, ratio: int) -> Node:
-    """``image[::ratio, ::ratio]``, `side` pixels square: DALI slices have no stride, reshapes do."""
+    """``image[::ratio, ::ratio]``, `side` pixels square; made of reshapes, since DALI has no slices with a stride."""
     blocks = fn.reshape(image, shape=fn.stack(side, ratio, side, ratio, 3), layout="")
     return fn.reshape(blocks[:, 0, :, 0, :], shape=fn.stack(side, side, 3), layout="HWC")

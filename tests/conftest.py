@@ -18,17 +18,17 @@ PHOTOS = ROOT / "data" / "photos"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Hides all GPUs unless tests were asked for that need one: all others are about a machine without."""
+    """Hides all GPUs unless tests that need one were selected: all other tests assume a machine without a GPU."""
     wanted = config.option.markexpr
     if "gpu" not in wanted or "not gpu" in wanted:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # PyTorch and DALI look when they are first asked, not when imported
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read by PyTorch and DALI on first use, not on import
     else:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for trainer.deterministic, before CUDA starts
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _caches(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Indices of image sizes stay out of the user's cache."""
+    """Keeps indices of image sizes out of the user's cache."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
@@ -39,7 +39,8 @@ def photos() -> Path:
 
 
 class ThinBackbone(nn.Module):
-    """Maps of the right strides from one pooled pixel and one 1x1 convolution each: a backbone that costs nothing."""
+    """A backbone that costs almost nothing: maps with the right strides, each from one pooled pixel and a 1x1
+    convolution."""
 
     channels = (8, 7, 6, 5)
 
@@ -54,7 +55,7 @@ class ThinBackbone(nn.Module):
 
 @pytest.fixture
 def thin_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Models are made with :class:`ThinBackbone`, whatever their configuration names."""
+    """Replaces the backbone of all models by :class:`ThinBackbone`."""
     monkeypatch.setattr("mcl.models.encoder.Backbone", ThinBackbone)
 
 
@@ -68,7 +69,7 @@ def view(geometry: Geometry, images: int, pixels: Tensor, tile_images: Tensor | 
 def random_view(
     geometry: Geometry, images: int, seed: int, dtype: torch.dtype = torch.float32, shuffle: bool = True
 ) -> MontageBatch:
-    """A view of noise, its tiles shuffled."""
+    """A view of random pixels, with shuffled tiles."""
     generator = torch.Generator().manual_seed(seed)
     side = geometry.canvas
     pixels = torch.randn(sum(geometry.canvases(images)), 3, side, side, generator=generator).to(dtype)
@@ -79,15 +80,15 @@ def random_view(
 
 @pytest.fixture(autouse=True)
 def _fault(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> None:
-    """Takes the fault that a test is marked with into its report."""
+    """Adds the fault that a test is marked with to its report."""
     if marker := request.node.get_closest_marker("fault"):
         parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
         record_property("fault", marker.args[0].format(**parameters))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """A table of the faults that tests tried; what one recorded as "survived" stands for a mere yes."""
-    outcomes = ("passed", "failed", "error")  # the last: a fixture failed, or a file could not be collected
+    """Prints a table of the faults that tests tried; a test may record "survived" to replace the word yes."""
+    outcomes = ("passed", "failed", "error")  # error: a fixture failed, or a file could not be collected
     reports = [r for outcome in outcomes for r in terminalreporter.getreports(outcome)]
     reports = [r for r in reports if isinstance(r, pytest.TestReport) and (r.when == "call" or r.failed)]
     tried = [(dict(r.user_properties), r.passed) for r in reports if "fault" in dict(r.user_properties)]

@@ -1,4 +1,4 @@
-"""A faster float64 convolution for the tests: PyTorch's own on the CPU takes seconds per layer on many small tiles."""
+"""A faster float64 convolution for tests, since PyTorch's takes seconds per layer on many small tiles on a CPU."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _CACHED = 2**17
-"""Elements of a matrix of patches that stays in a core's cache."""
+"""Elements of a matrix of patches that fits a core's cache."""
 
 
 def _chunks(images: int, cells: int, taps: int) -> Iterator[slice]:
-    """Images, a few at a time: their patches fit into the cache, unless their rows were too few for a product."""
+    """Groups of images whose patches fit into the cache, but have enough rows for a fast product."""
     few = max(_CACHED // (cells * taps), 128 // cells, 1)
     return (slice(start, start + few) for start in range(0, images, few))
 
@@ -29,7 +29,7 @@ def _patches(padded: Tensor, kernel: int, stride: int, height: int, width: int) 
 
 
 class Conv64(torch.autograd.Function):
-    """Convolution as products of matrices, channels last."""
+    """Convolution as matrix products, channels last."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
@@ -71,7 +71,8 @@ class Conv64(torch.autograd.Function):
 
 @contextlib.contextmanager
 def fast_convolutions() -> Iterator[None]:
-    """Within, ``nn.Conv2d`` in float64 takes the faster way; a handful of input channels would be slower that way."""
+    """In the context, ``nn.Conv2d`` in float64 is faster; layers with few input channels, which would be slower, keep
+    PyTorch's."""
 
     def forward(self: torch.nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if x.dtype != torch.float64 or self.in_channels < 16:

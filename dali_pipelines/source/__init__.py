@@ -1,9 +1,9 @@
-"""Sources of images: what images there are, their sizes and classes, and which of them cannot be used.
+"""Sources of images: names, classes and sizes of images, and which of them cannot be used.
 
-A source is opened once per run. It reads every image's header (not its pixels), so that crop windows can be planned
-from the image's size and most broken images are found before training; the sizes are kept in an index, so that the
-next opening reads only what is new. Broken images stay in the numbering: the plan puts substitutes in their places, so
-that the order of the others does not depend on them.
+A source is opened once per run. It reads the header of every image, but not its pixels. So crop windows can be planned
+from sizes, and most broken images are found before training. Sizes are kept in an index, so that later runs read only
+new files. Broken images keep their numbers, and plans replace them, so that the order of the other images does not
+depend on them.
 """
 
 from dali_pipelines.source.decoding import decode

@@ -1,4 +1,4 @@
-"""Pillow's decoder: the oracle of DALI's, and what decodes for all engines where DALI's cannot be trusted."""
+"""Decoding with Pillow: the reference for DALI's decoder, and its replacement for images that DALI decodes wrongly."""
 
 import io
 
@@ -20,18 +20,18 @@ _TURN_BACK = {
 
 
 def decode(encoded: bytes) -> npt.NDArray[np.uint8]:
-    """(H, W, 3) RGB of an image as stored: not turned, alpha dropped, 16 bits scaled down to 8.
+    """(H, W, 3) RGB of an image as stored: not rotated, without alpha, 16 bits scaled down to 8.
 
     Raises:
-        OSError: the image cannot be decoded, or ends too early.
-        MemoryError: which says nothing about the image.
+        OSError: the image cannot be decoded, or is truncated.
+        MemoryError: there is too little memory; the image may be good.
     """
     try:
         with open_image(io.BytesIO(encoded)) as opened:
             image: Image.Image = opened
-            if image.format == "TIFF" and (turned := orientation_of(image)) > 1:  # Pillow turns these, and no others
+            if image.format == "TIFF" and (turned := orientation_of(image)) > 1:  # the only ones Pillow rotates
                 image = image.transpose(_TURN_BACK[turned])
-            if image.mode.startswith("I"):  # 16 bits, which Pillow would clip instead of scale
+            if image.mode.startswith("I"):  # 16 bits, which Pillow would clip instead of scaling them
                 gray = (np.asarray(image).astype(np.float32) / 257).round().astype(np.uint8)
                 return np.repeat(gray[..., None], 3, 2)
             image.info.pop("transparency", None)
@@ -40,7 +40,7 @@ def decode(encoded: bytes) -> npt.NDArray[np.uint8]:
         raise OSError(NO_IMAGE) from None
     except MemoryError:
         raise
-    except Exception as error:  # Pillow's decoders raise nearly anything
+    except Exception as error:  # Pillow's decoders raise many types of errors
         raise OSError(f"{type(error).__name__}: {error}") from error
 
 

@@ -1,4 +1,4 @@
-"""Where files lie: on a disk, or in an object store that fsspec reaches."""
+"""Access to files on a disk, or in an object store through fsspec."""
 
 import contextlib
 import errno
@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, Self, cast
 
 Stamp = tuple[int, int]
-"""Version (modification time or hash of an ETag) and size in bytes: a file with the same stamp is the same file."""
+"""Version (modification time or hash of an ETag) and size in bytes. A file whose stamp is the same has not changed."""
 
 _HALF = 1 << 63  # stamps are kept in 64 bits
 
 MISSING: Stamp = (-1, -1)
-"""Stamp of a file that is not there."""
+"""Stamp of a file that does not exist."""
 
 
 class SourceError(ValueError):
@@ -30,25 +30,25 @@ class Local:
     """Files on a disk; the methods are thread-safe.
 
     Args:
-        base: folder that names are relative to, without a slash at its end.
+        base: folder to which names are relative, without a trailing slash.
     """
 
     local = True
-    """Whether other libraries can open the paths, too."""
+    """Whether other libraries can open the paths."""
     threads = min(32, len(os.sched_getaffinity(0)) + 4)
-    """Threads to read many files with: what ThreadPoolExecutor takes for reading, of the cores of this process."""
+    """Number of threads for reading many files: the default of ThreadPoolExecutor, for the cores of this process."""
     block = 1 << 16
-    """Bytes fetched at a time where a shard is read from one end to the other."""
+    """Bytes fetched at a time when a whole shard is read."""
 
     def __init__(self, base: str) -> None:
         self.base = base
 
     def kind(self, path: str) -> Literal["file", "folder", ""]:
-        """What the path is; "" if nothing is there."""
+        """Kind of a path; "" if it does not exist."""
         return "folder" if os.path.isdir(path) else "file" if os.path.exists(path) else ""
 
     def entries(self, folder: str) -> tuple[list[str], list[str]]:
-        """Names of the files and of the folders in a folder, each sorted; without those that start with a dot."""
+        """Sorted names of the files and of the folders in a folder, without names that start with a dot."""
         files: list[str] = []
         folders: list[str] = []
         with os.scandir(folder) as entries:
@@ -58,34 +58,34 @@ class Local:
         return sorted(files), sorted(folders)
 
     def glob(self, pattern: str) -> list[str]:
-        """Paths that match, sorted."""
+        """Sorted paths that match a pattern."""
         return sorted(glob.glob(pattern))
 
     def stamp(self, path: str) -> Stamp:
-        """The stamp of a file, ``MISSING`` if it is not there."""
+        """The stamp of a file; ``MISSING`` if it does not exist."""
         try:
             status = os.stat(path)
         except (FileNotFoundError, NotADirectoryError):
             return MISSING
         except OSError:
-            return -1, 0  # it is there, and reading it will say what is wrong
-        return (status.st_mtime_ns + _HALF) % (2 * _HALF) - _HALF, status.st_size  # dates before 1678 and after 2262
+            return -1, 0  # it exists; the error is reported when it is read
+        return (status.st_mtime_ns + _HALF) % (2 * _HALF) - _HALF, status.st_size  # wraps dates outside 1678 .. 2262
 
     def read(self, path: str, start: int = 0, end: int | None = None) -> bytes:
-        """Bytes `start` to `end` (default: the rest), fewer where the file ends before."""
+        """Bytes `start` to `end` (default: the rest); fewer if the file ends earlier."""
         with open(path, "rb") as file:
             file.seek(start)
             return file.read(-1 if end is None else end - start)
 
     def open(self, path: str, size: int, block: int) -> BinaryIO:
-        """A file of `size` bytes, of which at least `block` bytes are fetched at a time."""
+        """Opens a file of `size` bytes; at least `block` bytes are fetched at a time."""
         return open(path, "rb", buffering=block)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         found = entry.is_dir()
-    except OSError:  # a link to itself, for instance; who reads it will be told
+    except OSError:  # a link to itself, for instance; the error is reported when it is read
         return False
     if found and entry.is_symlink():
         target, place = os.path.realpath(entry.path), os.path.realpath(os.path.dirname(entry.path))
@@ -95,10 +95,10 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 class Remote:
-    """Files in an object store, or wherever else fsspec reads; the methods are those of :class:`Local`.
+    """Files in an object store, or in any other place that fsspec reads; the methods are those of :class:`Local`.
 
     Raises:
-        SourceError: no such protocol, or its package is not installed.
+        SourceError: the protocol is unknown, or its package is not installed.
     """
 
     local = False
@@ -119,8 +119,8 @@ class Remote:
             raise SourceError(f"{root} cannot be read without another package: {error}{remedy}") from error
         except ValueError as error:
             raise SourceError(f"{root}: {error}") from error
-        self._base = inner.rstrip("/").removesuffix(root[len(base) :])  # `base` as the file system knows it
-        self._fs.invalidate_cache()  # fsspec shares one file system, and what it has listed, among all who ask for it
+        self._base = inner.rstrip("/").removesuffix(root[len(base) :])  # the file system's own path of `base`
+        self._fs.invalidate_cache()  # fsspec caches file systems and their listings in the process
         self._root = root
         self._lock = threading.Lock()
         self._stamps: dict[str, dict[str, Stamp]] = {}  # of the folders listed so far
@@ -173,7 +173,7 @@ class Remote:
         return io.BufferedReader(RangeFile(functools.partial(self.read, path), size), block)
 
     def _inner(self, path: str) -> str:
-        """The path as the file system knows it."""
+        """The file system's own form of a path."""
         if path.startswith(self.base):
             return cast(str, self._base + path[len(self.base) :])
         return cast(str, self._fs._strip_protocol(path))
@@ -183,7 +183,7 @@ class Remote:
             return method(self._inner(path), **options)
         except FileNotFoundError:
             raise FileNotFoundError(errno.ENOENT, "no such file", path) from None
-        except Exception as error:  # every store has exceptions of its own
+        except Exception as error:  # every store has its own exceptions
             raise OSError(errno.EIO, f"{type(error).__name__}: {error}", path) from error
 
 
@@ -199,9 +199,9 @@ Files = Local | Remote
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write in place of `path`, which holds the old content or all of the new one, whatever happens."""
+    """A file that replaces `path` when it has been written; `path` never has partial content."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")  # others may write, too
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")  # another process may write, too
     try:
         with open(partial, "xb") as file:
             yield file
@@ -209,12 +209,12 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
-        with contextlib.suppress(OSError):  # gone by now, or nothing can be removed from its folder
+        with contextlib.suppress(OSError):  # already renamed, or the folder is read-only
             partial.unlink()
 
 
 def open_files(root: str, base: str) -> Files:
-    """The place where `root` lies; `base` is the folder that names are relative to."""
+    """Access to the files of `root`; `base` is the folder to which names are relative."""
     return Remote(root, base) if is_remote(root) else Local(base)
 
 
@@ -223,7 +223,7 @@ def is_remote(path: str) -> bool:
 
 
 class RangeFile(io.RawIOBase):
-    """A file of `size` bytes, of which `read(start, end)` fetches what is asked for."""
+    """A file of `size` bytes; `read(start, end)` fetches a range of them."""
 
     mode = "rb"
 
@@ -247,5 +247,5 @@ class RangeFile(io.RawIOBase):
         self._position += len(data)
         return len(data)
 
-    def readall(self) -> bytes:  # at once: a request takes long
+    def readall(self) -> bytes:  # in a single request
         return self.read(max(0, self._size - self._position))

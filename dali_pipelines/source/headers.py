@@ -1,4 +1,4 @@
-"""Headers of images: what is to be known before decoding, and which images can be decoded alike by every engine."""
+"""Headers of images: what can be known before decoding, and which images DALI decodes to the same pixels as Pillow."""
 
 import contextlib
 import io
@@ -8,43 +8,46 @@ from typing import IO, Any, NamedTuple
 from PIL import Image, UnidentifiedImageError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif")
-"""File names taken for images; a file that then turns out not to be one is listed as bad."""
+"""Extensions of image files. A file with such a name that is not an image is listed as bad."""
 
 FORMATS = ("JPEG", "MPO", "PNG", "BMP", "WEBP", "TIFF", "PPM")
-"""Formats that are read; MPO is a JPEG with other pictures behind it, of which the first counts."""
+"""Formats that are read. MPO is a JPEG file with several images, of which the first is read."""
 
 MAX_PIXELS = 100_000_000
-"""A larger image is taken for a broken or hostile file."""
+"""Larger images are refused as broken or malicious."""
 
 NO_IMAGE = "not an image, or its header is broken"
-"""Why a file cannot be used of which Pillow knows nothing else."""
+"""Reason for files that Pillow cannot identify."""
 
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "I;16", "I;16B", "I;16L", "I;16N")
 _TIFF_BY_DALI = ("raw", "tiff_lzw", "tiff_adobe_deflate")  # compressions
 _PNG = b"\x89PNG\r\n\x1a\n"
-_PNG_KEPT = (b"tRNS", b"acTL", b"fcTL", b"eXIf")  # transparency, whether it is animated, orientation
+_PNG_KEPT = (b"tRNS", b"acTL", b"fcTL", b"eXIf")  # transparency, animation (two chunks), orientation
 _ORIENTATION = 0x0112
 
 
 class Header(NamedTuple):
-    """What an image says about itself."""
+    """Header of an image."""
 
-    size: tuple[int, int]  # width, height, pixels as stored, which are those that engines decode
-    orientation: int  # of EXIF, or of a TIFF: 1 to 8, 1 where it says nothing
-    by_pillow: bool  # DALI does not decode it, or not rightly, so that Pillow does for all engines
+    size: tuple[int, int]  # width, height, pixels; as stored, which is also how engines decode images
+    orientation: int  # 1 to 8, of EXIF or TIFF; 1 if there is none
+    by_pillow: bool  # whether Pillow decodes the image for all engines, since DALI cannot or decodes it wrongly
 
     @property
     def upright(self) -> tuple[int, int]:
-        """Width, height of the image turned as its orientation asks for."""
+        """Width, height of the image after it is rotated as its orientation says."""
         width, height = self.size
         return (width, height) if self.orientation < 5 else (height, width)
 
 
 def read_header(file: IO[bytes]) -> Header | str:
-    """Reads as little of an encoded image as tells its header, or why the image cannot be used.
+    """Reads the header of an encoded image, and as little else as possible.
+
+    Returns:
+        The header, or the reason why the image cannot be used.
 
     Raises:
-        OSError: the file itself cannot be read, which says nothing about the image in it.
+        OSError: the file cannot be read; the image may be good.
     """
     try:
         with open_image(file, pixels=False) as image:
@@ -53,28 +56,28 @@ def read_header(file: IO[bytes]) -> Header | str:
             if (frames := getattr(image, "n_frames", 1)) > 1 and image.format not in ("JPEG", "MPO"):
                 return f"{image.format} with {frames} frames; keep one of them"
             if image.mode not in _MODES and (image.format, image.mode) != ("PPM", "I"):
-                return f"{image.format} of mode {image.mode}, whose black and white are not known; convert it to 8 bits"
+                return f"{image.format} of mode {image.mode}, which has no fixed range of values; convert it to 8 bits"
             if not _tiles(image) and image.format != "WEBP":
-                return "its header is all there is of it"
+                return "there is nothing after its header"
             orientation, stored = orientation_of(image), stored_size(image)
             header = Header(stored, orientation, not _by_dali(image, orientation))
     except UnidentifiedImageError:
         return NO_IMAGE
-    except Exception as error:  # broken headers make Pillow raise nearly anything; all of it means a bad image
+    except Exception as error:  # on broken headers Pillow raises many types of errors; all of them mean a bad image
         if isinstance(error, OSError) and error.errno is not None:
             raise
         return f"not an image: {type(error).__name__}: {error}"
     width, height = header.size
     if width * height > MAX_PIXELS:
-        return f"{width} x {height} pixels; more than {MAX_PIXELS} are refused"
+        return f"{width} x {height} pixels, more than {MAX_PIXELS}"
     return header
 
 
 def open_image(file: IO[bytes], pixels: bool = True) -> Image.Image:
-    """Opens an image, a PNG without its metadata: Pillow refuses the whole file where they are large or broken.
+    """Opens an image. Metadata of a PNG are removed, since Pillow refuses the file if they are large or broken.
 
     Args:
-        pixels: whether it will be decoded, or only its header be looked at.
+        pixels: whether the image will be decoded; if not, only its header is read.
     """
     png = file.read(len(_PNG)) == _PNG
     if not png:
@@ -86,7 +89,7 @@ def open_image(file: IO[bytes], pixels: bool = True) -> Image.Image:
         if kind == b"IDAT" and not pixels:
             kept.append(head)
             break
-        if kind[:1].isupper() or kind in _PNG_KEPT:  # upper case: what pixels cannot do without
+        if kind[:1].isupper() or kind in _PNG_KEPT:  # upper case: needed to decode the pixels
             kept += [head, file.read(length + 4)]
         else:
             file.seek(length + 4, io.SEEK_CUR)
@@ -94,11 +97,12 @@ def open_image(file: IO[bytes], pixels: bool = True) -> Image.Image:
 
 
 def orientation_of(image: Image.Image) -> int:
-    """How an opened image, not yet decoded, wants to be turned: 1 to 8 as EXIF numbers it, 1 for not at all.
+    """Orientation of an image that was opened but not decoded: 1 to 8, as in EXIF; 1 for no rotation.
 
-    Of a TIFF that is what Pillow turns it by when it decodes, elsewhere EXIF alone, and not XMP, as in OpenCV.
+    For a TIFF, the orientation by which Pillow rotates it when it decodes. For other formats, that of EXIF; XMP is not
+    read, as in OpenCV.
     """
-    with contextlib.suppress(Exception):  # broken metadata say nothing
+    with contextlib.suppress(Exception):  # broken metadata count as none
         exif = image.getexif() if image.format == "TIFF" else Image.Exif()
         if image.format != "TIFF":
             exif.load(image.info.get("exif", b""))
@@ -108,7 +112,7 @@ def orientation_of(image: Image.Image) -> int:
 
 
 def stored_size(image: Image.Image) -> tuple[int, int]:
-    """Width, height of an opened image; Pillow's own size is that of a TIFF turned upright."""
+    """Width, height of an opened image as stored; for a TIFF, Pillow's own size is that after rotation."""
     if image.format != "TIFF":
         return image.size
     tags = image.tag_v2  # type: ignore[attr-defined]
@@ -116,22 +120,22 @@ def stored_size(image: Image.Image) -> tuple[int, int]:
 
 
 def _tiles(image: Image.Image) -> list[Any]:
-    """How Pillow decodes an image: codec, place and arguments of every piece of it."""
+    """How Pillow decodes an image: codec, position and arguments of each of its parts."""
     return image.tile  # type: ignore[attr-defined, no-any-return]
 
 
 def _by_dali(image: Image.Image, orientation: int) -> bool:
-    """Whether DALI has been seen to decode such images to Pillow's pixels (the table of README.md)."""
+    """Whether DALI decodes such images to the same pixels as Pillow (measured: see the table in README.md)."""
     if image.format in ("PNG", "WEBP"):
         return True
     if image.format == "TIFF":
         planes = image.tag_v2.get(284, 1) != 1  # type: ignore[attr-defined]
         if planes or orientation != 1 or image.info.get("compression") not in _TIFF_BY_DALI:
             return False
-    if image.info.get("adobe_transform") == 0 and image.mode == "RGB":  # a JPEG of RGB; decoders may take it for YCbCr
+    if image.info.get("adobe_transform") == 0 and image.mode == "RGB":  # an RGB JPEG, which may be read as YCbCr
         return False
     codec, _, _, arguments = _tiles(image)[0]
     raw = arguments if isinstance(arguments, str) else arguments[0]
     if codec == "jpeg" and raw == "CMYK;I":
-        return "adobe" in image.info  # or it is not known which end of the scale is white
+        return "adobe" in image.info  # without it, decoders disagree whether 0 is white
     return codec in ("jpeg", "raw", "libtiff") and raw in ("L", "RGB", "BGR")

@@ -1,4 +1,4 @@
-"""The index: what reading the files of a source revealed, kept in a file so that it need not be read again."""
+"""The index: a file that keeps what has been read from the files of a source, so that they are not read again."""
 
 import dataclasses
 import errno
@@ -19,11 +19,11 @@ from dali_pipelines.source.headers import Header
 from dali_pipelines.source.names import Int64s, Names, spread
 
 Progress = Callable[[int, int, int], None]
-"""Called with files read, files to read, images in those read."""
+"""Called with the number of files read, files to read, and images in the files read."""
 
-_FORMAT = 4  # another number where files of before would be misread, or what is decided by headers has changed
+_FORMAT = 4  # to be raised if older files would be misread, or if headers are judged differently
 _SAVE_SECONDS = 5.0
-_UNREAD: Stamp = (-1, -2)  # of no file: what could not be read is tried again at the next opening
+_UNREAD: Stamp = (-1, -2)  # no file has this stamp, so files that could not be read are tried again next time
 
 
 class Image(NamedTuple):
@@ -33,11 +33,11 @@ class Image(NamedTuple):
     offset: int
     length: int  # bytes
     label: int  # -1 unknown
-    header: Header | str  # or why it cannot be used
+    header: Header | str  # header, or why the image cannot be used
 
 
 class Table(NamedTuple):
-    """f files and their n images, in order: a plain file is one image, a shard holds any number."""
+    """f files and their n images, in order. A plain file has one image, a shard any number."""
 
     files: Names  # (f,)
     stamps: Int64s  # (f, 2)
@@ -45,13 +45,13 @@ class Table(NamedTuple):
     names: Names  # (n,) within the file
     extents: Int64s  # (n, 2) offset, length in the file, bytes
     labels: Int64s  # (n,)
-    sizes: npt.NDArray[np.int32]  # (n, 2) width, height, pixels; 0, 0 where there is a problem
+    sizes: npt.NDArray[np.int32]  # (n, 2) width, height, pixels; 0, 0 for an image that cannot be used
     by_pillow: npt.NDArray[np.bool_]  # (n,)
-    problems: Names  # (n,) why the image cannot be used; empty where it can
+    problems: Names  # (n,) why the image cannot be used; empty if it can
 
     @classmethod
     def of(cls, files: Sequence[tuple[str, Stamp, Sequence[Image]]]) -> Self:
-        """From names and stamps of files, and the images in them."""
+        """Creates a table from names and stamps of files, and the images in them."""
         images = [image for *_, found in files for image in found]
         headers = [Header((0, 0), 1, False) if isinstance(i.header, str) else i.header for i in images]
         return cls(
@@ -74,11 +74,11 @@ class Table(NamedTuple):
 
     @property
     def bad(self) -> dict[int, str]:
-        """Why images cannot be used."""
+        """Images that cannot be used, and why: index -> reason."""
         return {i: self.problems[i] for i in np.flatnonzero(np.diff(self.problems.offsets)).tolist()}
 
     def take(self, rows: Int64s) -> Self:
-        """The files of these numbers, in this order."""
+        """The files with the given numbers, in the given order, with their images."""
         images = spread((np.cumsum(self.counts) - self.counts)[rows], self.counts[rows])
         columns: list[Any] = [_take(c, rows) for c in self[:3]] + [_take(c, images) for c in self[3:]]
         return type(self)(*columns)
@@ -89,7 +89,7 @@ def _take(column: Any, rows: Int64s) -> Any:
 
 
 def index_file(folder: str, root: str, kind: str, annotations: str) -> Path:
-    """Where the index of a source lies; `folder` is ``data.index``. Where there is no home folder, its ~ remains."""
+    """Path of a source's index; `folder` is ``data.index``. Without a home folder, the path starts with ~."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     place = Path(folder) if folder else cache / "mcl" / "index"
     digest = hashlib.sha256(_identity(root, kind, annotations).encode("utf-8", "surrogateescape")).hexdigest()
@@ -106,7 +106,7 @@ class Index:
 
     Args:
         folder: ``data.index``.
-        root, kind, annotations: of the source.
+        root, kind, annotations: those of the source.
     """
 
     def __init__(self, folder: str, root: str, kind: str, annotations: str) -> None:
@@ -115,7 +115,7 @@ class Index:
         self._writable = True
 
     def images(self) -> int:
-        """How many images it holds, as they were when it was written; 0 where there is no file."""
+        """Number of images when the index was written; 0 if there is no index file."""
         return len(self._load().labels)
 
     def update(
@@ -131,11 +131,13 @@ class Index:
         """Reads the files that are new or have changed, and keeps the index file up to date.
 
         Args:
-            files: (f,) in the order wanted; one may occur several times. Their texts are kept, without the folder.
-            stamps: (f, 2) what they are now; those of missing files are ``MISSING``.
-            scan: the images of a file, from its path and size; an OSError makes it bad until the next opening.
-            threads: files read at a time.
-            chunk: files that a thread takes at a time.
+            files: (f,) paths, in the order of the result; a file may occur several times. The index keeps the paths
+                without the folder.
+            stamps: (f, 2) current stamps; ``MISSING`` for missing files.
+            scan: returns the images of a file, given its path and size; after an OSError the file is bad until the next
+                opening.
+            threads: number of threads that read files.
+            chunk: number of files that a thread takes at a time.
 
         Returns:
             The table of `files`.
@@ -146,7 +148,7 @@ class Index:
         found = _rows(files, known.files)
         fresh = found < len(known.files)
         fresh[fresh] = (known.stamps[found[fresh]] == stamps[fresh]).all(1)
-        _, first, again = np.unique(found, return_index=True, return_inverse=True)  # of every file that occurs
+        _, first, again = np.unique(found, return_index=True, return_inverse=True)  # one entry per distinct file
         order = np.argsort(first)
         first, again = first[order], np.argsort(order)[again]
         if fresh.all() and len(first) == len(known.files):
@@ -186,9 +188,9 @@ class Index:
         try:
             with np.load(self.path, allow_pickle=False) as arrays:
                 if arrays["format"] != _FORMAT:
-                    raise ValueError("written by another version")
+                    raise ValueError("it was written by another version")
                 if arrays["identity"] != self._identity:
-                    raise ValueError("the index of other images")
+                    raise ValueError("it is the index of other images")
                 table = Table(*(_unpack(name, arrays) for name in Table._fields))
             by_file, by_image = table[:3], table[3:]
             if {*map(len, by_file)} != {len(table.counts)} or {*map(len, by_image)} != {table.counts.sum()}:
@@ -196,12 +198,12 @@ class Index:
             return table
         except (FileNotFoundError, NotADirectoryError):
             pass
-        except Exception as error:  # a damaged file makes zip and NumPy raise nearly anything
+        except Exception as error:  # on a damaged file zip and NumPy raise many types of errors
             warnings.warn(f"{self.path} cannot be used and is created again ({error})", stacklevel=2)
         return Table.of([])
 
     def _save(self, table: Table) -> None:
-        """Writes the file, or says that it cannot be written; a run can do without."""
+        """Writes the file, or warns that it cannot be written; a run works without it."""
         if not self._writable:
             return
         try:
@@ -219,14 +221,14 @@ class Index:
 
 
 def _rows(files: Names, known: Names) -> Int64s:
-    """(f,) where each text stands in `known`; one that does not gets a number behind, all that are alike the same."""
+    """(f,) number of each text in `known`; other texts get numbers from len(known) on, equal texts the same number."""
     rows = {name: i for i, name in enumerate(known)}
     texts = enumerate(dataclasses.replace(files, folder=None), len(known))
     return np.fromiter((rows.setdefault(name, i) for i, name in texts), np.int64, len(files))
 
 
 def _scan(files: Names, stamps: Int64s, rows: Int64s, scan: Callable[[str, int], list[Image]]) -> Table:
-    """The table of the files of these numbers."""
+    """Scans the files with the given numbers."""
     read = []
     for i in rows.tolist():
         stamp: Stamp = tuple(stamps[i].tolist())

@@ -1,6 +1,6 @@
 """Listings of plain files: which files are images, in which order, and of which class.
 
-Each function returns paths relative to the base of its files, and the name of each one's class ("" if unknown).
+Each function returns paths relative to the base folder, and the class name of each file ("" if unknown).
 """
 
 import codecs
@@ -47,10 +47,10 @@ def _images_below(files: Files, folder: str) -> Iterator[str]:
 
 
 def list_file(files: Files, path: str, allow_outside: bool) -> Listing:
-    """A text file of lines: a path, of any bytes but newlines, then optionally a space or tab and a class."""
+    """A text file. Each line has a path (any bytes but newlines), then optionally a space or tab and a class."""
     content = files.read(path).removeprefix(codecs.BOM_UTF8)
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content:
-        raise SourceError(f"cannot read the list {path}: it is no text, or UTF-16; save it as text in UTF-8")
+        raise SourceError(f"cannot read the list {path}: it is not text, or is UTF-16; save it as text in UTF-8")
     names: list[str] = []
     classes: list[str] = []
     for number, line in enumerate(os.fsdecode(content).split("\n"), 1):
@@ -64,34 +64,34 @@ def list_file(files: Files, path: str, allow_outside: bool) -> Listing:
 
 def _split_class(line: str) -> tuple[str, str]:
     parts = [line.rpartition(separator) for separator in "\t " if separator in line]
-    # A tab may be part of the name of an image, and a class may be behind what is not called an image.
+    # A tab may be part of an image's name, and the file in front of a class need not be called an image.
     name, _, label = next((part for part in parts if is_image(part[0].rstrip())), parts[0] if parts else (line, "", ""))
     return name.rstrip(" \t"), label
 
 
 def coco(annotations: Files, path: str, allow_outside: bool) -> Listing:
-    """The images that a COCO annotation file names, in the order of their ids."""
+    """The images that a COCO annotation file lists, in the order of their ids."""
     try:
-        # Annotations are dropped as soon as they are parsed: there are many times more of them than images.
+        # Annotations are dropped as soon as they are parsed, to save memory: there are far more of them than images.
         content = json.loads(
             annotations.read(path), object_hook=lambda o: o if {"file_name", "images"} & {*o} else None
         )
     except (ValueError, RecursionError) as error:
         raise SourceError(f"{path} is not a JSON file: {error}") from None
     if not isinstance(content, dict) or not isinstance(content.get("images"), list):
-        raise SourceError(f'{path} has no list "images"; name a COCO annotation file')
+        raise SourceError(f'{path} has no list "images"; set data.annotations to a COCO annotation file')
     try:
         named = sorted((image["id"], image["file_name"]) for image in content["images"])
         names = [_inside(name, allow_outside, f"{path}, image {number!r}") for number, name in named]
     except (KeyError, TypeError, AttributeError):
-        raise SourceError(f'{path}: an image lacks "id" or "file_name", or they are of other types') from None
+        raise SourceError(f'{path}: an image has no "id" or "file_name", or one of the wrong type') from None
     return Names.of(names), [""] * len(names)
 
 
 def _inside(name: str, allow_outside: bool, where: str) -> str:
-    """The path, normalised, if it may be used."""
+    """The normalised path; raises an error if it may not be used."""
     if not can_be_named(name):
-        raise SourceError(f"{where}: no file can be called {name!r}; correct or remove the entry")
+        raise SourceError(f"{where}: {name!r} is not a legal file name; correct or remove the entry")
     outside = name.startswith("/") or is_remote(name) or ".." in name.split("/")
     if outside and not allow_outside:
         raise SourceError(

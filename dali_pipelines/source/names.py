@@ -1,4 +1,4 @@
-"""Names of files, and other texts, of which there may be millions."""
+"""Compact storage for millions of file names and other texts."""
 
 import dataclasses
 import itertools
@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 Int64s = npt.NDArray[np.int64]
 
-_CODEC = ("utf-8", "surrogatepass")  # keeps any str, those of bytes that are no UTF-8 too
+_CODEC = ("utf-8", "surrogatepass")  # keeps any str, including file names that are not UTF-8
 _MANY = 1 << 14
 
 
@@ -23,9 +23,9 @@ def spread(starts: Int64s, counts: Int64s) -> Int64s:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Names(Sequence[str]):
-    """n texts in two arrays, which take a third of a list's memory, and which processes can share.
+    """n texts in two arrays, which take a third of the memory of a list and can be shared by processes.
 
-    With a `folder`, items are paths: each text joined to the folder, unless it is an absolute path or a URL itself.
+    With a `folder`, items are paths: the folder joined with each text, unless the text is an absolute path or a URL.
     """
 
     content: npt.NDArray[np.uint8]
@@ -48,18 +48,18 @@ class Names(Sequence[str]):
         return cls(content, np.append(0, np.cumsum(np.concatenate(lengths))))
 
     def take(self, rows: Int64s) -> Self:
-        """The texts of these numbers, in this order."""
+        """The texts with the given numbers, in the given order."""
         lengths = np.diff(self.offsets)[rows]
         offsets = np.append(0, np.cumsum(lengths))
         content = np.empty(offsets[-1], np.uint8)
-        for i in range(0, len(rows), _MANY):  # places of bytes take eight times what the bytes do
+        for i in range(0, len(rows), _MANY):  # in parts, since `places` takes eight times the memory of its bytes
             part = slice(i, i + _MANY)
             places = spread(self.offsets[rows[part]], lengths[part])
             content[offsets[i] : offsets[i] + len(places)] = self.content[places]
         return dataclasses.replace(self, content=content, offsets=offsets)
 
     def same(self, other: "Names") -> bool:
-        """Whether the texts are the same, wherever their folders are."""
+        """Whether the texts are the same, regardless of folders."""
         return np.array_equal(self.offsets, other.offsets) and np.array_equal(self.content, other.content)
 
     def __len__(self) -> int:

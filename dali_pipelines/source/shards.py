@@ -1,6 +1,6 @@
-"""Shards: files that hold many images. Each is read once from one end to the other, for where its images lie.
+"""Shards: files that hold many images. Each shard is read once as a whole, to find the positions of its images.
 
-Nothing is ever extracted, so the names in a shard are labels and no paths.
+Nothing is extracted to disk, so names in a shard are never used as paths.
 """
 
 import posixpath
@@ -16,37 +16,37 @@ from dali_pipelines.source.files import Files, SourceError
 from dali_pipelines.source.headers import EXTENSIONS, Header, read_header
 from dali_pipelines.source.index import Image
 
-_Span = tuple[int, int]  # first byte, and the one after the last
+_Span = tuple[int, int]  # first byte, and the byte after the last
 
 NAMES = {
     "webdataset": re.compile(r"\.tar$|\.tgz$|\.tar\.\w+$", re.IGNORECASE),
     "tfrecord": re.compile(r"\.tfrec(ord)?s?(\.gz)?$|-\d{5}-of-\d{5}(\.gz)?$", re.IGNORECASE),
 }
-"""File names taken for shards of each kind; compressed ones are then refused, with a reason."""
+"""File names of shards of each kind, including compressed ones, which are refused with a reason."""
 
 _COMPRESSED_NAME = re.compile(r"\.(tgz|gz|zst|xz|bz2|lz4|zip)$", re.IGNORECASE)
 _COMPRESSED = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\xfd7zXZ", b"BZh")  # gzip, zstd, xz, bzip2
 _MAGIC = re.compile(r"[*?\[{]")
 _MAX_SHARDS = 1_000_000
 _MISNAMED = "a sample's name ends at its first dot, and no field of this one is an image; rename it to have one dot"
-_DAMAGED = "the shard is cut short or damaged here: what follows cannot be read"
+_DAMAGED = "the shard is truncated or damaged here; the rest of it cannot be read"
 
 
 def is_pattern(path: str) -> bool:
-    """Whether a path stands for many: a glob, or braces as WebDataset writes them."""
+    """Whether a path is a pattern: a glob, or braces in WebDataset's notation."""
     return _MAGIC.search(path) is not None
 
 
 def pattern_base(pattern: str) -> str:
-    """The folder in front of a pattern's first component that is one."""
+    """The folder in front of the first path component that contains a pattern."""
     return _MAGIC.split(pattern, maxsplit=1)[0].rpartition("/")[0]
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """``{0000..0146}`` and ``{a,b}`` written out, in that order.
+    """Expands ``{0000..0146}`` and ``{a,b}``, in the order written.
 
     Raises:
-        SourceError: other braces, or more than a million paths.
+        SourceError: the braces have another form, or stand for more than a million paths.
     """
     paths = [""]
     for i, part in enumerate(re.split(r"\{([^{}]*)\}", pattern)):
@@ -76,7 +76,7 @@ def find_shards(files: Files, root: str, kind: str) -> list[str]:
     """Shards of a folder, a file or a pattern, relative to the base: sorted, or in the order of the braces.
 
     Raises:
-        SourceError: a shard that is not there or is compressed.
+        SourceError: a shard is compressed.
     """
     found = files.kind(root)
     if found == "folder":
@@ -93,16 +93,16 @@ def find_shards(files: Files, root: str, kind: str) -> list[str]:
 
 def _compressed(path: str) -> SourceError:
     return SourceError(
-        f"{path} is compressed, so that no image in it can be read without all that lies before; decompress the shards "
-        "(images in them are compressed already)"
+        f"{path} is compressed, so that single images cannot be read from it; decompress the shards (their images are "
+        "compressed already)"
     )
 
 
 def scan_shard(files: Files, kind: str, path: str, size: int) -> list[Image]:
-    """The images of a shard of `size` bytes, in its order.
+    """The images of a shard of `size` bytes, in order.
 
     Raises:
-        SourceError: not a shard of this kind, compressed, or unreadable.
+        SourceError: the file is not a shard of this kind, or is compressed, or cannot be read.
     """
     try:
         with files.open(path, size, files.block) as file:
@@ -123,13 +123,13 @@ def _header(file: IO[bytes], length: int) -> Header | str:
 
 @dataclass
 class _Sample:
-    """Members with the same name up to the first dot of the last component of their path."""
+    """Members of a tar file whose paths are equal up to the first dot in the last component."""
 
     found: list[Image] = field(default_factory=list)
     label: int = -1
     problem: str = ""
     misnamed: Image | None = None
-    """The first member that ends like an image, with other dots before: a field of another name where there is one."""
+    """The first member with an image's extension but another dot before it, which is not an image for WebDataset."""
 
     def image(self) -> Image | None:
         problem = self.problem
@@ -142,15 +142,15 @@ class _Sample:
 
 
 def _tar_images(file: BinaryIO, path: str, size: int) -> Iterator[Image]:
-    """The images of concatenated tars, as `cat` makes them: each ends with blocks of zeros."""
+    """The images of a tar file, or of several that were concatenated with `cat`; each ends with blocks of zeros."""
     start = end = 0
     while start < size or not end:
         samples: dict[str, _Sample] = {}
         try:
             file.seek(start)
             with tarfile.open(fileobj=file, mode="r:") as tar:
-                while (member := tar.next()) is not None and tar.offset > end:  # a forged size would lead back
-                    tar.members.clear()  # type: ignore[attr-defined]  # they would be kept
+                while (member := tar.next()) is not None and tar.offset > end:  # a forged size could lead back
+                    tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all in memory
                     end = tar.offset
                     _add_member(samples, member, file, size)
         except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
@@ -167,7 +167,7 @@ def _tar_images(file: BinaryIO, path: str, size: int) -> Iterator[Image]:
 
 
 def _skip_zeros(file: BinaryIO, start: int) -> int:
-    """First byte of the first block from `start` on, which is that of a block, that is not all zeros."""
+    """Position of the first block at or after `start` that is not all zeros; `start` is the position of a block."""
     file.seek(start)
     while blocks := file.read(1 << 20):
         if rest := blocks.lstrip(b"\0"):
@@ -190,7 +190,7 @@ def _add_member(samples: dict[str, _Sample], member: tarfile.TarInfo, file: Bina
     if not member.isreg() or member.sparse:
         sample.problem = "a link or sparse file in the tar; store the file itself"
     elif member.offset_data + member.size > size:
-        sample.problem = "the shard is cut short: it ends within this sample"
+        sample.problem = "the shard is truncated: it ends within this sample"
     elif extension == ".cls":
         file.seek(member.offset_data)
         text = file.read(min(member.size, 64)).strip()
@@ -207,7 +207,7 @@ def _add_member(samples: dict[str, _Sample], member: tarfile.TarInfo, file: Bina
 
 
 def _tfrecord_images(file: BinaryIO, path: str, size: int) -> Iterator[Image]:
-    """A record is its length (8 bytes), a checksum of that (4), the data, and a checksum of them (4)."""
+    """The images of a TFRecord file. A record is its length (8 bytes), a checksum (4), the data, and a checksum (4)."""
     start, number = 0, 0
     while start < size:
         file.seek(start)
@@ -219,7 +219,7 @@ def _tfrecord_images(file: BinaryIO, path: str, size: int) -> Iterator[Image]:
             yield Image(str(number), start, 0, -1, _DAMAGED)
             return
         if len(frame) < 12 or end > size:
-            yield Image(str(number), start, 0, -1, "the shard is cut short: it ends within this record")
+            yield Image(str(number), start, 0, -1, "the shard is truncated: it ends within this record")
             return
         yield _example_image(file, str(number), (start + 12, end - 4))
         start, number = end, number + 1
@@ -242,7 +242,7 @@ def _example_image(file: BinaryIO, name: str, record: _Span) -> Image:
     except ValueError:
         return Image(name, record[0], 0, -1, "not a tf.train.Example")
     if len(found) != 1:
-        return Image(name, record[0], 0, label, f"{len(found)} values of image/encoded in the record, where 1 belongs")
+        return Image(name, record[0], 0, label, f"{len(found)} values of image/encoded in the record, instead of 1")
     ((start, end),) = found
     header = (
         _header(ContainerIO(file, start, end - start), end - start) if label >= -1 else f"its class {label} is negative"
@@ -251,7 +251,7 @@ def _example_image(file: BinaryIO, name: str, record: _Span) -> Image:
 
 
 def _fields(file: BinaryIO, message: _Span) -> Iterator[tuple[int, int | _Span]]:
-    """Field numbers and values of a protobuf message: integers, or where bytes lie; fixed-size fields are left out."""
+    """Field numbers and values of a protobuf message: integers, or positions of bytes. Skips fixed-size fields."""
     position, end = message
     while position < end:
         tag, position = _varint(file, position)
@@ -268,18 +268,18 @@ def _fields(file: BinaryIO, message: _Span) -> Iterator[tuple[int, int | _Span]]
         else:
             raise ValueError(f"wire type {wire_type}")
         if position > end:
-            raise ValueError("a field that ends behind its message")
+            raise ValueError("a field extends beyond its message")
 
 
 def _spans(file: BinaryIO, message: _Span, number: int, *path: int) -> Iterator[_Span]:
-    """Where the fields lie to which a path of field numbers leads."""
+    """Positions of the fields at a path of field numbers."""
     for found, value in _fields(file, message):
         if found == number and isinstance(value, tuple):
             yield from _spans(file, value, *path) if path else (value,)
 
 
 def _integers(file: BinaryIO, message: _Span) -> Iterator[int]:
-    """An Int64List, packed or not."""
+    """The values of an Int64List, packed or not."""
     for number, value in _fields(file, message):
         if number == 1:
             position, end = value if isinstance(value, tuple) else (0, 0)
@@ -291,7 +291,7 @@ def _integers(file: BinaryIO, message: _Span) -> Iterator[int]:
 
 
 def _varint(file: BinaryIO, position: int) -> tuple[int, int]:
-    """The number that starts there, and where it ends."""
+    """The number at a position, and the position after it."""
     file.seek(position)
     value = 0
     for i, byte in enumerate(file.read(10)):
@@ -303,11 +303,11 @@ def _varint(file: BinaryIO, position: int) -> tuple[int, int]:
 
 def _bytes(file: BinaryIO, span: _Span) -> bytes:
     file.seek(span[0])
-    return file.read(min(span[1] - span[0], 64))  # no name that matters is longer
+    return file.read(min(span[1] - span[0], 64))  # longer than any name that is looked for
 
 
 def _masked_crc32c(data: bytes) -> int:
-    """Castagnoli's checksum, rotated and shifted as TFRecord stores it."""
+    """CRC-32C (Castagnoli), masked as in TFRecord."""
     crc = 0xFFFFFFFF
     for byte in data:
         crc ^= byte

@@ -1,4 +1,4 @@
-"""A source: n images, where they lie, and how to open one."""
+"""Opens sources: finds images and their sizes, and reads them."""
 
 import dataclasses
 import functools
@@ -27,41 +27,41 @@ SHARDS = ("webdataset", "tfrecord")
 CHUNK = 64  # files that a thread reads at a time
 _HEADER = 1 << 14  # bytes of a file fetched at a time for its header
 _MANY = 1 << 14  # names in memory at a time
-_MOST_CLASSES = 100_000  # beyond, integers are names (dates, perhaps) and no class numbers
+_MOST_CLASSES = 100_000  # larger integers are names, such as dates, and not class numbers
 
 
 @dataclass(frozen=True)
 class Source:
-    """n images: what they are called, their classes and sizes, and their bytes."""
+    """n images: names, classes, sizes and bytes."""
 
     root: str
     kind: str  # never auto
-    names: Sequence[str]  # (n) path of the file, or of the shard and the member's name behind it
+    names: Sequence[str]  # (n) path of the file, or path of the shard, a slash and the name of the member
     labels: npt.NDArray[np.int64]  # (n,) class, -1 unknown
     sizes: npt.NDArray[np.int32]  # (n, 2) width, height, pixels as stored; 0, 0 for a bad image
-    base: str  # folder that digest() leaves out of the names
+    base: str  # folder that digest() removes from names
     read: Callable[[int], bytes] = field(repr=False)
-    """The bytes of an image; thread-safe. It raises an OSError that says why it cannot be read (any more)."""
+    """Returns the bytes of an image; thread-safe. Raises an OSError with the reason if the image cannot be read."""
     classes: tuple[str, ...] = ()
-    bad: dict[int, str] = field(default_factory=dict)  # what the headers revealed: index -> reason
+    bad: dict[int, str] = field(default_factory=dict)  # found by reading headers: index -> reason
     by_pillow: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
-    """(n,) images that DALI's decoders get wrong, or cannot decode."""
+    """(n,) images that DALI cannot decode, or decodes wrongly."""
     paths: Sequence[str] | None = None
-    """Local files that others can open, too; None where an image needs `read`."""
+    """Paths of local files, which any library can open; None if images must be read with `read`."""
 
     def __len__(self) -> int:
         return len(self.names)
 
     def encoded(self, i: int) -> bytes:
-        """Image i for all engines to decode alike: its bytes, or Pillow's pixels as a PPM.
+        """Image i in a form that all engines decode to the same pixels: its bytes, or a PPM of Pillow's pixels.
 
         Raises:
-            OSError: it cannot be read, or not be decoded by Pillow.
+            OSError: the image cannot be read, or Pillow cannot decode it.
         """
         return recode(self.read(i)) if self.by_pillow[i] else self.read(i)
 
     def check_size(self, i: int, size: tuple[int, int]) -> None:
-        """Compares width and height of image i as decoded with what its header said, which plans are made with.
+        """Compares the width and height of decoded image i with those of its header, which plans use.
 
         Raises:
             OSError: they differ.
@@ -71,7 +71,7 @@ class Source:
             raise OSError(f"it has changed since its header was read: {now} pixels now, {then} then")
 
     def digest(self) -> str:
-        """Hash of the names below the root, in order: two sources with the same one number the same images."""
+        """Hash of the names below the root, in order. Sources with equal digests have the same images in one order."""
         return self._digest
 
     @functools.cached_property
@@ -83,7 +83,7 @@ class Source:
         return whole.hexdigest()
 
     def __getstate__(self) -> dict[str, Any]:
-        self.digest()  # which whoever is given the pickle need not compute
+        self.digest()  # so that processes that unpickle it need not compute it
         return self.__dict__
 
     def fingerprint(self) -> str:
@@ -95,13 +95,13 @@ class Source:
 
 
 def open_images(data: DataConfig, held_out: bool = False, progress: Progress | None = None) -> Source:
-    """The images of ``data.root``, or of ``data.val_root``; a bar shows how reading their headers gets on.
+    """The images of ``data.root`` or ``data.val_root``. A bar shows the progress of reading headers.
 
     Raises:
         SourceError: see :func:`open_source`.
     """
     kind = data.source
-    if held_out and kind == "coco":  # its annotations would only say which images there are
+    if held_out and kind == "coco":  # val_root has no annotations, which would only list its images
         kind = "flat"
     with tqdm(disable=None, delay=1, leave=False, unit=" files", desc="reading headers") as bar:
 
@@ -123,7 +123,7 @@ def open_images(data: DataConfig, held_out: bool = False, progress: Progress | N
 
 
 def indexed_images(data: DataConfig) -> int:
-    """How many images ``data.root`` had when it was last opened, by its index alone; 0 if that is not known."""
+    """Number of images that ``data.root`` had when it was last opened, read from its index; 0 if unknown."""
     kinds = get_args(Kind)[1:] if data.source == "auto" else (data.source,)
     indices = [Index(data.index, data.root, kind, data.annotations) for kind in kinds if data.root]
     present = [index for index in indices if os.path.exists(index.path)]
@@ -141,21 +141,22 @@ def open_source(
     allow_outside: bool = False,
     progress: Progress | None = None,
 ) -> Source:
-    """Finds the images of `root` and their sizes, from the index as far as the files have not changed.
+    """Finds the images of `root` and their sizes. Sizes of unchanged files come from the index.
 
     Args:
-        root: a folder, a list file, shards (a folder of them, one, or a pattern); or a URL that fsspec reads.
-        kind: what root is. auto: a file is a list, or a shard by its name; a folder with images directly in it is flat;
-            one with nothing but shards in it holds shards; any other has class folders; with `annotations` it is coco.
-        threads: files read at a time; 0 follows the cores, and asks object stores for more.
-        key: of the configuration, for errors.
-        annotations: COCO annotation file that names the images of the folder.
-        index: folder in which indices are kept; empty: the user's cache.
+        root: a folder, a list file, shards (a folder of shards, one shard, or a pattern); or a URL that fsspec reads.
+        kind: kind of root. auto: with `annotations`, coco. A file is a shard if it is named like one, and otherwise a
+            list. A folder is flat if it contains images directly; it holds shards if it contains shards and no folders;
+            otherwise it has class folders.
+        threads: number of threads that read files; 0: chosen by the number of cores, more for object stores.
+        key: key of the configuration that errors name.
+        annotations: COCO annotation file that lists the images of the folder.
+        index: folder of index files; empty: the user's cache.
         allow_outside: whether lists and annotations may name files outside the folder.
-        progress: is told how many files have been read.
+        progress: called with the number of files read.
 
     Raises:
-        SourceError: no such folder, nothing in it, or something unreadable.
+        SourceError: the root does not exist, has no images, or cannot be read.
     """
     try:
         return _open(root, kind, threads, annotations, index, allow_outside, progress)
@@ -218,7 +219,7 @@ def _open_shards(
     root: str, path: str, kind: str, files: Files, place: Index, threads: int, progress: Progress | None
 ) -> Source:
     paths = Names.of(shards.find_shards(files, path, kind), files.base)
-    threads = threads or min(8, files.threads)  # each scans megabytes
+    threads = threads or min(8, files.threads)  # each reads a whole shard
     stamps = stamps_of(files, paths, threads)
     if missing := np.flatnonzero((stamps == MISSING).all(1)).tolist():
         raise SourceError(f"{paths[missing[0]]} does not exist ({len(missing)} of {len(paths)} shards of {root})")
@@ -242,7 +243,7 @@ def _open_shards(
     )
 
 
-# ``Source.read`` is one of these with its first arguments, so that other processes can be given it.
+# ``Source.read`` is a partial of one of these functions, which can be pickled for other processes.
 
 
 def _read_file(files: Files, paths: Names, i: int) -> bytes:
@@ -253,12 +254,12 @@ def _read_member(files: Files, paths: Names, shard: Int64s, extents: Int64s, i: 
     path, (offset, length) = paths[shard[i]], extents[i].tolist()
     data = files.read(path, offset, offset + length)
     if len(data) < length or not length:
-        raise OSError(f"{path} is cut short or damaged: {len(data)} of {length} bytes at {offset}")
+        raise OSError(f"{path} is truncated or damaged: {len(data)} of {length} bytes at {offset}")
     return data
 
 
 def _resolve(kind: str, root: str, found: str, files: Files, annotations: str) -> str:
-    """The kind of a source, where it can be one."""
+    """The kind of a source; raises an error if root cannot be of that kind."""
     if kind == "auto":
         kind = _recognise(root, found, files, annotations)
     wanted = {"list": "file", "folders": "folder", "flat": "folder", "coco": "folder"}.get(kind, found)
@@ -288,12 +289,12 @@ def _recognise(root: str, found: str, files: Files, annotations: str) -> str:
         if shards.NAMES[kind].search(root):
             return kind
     if not found:
-        raise SourceError(f"{root} does not say what its shards are; set data.source to one of {', '.join(SHARDS)}")
+        raise SourceError(f"{root} does not tell the kind of its shards; set data.source to one of {', '.join(SHARDS)}")
     return "list"
 
 
 def stamps_of(files: Files, paths: Sequence[str], threads: int) -> Int64s:
-    """(f, 2) time and size of every file, by which it is told whether it has changed."""
+    """(f, 2) stamps of all files, which tell whether a file has changed."""
     starts = range(0, len(paths), CHUNK)
     with ThreadPoolExecutor(threads) as pool:
         stamps = pool.map(lambda i: np.array(list(map(files.stamp, paths[i : i + CHUNK])), np.int64), starts)
@@ -302,7 +303,8 @@ def stamps_of(files: Files, paths: Sequence[str], threads: int) -> Int64s:
 
 
 def _number(names: Sequence[str]) -> tuple[Int64s, tuple[str, ...]]:
-    """Class numbers: the integers themselves where all names are integers, else the rank of the name; "" is unknown."""
+    """Class numbers and names. If all names are integers, these are the numbers; otherwise names are numbered in sorted
+    order. "" is unknown, -1."""
     known = sorted(set(names) - {""})
     if known and all(name.isdecimal() and len(name) < 19 for name in known):
         return _number_integers(np.fromiter((int(name or -1) for name in names), np.int64, len(names)))

@@ -9,7 +9,7 @@ ScalarType computed_in(const Tensor& x) {
 
 void check_channels_last(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.dim() == 2 || t.dim() == 4, "batch_norm: ", name, " must be (n, c) or (n, c, h, w)");
-  // Channels next to each other, then columns, rows, maps; strides of sizes of 1 do not matter.
+  // In channels_last, strides grow from channels over columns and rows to maps; a dimension of size 1 has any stride.
   int64_t expected = 1;
   for (const int64_t d : t.dim() == 4 ? Counts{1, 3, 2, 0} : Counts{1, 0}) {
     STD_TORCH_CHECK(t.size(d) == 1 || t.stride(d) == expected, "batch_norm: ", name, " must be channels_last");

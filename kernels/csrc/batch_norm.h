@@ -1,8 +1,9 @@
 // Checks and bookkeeping of batch_norm that do not depend on the device.
 //
-// Statistics are a tensor (groups, 2 C + 1): C means, C of what belongs to them, and the number of rows. What belongs
-// to a mean is the sum of squared distances from it in batch_norm_stats' result (1, groups, 2 C + 1), which processes
-// can add, and 1 / standard deviation in that of batch_norm_combine. batch_norm_stats_alone is both, of one process.
+// Statistics are a tensor (groups, 2 C + 1): C means, C second values, and the number of rows. The second value of a
+// channel is the sum of squared distances from the mean in the result of batch_norm_stats (1, groups, 2 C + 1), which
+// can be combined over processes, and 1 / standard deviation in the result of batch_norm_combine.
+// batch_norm_stats_alone does both steps for a single process.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -25,32 +26,33 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Counts = std::vector<int64_t>;
 
-// Rows (n, C) with their channels next to each other, which channels_last makes of maps; in groups.
+// A channels_last tensor as rows (n, C) with contiguous channels, divided into groups.
 struct Rows {
   int64_t channels;
-  std::vector<int64_t> first;  // row of each group; then their number
+  std::vector<int64_t> first;  // first row of each group, then the number of rows
 
-  // counts: of the first dimension of x, per group.
+  // counts: size of each group along the first dimension of x.
   Rows(const Tensor& x, const Counts& counts);
   int64_t groups() const { return static_cast<int64_t>(first.size()) - 1; }
-  int64_t statistics() const { return 2 * channels + 1; }  // of a group
+  int64_t statistics() const { return 2 * channels + 1; }  // values per group
 };
 
-// Raises where a tensor has not the shape, dtype, device and layout of x, naming it.
+// Raises an error that names the tensor unless it has the shape, dtype, device and layout of x.
 void check_like(const Tensor& t, const Tensor& x, const char* name);
 
-// Raises where a tensor of a size has not the dtype that x is computed in, naming it.
+// Raises an error that names the tensor unless it is contiguous, has `size` elements, lies on the device of x and has
+// the dtype that x is computed in.
 void check_small(const std::optional<Tensor>& t, const Tensor& x, int64_t size, const char* name);
 
-// Checks what both directions are given besides maps.
+// Checks the arguments of forward and backward other than maps.
 void check_apply(const Rows& all, const Tensor& x, const std::optional<Tensor>& weight,
                  const std::optional<Tensor>& bias, const Tensor& statistics);
 
-// Checks what batch_norm_combine is given: (processes, groups, 2 C + 1).
+// Checks the arguments of batch_norm_combine; `parts` must be (processes, groups, 2 C + 1).
 void check_combine(const Tensor& parts, const std::optional<Tensor>& running_mean,
                    const std::optional<Tensor>& running_var, const std::optional<Tensor>& batches);
 
-// Of tensors that check_combine has seen.
+// The tensors must have passed check_combine.
 template <typename A>
 Running<A> make_running(const std::optional<Tensor>& mean, const std::optional<Tensor>& var,
                         const std::optional<Tensor>& batches, std::optional<double> momentum) {
@@ -59,10 +61,10 @@ Running<A> make_running(const std::optional<Tensor>& mean, const std::optional<T
           batches ? static_cast<int64_t*>(batches->mutable_data_ptr()) : nullptr, momentum.value_or(-1)};
 }
 
-// Uninitialised, of the dtype that x is computed in.
+// An uninitialised tensor on the device of x, of the dtype that x is computed in.
 Tensor empty_small(const Tensor& x, std::vector<int64_t> size);
 
-// Calls f(of the type of the elements, of the type that they are computed in).
+// Calls f(stored, computed) with values of the type of x's elements and of the type that they are computed in.
 template <typename F>
 void dispatch_types(const Tensor& x, F&& f) {
   switch (x.scalar_type()) {
@@ -79,7 +81,7 @@ void dispatch_types(const Tensor& x, F&& f) {
   }
 }
 
-// Calls f with two conditions as constants.
+// Calls f(residual, relu) with both conditions as compile-time constants.
 template <typename F>
 void dispatch_conditions(bool residual, bool relu, F&& f) {
   using True = std::true_type;

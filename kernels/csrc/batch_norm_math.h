@@ -1,4 +1,4 @@
-// Running statistics of BatchNorm, which CPU and CUDA kernels share; free of torch.
+// Running statistics of BatchNorm, shared by CPU and CUDA kernels. Does not depend on torch.
 #pragma once
 
 #include <cstdint>
@@ -7,14 +7,14 @@
 
 namespace mcl {
 
-// Running statistics, which take one group after the other; `mean` and `var` may be null.
+// Running statistics, which are updated with one group after another. `mean` and `var` may be null.
 template <typename A>
 struct Running {
   A *mean, *var;
-  int64_t* batches;  // groups before; needed without a momentum
-  double momentum;   // share of a group; negative: of the mean of all groups so far
+  int64_t* batches;  // number of earlier groups; required if momentum is negative
+  double momentum;   // weight of a new group; if negative, the statistics are means over all groups so far
 
-  // Channel `c` of a group of `rows` rows.
+  // Updates channel `c` with a group: its number of rows, its mean, and the sum of squared distances from the mean.
   MCL_HOST_DEVICE void take(int group, int c, double rows, double of_group, double squares) const {
     if (mean == nullptr) return;
     const double share = momentum < 0 ? 1.0 / static_cast<double>(*batches + group + 1) : momentum;

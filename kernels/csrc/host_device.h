@@ -1,4 +1,4 @@
-// Functions that CPU and CUDA kernels share.
+// Marks functions that CPU and CUDA kernels share.
 #pragma once
 
 #ifdef __CUDACC__

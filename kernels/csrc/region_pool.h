@@ -18,30 +18,30 @@ namespace mcl {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// float64 is computed in float64, everything else in float32.
+// The type of computations: float64 for float64, float32 for all other types.
 template <typename T>
 using Accumulate = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// What both directions are given, in the form kernels read.
+// Arguments of forward and backward, in the form that kernels read.
 struct Boxes {
   Tensor boxes;  // (R, 5) contiguous, in the dtype of the accumulation
   Tensor index;  // (R,) int64 contiguous
   int64_t number;
 };
 
-// Raises where shapes, dtypes or devices do not fit, naming the argument.
+// These raise an error that names the argument if shapes, dtypes or devices do not fit.
 Boxes check_boxes(const Tensor& boxes, const Tensor& index, const Tensor& on, ScalarType dtype);
 void check_features(const std::vector<Tensor>& features, const std::vector<double>& strides);
 void check_pooling(int64_t output_size, int64_t sampling_ratio);
 
-// Whether every map has its channels next to each other; then so have the results.
+// Whether the channels of every map are contiguous. If so, results are channels_last, too.
 bool channels_last(const std::vector<Tensor>& features);
 
-// (rows, channels, height, width), uninitialised.
+// An uninitialised tensor (rows, channels, height, width).
 Tensor empty_maps(const Tensor& like, int64_t rows, int64_t channels, int64_t height, int64_t width,
                   bool channels_last);
 
-// Gradients of all maps, uninitialised. `sizes`: rows, channels, height, width of each map in turn.
+// Uninitialised gradients of all maps. `sizes`: rows, channels, height, width of one map after another.
 std::vector<Tensor> empty_gradients(const Tensor& grad, const std::vector<int64_t>& sizes,
                                     const std::vector<double>& strides, bool channels_last);
 
@@ -49,7 +49,7 @@ inline PooledStrides pooled_strides(const Tensor& pooled) {
   return {pooled.stride(0), pooled.stride(1), pooled.stride(2), pooled.stride(3)};
 }
 
-// T is const for reading.
+// T is a const type for maps that are only read.
 template <typename T>
 Maps<T> make_maps(const std::vector<Tensor>& features, const std::vector<double>& strides) {
   Maps<T> maps{};

@@ -1,8 +1,8 @@
-// Where a box of region_pool takes its samples: the arithmetic that CPU and CUDA kernels share.
+// Positions and weights of region_pool's samples, shared by CPU and CUDA kernels.
 //
-// Coordinates are cells of a map, with cell centres at integers, so a box edge at pixel x lies at x / stride - 0.5
-// (RoIAlign with aligned=True, arXiv 1703.06870 and torchvision.ops.roi_align). Every rule is separable: a sample's
-// weight on a cell is the product of one factor per axis. Hence everything here speaks of one axis.
+// Coordinates are in cells of a map. Cell centres are integers, so a box edge at pixel x has the coordinate
+// x / stride - 0.5 (RoIAlign with aligned=True, arXiv 1703.06870 and torchvision.ops.roi_align). The weight of a sample
+// on a cell is the product of one factor per axis, so most of this file handles a single axis.
 #pragma once
 
 #include <cmath>
@@ -21,7 +21,7 @@ struct Map {
   int64_t row_stride, channel_stride, y_stride, x_stride;
   int rows, height, width;
   double scale;      // cells per canvas pixel
-  int first_canvas;  // number of rows of the maps before this one: canvases are counted through all maps
+  int first_canvas;  // number of its first canvas; canvases are numbered through all maps
 };
 
 template <typename T>
@@ -35,7 +35,7 @@ struct PooledStrides {
   int64_t box, channel, y, x;
 };
 
-// The two cells between which a sample lies. Weights of zero occur and must not be multiplied: the cell may hold Inf.
+// The two cells between which a sample lies. A cell with a weight of zero must be skipped, since 0 * Inf is NaN.
 template <typename A>
 struct Tap {
   int low, high;
@@ -47,9 +47,9 @@ template <typename A>
 struct Axis {
   A start;     // first edge
   A bin;       // cells per bin
-  int count;   // samples per bin, 0: the box gives nothing
-  int origin;  // where `copy`: the cell of bin 0
-  bool copy;   // bin p has one sample, at the centre of cell origin + p
+  int count;   // samples per bin; 0 for an invalid box
+  int origin;  // the cell of bin 0, if `copy`
+  bool copy;   // whether every bin p has a single sample, at the centre of cell origin + p
 
   MCL_HOST_DEVICE A coordinate(int sample) const {
     const int p = sample / count;
@@ -70,7 +70,7 @@ MCL_HOST_DEVICE Axis<A> make_axis(A from, A to, A scale, int size, int bins, int
   const A extent = to * scale - A(0.5) - axis.start;
   axis.bin = extent / bins;
   if (!is_finite(axis.start) || !is_finite(extent) || !(extent >= A(0))) return axis;
-  // Compared before it is converted: what does not fit an int must not become one.
+  // The comparison comes before the conversion, since converting a value that does not fit an int is undefined.
   axis.count = ratio > 0 ? ratio : axis.bin >= A(size) ? size : static_cast<int>(std::ceil(axis.bin));
   const A centre = axis.start + A(0.5);
   if (axis.count == 1 && axis.bin == A(1) && centre >= A(0) && centre <= A(size - bins)) {
@@ -80,8 +80,8 @@ MCL_HOST_DEVICE Axis<A> make_axis(A from, A to, A scale, int size, int bins, int
   return axis;
 }
 
-// Cells and weights of a sample, as torchvision: up to one cell outside the map the border is repeated, beyond that
-// there is nothing. Returns false there.
+// Cells and weights of a sample, as in torchvision: the border is repeated for one cell outside the map. Returns false
+// for samples beyond that, which contribute nothing.
 template <typename A>
 MCL_HOST_DEVICE bool make_tap(A coordinate, int size, Tap<A>* tap) {
   if (!(coordinate >= A(-1) && coordinate <= A(size))) return false;
@@ -102,16 +102,16 @@ MCL_HOST_DEVICE bool make_tap(A coordinate, int size, Tap<A>* tap) {
 template <typename A>
 struct Region {
   Axis<A> x, y;
-  int box;  // its number, row of the output
-  int row;  // of the map
+  int box;  // row of the boxes and of the output
+  int row;  // row of the map
 
   MCL_HOST_DEVICE bool empty() const { return x.count == 0 || y.count == 0; }
   MCL_HOST_DEVICE bool copy() const { return x.copy && y.copy; }
-  // Of one sample.
+  // The weight of one sample.
   MCL_HOST_DEVICE A norm() const { return A(1) / (A(x.count) * A(y.count)); }
 };
 
-// Number of the map that a box is pooled from, or -1 where the box names no existing row of an existing map.
+// Number of the map that a box is pooled from, or -1 if the map or its row does not exist.
 template <typename T, typename A>
 MCL_HOST_DEVICE int map_of(const Maps<T>& maps, const A* box, int64_t index) {
   if (index < 0 || index >= maps.count) return -1;

@@ -5,7 +5,7 @@
 namespace mcl {
 namespace {
 
-// Whether the elements fill a stretch of memory without gaps or overlaps.
+// Whether the elements fill a range of memory without gaps or overlaps.
 bool without_gaps(const Tensor& t) {
   std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
   for (int64_t d = 0; d < t.dim(); ++d)

@@ -1,4 +1,4 @@
-// Lists of tensors that are updated element by element, as they lie in memory.
+// Lists of tensors that are updated element by element, in the order of memory.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -16,12 +16,13 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using TensorList = std::vector<Tensor>;
 
-// Raises unless the lists are equally long, all tensors share one device and one dtype (float32 or float64), none has
-// gaps, and the t-th of each list has the same sizes and the same order of elements in memory.
+// Raises an error unless the lists are equally long, all tensors share one device and one dtype (float32 or float64),
+// no tensor has gaps in memory, and the t-th tensors of all lists agree in sizes and in the order of their elements in
+// memory.
 void check_lists(const char* name, std::initializer_list<const TensorList*> lists);
 
-// The address of `found_inf`, a float of which anything but 0 leaves the tensors as they are; null where none is given.
-// Raises unless it is one float32 on the tensors' device.
+// The address of `found_inf`, or null without it. Operators leave their tensors unchanged if its value is not 0. Raises
+// an error unless it is one float32 on the tensors' device.
 const float* flag_of(const char* name, const std::optional<Tensor>& found_inf, const TensorList& tensors);
 
 // Calls f with a value of the dtype's C++ type.

@@ -1,5 +1,5 @@
-// One number, one pixel: the arithmetic of a tile that CPU and CUDA kernels share. Colours are torchvision's; a colour
-// operation ends in whole numbers, cut off after the point.
+// Arithmetic of single pixels, shared by CPU and CUDA kernels. Colour operations are torchvision's and truncate their
+// results to whole numbers.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 
 namespace mcl::montage {
 
-// Where `i` lies within `size` pixels that are mirrored about their outermost ones.
+// The pixel, of `size` pixels, that stands for pixel `i` with reflection padding.
 MCL_HOST_DEVICE int reflect(int i, int size) {
   if (size == 1) return 0;
   while (i < 0 || i >= size) i = i < 0 ? -i : 2 * (size - 1) - i;
@@ -49,7 +49,8 @@ MCL_HOST_DEVICE Rgb saturate(Rgb c, float factor) {
   return blend(c, factor, gray(c) * (1 - factor));
 }
 
-// One channel of a colour: `high` at its best hue, `high` - `range` opposite. `hue`: sixths of the circle, at least -7.
+// One channel of a colour: `high` where the hue is nearest to the channel's own, `high` - `range` opposite to it. `hue`
+// is in sixths of the circle, at least -7.
 MCL_HOST_DEVICE float channel_of_hue(float offset, float hue, float high, float range) {
   const float around = offset + hue + 12;
   const float k = around - 6 * whole(around * (1 / 6.f));
@@ -57,10 +58,11 @@ MCL_HOST_DEVICE float channel_of_hue(float offset, float hue, float high, float 
   return clip((high - range * slope) * (255.999f / 255));
 }
 
-// Turns the hue of HSV by a fraction of the circle. No branches, which vectors lack: all is computed, then chosen.
+// Shifts the hue of HSV by a fraction of the circle. All cases are computed and one is selected, since branches would
+// prevent vectorization.
 MCL_HOST_DEVICE Rgb turn_hue(Rgb c, float turns) {
   const float high = larger(larger(c.r, c.g), c.b), range = high - smaller(smaller(c.r, c.g), c.b);
-  const float inverse = 1 / larger(range, 1.f);  // no range: all differences are zero, too
+  const float inverse = 1 / larger(range, 1.f);  // if range is 0, so are all differences
   const float red = (c.g - c.b) * inverse, green = 2 + (c.b - c.r) * inverse, blue = 4 + (c.r - c.g) * inverse;
   const float not_red = high == c.g ? green : blue;
   const float hue = (high == c.r ? red : not_red) + 6 * turns;

@@ -1,4 +1,5 @@
-// Weighted sums in 16 bits, the same on CPU and CUDA: values in units of 1/256 level, weights of 1/65536.
+// Weighted sums in 16 bits, shared by CPU and CUDA kernels. Values are in units of 1/256 level, weights in units of
+// 1/65536. A level is one of the 256 values of a pixel.
 #pragma once
 
 #include <cstdint>
@@ -7,10 +8,10 @@
 
 namespace mcl::montage {
 
-constexpr int kLevel = 256;  // one of 8 bits
-constexpr int kOne = 65536;  // the weight of a sum's only term
+constexpr int kLevel = 256;  // one level
+constexpr int kOne = 65536;  // the sum of all weights
 
-// Hands kOne units out in proportion to shares, in turn: all together no more and no less, whatever is rounded.
+// Rounds the weights of a sum, in turn, such that they add up to kOne. A single weight is kOne - 1.
 class Weights {
  public:
   MCL_HOST_DEVICE explicit Weights(double total) : total_(total) {}
@@ -27,7 +28,7 @@ class Weights {
   int given_ = 0;
 };
 
-// Cut off below 1/256 level.
+// x * weight, truncated to units of 1/256 level.
 MCL_HOST_DEVICE uint16_t weighed(uint16_t x, uint16_t weight) {
   return static_cast<uint16_t>((static_cast<uint32_t>(x) * weight) >> 16);
 }
@@ -36,15 +37,16 @@ MCL_HOST_DEVICE uint16_t weighed(uint8_t level, uint16_t weight) {
   return weighed(static_cast<uint16_t>(level << 8), weight);
 }
 
-// What the terms of a sum lose by the cutting off, in the mean; of many terms less, so that no sum of white overflows.
+// The mean of what truncation takes from a sum, to be added to it. For many terms less is added, so that the sum of
+// white pixels does not overflow.
 MCL_HOST_DEVICE uint16_t lost(int terms) {
   return static_cast<uint16_t>(terms < 100 ? terms / 2 : 50);
 }
 
-// Rounded to levels.
+// The level of a sum to which kRound was added.
 MCL_HOST_DEVICE uint8_t to_level(uint16_t x) {
   return static_cast<uint8_t>(x >> 8);
 }
-constexpr uint16_t kRound = kLevel / 2;  // to be added before
+constexpr uint16_t kRound = kLevel / 2;
 
 }  // namespace mcl::montage

@@ -1,4 +1,5 @@
-// The weights of a Gaussian blur. The host makes them for both devices, whose exp() need not agree to the last bit.
+// Weights of a Gaussian blur. The host computes them for CPU and GPU, since exp() may differ between them in the last
+// bit.
 #pragma once
 
 #include <cmath>
@@ -8,12 +9,12 @@
 
 namespace mcl::montage {
 
-// Pixels that a blur reaches to either side: three sigma.
+// Radius of a blur in pixels: three sigma, rounded up.
 inline int blur_radius(float sigma) {
   return static_cast<int>(std::ceil(3 * sigma));
 }
 
-// Appends the 2 * blur_radius(sigma) + 1 weights of a sigma above 0.
+// Appends the 2 * blur_radius(sigma) + 1 weights of a blur; sigma must be positive.
 inline void append_gauss(float sigma, std::vector<uint16_t>& to) {
   const int radius = blur_radius(sigma);
   const auto bell = [=](int k) { return std::exp(-0.5 * k * k / (static_cast<double>(sigma) * sigma)); };

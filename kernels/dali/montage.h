@@ -1,8 +1,8 @@
-// The DALI operator `mcl.montage`: decoded images and their recipes in, the finished canvases of every view out.
+// The DALI operator `mcl.montage`: takes decoded images and their recipes, and returns the canvases of every view.
 //
-// A view has K canvases for N images, and DALI keeps one batch size per iteration. So a view leaves as N samples, each
-// as many rows as K canvases have on average; they lie one behind the other, and the dense output is the canvases,
-// level after level: (N, K * S / N, S, 3) = (K, S, S, 3), S the canvas side in pixels.
+// A view has K canvases for N images, but all samples of a DALI pipeline form batches of one size. So a view is
+// returned as N samples of K * S / N rows each, S being the canvas side in pixels. Samples are contiguous in memory, so
+// that the output (N, K * S / N, S, 3) is the canvases (K, S, S, 3), level after level.
 #pragma once
 
 #include <array>
@@ -17,15 +17,15 @@
 
 namespace mcl::montage {
 
-// One level, the same in both views.
+// One level; all views have the same levels.
 struct Level {
   int ratio;       // tiles per canvas side
   int per_canvas;  // images per canvas
-  int slots;       // tile slots that show one image
-  int first_slot;  // of this level among all slots of an image in a view
+  int slots;       // tile slots per image
+  int first_slot;  // number of its first slot among an image's slots in a view
 };
 
-// What is the same on both devices: arguments, shapes, checks, and where tiles lie.
+// What CPU and GPU share: arguments, shapes, checks, and the positions of tiles.
 template <typename Backend>
 class Montage : public dali::Operator<Backend> {
  public:
@@ -42,7 +42,8 @@ class Montage : public dali::Operator<Backend> {
     DALI_ENFORCE(mean_.size() == 3 && std_.size() == 3, "montage: mean and std must have three values");
     for (size_t i = 0; i < ratios.size(); ++i) {
       const int tiles = ratios[i] * ratios[i], k = per_canvas[i];
-      DALI_ENFORCE(ratios[i] > 0 && k > 0 && tiles % k == 0, "montage: an image must fill whole tiles of a canvas");
+      DALI_ENFORCE(ratios[i] > 0 && k > 0 && tiles % k == 0,
+                   "montage: images_per_canvas must divide the tiles of a canvas");
       levels_.push_back({ratios[i], k, tiles / k, slots_});
       slots_ += tiles / k;
     }
@@ -78,16 +79,16 @@ class Montage : public dali::Operator<Backend> {
 
   int tile_of(const Level& level) const { return side_ / level.ratio; }
 
-  // First pixel of a tile slot, counted from that of the first canvas; rows are `side_` pixels apart.
+  // Offset of a tile slot's first pixel from the first pixel of the view, in pixels. Rows are `side_` pixels apart.
   int64_t corner_of(const Level& level, int slot) const {
-    DALI_ENFORCE(slot >= 0 && slot < images_ * level.slots, "montage: there is no such slot");
+    DALI_ENFORCE(slot >= 0 && slot < images_ * level.slots, "montage: a slot is out of range");
     const int tiles = level.ratio * level.ratio, row = slot % tiles / level.ratio, column = slot % level.ratio;
     int64_t canvas = slot / tiles;
     for (const Level* before = levels_.data(); before != &level; ++before) canvas += images_ / before->per_canvas;
     return (canvas * side_ + row * tile_of(level)) * side_ + column * tile_of(level);
   }
 
-  // Calls run(T()), T the type of the output.
+  // Calls run(T()), T being the type of the output.
   template <typename Run>
   void for_type(const Run& run) const {
     switch (dtype_) {
@@ -102,7 +103,7 @@ class Montage : public dali::Operator<Backend> {
     }
   }
 
-  // What is written for each of the 256 levels, per channel.
+  // The output value of each of the 256 levels, per channel.
   template <typename T>
   std::array<T, 3 * 256> values() const {
     std::array<T, 3 * 256> values;

@@ -1,8 +1,8 @@
-"""Features of any images in a file: one row per image, in the order of the source.
+"""Writes features of images to a file: one row per image, in the order of the source.
 
-Finished rows are in ``FILE.partial``, and their number in ``FILE.partial.json``, from which an interrupted call
-continues. Batches contain the same images in either case, so the file is bit-identical on the same device, engine and
-libraries.
+Until the file is complete, rows are in ``FILE.partial`` and their number is in ``FILE.partial.json``, so that an
+interrupted call can continue. Batches contain the same images after an interruption, so the file is bit-identical on
+the same device, engine and libraries.
 """
 
 import contextlib
@@ -31,12 +31,12 @@ from mcl.records.metrics import log
 Floats = npt.NDArray[np.float32]
 
 FEATURES = ("c5", "c4", "c3", "c2", "p5", "p4", "p3", "p2", "projector")
-"""Means over space of the backbone's stages and of the pyramid's levels, and the embedding of the whole image."""
+"""Spatial means of the backbone's stages and of the FPN's maps, and the projector's embedding of the whole image."""
 
 KINDS = (".npy", ".parquet")
-_SAVE = 30.0  # seconds between two notes of what is done
-_ROWS = 4096  # of a row group of Parquet
-_EXAMPLES = 5  # of bad images
+_SAVE = 30.0  # seconds between two saves of the state
+_ROWS = 4096  # rows per row group of Parquet
+_EXAMPLES = 5  # bad images that are logged
 
 
 class EmbeddingError(RuntimeError):
@@ -44,12 +44,12 @@ class EmbeddingError(RuntimeError):
 
 
 class Projected(nn.Module):
-    """The region head's embedding of a whole image, as of a canvas of level 0."""
+    """The region head's embedding of a whole image, computed as for a canvas of level 0."""
 
     def __init__(self, encoder: Any) -> None:
         super().__init__()
         if getattr(encoder, "fpn", None) is None:
-            raise ConfigError("features: projector needs a model with an FPN; take one of c2 to c5")
+            raise ConfigError("features: projector needs a model with an FPN; use one of c2 to c5")
         self.backbone, self.fpn, self.head = encoder.backbone, encoder.fpn, encoder.head
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -60,27 +60,27 @@ class Projected(nn.Module):
 
 @dataclass(frozen=True)
 class Embedding:
-    """A file of features, one row for each of n images."""
+    """A file of features with one row for each of n images."""
 
     path: Path
     features: str
     """One of :data:`FEATURES`."""
     size: int
-    """Side of the images that the network saw, pixels."""
+    """Side of the network's input, pixels."""
     root: str
-    """Of the source."""
+    """Root of the source."""
     names: list[str]
-    """(n) below the root's folder."""
+    """(n) names, relative to the root's folder."""
     labels: list[int]
     """(n) indices into `classes`, -1 unknown."""
     classes: list[str]
     bad: dict[str, str]
-    """Names of the images that cannot be decoded, whose rows are NaN (in Parquet null), and why."""
+    """Reasons why images cannot be decoded, by name; their rows are NaN, in Parquet null."""
     key: str
     """Hash of network, images and settings."""
 
     def rows(self) -> Floats:
-        """(n, D), mapped into memory where the file is ``.npy``."""
+        """(n, D) features; a ``.npy`` file is mapped into memory."""
         if self.path.suffix == ".npy":
             mapped: Floats = np.load(self.path, mmap_mode="r")
             return mapped
@@ -90,13 +90,13 @@ class Embedding:
 
 
 def check(path: Path) -> None:
-    """Checks the file name and that the libraries to write the file are installed.
+    """Checks the ending of a file, and that the libraries that write it are installed.
 
     Raises:
-        ConfigError: neither .npy nor .parquet; or the latter without pyarrow.
+        ConfigError: the ending is neither .npy nor .parquet, or it is .parquet and pyarrow is not installed.
     """
     if path.suffix not in KINDS:
-        raise ConfigError(f"--out: {path}: features are written to {' or '.join(KINDS)}; give the name that ending")
+        raise ConfigError(f"--out: {path}: the name must end in {' or '.join(KINDS)}")
     if path.suffix == ".parquet":
         _parquet()
 
@@ -115,18 +115,18 @@ def _parquet() -> Any:
 def embed(encoder: nn.Module, config: Config, source: Source, device: torch.device, path: Path, name: str) -> Embedding:
     """Writes features of all images of a source, or continues an incomplete file; a complete file is not changed.
 
-    BatchNorm has the statistics of the training, as in exported weights, so that the features of an image do not depend
-    on the other images.
+    BatchNorm uses the statistics of training, as exported weights do, so that the features of an image do not depend on
+    other images.
 
     Args:
-        encoder: is moved to `device`, in float32 and evaluation mode.
-        path: ``.npy``, with ``.json`` beside it, or ``.parquet``.
-        name: of :data:`FEATURES`.
+        encoder: the network; it is moved to `device`, and put into float32 and evaluation mode.
+        path: ``.npy``, with a ``.json`` file beside it, or ``.parquet``.
+        name: one of :data:`FEATURES`.
 
     Raises:
-        ConfigError: see :func:`check`; or the encoder has no such features.
+        ConfigError: see :func:`check`; or the encoder does not have these features.
         BadDataError: no image can be decoded.
-        EmbeddingError: the file cannot be written; what was done is kept.
+        EmbeddingError: the file cannot be written; finished rows are kept.
     """
     check(path)
     network = (Projected(encoder) if name == "projector" else Pooled(encoder, name)).to(device, torch.float32).eval()
@@ -134,7 +134,7 @@ def embed(encoder: nn.Module, config: Config, source: Source, device: torch.devi
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         if (there := read(path)).key == key and not _state(path).exists():
             without = f", without {len(there.bad)} bad images; remove it to try these again" if there.bad else ""
-            log.info("%s: is there already%s", path, without)
+            log.info("%s: already exists%s", path, without)
             return there
     try:
         bad = _compute(network, config, source, device, path, key)
@@ -153,17 +153,17 @@ def embed(encoder: nn.Module, config: Config, source: Source, device: torch.devi
         _finish(made)
     except OSError as error:
         raise EmbeddingError(
-            f"{path}: cannot be written ({error.strerror or error}); free space, or correct the folder's permissions, "
-            "and start the same command again: it continues where this one stopped"
+            f"{path}: cannot be written ({error.strerror or error}); free disk space or correct the folder's "
+            "permissions, and run the same command again to continue"
         ) from error
     return made
 
 
 def read(path: Path) -> Embedding:
-    """What the rows of a file are.
+    """Describes a file of features.
 
     Raises:
-        OSError, ValueError, TypeError, KeyError: it was not written by :func:`embed`.
+        OSError, ValueError, TypeError, KeyError: the file was not written by :func:`embed`.
     """
     if path.suffix == ".npy":
         about = json.loads(path.with_suffix(".json").read_bytes())
@@ -190,7 +190,7 @@ def _key(name: str, network: nn.Module, config: Config, source: Source) -> str:
 def _compute(
     network: nn.Module, config: Config, source: Source, device: torch.device, path: Path, key: str
 ) -> dict[int, str]:
-    """Fills the partial file; returns the images that cannot be decoded, and why."""
+    """Fills the partial file; returns the numbers of images that cannot be decoded, and the reasons."""
     side = config.montage.final.canvas
     shape = len(source), network(torch.zeros(1, 3, side, side, device=device)).shape[1]
     first, bad = _done(path, key)
@@ -232,7 +232,7 @@ def _state(path: Path) -> Path:
 
 
 def _done(path: Path, key: str) -> tuple[int, dict[int, str]]:
-    """How many rows of the same features of the same images are done, and which of them are bad."""
+    """Number of finished rows for the same features of the same images, and the bad images among them."""
     try:
         state = json.loads(_state(path).read_bytes())
         if state["key"] == key and _partial(path).exists():
@@ -243,7 +243,8 @@ def _done(path: Path, key: str) -> tuple[int, dict[int, str]]:
 
 
 def _map(file: Path, shape: tuple[int, int], new: bool) -> np.memmap[Any, np.dtype[np.float32]]:
-    """Rows in a file that has its place on the disk: to write where there is none would end the process."""
+    """Maps rows to a file. Disk space is allocated in advance, since a full disk would kill a process that writes to
+    mapped memory."""
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
         rows = open_memmap(file, "w+" if new else "r+", np.float32, shape)
@@ -268,7 +269,7 @@ def _reason(source: Source, i: int) -> str:
 
 
 def _finish(made: Embedding) -> None:
-    """Puts the file in its place. As long as the note of what is done is there, the file does not count."""
+    """Replaces the partial file by the final one. The file is complete only when its state file has been removed."""
     about = {field.name: getattr(made, field.name) for field in fields(made) if field.name != "path"}
     if made.path.suffix == ".npy":
         with replacing(made.path.with_suffix(".json")) as file:
@@ -281,7 +282,7 @@ def _finish(made: Embedding) -> None:
 
 
 def _write_parquet(made: Embedding, about: dict[str, Any], rows: Floats) -> None:
-    """Columns name, class (null where it is unknown) and features (a list of fixed size, null for a bad image)."""
+    """Writes the columns name, class (null if unknown) and features (a list of fixed size, null for a bad image)."""
     pa, width = _parquet(), rows.shape[1]
     metadata = {"mcl": json.dumps({name: value for name, value in about.items() if name not in ("names", "labels")})}
     types = {"name": pa.string(), "class": pa.string(), "features": pa.list_(pa.float32(), width)}

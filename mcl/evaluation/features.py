@@ -1,7 +1,7 @@
-"""Features of whole photographs, for whatever is done with them: each image is decoded once, by one of the processes.
+"""Features of whole photographs. Each image is decoded once, by one of the processes, with the loader of training.
 
-Photographs come out of the loader that training has. Every process takes an equal, contiguous share of them, and all
-make equally many steps, so that they can exchange something after each.
+Every process gets a contiguous share of the photographs, and all shares have the same number of steps, so that
+processes can communicate after each step.
 """
 
 import copy
@@ -25,26 +25,26 @@ from mcl import distributed
 from mcl.config import Config, ConfigError
 
 BATCH = 64
-"""Photographs of a step and process."""
+"""Photographs per step and process."""
 
 STATISTICS_IMAGES = 8 * BATCH
-"""Photographs for BatchNorm's statistics."""
+"""Number of photographs on which BatchNorm's statistics are estimated."""
 
 Numbers = npt.NDArray[np.int64]
 Progress = Callable[[], None]
-"""Is called after every step, by all processes; what it raises ends the work."""
+"""Called after every step by all processes. An exception that it raises ends the evaluation."""
 
 
 @dataclass(frozen=True)
 class Features:
-    """Of the images that this process had."""
+    """Features of this process's share of images."""
 
     values: Tensor  # (n, D) float32, on the CPU
-    index: Tensor  # (n,) int64 number in the source, increasing where the numbers asked for are
+    index: Tensor  # (n,) int64 number of the image in the source, in the order of the requested numbers
     labels: Tensor  # (n,) int64 class, -1 unknown
 
     def select(self, rows: Tensor | slice) -> "Features":
-        """Some of its rows."""
+        """A selection of rows."""
         return Features(self.values[rows], self.index[rows], self.labels[rows])
 
 
@@ -58,17 +58,18 @@ def photos(
     whole: bool = False,
     cells: int | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of this process's share of some images of a source, without those that cannot be decoded.
+    """Batches of this process's share of a source's images, without images that cannot be decoded.
 
     Args:
-        numbers: of the images; None: all, in order.
-        first: steps to leave out, as those that were done before.
-        whole: shows whole images, their sides scaled apart, in place of the middle square of 7/8 of the short side.
-        cells: side of a photograph, in units of 32 pixels; None: that which the schedule ends with.
+        numbers: numbers of the images; None for all, in order.
+        first: number of steps to skip, which an earlier call has done.
+        whole: show the whole image, without keeping its aspect ratio, instead of the central square of 7/8 of the short
+            side.
+        cells: side of a photograph, in units of 32 pixels; None for the last size of the canvas schedule.
 
     Yields:
-        pixels (n, 3, S, S) float32, normalised, on the device, and their numbers (n,), on the CPU. All processes get
-        equally many batches of at most 64, of which the last ones may be empty.
+        pixels (n, 3, S, S) float32, normalised, on the device, and the images' numbers (n,), on the CPU. All processes
+        get the same number of batches of at most 64 images; the last ones may be empty.
 
     Raises:
         BadDataError: none of the source's images can be decoded.
@@ -83,7 +84,7 @@ def photos(
         shown=np.array_split(numbers, distributed.world_size())[distributed.rank()],
         whole=whole,
     )
-    # Training has listed and judged the bad files.
+    # Bad files were listed, and their limit checked, in training.
     data = dataclasses.replace(config.data, max_bad_fraction=1.0, tile_sampling="direct")
     if first < plan.steps:
         threads = data.threads or default_threads(distributed.local_world_size())
@@ -99,13 +100,13 @@ def photos(
 
 
 class Pooled(nn.Module):
-    """Means over space of a map of an encoder.
+    """Spatial means of a map of an encoder.
 
     Args:
-        name: c2 to c5, a stage of the backbone, or p2 to p5, a level of the pyramid.
+        name: c2 to c5, a stage of the backbone, or p2 to p5, a map of the FPN.
 
     Raises:
-        ConfigError: there is no such level.
+        ConfigError: the encoder does not have this map.
     """
 
     def __init__(self, encoder: Any, name: str) -> None:
@@ -117,7 +118,7 @@ class Pooled(nn.Module):
             levels = () if self.fpn is None else self.fpn.depths
             if self.stage not in levels:
                 known = ", ".join(f"p{5 - depth}" for depth in levels) or "none, since it has no FPN"
-                raise ConfigError(f"evaluation.features: {name} is none of the levels that the model has: {known}")
+                raise ConfigError(f"evaluation.features: the model has no {name}; maps of its FPN: {known}")
             self.level = levels.index(self.stage)
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -129,7 +130,8 @@ class Pooled(nn.Module):
 
 
 class Maps(nn.Module):
-    """The maps of an encoder's pyramid, level 0 first, or of its backbone without one; `names` are p5, p4 and so on."""
+    """The maps of an encoder's FPN, level 0 first, or of the backbone if there is no FPN; `names` are p5, p4 and so
+    on."""
 
     def __init__(self, encoder: Any) -> None:
         super().__init__()
@@ -144,7 +146,7 @@ class Maps(nn.Module):
 
 
 class _Each(nn.ModuleList):
-    """Networks that see the same photographs."""
+    """Calls several networks with the same photographs."""
 
     def forward(self, pixels: Tensor) -> None:
         for network in self:
@@ -158,13 +160,13 @@ def prepare(
     device: torch.device,
     progress: Progress = lambda: None,
 ) -> list[nn.Module]:
-    """Copies on the device, in evaluation mode, with BatchNorm statistics of 512 photographs of the source.
+    """Copies of networks on the device, in evaluation mode, with BatchNorm statistics of 512 photographs of the source.
 
-    Every process computes these by itself, from the same photographs, so that all copies are the same.
+    Every process computes the statistics itself, from the same photographs, so that all have the same copies.
     """
     copies = _Each(copy.deepcopy(list(networks))).to(device, torch.float32).eval()
     numbers = np.sort(order(config.trainer.seed, 0, len(source))[:STATISTICS_IMAGES])
-    shuffled = numbers[order(config.trainer.seed, 1, len(numbers))]  # batches of many classes each
+    shuffled = numbers[order(config.trainer.seed, 1, len(numbers))]  # so that batches mix classes
 
     def pixels() -> Iterator[Tensor]:
         for batch, _ in photos(config, source, device, shuffled):
@@ -191,16 +193,17 @@ def extract(
     numbers: Numbers | None = None,
     progress: Progress = lambda: None,
 ) -> list[Features]:
-    """What networks in evaluation mode make of the photographs of this process's share, which are decoded once.
+    """Features of this process's share of photographs by several networks; each photograph is decoded once.
 
-    Memory, beside a batch: n x D x 4 bytes for each network, n the images of the share.
+    Besides a batch, this needs n x D x 4 bytes of memory for each network, n being the number of images in the share.
 
     Args:
-        networks: (n, 3, S, S) to (n, D), on the device, as :func:`prepare` makes them.
-        numbers: of the images; None: all.
+        networks: networks in evaluation mode, on the device, as :func:`prepare` returns them; they map (n, 3, S, S) to
+            (n, D).
+        numbers: numbers of the images; None for all.
 
     Returns:
-        For each network.
+        The features of each network.
     """
     total = -(-(len(source) if numbers is None else len(numbers)) // distributed.world_size())
     values: list[Tensor] = [torch.empty(0, 0) for _ in networks]
@@ -218,7 +221,7 @@ def extract(
             bar.update(len(own))
             progress()
     labels = torch.from_numpy(source.labels)[index[:done]]
-    widths = distributed.gather_objects([own.shape[1] for own in values])  # which who had no image does not know
+    widths = distributed.gather_objects([own.shape[1] for own in values])  # unknown in processes without images
     return [
         Features(own[:done] if done else torch.empty(0, max(width)), index[:done], labels)
         for own, width in zip(values, zip(*widths, strict=True), strict=True)
@@ -226,5 +229,5 @@ def extract(
 
 
 def _hidden() -> bool | None:
-    """Argument `disable` of tqdm: None hides the bar outside of a terminal."""
+    """Value of tqdm's `disable`: None hides the bar outside of a terminal."""
     return True if distributed.rank() else None

@@ -1,9 +1,9 @@
-"""Class of a photograph from frozen features: nearest neighbours, and a linear probe, at the size of ImageNet.
+"""Classifies photographs by frozen features, with nearest neighbours and a linear probe, for sets as large as ImageNet.
 
-Every process holds the features of its own share (:class:`~mcl.evaluation.features.Features`) on the CPU, and brings
-chunks of them to its device. Beside its share a process needs less than 4 GB, for 2,048 channels and 1,000 classes:
-kNN 1 GB, for 4,096 photographs and 16,384 neighbours at a time; L-BFGS is taken as long as what it needs stays below
-1 GB; mini-batches need four copies of the weights of all learning rates, 0.3 GB.
+Every process keeps the features of its own share (:class:`~mcl.evaluation.features.Features`) on the CPU, and copies
+chunks of them to its device. Besides its share a process needs less than 4 GB of memory with 2,048 channels and 1,000
+classes: kNN needs 1 GB, for 4,096 photographs and 16,384 neighbours at a time; L-BFGS is used only if it needs less
+than 1 GB; mini-batches need four copies of the weights of all learning rates, 0.3 GB.
 """
 
 import math
@@ -17,11 +17,11 @@ from mcl.distributed import Gather
 from mcl.evaluation.features import Features, Progress
 
 QUERIES = 4096
-"""Photographs, of all processes together, that look for their neighbours at a time."""
+"""Photographs of all processes that are classified by kNN at a time."""
 NEIGHBOURS = 16384
-"""Features that they are compared with at a time."""
+"""Features with which they are compared at a time."""
 LBFGS_BYTES = 1 << 30
-"""Of features, logits and their gradients on a device, with which the linear probe is still fitted by L-BFGS."""
+"""Limit for features, logits and their gradients on a device up to which the linear probe is fitted by L-BFGS."""
 
 _KNN_TEMPERATURE = 0.07
 _PROBE_DECAY = 1e-3
@@ -39,14 +39,14 @@ def knn(
     same: bool = False,
     progress: Progress = lambda: None,
 ) -> Tensor:
-    """Classes by a vote of the k nearest neighbours by cosine, weighted exp(cosine / 0.07) (arXiv 1805.01978).
+    """Predicts classes by a vote of the k nearest neighbours by cosine, weighted exp(cosine / 0.07) (arXiv 1805.01978).
 
-    Photographs of all processes meet the features of each process, a chunk after the other; the nearest of every
-    process are then exchanged.
+    Every process compares the photographs of all processes with its own features, one chunk after another. Processes
+    then exchange the nearest features that they found.
 
     Args:
-        train, test: of this process's share.
-        same: both are of one source: no photograph votes for itself.
+        train, test: features of this process's share.
+        same: whether both are of the same source; then no photograph votes for itself.
 
     Returns:
         (m,) int64, for the photographs of this process.
@@ -71,7 +71,7 @@ def knn(
 def _nearest(
     queries: Tensor, asking: Tensor | None, train: Features, k: int, chunks: int, progress: Progress
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and labels of the k nearest features of this process, (Q, k) each; a cosine of -inf for none."""
+    """Cosines and labels of the k nearest features of this process, (Q, k) each; missing ones have a cosine of -inf."""
     best = queries.new_full((len(queries), k), -math.inf)
     labels = torch.zeros_like(best, dtype=torch.int64)
     for chunk in range(chunks):
@@ -94,14 +94,14 @@ def linear(
     seed: int = 0,
     progress: Progress = lambda: None,
 ) -> Tensor:
-    """Classes by multinomial logistic regression on standardised features (L2 1e-3) of all processes.
+    """Predicts classes by multinomial logistic regression on standardised features (L2 1e-3) of all processes.
 
-    It is fitted by L-BFGS where that fits (:data:`LBFGS_BYTES`). Else by mini-batches with momentum, for eight learning
-    rates at once, of which the one with the smallest loss counts.
+    The regression is fitted by L-BFGS if memory allows (:data:`LBFGS_BYTES`). Otherwise it is fitted by mini-batches
+    with momentum, for eight learning rates at once, and the result with the smallest loss is used.
 
     Args:
-        train, test: of this process's share.
-        seed: of the order of mini-batches.
+        train, test: features of this process's share.
+        seed: seed of the order of mini-batches.
 
     Returns:
         (m,) int64, for the photographs of this process.
@@ -122,7 +122,7 @@ def linear(
 
 
 def _by_lbfgs(x: Tensor, labels: Tensor, total: int, classes: int, progress: Progress) -> tuple[Tensor, Tensor]:
-    """Weight (classes, D) and bias (classes,); all processes take the same steps, since they know the same sums."""
+    """Weight (classes, D) and bias (classes,). All processes take the same steps, since they have the same sums."""
     weight = torch.zeros(classes, x.shape[1], device=x.device, requires_grad=True)
     bias = torch.zeros(classes, device=x.device, requires_grad=True)
     solver = torch.optim.LBFGS([weight, bias], max_iter=_PROBE_STEPS, line_search_fn="strong_wolfe", history_size=10)
@@ -144,7 +144,7 @@ def _by_lbfgs(x: Tensor, labels: Tensor, total: int, classes: int, progress: Pro
 def _by_sgd(
     train: Features, mean: Tensor, std: Tensor, classes: int, seed: int, progress: Progress
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`_by_lbfgs`, of the same loss. Shape letters: G learning rates, b rows of a batch, C classes."""
+    """As :func:`_by_lbfgs`, for the same loss. Shape letters: G learning rates, b rows of a batch, C classes."""
     device, rates, channels = mean.device, len(_RATES), len(mean)
     weights = torch.zeros(rates, classes, channels + 1, device=device)  # the last column is the bias
     velocity, losses = torch.zeros_like(weights), torch.zeros(rates, device=device)
@@ -187,12 +187,12 @@ def _total(x: Tensor) -> Tensor:
 
 
 def _sum(values: Tensor, mean: Tensor | None = None) -> Tensor:
-    """(D,) float64 sum of rows (n, D), or of their squared distances from a mean, without a copy of all."""
+    """(D,) float64 sum of rows (n, D), or of their squared distances from a mean, without copying all rows at once."""
     parts = (part.double() if mean is None else (part - mean).square() for part in values.split(NEIGHBOURS))
     return sum((part.sum(0) for part in parts), torch.zeros(values.shape[1], dtype=torch.float64))
 
 
 def _padded(x: Tensor, rows: int) -> Tensor:
-    """With rows of zeros behind, so that all processes have equally many; for numbers, of -1, which nothing has."""
+    """Pads `x` to `rows` rows, so that all processes have the same number; with zeros, integers with -1."""
     fill = x.new_full((rows - len(x), *x.shape[1:]), 0 if x.is_floating_point() else -1)
     return torch.cat([x, fill])

@@ -1,4 +1,4 @@
-"""What features hold to be near each other, to look at: a map of all images, and a page of nearest neighbours."""
+"""Shows which images have similar features: a map of all images, and a page of nearest neighbours."""
 
 import base64
 import io
@@ -25,15 +25,15 @@ from mcl.evaluation.embedding import Embedding, EmbeddingError
 
 QUERIES, NEIGHBOURS = 24, 8
 
-_POINTS = 5000  # of the map at most, evenly spread
-_GRID = 20, 14  # of thumbnails on the map
-_COLOURS = 10  # classes with a colour of their own
+_POINTS = 5000  # maximum number of images on the map, evenly spaced in the source
+_GRID = 20, 14  # thumbnails on the map, horizontally and vertically
+_COLOURS = 10  # classes that have a colour
 _THUMBNAIL = 112  # pixels
 _CHUNK = 1 << 14  # rows compared at a time
 
 
 def check(method: str) -> None:
-    """Refuses a map that could not be drawn in the end.
+    """Checks, before features are computed, that a map can be drawn.
 
     Raises:
         ConfigError: umap is not installed.
@@ -46,7 +46,9 @@ def _umap() -> Any:
     try:
         import umap
     except ImportError as error:
-        raise ConfigError(f"--plot umap: UMAP is missing ({error}); pip install umap-learn, or --plot pca") from None
+        raise ConfigError(
+            f"--plot umap: UMAP is not installed ({error}); pip install umap-learn, or use --plot pca"
+        ) from None
     return umap
 
 
@@ -54,20 +56,20 @@ def draw(embedding: Embedding, source: Source, method: str) -> list[Path]:
     """Writes the map (``.png``) and the page (``.html``) beside a file of features.
 
     Args:
-        source: that of the embedding, for thumbnails.
-        method: pca or umap, of the map.
+        source: the source of the embedding's images, for thumbnails.
+        method: method of the map, pca or umap.
 
     Returns:
         The files written.
 
     Raises:
-        ConfigError: fewer than two images, or see :func:`check`.
+        ConfigError: there are fewer than two images; or see :func:`check`.
         EmbeddingError: a file cannot be written.
     """
     rows = embedding.rows()
     usable = np.flatnonzero(~np.isnan(rows[:, 0]))
     if len(usable) < 2:
-        raise ConfigError(f"--plot: {embedding.root} has {len(usable)} images that can be decoded; a picture needs two")
+        raise ConfigError(f"--plot: {embedding.root} has {len(usable)} images that can be decoded; a plot needs two")
     picture, page = embedding.path.with_suffix(".png"), embedding.path.with_suffix(".html")
     try:
         with replacing(picture) as file:
@@ -80,7 +82,7 @@ def draw(embedding: Embedding, source: Source, method: str) -> list[Path]:
 
 
 def pca(rows: Tensor) -> Tensor:
-    """(n, D) to (n, 2): principal components; of each, the largest loading is positive."""
+    """First two principal components, (n, D) to (n, 2). The largest loading of each is positive."""
     x = rows.double() - rows.double().mean(0)
     axes = torch.linalg.eigh(x.t() @ x)[1].flip(1)[:, :2]
     largest = axes.gather(0, axes.abs().argmax(0, keepdim=True))
@@ -91,7 +93,7 @@ def pca(rows: Tensor) -> Tensor:
 def _map(
     embedding: Embedding, rows: npt.NDArray[np.float32], source: Source, shown: npt.NDArray[np.int64], method: str
 ) -> bytes:
-    """A PNG: the images as points in the colours of their classes, and as thumbnails where they lie."""
+    """A PNG that shows images twice: as points coloured by class, and as thumbnails at their positions."""
     unit = F.normalize(torch.from_numpy(rows[shown]), dim=1)
     if method == "pca":
         at = pca(unit).numpy()
@@ -125,7 +127,7 @@ def _map(
     points.set_title(
         f"{len(shown):,} images of {embedding.root}, {embedding.features}: {what}", loc="left", fontsize=14
     )
-    pictures.set_title("the image nearest to the middle of each cell", loc="left", fontsize=14)
+    pictures.set_title("the image nearest to the centre of each cell", loc="left", fontsize=14)
     for axes in (points, pictures):
         axes.set(xlim=(low[0] - cell[0] / 2, high[0] + cell[0] / 2), ylim=(low[1] - cell[1] / 2, high[1] + cell[1] / 2))
         axes.set(xticks=[], yticks=[])
@@ -136,7 +138,7 @@ def _map(
 
 
 def nearest(rows: npt.NDArray[np.float32], queries: Sequence[int], k: int) -> tuple[Tensor, Tensor]:
-    """The k other rows of the largest cosine with each query, NaN rows left out: cosines and numbers, (q, k) each."""
+    """Cosines and numbers of the k other rows with the largest cosine to each query, (q, k) each; NaN rows are last."""
     asked = F.normalize(torch.from_numpy(rows[list(queries)]), dim=1)
     best, index = torch.full((len(queries), 0), 0.0), torch.zeros(len(queries), 0, dtype=torch.int64)
     for start in range(0, len(rows), _CHUNK):
@@ -183,7 +185,7 @@ def _page(embedding: Embedding, rows: npt.NDArray[np.float32], source: Source, u
 
 
 def _thumbnail(source: Source, i: int) -> Image.Image:
-    """The square in the middle of an image; gray where it has gone in the meantime."""
+    """The central square of an image; gray if the image can no longer be read."""
     try:
         image = Image.fromarray(decode(source, i).permute(1, 2, 0).numpy())
     except OSError:

@@ -1,7 +1,7 @@
-"""Region probe: are objects told apart by the features of their boxes, from which detectors start?
+"""Region probe: classifies objects by the features of their boxes, which are also what a detector classifies.
 
 The ground-truth boxes of a COCO-format folder are pooled from the feature pyramid as a detector pools its proposals,
-and classified by nearest neighbours and by a linear classifier, which is all that is trained.
+and classified by nearest neighbours and by a linear classifier. Only the linear classifier is trained.
 """
 
 import copy
@@ -30,37 +30,37 @@ from mcl.ops import region_pool
 from mcl.records.metrics import Record, log
 
 IMAGES = 5000
-"""Of a split at most, evenly spread: as many as COCO's val2017 has."""
+"""Maximum number of images per split, evenly spaced: the size of COCO's val2017."""
 
-_BINS = 7  # per side of a box; their mean is the feature
-_PART = 16  # images that go through the networks together
+_BINS = 7  # per side of a box; the mean over bins is the feature
+_PART = 16  # images that networks process at once
 _STATISTICS_IMAGES = 512
 _RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
 class Boxes:
-    """Images of a split with the objects in them."""
+    """The images of a split and their objects."""
 
     source: Source
-    numbers: npt.NDArray[np.int64]  # (n,) of images in the source
-    boxes: Mapping[int, Tensor]  # number: (r, 4) x1, y1, x2, y2 as fractions of width and height
-    labels: Mapping[int, Tensor]  # number: (r,) int64
+    numbers: npt.NDArray[np.int64]  # (n,) numbers of the images in the source
+    boxes: Mapping[int, Tensor]  # by number: (r, 4) x1, y1, x2, y2 as fractions of width and height
+    labels: Mapping[int, Tensor]  # by number: (r,) int64
     classes: tuple[str, ...]
 
 
 def open_boxes(config: Config) -> tuple[Boxes, Boxes]:
-    """Train and val of the folder ``evaluation.regions``, which is laid out as ``mcl finetune`` takes it.
+    """Train and val of the folder ``evaluation.regions``, which has the layout that ``mcl finetune`` reads.
 
-    Left out are crowds, images without objects, and those that are not of the size that their annotations state.
+    Crowds, images without objects, and images whose size differs from their annotations are left out.
 
     Raises:
         ConfigError: the folder is not set, or does not exist.
-        SourceError: annotations or images are missing or broken; train and val have other categories.
+        SourceError: annotations or images are missing or broken, or train and val have different categories.
     """
     folder = config.evaluation.regions
     if not folder:
-        raise ConfigError("evaluation.regions: not set; name a COCO-format folder, as mcl finetune takes it")
+        raise ConfigError("evaluation.regions: not set; set it to a folder in COCO format, as for mcl finetune")
     if not Path(folder).is_dir():
         raise ConfigError(f"evaluation.regions: {folder} does not exist")
     train, val = (
@@ -69,7 +69,7 @@ def open_boxes(config: Config) -> tuple[Boxes, Boxes]:
     )
     if train.classes != val.classes:
         only = min({*train.classes} ^ {*val.classes})
-        raise SourceError(f"evaluation.regions: {folder}: one of train and val lacks the category {only!r}")
+        raise SourceError(f"evaluation.regions: {folder}: only one of train and val has the category {only!r}")
     return train, val
 
 
@@ -98,7 +98,7 @@ def _read(images: Path, file: Path, index: str) -> Boxes:
         boxes[i] = (corners / torch.tensor(size * 2)).clamp(0, 1)
         labels[i] = torch.tensor([number_of[entry["category_id"]] for entry in own])
     if strange:
-        log.warning("%s: %d images have other sizes, and are left out, e.g. %s", file, len(strange), strange[0])
+        log.warning("%s: left out %d images of other sizes than annotated, e.g. %s", file, len(strange), strange[0])
     if not boxes:
         raise SourceError(f"evaluation.regions: {file} has no object in an image that can be used")
     numbers = np.array(sorted(boxes))
@@ -106,12 +106,12 @@ def _read(images: Path, file: Path, index: str) -> Boxes:
 
 
 class Pyramid(nn.Module):
-    """Region features of an encoder, of which it has a copy."""
+    """Region features of an encoder, which is copied."""
 
     def __init__(self, encoder: Any) -> None:
         super().__init__()
         if getattr(encoder, "fpn", None) is None:
-            raise ConfigError("evaluation: regions needs a model with an FPN; leave it out of the evaluations")
+            raise ConfigError("evaluation: regions needs a model with an FPN; remove it from the evaluations")
         self.backbone, self.fpn = copy.deepcopy(encoder.backbone), copy.deepcopy(encoder.fpn)
         self.strides = [STRIDE / ratio for ratio in encoder.ratios]
 
@@ -121,7 +121,7 @@ class Pyramid(nn.Module):
         return maps
 
     def regions(self, pixels: Tensor, boxes: Sequence[Tensor]) -> Tensor:
-        """Means over boxes, in pixels, of each image: (R, width)."""
+        """Means of the features in each image's boxes, which are in pixels: (R, width)."""
         rows = torch.cat([b.new_full((len(b), 1), i) for i, b in enumerate(boxes)])
         corners = torch.cat(list(boxes))
         level = level_of(corners, self.strides)
@@ -129,11 +129,11 @@ class Pyramid(nn.Module):
 
 
 def level_of(boxes: Tensor, strides: Sequence[float]) -> Tensor:
-    """(R,) which map a detector pools each box from (arXiv 1612.03144): one of 224 px from the map of stride 16.
+    """(R,) number of the map from which a detector pools each box (arXiv 1612.03144): 224 px from the map of stride 16.
 
     Args:
         boxes: (R, 4) x1, y1, x2, y2, pixels.
-        strides: of the maps, decreasing.
+        strides: strides of the maps, decreasing.
     """
     area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     wanted = 16 * 2 ** torch.floor(torch.log2(area.sqrt() / 224) + 1e-6)
@@ -143,25 +143,25 @@ def level_of(boxes: Tensor, strides: Sequence[float]) -> Tensor:
 def regions(
     encoders: Mapping[str, nn.Module], config: Config, device: torch.device, progress: Progress = lambda: None
 ) -> Record:
-    """Scores encoders by the objects of ``evaluation.regions``; all processes take part.
+    """Scores encoders on the objects of ``evaluation.regions``; all processes must call this.
 
     BatchNorm's statistics are re-estimated on training images of that folder.
 
     Args:
-        encoders: by where their scores stand in the record, ``accuracy`` and ``random`` among them.
+        encoders: encoders by the keys of their scores, which include ``accuracy`` and ``random``.
         progress: see :data:`mcl.evaluation.features.Progress`.
 
     Returns:
-        Top-1 by kNN under the keys of the encoders, by the linear classifier under these behind ``linear_``; ``gain``
-        is that of ``accuracy`` over ``random``. Behind ``_interval`` each has its 95% interval over val's images:
-        objects of an image are not independent.
+        A record. ``KEY`` is the kNN top-1 of an encoder and ``linear_KEY`` that of the linear classifier; ``gain`` is
+        ``accuracy`` minus ``random``. ``KEY_interval`` is the 95% interval, by images of val, since the objects of an
+        image are not independent.
 
     Raises:
-        ConfigError, SourceError: see :func:`open_boxes`; or a model has no pyramid.
+        ConfigError, SourceError: see :func:`open_boxes`; or a model has no FPN.
     """
     train, val = open_boxes(config)
     networks = [Pyramid(encoder).to(device, torch.float32).eval() for encoder in encoders.values()]
-    with distributed.alone():  # each process from the same images
+    with distributed.alone():  # all processes use the same images
         for network in networks:
             few = _batches(train, config, device, progress, _STATISTICS_IMAGES)
             update_bn((pixels for pixels, index in few if index), network)
@@ -190,7 +190,7 @@ def regions(
 
 
 def describe(record: Record) -> str:
-    """A record of :func:`regions` in a few words."""
+    """Formats a record of :func:`regions`."""
 
     def row(name: str, by: str) -> str:
         trained, random, gain = (
@@ -207,11 +207,11 @@ def describe(record: Record) -> str:
 
 
 def interval(values: Tensor, image: Tensor) -> list[float]:
-    """95% interval of a mean over objects, by a bootstrap over their images.
+    """95% interval of a mean over objects, by bootstrapping images.
 
     Args:
-        values: (R,) of each object.
-        image: (R,) int64, the image that each lies in.
+        values: (R,) value of each object.
+        image: (R,) int64 number of each object's image.
     """
     _, own, counts = image.unique(return_inverse=True, return_counts=True)
     sums = torch.zeros(len(counts)).index_add_(0, own, values)
@@ -224,7 +224,7 @@ def interval(values: Tensor, image: Tensor) -> list[float]:
 def _batches(
     split: Boxes, config: Config, device: torch.device, progress: Progress, images: int | None = None
 ) -> Iterator[tuple[Tensor, list[int]]]:
-    """Whole images of this process's share, a few at a time, and their numbers."""
+    """Whole images of this process's share, in small batches, and their numbers."""
     cells = config.evaluation.region_cells or 2 * config.montage.final.cells
     for pixels, index in photos(config, split.source, device, split.numbers[:images], whole=True, cells=cells):
         yield from zip(pixels.split(_PART), (part.tolist() for part in index.split(_PART)), strict=True)
@@ -235,7 +235,7 @@ def _batches(
 def _extract(
     networks: Sequence[Pyramid], split: Boxes, config: Config, device: torch.device, progress: Progress
 ) -> list[Features]:
-    """For each network the objects of this process's share, with the numbers of their images."""
+    """For each network, the features of this process's objects; `index` has the numbers of their images."""
     values: list[list[Tensor]] = [[] for _ in networks]
     labels, images = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
     done, share = 0, -(-len(split.numbers) // distributed.world_size())

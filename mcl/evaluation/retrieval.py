@@ -1,8 +1,8 @@
 """Retrieval: the share of tiles whose own image is the nearest. It is the objective of MCL, so it improves before
 downstream accuracy does.
 
-The embedding of every tile of new montages, after projector and predictor, is compared with the momentum targets of a
-gallery in the other view, at the levels that it was compared with in training. Chance is 1 / gallery.
+The embeddings of tiles on new montages, after projector and predictor, are compared with the momentum network's targets
+of a gallery of images in the other view, at the same levels as in training. Chance is 1 / gallery.
 """
 
 import copy
@@ -25,21 +25,21 @@ from mcl.evaluation.features import Progress
 from mcl.models import Encoder
 from mcl.objectives import OBJECTIVES, Objective
 
-_FRESH = 1 << 62  # added to the seed: crops and montages that training never drew
+_FRESH = 1 << 62  # added to the seed, so that crops and montages differ from those of training
 _STATISTICS_BATCHES = 8
 
 
 class LevelwiseEncoder(nn.Module):
-    """An encoder as with ``compute: matched``, but with BatchNorm statistics of FPN and head for every level given;
-    with ``assembly: stack`` those of the backbone, too.
+    """An encoder that computes as with ``compute: matched``, but has separate BatchNorm statistics of FPN and head for
+    every level; with ``assembly: stack``, of the backbone, too.
 
-    In training each level is normalised by its own batch; one running mean over the levels would fit none of them.
+    In training each level is normalised by its own batch, so running statistics over all levels would fit none of them.
     """
 
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
         self.encoder = encoder
-        each = encoder.ratios if encoder.assembly == "stack" else ()  # whose backbone, too, sees level by level
+        each = encoder.ratios if encoder.assembly == "stack" else ()  # its backbone, too, processes one level at a time
         self.backbones = nn.ModuleList(copy.deepcopy(encoder.backbone) for _ in each)
         self.fpns = nn.ModuleList(copy.deepcopy(encoder.fpn) for _ in encoder.ratios)
         self.heads = nn.ModuleList(copy.deepcopy(encoder.head) for _ in encoder.ratios)
@@ -69,7 +69,7 @@ def _levelwise(model: Objective) -> Objective:
 
 
 class _All(nn.ModuleList):
-    """Models that see the same views."""
+    """Calls several models with the same views."""
 
     def forward(self, views: Sequence[MontageBatch]) -> None:
         model: Any
@@ -78,17 +78,17 @@ class _All(nn.ModuleList):
 
 
 def check_gallery(config: Config, source: Source) -> None:
-    """Raises ConfigError for an objective without targets, too few images, or a gallery that makes no montage."""
+    """Raises ConfigError if the objective has no targets, images are too few, or a gallery does not fill canvases."""
     if not OBJECTIVES[config.objective].retrieves:
         raise ConfigError(
             f"objective: {config.objective} has no targets, which retrieval needs; use knn or "
-            "linear, and leave retrieval out of evaluation.at_end"
+            "linear, and remove retrieval from evaluation.at_end"
         )
     gallery = config.evaluation.gallery
     if not config.montage.legal(gallery):
         near = ", ".join(map(str, nearest_legal(config.montage, gallery)))
         raise ConfigError(
-            f"evaluation.gallery: {gallery} images fill no whole number of canvases; nearest legal: {near}"
+            f"evaluation.gallery: {gallery} images do not fill a whole number of canvases; nearest legal: {near}"
         )
     if len(source) < gallery:
         raise ConfigError(f"evaluation.gallery: {source.root} has only {len(source)} images, fewer than {gallery}")
@@ -97,12 +97,12 @@ def check_gallery(config: Config, source: Source) -> None:
 def retrieval(
     models: Sequence[Objective], config: Config, source: Source, device: torch.device, progress: Progress = lambda: None
 ) -> list[tuple[list[float], list[float]]]:
-    """Scores models on the same montages of `source`; their BatchNorm statistics are re-estimated on others first.
+    """Scores models on the same montages of `source`, after re-estimating their BatchNorm statistics on other montages.
 
-    Galleries are divided among the processes; those of any number of processes are the same.
+    Galleries are divided among the processes, and do not depend on the number of processes.
 
     Returns:
-        Per model, top-1 accuracy per level, the mean over galleries, and its standard error.
+        For each model, the top-1 accuracy of every level, averaged over galleries, and its standard error.
 
     Raises:
         ConfigError: see :func:`check_gallery`.
@@ -125,11 +125,11 @@ def _tables(
     galleries: tuple[int, int, int],
     progress: Progress,
 ) -> Iterator[Tensor]:
-    """(1, models, L) accuracies on each gallery from the first to before the end; all processes make as many steps."""
+    """Accuracies (1, models, L) on galleries first .. end - 1; all processes take the same number of steps."""
     seed = (config.trainer.seed + _FRESH) % 2**63
     plan = config.plan(len(source), config.evaluation.gallery, geometry=config.montage.final, seed=seed)
     scored = [_levelwise(model).to(device, torch.float32) for model in models]
-    data = dataclasses.replace(config.data, max_bad_fraction=1.0)  # training has listed and judged the bad files
+    data = dataclasses.replace(config.data, max_bad_fraction=1.0)  # the limit was checked in training
     threads = data.threads or default_threads(distributed.local_world_size())
     first, end, most = galleries
     with MontageLoader(source, plan, data, gpu=device.index, threads=threads) as loader:
@@ -141,7 +141,7 @@ def _tables(
                 progress()
                 yield [view.to(device, torch.float32) for view in pair]
 
-        # update_bn passes on the first entry of a list.
+        # update_bn passes the first entry of a list to the model.
         update_bn(([views] for views in batches(0, _STATISTICS_BATCHES)), _All(scored).eval())
         for query, key in batches(_STATISTICS_BATCHES + first, end - first):
             yield torch.stack([model.matches(query, key).mean(0) for model in scored]).cpu()[None]

@@ -1,6 +1,6 @@
 """Evaluations of a trained and a random network, on training images and on held-out images.
 
-All processes take part. Evaluations do not change training: networks are copied, and random states and PyTorch's
+All processes must take part. Evaluations do not change training: networks are copied, and random states and PyTorch's
 settings are restored.
 """
 
@@ -22,7 +22,7 @@ from mcl.objectives import Objective, build
 from mcl.records.metrics import Record
 
 Sources = Mapping[str, Source]
-"""The images by split: ``train`` (data.root), and ``val`` where data.val_root is set."""
+"""The images by split: ``train`` (data.root), and ``val`` if data.val_root is set."""
 
 
 @torch.no_grad()
@@ -38,13 +38,13 @@ def evaluate(
     """Scores copies of a model and of the same network with initial weights; one record for each name and split.
 
     Args:
-        names: retrieval, knn, linear, svm; kNN and linear probe are given the same features.
+        names: retrieval, knn, linear, svm, regions. kNN and the linear probe use the same features.
         sources: the images; None opens them.
-        held_out: leaves out the images trained on, where others can serve.
+        held_out: do not use training images for retrieval if there are enough held-out images.
         progress: see :data:`mcl.evaluation.features.Progress`.
 
     Raises:
-        ConfigError: an evaluation that these images cannot serve.
+        ConfigError: an evaluation is not possible with these images.
     """
     if sources is None:
         own_images = {*names} != {"regions"}
@@ -70,12 +70,12 @@ def evaluate(
 
 @contextlib.contextmanager
 def _undisturbed(device: torch.device) -> Iterator[None]:
-    """Afterwards random states and cuDNN's choice of algorithms are what they were, and the GPU's memory is free."""
+    """Restores random states and cuDNN's choice of algorithms, and frees unused memory of the GPU before and after."""
     timing, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
     try:
         with torch.random.fork_rng([device.index] if device.type == "cuda" else []):
             if device.type == "cuda":
-                torch.cuda.empty_cache()  # of which the loader's pipelines know nothing
+                torch.cuda.empty_cache()  # DALI cannot use memory that PyTorch has cached
             yield
     finally:
         torch.backends.cudnn.benchmark = timing
@@ -84,7 +84,7 @@ def _undisturbed(device: torch.device) -> Iterator[None]:
 
 
 def describe(record: Record) -> str:
-    """An evaluation record in a few words."""
+    """Formats an evaluation record."""
     if record["name"] == "regions":
         return regions.describe(record)
     if record["name"] != "retrieval":
@@ -105,19 +105,19 @@ def describe(record: Record) -> str:
 
 
 def score(record: Record) -> float:
-    """The one number by which checkpoints are compared: accuracy or mAP, of retrieval the mean over levels."""
+    """The number by which checkpoints are compared: accuracy or mAP; for retrieval, the mean over levels."""
     value: float = float(np.mean(record["levels"])) if record["name"] == "retrieval" else record["accuracy"]
     return value
 
 
 def check_evaluations(config: Config, source: Source) -> dict[str, Source]:
-    """Checks before a run that its evaluations are possible; returns its held-out images, as ``val``.
+    """Checks before a run that its evaluations are possible; returns its held-out images as ``val``.
 
     Args:
         source: the images of data.root.
 
     Raises:
-        ConfigError, SourceError: an evaluation that these images cannot serve.
+        ConfigError, SourceError: an evaluation is not possible with these images.
     """
     names = {*config.evaluation.at_end, *(config.evaluation.during if config.evaluation.every else ())}
     held_out = open_held_out(config) if names else {}
@@ -127,14 +127,15 @@ def check_evaluations(config: Config, source: Source) -> dict[str, Source]:
 
 
 def open_held_out(config: Config) -> dict[str, Source]:
-    """The images of data.val_root as ``val``; none where it is not set."""
+    """The images of data.val_root as ``val``; empty if it is not set."""
     return {"val": open_images(config.data, held_out=True)} if config.data.val_root else {}
 
 
 def check(name: str, config: Config, sources: Sources) -> None:
-    """
+    """Checks that an evaluation is possible.
+
     Raises:
-        ConfigError: an evaluation that these images cannot serve.
+        ConfigError: the evaluation is not possible with these images.
     """
     if name == "svm":
         return svm.check(config)
@@ -146,19 +147,19 @@ def check(name: str, config: Config, sources: Sources) -> None:
         return check_gallery(config, train)
     if len(train.classes) < 2:
         raise ConfigError(
-            f"data.root: {config.data.root} has no classes for {name} to tell apart; use class folders, or "
-            f"leave {name} out of evaluation.at_end and evaluation.during"
+            f"data.root: {config.data.root} has fewer than two classes, which {name} needs; use class folders, or "
+            f"remove {name} from evaluation.at_end and evaluation.during"
         )
     if val is None and name == "linear":
         raise ConfigError("data.val_root: the linear probe needs held-out images; set it to a folder of class folders")
     if val is not None and (not val.classes or not set(val.classes) <= set(train.classes)):
         strange = sorted(set(val.classes) - set(train.classes))
-        what = f"has classes that data.root lacks, e.g. {strange[0]}" if strange else "has no classes"
-        raise ConfigError(f"data.val_root: {config.data.val_root} {what}; lay both out as the same class folders")
+        what = f"has classes that data.root does not have, e.g. {strange[0]}" if strange else "has no classes"
+        raise ConfigError(f"data.val_root: {config.data.val_root} {what}; both must have the same class folders")
 
 
 def _splits(config: Config, sources: Sources, held_out: bool) -> dict[str, Source]:
-    """Those that make a gallery; with `held_out` the last of them alone."""
+    """The splits with enough images for a gallery; with `held_out`, only the last of these."""
     enough = {split: own for split, own in sources.items() if len(own) >= config.evaluation.gallery}
     return dict(list(enough.items())[-1:]) if held_out else enough
 
@@ -242,14 +243,14 @@ def _svm(
 def _networks(
     model: Objective, random: Objective, config: Config, train: Source, device: torch.device, progress: Progress
 ) -> dict[str, nn.Module]:
-    """What makes features, by where its score stands in a record."""
+    """The networks that compute features, by the keys of their scores in a record."""
     encoders = _encoders(model, random)
     pooled = [Pooled(encoder, config.evaluation.features) for encoder in encoders.values()]
     return dict(zip(encoders, prepare(pooled, config, train, device, progress), strict=True))
 
 
 def _encoders(model: Objective, random: Objective) -> dict[str, nn.Module]:
-    """By where the score stands in a record."""
+    """The encoders to compare, by the keys of their scores in a record."""
     encoders = {"accuracy": model.online, "target": model.target, "random": random.online}
     return {key: encoder for key, encoder in encoders.items() if encoder is not None}
 
@@ -259,7 +260,8 @@ def _images(features: Features) -> int:
 
 
 def labelled(source: Source, fraction: float = 1, seed: int = 0) -> Numbers:
-    """Numbers of the images of known class, or by a seed the same fraction of every class, at least one image each."""
+    """Numbers of the images with a known class; with a `fraction`, a random subset with that fraction of every class,
+    and at least one image of each."""
     known = np.flatnonzero(source.labels >= 0)
     if fraction == 1:
         return known
@@ -272,6 +274,6 @@ def labelled(source: Source, fraction: float = 1, seed: int = 0) -> Numbers:
 
 
 def _renumber(val: Source, train: Source) -> Source:
-    """`val` with the class numbers of `train`: each source numbers the classes that it has."""
+    """`val` with the class numbers of `train`, since every source numbers its classes itself."""
     numbers = np.array([train.classes.index(name) for name in val.classes] + [-1])  # -1, the last, stays unknown
     return dataclasses.replace(val, labels=numbers[val.labels])

@@ -1,8 +1,8 @@
-"""Multi-label classification by linear support vector machines, as self-supervised features are compared on VOC 2007.
+"""Multi-label classification with linear support vector machines, the usual protocol for VOC 2007 (arXiv 1905.01235).
 
-Each image has any number of classes, those of its boxes in an annotation file in COCO format. Every class has a machine
-of its own, whose cost three-fold cross-validation on the training images chooses; the score is the mean over classes of
-the average precision on the held-out images (arXiv 1905.01235). Takes scikit-learn.
+The classes of an image are those of its boxes in a COCO annotation file. Each class has its own machine, whose cost is
+chosen by three-fold cross-validation on the training images. The score is the average precision on held-out images,
+averaged over classes. Needs scikit-learn.
 """
 
 import json
@@ -20,40 +20,42 @@ from mcl.config import Config, ConfigError
 from mcl.evaluation.features import Features, Numbers, Progress
 
 COSTS = (0.01, 0.1, 1.0, 10.0)
-"""Of which cross-validation chooses."""
+"""Costs from which cross-validation chooses."""
 
 _FOLDS = 3
-_MOST_BYTES = 2 << 30  # of all features, which scikit-learn takes twice
+_MOST_BYTES = 2 << 30  # limit for all features; scikit-learn needs twice as much
 _KEYS = {"train": "evaluation.annotations", "val": "evaluation.val_annotations"}
 
 Labels = npt.NDArray[np.int8]
-"""(n, classes) 1 where an image has the class, -1 where it has not, 0 where it is not known (difficult, crowd)."""
+"""(n, classes) 1 if an image has the class, -1 if it does not, 0 if this is unknown (difficult, crowd)."""
 
 
 def check(config: Config) -> None:
-    """
+    """Checks that the evaluation is possible.
+
     Raises:
-        ConfigError: there are no held-out images, no annotations, or no scikit-learn.
+        ConfigError: held-out images or annotations are not set, or scikit-learn is not installed.
     """
     own = config.evaluation
     if not config.data.val_root:
         raise ConfigError("data.val_root: svm needs held-out images; set it to their folder")
     for key, path in (("annotations", own.annotations), ("val_annotations", own.val_annotations)):
         if not path:
-            raise ConfigError(f"evaluation.{key}: svm needs the classes of images; name a file in COCO format")
+            raise ConfigError(f"evaluation.{key}: svm needs the classes of images; set it to a COCO annotation file")
     if find_spec("sklearn") is None:
         raise ConfigError("evaluation: svm needs scikit-learn; pip install scikit-learn")
 
 
 def annotated(path: str, source: Source, split: str) -> tuple[Numbers, Labels, list[str]]:
-    """Numbers of the images that a file in COCO format names, classes of all images by number, and their names.
+    """Reads a COCO annotation file: numbers of the images that it lists, labels of all images, and names of classes.
 
     Args:
-        source: the images; the file names them relative to their folder.
+        path: the file; it names images relative to the folder of the source.
+        source: the images.
         split: train or val.
 
     Raises:
-        ConfigError: it cannot be read, is no such file, or names none of the images; the key is named.
+        ConfigError: the file cannot be read, is not a COCO annotation file, or lists none of the images.
     """
     key = _KEYS[split]
     try:
@@ -74,9 +76,9 @@ def annotated(path: str, source: Source, split: str) -> tuple[Numbers, Labels, l
         raise ConfigError(f"{key}: cannot read {path} ({error.strerror})") from None
     except (ValueError, KeyError, TypeError) as error:
         what = f"{type(error).__name__}: {error}"
-        raise ConfigError(f"{key}: {path} is no annotation file in COCO format ({what})") from None
+        raise ConfigError(f"{key}: {path} is not a COCO annotation file ({what})") from None
     if not row:
-        raise ConfigError(f"{key}: {path} names none of the images in {source.root}")
+        raise ConfigError(f"{key}: {path} lists none of the images in {source.root}")
     numbers = np.array(sorted(row.values()))
     return numbers, labels, list(names.values())
 
@@ -84,12 +86,12 @@ def annotated(path: str, source: Source, split: str) -> tuple[Numbers, Labels, l
 def mean_average_precision(
     train: Features, train_labels: Labels, test: Features, test_labels: Labels, progress: Progress
 ) -> tuple[float, float]:
-    """Score on the test images, and that of guessing, which is the mean share of images that have a class.
+    """Score on the test images, and the score of guessing, which is the share of images with a class, averaged.
 
-    Every process takes some of the classes. Features are of the process's share, labels of all images by number.
+    Classes are divided among the processes. Features are those of the process's share; labels are those of all images.
 
     Raises:
-        ConfigError: the features of all images together take more than 2 GB.
+        ConfigError: the features of all images take more than 2 GB.
     """
     from sklearn.metrics import average_precision_score
     from sklearn.model_selection import StratifiedKFold, cross_val_score
@@ -109,7 +111,7 @@ def mean_average_precision(
                     for cost in COSTS
                 ]
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # a cost with which one does not converge is not chosen
+                    warnings.simplefilter("ignore")  # machines that do not converge: their cost is not chosen
                     folds = StratifiedKFold(_FOLDS)
                     scores = [
                         cross_val_score(m, x[known], truth[known], cv=folds, scoring="average_precision").mean()
@@ -121,15 +123,17 @@ def mean_average_precision(
         progress()
     everyone = [result for part in distributed.gather_objects(results) for result in part]
     if not everyone:
-        raise ConfigError(f"{_KEYS['train']}: no class has {_FOLDS} images with it and without, and one held out")
+        raise ConfigError(
+            f"{_KEYS['train']}: no class has {_FOLDS} training images with it, {_FOLDS} without, and a held-out image"
+        )
     score, chance = np.mean(everyone, 0).tolist()
     return score, chance
 
 
 def _everyone(features: Features) -> tuple[npt.NDArray[np.float32], Numbers]:
-    """Features of all processes, of length 1, and the numbers of their images."""
+    """Features of all processes, scaled to unit length, and the numbers of their images."""
     if sum(distributed.gather_objects(features.values.numel())) * 4 > _MOST_BYTES:
-        raise ConfigError("evaluation: the features are too many for svm; take knn or linear for sets of this size")
+        raise ConfigError("evaluation: too many features for svm; use knn or linear for sets of this size")
     parts = distributed.gather_objects((features.values, features.index))
     values, index = (torch.cat(part) for part in zip(*parts, strict=True))
     return torch.nn.functional.normalize(values, dim=1).numpy(), index.numpy()

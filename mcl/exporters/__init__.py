@@ -1,4 +1,4 @@
-"""Weights to and from other libraries."""
+"""Exports weights to other libraries, and imports the authors' checkpoints."""
 
 from mcl.exporters.convert import TARGETS, export
 from mcl.exporters.summary import Report

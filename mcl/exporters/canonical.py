@@ -1,20 +1,20 @@
-"""The canonical form of our weights: an encoder under the names of torchvision's detectors.
+"""The canonical names of an encoder's tensors, which are those of torchvision's detectors.
 
-``backbone.body.*`` is the backbone, ``backbone.fpn.inner_blocks.<map>`` and ``backbone.fpn.layer_blocks.<map>`` are the
-laterals and outputs of the FPN (map 0 is C2 and P2), ``roi_heads.box_head.<i>`` the convolutions of the region head;
-``.0`` is a convolution, ``.1`` its BatchNorm. Each target renames from these.
+``backbone.body.*`` is the backbone. ``backbone.fpn.inner_blocks.<map>`` and ``backbone.fpn.layer_blocks.<map>`` are the
+lateral and output convolutions of the FPN (map 0 is C2 and P2). ``roi_heads.box_head.<i>`` are the convolutions of the
+region head. ``.0`` is a convolution, ``.1`` its BatchNorm. Each target maps its own names to these.
 """
 
 from mcl.models import Encoder
 
 PARTS = ("backbone", "fpn", "head")
-"""First words of our names."""
+"""First components of mcl's own names."""
 _KINDS = {"laterals": "inner_blocks", "outputs": "layer_blocks"}
 _MODULES = {"conv": "0", "norm": "1"}
 
 
 def canonical_names(encoder: Encoder) -> dict[str, str]:
-    """Our names of an encoder's tensors to the canonical ones; the projector has none."""
+    """Canonical names of an encoder's tensors, by mcl's own names; the projector has none."""
     names = {}
     for name in encoder.state_dict():
         match name.split("."):
@@ -29,5 +29,5 @@ def canonical_names(encoder: Encoder) -> dict[str, str]:
 
 
 def part(name: str) -> str:
-    """Which of ``PARTS`` a canonical name is of."""
+    """The one of ``PARTS`` that a canonical name belongs to."""
     return "head" if name.startswith("roi_heads.") else "fpn" if name.startswith("backbone.fpn.") else "backbone"

@@ -67,33 +67,34 @@ def export(
     Args:
         path: checkpoint of mcl.
         to: one of ``TARGETS``.
-        parts: of the model, among backbone, fpn and head; empty for all that the target takes.
-        network: online, or target: the momentum network, whose BatchNorm statistics are re-estimated on data.root,
-            since it has none that belong to its weights.
-        statistics_of: folder of photographs on which BatchNorm's statistics are re-estimated; none: they stay as
-            training left them; empty: data.root for a library that freezes them, none for others.
-        check: load the weights into the library's own model first, and compare features.
-        output: file to write, or folder where the library reads one; by default ``<run folder>/exports/<to>.<ending>``,
-            or ``<stem>.<to>.<ending>`` next to a checkpoint that lies in no run folder.
-        classifier: also of objective=supervised the classifier of region features, and the names of the classes.
-        overrides: ``key=value`` words, or values by dotted keys, for where the images of data.root are now.
+        parts: parts of the model to export: backbone, fpn, head; empty for all parts that the target supports.
+        network: online, or target, which is the momentum network. Its BatchNorm statistics are re-estimated on
+            data.root, since training does not compute statistics for its weights.
+        statistics_of: folder of photographs on which BatchNorm's statistics are re-estimated; none: keep those of
+            training; empty: data.root for a library that freezes BatchNorm, none for others.
+        check: before writing, load the weights into the library's own model and compare features.
+        output: file to write, or folder if the library reads one; by default ``<run folder>/exports/<to>.<ending>``, or
+            ``<stem>.<to>.<ending>`` next to a checkpoint outside of a run folder.
+        classifier: also export the classifier of region features of objective=supervised, and the names of its classes.
+        overrides: ``key=value`` words, or values by dotted keys, for instance the current location of data.root.
 
     Raises:
-        CheckpointError: the checkpoint cannot be read, cannot be verified, or `output` cannot be written.
-        ConfigError: parts or a classifier that the target does not take or the checkpoint does not have, an ending
-            that it does not read, a library that is not installed, no photographs to re-estimate statistics on.
-        SourceError: no images for `network` target.
+        CheckpointError: the checkpoint cannot be read, the verification fails, or `output` cannot be written.
+        ConfigError: the target does not support the parts or the classifier, or the checkpoint does not have them; the
+            target does not read files with the ending of `output`; a library is not installed; or there are no
+            photographs to re-estimate statistics on.
+        SourceError: there are no images for `network` target.
     """
     if to not in TARGETS:
-        raise ConfigError(f"--to: no library {to!r}; there are {', '.join(TARGETS)}")
+        raise ConfigError(f"--to: {to!r} is not a target; targets are {', '.join(TARGETS)}")
     target = TARGETS[to]
     parts = _parts(target, parts)
     output = output or default_path(path, target.name + next(iter(target.saves), ""))
     if target.pack is None and output.suffix not in target.saves:
-        raise ConfigError(f"--output: {output} is no file for {to}, which reads {' or '.join(target.saves)}")
+        raise ConfigError(f"--output: {output}: {to} reads only files that end in {' or '.join(target.saves)}")
     state = checkpoint.load(path)
     cfg = config.override(config.from_dict(state["config"]), overrides)
-    with torch.device("meta"):  # initial values would take longer than all the rest
+    with torch.device("meta"):  # without initial values, which take longer than everything else
         model = build(cfg, state.get("classes", ()))
     checkpoint.restore(model, state["model"], path)
     _check_backbone(target, cfg.model.backbone)
@@ -129,7 +130,7 @@ def export(
 
 
 def _parts(target: Target, wanted: Sequence[str]) -> list[str]:
-    """In our order, all of the target's if none are named."""
+    """The wanted parts in the target's order; all of the target's if none are wanted."""
     for part in wanted:
         if part not in PARTS:
             raise ConfigError(f"--parts: no part {part!r}; parts are {', '.join(PARTS)}")
@@ -142,16 +143,16 @@ def _check_backbone(target: Target, backbone: str) -> None:
     if backbone not in target.backbones:
         others = [other.name for other in TARGETS.values() if backbone in other.backbones]
         raise ConfigError(
-            f"--to {target.name}: it has no module for model.backbone={backbone}{': ' * bool(target.lacks)}"
-            f"{target.lacks}; take --to {', '.join(others)}"
+            f"--to {target.name}: model.backbone={backbone} is not supported{': ' * bool(target.lacks)}{target.lacks}; "
+            f"targets that support it: {', '.join(others)}"
         )
 
 
 def _check_parts(target: Target, parts: Sequence[str], encoder: Encoder | GlobalEncoder, cfg: Config) -> None:
-    """Whether the encoder has what the target takes."""
+    """Raises a ConfigError if the encoder does not have the parts and FPN maps that the target reads."""
     if isinstance(encoder, GlobalEncoder):
         if set(parts) - {"backbone"}:
-            raise ConfigError(f"--parts: objective={cfg.objective} has neither FPN nor head; give --parts backbone")
+            raise ConfigError(f"--parts: objective={cfg.objective} has neither FPN nor head; use --parts backbone")
         return
     wanted, trained = [f"P{n}" for n in target.maps], {f"P{5 - depth}" for depth in encoder.fpn.depths}
     lacking = [name for name in wanted if name not in trained]
@@ -159,30 +160,28 @@ def _check_parts(target: Target, parts: Sequence[str], encoder: Encoder | Global
         others = ",".join(part for part in target.parts if part != "fpn")
         raise ConfigError(
             f"--parts: {target.name} reads {', '.join(wanted)} of an FPN; montage.ratios={list(cfg.montage.ratios)} "
-            f"trained no {', '.join(lacking)}. Leave the FPN out: --parts {others}"
+            f"trained no {', '.join(lacking)}; export without FPN: --parts {others}"
         )
     if "head" in parts and not cfg.model.head_convs:
-        raise ConfigError(
-            "--parts: model.head_convs=0, so there is no head to export; leave it out: --parts backbone,fpn"
-        )
+        raise ConfigError("--parts: model.head_convs=0, so there is no head to export; use --parts backbone,fpn")
 
 
 def _classifier(target: Target, model: Objective) -> dict[str, Tensor]:
-    """Its tensors by their names in a checkpoint."""
+    """The classifier's tensors, by their names in a checkpoint."""
     if not target.classifies:
         raise ConfigError(
-            f"--classifier: {target.name} has no place for it, as it reads the region head's features, not a map of "
-            "the backbone; take --to hub"
+            f"--classifier: {target.name} has no place for it, since it reads features of the region head, not maps of "
+            "the backbone; use --to hub"
         )
     if model.classifier is None:
-        raise ConfigError(f"--classifier: objective={model.config.objective} trains none; leave it out")
+        raise ConfigError(f"--classifier: objective={model.config.objective} has no classifier; remove the option")
     return {f"classifier.{name}": tensor for name, tensor in model.classifier.state_dict().items()}
 
 
 def _rename(
     encoder: Encoder, network: str, target: Target, parts: Sequence[str], backbone: str
 ) -> tuple[Mapping[str, Tensor], dict[str, str]]:
-    """The tensors of these parts by the target's names, and these by the checkpoint's."""
+    """The tensors of these parts by the target's names, and the target's names by the checkpoint's."""
     weights, names = {}, {}
     state = encoder.state_dict()
     for ours, canonical in canonical_names(encoder).items():

@@ -1,4 +1,4 @@
-"""Files of exports: where they go, how they are written, what is in them."""
+"""Files of exports: paths, writing, and formats."""
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ Weights = Mapping[str, Tensor]
 Metadata = Mapping[str, Any]
 Save = Callable[[Weights, Metadata, BinaryIO], None]
 Pack = Callable[[Weights, Metadata], Mapping[str, bytes]]
-"""Makes the files of a folder: contents by name."""
+"""Returns the files of a folder: contents by name."""
 
 
 def default_path(checkpoint: Path, name: str) -> Path:
@@ -33,12 +33,12 @@ def default_path(checkpoint: Path, name: str) -> Path:
 
 
 def write(path: Path, source: Path, save: Callable[[BinaryIO], None]) -> None:
-    """:func:`_write` of one file."""
+    """Writes one file; see :func:`_write`."""
     _write({path: save}, source)
 
 
 def write_folder(folder: Path, source: Path, contents: Mapping[str, bytes]) -> None:
-    """:func:`_write` of files in a folder; others there stay as they are."""
+    """Writes files into a folder, whose other files do not change; see :func:`_write`."""
 
     def put(content: bytes, file: BinaryIO) -> None:
         file.write(content)
@@ -47,59 +47,60 @@ def write_folder(folder: Path, source: Path, contents: Mapping[str, bytes]) -> N
 
 
 def _write(files: Mapping[Path, Callable[[BinaryIO], None]], source: Path) -> None:
-    """Writes files; whatever happens, each path holds an old or a whole new one; all are written before one replaces.
+    """Writes files. All are written under temporary names before one replaces an existing file, so that no path
+    ever has partial content.
 
     Args:
-        files: paths, and what writes the content into an open file.
-        source: file that the content came from, which must not be overwritten.
+        files: by path, a function that writes the content into an open file.
+        source: file from which the content was read, and which must not be overwritten.
 
     Raises:
         CheckpointError: a path is the source or cannot be written.
     """
     for path in files:
         if path.resolve() == source.resolve():
-            raise CheckpointError(f"{path}: is the file to read from; name another output")
+            raise CheckpointError(f"{path}: is the input; choose another output")
     try:
         with contextlib.ExitStack() as stack:
             for path, save in files.items():
                 file = stack.enter_context(replacing(path))
                 save(file)
-                file.flush()  # a full disk is known before any file is replaced
+                file.flush()  # detects a full disk before any file is replaced
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         raise CheckpointError(
-            f"{os.path.commonpath(files)}: cannot write ({error}); name an output in a folder with space and permission"
+            f"{os.path.commonpath(files)}: cannot write ({error}); choose an output folder with space and permission"
         ) from error
 
 
 def save_plain(weights: Weights, metadata: Metadata, file: BinaryIO) -> None:
-    """A state dict; the metadata are where PyTorch keeps a state dict's own: ``state._metadata[""]["mcl"]``."""
+    """Saves a state dict; metadata are in its PyTorch metadata: ``state._metadata[""]["mcl"]``."""
     state = OrderedDict(weights)
     state._metadata = {"": {"mcl": dict(metadata)}}  # type: ignore[attr-defined]
     torch.save(state, file)
 
 
 def save_openmmlab(weights: Weights, metadata: Metadata, file: BinaryIO) -> None:
-    """A checkpoint of MMEngine: ``state_dict``, and the metadata under ``meta.mcl``."""
+    """Saves a checkpoint of MMEngine: ``state_dict``, and the metadata under ``meta.mcl``."""
     torch.save({"meta": {"mcl": dict(metadata)}, "state_dict": dict(weights)}, file)
 
 
 def save_detectron2(weights: Weights, metadata: Metadata, file: BinaryIO) -> None:
-    """A pickle of arrays whose names detectron2 takes for endings of its own; the metadata under ``mcl``."""
+    """Pickles arrays whose names detectron2 matches with suffixes of its own names; the metadata are under ``mcl``."""
     arrays = {name: tensor.numpy() for name, tensor in weights.items()}
     content = {"model": arrays, "__author__": "mcl", "matching_heuristics": True, "mcl": dict(metadata)}
     pickle.dump(content, file, protocol=4)
 
 
 def save_safetensors(weights: Weights, metadata: Metadata, file: BinaryIO) -> None:
-    """Tensors; the metadata as JSON under ``mcl`` in the header."""
+    """Saves tensors in safetensors format; the metadata are JSON under ``mcl`` in the header."""
     file.write(safetensors_bytes(weights, metadata))
 
 
 def safetensors_bytes(weights: Weights, metadata: Metadata) -> bytes:
-    """What :func:`save_safetensors` writes."""
+    """The bytes that :func:`save_safetensors` writes."""
     return safetensors.torch.save(dict(weights), {"format": "pt", "mcl": json.dumps(metadata)})
 
 
 def json_bytes(content: Any) -> bytes:
-    """A file beside the weights."""
+    """Encodes a JSON file."""
     return json.dumps(content, indent=2).encode()

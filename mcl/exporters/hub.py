@@ -1,4 +1,4 @@
-"""A folder to share: weights under the canonical names, config.json, and a model card made from the run."""
+"""A folder for sharing: weights under canonical names, config.json, and a model card generated from the run."""
 
 import hashlib
 import json
@@ -23,11 +23,11 @@ _PRIVATE = {Trait.PATH, Trait.OF_A_MACHINE, Trait.RESUMABLE}
 
 
 def about(cfg: Config, path: Path, step: int) -> Mapping[str, Any]:
-    """What a card tells of a run beside the weights: keys that decide what is computed, no paths, and its figures.
+    """Description of a run for the model card: its scores, and the keys that change the result, without paths.
 
     Args:
-        path: of the checkpoint; a run folder around it has the figures.
-        step: of the checkpoint; later figures are left out.
+        path: path of the checkpoint; scores are read from its run folder.
+        step: step of the checkpoint; later scores are left out.
     """
     content = to_dict(cfg)
     for key in all_keys():
@@ -48,7 +48,7 @@ def about(cfg: Config, path: Path, step: int) -> Mapping[str, Any]:
 
 
 def _pack(weights: Weights, metadata: Metadata) -> dict[str, bytes]:
-    content = safetensors.torch.save(dict(weights), {"mcl": json.dumps(metadata)})  # one field: they have no order
+    content = safetensors.torch.save(dict(weights), {"mcl": json.dumps(metadata)})  # one field: several have no order
     sha256 = hashlib.sha256(content).hexdigest()
     file = f"model-{sha256[:8]}.safetensors"
     environment = Environment(
@@ -67,7 +67,7 @@ def _pack(weights: Weights, metadata: Metadata) -> dict[str, bytes]:
 
 
 def _build(config: ModelConfig) -> Encoder:
-    """Our own encoder, whose state dict has the canonical names."""
+    """An encoder of mcl whose state dict has the canonical names."""
     encoder = Encoder(config, [1, 2, 4, 8][: len(config.loss_weights)])
     names = canonical_names(encoder)
     back = {theirs: ours for ours, theirs in names.items()}

@@ -1,4 +1,4 @@
-"""MMDetection: Faster R-CNN and its kin, whose FPN starts at C2; RetinaNet, whose FPN starts at C3."""
+"""MMDetection: Faster R-CNN and similar detectors, whose FPN starts at C2, and RetinaNet, whose FPN starts at C3."""
 
 import contextlib
 import re
@@ -29,24 +29,24 @@ BACKBONES: dict[str, dict[str, Any]] = {
     "convnext_t": {"type": "mmpretrain.ConvNeXt", "out_indices": [0, 1, 2, 3], "gap_before_final_norm": False},
     "swin_t": {"type": "SwinTransformer"},
 }
-"""Modules of OpenMMLab's two libraries for ours."""
+"""Configurations of the corresponding modules of MMDetection and mmpretrain, by ``model.backbone``."""
 
 
 def import_mmdet() -> None:
-    """Imports MMDetection and mmpretrain as if transformers were not there: with its version 5 they fail.
+    """Imports MMDetection and mmpretrain with transformers hidden, since their imports fail with its version 5.
 
     Raises:
-        ImportError, AssertionError: they are not installed, or not with each other's versions.
+        ImportError, AssertionError: the packages are not installed, or their versions do not fit each other.
     """
     before = sys.modules.pop("transformers", None)
     sys.modules["transformers"] = None  # type: ignore[assignment]
     try:
-        with contextlib.suppress(ImportError):  # MMDetection does without it
+        with contextlib.suppress(ImportError):  # MMDetection does not need mmpretrain
             from mmpretrain.utils import dependency
 
             dependency.WITH_MULTIMODAL = False
         import mmdet.apis
-        import mmdet.models  # noqa: F401  # whatever of mmcv and mmengine it needs, too
+        import mmdet.models  # noqa: F401  # also imports mmcv and mmengine
     finally:
         del sys.modules["transformers"]
         if before is not None:
@@ -54,10 +54,10 @@ def import_mmdet() -> None:
 
 
 def rename(name: str, first_map: int) -> str | None:
-    """Canonical name to MMDetection's.
+    """MMDetection's name for a canonical name; None for maps that its FPN does not have.
 
     Args:
-        first_map: finest map of the FPN: 0 for C2, 1 for C3. A finer one has no place.
+        first_map: finest map of the FPN: 0 for C2, 1 for C3.
     """
     if match := re.fullmatch(r"backbone\.fpn\.(\w+)\.(\d)\.([01])\.(\w+)", name):
         number = int(match[2]) - first_map
@@ -68,7 +68,7 @@ def rename(name: str, first_map: int) -> str | None:
 
 
 def _build(file: str, config: ModelConfig, heads: Mapping[str, Any]) -> Any:
-    """A model as MMDetection ships it, with our backbone, an FPN with BatchNorm, and these changes of its heads."""
+    """A model that MMDetection ships, with our backbone, an FPN with BatchNorm, and changed settings of its heads."""
     import_mmdet()
     import mmdet
     from mmdet.registry import MODELS
@@ -107,7 +107,7 @@ def _build_retinanet(config: ModelConfig) -> Any:
 
 
 def _usage(path: str, backbone: str) -> str:
-    return f"load_from = {path!r}  # in a configuration, whose other keys docs/export.md has"
+    return f"load_from = {path!r}  # in the configuration; its other keys: docs/export.md"
 
 
 def backbone(model: Any, image: Tensor) -> Any:
@@ -122,7 +122,7 @@ _detector = partial(
     renames=patch_nets.renames("OpenMMLab", "backbone."),
     adapt=patch_nets.adapt,
     restore=patch_nets.restored,
-    sizes={"swin_t": (256, 288)},  # it shifts windows even in maps no larger than one, of 7 x 7
+    sizes={"swin_t": (256, 288)},  # it shifts windows even in maps of a single window (7 x 7)
     lacks=FIRST_SHORTCUT,
     usage=_usage,
 )
@@ -138,7 +138,7 @@ RCNN = _detector(
             _build_rcnn,
             {
                 "backbone": backbone,
-                "fpn": lambda model, maps: model.neck(maps)[:4],  # what follows is P6
+                "fpn": lambda model, maps: model.neck(maps)[:4],  # without P6
                 "head": lambda model, p5: [nn.Sequential(*model.roi_head.bbox_head.shared_convs)(p5)],
             },
         )

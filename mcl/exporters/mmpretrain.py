@@ -1,4 +1,4 @@
-"""mmpretrain: the backbone of its classifiers, and of MMDetection's detectors."""
+"""mmpretrain: backbones of its classifiers, which MMDetection's detectors also read."""
 
 import re
 from typing import Any
@@ -14,12 +14,12 @@ def _build(config: ModelConfig) -> Any:
     from mmengine.registry import DefaultScope
     from mmpretrain.models import ImageClassifier
 
-    with DefaultScope.overwrite_default_scope("mmpretrain"):  # a fine-tuning before it leaves MMDetection's
+    with DefaultScope.overwrite_default_scope("mmpretrain"):  # a former fine-tuning may have left MMDetection's
         return ImageClassifier({**BACKBONES[config.backbone], "out_indices": [0, 1, 2, 3]})
 
 
 def _resnet_d(name: str) -> str:
-    """Its stem is three modules, and its first stage does not pool before the shortcut's convolution."""
+    """Its stem has three modules, and its first stage does not pool before the shortcut's convolution."""
     name = re.sub(r"^stem\.(\d)", lambda m: f"stem.{int(m[1]) // 3}.{('conv', 'bn')[int(m[1]) % 3]}", name)
     return "backbone." + re.sub(r"^(layer1\.0\.downsample)\.(\d)", lambda m: f"{m[1]}.{int(m[2]) - 1}", name)
 
@@ -35,6 +35,6 @@ TARGET = Target(
     adapt=RCNN.adapt,
     restore=RCNN.restore,
     backbones=BACKBONES,
-    sizes={"swin_t": (224, 224)},  # it takes no map that is smaller than a window
+    sizes={"swin_t": (224, 224)},  # maps must not be smaller than a window
     lacks=FIRST_SHORTCUT,
 )

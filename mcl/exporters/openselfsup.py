@@ -1,4 +1,4 @@
-"""The authors' released checkpoint format (an OpenSelfSup training checkpoint) to ours."""
+"""Imports the authors' released checkpoints, which are training checkpoints of OpenSelfSup."""
 
 import re
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from mcl.weights import files
 
 _FPN_MAPS = 4
 _BACKBONES = {(False, 2): "resnet18", (False, 6): "resnet34", (True, 6): "resnet50", (True, 23): "resnet101"}
-"""By whether its blocks have three convolutions, and the number of blocks in ``layer3``."""
+"""Backbones by whether blocks have three convolutions, and by the number of blocks in ``layer3``."""
 
 _RENAMES = (
     (r"^predictors\.(\d)", r"head.predictor.\1.mlp"),
@@ -30,14 +30,14 @@ _RENAMES = (
     (r"\.head\.projector\.", ".2.mlp."),
     (r"\.norm\.", ".bn."),
 )
-"""Patterns in our names, and what the authors have there."""
+"""Patterns in mcl's names, and the authors' replacements."""
 
 
 def their_name(name: str) -> str:
-    """The authors' name of a tensor of ours.
+    """The authors' name of one of mcl's tensors.
 
-    Their encoder is a sequence of backbone (0), FPN (1, finest map first) and region head (2); ours names the parts,
-    and counts FPN maps from the coarsest.
+    Their encoder is a sequence of backbone (0), FPN (1, finest map first) and region head (2). mcl's encoder names its
+    parts, and numbers FPN maps from the coarsest.
     """
     for ours, theirs in _RENAMES:
         name = re.sub(ours, theirs, name)
@@ -46,47 +46,48 @@ def their_name(name: str) -> str:
 
 @dataclass(frozen=True)
 class ImportReport:
-    """What an import did; ``str()`` of it is meant for the console."""
+    """Summary of an import; ``str()`` formats it for the console."""
 
     path: Path
     """The checkpoint written."""
     model: ModelConfig
-    """Read off the shapes."""
+    """Inferred from the shapes of tensors."""
     levels: int
     mapped: int
-    """Tensors taken over."""
+    """Number of tensors imported."""
     repeated: int
-    """Tensors of ``backbone.*`` that repeat the online backbone's."""
+    """Number of tensors of ``backbone.*`` that are copies of the online backbone's."""
     unplaced: tuple[str, ...]
-    """The authors' names that have no place in our model."""
+    """The authors' names of tensors that mcl's model does not have."""
     target_copied: bool
-    """Whether the file held no momentum encoder, so that the online one was copied."""
+    """Whether the online encoder was copied because the file has no momentum encoder."""
 
     def __str__(self) -> str:
         model = self.model
-        source = "copied from the online network: the file holds none" if self.target_copied else "from the file"
+        source = "copied from the online network, as the file has none" if self.target_copied else "from the file"
         lines = [
             f"wrote     {self.path}",
             f"model     {model.backbone}, {self.levels} levels, width {model.width}, {model.head_convs} head "
             f"convolutions, hidden {model.hidden}",
-            f"tensors   {self.mapped} taken over, {self.repeated} repeat the backbone, {len(self.unplaced)} left out",
-            *(f"          left out, as it has no place in mcl: {name}" for name in self.unplaced),
+            f"tensors   {self.mapped} imported, {self.repeated} copies of the backbone, {len(self.unplaced)} left out",
+            *(f"          left out, since mcl has no such tensor: {name}" for name in self.unplaced),
             f"target    {source}",
         ]
         return "\n".join(lines)
 
 
 def import_file(source: Path, output: Path) -> ImportReport:
-    """Turns a checkpoint of the authors' code into one of ours, for ``model.init`` and ``mcl export``.
+    """Converts a checkpoint of the authors' code to one of mcl, for ``model.init`` and ``mcl export``.
 
-    The configuration stored with it (step 0) is read off the shapes where they tell, and is the released one elsewhere.
+    The new checkpoint has step 0. Its configuration is inferred from shapes as far as possible; all other keys have the
+    values of the released code.
 
     Args:
-        source: what the authors' training wrote, or a plain ``state_dict`` of it.
+        source: a training checkpoint of the authors' code, or only its ``state_dict``.
         output: file to write.
 
     Raises:
-        CheckpointError: `source` cannot be read or is no MCL of the released code, or `output` cannot be written.
+        CheckpointError: `source` cannot be read or is not MCL of the released code, or `output` cannot be written.
     """
     state = _read(source)
     model_config, geometry = _infer(state, source)
@@ -97,7 +98,7 @@ def import_file(source: Path, output: Path) -> ImportReport:
         optim=OptimConfig(exclude="released"),
         trainer=TrainerConfig(precision="fp16"),
     )
-    with torch.device("meta"):  # names and shapes alone
+    with torch.device("meta"):  # only names and shapes are needed
         own = MCL(config).state_dict()
     copied = not any(name.startswith("encoder_k.") for name in state)
     names = {name: their_name(name.replace("target.", "online.") if copied else name) for name in own}
@@ -125,17 +126,17 @@ def _read(source: Path) -> dict[str, Tensor]:
     """The ``state_dict`` in a file, without DDP's prefix."""
     content = files.load(source)
     if isinstance(content, dict) and "model" in content and "format" in content:
-        raise CheckpointError(f"{source}: is a checkpoint of mcl already; use it as it is")
+        raise CheckpointError(f"{source}: is already a checkpoint of mcl; it needs no import")
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not is_weights(state):
         raise CheckpointError(
-            f"{source}: holds no state_dict of tensors; expected a training checkpoint of the authors"
+            f"{source}: has no state_dict of tensors; a training checkpoint of the authors' code is needed"
         )
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}
 
 
 def _infer(state: dict[str, Tensor], source: Path) -> tuple[ModelConfig, Geometry]:
-    """Model and levels that the shapes tell of; what the two leave open is the released configuration's."""
+    """Infers model and levels from shapes; keys that shapes do not determine have the values of the released code."""
 
     def size(name: str) -> int:
         return _tensor(state, name, source).shape[:1].numel()
@@ -148,14 +149,14 @@ def _infer(state: dict[str, Tensor], source: Path) -> tuple[ModelConfig, Geometr
     backbone = _BACKBONES.get(("encoder_q.0.layer1.0.conv3.weight" in state, blocks))
     if backbone is None:
         raise CheckpointError(
-            f"{source}: {blocks} blocks under encoder_q.0.layer3 belong to none of {', '.join(_BACKBONES.values())}"
+            f"{source}: encoder_q.0.layer3 has {blocks} blocks, as in none of {', '.join(_BACKBONES.values())}"
         )
     width = size(f"encoder_q.1.lateral_convs.{_FPN_MAPS - 1}.conv.weight")
     hidden = size("encoder_q.2.mlp.0.weight")
     size("head.predictor.0.mlp.0.weight")
     levels, known = count(r"head\.predictor\.\d+\.mlp\.0\.weight"), Geometry()
     if levels > known.levels:
-        raise CheckpointError(f"{source}: {levels} levels under head.predictor, at most {known.levels} can be imported")
+        raise CheckpointError(f"{source}: head.predictor has {levels} levels; at most {known.levels} can be imported")
     try:
         model = ModelConfig(
             backbone=backbone,  # type: ignore[arg-type]
@@ -167,8 +168,8 @@ def _infer(state: dict[str, Tensor], source: Path) -> tuple[ModelConfig, Geometr
         )
     except ValueError:
         raise CheckpointError(
-            f"{source}: width {width} and {hidden} hidden units, as its shapes have it, are no model's; expected a "
-            "whole training checkpoint of the authors' MCL"
+            f"{source}: its shapes give a width of {width} and {hidden} hidden units, which is not a valid model; a "
+            "complete training checkpoint of the authors' MCL is needed"
         ) from None
     return model, Geometry(ratios=known.ratios[:levels], images_per_canvas=known.images_per_canvas[:levels])
 
@@ -176,13 +177,13 @@ def _infer(state: dict[str, Tensor], source: Path) -> tuple[ModelConfig, Geometr
 def _tensor(state: dict[str, Tensor], name: str, source: Path) -> Tensor:
     if name not in state:
         raise CheckpointError(
-            f"{source}: lacks {name}; expected a whole training checkpoint of the authors' MCL, not a backbone, a "
-            "detector's weights or another method's"
+            f"{source}: has no {name}; a complete training checkpoint of the authors' MCL is needed, not a backbone, a "
+            "detector or another method's checkpoint"
         )
     return state[name]
 
 
 def _repeats(name: str, state: dict[str, Tensor]) -> bool:
-    """Whether ``backbone.*`` holds the same as ``encoder_q.0.*``."""
+    """Whether a tensor of ``backbone.*`` is a copy of that in ``encoder_q.0.*``."""
     online = name.replace("backbone.", "encoder_q.0.", 1)
     return name.startswith("backbone.") and online in state and torch.equal(state[name], state[online])

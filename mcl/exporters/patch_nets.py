@@ -1,4 +1,4 @@
-"""ConvNeXt and Swin Transformer in other libraries: names and order of values, from those of torchvision."""
+"""ConvNeXt and Swin Transformer in other libraries: converts torchvision's names and order of values to theirs."""
 
 import math
 import re
@@ -27,7 +27,7 @@ _RULES: dict[str, dict[str, Rules]] = {
         "swin_t": (
             *_SWIN,
             (r"^stem\.0", "patch_embed.projection"),
-            (r"^merge\.(\d)", lambda m: f"stages.{int(m[1]) - 1}.downsample"),  # the end of the stage before
+            (r"^merge\.(\d)", lambda m: f"stages.{int(m[1]) - 1}.downsample"),  # at the end of the previous stage
             (r"\.attn\.", ".attn.w_msa."),
             (r"mlp\.0", "ffn.layers.0.0"),
             (r"mlp\.3", "ffn.layers.1"),
@@ -48,7 +48,7 @@ _RULES: dict[str, dict[str, Rules]] = {
         "swin_t": (
             *_SWIN,
             (r"^stem\.0", "patch_embed.proj"),
-            (r"^merge\.(\d)", r"layers.\1.downsample"),  # the beginning of the stage behind
+            (r"^merge\.(\d)", r"layers.\1.downsample"),  # at the start of the next stage
             (r"^stages\.", "layers."),
             (r"mlp\.0", "mlp.fc1"),
             (r"mlp\.3", "mlp.fc2"),
@@ -57,14 +57,14 @@ _RULES: dict[str, dict[str, Rules]] = {
         ),
     },
 }
-"""What to replace in names that begin with stem, merge.<stage that follows>, stages.<stage>.<block> or norms.<stage>;
-an empty name is left out."""
+"""Replacements in names that begin with stem, merge.<next stage>, stages.<stage>.<block> or norms.<stage>. If the
+result is empty, the tensor is left out."""
 
 _MERGED = re.compile(r"stages\.\d\.downsample\.(norm|reduction)\.")  # MMDetection's, of Swin
 
 
 def renames(library: str, prefix: str = "") -> Mapping[str, Callable[[str], str | None]]:
-    """By backbone: our names of its tensors to the library's, whose names begin with `prefix`."""
+    """By backbone, a function from mcl's names of its tensors to the library's, which begin with `prefix`."""
     return {backbone: partial(_rename, rules, prefix) for backbone, rules in _RULES[library].items()}
 
 
@@ -76,33 +76,33 @@ def _rename(rules: Rules, prefix: str, name: str) -> str | None:
 
 
 def _place(index: int) -> str:
-    """torchvision's sequence is a stem, and stages with what merges patches between them."""
+    """torchvision's sequence is a stem, then stages, with a merging of patches between two stages."""
     return "stem" if index == 0 else f"stages.{index // 2}" if index % 2 else f"merge.{index // 2}"
 
 
 def adapt(weights: Weights) -> Weights:
-    """Values by a library's names, shaped and ordered as it has them."""
+    """Converts tensors, given by a library's names, to the library's shapes and order of values."""
     return {name: _adapted(name, tensor) for name, tensor in weights.items()}
 
 
 def _adapted(name: str, tensor: Tensor) -> Tensor:
     if name.endswith(".gamma"):
         return tensor.flatten()
-    if name.endswith(".relative_position_index"):  # of one cell of a window to another
+    if name.endswith(".relative_position_index"):  # (cells of a window, cells of a window)
         return tensor.view(math.isqrt(len(tensor)), -1)
     return unfolded(tensor) if _MERGED.search(name) else tensor
 
 
 def restored(name: str, tensor: Tensor) -> Tensor:
-    """A library's tensor in our order of values, which has our shape after a view."""
+    """Converts a library's tensor to mcl's order of values; only a view to mcl's shape is missing."""
     return folded(tensor) if _MERGED.search(name) else tensor
 
 
 def unfolded(tensor: Tensor) -> Tensor:
-    """(..., 4 C), of the channels of four merged patches: from torchvision's order to MMDetection's.
+    """(..., 4 C), the channels of four merged patches, from torchvision's order to MMDetection's.
 
-    torchvision has one patch behind the other, its columns one by one; ``nn.Unfold`` has the four patches of a channel
-    together, row by row.
+    torchvision stores all channels of one patch after another, patches column by column. MMDetection's ``nn.Unfold``
+    stores the four patches of one channel after another, patches row by row.
     """
     patches = tensor.view(*tensor.shape[:-1], 4, -1)[..., [0, 2, 1, 3], :]
     return patches.transpose(-1, -2).flatten(-2)

@@ -1,4 +1,4 @@
-"""What an export did."""
+"""The report of an export."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -11,17 +11,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Verified:
-    """What loading into the target's own model has shown."""
+    """Result of loading an export into the target's own models."""
 
     library: str
     """Name and version."""
     models: tuple[str, ...]
-    """Classes of its models that took the weights."""
+    """Classes of the models that loaded the weights."""
     difference: float
-    """Largest absolute difference of a feature between them and ours on one image, relative to the largest feature of
-    its map."""
+    """Largest absolute difference between their features and mcl's on one image, relative to the largest feature of the
+    map."""
     fresh: tuple[str, ...]
-    """Their tensors beside the parts exported, which keep their initial values."""
+    """Names of the models' other tensors, which keep their initial values."""
 
 
 @dataclass(frozen=True)
@@ -31,17 +31,17 @@ class Report:
     path: Path
     """The file or folder written."""
     metadata: Mapping[str, Any]
-    """Stored in the file, too."""
+    """Metadata, which the file also has."""
     weights: Mapping[str, Tensor]
     """Tensors written, by the target's names, in the order of the file."""
     names: Mapping[str, str]
-    """The target's names by those in the checkpoint."""
+    """The target's names, by the checkpoint's names."""
     unmapped: tuple[str, ...]
-    """Names of the checkpoint's other tensors."""
+    """Names of the checkpoint's tensors that were not exported."""
     usage: str
-    """Lines that load it there."""
+    """Lines of code or configuration that load the export."""
     verified: Verified | None
-    """None if it was not asked for."""
+    """Result of the verification; None if there was none."""
 
     def __str__(self) -> str:
         about, verified = self.metadata, self.verified
@@ -55,7 +55,7 @@ class Report:
             f"norms     BatchNorm's statistics: {about['statistics']}",
         ]
         if verified is None:
-            lines.append("verified  no; --verify loads it into the library's own model and compares")
+            lines.append("verified  no; --verify loads the export into the library's own model and compares features")
         else:
             lines.append(
                 f"verified  in {verified.library} ({', '.join(verified.models)}): no key missing or unexpected, "
@@ -77,6 +77,6 @@ class Report:
 
 
 def _counts(names: tuple[str, ...]) -> str:
-    """How many of the names begin with the same two words."""
+    """Number of names for each pair of first two components."""
     counts = Counter(".".join([word for word in name.split(".")[:-1] if not word.isdigit()][:2]) for name in names)
     return ", ".join(f"{beginning} {count}" for beginning, count in counts.items()) or "nothing"

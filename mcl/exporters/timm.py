@@ -1,4 +1,4 @@
-"""timm: its ResNets, which name their tensors as torchvision does, and ResNets-D."""
+"""timm: ResNets, whose tensors have torchvision's names, ResNet-D, ConvNeXt and Swin."""
 
 import re
 from typing import Any
@@ -18,11 +18,11 @@ MODELS = {
     "convnext_t": "convnext_tiny",
     "swin_t": "swin_tiny_patch4_window7_224",
 }
-"""Its names of our backbones."""
+"""timm's names of our backbones."""
 
 
 def rename(name: str) -> str:
-    """Canonical name to timm's."""
+    """timm's name for a canonical name."""
     name = resnet_name(name).replace("stem.7.", "bn1.")
     return re.sub(r"^stem\.", "conv1.", name)
 
@@ -50,6 +50,6 @@ TARGET = Target(
     renames=patch_nets.renames("timm"),
     adapt=patch_nets.adapt,
     restore=patch_nets.restored,
-    sizes={"swin_t": (224, 224)},  # the one that it is made for
+    sizes={"swin_t": (224, 224)},  # timm's Swin accepts a single size
     lacks=FIRST_SHORTCUT,
 )

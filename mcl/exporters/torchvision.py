@@ -1,4 +1,4 @@
-"""torchvision: its ResNets, and its Faster and Mask R-CNN ``resnet50_fpn_v2``."""
+"""torchvision: backbones, and Faster and Mask R-CNN ``resnet50_fpn_v2``."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,14 +17,13 @@ _SIZES: dict[str, dict[str, Any]] = {
     "fpn": {"width": 256},
     "head": {"width": 256, "head_convs": 4},
 }
-"""Of torchvision's detectors, by part."""
-
+"""Keys of ``model`` that torchvision's detectors require, by part."""
 
 MODELS = {
     **{name: name for name in (*RESNETS, "resnext50_32x4d", "swin_t")},
     "convnext_t": "convnext_tiny",
 }
-"""Its names of our backbones."""
+"""torchvision's names of our backbones."""
 
 
 def _build(config: ModelConfig) -> Any:
@@ -32,7 +31,7 @@ def _build(config: ModelConfig) -> Any:
 
 
 def resnet_name(name: str) -> str:
-    """Canonical name to that of a ResNet on its own."""
+    """Name in a ResNet classifier for a canonical name."""
     return name.removeprefix("backbone.body.")
 
 
@@ -47,13 +46,13 @@ def _maps(model: nn.Module, image: Tensor) -> list[Tensor]:
     else:
         nodes = [f"features.{i}" for i in (1, 3, 5)] + ["permute" if hasattr(model, "permute") else "features.7"]
     maps = list(create_feature_extractor(model, nodes)(image).values())
-    if hasattr(model, "permute"):  # Swin's maps are (n, h, w, channels), but behind its norm
+    if hasattr(model, "permute"):  # Swin's maps are (n, h, w, channels), except the last one
         maps[:3] = [x.permute(0, 3, 1, 2) for x in maps[:3]]
     return maps
 
 
 def _without_norms(name: str) -> str | None:
-    """ConvNeXt ends without a norm of a map, Swin with one, of the last."""
+    """torchvision's ConvNeXt has no norms of maps; its Swin has one, of the last map."""
     return name if name.startswith("features.") else None
 
 
@@ -80,8 +79,8 @@ def _check_detection(config: ModelConfig, parts: Sequence[str]) -> None:
     if other:
         raise ConfigError(
             f"--to torchvision-detection: torchvision's detectors are for runs with {' '.join(other)}; this one has "
-            f"model.backbone={config.backbone} model.width={config.width} model.head_convs={config.head_convs}. Its "
-            "backbone goes --to torchvision, all of it --to mmdet or detectron2"
+            f"model.backbone={config.backbone} model.width={config.width} model.head_convs={config.head_convs}; export "
+            "the backbone --to torchvision, or all parts --to mmdet or detectron2"
         )
 
 

@@ -1,7 +1,7 @@
-"""transformers (5): DETR and its kin, with a ResNet of timm's or its own; RT-DETR 1 and 2, with their own ResNet-D.
+"""transformers (5): DETR and similar detectors, with timm's ResNets or its own; RT-DETR 1 and 2, with its ResNet-D.
 
-All of them freeze BatchNorm. A folder serves every class of a family: ``from_pretrained`` takes its config.json, or
-another class's configuration. Counts of BatchNorm's batches are left out, as frozen BatchNorm has none.
+All of them freeze BatchNorm, so ``num_batches_tracked`` is left out. A folder can be loaded by every class of a family:
+``from_pretrained`` uses the folder's config.json or the configuration of another class.
 """
 
 import re
@@ -21,7 +21,7 @@ _PREFIX = "model.backbone.model."
 _INSTALL = "pip install 'transformers>=5' timm"
 _DETRS = ("Detr", "ConditionalDetr", "DeformableDetr")
 _SHALLOW = {"encoder_layers": 1, "decoder_layers": 2}
-"""Of a detector whose backbone alone is looked at."""
+"""Number of layers of a detector of which only the backbone is tested."""
 _RESNETS = {
     "resnet18": ("basic", [2, 2, 2, 2]),
     "resnet34": ("basic", [3, 4, 6, 3]),
@@ -29,26 +29,27 @@ _RESNETS = {
     "resnet101": ("bottleneck", [3, 4, 23, 3]),
     "resnet152": ("bottleneck", [3, 8, 36, 3]),
 }
-"""Kind of blocks, and their numbers."""
+"""Type of blocks, and number of blocks per stage."""
 _RT_DETRS: Mapping[str, dict[str, Any]] = {
     "resnet18vd": {"hidden_expansion": 0.5, "decoder_layers": 3},
     "resnet34vd": {"hidden_expansion": 0.5, "decoder_layers": 4},
     "resnet50vd": {},
     "resnet101vd": {"encoder_hidden_dim": 384, "encoder_ffn_dim": 2048, "decoder_in_channels": [384, 384, 384]},
 }
-"""Sizes that the authors gave the detector with that backbone."""
+"""Sizes of the detector that its authors use with each backbone."""
 
 
 def detr_name(name: str) -> str | None:
-    """Canonical name to that in detectors with a backbone of timm's."""
+    """Name in detectors with a backbone of timm, for a canonical name; None if they have no such tensor."""
     return None if name.endswith("num_batches_tracked") else _PREFIX + timm.rename(name)
 
 
 def own_name(name: str, deep: bool) -> str | None:
-    """Canonical name to that in the library's own ResNets.
+    """Name in detectors with one of transformers' own ResNets, for a canonical name; None if they have no such tensor.
 
     Args:
-        deep: that of RT-DETR, a ResNet-D whose first stage does not pool before its shortcut's convolution.
+        deep: whether the ResNet is that of RT-DETR: a ResNet-D whose first stage does not pool before the shortcut's
+            convolution.
     """
     if name.endswith("num_batches_tracked"):
         return None
@@ -65,7 +66,7 @@ def own_name(name: str, deep: bool) -> str | None:
 
 
 def _detr(backbone: str) -> dict[str, Any]:
-    """Keys of a detector's configuration, as transformers fills them in for a backbone of timm's."""
+    """Keys of a detector's configuration, with the values that transformers uses for a backbone of timm."""
     timms = {
         "model_type": "timm_backbone",
         "backbone": timm.MODELS[backbone],
@@ -77,7 +78,7 @@ def _detr(backbone: str) -> dict[str, Any]:
 
 
 def _resnet(backbone: str, kind: str, first_map: int) -> dict[str, Any]:
-    """Configuration of a ResNet of the library's own."""
+    """Configuration of one of transformers' own ResNets."""
     blocks, depths = _RESNETS[backbone.removesuffix("vd")]
     return {
         "model_type": kind,
@@ -89,12 +90,12 @@ def _resnet(backbone: str, kind: str, first_map: int) -> dict[str, Any]:
 
 
 def _detr_resnet(backbone: str) -> dict[str, Any]:
-    """Keys of a detector's configuration with the library's own ResNet."""
+    """Keys of a detector's configuration with one of transformers' own ResNets."""
     return {"backbone_config": _resnet(backbone, "resnet", 1)}
 
 
 def _rt_detr(backbone: str) -> dict[str, Any]:
-    """Keys of a detector's configuration."""
+    """Keys of RT-DETR's configuration."""
     resnet = _resnet(backbone, "rt_detr_resnet", 2)
     return {"backbone_config": resnet, "encoder_in_channels": resnet["hidden_sizes"][1:], **_RT_DETRS[backbone]}
 
@@ -103,7 +104,7 @@ def _pack(keys: Any, kind: str, name: str, weights: Weights, metadata: Metadata)
     config = {"model_type": kind, "architectures": [f"{name}ForObjectDetection"], **keys(metadata["backbone"])}
     processor = {
         "image_processor_type": f"{name}ImageProcessor",
-        "do_normalize": True,  # that of RT-DETR does not, unless it is told to
+        "do_normalize": True,  # RT-DETR's does not by default
         "image_mean": metadata["mean"],
         "image_std": metadata["std"],
     }
@@ -149,7 +150,7 @@ DETR = Target(
     usage=partial(_usage, "Detr", "ConditionalDetr and DeformableDetr"),
     twins=[_twin(_detr, name, _detr_maps) for name in _DETRS],
     backbones=[name for name in timm.MODELS if name.startswith("res")],
-    lacks="DETR takes ResNets of timm's, which has no ResNet-D of 18 or 34 layers as RT-DETR has it",
+    lacks="DETR takes ResNets of timm, which has no ResNet-D of 18 or 34 layers like those of RT-DETR",
     freezes=True,
 )
 
@@ -161,7 +162,7 @@ DETR_RESNET = Target(
     usage=DETR.usage,
     twins=[_twin(_detr_resnet, name, _detr_maps) for name in _DETRS],
     backbones=_RESNETS,
-    lacks="transformers' own ResNet is one of 18 to 152 layers, neither a ResNeXt nor a ResNet-D",
+    lacks="transformers' own ResNet has 18 to 152 layers, and is neither a ResNeXt nor a ResNet-D",
     freezes=True,
 )
 

@@ -1,11 +1,10 @@
-"""ultralytics: its RT-DETR with a ResNet, as a configuration and a checkpoint.
+"""ultralytics: RT-DETR with a ResNet, as a configuration and a checkpoint.
 
-Its licence is AGPL-3.0, so nothing of it is here: the configuration is that of the user's installation, and the file of
-weights is pickled by its own classes.
+The licence of ultralytics is AGPL-3.0, so this file contains none of its code: the configuration is read from the
+user's installation, whose classes also pickle the weights.
 
-Names and shapes are not enough there: its ResNet applies SiLU unless the configuration names ReLU, and its BatchNorm
-adds 1e-3 to the variance where PyTorch's adds 1e-5. The scales make up for the latter, in training as in evaluation;
-running statistics are left as they are.
+Two settings differ from PyTorch's ResNet. The activation is SiLU, so the configuration sets ReLU. BatchNorm adds 1e-3
+to the variance instead of 1e-5, which the scales of BatchNorm compensate; running statistics do not change.
 """
 
 import io
@@ -30,7 +29,7 @@ _MODULES = {"conv": "conv", "bn": "bn", "0": "conv", "1": "bn"}
 
 
 def rename(name: str) -> str:
-    """Canonical name to ultralytics'."""
+    """ultralytics' name for a canonical name."""
     stem = re.fullmatch(r"backbone\.body\.(conv|bn)1\.(\w+)", name)
     if stem:
         return f"model.0.layer.0.{stem[1]}.{stem[2]}"
@@ -40,7 +39,7 @@ def rename(name: str) -> str:
 
 
 def adapt(weights: Weights) -> Weights:
-    """Scales of BatchNorm for what is added to the variance there."""
+    """Changes the scales of BatchNorm for the value that ultralytics adds to the variance."""
     adapted = dict(weights)
     ours = BatchNorm(1).eps
     for name in weights:
@@ -52,8 +51,8 @@ def adapt(weights: Weights) -> Weights:
 
 
 def _yaml(backbone: str) -> dict[str, Any]:
-    """The installation's configuration of RT-DETR with a ResNet-50, for this depth and ReLU."""
-    os.environ.setdefault("YOLO_OFFLINE", "true")  # or it looks for the network when it is imported
+    """The installed configuration of RT-DETR with a ResNet-50, changed to this depth and to ReLU."""
+    os.environ.setdefault("YOLO_OFFLINE", "true")  # otherwise its import tries to reach the network
     from ultralytics.nn.tasks import yaml_model_load
 
     content: dict[str, Any] = yaml_model_load("rtdetr-resnet50.yaml")
@@ -71,7 +70,7 @@ def _build(backbone: str) -> Any:
 
 
 def _pack(weights: Weights, metadata: Metadata) -> dict[str, bytes]:
-    """The configuration, and the whole detector, as only such files are read there; all but its backbone is fresh."""
+    """The configuration and a complete detector, which ultralytics requires; only its backbone is trained."""
     model: nn.Module = _build(metadata["backbone"])
     model.load_state_dict({**model.state_dict(), **weights})
     checkpoint = io.BytesIO()
@@ -85,7 +84,7 @@ def _check(config: ModelConfig, parts: Sequence[str]) -> None:
         _yaml(config.backbone)
     except ImportError as error:
         raise ConfigError(
-            f"--to ultralytics-rtdetr: needs ultralytics ({error}), of whose files the export is made; install it if "
+            f"--to ultralytics-rtdetr: needs ultralytics ({error}), whose files are part of the export; install it if "
             f"its licence, AGPL-3.0, suits you: {_INSTALL}"
         ) from None
 
@@ -109,6 +108,6 @@ TARGET = Target(
     ),
     twins=[Twin("ultralytics", _INSTALL, lambda config: _build(config.backbone), {"backbone": _maps})],
     backbones=_DEPTHS,
-    lacks="ultralytics' RT-DETR takes ResNets of three convolutions per block alone",
+    lacks="ultralytics' RT-DETR takes only ResNets with three convolutions per block",
     check=_check,
 )

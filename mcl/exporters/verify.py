@@ -1,4 +1,4 @@
-"""Proof of an export: the target's own models load it, lack nothing of it, and compute the same features."""
+"""Verifies an export: the target's own models load it, with no missing tensor, and compute the same features."""
 
 import copy
 import re
@@ -29,16 +29,17 @@ def verify(
     """Loads weights into the target's own models and compares their features with the encoder's.
 
     Args:
-        weights: what is exported, under the target's names.
-        parts: of the model, that the weights are of.
-        encoder: that they come from. Where the target has no norm of a map, it is compared without.
+        weights: the exported tensors, by the target's names.
+        parts: the exported parts of the model.
+        encoder: the encoder from which the weights come. Norms of maps that the target does not have are removed from a
+            copy before the comparison.
 
     Raises:
         ConfigError: the target's library is not installed, or is on no package index.
-        CheckpointError: a tensor is missing, unexpected or of another shape there, or features differ.
+        CheckpointError: a tensor is missing, unexpected or of another shape in the target, or features differ.
     """
     if not target.twins:
-        raise ConfigError(f"--verify: {target.name} is on no package index, so it cannot be tried; export without")
+        raise ConfigError(f"--verify: {target.name} is on no package index, so it is not tested; remove the option")
     encoder = copy.deepcopy(encoder).eval()
     for i in range(4):
         if config.backbone in target.renames and not target.renames[config.backbone](f"norms.{i}.weight"):
@@ -48,7 +49,7 @@ def verify(
     for twin in target.twins:
         try:
             theirs: nn.Module = twin.build(config).eval()
-        except (ImportError, AssertionError) as error:  # the latter for a version of mmcv that they do not take
+        except (ImportError, AssertionError) as error:  # AssertionError: unsupported version of mmcv
             raise ConfigError(f"--verify: needs {twin.package} ({error}); install it: {twin.install}") from None
         models.append(type(theirs).__name__)
         fresh |= dict.fromkeys(_load(theirs, weights, [target.parts[part] for part in parts], target.name))
@@ -65,14 +66,14 @@ def verify(
 
 
 def _load(theirs: nn.Module, weights: Mapping[str, Tensor], names: Sequence[str], target: str) -> list[str]:
-    """Loads what must fit; returns the names of the model's other tensors."""
+    """Loads weights, which must fit; returns the names of the model's other tensors."""
     own = theirs.state_dict()
     claimed = {name for name in own if any(re.match(pattern, name) for pattern in names)}
     wrong = sorted(claimed ^ weights.keys()) + [n for n in claimed & weights.keys() if own[n].shape != weights[n].shape]
     if wrong:
         raise CheckpointError(
             f"--verify: {len(wrong)} tensors are missing, unexpected or of another shape in {target}, the first: "
-            f"{wrong[0]}; a version of its library that mcl is not tested with names them otherwise"
+            f"{wrong[0]}; this version of the library is probably not one that mcl is tested with"
         )
     theirs.load_state_dict({**own, **weights}, strict=True)
     return [name for name in own if name not in claimed]
@@ -81,7 +82,7 @@ def _load(theirs: nn.Module, weights: Mapping[str, Tensor], names: Sequence[str]
 def _features(
     encoder: Encoder | GlobalEncoder, maps: Sequence[int], size: tuple[int, int]
 ) -> tuple[dict[str, Any], dict[str, list[Tensor]]]:
-    """Input and output of every part for one random image; `maps` are those of the FPN that are wanted."""
+    """Inputs and outputs of all parts for one random image; `maps` are the wanted maps of the FPN, 2 is P2."""
     image = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
     backbone = encoder.backbone(image)  # coarsest first
     if isinstance(encoder, GlobalEncoder):

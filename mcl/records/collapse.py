@@ -1,8 +1,8 @@
-"""Whether representations collapse: all images get the same one, or ones that differ in few directions only.
+"""Detects a collapse of representations: all images get the same one, or they differ in few directions only.
 
-Both figures come from one small matrix of the vectors' products, which is added up over the processes: they are those
-of the whole batch, in any number of processes. They are computed when a record is read, from the last step's output:
-a step itself computes nothing for them.
+Both figures are computed from a small matrix of products of vectors, which is summed over processes. So they are those
+of the whole batch, whatever the number of processes. They are computed from the output of the last step when a record
+is made, so that steps take no longer.
 """
 
 from collections import Counter
@@ -18,13 +18,14 @@ from mcl.objectives import Output
 from mcl.records.metrics import COLLAPSE, Record, log
 
 LEAST_STD = 0.25
-"""Times 1 / sqrt(D). Below it two images have a mean cosine above 15/16."""
+"""Smallest healthy standard deviation, in units of 1 / sqrt(D). Below it, two images have a mean cosine above 15/16."""
 
 LEAST_RANK = 0.125
-"""Times the largest possible rank. Healthy runs of the demo stay above 0.3, collapsed ones fall below 0.1."""
+"""Smallest healthy rank, as a fraction of the largest possible one. Healthy runs of the demo stay above 0.3, collapsed
+ones fall below 0.1."""
 
 PATIENCE = 2
-"""Records in a row that are as low, before it is said."""
+"""Number of low records in a row after which the warning is given."""
 
 _SAID = dict(
     zip(
@@ -38,18 +39,18 @@ _SAID = dict(
     )
 )
 _REMEDY = (
-    "they collapse, and the network learns little more. Start a new run with a lower optim.base_lr or a longer "
+    "they collapse, and the network hardly learns any more. Start a new run with a lower optim.base_lr or a longer "
     "optim.warmup_epochs, and with model.loss=infonce if it is cosine; see docs/evaluation.md"
 )
 
 
 def figures(output: Output) -> Record:
-    """Figures of a step's vectors, scaled to unit length, those of all views together; all processes call this.
+    """Figures of a step's vectors, scaled to unit length, of all views together; all processes must call this.
 
     Returns:
-        ``embedding_std``, for each level the mean over dimensions of the standard deviation over the batch: 1 / sqrt(D)
-        at most, and 0 where all are the same. ``target_rank``, for each level with targets their effective rank
-        (RankMe, arXiv 2210.02885, without its 1e-7): from 1 to min(vectors, D). NaN where a vector is not finite.
+        ``embedding_std``: for each level, the mean over dimensions of the standard deviation over the batch. It is at
+        most 1 / sqrt(D), and 0 if all vectors are equal. ``target_rank``: for each level with targets, their effective
+        rank (RankMe, arXiv 2210.02885, without its 1e-7), from 1 to min(vectors, D). NaN if a vector is not finite.
     """
     stds = [_std(_products(rows)) for rows in zip(*output.embeddings, strict=True)]
     ranks = [_rank(_products(rows)) for rows in zip(*(bank.unbind(1) for bank in output.targets), strict=True)]
@@ -57,7 +58,7 @@ def figures(output: Output) -> Record:
 
 
 def _products(rows: Iterable[Tensor]) -> Tensor:
-    """(1 + D, 1 + D) float64, the products of unit vectors behind a 1, which gives their number and their sum."""
+    """(1 + D, 1 + D) float64: products of unit vectors with a 1 in front, which adds their number and their sum."""
     unit = F.pad(F.normalize(torch.cat(list(rows)).double(), dim=1), (1, 0), value=1)
     products = unit.t() @ unit
     return distributed.add_up(products) if distributed.world_size() > 1 else products
@@ -69,8 +70,8 @@ def _std(products: Tensor) -> float:
 
 
 def _rank(products: Tensor) -> float:
-    """Rows that every process has count as often, which leaves the rank alone."""
-    if not products.isfinite().all():  # eigvalsh refuses these
+    """Rows that all processes have are counted once per process, which does not change the rank."""
+    if not products.isfinite().all():  # eigvalsh raises an error for these
         return float("nan")
     singular = torch.linalg.eigvalsh(products[1:, 1:]).clamp_min(0).sqrt()
     return float(torch.special.entr(singular / singular.sum()).sum().exp())
@@ -85,11 +86,11 @@ class CollapseWarning:
         self._healthy = dict(zip(COLLAPSE, (width**-0.5, rank), strict=True))
         self._least = dict(zip(COLLAPSE, (LEAST_STD * width**-0.5, LEAST_RANK * rank), strict=True))
         self._in_a_row: Counter[str] = Counter()
-        # Where no BatchNorm ends the projector, as in MCL, new networks give all images much the same.
+        # Without a BatchNorm at the end of the projector, as in MCL, a new network's embeddings are nearly the same.
         self._was_healthy = dict.fromkeys(COLLAPSE, config.objective == "mcl")
 
     def __call__(self, record: Record) -> None:
-        """Takes a training record in."""
+        """Checks a training record."""
         for name, least in self._least.items():
             values = record.get(name, [])
             low = [level for level, value in enumerate(values) if value < least]

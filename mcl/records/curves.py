@@ -1,4 +1,4 @@
-"""Curves of a run's records as inline SVG, for a page that gives them their text colour and font."""
+"""Curves of a run's records as inline SVG, which takes text colour and font from the page."""
 
 import functools
 import io
@@ -24,9 +24,9 @@ FloatSeries = np.ndarray[Any, np.dtype[np.float64]]
 _VARIETY = "a collapse takes the deviation to 0 and the effective rank to 1"
 
 POINTS = 400
-"""Points of a curve; longer series are averaged down to as many."""
+"""Maximum number of points of a curve; longer series are averaged."""
 
-_INK = "#010203"  # stands for the page's text colour in a figure, until it becomes currentColor
+_INK = "#010203"  # placeholder for the page's text colour, replaced by currentColor
 _GRID = "#040506"
 _STYLE = {
     **{"svg.fonttype": "none", "font.size": 10, "axes.labelsize": 10},
@@ -36,7 +36,7 @@ _STYLE = {
 
 @dataclass(frozen=True)
 class Line:
-    """One series; a name without an underscore before it is put into the legend."""
+    """One series. Its name is in the legend unless it starts with an underscore."""
 
     values: FloatSeries
     colour: str
@@ -45,11 +45,11 @@ class Line:
 
 
 Panels = Mapping[str, Sequence[Line]]
-"""What is drawn above each other: the lines of each pair of axes, by the label of its vertical axis."""
+"""Panels of a figure, from top to bottom: their lines, by the label of the vertical axis."""
 
 
 def number(record: Record, key: str, i: int | None = None) -> float | None:
-    """A number of a record, or the i-th one of a list; None where it is missing or something else."""
+    """A number of a record, or the i-th number of a list; None if it is missing or not a number."""
     value: Any = record.get(key)
     if i is not None:
         value = value[i] if i < length(record, key) else None
@@ -57,13 +57,13 @@ def number(record: Record, key: str, i: int | None = None) -> float | None:
 
 
 def length(record: Record, key: str) -> int:
-    """Of a list in a record; 0 where it is missing or something else."""
+    """Length of a list in a record; 0 if it is missing or not a list."""
     value = record.get(key)
     return len(value) if isinstance(value, list) else 0
 
 
 def training_curves(train: Sequence[Record]) -> list[tuple[str, str, Markup]]:
-    """Loss, scores, schedules and speed from training records, at least two of them: title, note and inline SVG."""
+    """Curves of loss, scores, schedules and speed: (title, note, inline SVG). Needs at least two training records."""
 
     series = functools.partial(_series, train)
     x_label, x = _abscissa(train)
@@ -96,7 +96,7 @@ def training_curves(train: Sequence[Record]) -> list[tuple[str, str, Markup]]:
 
 
 def score_curves(evaluations: Sequence[Record]) -> list[tuple[str, str, Markup]]:
-    """Top-1 of each evaluation that was done at several steps, by split; as :func:`training_curves`."""
+    """Curves of every evaluation that the run did at several steps, by split; returns as :func:`training_curves`."""
     kinds: dict[tuple[str, str], dict[float, Record]] = {}
     for record in evaluations:
         if record.get("by") == "run":
@@ -132,24 +132,24 @@ def score_curves(evaluations: Sequence[Record]) -> list[tuple[str, str, Markup]]
 
 
 def _series(records: Sequence[Record], key: str, i: int | None = None) -> FloatSeries:
-    """A number of each record; NaN where it is missing."""
+    """A number of each record; NaN if it is missing."""
     values = [number(record, key, i) for record in records]
     return np.array([math.nan if value is None else value for value in values])
 
 
 def _abscissa(records: Sequence[Record]) -> tuple[str, FloatSeries]:
-    """Epochs where all records have them, else steps."""
+    """Label and values of the horizontal axis: epochs if all records have them, otherwise steps."""
     label = "epoch" if np.isfinite(_series(records, "epoch")).all() else "step"
     return label, _series(records, label)
 
 
 def _thinned(values: FloatSeries) -> FloatSeries:
-    """Means of equal stretches, at most :data:`POINTS`."""
+    """Means over at most :data:`POINTS` parts of equal length."""
     return np.array([part.mean() for part in np.array_split(values, min(POINTS, len(values)))])
 
 
 def _svg(salt: str, x: FloatSeries, x_label: str, panels: Panels, from_zero: bool = False) -> Markup:
-    """Inline SVG that takes its text colour and font from the page; `salt` tells its ids from those of others."""
+    """Inline SVG that takes text colour and font from the page; `salt` makes its ids unique in the page."""
     style: dict[Any, Any] = {**_STYLE, "svg.hashsalt": salt}
     with mpl.rc_context(style):
         figure = Figure(figsize=(5.6, 3.5), layout="constrained")

@@ -15,14 +15,15 @@ from mcl.records.timers import HostClock, Timer
 
 
 class Meter:
-    """Means over the steps since the last reading, kept on the device; only reading waits for it.
+    """Means over the steps since the last reading, kept on the device; only reading waits for the device.
 
     Args:
-        levels: of the montage.
-        scores: names of those that outputs have.
-        device: where outputs are.
-        scaled: the loss is scaled, and steps with an infinite gradient are left out: they are no failure.
-        skips: nor is whatever makes a gradient infinite or NaN; such steps count for no mean.
+        levels: number of levels of the montage.
+        scores: names of the scores that outputs have.
+        device: device of the outputs.
+        scaled: whether the loss is scaled; then steps with an infinite gradient are skipped and are not failures.
+        skips: whether all steps with an infinite or NaN gradient are skipped; they are not failures, and do not enter
+            the means.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class Meter:
         self._failed_levels = torch.zeros(levels, dtype=torch.bool, device=device)
 
     def add(self, step: int, output: Output, grad_norm: Tensor) -> None:
-        """Takes a step's results in, without waiting for them."""
+        """Adds a step's results, without waiting for the device."""
         finite = grad_norm.isfinite()
         counts = finite if self._skips else torch.ones_like(finite)
         values = torch.stack([x.mean(0) for x in (output.losses, *(output.scores[name] for name in self._scores))])
@@ -52,14 +53,14 @@ class Meter:
         self._skipped += ~finite
         self._in_a_row = torch.where(finite, 0, self._in_a_row + 1)
         failed = ~output.losses.isfinite().all(0) & counts  # (L,)
-        # Clipping turns an infinite gradient into NaN weights.
+        # An infinite gradient is a failure, too: clipping it makes weights NaN.
         overflow = torch.zeros_like(finite) if self._scaled or self._skips else ~finite
         first = (failed.any() | overflow) & (self._failed_step < 0)
         self._failed_levels |= failed & first
         self._failed_step = torch.where(first, step, self._failed_step)
 
     def read(self) -> Record:
-        """Means since the last call, how many steps were left out, and the last step's figures of collapse."""
+        """Means since the last call, the number of skipped steps, and the last step's figures of collapse."""
         skipped = int(self._skipped)
         counted = self._count - (skipped if self._skips else 0)
         losses, *scores = (self._sums / counted).tolist()
@@ -78,12 +79,15 @@ class Meter:
         }
 
     def failure(self) -> tuple[int, list[int]] | None:
-        """First step (from 0) that was not finite, and the levels whose loss was not: none if only the gradient was."""
+        """First step (from 0) with a loss or gradient that was not finite, and the levels whose loss was not finite.
+
+        None if there was none. The levels are empty if only the gradient was not finite.
+        """
         step = int(self._failed_step)
         return None if step < 0 else (step, self._failed_levels.nonzero().flatten().tolist())
 
     def skipped_in_a_row(self) -> int:
-        """Steps, up to the last one, whose gradient was not finite."""
+        """Number of consecutive steps, up to the last one, whose gradient was not finite."""
         return int(self._in_a_row)
 
 
@@ -91,8 +95,9 @@ class Stopwatch:
     """Speed, time left, and the shares of time spent waiting for the loader, saving, and in the phases of the steps.
 
     Args:
-        steps: that this process will do.
-        phases: times them.
+        steps: number of steps that this process will do.
+        phases: timer of the phases of steps.
+        clock: returns the time in seconds.
     """
 
     def __init__(self, steps: int, phases: Timer, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -102,16 +107,16 @@ class Stopwatch:
         self._images = self._done = 0
 
     def waiting(self) -> AbstractContextManager[None]:
-        """Times a wait for the loader: on a GPU its own, and not that of a host that is ahead of it."""
+        """Times a wait for the loader; on a GPU, how long the GPU waits, not how long the host does."""
         return self._phases.phase("data_wait")
 
     def saving(self) -> AbstractContextManager[None]:
-        """Times how long a checkpoint keeps the training."""
+        """Times how long saving a checkpoint stops the training."""
         return self._trainer.phase("saving")
 
     @contextlib.contextmanager
     def standing(self) -> Iterator[None]:
-        """Within it nothing is trained: the time counts for the seconds left, and not for speed and shares."""
+        """Excludes time without training from speed and shares; the estimate of the time left includes it."""
         start = self._clock()
         yield
         spent = self._clock() - start
@@ -123,13 +128,13 @@ class Stopwatch:
         """Counts a step."""
         self._done += 1
         self._images += images
-        if self._done == 1:  # which also filled the pipelines
+        if self._done == 1:  # the first step also fills the pipelines
             self._settled = self._clock()
 
     def read(self) -> Record:
-        """Speed (images/s) and shares since the last call, seconds left by the mean pace so far. Waits for the device.
+        """Speed (images/s) and shares since the last call, and the seconds left at the mean pace. Waits for the device.
 
-        What is missing from 1 is the trainer's own work, and on a GPU other time in which it had nothing to do.
+        The rest of the shares to 1 is the trainer's own work and, on a GPU, other time in which the GPU was idle.
         """
         times = {"data_wait": 0.0, "saving": 0.0} | self._trainer.read() | self._phases.read()
         now = self._clock()

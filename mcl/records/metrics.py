@@ -1,4 +1,4 @@
-"""One record, many sinks: JSON lines, log, TensorBoard, Weights & Biases, progress bar."""
+"""Writes records of a run to JSON lines, log, TensorBoard, Weights & Biases and progress bar."""
 
 import atexit
 import contextlib
@@ -23,17 +23,17 @@ from mcl.records.tensorboard import TensorBoard, charted
 log = logging.getLogger("mcl")
 
 Record = dict[str, Any]
-"""Numbers, lists with a number per level, and ``kind`` and ``step``."""
+"""Numbers, lists with a number per level, ``kind`` and ``step``."""
 
 COLLAPSE = ("embedding_std", "target_rank")
-"""Lists of a training record by which :mod:`mcl.records.collapse` tells a collapse."""
+"""Lists of a training record by which :mod:`mcl.records.collapse` detects a collapse."""
 
 EVALUATIONS = "evaluations.jsonl"
 """File of a run folder for the records of kind ``eval``: the run's own, and those of ``mcl evaluate``."""
 
 
 ENVIRONMENT = "environment.json"
-"""File of a run folder that says when and on what it was last started."""
+"""File of a run folder with date, hardware and software of its last start."""
 
 
 class RecordError(RuntimeError):
@@ -41,7 +41,7 @@ class RecordError(RuntimeError):
 
 
 class _Console(logging.StreamHandler):  # type: ignore[type-arg]
-    """Ignores a closed output, since train.log has every message."""
+    """Ignores errors of a closed output, since train.log has every message."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         if not isinstance(sys.exc_info()[1], OSError):
@@ -49,14 +49,14 @@ class _Console(logging.StreamHandler):  # type: ignore[type-arg]
 
 
 def log_to_console() -> None:
-    """Messages of a run go to the console; from all ranks but the first, only what went wrong.
+    """Logs messages of a run to the console; for all ranks but the first, only warnings and errors.
 
-    They are kept for :func:`log_to_file`, which is called when the run has been accepted.
+    Messages are also kept in memory until :func:`log_to_file` writes them, since the run folder is created later.
     """
     log.handlers.clear()
     log.propagate = False
     log.setLevel(logging.INFO if distributed.rank() == 0 else logging.WARNING)
-    console = _Console(DummyTqdmFile(sys.stdout))  # keeps messages and the progress bar apart
+    console = _Console(DummyTqdmFile(sys.stdout))  # prints messages above the progress bar
     console.addFilter(lambda record: getattr(record, "console", True))
     console.setFormatter(logging.Formatter(f"{_who()}%(message)s"))
     log.addHandler(console)
@@ -64,12 +64,12 @@ def log_to_console() -> None:
     logging.captureWarnings(True)
     warned = logging.getLogger("py.warnings")
     warned.handlers = log.handlers
-    # Libraries warn every rank of the same.
+    # Libraries give the same warnings in every rank.
     warned.setLevel(logging.WARNING if distributed.rank() == 0 else logging.ERROR)
 
 
 def log_to_file(folder: Path) -> None:
-    """They go to ``train.log``, too; from all ranks but the first, only the error that ends the run.
+    """Also logs messages to ``train.log``; for all ranks but the first, only the error that ends the run.
 
     Raises:
         OSError: the folder cannot be written to.
@@ -91,7 +91,7 @@ def _who() -> str:
 
 @contextlib.contextmanager
 def recorded_errors() -> Iterator[None]:
-    """The traceback of what ends the run goes to ``train.log``; the console has it from whoever catches it."""
+    """Logs the traceback of an exception that ends the run to ``train.log``; the caller prints it on the console."""
     try:
         yield
     except Exception as error:
@@ -101,11 +101,11 @@ def recorded_errors() -> Iterator[None]:
 
 
 class Metrics:
-    """Writes records of a run; used by rank 0 alone.
+    """Writes records of a run; used only by rank 0.
 
     Args:
         config: the run's configuration.
-        step: steps already done; older records in the folder are kept, newer ones (of a run that was cut) dropped.
+        step: number of steps already done. Records of later steps, which an interrupted run has left, are dropped.
     """
 
     def __init__(self, config: Config, step: int) -> None:
@@ -119,9 +119,9 @@ class Metrics:
         self._tensorboard: TensorBoard | None = None
         self._wandb: Any = None
         if config.log.tensorboard and find_spec("tensorboard") is None:
-            log.info("log.tensorboard: not installed, so metrics.jsonl alone has the numbers; pip install tensorboard")
+            log.info("log.tensorboard: not installed, so only metrics.jsonl has the numbers; pip install tensorboard")
         elif config.log.tensorboard:
-            with _needed("log.tensorboard", "log.tensorboard=false does without"):
+            with _needed("log.tensorboard", "set log.tensorboard=false"):
                 self._tensorboard = TensorBoard(config, step)
         if config.log.wandb:
             import wandb
@@ -140,7 +140,7 @@ class Metrics:
         """Appends one record to every sink.
 
         Raises:
-            RecordError: the disk is full, or gone.
+            RecordError: the disk is full or not available.
         """
         if record["kind"] == "eval":
             append(self._evaluations, record)
@@ -154,10 +154,10 @@ class Metrics:
             self._wandb.log(charted(record), step=record["step"])
 
     def close(self) -> None:
-        """Ends all sinks.
+        """Closes all sinks.
 
         Raises:
-            RecordError: what was written last has not reached the disk.
+            RecordError: the last records could not be written to the disk.
         """
         with _reporting(self._path):
             self._file.flush()
@@ -170,7 +170,7 @@ class Metrics:
 
 
 def check_sinks(config: Config) -> None:
-    """Looks whether the packages for the log are there, and whether W&B knows the user, before anything is written.
+    """Checks that the packages for the log are installed and that W&B accepts the user, before anything is written.
 
     Raises:
         ConfigError: a package is missing, or W&B refuses the key or the project.
@@ -189,7 +189,7 @@ def check_sinks(config: Config) -> None:
 
 @contextlib.contextmanager
 def _needed(key: str, remedy: str) -> Iterator[None]:
-    """Says which key asked for what fails, in one line; other packages raise anything, a broken one when imported."""
+    """Turns an error of another package, of whatever type, into a ConfigError of one line that names the key."""
     try:
         yield
     except Exception as error:
@@ -198,7 +198,7 @@ def _needed(key: str, remedy: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _accepted_by_wandb() -> Iterator[None]:
-    """The process of a run that W&B refused ends at once; W&B's own hook would wait until the network is there."""
+    """If W&B refuses a run, makes the process end at once; W&B's own exit hook would wait for the network."""
 
     def leave() -> None:
         sys.stdout.flush()
@@ -208,7 +208,7 @@ def _accepted_by_wandb() -> Iterator[None]:
         with _needed("log.wandb", "wandb login, WANDB_MODE=offline, or log.wandb="):
             yield
     except Exception:
-        atexit.register(leave)  # before W&B's, which was registered earlier
+        atexit.register(leave)  # runs before W&B's hook, which was registered earlier
         raise
 
 
@@ -218,25 +218,25 @@ def _reporting(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise RecordError(
-            f"{path}: cannot be written ({error.strerror}); free space, and the same command continues the run"
+            f"{path}: cannot be written ({error.strerror}); free disk space, and run the same command again to continue"
         ) from error
 
 
 def append(path: Path, record: Record) -> None:
-    """Adds a record to a file of the run folder.
+    """Appends a record to a file of the run folder.
 
     Raises:
-        RecordError: the disk is full, or gone.
+        RecordError: the disk is full or not available.
     """
     with _reporting(path), open(path, "a") as file:
         file.write(json.dumps(record) + "\n")
 
 
 def rewrite(path: Path, text: str) -> None:
-    """Writes a file of the run folder; whatever happens, `path` holds the old one or the whole new one.
+    """Replaces a file of the run folder; `path` never has partial content.
 
     Raises:
-        RecordError: the disk is full, or gone.
+        RecordError: the disk is full or not available.
     """
     partial = path.with_name(path.name + ".partial")
     with _reporting(path):
@@ -252,7 +252,7 @@ def _run_id(path: Path) -> str:
 
 
 def read(path: Path) -> list[Record]:
-    """Records of ``metrics.jsonl`` or another such file; a last line that was cut by a crash is left out."""
+    """Records of ``metrics.jsonl`` or a similar file; skips broken lines, such as one cut by a crash."""
     records = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):
@@ -261,7 +261,7 @@ def read(path: Path) -> list[Record]:
 
 
 def describe(record: Record) -> str:
-    """A training record in one line."""
+    """Formats a training record in one line."""
     return (
         f"step {record['step']:>6}  epoch {record['epoch']:7.2f}  loss {record['loss']:8.4f}  "
         f"{_scores(record)}  {_collapse(record)}lr {record['lr']:.2e}  {record['images_per_s']:7.1f} img/s  "
@@ -270,13 +270,13 @@ def describe(record: Record) -> str:
 
 
 def scores(record: Mapping[str, Any]) -> dict[str, list[float]]:
-    """What a training record has for every level, by name, besides the losses."""
+    """Scores of a training record for every level, by name."""
     others = ("loss_level", *COLLAPSE)
     return {name: value for name, value in record.items() if isinstance(value, list) and name not in others}
 
 
 def _scores(record: Record) -> str:
-    """Scores per level; their names, the cosines' in short."""
+    """Names and values of the scores per level; the two cosines are called cos +/-."""
     found = scores(record)
     levels = ["/".join(f"{value:+.2f}" for value in level) for level in zip(*found.values(), strict=True)]
     names = "/".join(found)
@@ -284,38 +284,38 @@ def _scores(record: Record) -> str:
 
 
 def _collapse(record: Record) -> str:
-    """Its figures in words, each of the level where it is smallest."""
+    """Figures of collapse, each of the level where it is smallest."""
     names = dict(zip(COLLAPSE, ("std", "rank"), strict=True))
     return "".join(f"{names[key]} {min(record[key]):.3g}  " for key in COLLAPSE if record.get(key))
 
 
 def eta(seconds: float) -> str:
-    """Hours, minutes and seconds, as 1:02:03."""
+    """Formats seconds as hours, minutes and seconds, such as 1:02:03."""
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
 
 def _keep_until(path: Path, step: int) -> None:
-    """Drops records of steps after `step`: a resumed run writes them again."""
+    """Drops records of steps after `step`, which a resumed run writes again."""
     if path.exists():
         rewrite(path, "".join(json.dumps(r) + "\n" for r in read(path) if r["step"] <= step))
 
 
 class BadFiles:
-    """``bad_files.jsonl``: every file that could not be used, once, with the reason.
+    """``bad_files.jsonl``: lists every file that cannot be used once, with the reason.
 
     Args:
-        path: of the list.
-        elsewhere: files that another process lists: what the headers revealed is the same for all.
+        path: path of the list.
+        elsewhere: bad files that another process lists: those found by reading headers, which all processes know.
     """
 
     def __init__(self, path: Path, elsewhere: Mapping[int, str]) -> None:
         self._path, self._elsewhere = path, elsewhere
-        self._known: set[int] = set()  # by index: images may have moved since the run began
-        self._size = 0  # of the list when it was last read or written here, bytes
+        self._known: set[int] = set()  # by index, since paths change if images are moved
+        self._size = 0  # bytes of the list when this process last read or wrote it
 
     def __call__(self, index: int, path: str, reason: str) -> None:
-        """Notes a file, and says so once."""
+        """Lists and logs a file, if it is not listed yet."""
         if index in self._elsewhere:
             return
         size = self._path.stat().st_size if self._path.exists() else 0
@@ -330,10 +330,10 @@ class BadFiles:
 
 
 class ProgressBar:
-    """A bar on a terminal or in a notebook, lines elsewhere."""
+    """A progress bar in a terminal or a notebook; elsewhere only lines of records."""
 
     def __init__(self, config: Config, step: int, steps: int) -> None:
-        hidden = None if config.log.progress and distributed.rank() == 0 else True  # None: unless it can be drawn
+        hidden = None if config.log.progress and distributed.rank() == 0 else True  # None: hidden outside of a terminal
         self._bar = tqdm(total=steps, initial=step, disable=hidden, file=sys.stdout, unit="step", dynamic_ncols=True)
 
     def __enter__(self) -> Self:

@@ -1,6 +1,6 @@
-"""Pictures of what the network sees and computes: montages with their tiles, and feature maps as colours.
+"""Pictures of the network's input and output: montages with their tiles, and feature maps as colours.
 
-A picture of montages is first arranged, by pure functions, then drawn. Coordinates are pixels of the picture.
+Pure functions compute the layout of a picture of montages, then it is drawn. Coordinates are pixels of the picture.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,13 +18,13 @@ from dali_pipelines.geometry import STRIDE
 from mcl.config import AugmentConfig, ConfigError
 
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
-"""Colour of each level; told apart with any colour vision (Okabe and Ito)."""
+"""Colour of each level; distinguishable with any colour vision (Okabe and Ito)."""
 
 PAPER, INK, GRAY = "#FFFFFF", "#1B1F24", "#5C6570"
 MARGIN, GUTTER, HEADING = 40, 200, 46  # around the picture, between the views, above a row of canvases
-HEADER, MIN_VIEW, MAX_VIEW = 230, 920, 1048  # height of title and legend; width of a view, at least and at most
-GAP = 8  # between canvases of level 0; the others are twice as large and stand three times as far apart: rows align
-SMALL, LARGE = 256, 512  # canvases of level 0, and of the others, are shown at most this large
+HEADER, MIN_VIEW, MAX_VIEW = 230, 920, 1048  # height of title and legend; minimum and maximum width of a view
+GAP = 8  # between canvases of level 0; for other levels three times as much, since canvases are twice as large
+SMALL, LARGE = 256, 512  # maximum side of canvases of level 0, and of other levels
 THIN, THICK = 2, 6  # outline of a tile, and of a tile of the focus image
 
 Point = tuple[float, float]
@@ -34,7 +34,7 @@ Point = tuple[float, float]
 class Placed:
     """A canvas in the picture."""
 
-    row: int  # of MontageBatch.images
+    row: int  # row of MontageBatch.pixels
     level: int
     x: int
     y: int
@@ -42,7 +42,7 @@ class Placed:
     scale: float  # picture pixels per canvas pixel
 
     def box(self, corners: Sequence[float]) -> tuple[int, int, int, int]:
-        """Where x1, y1, x2, y2 in canvas pixels lie in the picture: first and last column and row."""
+        """Converts x1, y1, x2, y2 in canvas pixels to the first and last column and row in the picture."""
         x1, y1, x2, y2 = (round(c * self.scale) for c in corners)
         return self.x + x1, self.y + y1, self.x + x2 - 1, self.y + y2 - 1
 
@@ -58,7 +58,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where everything is: the canvases of both views, those with the focus image next to the gutter, and the links."""
+    """Positions of the canvases of both views, those with the focus image next to the gutter, and of the links."""
 
     width: int
     height: int
@@ -74,7 +74,7 @@ def montages(query: MontageBatch, key: MontageBatch, augment: AugmentConfig, pat
         key: view shown on the right.
         augment: its mean and std undo the normalisation.
         path: file to write; missing folders are made.
-        focus: image of the batch whose tiles are joined with their targets; it is visible at every level.
+        focus: image of the batch whose tiles are linked to their targets; it is shown at every level.
 
     Raises:
         ValueError: `focus` is not in the batch.
@@ -92,7 +92,7 @@ def montages(query: MontageBatch, key: MontageBatch, augment: AugmentConfig, pat
 
 
 def arrange(query: MontageBatch, key: MontageBatch, focus: int) -> Layout:
-    """Chooses and places canvases: one row per level, as many canvases as fit, and all those with the focus image."""
+    """Chooses and places canvases: one row per level, as many as fit, first those with the focus image."""
     canvas, rows = STRIDE * query.cells, []
     for level, total in enumerate(query.canvas_counts):
         side = _shown_side(canvas, LARGE if level else SMALL)
@@ -115,12 +115,12 @@ def arrange(query: MontageBatch, key: MontageBatch, focus: int) -> Layout:
 
 
 def _shown_side(side: int, limit: int) -> int:
-    """Enlarged by the largest whole factor that fits, so that pixels stay square; or shrunk to the limit."""
+    """Enlarges by the largest whole factor that fits, so that pixels stay square, or shrinks to the limit."""
     return side * (limit // side) if side <= limit else limit
 
 
 def _choose(batch: MontageBatch, level: int, focus: int, count: int) -> list[int]:
-    """Rows of the canvases to show, those with the focus image first."""
+    """Rows of the canvases to show; those with the focus image are first."""
     tiles = batch.tiles(level)
     rows = [int(row) for row in batch.boxes[tiles, 0]]
     hits = sorted({row for row, source in zip(rows, batch.tile_images[tiles].tolist(), strict=True) if source == focus})
@@ -136,17 +136,17 @@ def _focus_boxes(batch: MontageBatch, canvas: Placed, focus: int) -> list[tuple[
 def _links(
     batch: MontageBatch, canvases: Sequence[Placed], others: Sequence[Placed], focus: int, facing: int
 ) -> Iterator[Link]:
-    """From the tiles of one view; `facing` is 1 where they look right, 0 where they look left."""
-    target = others[0]  # level 0 comes first, and there the focus image
+    """Links from the tiles of one view; `facing` is 1 if the other view is to the right, 0 if it is to the left."""
+    target = others[0]  # the focus image at level 0
     for canvas in canvases:
-        y = target.y + target.side * (canvas.level + 1) / (len(batch.ratios) + 1)  # spread, so that ends stay apart
+        y = target.y + target.side * (canvas.level + 1) / (len(batch.ratios) + 1)  # one height per level
         for x1, y1, x2, y2 in _focus_boxes(batch, canvas, focus):
             tile = (x2 if facing else x1), (y1 + y2) / 2
             yield Link(canvas.level, tile, (target.x if facing else target.x + target.side - 1, y))
 
 
 def curve(link: Link, points: int = 64) -> list[Point]:
-    """Points along a link: straight to the gutter, so that it hides few tiles, then a cubic to the target."""
+    """Points along a link: a straight line to the gutter, so that few tiles are covered, then a cubic to the target."""
     (x0, y0), (x2, y2) = link.tile, link.target
     x1 = x2 - GUTTER if x2 > x0 else x2 + GUTTER
     t = np.linspace(0, 1, points)
@@ -204,7 +204,7 @@ def _draw_view(
 
 
 def _draw_links(picture: Image.Image, links: Sequence[Link]) -> None:
-    """Drawn at twice the size and reduced, which smooths the edges."""
+    """Draws links at twice the size and reduces them, which smooths the edges."""
     overlay = Image.new("RGBA", (2 * picture.width, 2 * picture.height))
     draw = ImageDraw.Draw(overlay)
     for link in links:
@@ -221,13 +221,13 @@ def _draw_links(picture: Image.Image, links: Sequence[Link]) -> None:
 def feature_maps(
     networks: Mapping[str, nn.Module], names: Sequence[str], images: Tensor, path: Path, augment: AugmentConfig
 ) -> None:
-    """Writes a PNG of images and of the maps that networks make of them, as three colours for their main directions.
+    """Writes a PNG of images and their feature maps, whose first three principal components are shown as colours.
 
-    What depends on the position alone, the mean map over the images, is taken away from each.
+    The mean map over the images, which depends on the position alone, is subtracted.
 
     Args:
-        networks: by their names; (n, 3, S, S) to maps (:class:`mcl.evaluation.features.Maps`), in evaluation mode.
-        names: of the maps.
+        networks: networks by name, in evaluation mode; (n, 3, S, S) to maps (:class:`mcl.evaluation.features.Maps`).
+        names: names of the maps.
         images: (n, 3, S, S) full images, normalised, on the networks' device.
         path: file to write; missing folders are made.
         augment: its mean and std undo the normalisation.
@@ -246,7 +246,7 @@ def feature_maps(
     picture = Image.new("RGB", (width, top + len(images) * (side + GAP) - GAP + MARGIN), PAPER)
     draw = ImageDraw.Draw(picture)
     _text(draw, (MARGIN, MARGIN - 4), "Feature maps", 44)
-    note = "Three main directions as red, green and blue, of each column by itself; without the mean over the images."
+    note = "First three principal components of each column as red, green and blue, without the mean over the images."
     _text(draw, (MARGIN, MARGIN + 58), note, 23, GRAY)
     for i, name in enumerate(networks):
         _text(draw, (MARGIN + (1 + i * len(names)) * step, top - 72), name, 30)
@@ -277,7 +277,7 @@ def pca_rgb(features: Tensor) -> npt.NDArray[np.uint8]:
     that hardly vary are mid-gray.
     """
     n, channels, h, w = features.shape
-    # a diverged network shall give a flat picture, not a failing decomposition
+    # the decomposition would fail for a diverged network, whose picture is to be flat
     x = features.detach().double().cpu().nan_to_num(0, 0, 0).permute(0, 2, 3, 1).reshape(-1, channels)
     x = x / x.abs().max().clamp_min(torch.finfo(x.dtype).tiny)
     x = x - x.mean(0)
@@ -287,7 +287,7 @@ def pca_rgb(features: Tensor) -> npt.NDArray[np.uint8]:
     components = (x @ (axes * largest.sign())).numpy()
     low, high = np.percentile(components, (2, 98), axis=0)
     spread = high - low
-    spread = np.where(spread > max(1e-6, 1e-4 * spread.max()), spread, np.inf)  # below it is rounding
+    spread = np.where(spread > max(1e-6, 1e-4 * spread.max()), spread, np.inf)  # smaller spreads are rounding errors
     middle = np.where(np.isinf(spread), 0.5, 0)
     rgb = np.full((len(components), 3), 0.5)
     rgb[:, : components.shape[1]] = ((components - low) / spread + middle).clip(0, 1)
@@ -295,7 +295,7 @@ def pca_rgb(features: Tensor) -> npt.NDArray[np.uint8]:
 
 
 def _resized(pixels: npt.NDArray[np.uint8], side: int) -> Image.Image:
-    """Square pixels when enlarged, averaged when shrunk."""
+    """Enlarges with square pixels, shrinks by averaging."""
     resampling = Image.Resampling.NEAREST if side >= len(pixels) else Image.Resampling.BOX
     return Image.fromarray(pixels).resize((side, side), resampling)
 
@@ -309,4 +309,4 @@ def _save(picture: Image.Image, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(path, format="PNG")
     except OSError as error:
-        raise ConfigError(f"{path}: cannot write the picture ({error}); choose a folder that can be written") from None
+        raise ConfigError(f"{path}: cannot write the picture ({error}); choose a writable folder") from None

@@ -1,4 +1,4 @@
-"""Profile of some steps: a trace of every operator and kernel, and a table of their total times."""
+"""Profiles some steps: a trace of all operators and kernels, and a table of their total times."""
 
 import contextlib
 import gzip
@@ -14,23 +14,23 @@ from mcl import distributed
 from mcl.records.metrics import log, rewrite
 
 _SKIPPED = 3
-"""Steps before the profiler starts, in which pipelines fill, cuDNN chooses its algorithms and graphs are recorded."""
+"""Steps before the profiler starts. In these, pipelines fill, cuDNN chooses its algorithms and graphs are captured."""
 _WARMUP = 2
-"""Steps in which it runs and keeps nothing, since it is slow at first."""
+"""Steps that the profiler discards, since it is slow at first."""
 _ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
-"""Categories of what a GPU does in a trace."""
+"""Categories of a GPU's activities in a trace."""
 
 
 @contextlib.contextmanager
 def profiled(folder: Path, steps: int) -> Iterator[Callable[[], None]]:
-    """Profiles some steps of the first process, after a few others; what is around them goes on undisturbed.
+    """Profiles some steps of the first process, after a few others.
 
     Args:
-        folder: where ``trace.json.gz``, for chrome://tracing and Perfetto, and ``table.txt`` are written.
-        steps: how many; none for 0.
+        folder: folder for ``trace.json.gz``, which chrome://tracing and Perfetto read, and ``table.txt``.
+        steps: number of steps to profile; 0 for none.
 
     Yields:
-        What to call after every step.
+        A function to call after every step.
     """
     if not steps or distributed.rank():
         yield lambda: None
@@ -60,13 +60,13 @@ def _write(folder: Path, profiler: profile) -> None:
 
 
 def idle_share(trace: Path) -> float | None:
-    """Share of the time, from the first kernel of a trace to the end of the last, in which the GPU did nothing.
+    """Share of the time between the start of a trace's first kernel and the end of its last in which the GPU was idle.
 
     Args:
         trace: compressed JSON, as :meth:`torch.profiler.profile.export_chrome_trace` writes it.
 
     Returns:
-        None where no GPU did anything.
+        The share, or None if there was no activity on a GPU.
     """
     with gzip.open(trace, "rt") as file:
         events = json.load(file)["traceEvents"]

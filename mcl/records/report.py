@@ -1,7 +1,7 @@
-"""The report of a run: one HTML file that opens anywhere, made from what the run folder holds.
+"""The report of a run: a single HTML file, made from the files of the run folder.
 
-Nothing in it refers to another file or to the network, and it holds no script. Pieces that a run lacks are named as
-missing, so that a report can be written at any time, of a running or broken run too.
+It refers to no other file or network address, and has no scripts. It names what is missing, so that it can be written
+at any time, also for a running or failed run.
 """
 
 import base64
@@ -22,11 +22,11 @@ from mcl.records.preview import PALETTE, pyramid_name
 from mcl.records.tensorboard import NAMES, PICTURES
 
 RECENT = 10
-"""Records that the final speed and the final data wait are the median of."""
+"""Number of last records whose medians are the final speed and the final data wait."""
 
 
 class ReportError(ValueError):
-    """A folder that holds no run."""
+    """The folder is not a run folder."""
 
 
 def write(folder: Path) -> Path:
@@ -36,11 +36,11 @@ def write(folder: Path) -> Path:
         The file written.
 
     Raises:
-        ReportError: no such folder.
-        OSError: something in the folder cannot be read, or the report cannot be written; the message names it.
+        ReportError: the folder does not exist.
+        OSError: a file in the folder cannot be read, or the report cannot be written; the message names the file.
     """
     if not folder.is_dir():
-        raise ReportError(f"{folder}: no such run folder; name one that holds metrics.jsonl, e.g. runs/mcl")
+        raise ReportError(f"{folder}: no such run folder; give one that has metrics.jsonl, e.g. runs/mcl")
     page = render(folder)
     path = folder / "report.html"
     try:
@@ -51,7 +51,7 @@ def write(folder: Path) -> Path:
 
 
 def render(folder: Path) -> str:
-    """The page of a run folder. Lines that are no records, such as one cut by a crash, are counted."""
+    """The page of a run folder. Lines that are not records, such as one cut by a crash, are counted."""
     files, text = (folder / "metrics.jsonl", folder / EVALUATIONS), "\n".join(_lines(folder / "config.yaml"))
     records = [r for file in files for r in read(file) if isinstance(r, dict) and number(r, "step") is not None]
     train, scores = ([r for r in records if r.get("kind") == kind] for kind in ("train", "eval"))
@@ -91,9 +91,11 @@ def render(folder: Path) -> str:
 
 
 def verdict(evaluations: Sequence[Record], folder: Path, start: str | None = None) -> str:
-    """Whether the run learned, in a sentence: whether its score lies above that of the same network untrained by two
-    standard errors of their difference. Retrieval decides where it was measured, the latest on held-out images first.
-    The untrained network has random weights, so the sentence names those that a run started from (`start`).
+    """A sentence that says whether the run learned: whether its score is above that of the same network, untrained, by
+    more than two standard errors of their difference.
+
+    Retrieval is preferred to other evaluations, held-out images to training images, and later steps to earlier ones.
+    The untrained network has random weights, so the sentence also names the weights that a run started from (`start`).
     """
     judged = [(r, found) for r in evaluations if (number(r, "step") or 0) > 0 and (found := _compared(r))]
     if not judged:
@@ -115,10 +117,10 @@ def verdict(evaluations: Sequence[Record], folder: Path, start: str | None = Non
 
 
 def _compared(record: Record) -> tuple[float, float, float, float] | None:
-    """Scores of the trained and the untrained network with their standard errors; None where these are not known.
+    """Scores of the trained and the untrained network with their standard errors; None if these are not known.
 
-    That of retrieval's mean over levels is at most the mean of theirs; objects of an image are not independent, so
-    theirs comes from the interval; that of a share of n images is binomial.
+    Standard errors: for retrieval, the mean of those of the levels, which is an upper bound for that of the mean; for
+    objects, a quarter of the interval, since objects of an image are not independent; otherwise binomial.
     """
     name, keys = record.get("name"), ("levels", "levels_se", "random", "random_se")
     if name == "retrieval":
@@ -163,7 +165,7 @@ def _about(config: Record, path: Path) -> str:
 
 
 def _caption(stem: str) -> str:
-    """Of a picture, from its file's name: what it shows, and of which step."""
+    """Caption of a picture, from the name of its file: what it shows, and of which step."""
     kind, _, step = stem.partition("_")
     words = PICTURES.get(kind, stem.replace("_", " "))
     return f"{words} (step {int(step):,})" if kind in PICTURES and step.isdigit() else words
@@ -176,7 +178,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _parsed(text: str) -> dict[str, Any]:
-    """A configuration; empty where it is missing or broken."""
+    """A YAML mapping; empty if it is missing or broken."""
     try:
         config = yaml.safe_load(text)
     except yaml.YAMLError:
@@ -190,7 +192,7 @@ def _known(records: Sequence[Record], key: str) -> list[float]:
 
 
 def _training_seconds(train: Sequence[Record], batch: int) -> float:
-    """Time spent in steps, from the recorded speeds; 0 where they are not known."""
+    """Time spent in steps, from the recorded speeds; 0 if they are not known."""
     seconds, before = 0.0, 0.0
     for record in train:
         step, speed = number(record, "step") or 0.0, number(record, "images_per_s")
@@ -201,7 +203,7 @@ def _training_seconds(train: Sequence[Record], batch: int) -> float:
 
 
 def clock(seconds: float) -> str:
-    """A duration in its two largest units."""
+    """Formats a duration in its two largest units."""
     total = round(seconds)
     for size, unit, below, small in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
         if total >= size:

@@ -1,4 +1,4 @@
-"""TensorBoard: charts named in words, the configuration, and the pictures."""
+"""TensorBoard: charts with readable names, the configuration, and the pictures."""
 
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -18,15 +18,15 @@ NAMES = {
     "svm": "Support vector machines",
     "regions": "Objects",
 }
-"""Evaluations as people call them."""
+"""Readable names of evaluations."""
 
 PICTURES = {
     "montage": "Montages: every tile has to find its own image in the other view",
     "features": "Feature maps of the trained and of the untrained network",
 }
-"""What the pictures show, by the first word of their file."""
+"""Captions of pictures, by the first word of their file's name."""
 
-# TensorBoard sorts groups by name, and opens with the first two: evaluation and train.
+# TensorBoard sorts groups by name, and opens the first two: evaluation and train.
 _CHARTS = {
     "loss": "train/loss",
     "positive": "train/cosine/own",
@@ -61,8 +61,8 @@ class TensorBoard:
     """Charts of a run's records.
 
     Args:
-        config: of the run.
-        step: steps already done; what was drawn for later ones is dropped.
+        config: configuration of the run.
+        step: number of steps already done; values of later steps are dropped.
     """
 
     def __init__(self, config: Config, step: int) -> None:
@@ -75,12 +75,12 @@ class TensorBoard:
         self._writer.add_text("configuration", f"    {text}", step)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Adds its numbers to their charts."""
+        """Adds the numbers of a record to their charts."""
         for name, value in charted(record).items():
             self._draw(name, value, record["step"])
 
     def _draw(self, name: str, value: float, step: int) -> None:
-        """Draws a number from its first change on: a constant makes no chart."""
+        """Adds a number to its chart once it has changed; constants have no chart."""
         if name not in self._drawn:
             before, steps = self._unchanged.setdefault(name, (value, []))
             if value == before or not steps:
@@ -92,7 +92,7 @@ class TensorBoard:
         self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """What never changed becomes a note; what was recorded once, a chart with one point."""
+        """Adds a note with all constants, and charts with one point for numbers that were recorded once."""
         rest = {name: own for name, own in self._unchanged.items() if name not in self._drawn}
         for name, (value, steps) in rest.items():
             if len(steps) == 1:
@@ -105,7 +105,7 @@ class TensorBoard:
 
 
 def charted(record: Mapping[str, Any]) -> dict[str, float]:
-    """Its numbers by words, as in train/loss, train/cosine/own/level 0, evaluation/Objects, .../trained."""
+    """Numbers of a record by the names of charts, such as train/loss, train/cosine/own/level 0."""
     if record["kind"] == "eval":
         images = "held-out images" if record["split"] == "val" else "training images"
         of = f"evaluation/{NAMES[record['name']]}, {images}"
@@ -123,7 +123,7 @@ def charted(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def show_picture(config: Config, path: Path, step: int) -> None:
-    """Puts a picture into TensorBoard, where there is one."""
+    """Adds a picture to TensorBoard, if it is installed and enabled."""
     if config.log.tensorboard and find_spec("tensorboard") is not None:
         from torch.utils.tensorboard import SummaryWriter
 

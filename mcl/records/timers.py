@@ -1,4 +1,4 @@
-"""How long the phases of a step take, on the host or on the GPU's own clock."""
+"""Times the phases of a step, with the host's or the GPU's clock."""
 
 import contextlib
 import time
@@ -10,7 +10,7 @@ import torch
 
 
 class HostClock:
-    """The host's clock: right where work is done when its call returns, as on CPUs."""
+    """The host's clock, for CPUs, where work is done when its call returns."""
 
     def __init__(self, time: Callable[[], float] = time.perf_counter) -> None:
         self.now = time
@@ -20,7 +20,7 @@ class HostClock:
 
 
 class DeviceClock:
-    """Events in the current CUDA stream: when the GPU came by, not when the host queued the work."""
+    """Events in the current CUDA stream, which measure when the GPU executes work, not when the host queues it."""
 
     def now(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
@@ -28,17 +28,17 @@ class DeviceClock:
         return event
 
     def seconds(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
-        """Waits until the GPU has come by `end`."""
+        """Seconds between two events; waits until the GPU has reached `end`."""
         end.synchronize()
         milliseconds: float = start.elapsed_time(end)
         return milliseconds / 1e3
 
 
 class Timer:
-    """Adds up how long named phases take; only reading waits for the device.
+    """Adds up the times of named phases; only reading waits for the device.
 
     Args:
-        clock: the host's, or the device's.
+        clock: the host's clock or the device's.
     """
 
     def __init__(self, clock: HostClock | DeviceClock) -> None:
@@ -47,12 +47,12 @@ class Timer:
 
     @classmethod
     def on(cls, device: torch.device) -> "Timer":
-        """With the clock that is right for the device."""
+        """A timer with the right clock for a device."""
         return cls(DeviceClock() if device.type == "cuda" else HostClock())
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Times what is done, or queued, within it."""
+        """Times the work that is done, or queued, in the context."""
         start = self._clock.now()
         yield
         self._spans.append((name, start, self._clock.now()))

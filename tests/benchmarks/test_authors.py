@@ -1,4 +1,4 @@
-"""The authors' step in plain PyTorch: against numbers that their code computed, and against ``compute: released``."""
+"""The authors' step in plain PyTorch has the results of their code and of ``compute: released``."""
 
 import statistics
 import time
@@ -48,7 +48,7 @@ def test_every_recorded_value_of_every_step(name: str, steps: int) -> None:
 
 
 def test_released_computes_the_same() -> None:
-    """Loss, gradients and running statistics, in float64."""
+    """Loss, gradients and running statistics are equal in float64."""
     model = {"backbone": "resnet18", "width": 16, "hidden": 32, "compute": "released"}
     cfg = config.from_dict({"montage": {"cells": 1}, "model": model})
     torch.manual_seed(0)
@@ -74,7 +74,8 @@ def test_released_computes_the_same() -> None:
 
 @pytest.mark.soak
 def test_released_takes_no_longer() -> None:
-    """Paired steps of ResNet-18 at 64 px on one thread, by CPU time, which other processes hardly disturb."""
+    """Compares steps of ResNet-18 at 64 px in pairs, on one thread and by CPU time, which other processes hardly
+    affect."""
     setting = Setting("resnet18", cells=2, images=32, precision="fp32", device="cpu")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -83,7 +84,7 @@ def test_released_takes_no_longer() -> None:
         rounds = [[_cpu_seconds(step) for step in steps] for _ in range(10)]
     finally:
         torch.set_num_threads(threads)
-    ratios = [released / authors for authors, released in rounds[1:]]  # the first one warms up
+    ratios = [released / authors for authors, released in rounds[1:]]  # the first round is a warm-up
     assert statistics.median(ratios) < 1.1, ratios
 
 

@@ -1,4 +1,4 @@
-"""Rounds, progress, summaries, tables and the gate."""
+"""Rounds, progress, summaries, tables and ``--gate``."""
 
 import json
 import math
@@ -56,7 +56,8 @@ def test_interleave_times_every_round_but_the_warmup_in_silence(capsys: pytest.C
 def test_summary_is_median_and_relative_interquartile_range() -> None:
     result = common.summary("x", [4.0, 1.0, 3.0, 2.0, 100.0], ratio=2.0)
     assert (result["name"], result["seconds"], result["n"], result["ratio"]) == ("x", 3.0, 5, 2.0)
-    assert result["spread"] == pytest.approx((52.0 - 1.5) / 3.0)  # quartiles of five values, exclusive: 1.5 and 52
+    # Exclusive quartiles of the five values are 1.5 and 52.
+    assert result["spread"] == pytest.approx((52.0 - 1.5) / 3.0)
     assert common.summary("x", [7.0])["spread"] == 0
 
 
@@ -93,7 +94,7 @@ def test_finish_writes_json_that_serves_as_gate(tmp_path: Path, capsys: pytest.C
     common.finish(gate, results(a=1.05, b=2.0))
     with pytest.raises(SystemExit, match=r"b: 2\.4 s, 20% slower than 2 s") as failure:
         common.finish(gate, results(a=1.05, b=2.4))
-    assert failure.value.code  # text: status 1
+    assert failure.value.code  # a text, so the exit status is 1
 
 
 def test_tables_leave_out_what_is_empty() -> None:

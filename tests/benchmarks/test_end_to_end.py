@@ -1,4 +1,4 @@
-"""Loader, model and both: what is computed from the times, and one quick run of the real thing."""
+"""Benchmark of loader, model and both: results computed from given times, and a short real run."""
 
 import json
 import threading
@@ -21,7 +21,8 @@ def record(step: int, images_per_s: float, **shares: float) -> dict[str, Any]:
 def test_results_by_hand() -> None:
     measured = {"loader": [0.1, 0.1, 0.3], "model": [0.4, 0.4, 0.4], "together": [0.5, 0.8, 0.625]}
     records = [
-        record(10, 1.0, data_wait=1.0, forward=0.0, backward=0.0, optimizer=0.0),  # what happens once: left out
+        # Ignored: includes work that is done once.
+        record(10, 1.0, data_wait=1.0, forward=0.0, backward=0.0, optimizer=0.0),
         record(20, 32.0, data_wait=0.1, forward=0.2, backward=0.5, optimizer=0.1),  # 10 steps of 32 images: 10 s
         record(25, 8.0, data_wait=0.4, forward=0.2, backward=0.2, optimizer=0.1),  # 5 steps: 20 s
     ]
@@ -83,7 +84,8 @@ def test_a_run_reports_what_it_measured(photos: Path, tmp_path: Path, capsys: py
     arguments = [str(end_to_end.DEMO), *quick, *SMALL, "trainer.checkpoint_epochs=0.3"]
     end_to_end.main([*arguments, "--json", str(file), "--plot", str(plot)])
     left = set(threading.enumerate()) - before
-    assert not [thread for thread in left if thread.name != "tqdm_monitor"]  # of which tqdm keeps one per process
+    # Tqdm keeps this thread until the process ends.
+    assert not [thread for thread in left if thread.name != "tqdm_monitor"]
 
     results = {r["name"]: r for r in json.loads(file.read_text())["results"]}
     assert list(results) == ["loader", "model", "together", "trainer"]
@@ -98,6 +100,6 @@ def test_a_run_reports_what_it_measured(photos: Path, tmp_path: Path, capsys: py
     out, err = capsys.readouterr()
     assert "warm-up, loader: 0 of 6 done" in err
     assert "trainer, 3 steps" in err
-    assert "saved" in out  # checkpoints are part of it
+    assert "saved" in out  # the run writes checkpoints
     assert "| together |" in out
     assert plot.read_bytes().startswith(b"\x89PNG")

@@ -1,4 +1,4 @@
-"""All that a machine with a GPU can tell: what runs there, in which time, and what is said; the GPU is a fake."""
+"""``make gpu`` with a simulated GPU: stages, time limits and report."""
 
 import argparse
 import importlib
@@ -46,7 +46,7 @@ def script(path: Path, text: str) -> Path:
 
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[list[str]]]:
-    """A machine with a GPU, and a Python on it that copies the results of earlier benchmarks; what is asked of it."""
+    """A machine with a GPU, whose Python copies the results of earlier benchmarks; returns the calls of that Python."""
     script(tmp_path / "nvidia-smi", SAYS_H200)
     results, calls = tmp_path / "results", tmp_path / "calls"
     results.mkdir()
@@ -64,7 +64,8 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., li
             patch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
             patch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
             patch.setattr(sys, "executable", str(script(tmp_path / "python", text)))
-            assert gpu.main(["--venv", "no", "--out", str(tmp_path / "out"), *arguments]) == 1  # kernels fail
+            # The stage kernels fails.
+            assert gpu.main(["--venv", "no", "--out", str(tmp_path / "out"), *arguments]) == 1
         return [json.loads(line) for line in calls.read_text().splitlines()]
 
     return run
@@ -118,7 +119,7 @@ def test_full_skips_what_needs_a_package_that_is_not_there(
     assert "setup.py" not in {call[0] for call in calls}
     outcomes = json.loads((tmp_path / "out" / "report.json").read_text())["stages"]
     skipped = {name: outcome["why"] for name, outcome in outcomes.items() if outcome["status"] == "skipped"}
-    assert skipped.pop("build").startswith("the operators are compiled for CUDA")
+    assert skipped.pop("build").startswith("the operators are already compiled for CUDA")
     assert skipped == dict.fromkeys(("end_to_end_cpu", "end_to_end_gpu"), "nvidia.dali is not installed")
     assert {f"step_{precision}" for precision in ("fp32", "tf32", "bf16", "fp16")} | {
         "loader",
@@ -128,7 +129,7 @@ def test_full_skips_what_needs_a_package_that_is_not_there(
 
 @pytest.mark.parametrize("full", [False, True])
 def test_options_are_those_of_the_benchmarks(full: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the words are keys of the configuration."""
+    """Options and configuration keys of all stages exist."""
 
     class Parsed(Exception):
         pass
@@ -161,14 +162,14 @@ def test_what_would_take_too_long_is_skipped() -> None:
     stage = Stage("loader", 100, [])
     assert gpu.attempt(stage, 100.0, [], lambda _: {"status": "done"}) == {"status": "done"}
     assert gpu.attempt(stage, 99.0, [], lambda _: {"status": "done"}) == {
-        **{"status": "skipped", "why": "it may take 100 s, and 99 are left; FULL=1 sets no limit"}
+        **{"status": "skipped", "why": "it may take 100 s, but 99 s are left; FULL=1 has no limit"}
     }
 
 
 def test_a_stage_ends_after_its_time_with_all_that_it_started(tmp_path: Path) -> None:
     command = ["sh", "-c", f"(sleep 1; touch {tmp_path}/late) & echo begun; wait"]
     outcome = gpu.run("slow", command, 0.3, tmp_path, os.environ)
-    assert (outcome["status"], outcome["why"]) == ("failed", "not done after 0 s")
+    assert (outcome["status"], outcome["why"]) == ("failed", "not finished after 0 s")
     assert 0.3 <= outcome["seconds"] < 1
     assert (tmp_path / "slow.log").read_text() == "begun\n"
     time.sleep(1)
@@ -181,9 +182,9 @@ def test_a_slow_loader_and_an_idle_gpu_are_named() -> None:
     (step,) = profile.evaluate([], [], seconds=1.0, steps=1, images=32)
     ways = {name: {"contender": name, "seconds": s} for name, s in {"matched": 0.3, "graph": 0.2}.items()}
     words = " ".join(gpu.bounds({"end_to_end": end, "profile": {"step": step}, "step": ways}))
-    assert "The loader bounds the run, which reaches 98% of its rate. More data.threads" in words
+    assert "The loader bounds the run, which reaches 98% of its rate. Raise data.threads" in words
     assert "The GPU idles for 100% of a step" in words
-    assert "trainer.cuda_graph=true queues it at once" in words
+    assert "trainer.cuda_graph=true queues a step at once" in words
     assert "a CUDA graph makes a step 1.50 times as fast" in words
     assert gpu.bounds({}) == []
 
@@ -200,7 +201,7 @@ def test_without_a_gpu_it_says_so_in_one_line(tool: str | None, hidden: str | No
     command = [sys.executable, "-m", "benchmarks.gpu"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "make gpu: no GPU here: nvidia-smi finds none, or CUDA_VISIBLE_DEVICES hides it\n"
+    assert done.stderr == "make gpu: no GPU: nvidia-smi finds none, or CUDA_VISIBLE_DEVICES hides it\n"
 
 
 def test_a_torch_that_sees_no_gpu_is_named(
@@ -211,4 +212,4 @@ def test_a_torch_that_sees_no_gpu_is_named(
     assert gpu.main(["--venv", "no", "--out", str(tmp_path)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("make gpu: NVIDIA H200 cannot be used by")
-    assert line.endswith("its torch sees no CUDA device: mcl doctor")
+    assert line.endswith("its torch sees no CUDA device; run mcl doctor")

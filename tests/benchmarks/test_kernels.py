@@ -1,4 +1,4 @@
-"""Operators beside those of others: what is compared, and how it is shown."""
+"""The benchmark of operators: what is compared, and its table."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def test_cases_agree(make: object) -> None:
 
 
 def test_the_table_has_a_row_for_each_that_ours_is_compared_with() -> None:
-    """Ours may come first or last."""
+    """The table does not depend on whether ours is first or last."""
     seconds = {"a: mcl": 0.001, "a: PyTorch": 0.0024, "b: loop": 0.03, "b: foreach": 0.04, "b: mcl": 0.02}
     results = [summary(name, [s] * 3, ratio=s / seconds[f"{name[0]}: mcl"]) for name, s in seconds.items()]
     assert kernels.table(results).splitlines()[2:] == [

@@ -1,4 +1,4 @@
-"""The comparison of loaders: what is loaded, what is computed from the times, and one quick run of the real thing."""
+"""The benchmark of loaders: contenders, results computed from given times, and a short real run."""
 
 import json
 import sys
@@ -22,7 +22,7 @@ RECIPES: dict[str, tuple[Callable[[Job], Views], torch.dtype, float]] = {
     "torchvision": (contenders.torchvision_v2, torch.uint8, 255.0),
     "lightly": (contenders.lightly, torch.float32, 1.0),
 }
-"""Each with the type of its views and the largest value that white has there."""
+"""Recipes with the dtype of their views and the value of white."""
 
 
 def job(data: Path, images: int = 0, batch: int = 32, threads: tuple[int, ...] = (1,)) -> Job:
@@ -59,13 +59,14 @@ def test_a_dataloader_is_given_the_images_of_the_plan(photos: Path, monkeypatch:
         assert take(2).images == 64
         take(1)
     first, second, third = (work.plan.samples(step, ()).tolist() for step in range(3))
-    assert given == [[[image] for image in first[:2]], [first, second], [third]]  # the first time round starts workers
+    # The first epoch only starts the workers.
+    assert given == [[[image] for image in first[:2]], [first, second], [third]]
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"batch": 48}, ConfigError, "--batch: 48 images fill no whole number of canvases; use 32 or 64"),
+        ({"batch": 48}, ConfigError, "--batch: 48 images do not fill a whole number of canvases; use 32 or 64"),
         ({"batch": 96}, ConfigError, r"--batch: 96 is more than the 66 images"),
         ({"threads": (1, 999)}, ConfigError, r"--threads: 999 is not between 1 and the \d+ cores"),
         ({"data": Path("nowhere")}, SourceError, "--data: nowhere does not exist"),
@@ -98,14 +99,14 @@ def test_ratios_scaling_and_shares() -> None:
     assert "shares" not in results["released, 2 threads"]
     assert results["released, 2 threads"]["ratio"] == 1
 
-    alone = evaluate({Entry("fused", 2): measured[Entry("fused", 2)]})  # nothing to compare with
+    alone = evaluate({Entry("fused", 2): measured[Entry("fused", 2)]})  # there is nothing to compare with
     assert not {"ratio", "scaling", "shares"} & alone[0].keys()
 
 
 def test_a_run_reports_what_it_measured_and_what_is_missing(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(sys.modules, "lightly", None)  # as if it were not installed
+    monkeypatch.setitem(sys.modules, "lightly", None)  # makes its import fail
     file, plot = tmp_path / "loader.json", tmp_path / "loader.png"
     arguments = ["--data", str(photos / "val"), "--batch", "32", "--threads", "1", "--repeat", "1", "--seconds", "0.1"]
     ours = choose_engine(DataConfig(device="cpu"), cuda=False, threads=1)[0]

@@ -1,4 +1,4 @@
-"""Where a step's time goes: what is computed from kernels and spans, and one quick run of the real thing."""
+"""The profile of a step: results computed from given kernels and spans, and a short real run."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ def test_results_by_hand() -> None:
         *(("make_tiles", 50.0, 2), ("at::native::vectorized_elementwise_kernel", 50.0, 8)),
         *(("ncclDevKernel_AllReduce", 0.0, 2),),
     ]
-    spans = [(100.0, 300.0), (150.0, 200.0), (250.0, 400.0), (600.0, 700.0)]  # busy for 300 and for 100
+    spans = [(100.0, 300.0), (150.0, 200.0), (250.0, 400.0), (600.0, 700.0)]  # busy for 300 and 100 us
     step, *rows = profile.evaluate(kernels, spans, seconds=8e-4, steps=2, images=32)
     assert (step["seconds"], step["images_per_s"], step["idle"]) == (4e-4, pytest.approx(80_000), pytest.approx(0.5))
     assert list(step["kinds"].items())[:2] == [("convolutions and products", 0.6), ("BatchNorm", 0.2)]

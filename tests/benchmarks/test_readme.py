@@ -1,4 +1,4 @@
-"""The tables in the README and the documents are those of the results that are kept."""
+"""Tables in README and documents are those of the stored results."""
 
 import pytest
 

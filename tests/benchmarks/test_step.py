@@ -1,4 +1,4 @@
-"""The comparison of training steps: who takes part, what is computed from times, and a quick run of the real thing."""
+"""The benchmark of training steps: contenders, results computed from given times, and a short real run."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ def stage(epochs: int, side: int, gflop_per_image: float, saved_bytes: int | Non
 
 @pytest.fixture
 def counted_anew(thin_backbone: None) -> Iterator[None]:
-    """What was counted with another backbone is forgotten, before and after."""
+    """Clears the cache of counts before and after, since other backbones are counted here."""
     count.step.cache_clear()
     yield
     count.step.cache_clear()
@@ -80,14 +80,14 @@ def test_supervised_is_counted_at_its_own_size() -> None:
     assert (whole["side"], small["side"]) == (224, 64)
     assert whole["gflop_per_image"] == pytest.approx(
         3 * 3.628 - 0.236, rel=0.01
-    )  # R18: 1.814 GMAC; no gradient to pixels
+    )  # ResNet-18: 1.814 GMAC; the pixels have no gradient
     assert small["gflop_per_image"] == pytest.approx(whole["gflop_per_image"] * (64 / 224) ** 2, rel=0.01)
 
 
 @pytest.mark.usefixtures("thin_backbone")
 @pytest.mark.parametrize("name", ["supervised", "matched"])
 def test_the_process_of_a_contender_computes_as_a_run_does(name: str) -> None:
-    """What starts there sets PyTorch's switches."""
+    """The process of a contender sets PyTorch's switches."""
     try:
         CONTENDERS[name][1](dataclasses.replace(SETTING, tf32=False)).start()
         assert (torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32) == (True, False)
@@ -97,7 +97,7 @@ def test_the_process_of_a_contender_computes_as_a_run_does(name: str) -> None:
 
 @dataclass(frozen=True)
 class Noting:
-    """Fills as many MiB as its steps are told; notes their sizes and its process."""
+    """Allocates as many MiB as the size of each step; records sizes and process."""
 
     file: Path
 
@@ -111,7 +111,7 @@ class Noting:
 
 
 def test_every_stage_has_its_turn_in_every_round_and_every_contender_a_process(tmp_path: Path) -> None:
-    ballast = torch.ones(2**29)  # 2 GiB, which are none of theirs
+    ballast = torch.ones(2**29)  # 2 GiB, which must not count as a contender's memory
     stages = {"a": [stage(1, 1, 1.0), stage(2, 2, 1.0)], "b": [stage(1, 256, 1.0)]}
     contenders = {name: Noting(tmp_path / name) for name in stages}
     seconds, peaks = step.measure(contenders, stages, repeat=2)  # type: ignore[arg-type]
@@ -121,7 +121,7 @@ def test_every_stage_has_its_turn_in_every_round_and_every_contender_a_process(t
     }
     assert len({pid for each in notes.values() for _, pid in each} | {os.getpid()}) == 3
     sides = {name: [side for side, _ in each] for name, each in notes.items()}
-    assert all(each[::2] == each[1::2] for each in sides.values())  # a step before the one that is timed
+    assert all(each[::2] == each[1::2] for each in sides.values())  # an untimed step before each timed one
     assert {name: sorted(each[::2]) for name, each in sides.items()} == {"a": [1] * 3 + [2] * 3, "b": [256] * 3}
     assert peaks["a"] + 200 * 2**20 < peaks["b"] < 2048 * 2**20 <= 4 * ballast.numel()
 
@@ -160,7 +160,8 @@ def test_results_by_hand() -> None:
     assert "| matched | 4 | 12% | 160 | 4.00x | 4.00x | 4.00x | 0.00 | 0.50x | 0.00 |" in table
     assert "| budget, 96 px | 75 | 1 | 0.50x | 0.40x |" in table
 
-    alone = step.evaluate({"matched": stages["matched"]}, measured, {"matched": 7}, 32)  # nothing to compare with
+    # There is nothing to compare with.
+    alone = step.evaluate({"matched": stages["matched"]}, measured, {"matched": 7}, 32)
     assert not {"ratio_to_supervised", "counted_ratio", "faster_than_released"} & alone[0].keys()
 
 

@@ -1,4 +1,4 @@
-"""Images for the loader's tests: photographs of the repository, and small files of every kind, made here."""
+"""Images for the loader's tests: photographs of the repository, and small generated files of many kinds."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +30,7 @@ def kinds(tmp_path_factory: pytest.TempPathFactory, picture: Image.Image) -> dic
 
 @pytest.fixture(scope="session")
 def folder_of(picture: Image.Image) -> Callable[[Path, int], list[Path]]:
-    """Writes n different JPEG files of 64 x 48 into a folder."""
+    """Writes n different JPEG files of 64 x 48 pixels into a folder."""
 
     def write(folder: Path, n: int) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
-"""One picture in every encoding that a folder of images may hold, and what becomes of each.
+"""One picture in every encoding that a folder of images may contain, and how each is handled.
 
-``python -m tests.dali_pipelines.encodings`` writes the table of ``dali_pipelines/README.md`` anew.
+``python -m tests.dali_pipelines.encodings`` writes the table in ``dali_pipelines/README.md``.
 """
 
 import io
@@ -22,7 +22,7 @@ from tests.dali_pipelines.images import choose
 from tests.dali_pipelines.parity import README
 
 FILES = Path(__file__).parent / "encoded"
-"""The same picture as other programs write it where Pillow cannot: cjpeg of libjpeg-turbo, imagecodecs, tifffile."""
+"""The same picture in encodings that Pillow cannot write, made by cjpeg of libjpeg-turbo, imagecodecs and tifffile."""
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -40,7 +40,7 @@ def oriented(orientation: int) -> Image.Exif:
 
 
 def without_segment(jpeg: bytes, marker: bytes) -> bytes:
-    """A JPEG without its first segment of a kind."""
+    """A JPEG without its first segment of the given kind."""
     start = jpeg.index(b"\xff" + marker)
     return jpeg[:start] + jpeg[start + 2 + int.from_bytes(jpeg[start + 2 : start + 4], "big") :]
 
@@ -51,7 +51,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def insert(png: bytes, *chunks: bytes) -> bytes:
-    """A PNG with chunks behind its header."""
+    """A PNG with additional chunks after its header."""
     return png[:33] + b"".join(chunks) + png[33:]
 
 
@@ -69,7 +69,7 @@ def interlaced_rows(pixels: Pixels) -> Iterable[bytes]:
 
 
 def bmp_rle(indices: Pixels, palette: Sequence[int]) -> bytes:
-    """A BMP of 8 bits, every pixel a run of one."""
+    """A BMP of 8 bits, in which every pixel is a run of length one."""
     rows = [b"".join(b"\1" + bytes([index]) for index in row) + b"\0\0" for row in indices[::-1].tolist()]
     data = b"".join(rows) + b"\0\1"
     colours = b"".join(bytes([b, g, r, 0]) for r, g, b in zip(palette[::3], palette[1::3], palette[2::3], strict=True))
@@ -79,21 +79,21 @@ def bmp_rle(indices: Pixels, palette: Sequence[int]) -> bytes:
 
 
 def encodings(picture: Image.Image) -> dict[str, bytes]:
-    """Name to encoded image, of an RGB picture of 64 x 48."""
+    """Encoded images of an RGB picture of 64 x 48 pixels, by name."""
     return _jpegs(picture) | _pngs(picture) | _tiffs(picture) | _others(picture)
 
 
 class Row(NamedTuple):
-    """What becomes of an encoding."""
+    """How an encoding is handled."""
 
     encoding: str
     fate: str
     difference: str
-    """Largest one between the pixels of Pillow and of DALI on a CPU, in 8-bit levels."""
+    """Largest difference between the pixels of Pillow and of DALI on a CPU, in 8-bit levels."""
 
 
 def write(folder: Path, images: dict[str, bytes]) -> Source:
-    """A source of the images, in this order, whatever they are."""
+    """Writes images to files, and opens them as a source in this order."""
     for i, image in enumerate(images.values()):
         (folder / f"{i:03}.jpg").write_bytes(image)
     return open_source(str(folder), index=str(folder / "index"))
@@ -121,7 +121,7 @@ def table(rows: Iterable[Row]) -> str:
 
 
 def in_readme() -> re.Match[str]:
-    """The table, as it stands in the README."""
+    """The table in the README."""
     found = re.search(r"(?<=\n)\| encoding \|(.*\n)+?(?=\n)", README.read_text())
     assert found is not None
     return found

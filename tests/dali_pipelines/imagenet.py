@@ -1,4 +1,4 @@
-"""A folder of as many images as a benchmark has, made in a moment: class folders are links to one folder."""
+"""Quickly creates a folder with as many images as a benchmark has: all class folders are links to one folder."""
 
 import dataclasses
 import os
@@ -15,7 +15,7 @@ PER_CLASS, SIZE = 1000, (64, 48)
 
 
 def make(root: Path, index: Path, classes: int) -> int:
-    """Makes the folder, and an index of it without reading every header; returns the number of images."""
+    """Creates the folder, and its index without reading all headers; returns the number of images."""
     (first := root.parent / "images").mkdir()
     Image.new("RGB", SIZE).save(first / "n01440764_0.JPEG")
     for i in range(1, PER_CLASS):

@@ -13,12 +13,12 @@ def choose(photos: Path) -> list[str]:
 
 
 def save_kinds(folder: Path, picture: Image.Image) -> dict[str, Path]:
-    """Writes `picture` as files of every kind that must be readable: name to path."""
+    """Writes `picture` as files of every kind that must be readable; returns paths by name."""
     deep = np.asarray(picture.convert("L")).astype(np.uint16) * 256 + np.arange(64, dtype=np.uint16)
     alpha = picture.copy()
     alpha.putalpha(Image.fromarray(np.tile(np.arange(0, 256, 4, dtype=np.uint8), (48, 1))))
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was held upright: show rotated by 90 degrees
+    exif[0x0112] = 6  # rotated by 90 degrees when shown
     kinds: dict[str, tuple[Image.Image, dict[str, object]]] = {
         "rgb.jpg": (picture, {"quality": 92}),
         "progressive.jpg": (picture, {"progressive": True}),
@@ -50,7 +50,7 @@ def write_corrupt(path: Path, picture: Image.Image) -> None:
 
 
 def write_truncated(path: Path, picture: Image.Image) -> None:
-    """A JPEG whose header is whole and whose second half is missing."""
+    """A JPEG with a complete header and without its second half."""
     picture.save(path, quality=92)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
@@ -64,6 +64,6 @@ def write_huge(path: Path, picture: Image.Image) -> None:
     """A JPEG whose header claims 65000 x 65000 pixels."""
     picture.save(path)
     content = bytearray(path.read_bytes())
-    frame = content.index(b"\xff\xc0") + 5  # marker, length, precision; then height and width
+    frame = content.index(b"\xff\xc0") + 5  # skips marker, length and precision; height and width follow
     content[frame : frame + 4] = (65_000).to_bytes(2, "big") * 2
     path.write_bytes(content)

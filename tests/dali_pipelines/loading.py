@@ -1,4 +1,4 @@
-"""Small loaders: the same images as every kind of source, and batches compared bit by bit."""
+"""Small loaders: the same images as every kind of source, and bitwise comparison of batches."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ Pair = tuple[MontageBatch, MontageBatch]
 
 
 def make_source(kind: str, root: Path, images: Sequence[bytes]) -> Source:
-    """Writes encoded images, in this order, as a source of the kind, the two halves as two classes, and opens it."""
+    """Writes encoded images in this order as a source of the given kind, with each half as a class, and opens it."""
     root.mkdir(parents=True)
     half = (len(images) + 1) // 2
     if kind == "webdataset":
@@ -68,7 +68,7 @@ def make_loader(
     on_bad: Any = None,
     **data: Any,
 ) -> MontageLoader:
-    """A loader of `images` per rank and step."""
+    """A loader with `images` images per rank and step."""
     plan = Plan(
         seed=5,
         size=len(source),
@@ -89,7 +89,7 @@ def take(loader: MontageLoader, steps: int) -> list[Pair]:
 
 
 def equal(a: Pair, b: Pair, but: Sequence[str] = ()) -> bool:
-    """Whether all fields are the same to the bit, `but` those named."""
+    """Whether all fields except those named are bit-identical."""
     names = [f.name for f in dataclasses.fields(MontageBatch) if f.name not in but]
     values = [(getattr(x, name), getattr(y, name)) for x, y in zip(a, b, strict=True) for name in names]
     return all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in values)

@@ -1,4 +1,4 @@
-"""Measures how far the DALI engines are from Pillow and torchvision, operation by operation, on real photographs.
+"""Measures the difference between the DALI engines and Pillow and torchvision, by operation, on photographs.
 
 ``python -m tests.dali_pipelines.parity`` prints the tables of ``dali_pipelines/README.md``.
 """
@@ -33,7 +33,7 @@ Oracle = Callable[[Tensor, Augmentation, int], Tensor]
 
 @dataclass(frozen=True)
 class Row:
-    """Absolute difference from the oracle in 8-bit levels, at every tile size: (mean, maximum)."""
+    """Absolute difference from the oracle in 8-bit levels at every tile size: (mean, maximum)."""
 
     operation: str
     oracle: str
@@ -42,7 +42,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation alone: the configuration that switches only it on, and what it should do."""
+    """A single operation: the configuration that enables only it, and the expected result."""
 
     oracle: str
     config: AugmentConfig
@@ -55,7 +55,7 @@ def draw(config: AugmentConfig, sizes: np.ndarray, level: int) -> Augmentation:
 
 
 def only(**on: Any) -> AugmentConfig:
-    """Configuration in which nothing happens but what is named."""
+    """A configuration that enables only the named augmentations."""
     off: dict[str, Any] = {"flip": 0, "jitter": 0, "gray": 0, "blur": (0, 0), "solarize": (0, 0)}
     factors = {"brightness": 0, "contrast": 0, "saturation": 0, "hue": 0}
     return AugmentConfig(**(off | factors | on))
@@ -97,16 +97,16 @@ OPERATIONS = {
 
 @dataclass(frozen=True)
 class Engine:
-    """What an engine makes, on the CPU."""
+    """Results of an engine, on the CPU."""
 
     operations: Callable[[Sequence[Tensor], Augmentation], list[Tensor]]
-    """Colour, blur and solarising of n square tiles (3, H, H) uint8 of any sizes, to as many."""
+    """Applies colour operations, blur and solarising to n square tiles (3, H, H) uint8 of any sizes."""
     tiles: Callable[..., list[list[Tensor]]]
-    """Whole tiles of every level: images, augmentation per level, geometry, released -> [level][image] uint8."""
+    """Makes whole tiles of every level: images, augmentation per level, geometry, released -> [level][image] uint8."""
 
 
 def measure(paths: Sequence[str], engine: Engine) -> list[Row]:
-    """Rows of the table, over the given photographs."""
+    """Rows of the table, measured on the given photographs."""
     images = [read(path) for path in paths]
     sizes = np.array([image.shape[:0:-1] for image in images], np.int32)
     return _single(images, sizes, engine) + _composed(images, sizes, engine)
@@ -166,7 +166,7 @@ def fused_tiles(
 def _fused_level(
     images: Sequence[Tensor], a: Augmentation, geometry: Geometry, ratio: int, released: bool
 ) -> list[Tensor]:
-    """The tiles of one level; every image gets a canvas of its own, full of the same tile."""
+    """The tiles of one level; every image gets its own canvas, filled with the same tile."""
     pipelines.load_plugin()
     n, size = len(images), geometry.canvas // ratio
     slots = np.arange(n * ratio * ratio, dtype=np.int32).reshape(n, -1)
@@ -194,13 +194,13 @@ def _run(graph: Callable[[Any], Any], feed: list[Any], n: int) -> list[list[Tens
         return graph(iter(fn.external_source(source=lambda: feed, num_outputs=len(feed), batch=True)))
 
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The external source node")  # most graphs here leave inputs unused
+        warnings.filterwarnings("ignore", message="The external source node")  # most graphs here do not use all inputs
         outputs = pipeline().run()
     return [[torch.from_numpy(np.array(output.at(i))).permute(2, 0, 1) for i in range(n)] for output in outputs]
 
 
 def _error(got: Sequence[Tensor], expected: Sequence[Tensor], border: bool | None = None) -> tuple[float, float]:
-    """Mean and maximum over equally large images; `border` picks the outermost pixels, or all the others."""
+    """Mean and maximum over images of the same size, of their outermost pixels if `border`, otherwise of all others."""
     difference = (torch.stack(list(got)).int() - torch.stack(list(expected)).int()).abs()
     if border is not None:
         outside = torch.ones(difference.shape[-2:], dtype=torch.bool)
@@ -210,7 +210,7 @@ def _error(got: Sequence[Tensor], expected: Sequence[Tensor], border: bool | Non
 
 
 def _single(images: list[Tensor], sizes: np.ndarray, engine: Engine) -> list[Row]:
-    """Every operation alone, in one batch of all operations and sizes."""
+    """Measures every operation alone, in one batch of all operations and sizes."""
     tiles: list[Tensor] = []
     drawn: list[Augmentation] = []
     expected: list[Tensor] = []
@@ -237,7 +237,7 @@ def _single(images: list[Tensor], sizes: np.ndarray, engine: Engine) -> list[Row
 
 
 def _composed(images: list[Tensor], sizes: np.ndarray, engine: Engine) -> list[Row]:
-    """Crop, resize and flip alone, then everything together."""
+    """Measures crop, resize and flip alone, then all operations together."""
     often: dict[str, Any] = {"blur": (0.5, 0.5), "solarize": (0.2, 0.2)}
     pairs = []  # [configuration][level] (got, expected)
     for config in (only(flip=0.5), AugmentConfig(hue=0, **often), AugmentConfig(**often)):
@@ -259,7 +259,7 @@ def _composed(images: list[Tensor], sizes: np.ndarray, engine: Engine) -> list[R
 def table(engine: str, rows: Sequence[Row]) -> str:
     """The rows of an engine as Markdown, rounded up by 5% and, unless exact, to at least 0.01 and 1 levels.
 
-    So another processor's rounding does not fail the test that holds the table to what is measured.
+    Rounding up keeps the test that compares the table with measurements from failing on another processor.
     """
     lines = [
         f"| {engine} | oracle | " + " | ".join(f"{size} px" for size in SIZES) + " |",
@@ -274,7 +274,7 @@ def table(engine: str, rows: Sequence[Row]) -> str:
 
 
 def stated(text: str, engine: str) -> dict[str, tuple[tuple[float, float], ...]]:
-    """Operation to (mean, maximum) per size, as a Markdown text states them for an engine."""
+    """(mean, maximum) per size, by operation, from an engine's table in Markdown."""
     found = {}
     inside = False
     for line in text.splitlines():

@@ -1,4 +1,4 @@
-"""Shards as other libraries write them: Python's tarfile, TensorBoard's record writer, Google's protobuf."""
+"""Shards written by other libraries: Python's tarfile, TensorBoard's record writer, Google's protobuf."""
 
 import functools
 import io
@@ -21,7 +21,7 @@ def write_tar(path: Path, members: Iterable[tuple[str, bytes]], **options: Any) 
 
 @functools.cache
 def _example() -> Any:
-    """The class tf.train.Example, from a description of its fields."""
+    """The class tf.train.Example, built from a description of its fields."""
     file = descriptor_pb2.FileDescriptorProto(name="example.proto", package="tf", syntax="proto3")
     kinds = descriptor_pb2.FieldDescriptorProto
 

@@ -1,4 +1,4 @@
-"""Micro-batches: parts of a view, whose canvases and tiles stay together."""
+"""Micro-batches: parts of a view keep canvases and their tiles together."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from tests.conftest import view
 
 
 def numbered(geometry: Geometry, images: int) -> MontageBatch:
-    """A view whose canvases are filled with their number, and whose tiles have theirs as crop."""
+    """A view in which every canvas is filled with its number and the crop of every tile is its number."""
     canvases, tiles = sum(geometry.canvases(images)), sum(geometry.tiles(images))
     pixels = torch.arange(float(canvases))[:, None, None, None].expand(-1, 3, geometry.canvas, geometry.canvas)
     whole = view(geometry, images, pixels.contiguous(memory_format=torch.channels_last), torch.arange(tiles) % images)
@@ -24,7 +24,7 @@ def test_a_part_is_canvases_of_every_level_with_their_tiles() -> None:
     """8 canvases of level 0, of which the first 4 are queries, and 4 (2) of level 1, whose tiles are 8 to 23."""
     whole = numbered(Geometry(cells=1, ratios=(1, 2), images_per_canvas=(1, 2), queries=(2, 2)), 8)
     expected = [
-        # canvases: queries and others of level 0, then of level 1
+        # canvases: queries and others of level 0, then those of level 1
         ([0, 1, 4, 5, 8, 10], [0, 1, 4, 5, 8, 9, 10, 11, 16, 17, 18, 19]),
         ([2, 3, 6, 7, 9, 11], [2, 3, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23]),
     ]
@@ -53,7 +53,7 @@ def test_a_part_is_canvases_of_every_level_with_their_tiles() -> None:
     ],
 )
 def test_all_parts_together_are_the_whole(geometry: Geometry, images: int, parts: int) -> None:
-    """Every canvas and every tile once, each tile where it was, queries among queries."""
+    """Parts contain every canvas and every tile once; tiles stay in place, and queries stay queries."""
     whole = numbered(geometry, images)
     canvases, tiles = [], []
     for part in (whole.part(i, parts) for i in range(parts)):

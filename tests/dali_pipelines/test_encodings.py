@@ -1,4 +1,4 @@
-"""Every encoding of an image: used alike by all engines, or refused by name."""
+"""Every encoding of an image is either read alike by all engines, or refused with a reason."""
 
 import numpy as np
 import pytest
@@ -41,9 +41,9 @@ def test_the_table_of_encodings_is_that_of_the_readme(rows: dict[str, encodings.
 def test_what_is_used_shows_the_picture(
     source: Source, encoded: dict[str, bytes], rows: dict[str, encodings.Row], picture: Image.Image
 ) -> None:
-    """As stored: whatever orientation it asks for, and without what lies behind it."""
+    """Pixels are as stored: orientation is ignored, and so is data after the image."""
     forms = [picture.convert(mode).convert("RGB") for mode in ("RGB", "L", "1")]
-    halves = np.where(np.asarray(forms[1]) < 128, 0, 255)  # not dithered, as the PBM of text
+    halves = np.where(np.asarray(forms[1]) < 128, 0, 255)  # thresholded like the text PBM, not dithered
     expected = [*map(np.asarray, forms), halves]
     for i, name in enumerate(encoded):
         if rows[name].fate.startswith("decoded") and name not in AMBIGUOUS:
@@ -54,7 +54,7 @@ def test_what_is_used_shows_the_picture(
 
 
 def test_all_engines_make_the_same_tiles_of_every_encoding(source: Source, rows: dict[str, encodings.Row]) -> None:
-    """Only cropped and rescaled, in levels: all encodings in one batch, bad ones replaced alike."""
+    """All encodings are in one batch, and bad ones have the same substitutes; tiles are only cropped and rescaled."""
     used = [i for i, row in enumerate(rows.values()) if row.fate.startswith("decoded")]
     images = len(rows) // 4 * 4
     augment = parity.only(mean=(0,) * 3, std=(1 / 255,) * 3)

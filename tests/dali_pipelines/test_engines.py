@@ -1,4 +1,4 @@
-"""The engines against Pillow and torchvision, operation by operation, and the batches that they make."""
+"""Engines compared with Pillow and torchvision, by operation, and the batches that they make."""
 
 import dataclasses
 import itertools
@@ -26,12 +26,12 @@ GEOMETRY = Geometry(cells=1)  # canvases of 32 px, tiles of 32, 16, 8 and 4 px
 IMAGES = 32
 ENGINES = ("fused", "stock", "torchvision")
 BYTES = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)}
-"""Normalisation that leaves 8-bit levels as they are."""
+"""Normalisation that does not change 8-bit levels."""
 
 
 @pytest.fixture(scope="module")
 def rows(pictures: list[str]) -> dict[str, dict[str, parity.Row]]:
-    """[engine][operation]"""
+    """Measured rows: [engine][operation]."""
     measured = {name: parity.measure(pictures, engine) for name, engine in parity.ENGINES.items()}
     return {name: {row.operation: row for row in mine} for name, mine in measured.items()}
 
@@ -60,7 +60,7 @@ def first(source: Source, plan: Plan, engine: str, **data: object) -> tuple[Mont
 
 @pytest.fixture(scope="module")
 def batches(source: Source) -> dict[str, tuple[MontageBatch, MontageBatch]]:
-    """The first step of the default augmentation (without hue, in 8-bit levels) by every engine."""
+    """The first step of the default augmentation (without hue, in 8-bit levels), by every engine."""
     plan = make_plan(source, AugmentConfig(hue=0, **BYTES))  # type: ignore[arg-type]
     return {engine: first(source, plan, engine) for engine in ENGINES}
 
@@ -108,7 +108,7 @@ def test_resizing_by_stock_differs_at_the_border_only_where_images_shrink(
 
 @pytest.mark.parametrize("engine", parity.ENGINES.values(), ids=parity.ENGINES)
 def test_contrast_pivots_on_the_mean_gray_of_the_image(engine: parity.Engine) -> None:
-    """A dark image stays dark; about mid-gray it would turn black at a factor above 1 and grow lighter below."""
+    """A dark image stays dark. If contrast were relative to mid-gray, factors above 1 would turn it black."""
     generator = torch.Generator().manual_seed(0)
     dark = torch.randint(10, 50, (3, 48, 48), generator=generator, dtype=torch.uint8)
     dark[0] += 30
@@ -136,7 +136,8 @@ def test_colour_operations_come_in_the_order_of_the_plan(engine: parity.Engine) 
         for operation in order:
             if operation < 3:
                 expected = operations[operation](expected, float(a.factors[0, operation]))
-        assert (result.int() - expected.int()).abs().max() <= 4  # torchvision truncates after each of the three
+        # Torchvision truncates after each of the three operations.
+        assert (result.int() - expected.int()).abs().max() <= 4
     assert (got[0].int() - got[1].int()).abs().max() > 8
 
 
@@ -161,8 +162,8 @@ def test_the_torchvision_engine_is_within_one_level_of_the_oracles(pictures: lis
 @pytest.mark.parametrize(
     ("engine", "bounds"),
     [
-        ("fused", (0.1, 0.2, 0.4, 0.6)),  # 0.07, 0.15, 0.31 and 0.44 measured
-        # 1.37, 1.51, 1.83 and 3.07 measured: in tiles of 4 px three pixels of four lie at the border.
+        ("fused", (0.1, 0.2, 0.4, 0.6)),  # measured: 0.07, 0.15, 0.31 and 0.44
+        # measured: 1.37, 1.51, 1.83 and 3.07; in tiles of 4 px three quarters of the pixels are at the border
         ("stock", (1.7, 1.9, 2.3, 3.8)),
     ],
 )
@@ -172,7 +173,7 @@ def test_all_engines_make_nearly_the_same_canvases(
     for fast, slow in zip(batches[engine], batches["torchvision"], strict=True):
         difference = (fast.pixels - slow.pixels).abs()
         firsts = np.cumsum((0, *fast.canvas_counts))
-        means = [difference[a:b].mean().item() for a, b in itertools.pairwise(firsts)]  # 8-bit levels
+        means = [difference[a:b].mean().item() for a, b in itertools.pairwise(firsts)]  # in 8-bit levels
         assert all(mean <= bound for mean, bound in zip(means, bounds, strict=True)), means
         for f in dataclasses.fields(MontageBatch):
             if f.name != "pixels":
@@ -227,7 +228,7 @@ def test_images_are_normalised_and_may_be_half_precision(
 
 
 def dali_tiles(source: Source, plan: Plan, view: int, engine: str) -> list[torch.Tensor]:
-    """Tiles of the first step as an engine makes them without the montage: [level] (N, 3, tile, tile) uint8."""
+    """Tiles of the first step, made by an engine without the montage: [level] (N, 3, tile, tile) uint8."""
     step = plan.step(0, source.sizes)
     images = [parity.read(source.names[i]) for i in step.index]
     tiles = parity.ENGINES[engine].tiles(images, step.augmentations[view], GEOMETRY)
@@ -291,7 +292,7 @@ def test_released_sampling_by_all_engines(source: Source, engine: str, bound: fl
 def test_blur_reaches_the_tiles_with_the_sigma_of_the_plan(
     source: Source, sampling: str, engine: parity.Engine
 ) -> None:
-    """A single bright pixel spreads as far as the plan's sigma says, at every level."""
+    """A single bright pixel spreads with the plan's sigma, at every level."""
     plan = make_plan(source, AugmentConfig(blur=(1, 1), blur_sigma=(1.5, 2.0)), sampling)
     for level, a in enumerate(plan.step(0, source.sizes).augmentations[0]):
         ratio = GEOMETRY.ratios[level] if sampling == "direct" else 1

@@ -1,4 +1,4 @@
-"""Geometry, by hand-computed cases."""
+"""Geometry, compared with cases computed by hand."""
 
 import pytest
 import torch
@@ -62,7 +62,7 @@ def test_illegal_queries(queries: tuple[int, ...], message: str) -> None:
 @pytest.mark.parametrize(
     ("schedule", "message"),
     [
-        (((0, 5),), r"schedule: epochs \[0\] must increase from 1 on; montage\.cells holds before"),
+        (((0, 5),), r"schedule: epochs \[0\] must increase from 1; montage\.cells applies before"),
         (((3, 5), (3, 7)), r"schedule: epochs \[3, 3\] must increase"),
         (((5, 5), (3, 7)), r"schedule: epochs \[5, 3\] must increase"),
         (((3, 0),), r"schedule: from epoch 3 on: cells: 0 must be at least 1"),

@@ -1,4 +1,4 @@
-"""The same graph functions define a CPU pipeline and a GPU pipeline; the latter needs no GPU to be defined."""
+"""The same functions define a CPU pipeline and a GPU pipeline; defining the latter needs no GPU."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,11 +14,11 @@ from mcl.config import Config
 
 PRESETS = sorted((Path(__file__).parents[2] / "mcl" / "presets").glob("*.yaml"))
 DECODER = "decoders__Image"
-SHAPE = "_Shape"  # reads no pixels, on whatever device they are
+SHAPE = "_Shape"  # reads no pixels, so its device does not matter
 
 
 def define(preset: Config, engine: str, device: str, gpu: int | None = None) -> Any:
-    """The pipeline of a preset, defined but not built: building for a GPU fails where there is none."""
+    """The pipeline of a preset, defined but not built, since building for a GPU fails without one."""
     pipelines.load_plugin()
     graph = pipelines.Graph(
         preset.montage,
@@ -96,7 +96,7 @@ def test_stock_consists_of_what_it_is_meant_to(preset: Config, stock: Any) -> No
     names = [name for name, _, _ in operators(stock)]
     pixels = {name for name, _, _ in after_the_decoder(stock)}
     assert {"Slice", "Resize", "Hsv", "BrightnessContrast", "GaussianBlur"} <= pixels
-    assert names.count(DECODER) == 1  # a decoded image is shared by all views
+    assert names.count(DECODER) == 1  # all views share the decoded image
     assert names.count("Resize") == names.count("CropMirrorNormalize") == 2 * preset.montage.levels
 
 
@@ -106,7 +106,7 @@ def test_fused_is_one_operator(preset: Config) -> None:
 
 
 def test_no_image_is_decoded_before_its_header_has_been_read(gpu: Any) -> None:
-    """DALI's decoder crashes on some whose header it cannot read."""
+    """DALI's decoder crashes on some images whose header it cannot read."""
     depends: set[int] = set()
     for name, _, node in operators(gpu):
         if name == "PeekImageShape" or any(id(edge.source) in depends for edge in node.inputs):
@@ -116,7 +116,7 @@ def test_no_image_is_decoded_before_its_header_has_been_read(gpu: Any) -> None:
 
 
 def test_inputs_lie_where_the_operators_expect_them(gpu: Any) -> None:
-    """Pixels on the GPU; parameters, the pivot of contrast among them, on the CPU, to where DALI copies it."""
+    """Pixels are on the GPU. Parameters, including the pivot of contrast, which DALI copies, are on the CPU."""
     for name, device, node in operators(gpu):
         schema = backend.GetSchema(name)
         regular = node.spec.NumRegularInput()
@@ -127,7 +127,7 @@ def test_inputs_lie_where_the_operators_expect_them(gpu: Any) -> None:
 
 
 def test_the_executor_may_copy_from_the_gpu_to_the_cpu(stock: Any) -> None:
-    """The mean gray, a result of the GPU, goes to the CPU as an argument: only the dynamic executor does that."""
+    """The mean gray is computed on the GPU and used as a CPU argument, which only the dynamic executor allows."""
     assert stock.exec_dynamic
     pivots = [edge for name, _, node in operators(stock) if name == "BrightnessContrast" for edge in node.inputs[1:]]
     back = [edge for edge in pivots if edge.source._op.device == "gpu"]
@@ -136,7 +136,8 @@ def test_the_executor_may_copy_from_the_gpu_to_the_cpu(stock: Any) -> None:
 
 
 def test_the_decoder_sets_memory_aside_and_shares_the_work(preset: Config) -> None:
-    """What keeps allocations from creeping while ever larger images come, and the decoding engine's share."""
+    """Memory is allocated in advance, so that it does not grow with larger images; hardware_decoder sets the decoder's
+    share."""
     chosen = config.override(preset, ["data.hardware_decoder=0.12"])
     (node,) = (node for name, _, node in operators(define(chosen, "fused", "gpu", gpu=0)) if name == DECODER)
     expected = {"preallocate_width_hint": 4000, "preallocate_height_hint": 3000, "hw_decoder_load": 0.12}

@@ -1,4 +1,4 @@
-"""The memory of canvases on a GPU, which DALI lends, is given back when the GPU has read it, and not before."""
+"""The memory of canvases on a GPU, which DALI owns, is released when the GPU has read it, and not before."""
 
 import dataclasses
 import weakref
@@ -19,12 +19,12 @@ from tests.dali_pipelines.loading import make_loader
 
 
 class Gpu:
-    """Comes by events later than the host records them: when `passed` counts them."""
+    """A GPU that reaches events later than the host records them: when `passed` counts them."""
 
     def __init__(self) -> None:
-        self.recorded: list[str] = []  # streams, in the order in which events were recorded on them
+        self.recorded: list[str] = []  # streams on which events were recorded, in order
         self.passed = 0
-        self.waits: list[int] = []  # events that the host has waited for
+        self.waits: list[int] = []  # events for which the host has waited
 
     def event(self, blocking: bool) -> "Event":
         assert blocking, "the host would spin"
@@ -32,7 +32,7 @@ class Gpu:
 
 
 class Event:
-    """Stands in for torch.cuda.Event, which would call itself passed as long as it is not recorded."""
+    """Replaces torch.cuda.Event, whose query() is true as long as the event is not recorded."""
 
     def __init__(self, gpu: Gpu) -> None:
         self._gpu, self._number = gpu, 0
@@ -70,7 +70,7 @@ def test_memory_is_kept_until_the_training_stream_is_past_it(gpu: Gpu) -> None:
     steps: list[weakref.ref[Tensor]] = []
 
     def lend() -> list[bool]:
-        """The next step; which of the steps' memory is kept then, though nobody else holds it."""
+        """Lends the next step; returns, for every step, whether its memory is still kept."""
         output = torch.empty(1)
         steps.append(weakref.ref(output))
         lending.lend([output])
@@ -78,10 +78,10 @@ def test_memory_is_kept_until_the_training_stream_is_past_it(gpu: Gpu) -> None:
         return [step() is not None for step in steps]
 
     assert lend() == [True]
-    assert gpu.recorded == []  # what reads the first step is not queued yet
+    assert gpu.recorded == []  # the work that reads the first step is not queued yet
     assert lend() == [True, True]
     assert gpu.recorded == ["training on 3"]
-    assert lend() == [True, True, True]  # a GPU that is two steps behind
+    assert lend() == [True, True, True]  # the GPU is two steps behind
     gpu.passed = 1
     assert lend() == [False, True, True, True]
     gpu.passed = 3
@@ -93,12 +93,12 @@ def test_memory_is_kept_until_the_training_stream_is_past_it(gpu: Gpu) -> None:
 
 @pytest.mark.parametrize("ahead", [1, 2, 5])
 def test_the_host_is_only_so_many_steps_ahead_of_the_gpu(gpu: Gpu, ahead: int) -> None:
-    """However slow the GPU is, and however much a CUDA graph queues at once."""
+    """This holds however slow the GPU is, and however much work a CUDA graph queues at once."""
     lending = Lending(gpu=0, ahead=ahead)
-    for step in range(1, 20):  # 1 is the first
+    for step in range(1, 20):  # step 1 is the first
         lending.lend([])
         assert step - 1 - gpu.passed <= ahead
-    assert gpu.waits == list(range(1, 19 - ahead))  # and it waits for no step sooner than it must
+    assert gpu.waits == list(range(1, 19 - ahead))  # the host waits for each step as late as it may
 
 
 @pytest.mark.parametrize("engine", ["fused", "stock", "torchvision"])
@@ -109,7 +109,7 @@ def test_steps_of_every_engine_are_lent_and_bound_to_the_training_stream(
     folder_of: Callable[[Path, int], list[Path]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A pipeline on the CPU stands in for one that uploads canvases."""
+    """A pipeline on the CPU replaces one that uploads canvases."""
     bound: list[str] = []
 
     def define(real: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""The loader: replaced files, memory that is handed over, and the choice of the engine."""
+"""The loader: replacement of bad files, ownership of memory, and choice of the engine."""
 
 import dataclasses
 import gc
@@ -62,7 +62,7 @@ def good(encoded: list[bytes], tmp_path_factory: pytest.TempPathFactory) -> Sour
 
 @pytest.fixture(scope="module")
 def poison(tmp_path_factory: pytest.TempPathFactory, picture: Image.Image) -> dict[int, bytes]:
-    """Broken images, and where they take the place of good ones; of those cut off, only decoding tells."""
+    """Broken images, by the number of the good image that they replace; truncated ones are found only by decoding."""
     path = tmp_path_factory.mktemp("poison") / "image"
     found = {2: b"hello", 8: b""}
     for i, write, end in [(5, write_truncated, "jpg"), (11, write_truncated, "jpg"), (14, write_huge, "jpg")]:
@@ -74,7 +74,7 @@ def poison(tmp_path_factory: pytest.TempPathFactory, picture: Image.Image) -> di
 
 @dataclass(frozen=True)
 class Run:
-    """Four steps, two epochs, of images of which some are broken."""
+    """Four steps, in two epochs, of images of which some are broken."""
 
     engine: str
     source: Source
@@ -95,7 +95,7 @@ def run(
     poison: dict[int, bytes],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Run:
-    """The last shard also ends in the middle of its last image."""
+    """As :class:`Run`; the last shard also ends in the middle of its last image."""
     engine, kind = request.param
     root = tmp_path_factory.mktemp("poisoned") / "root"
     source = make_source(kind, root, [poison.get(i, image) for i, image in enumerate(encoded)])
@@ -110,14 +110,14 @@ def run(
 
 
 def cut_short(shard: Path, last: bytes) -> None:
-    """Lets a shard end in the middle of its last image."""
+    """Truncates a shard in the middle of its last image."""
     content = shard.read_bytes()
     shard.write_bytes(content[: content.rindex(last) + len(last) // 2])
 
 
 @pytest.fixture(scope="module")
 def whole(good: Source) -> Callable[[str], list[Pair]]:
-    """The same steps of images that are all fine."""
+    """The same steps, with only good images."""
     runs: dict[str, list[Pair]] = {}
 
     def load(engine: str) -> list[Pair]:
@@ -157,12 +157,12 @@ def test_bad_files_are_each_reported_once_with_name_and_reason(run: Run) -> None
     for i in (5, 11):
         assert "image file is truncated" in reasons[i]
     if 19 in reasons:
-        assert "the shard is cut short" in reasons[19]
+        assert "the shard is truncated" in reasons[19]
     assert run.state["position"] == 4
 
 
 def test_bad_files_are_replaced_and_the_others_are_what_they_were(run: Run, whole: Callable[[str], list[Pair]]) -> None:
-    """Held against a run of the same plan whose files are all fine."""
+    """Compares with a run of the same plan whose files are all good."""
     replaced = 0
     pairs = zip(itertools.chain(*run.batches), itertools.chain(*whole(run.engine)), strict=True)
     for a, b in pairs:
@@ -205,7 +205,7 @@ def test_too_many_bad_files_stop_the_run_and_the_first_is_named(run: Run) -> Non
 
 
 def test_every_engine_chooses_the_same_substitutes(run: Run, encoded: list[bytes]) -> None:
-    """Which they are depends on the bad files alone, not on who found them, or when."""
+    """Substitutes depend only on which files are bad, not on when, or by which engine, they were found."""
     plan = Plan(seed=5, size=len(encoded), images=IMAGES, geometry=GEOMETRY, augment=AugmentConfig())
     for step, pair in enumerate(run.batches):
         for batch in pair:
@@ -246,7 +246,7 @@ def test_what_vanished_since_the_start_is_replaced(
     assert IMAGES - 1 not in query.index.tolist()
     ((i, reason),) = loader.bad.items()
     assert i == IMAGES - 1
-    assert ("No such file" if source.paths else "1.tar is cut short or damaged") in reason
+    assert ("No such file" if source.paths else "1.tar is truncated or damaged") in reason
 
 
 def saved(image: Image.Image) -> bytes:
@@ -260,9 +260,9 @@ def saved(image: Image.Image) -> bytes:
 def test_what_has_changed_since_the_start_is_replaced(
     tmp_path: Path, encoded: list[bytes], picture: Image.Image, engine: str, kind: str
 ) -> None:
-    """By the size that was planned: smaller, larger and turned images, and what is no image any more."""
+    """Detected by the planned size: smaller, larger and rotated images, and files that are no longer images."""
     now = {1: picture.resize((63, 48)), 3: picture.resize((128, 96)), 6: picture.transpose(Image.Transpose.ROTATE_90)}
-    # As many as 32, since DALI survives in smaller batches what it cannot read the header of.
+    # 32 images, since in smaller batches DALI survives headers that it cannot read
     images = [image.ljust(19_998, b"\0") + b"%02d" % i for i, image in enumerate((encoded * 2)[:32])]
     source = make_source(kind, tmp_path / "root", images)
     changed = {i: saved(image) for i, image in now.items()}
@@ -306,7 +306,7 @@ for text in (
 def test_dali_prints_nothing_of_its_own_about_broken_images(
     tmp_path: Path, folder_of: Write, picture: Image.Image, engine: str, level: str | None
 ) -> None:
-    """Unless it is asked to; and what else is written to the same stream is all there, of memory and CUDA above all."""
+    """Unless DALI_NVIMGCODEC_LOG_LEVEL is set. Other output on stderr is kept, above all about memory and CUDA."""
     folder_of(tmp_path, 12)
     for i in range(3):
         write_truncated(tmp_path / f"{i}.jpg", picture.rotate(i))
@@ -319,7 +319,8 @@ def test_dali_prints_nothing_of_its_own_about_broken_images(
     environment |= {} if level is None else {"DALI_NVIMGCODEC_LOG_LEVEL": level}
     command = [sys.executable, "-c", QUIET, str(tmp_path), engine]
     lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=True).stderr
-    found = [line for line in lines.splitlines() if not line.startswith("TIFF")]  # of libtiff within Pillow
+    # TIFF messages are from libtiff in Pillow.
+    found = [line for line in lines.splitlines() if not line.startswith("TIFF")]
     ours = [line for line in found if line.startswith("bad: ")]
     assert len(ours) == 6
     error = "\33[0;31m[ERROR] "
@@ -335,7 +336,7 @@ def test_dali_prints_nothing_of_its_own_about_broken_images(
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_names_may_be_any_bytes(tmp_path: Path, encoded: list[bytes], engine: str) -> None:
-    """As an old ZIP leaves them: of images that are fine, that are broken, and that vanish."""
+    """File names that are not UTF-8, as in old ZIP archives, of good, broken and removed images."""
     names = [b"%d\xe9.jpg" % i for i in range(IMAGES)] + [
         "日本.jpg".encode(),
         b"a\nb\xff.jpg",
@@ -360,7 +361,7 @@ def test_names_may_be_any_bytes(tmp_path: Path, encoded: list[bytes], engine: st
 def test_every_kind_of_readable_file_goes_through(
     tmp_path: Path, folder_of: Write, kinds: dict[str, Path], engine: str
 ) -> None:
-    """Gray, CMYK, alpha, palette, 16 bits, one pixel and every container, in one step."""
+    """Gray, CMYK, alpha, palette, 16 bits, a single pixel and every container are in one step."""
     for path in kinds.values():
         shutil.copy(path, tmp_path)
     folder_of(tmp_path, 16 - len(kinds))
@@ -391,7 +392,7 @@ def as_png(encoded: bytes) -> bytes:
 
 @pytest.fixture
 def mixed(tmp_path: Path, encoded: list[bytes], picture: Image.Image) -> tuple[Source, Source, list[int]]:
-    """Some images that only Pillow decodes rightly among others; the same pixels as PNG; which they are."""
+    """Images of which some are decoded only by Pillow, the same pixels as PNG, and the numbers of the former."""
     ours = [3, 7]
     images = [palette_bmp(picture.rotate(i)) if i in ours else image for i, image in enumerate(encoded[:IMAGES])]
     mixed = make_source("folders", tmp_path / "mixed", images)
@@ -401,7 +402,7 @@ def mixed(tmp_path: Path, encoded: list[bytes], picture: Image.Image) -> tuple[S
 
 
 class Counted:
-    """A source's `read`, and of which images it was asked for."""
+    """Counts for which images a source's `read` was called."""
 
     def __init__(self, source: Source) -> None:
         self.read, self.asked = source.read, list[int]()
@@ -436,7 +437,7 @@ def test_pillow_decodes_an_image_once(mixed: tuple[Source, Source, list[int]], m
 def test_pixels_that_wait_are_bounded_by_their_bytes(
     mixed: tuple[Source, Source, list[int]], bound: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two images of each step are decoded by Pillow; no step is begun while those that wait have as many bytes."""
+    """Pillow decodes two images of each step. No step is started while the pixels that wait reach the limit."""
     monkeypatch.setattr(dali_pipelines.loader, "DECODED_AHEAD", bound)
     counted = Counted(mixed[0])
     waiting = max(0, min(READ_AHEAD, math.ceil(bound / (64 * 48 * 3 * 2)) - 1))
@@ -465,7 +466,7 @@ Current pipeline object is no longer valid.
 
 
 def fail_with(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps end in an error, and no image may be suspected."""
+    """Makes steps end in an error; no image may be reported as bad."""
 
     def fail(*_: object) -> None:
         raise error
@@ -507,7 +508,7 @@ def test_too_little_memory_is_said_at_once_with_the_remedy(
 @pytest.mark.parametrize(
     "error",
     [
-        RuntimeError(DALI_ERROR.format("mcl.montage", "montage: the output is not one piece of memory")),
+        RuntimeError(DALI_ERROR.format("mcl.montage", "montage: the output is not contiguous")),
         RuntimeError("CUDA runtime API error cudaErrorIllegalAddress (700)"),
         RuntimeError("shape '[2, 3]' is invalid for input of size 5"),
     ],
@@ -523,7 +524,7 @@ def test_an_error_that_no_image_can_explain_is_passed_on_at_once(
 
 
 def test_images_that_only_decode_alone_are_not_bad(good: Source, monkeypatch: pytest.MonkeyPatch) -> None:
-    """nvImageCodec tells DALI only that it failed, also where it found no memory."""
+    """nvImageCodec reports only that it failed to DALI, even if the reason was too little memory."""
     collect = DaliEngine.collect
 
     def fail(engine: DaliEngine) -> None:
@@ -531,7 +532,7 @@ def test_images_that_only_decode_alone_are_not_bad(good: Source, monkeypatch: py
         raise RuntimeError(DALI_ERROR.format("decoders.image", "Failed to decode sample #3 : "))
 
     monkeypatch.setattr(DaliEngine, "collect", fail)
-    message = r"one by one, but not together \(DALI: Failed to decode sample #3\), .* memory .* lower data\.prefetch"
+    message = r"one by one, but not together \(DALI: Failed to decode sample #3\), .* memory: lower data\.prefetch"
     with make_loader(good, "fused") as loader, pytest.raises(LoaderMemoryError, match=message):
         next(loader)
     assert loader.bad == {}
@@ -572,7 +573,7 @@ def test_memory_that_really_is_too_little_makes_no_image_bad(tmp_path: Path, eng
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_batches_that_are_kept_stay_what_they_were(good: Source, engine: str) -> None:
-    """Their memory is the engine's own, handed over without a copy; what comes later must not be written there."""
+    """A batch shares memory with the engine, without a copy; later steps must not write to it."""
     with make_loader(good, engine) as loader:
         kept = take(loader, 3)
         copies = [[batch.pixels.clone() for batch in pair] for pair in kept]
@@ -585,7 +586,7 @@ def test_batches_that_are_kept_stay_what_they_were(good: Source, engine: str) ->
 
 @pytest.mark.parametrize("engine", DALI)
 def test_a_batch_that_is_kept_does_not_keep_the_pipeline(good: Source, engine: str) -> None:
-    """After `close` its threads are gone, and the batch can still be read."""
+    """After `close` the threads are gone, and the batch can still be read."""
     loader = make_loader(good, engine, threads=4)
     kept = next(loader)
     copy = kept[0].pixels.clone()
@@ -610,7 +611,7 @@ INSTALLED = ("everything", "plugin without CUDA", "no plugin", "broken plugin", 
 
 @pytest.fixture
 def installed(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """One of INSTALLED, as far as `choose_engine` can tell."""
+    """One of INSTALLED, as seen by `choose_engine`."""
     state: str = request.param
     plugin = tmp_path / "libmcl_dali.so"
     monkeypatch.setattr(pipelines, "PLUGIN", plugin)
@@ -632,7 +633,7 @@ def installed(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytes
 
 
 def possible(installed: str, cuda: bool, threads: int) -> list[tuple[str, str]]:
-    """Engines and devices that can be had, the best ones first, by the rule at data.device."""
+    """Available engines and devices, the best first, by the rule documented at data.device."""
     fused = {"everything": ["cpu", "gpu"] if threads >= 8 else ["gpu", "cpu"], "plugin without CUDA": ["cpu"]}
     found = [("fused", device) for device in fused.get(installed, [])]
     found += [("stock", device) for device in ("gpu", "cpu") if installed != "no DALI"]
@@ -653,7 +654,7 @@ def test_the_first_choice_that_can_be_had_is_taken(
         assert tuple(choice) == fitting[0]
         assert reason
     else:
-        with pytest.raises(ConfigError, match=r"^data\.(engine|device): \w+ (needs|cannot be had)"):
+        with pytest.raises(ConfigError, match=r"^data\.(engine|device): \w+ (needs|is not available)"):
             choose_engine(asked, cuda, threads)
 
 
@@ -683,7 +684,7 @@ def test_the_reason_says_what_is_missing_and_how_to_get_it(
 ) -> None:
     _, _, said = choose_engine(DataConfig(**asked), cuda, 4)  # type: ignore[arg-type]
     assert re.match(reason, said)
-    assert said.count(";") == len(set(said.split("; "))) - 1  # nothing twice
+    assert said.count(";") == len(set(said.split("; "))) - 1  # no reason is given twice
 
 
 @pytest.mark.parametrize(
@@ -694,13 +695,13 @@ def test_the_reason_says_what_is_missing_and_how_to_get_it(
             "everything",
             {"device": "gpu", "engine": "torchvision"},
             True,
-            r"data\.device: gpu cannot be had, but cpu can: the torchvision engine runs on CPUs only",
+            r"data\.device: gpu is not available, cpu is: the torchvision engine runs on CPUs only",
         ),
         (
             "plugin without CUDA",
             {"device": "gpu", "engine": "fused"},
             True,
-            r"data\.device: gpu cannot be had, but cpu can: .* without CUDA; MCL_BUILD_CUDA=1 builds it with",
+            r"data\.device: gpu is not available, cpu is: .* without CUDA; MCL_BUILD_CUDA=1 builds it with",
         ),
         (
             "no plugin",
@@ -724,7 +725,7 @@ def test_the_reason_says_what_is_missing_and_how_to_get_it(
             "another DALI",
             {"engine": "fused"},
             False,
-            r"data\.engine: fused .* serves nvidia-dali-cuda130==1\.99\.0, and nvidia-dali-cuda1\d0==[\d.]+ "
+            r"data\.engine: fused .* built for nvidia-dali-cuda130==1\.99\.0, but nvidia-dali-cuda1\d0==[\d.]+ "
             r"is installed; pip install nvidia-dali-cuda130==1\.99\.0$",
         ),
         ("no DALI", {"engine": "fused"}, False, r"data\.engine: fused .* pip install nvidia-dali-cuda130"),

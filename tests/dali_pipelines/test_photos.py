@@ -1,4 +1,5 @@
-"""Photographs as they are: every engine shows each once, in order, as torchvision's resize and centre crop do."""
+"""Photographs without augmentation: every engine shows each once, in order, like torchvision's resize and centre
+crop."""
 
 import io
 from pathlib import Path
@@ -19,7 +20,7 @@ SIDE = 64
 
 
 def smooth(width: int, height: int, seed: int) -> Image.Image:
-    """Colours that hardly differ between neighbours, for which resampling filters agree."""
+    """Colours that hardly differ between neighbours, so that resampling filters agree."""
     few = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
     return Image.fromarray(few).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -51,7 +52,7 @@ def test_every_image_once_as_torchvision_crops_it(folder: Path, engine: str) -> 
         square = F.center_crop(F.resize(image, [round(SIDE * 8 / 7)], antialias=True), [SIDE, SIDE])
         assert (own - square).abs().mean() < 0.02, (
             i
-        )  # windows are whole pixels of the image here, and of the resized one there
+        )  # our windows are whole pixels of the image, torchvision's are whole pixels of the resized image
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -1,4 +1,4 @@
-"""Order, crops, augmentations and slots: pure functions, held to what is published about them."""
+"""Order, crops, augmentations and slots are pure functions, compared with their published definitions."""
 
 import dataclasses
 
@@ -65,15 +65,17 @@ def test_order_is_a_permutation_of_its_own_for_every_epoch_and_seed() -> None:
 
 
 def test_an_epoch_mixes_the_whole_set() -> None:
-    """Neighbours in an epoch are no neighbours among the files, and every part of it draws on every part of the set."""
+    """Neighbours in an epoch are not neighbours among the files, and every part of an epoch has images of every part of
+    the set."""
     size, parts = 10_000, 10
     for epoch in range(2):
         order = planning.order(7, epoch, size)
         steps = np.abs(np.diff(order))
         assert (steps == 1).sum() < 15  # chance: 2
-        assert abs(steps.mean() / (size / 3) - 1) < 0.03  # of two numbers drawn evenly; its deviation is 0.7%
+        # Two random numbers are a third of the size apart on average; the deviation is 0.7%.
+        assert abs(steps.mean() / (size / 3) - 1) < 0.03
         counts = np.histogram2d(np.arange(size) * parts // size, order * parts // size, parts)[0]
-        assert abs(counts - size / parts**2).max() < 50  # 5 deviations
+        assert abs(counts - size / parts**2).max() < 50  # 5 standard deviations
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -81,7 +83,7 @@ def test_an_epoch_mixes_the_whole_set() -> None:
 def test_an_epoch_shows_every_sample_once_over_the_ranks_but_for_the_incomplete_last_step(
     world_size: int, size: int
 ) -> None:
-    """Steps of 64; what is left over is another part of the set in every epoch."""
+    """Steps of 64 images. The images that are left out differ from epoch to epoch."""
     ranks = [make(images=64 // world_size, rank=rank, world_size=world_size, size=size) for rank in range(world_size)]
     assert {plan.steps_per_epoch for plan in ranks} == {3}
     dropped = []
@@ -250,7 +252,7 @@ def test_slots_show_every_image_equally_often_and_are_shuffled_but_for_level_0()
 
 
 def test_a_scheduled_epoch_is_that_of_a_plan_that_has_its_cells_all_along() -> None:
-    """Nothing but the size of the canvas changes: neither samples nor crops, slots or colours."""
+    """Only the size of canvases changes, and neither samples nor crops, slots or colours."""
     scheduled = make(geometry=dataclasses.replace(SMALL, schedule=((1, 3), (2, 2))))
     per_epoch = scheduled.steps_per_epoch
     for epoch, cells in enumerate((1, 3, 2, 2)):

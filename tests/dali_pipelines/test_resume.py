@@ -1,4 +1,4 @@
-"""Any step at any time: every source and engine, any number of processes, and across changes of the canvas."""
+"""Resuming at any step, with every source and engine, any number of processes, and across changes of the canvas."""
 
 import random
 from collections.abc import Callable
@@ -26,7 +26,7 @@ from tests.dali_pipelines.loading import (
     take,
 )
 
-SIZE = 22  # images: 5 steps of 4 an epoch, and 2 images left over
+SIZE = 22  # images: 5 steps of 4 per epoch, and 2 images left over
 STEPS = 22
 POINTS = 20
 
@@ -35,7 +35,7 @@ Write = Callable[[Path, int], list[Path]]
 
 @dataclass(frozen=True)
 class Run:
-    """A run that nothing interrupts."""
+    """An uninterrupted run."""
 
     states: list[dict[str, Any]]  # before each step
     steps: list[Pair]
@@ -51,7 +51,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory, folder_of: Write) -> dict[
 
 @pytest.fixture(scope="module")
 def whole(sources: dict[str, Source]) -> Callable[[str], Run]:
-    """Of the class folders, by an engine."""
+    """An uninterrupted run of class folders with each engine."""
     runs: dict[str, Run] = {}
 
     def load(engine: str) -> Run:
@@ -66,7 +66,7 @@ def whole(sources: dict[str, Source]) -> Callable[[str], Run]:
     return load
 
 
-SLOW = pytest.mark.soak  # the stock graph takes a third of a second to build, a step of torchvision 30 ms
+SLOW = pytest.mark.soak  # building the stock graph takes a third of a second, a step of torchvision 30 ms
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ SLOW = pytest.mark.soak  # the stock graph takes a third of a second to build, a
 def test_resuming_at_random_steps_is_exact(
     sources: dict[str, Source], whole: Callable[[str], Run], engine: str, kind: str, points: int
 ) -> None:
-    """Held against one run of the class folders: the kind of source makes no difference, but for the classes."""
+    """Compares with one run of class folders: except for classes, the kind of source makes no difference."""
     source, run = sources[kind], whole(engine)
     assert [query.step for query, _ in run.steps] == list(range(STEPS))
     chance = random.Random(f"{kind} {engine}")
@@ -100,7 +100,7 @@ def test_resuming_at_random_steps_is_exact(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_epoch_is_the_same_at_every_world_size(sources: dict[str, Source], kind: str) -> None:
-    """Level 0 alone: its canvases show the images in the order of the epoch, so they can be compared."""
+    """Compares level 0 only, whose canvases show the images in the order of the epoch."""
     level0 = Geometry(cells=1, ratios=(1,), images_per_canvas=(1,))
     source = sources[kind]
 
@@ -132,14 +132,14 @@ def test_an_epoch_is_the_same_at_every_world_size(sources: dict[str, Source], ki
 # ------------------------------------------------------------------------------------------------- canvas schedule
 
 SCHEDULED = replace(GEOMETRY, schedule=((1, 3), (2, 2)))
-CELLS = [1, 1, 3, 3, 2, 2]  # of the steps of three epochs
+CELLS = [1, 1, 3, 3, 2, 2]  # cells of the steps of three epochs
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_canvases_change_between_epochs_without_building_anything_anew(
     sources: dict[str, Source], engine: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Larger, then smaller ones; steps on both sides of a change are in flight at the same time."""
+    """Canvases grow and then shrink. Steps before and after a change are in flight at the same time."""
     built: list[str] = []
     for kind in (DaliEngine, TorchvisionEngine):
 

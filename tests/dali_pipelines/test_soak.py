@@ -1,4 +1,4 @@
-"""A long run of the loader: every image of every epoch, and no memory that creeps."""
+"""A long run of the loader: every image of every epoch is shown, and memory does not grow."""
 
 import ctypes
 import multiprocessing
@@ -15,11 +15,11 @@ import pytest
 from tests.dali_pipelines.loading import make_loader, make_source
 
 IMAGES = 200_000
-SIZE = 1003  # files: 15 steps of 64 an epoch, and 43 left over
+SIZE = 1003  # files: 15 steps of 64 per epoch, and 43 left over
 BATCH = 64
 BOUNDS = {"resident bytes": 50_000, "allocated bytes": 5_000, "Python objects": 5}
-"""Growth per 1,000 images that is still none. The allocator's heaps make steps of a MiB or more now and then, which
-tilts the line of resident memory by 15,000 to either side; what is in use within the heaps can be told far better."""
+"""Growth per 1,000 images that counts as none. The allocator sometimes grows its heaps by a MiB or more, which changes
+the slope of resident memory by up to 15,000 in either direction; memory in use within the heaps is more exact."""
 
 Write = Callable[[Path, int], list[Path]]
 
@@ -34,21 +34,21 @@ class MallocInfo(ctypes.Structure):
 
 
 def memory() -> tuple[int, int, int]:
-    """What BOUNDS limits, of this process now."""
+    """The values limited by BOUNDS, for this process."""
     libc = ctypes.CDLL(None)
     libc.mallinfo2.restype = MallocInfo
     info = libc.mallinfo2()
-    libc.malloc_trim(0)  # pages that the allocator keeps for later are not in use
+    libc.malloc_trim(0)  # returns memory that the allocator keeps for later use
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
     return resident, info.uordblks + info.hblkhd, sys.getallocatedblocks()
 
 
 def growth(kind: str, images: list[Path], root: Path) -> dict[str, float]:
-    """Of what BOUNDS limits, per 1,000 images, in the second half of a run."""
+    """Growth of the values limited by BOUNDS, per 1,000 images, in the second half of a run."""
     source = make_source(kind, root, [path.read_bytes() for path in images])
     per_epoch = SIZE // BATCH
     epochs = -(-IMAGES // (per_epoch * BATCH))
-    samples = np.zeros((epochs, len(BOUNDS)))  # made now, so that measuring allocates nothing
+    samples = np.zeros((epochs, len(BOUNDS)))  # allocated in advance, so that measuring allocates nothing
     start = time.perf_counter()
     with make_loader(source, "fused", images=BATCH) as loader:
         for epoch in range(epochs):
@@ -73,7 +73,7 @@ def growth(kind: str, images: list[Path], root: Path) -> dict[str, float]:
 @pytest.mark.soak
 @pytest.mark.parametrize("kind", ["folders", "tfrecord"])
 def test_200_000_images(tmp_path: Path, folder_of: Write, kind: str) -> None:
-    """Small images and canvases: what is held is the machinery, not the pixels. In a process that does nothing else."""
+    """Images and canvases are small, so that memory is mostly that of pipelines. Runs in a process of its own."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         slopes = process.submit(growth, kind, folder_of(tmp_path / "images", SIZE), tmp_path / "root").result()
     assert not {name: slope for name, slope in slopes.items() if slope >= BOUNDS[name]}

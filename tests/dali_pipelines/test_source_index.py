@@ -1,4 +1,4 @@
-"""The index of sizes: what is read again, what survives a kill, and what becomes of a damaged one."""
+"""The index of sizes: which files are read again, what a kill leaves, and damaged index files."""
 
 import io
 import os
@@ -67,7 +67,8 @@ def many(folder: Path, folder_of: Write, n: int = COUNT) -> Path:
 
 
 def later(path: Path) -> None:
-    """Sets the time of modification a second on: file systems may not tell two writes within a moment apart."""
+    """Advances the modification time by a second, since file systems may not distinguish two writes in quick
+    succession."""
     moment = path.stat().st_mtime_ns + 10**9
     os.utime(path, ns=(moment, moment))
 
@@ -116,7 +117,7 @@ def test_missing_files_are_looked_for_again(tmp_path: Path, folder_of: Write, re
 def test_files_that_could_not_be_read_are_tried_again(
     tmp_path: Path, folder_of: Write, reads: Reads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A disk's error says nothing about an image, so the index does not remember it."""
+    """An error of the disk says nothing about an image, so the index does not keep it."""
     folder_of(tmp_path / "root", 2)
     (tmp_path / "root" / "list.txt").write_text("000.jpg\n.\n001.jpg")
     with monkeypatch.context() as patch:
@@ -177,7 +178,7 @@ def test_without_a_home_every_start_reads(
     folder_of(tmp_path / "root", 2)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # what it does without HOME and passwd entry
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as without HOME and passwd entry
     for _ in range(2):
         with pytest.warns(UserWarning, match=r"cannot be kept in ~/\.cache/mcl/index \(there is no home folder\)"):
             assert len(open_source(str(tmp_path / "root"))) == 2
@@ -193,7 +194,8 @@ def test_files_from_before_1970_and_after_2262(tmp_path: Path, folder_of: Write,
     assert reads(root)[1] == 3
     assert reads(root)[1] == 0
     os.utime(file, ns=(0, seconds * 10**9 + 2))
-    assert reads(root)[1] == (1 if file.stat().st_mtime_ns == seconds * 10**9 + 2 else 0)  # what the disk can say
+    # If the file system can store this time.
+    assert reads(root)[1] == (1 if file.stat().st_mtime_ns == seconds * 10**9 + 2 else 0)
 
 
 @pytest.mark.parametrize("damage", ["text", "empty", "cut", "flipped", "pickle", "foreign"])
@@ -222,14 +224,14 @@ def test_a_damaged_index_is_built_anew(tmp_path: Path, folder_of: Write, reads: 
 
 @pytest.mark.parametrize("change", [-1, 1])
 def test_an_index_of_another_version_is_built_anew(tmp_path: Path, folder_of: Write, reads: Reads, change: int) -> None:
-    """Whatever its columns are: what headers decide may have changed, too."""
+    """Even if its columns are the same, since headers may be judged differently."""
     folder_of(tmp_path / "root", 3)
     first, _ = reads(tmp_path / "root")
     (file,) = reads.index.iterdir()
     with np.load(file) as arrays:
         columns = {**arrays, "format": arrays["format"] + change, "counts": arrays["counts"] + 7}
     np.savez(file, **columns)
-    with pytest.warns(UserWarning, match=r"created again \(written by another version\)"):
+    with pytest.warns(UserWarning, match=r"created again \(it was written by another version\)"):
         again = open_source(str(tmp_path / "root"), index=str(reads.index))
     assert same(first, again)
     assert reads(tmp_path / "root")[1] == 0
@@ -291,7 +293,7 @@ def test_an_interrupted_build_goes_on_where_it_was(
     assert 0 < n < 600
     assert s.sizes.tolist() == [[64, 48]] * 600
     assert reads(root)[1] == 0
-    # A kill may leave what it was writing; nothing else lies about.
+    # a kill may leave a partial file, but no other
     assert [path for path in reads.index.iterdir() if path.suffix != ".partial"] == [file]
 
 
@@ -308,7 +310,7 @@ def test_a_broken_shard_does_not_cost_the_others(tmp_path: Path, folder_of: Writ
 
 
 def test_an_image_takes_few_bytes(tmp_path: Path) -> None:
-    """While a source is opened, afterwards, and in a pickle of it, which is as many arrays and little else."""
+    """While a source is opened, afterwards, and in its pickle, which has the same arrays and little else."""
     images = imagenet.make(tmp_path / "root", tmp_path / "index", classes=40)
     tracemalloc.start()
     try:
@@ -356,7 +358,7 @@ def test_bars_say_when_each_part_will_end(
 
 
 def test_headers_are_read_a_piece_at_a_time(picture: Image.Image, tmp_path: Path) -> None:
-    """The first kilobytes do, however large the file; more is fetched where the header is longer."""
+    """The first kilobytes suffice, however large the file is; more is read only if the header is longer."""
 
     def fetched(name: str) -> int:
         content = (tmp_path / name).read_bytes()

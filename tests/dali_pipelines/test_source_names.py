@@ -1,4 +1,4 @@
-"""Names in two arrays are what a list of them is."""
+"""``Names`` behaves like a list of texts."""
 
 import pickle
 
@@ -8,7 +8,7 @@ import pytest
 from dali_pipelines.source.names import Names
 
 TEXTS = ["a.jpg", "", "b/ä.jpg", "\udce9.jpg", "\ud800", "nul\0.jpg", "", "\u2028", "日本/x.jpg"]
-"""Among them bytes that are no UTF-8, half a character, and nothing."""
+"""Includes bytes that are not UTF-8, half a surrogate pair, and an empty text."""
 
 
 @pytest.mark.parametrize("texts", [TEXTS, [], [""], ["x"] * 17_000 + TEXTS], ids=["odd", "none", "empty", "many"])

@@ -1,4 +1,4 @@
-"""Object stores: the same images as on a disk, through fsspec."""
+"""Object stores have the same images as a disk, through fsspec."""
 
 import shutil
 import subprocess
@@ -18,7 +18,7 @@ Write = Callable[[Path, int], list[Path]]
 
 @pytest.fixture(params=["memory://store", "file://"])
 def upload(request: pytest.FixtureRequest) -> Iterator[Callable[[Path], str]]:
-    """Puts a folder where fsspec reads it; returns its URL."""
+    """Copies a folder to a place that fsspec reads; returns its URL."""
     memory = fsspec.filesystem("memory")
 
     def put(folder: Path) -> str:
@@ -128,7 +128,7 @@ def test_what_cannot_be_reached_is_named(root: str, message: str) -> None:
 
 
 def test_a_missing_package_is_named() -> None:
-    """In a process where s3fs cannot be imported, whether or not it is installed here."""
+    """Runs in a process where s3fs cannot be imported, whether it is installed or not."""
     code = (
         "import sys; sys.modules['s3fs'] = None\nfrom dali_pipelines.source import open_source\nopen_source('s3://b/x')"
     )

@@ -1,4 +1,4 @@
-"""Shards: where their images lie, and what of a broken one is left."""
+"""Shards: positions of their images, and which images of a broken shard can be used."""
 
 import gzip
 import io
@@ -15,8 +15,8 @@ from PIL import Image
 from dali_pipelines.source import MAX_PIXELS, SourceError, open_source
 from tests.dali_pipelines.shards import example, write_tar, write_tfrecord
 
-CUT = "the shard is cut short"
-DAMAGED = "the shard is cut short or damaged here: what follows cannot be read"
+CUT = "the shard is truncated"
+DAMAGED = "the shard is truncated or damaged here; the rest of it cannot be read"
 NO_IMAGE = "not an image, or its header is broken"
 
 
@@ -35,7 +35,7 @@ Shard = Callable[[Path, list[bytes]], list[str]]
 
 
 def tar(path: Path, images: list[bytes]) -> list[str]:
-    """Writes images of classes 5, 4, ...; returns the names that they then have."""
+    """Writes images of classes 5, 4, ...; returns the names that they get."""
     members = []
     for i, image in enumerate(images):
         members += [(f"{i:06}.jpg", image), (f"{i:06}.cls", b"%d\n" % (5 - i)), (f"{i:06}.json", b"{}")]
@@ -78,7 +78,7 @@ def test_order_labels_sizes_and_bytes(tmp_path: Path, encoded: list[bytes], kind
 
 @KINDS
 def test_bad_members(tmp_path: Path, encoded: list[bytes], kind: str, write: Shard, end: str) -> None:
-    """A truncated JPEG passes its header, as in a folder; text and nothing do not."""
+    """A truncated JPEG has a good header, as in a folder; text and an empty member are bad."""
     images = [encoded[0][: len(encoded[0]) // 2], b"hello", b"", encoded[0][:40], encoded[1]]
     write(tmp_path / f"a.{end}", images)
     s = open_source(str(tmp_path))
@@ -86,7 +86,7 @@ def test_bad_members(tmp_path: Path, encoded: list[bytes], kind: str, write: Sha
     assert s.bad.keys() == {1, 2, 3}
     assert s.sizes.tolist() == [[64, 48], [0, 0], [0, 0], [0, 0], [64, 48]]
     assert s.read(0) == images[0]
-    with pytest.raises(OSError, match=rf"a\.{end} is cut short or damaged: 0 of 0 bytes"):
+    with pytest.raises(OSError, match=rf"a\.{end} is truncated or damaged: 0 of 0 bytes"):
         s.read(2)
 
 
@@ -94,7 +94,8 @@ def test_bad_members(tmp_path: Path, encoded: list[bytes], kind: str, write: Sha
 def test_a_shard_cut_short_keeps_what_is_whole(
     tmp_path: Path, encoded: list[bytes], kind: str, write: Shard, end: str
 ) -> None:
-    """Cut anywhere: whole images stay what they are, the one that is cut is bad and says so, no more than one is."""
+    """Wherever a shard is truncated, complete images stay the same, and only the truncated one is bad, with the
+    reason."""
     shard = tmp_path / f"a.{end}"
     names = write(shard, encoded)
     whole = shard.read_bytes()
@@ -107,7 +108,7 @@ def test_a_shard_cut_short_keeps_what_is_whole(
         kept = [i for i in mine if i not in s.bad]
         assert [s.names[i] for i in kept] == names[: len(kept)], length
         assert [s.read(i) for i in kept] == encoded[: len(kept)], length
-        # Behind an image lie its checksum or its class: an image without may count or not.
+        # an image whose checksum or class is missing may count or not
         assert sum(end + 4 <= length for end in ends) - 1 <= len(kept) <= sum(end <= length for end in ends), length
         assert len(mine) - len(kept) <= 1, length
         assert all(s.bad[i].startswith(CUT) for i in mine if i in s.bad), length
@@ -120,8 +121,8 @@ def test_the_image_that_is_cut_is_the_one_named(tmp_path: Path, encoded: list[by
     (tmp_path / "a.tar").write_bytes(whole[: whole.index(encoded[2]) + 100])
     s = open_source(str(tmp_path))
     assert s.names[2] == f"{tmp_path}/a.tar/000002.jpg"
-    assert s.bad == {2: "the shard is cut short: it ends within this sample"}
-    with pytest.raises(OSError, match=rf"a\.tar is cut short or damaged: 100 of {len(encoded[2])} bytes at "):
+    assert s.bad == {2: "the shard is truncated: it ends within this sample"}
+    with pytest.raises(OSError, match=rf"a\.tar is truncated or damaged: 100 of {len(encoded[2])} bytes at "):
         s.read(2)
 
 
@@ -129,7 +130,7 @@ def test_reading_a_shard_that_has_gone_or_shrunk_says_so(tmp_path: Path, encoded
     tar(tmp_path / "a.tar", encoded)
     s = open_source(str(tmp_path))
     os.truncate(tmp_path / "a.tar", 2000)
-    with pytest.raises(OSError, match=rf"a\.tar is cut short or damaged: 0 of {len(encoded[3])} bytes"):
+    with pytest.raises(OSError, match=rf"a\.tar is truncated or damaged: 0 of {len(encoded[3])} bytes"):
         s.read(3)
     (tmp_path / "a.tar").unlink()
     with pytest.raises(OSError, match=r"No such file or directory: .*a\.tar"):
@@ -206,7 +207,7 @@ def test_names_of_braces_keep_their_order_and_zeros(tmp_path: Path, encoded: lis
         ("x-{0..9999999}.tar", r"more than 1000000 shards"),
         ("x-{0..9999}{0..9999}.tar", r"more than 1000000 shards"),
         ("y-*.tar", r"no images in the 0 shards"),
-        ("x-*", r"does not say what its shards are; set data\.source"),
+        ("x-*", r"does not tell the kind of its shards; set data\.source"),
     ],
 )
 def test_patterns_that_cannot_be_used(tmp_path: Path, encoded: list[bytes], pattern: str, message: str) -> None:
@@ -226,7 +227,7 @@ def test_relative_patterns(tmp_path: Path, encoded: list[bytes], monkeypatch: py
 
 
 def test_folders_of_shards_beside_other_folders(tmp_path: Path, encoded: list[bytes]) -> None:
-    """Left-over archives beside class folders do not make a folder one of shards."""
+    """Archives beside class folders do not make a folder one of shards."""
     tar(tmp_path / "a.tar", encoded)
     (tmp_path / "cat").mkdir()
     (tmp_path / "cat" / "0.jpg").write_bytes(encoded[0])
@@ -242,17 +243,17 @@ def test_folders_of_shards_beside_other_folders(tmp_path: Path, encoded: list[by
 
 
 def test_samples_are_told_by_their_names(tmp_path: Path, encoded: list[bytes]) -> None:
-    """Up to the first dot behind the last slash; of several fields, that which is an image counts."""
+    """A sample's name ends at the first dot after the last slash; of several fields, the image counts."""
     a, b, c, png = encoded
     members = [
         ("./x.y/1.JPG", a),
-        ("x.y/2.seg.png", png),  # a field of another name
+        ("x.y/2.seg.png", png),  # another field
         ("x.y/2.png", png),
         ("z/1.txt", b"no image"),
         ("z/1.jpeg", b),
-        ("x.y/1.cls", b"7"),  # of another sample than ./x.y/1
+        ("x.y/1.cls", b"7"),  # not the sample ./x.y/1
         ("z/2.jpg", c),
-        ("z/2.png", png),  # which one is meant?
+        ("z/2.png", png),  # ambiguous
         (".hidden.jpg", c),
         ("z/2.cls", b"3"),
         ("z/1.cls", b"cat"),
@@ -272,7 +273,7 @@ def test_samples_are_told_by_their_names(tmp_path: Path, encoded: list[bytes]) -
 
 
 def test_a_sample_whose_image_has_dots_in_its_name_is_one_bad_entry(tmp_path: Path, encoded: list[bytes]) -> None:
-    """Nothing is left out without a word: WebDataset takes the first of these for fields of the sample "v1"."""
+    """Such files are reported: WebDataset takes the first of them for fields of the sample "v1"."""
     members = [("v1.5_0.jpg", encoded[0]), ("v1.5_1.jpg", encoded[1]), ("a/trip 2.0.jpg", encoded[2])]
     write_tar(tmp_path / "a.tar", [*members, ("ok.jpg", encoded[3]), ("ok.seg.png", encoded[3]), ("no.seg.txt", b"")])
     s = open_source(str(tmp_path))
@@ -282,7 +283,7 @@ def test_a_sample_whose_image_has_dots_in_its_name_is_one_bad_entry(tmp_path: Pa
 
 
 def test_tars_of_the_command_line(tmp_path: Path, encoded: list[bytes]) -> None:
-    """Long names, folders and links, in each format of GNU tar."""
+    """Long names, folders and links, in every format of GNU tar."""
     deep = tmp_path / "in" / ("deep" * 20) / ("folder" * 20)
     deep.mkdir(parents=True)
     for i, image in enumerate(encoded[:2]):
@@ -300,7 +301,7 @@ def test_tars_of_the_command_line(tmp_path: Path, encoded: list[bytes]) -> None:
 
 @pytest.mark.parametrize("cut", [None, 1024, 512, 0], ids=["whole", "two zero blocks", "one", "none"])
 def test_tars_that_were_joined(tmp_path: Path, encoded: list[bytes], cut: int | None) -> None:
-    """By cat, each with what ends it, or less; names may repeat, unless nothing says where one ends."""
+    """Joined with cat, with complete or incomplete end markers. Names may repeat, unless an end marker is missing."""
     parts = []
     for i, images in enumerate([encoded[:2], encoded[2:3], encoded[3:]]):
         write_tar(tmp_path / "part", [(f"{i if cut == 0 else 0}{j}.jpg", image) for j, image in enumerate(images)])
@@ -311,7 +312,7 @@ def test_tars_that_were_joined(tmp_path: Path, encoded: list[bytes], cut: int | 
     s = open_source(str(tmp_path / "a.tar"))
     assert s.bad == {}
     assert [s.read(i) for i in range(len(s))] == encoded
-    (tmp_path / "b.tar").write_bytes(b"".join(parts)[: -len(parts[-1]) + 700])  # the last one cut short
+    (tmp_path / "b.tar").write_bytes(b"".join(parts)[: -len(parts[-1]) + 700])  # the last one is truncated
     s = open_source(str(tmp_path / "b.tar"))
     assert [s.read(i) for i in range(3)] == encoded[:3]
     assert list(s.bad) == [3]
@@ -332,7 +333,7 @@ def test_what_lies_behind_a_tar_is_one_bad_entry(tmp_path: Path, encoded: list[b
 
 
 def test_odd_members_of_tars(tmp_path: Path, encoded: list[bytes]) -> None:
-    """Each is read, is left out, or is one bad entry with its name."""
+    """Each member is read, ignored, or listed as one bad entry with its name."""
 
     def member(
         name: str, kind: bytes = tarfile.REGTYPE, image: bytes = b"", **more: Any
@@ -394,7 +395,7 @@ def test_sparse_members_of_tars(tmp_path: Path, encoded: list[bytes]) -> None:
 
 
 def test_records_that_were_joined(tmp_path: Path, encoded: list[bytes]) -> None:
-    """TFRecord files have no head and no end, so that joined ones are one."""
+    """TFRecord files have neither header nor footer, so joined files are one file."""
     tfrecord(tmp_path / "part", encoded[:2])
     tfrecord(tmp_path / "other", encoded[2:])
     joined = (tmp_path / "part").read_bytes() + (tmp_path / "other").read_bytes()
@@ -407,7 +408,7 @@ def test_records_that_were_joined(tmp_path: Path, encoded: list[bytes]) -> None:
 
 
 def test_forged_sizes_do_not_lead_in_circles(tmp_path: Path, encoded: list[bytes]) -> None:
-    """A member of negative size would send a reader back to what it has read."""
+    """A member of negative size would make a reader go back to what it has read."""
     tar(tmp_path / "a.tar", encoded[:1])
     content = bytearray((tmp_path / "a.tar").read_bytes())
     content[124:136] = (-2048).to_bytes(12, "big", signed=True)
@@ -438,7 +439,7 @@ def test_records_without_what_is_needed(tmp_path: Path, encoded: list[bytes]) ->
     ]
     write_tfrecord(tmp_path / "a.tfrecord", records)
     s = open_source(str(tmp_path))
-    none, two = (f"{n} values of image/encoded in the record, where 1 belongs" for n in (0, 2))
+    none, two = (f"{n} values of image/encoded in the record, instead of 1" for n in (0, 2))
     assert s.bad == {1: none, 2: "not a tf.train.Example", 3: none, 4: two, 6: "its class -5 is negative"}
     assert s.labels.tolist() == [-1, -1, -1, -1, 1, 2, -1, -1]
     assert s.read(5) == encoded[1]
@@ -460,13 +461,13 @@ def test_a_shard_that_cannot_be_read_is_named(tmp_path: Path, encoded: list[byte
 
 @KINDS
 def test_an_index_is_made_without_reading_the_images(tmp_path: Path, kind: str, write: Shard, end: str) -> None:
-    """Of shards as large as ImageNet's, that is the difference between minutes and hours."""
+    """For shards as large as ImageNet's this is the difference between minutes and hours."""
     large = io.BytesIO()
     Image.effect_noise((1500, 1500), 100).save(large, "PNG")
     write(tmp_path / f"a.{end}", [large.getvalue()] * 4)
 
     def read() -> int:
-        return int(Path("/proc/self/io").read_text().split()[1])  # rchar: bytes that were read
+        return int(Path("/proc/self/io").read_text().split()[1])  # rchar: bytes read
 
     before = read()
     assert len(open_source(str(tmp_path), kind, index=str(tmp_path / "index"))) == 4

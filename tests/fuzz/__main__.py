@@ -1,4 +1,4 @@
-"""Fuzzing by atheris, which is libFuzzer for Python: ``make fuzz``, or ``python -m tests.fuzz --help``."""
+"""Fuzzing with atheris, a Python version of libFuzzer: ``make fuzz``, or ``python -m tests.fuzz --help``."""
 
 import argparse
 import contextlib
@@ -21,16 +21,17 @@ from typing import Any, NamedTuple
 import atheris
 
 PACKAGES = ["PIL", "tarfile", "zipfile", "json", "yaml", "mcl", "dali_pipelines"]
-with contextlib.redirect_stderr(io.StringIO()), atheris.instrument_imports(include=PACKAGES):  # it names every module
+# Hides the names of all instrumented modules.
+with contextlib.redirect_stderr(io.StringIO()), atheris.instrument_imports(include=PACKAGES):
     from tests.fuzz.targets import TARGETS  # branches in these packages guide the search
 
-CPU_SECONDS = 2  # an input may take; instrumented code is slower
+CPU_SECONDS = 2  # limit per input; instrumented code is slower
 MEGABYTES = 256
-SECONDS_IN_C = 60  # of the clock, after which what does not return to Python is killed
+SECONDS_IN_C = 60  # wall-clock limit, after which code that does not return to Python is killed
 
 
 class Slow(BaseException):
-    """Unlike an Exception, it passes through whatever reads an input."""
+    """Not an Exception, so that the code under test does not catch it."""
 
 
 class Result(NamedTuple):

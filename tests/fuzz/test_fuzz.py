@@ -1,4 +1,4 @@
-"""A short fuzzing, and that it finds what there is to find."""
+"""A short fuzzing run, and planted faults that fuzzing finds."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""What takes `device` runs twice: on the CPU, small, in ``make test``, so that it does not rot; and on a GPU."""
+"""Tests with `device` run twice: on the CPU with small sizes, in ``make test``, to keep them working; and on a GPU."""
 
 import contextlib
 from collections.abc import Iterator
@@ -24,14 +24,14 @@ def _there_is_one(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture
 def built(request: pytest.FixtureRequest) -> None:
-    """The operators are compiled for the device."""
+    """Skips the test unless operators are compiled for the device."""
     if request.node.get_closest_marker("gpu") and not compiled("region_pool", "cuda"):
         pytest.skip("the operators are not compiled for CUDA")
 
 
 @contextlib.contextmanager
 def unwaiting(device: torch.device) -> Iterator[None]:
-    """Raises where the host waits for the device; on the CPU, where it would if that were a GPU."""
+    """Raises an error if the host waits for the device; on the CPU, if it would wait for a GPU."""
     if device.type == "cpu":
         with Detector("cpu"):
             yield
@@ -45,7 +45,7 @@ def unwaiting(device: torch.device) -> Iterator[None]:
 
 
 def memory(device: torch.device) -> int:
-    """Bytes taken on a GPU, by whomever; of the CPU's, tests/dali_pipelines/test_soak.py tells more."""
+    """Bytes in use on a GPU, by any process; for the CPU, see tests/dali_pipelines/test_soak.py."""
     if device.type == "cpu":
         return 0
     free, total = torch.cuda.mem_get_info(device)

@@ -1,6 +1,6 @@
-"""Launches every kernel of the compiled operators once or twice: what compute-sanitizer looks at.
+"""Launches every kernel of the compiled operators once or twice, for compute-sanitizer.
 
-``python -m tests.gpu.launches cuda``. Shapes are odd, and such that all variants of a kernel run.
+``python -m tests.gpu.launches cuda``. Shapes are odd, and chosen such that all variants of a kernel run.
 """
 
 import sys

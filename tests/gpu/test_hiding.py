@@ -1,4 +1,4 @@
-"""On a machine with a GPU only the tests that need one see it, and ``make test`` runs both kinds."""
+"""On a machine with a GPU, only tests that need the GPU see it, and ``make test`` runs both kinds."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The kernels that an emulation proves, as real launches under compute-sanitizer."""
+"""Kernels that are tested by emulation, launched under compute-sanitizer."""
 
 import os
 import shutil
@@ -25,7 +25,7 @@ def test_compute_sanitizer_finds_nothing(built: None, tool: str) -> None:
     if sanitizer is None:
         pytest.skip("compute-sanitizer, which comes with CUDA toolkits, is not installed")
     command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "tests.gpu.launches", "cuda"]
-    # Every tensor in an allocation of its own, so that a byte beside it is out of bounds.
+    # every tensor has its own allocation, so that accesses beyond it are out of bounds
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     if "Device not supported" in done.stdout:

@@ -1,4 +1,4 @@
-"""The loader on a GPU: its decoder, the memory that it lends, and what it notices of files that have changed."""
+"""The loader on a GPU: decoder, ownership of memory, and files that have changed."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +21,7 @@ pytest.importorskip("nvidia.dali")
 GEOMETRY = Geometry(cells=1)
 IMAGES = 32
 STD = 255 * sum(AugmentConfig().std) / 3
-"""One unit of a normalised pixel, in levels of 8 bits."""
+"""Scale of a normalised pixel: 8-bit levels per unit."""
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def source(photos: Path) -> Source:
 
 
 def make_loader(source: Source, device: torch.device, engine: str, upload: bool = False, **data: Any) -> MontageLoader:
-    """On the device; or, with `upload`, on the CPU for the device."""
+    """A loader on the device or, with `upload`, on the CPU with canvases on the device."""
     plan = Plan(seed=0, size=len(source), images=IMAGES, geometry=GEOMETRY, augment=AugmentConfig())
     where = "cpu" if upload or device.type == "cpu" else "gpu"
     config = DataConfig(engine=engine, device=where, **data)  # type: ignore[arg-type]
@@ -45,7 +45,7 @@ engines = pytest.mark.parametrize("engine", ["fused", pytest.param("stock", mark
 
 @engines
 def test_its_decoder_gives_the_cpus_pixels_but_for_rounding(source: Source, device: torch.device, engine: str) -> None:
-    """Of the same files and the same augmentation: on average less than a level apart."""
+    """For the same files and augmentation, the mean difference is less than one level."""
     with make_loader(source, device, engine) as one, make_loader(source, torch.device("cpu"), engine) as other:
         for ours, theirs in zip(next(one), next(other), strict=True):
             assert ours.pixels.device == device
@@ -58,7 +58,7 @@ def test_its_decoder_gives_the_cpus_pixels_but_for_rounding(source: Source, devi
 def test_pixels_stay_until_a_busy_device_has_read_them(
     source: Source, device: torch.device, engine: str, upload: bool
 ) -> None:
-    """The host runs ahead of the device by several steps, and holds on to none of them."""
+    """The host is several steps ahead of the device, and keeps no reference to the pixels."""
 
     def checksums(busy: bool) -> list[Tensor]:
         sums = []
@@ -66,7 +66,7 @@ def test_pixels_stay_until_a_busy_device_has_read_them(
             for _ in range(12 if device.type == "cuda" else 2):
                 query, key = next(loader)
                 if device.type == "cuda":
-                    torch.cuda._sleep(100_000_000) if busy else torch.cuda.synchronize()  # cycles: about 50 ms
+                    torch.cuda._sleep(100_000_000) if busy else torch.cuda.synchronize()  # cycles, about 50 ms
                 sums += [view.pixels.double().sum() for view in (query, key)]
         return sums
 
@@ -75,7 +75,7 @@ def test_pixels_stay_until_a_busy_device_has_read_them(
 
 @engines
 def test_memory_is_bounded(source: Source, device: torch.device, engine: str) -> None:
-    """Also while a busy device is behind by ten steps."""
+    """Memory is bounded also while the device is ten steps behind."""
     taken = []
     with make_loader(source, device, engine) as loader:
         for _ in range(6 if device.type == "cuda" else 1):

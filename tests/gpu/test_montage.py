@@ -1,4 +1,4 @@
-"""The fused operator: launches, streams, memory, and equality with the CPU's."""
+"""The fused operator: launches, streams, memory, and equality with the CPU."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,7 +45,7 @@ def size_of(path: Path) -> tuple[int, int]:
 def batches(
     files: list[Path], device: torch.device, augment: AugmentConfig, dtype: Any = types.UINT8, released: bool = False
 ) -> Iterator[list[Canvases]]:
-    """The canvases (K, S, S, 3) of both views, step by step. Images are decoded on the CPU: decoders differ."""
+    """The canvases (K, S, S, 3) of both views, step by step. Images are decoded on the CPU, since decoders differ."""
     gpu = device.type == "cuda"
     sizes = np.array([size_of(path) for path in files])
     plan = Plan(
@@ -89,7 +89,8 @@ def batches(
 
 @pytest.mark.parametrize("released", [False, True])
 def test_tiles_equal_the_cpus(files: list[Path], device: torch.device, released: bool) -> None:
-    """Exactly: both take weights from the host, round to 8 bits after every operation, and fuse no multiplications."""
+    """Tiles are identical: both devices get weights from the host, round to 8 bits after every operation, and do not
+    fuse multiplications and additions."""
     arguments = (AugmentConfig(), types.UINT8, released)
     cpu, ours = (next(batches(files, place, *arguments)) for place in (torch.device("cpu"), device))
     for theirs, found in zip(cpu, ours, strict=True):
@@ -104,7 +105,7 @@ def test_normalised_tiles_are_the_same_tiles(files: list[Path], device: torch.de
 
 
 def test_repeated_runs_give_equal_bits_and_take_no_more_memory(files: list[Path], device: torch.device) -> None:
-    """Batches of a run are in flight at once: none may overwrite the tables of another."""
+    """Several batches are in flight at once, and none may overwrite another's tables."""
     first, second = (batches(files, device, AugmentConfig()) for _ in range(2))
     taken = []
     for _ in range(60 if device.type == "cuda" else 2):

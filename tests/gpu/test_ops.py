@@ -1,4 +1,4 @@
-"""Operators: launches, streams, alignment, and equality with the CPU's."""
+"""Operators: launches, streams, alignment, and equality with the CPU."""
 
 import hashlib
 import math
@@ -34,7 +34,7 @@ def test_all_operators_are_built_for_cuda() -> None:
 def test_regions_in_float64_equal_the_cpus(
     device: torch.device, pool: Pool, layout: torch.memory_format, channels: int, ratio: int
 ) -> None:
-    """A box that is copied and one that is NaN among them."""
+    """Includes a box that is copied and a NaN box."""
     boxes, index = random_boxes(300, [3, 2, 1], 128, seed=ratio)
     boxes[:2, 1:] = torch.tensor([[0.0, 0.0, 64.0, 64.0], [float("nan")] * 4])
     results = []
@@ -76,7 +76,7 @@ def normalized(
     function: Callable[..., Tensor], device: torch.device, dtype: torch.dtype, shape: tuple[int, ...],
     counts: list[int], added: bool, relu: bool, given: torch.dtype,
 ) -> list[Tensor]:  # fmt: skip
-    """Output, running statistics and gradients on a device, in `dtype`, of values that `given` has."""
+    """Output, running statistics and gradients on a device, in `dtype`, for values that `given` can represent."""
     wide = torch.promote_types(dtype, torch.float32)
     x, weight, bias, mean, var, residual, grad = (t.to(device) for t in inputs(shape, given))
     x, residual, grad = (t.to(dtype) for t in (x, residual, grad))
@@ -126,7 +126,7 @@ def test_norms_give_equal_bits_every_time(device: torch.device) -> None:
 
 @pytest.mark.gpu
 def test_another_stream_is_followed() -> None:
-    """Work queued on a side stream is seen by the operator that follows on it."""
+    """An operator on a side stream sees work that was queued on this stream before."""
     side = torch.cuda.Stream()
     boxes, index = (t.cuda() for t in random_boxes(50, [1], 64, seed=1))
     with torch.cuda.stream(side):
@@ -143,7 +143,7 @@ def test_another_stream_is_followed() -> None:
 def test_steps_equal_the_cpus(
     device: torch.device, dtype: torch.dtype, tolerance: float, found_inf: float | None
 ) -> None:
-    """More tensors than one launch takes; some not aligned to words of 16 bytes."""
+    """More tensors than fit into one launch; some are not aligned to 16 bytes."""
 
     def many(place: torch.device) -> list[list[Tensor]]:
         drawn = [each * 40 for each in lists(dtype)]
@@ -170,7 +170,7 @@ def test_steps_equal_the_cpus(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_step_with_found_inf_never_was(device: torch.device, name: str) -> None:
-    """The first, which makes the state, and later ones; and the host does not wait to learn of it."""
+    """In the first step, which creates the state, and in later ones; the host does not wait to read the flag."""
     (model, optimizer), (twin, other) = (build(name, device=str(device)) for _ in range(2))
     with unwaiting(device):
         for seed in (1, 2, 3):

@@ -1,4 +1,4 @@
-"""Two processes with GPUs compute what one does on the CPU, in float64: on one GPU over gloo, on two over NCCL."""
+"""Two processes with GPUs compute the same as one on the CPU, in float64: over gloo on one GPU, over NCCL on two."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Training steps on a GPU: as exact as the CPU's in every precision and every way, and the host waits for none."""
+"""Training steps on a GPU are as exact as on the CPU, in every precision and variant, and the host does not wait."""
 
 import functools
 import os
@@ -34,7 +34,7 @@ PRECISIONS = {
     "fp16": FP16,
 }
 ON_THE_CPU = PRECISIONS | {"tf32": FP16}
-"""What the error of a precision is compared with: TF32 keeps as many bits of a factor as fp16."""
+"""Precision of the CPU to compare with: TF32 keeps as many bits of a factor as fp16."""
 WAYS = {
     "eager": (),
     "recompute": ("trainer.recompute=true",),
@@ -46,7 +46,7 @@ WAYS = {
 
 @pytest.fixture(autouse=True)
 def _cheap(device: torch.device, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """On the CPU a backbone that costs nothing, and graphs that are none. PyTorch's switches are set back."""
+    """On the CPU, uses a cheap backbone and fake graphs. Restores PyTorch's switches."""
     if device.type == "cpu":
         request.getfixturevalue("thin_backbone")
         monkeypatch.setattr(TrainingStep, "_recorder", lambda step: Recorder(step.model))
@@ -55,10 +55,10 @@ def _cheap(device: torch.device, request: pytest.FixtureRequest, monkeypatch: py
 
 
 def outcome(cfg: Config, device: torch.device) -> dict[str, Tensor]:
-    """Running statistics and gradients of the second of two steps that move no weight, in float64."""
+    """Running statistics and gradients, in float64, of the second of two steps that do not change weights."""
     arithmetic.choose(cfg.trainer)
     step = build(cfg, device)
-    for seed in (1, 3):  # a graph is recorded in the first and replayed in the second
+    for seed in (1, 3):  # a graph is captured in the first step and replayed in the second
         step(*views(cfg, seed), lr=0, momentum=1)
     gradients = {name: p.grad for name, p in step.model.named_parameters() if p.grad is not None}
     parts = {
@@ -71,7 +71,7 @@ def outcome(cfg: Config, device: torch.device) -> dict[str, Tensor]:
 
 @functools.cache
 def on_the_cpu(*words: str) -> dict[str, Tensor]:
-    """With sums as plain as they come: oneDNN adds in float32 more exactly than a GPU."""
+    """With plain sums: oneDNN adds in float32 more exactly than a GPU."""
     cfg = configure(*words)
     with torch.backends.mkldnn.flags(enabled=cfg.trainer.precision != "fp32"), fast_convolutions():
         return outcome(cfg, torch.device("cpu"))
@@ -81,8 +81,9 @@ def on_the_cpu(*words: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_step_errs_at_most_twice_as_much_as_the_cpus(device: torch.device, precision: str, way: str) -> None:
-    """In float64 it is the CPU's. In less, a ReLU that rounding turns changes all gradients before it, by chance."""
-    different = ("trainer.accumulate", "model.")  # steps, not other ways to do the same
+    """In float64 results are equal. In lower precision, a ReLU that rounding switches changes all gradients before it
+    at random."""
+    different = ("trainer.accumulate", "model.")  # variants that compute something else
     common = (*SIZES[device.type], *(word for word in WAYS[way] if word.startswith(different)))
     truth = on_the_cpu(*common, *PRECISIONS["fp64"])
     plain = on_the_cpu(*common, *ON_THE_CPU[precision])
@@ -112,7 +113,7 @@ def test_the_host_waits_for_no_step(device: torch.device, words: tuple[str, ...]
     meter = Meter(
         len(cfg.montage.ratios), MCL.scores, device, cfg.trainer.precision == "fp16", cfg.trainer.on_nonfinite == "skip"
     )
-    for i in range(2):  # libraries choose their algorithms, and state comes to be
+    for i in range(2):  # libraries choose algorithms, and state is created
         meter.add(i, *step(*views(cfg), lr=0.1, momentum=0.99))
     batch = views(cfg)
     with unwaiting(device):

@@ -101,7 +101,7 @@ def test_coco_preset_has_the_iterations_of_imagenet() -> None:
         ("montage.ratios=[1, 3]", r"montage\.ratios: \[1, 3\] must start with 1 and increase among 1, 2, 4, 8"),
         ("montage.images_per_canvas=[1, 4, 16, 24]", r"montage\.images_per_canvas: 24 must divide the 64 tiles"),
         ("montage.images_per_canvas=[1, 4, 16]", r"montage\.images_per_canvas: 3 entries for 4 ratios"),
-        ("montage.schedule=[[0, 5]]", r"montage\.schedule: epochs \[0\] must increase from 1 on"),
+        ("montage.schedule=[[0, 5]]", r"montage\.schedule: epochs \[0\] must increase from 1; montage"),
         ("montage.schedule=[[8, 5], [4, 7]]", r"montage\.schedule: epochs \[8, 4\] must increase"),
         ("montage.schedule=[[4, 0]]", r"montage\.schedule: from epoch 4 on: cells: 0 must be at least 1 and"),
         ("montage.schedule=[4, 5]", r"montage\.schedule"),

@@ -1,4 +1,4 @@
-// Elements of a tensor.
+// Pointers to the elements of a tensor.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

@@ -11,10 +11,10 @@ namespace {
 
 using namespace cpu;
 
-constexpr int64_t kChunk = 1 << 14;  // elements that are read twice while they lie in a core's cache
-constexpr int64_t kRows = 512;       // that are summed in fp32; their sums are added in fp64
+constexpr int64_t kChunk = 1 << 14;  // elements of a chunk, which is read twice and fits a core's cache
+constexpr int64_t kRows = 512;       // rows of a chunk, which is summed in fp32; chunks are added in fp64
 
-// Rows of one group; chunks do not depend on the number of threads, and neither does any sum.
+// Rows of one group. Chunks do not depend on the number of threads, so sums do not either.
 struct Chunk {
   int64_t group, row, rows;
 };
@@ -35,11 +35,11 @@ void for_each_chunk(const std::vector<Chunk>& chunks, const F& f) {
   });
 }
 
-// Rows, their mean, and the sum of squared distances from it, of one channel.
+// Of one channel: number of rows, mean, and sum of squared distances from the mean.
 struct Moments {
   double rows = 0, mean = 0, squares = 0;
 
-  // Chan, Golub and LeVeque's update by other rows.
+  // Merges the moments of other rows (Chan, Golub and LeVeque).
   void add(double other_rows, double other_mean, double other_squares) {
     if (other_rows == 0) return;
     const double all = rows + other_rows, distance = other_mean - mean, share = other_rows / all;
@@ -49,15 +49,13 @@ struct Moments {
   }
 };
 
-// What lies per group and channel, (groups, C) each, is in tensors: these start where a line of the cache does.
-// Vectors that cross lines took the kernels up to half as long again.
-
-// Mean, weight / standard deviation and bias.
+// Mean, scale (weight / standard deviation) and shift (bias), (groups, C) each. They are stored in a tensor because its
+// memory starts at a cache line: with vectors that cross cache lines, kernels took up to 50% longer.
 template <typename A>
 struct Affines {
   int64_t channels, size;
   const A* statistics;
-  Tensor memory;  // of the following
+  Tensor memory;  // holds the following arrays
   A *mean, *scale, *shift;
 
   Affines(const Rows& all, const Tensor& statistics_, const std::optional<Tensor>& weight,

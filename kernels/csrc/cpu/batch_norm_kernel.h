@@ -1,7 +1,8 @@
-// Training-mode BatchNorm on the CPU, with what follows it in a residual network; free of torch.
+// Training-mode BatchNorm on the CPU, with the addition and the ReLU that may follow it. Does not depend on torch.
 //
-// x is (rows, channels), channels next to each other: what channels_last makes of (n, c, h, w). T is what memory holds,
-// A what is computed in. Arithmetic runs along the channels; a chunk of rows is taken while it lies in the cache.
+// x is (rows, channels) with contiguous channels: a channels_last tensor (n, c, h, w). T is the type of elements in
+// memory, A the type of computations. Loops are vectorized along the channels. Callers pass chunks of rows that fit the
+// cache.
 #pragma once
 
 #include <cstdint>
@@ -10,19 +11,19 @@
 
 namespace mcl::cpu {
 
-// What normalises the rows of one group; per channel.
+// The affine map that normalises the rows of one group; one entry per channel.
 template <typename A>
 struct Affine {
   const A *mean, *scale, *shift;
 };
 
-// The one expression of forward's output, which backward repeats to know what ReLU let through.
+// Backward repeats this expression of forward to find the elements that ReLU set to zero, bit for bit.
 template <typename A>
 inline A affine(A x, A mean, A scale, A shift) {
   return (x - mean) * scale + shift;
 }
 
-// Mean and sum of squared distances from it, per channel.
+// Per channel: the mean, and the sum of squared distances from it.
 template <typename T, typename A>
 MCL_VECTORIZE void moments(const T* __restrict__ x, int64_t rows, int64_t channels, A* __restrict__ mean,
                            A* __restrict__ squares) {
@@ -37,7 +38,7 @@ MCL_VECTORIZE void moments(const T* __restrict__ x, int64_t rows, int64_t channe
     }
 }
 
-// y = relu(affine(x) + residual), either part if wanted.
+// y = relu(affine(x) + residual); addition and ReLU are optional.
 template <bool kResidual, bool kRelu, typename T, typename A>
 MCL_VECTORIZE void normalize(const T* __restrict__ x, const T* __restrict__ residual, int64_t rows, int64_t channels,
                              const Affine<A>& by, T* __restrict__ y) {
@@ -47,12 +48,13 @@ MCL_VECTORIZE void normalize(const T* __restrict__ x, const T* __restrict__ resi
       const int64_t i = r * channels + c;
       A value = affine(static_cast<A>(x[i]), mean[c], scale[c], shift[c]);
       if constexpr (kResidual) value += static_cast<A>(residual[i]);
-      if constexpr (kRelu) value = value < A(0) ? A(0) : value;  // NaN stays
+      if constexpr (kRelu) value = value < A(0) ? A(0) : value;  // keeps NaN
       y[i] = static_cast<T>(value);
     }
 }
 
-// What ReLU lets through of the gradient of y: judged by y where something was added, by x otherwise.
+// The gradient of ReLU's input. With a residual, ReLU's output y tells which elements are zero; without, they are
+// computed from x again.
 template <bool kResidual, bool kRelu, typename T, typename A>
 inline A through(A grad, A x, const T* y, A mean, A scale, A shift) {
   if constexpr (!kRelu) return grad;
@@ -60,7 +62,8 @@ inline A through(A grad, A x, const T* y, A mean, A scale, A shift) {
   return affine(x, mean, scale, shift) <= A(0) ? A(0) : grad;
 }
 
-// Sums per channel of the gradient that ReLU lets through, and of it times (x - mean); it is the residual's own.
+// Per channel: the sums of g and of g * (x - mean), g being the gradient of ReLU's input. g is also the gradient of the
+// residual.
 template <bool kResidual, bool kRelu, typename T, typename A>
 MCL_VECTORIZE void gradient_sums(const T* __restrict__ grad, const T* __restrict__ x, const T* __restrict__ y,
                                  int64_t rows, int64_t channels, const Affine<A>& by, A* __restrict__ sum,
@@ -78,8 +81,8 @@ MCL_VECTORIZE void gradient_sums(const T* __restrict__ grad, const T* __restrict
     }
 }
 
-// scale * grad + slope * (x - mean) + offset, of the gradient that ReLU lets through. After gradient_sums with a
-// residual, of whose gradient it goes on.
+// of_x = scale * g + slope * (x - mean) + offset, g being the gradient of ReLU's input. With a residual, pass the
+// residual's gradient, which gradient_sums wrote, as `grad`, and no ReLU.
 template <bool kRelu, typename T, typename A>
 MCL_VECTORIZE void gradient(const T* __restrict__ grad, const T* __restrict__ x, int64_t rows, int64_t channels,
                             const Affine<A>& by, const A* __restrict__ slope, const A* __restrict__ offset,

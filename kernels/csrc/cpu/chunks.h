@@ -1,4 +1,4 @@
-// Work on lists of tensors, cut into chunks that do not depend on the number of threads.
+// Divides lists of tensors into chunks, which do not depend on the number of threads.
 #pragma once
 
 #include <algorithm>
@@ -16,7 +16,7 @@ struct Chunk {
   int64_t offset, length;
 };
 
-// Of the tensors `first` to `last`, in their order.
+// Chunks of tensors first .. last - 1, in order.
 inline std::vector<Chunk> chunks_of(const TensorList& list, size_t first, size_t last) {
   std::vector<Chunk> chunks;
   for (size_t t = first; t < last; ++t)
@@ -25,7 +25,7 @@ inline std::vector<Chunk> chunks_of(const TensorList& list, size_t first, size_t
   return chunks;
 }
 
-// Calls f(number of the chunk, chunk) for all, on all threads.
+// Calls f(i, chunks[i]) for all chunks, on all threads.
 template <typename F>
 void for_each_chunk(const std::vector<Chunk>& chunks, const F& f) {
   torch::stable::parallel_for(0, static_cast<int64_t>(chunks.size()), 1, [&](int64_t begin, int64_t end) {

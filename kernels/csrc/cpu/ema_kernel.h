@@ -1,4 +1,4 @@
-// EMA on the CPU, free of torch.
+// Exponential moving average on the CPU. Does not depend on torch.
 #pragma once
 
 #include <cstdint>

@@ -23,7 +23,7 @@ std::vector<double> norms_of(const TensorList& list, const std::vector<Chunk>& c
 
 Tensor norms(TensorList tensors) {
   STD_TORCH_CHECK(!tensors.empty(), "norms: the list is empty");
-  // Tensors need not resemble each other, so each is a list of its own to the check.
+  // Tensors may differ in shape, so each is checked as a list of its own.
   for (const Tensor& t : tensors) {
     const TensorList one{t};
     check_lists("norms", {&one});
@@ -39,8 +39,8 @@ Tensor norms(TensorList tensors) {
   return result;
 }
 
-// Tensors are taken together until they hold so many elements, which still lie in the cache when the update follows
-// their norms: memory is then passed over five times, not seven.
+// Tensors are processed in groups of up to this many elements. A group is still in the cache when its norms are known
+// and the update starts, so a step makes five passes over memory instead of seven.
 constexpr int64_t kTogether = 1 << 20;
 
 void lars_(TensorList weights, TensorList grads, TensorList momenta, std::optional<Tensor> given, double lr,

@@ -1,4 +1,4 @@
-// LARS and norms on the CPU, free of torch.
+// LARS and norms on the CPU. Does not depend on torch.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace mcl::cpu {
 
-// Sum of squares. In double, in eight interleaved sums, so that the result does not depend on how threads share work.
+// Sum of squares in double: eight interleaved sums, which vectorize in a fixed order of additions.
 template <typename T>
 MCL_VECTORIZE double sum_of_squares(const T* x, int64_t n) {
   constexpr int kLanes = 8;
@@ -21,7 +21,7 @@ MCL_VECTORIZE double sum_of_squares(const T* x, int64_t n) {
   return sum;
 }
 
-// trust_coefficient * |w| / (|g| + weight_decay * |w|); 0 where both norms are.
+// trust_coefficient * |w| / (|g| + weight_decay * |w|); 0 if the denominator is 0.
 template <typename T>
 T trust_ratio(T weight_norm, T grad_norm, T weight_decay, T trust_coefficient) {
   const T scale = grad_norm + weight_decay * weight_norm;

@@ -34,14 +34,14 @@ std::vector<Tensor> region_pool_backward(Tensor grad, std::vector<int64_t> sizes
   check_pooling(grad.size(2), sampling_ratio);
   const Boxes at = check_boxes(boxes, index, grad, grad.scalar_type());
   STD_TORCH_CHECK(at.number == grad.size(0), "region_pool_backward: grad must have one row per box");
-  STD_TORCH_CHECK(grads[0].size(1) == grad.size(1), "region_pool_backward: grad has other channels than the maps");
+  STD_TORCH_CHECK(grads[0].size(1) == grad.size(1), "region_pool_backward: grad must have the channels of the maps");
   dispatch(grad.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using A = Accumulate<T>;
     const auto maps = make_maps<T>(grads, strides);
     const A* b = static_cast<const A*>(at.boxes.const_data_ptr());
     const cpu::BoxesByCanvas boxes_by(maps, b, static_cast<const int64_t*>(at.index.const_data_ptr()), at.number);
-    // A thread owns channels, so that all have the same to do and none waits for another.
+    // Each thread computes a range of channels, so that threads have equal work and need no synchronisation.
     torch::stable::parallel_for(0, grad.size(1), 16, [&](int64_t first, int64_t last) {
       cpu::region_pool_backward<T, A>(static_cast<const T*>(grad.const_data_ptr()), pooled_strides(grad), maps, b,
                                       boxes_by, static_cast<int>(grad.size(2)), static_cast<int>(sampling_ratio), first,

@@ -1,7 +1,7 @@
-// region_pool on the CPU, free of torch: the emulated CUDA kernels are compared with it.
+// region_pool on the CPU. Does not depend on torch, so that tests can compare it with the emulated CUDA kernels.
 //
-// The factor of every cell is summed per bin beforehand (Taps), so that each cell of a bin is read once, however many
-// samples fall on it. Backward is deterministic: a thread owns a range of channels and adds the boxes in their order.
+// The weights of every cell are summed per bin beforehand (Taps), so that each cell of a bin is read once, however many
+// samples use it. Backward is deterministic: a thread computes a range of channels and adds boxes in order.
 #pragma once
 
 #include <algorithm>
@@ -15,13 +15,13 @@
 
 namespace mcl::cpu {
 
-// Cells and weights of every bin along one axis: those of bin p are begin[p] .. begin[p + 1]. No weight is zero.
+// Cells and weights of every bin along one axis: bin p has entries begin[p] .. begin[p + 1] - 1. No weight is zero.
 template <typename A>
 struct Taps {
   std::vector<int> begin, cell;
   std::vector<A> weight;
   std::vector<A> sums;  // scratch, all zero between calls
-  int first, last;      // range of all cells; empty: first > last
+  int first, last;      // range of all cells; first > last if there are none
 
   void build(const Axis<A>& axis, int size, int bins) {
     begin.assign(1, 0);
@@ -60,7 +60,7 @@ MCL_VECTORIZE void convert(T* __restrict__ to, const A* __restrict__ from, int64
   for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(from[i]);
 }
 
-// Channels lie next to each other: all arithmetic runs along them.
+// For contiguous channels: loops are vectorized along them.
 template <typename T, typename A>
 void pool_dense(const Map<const T>& map, const Region<A>& region, const Taps<A>& y, const Taps<A>& x, int channels,
                 int bins, T* out, const PooledStrides& to, std::vector<A>& scratch) {
@@ -81,7 +81,7 @@ void pool_dense(const Map<const T>& map, const Region<A>& region, const Taps<A>&
   }
 }
 
-// Any other layout, channel by channel: first down the columns, which are neighbours in memory, then along the row.
+// For any other layout, one channel at a time: adds rows, whose columns are usually contiguous, and then columns.
 template <typename T, typename A>
 MCL_VECTORIZE void pool_plane(const T* __restrict__ plane, int64_t y_stride, int64_t x_stride, const Taps<A>& y,
                               const Taps<A>& x, int bins, T* __restrict__ out, const PooledStrides& to,
@@ -140,7 +140,7 @@ void clear(T* out, const PooledStrides& to, int channels, int bins) {
       for (int c = 0; c < channels; ++c) out[c * to.channel + py * to.y + px * to.x] = T(0);
 }
 
-// Boxes `first` to `last` of the output (boxes, channels, bins, bins).
+// Computes boxes first .. last - 1 of the output (boxes, channels, bins, bins).
 template <typename T, typename A>
 void region_pool_forward(const Maps<const T>& maps, const A* boxes, const int64_t* index, int channels, int bins,
                          int ratio, T* out, const PooledStrides& to, int64_t first, int64_t last) {
@@ -177,8 +177,8 @@ void region_pool_forward(const Maps<const T>& maps, const A* boxes, const int64_
   }
 }
 
-// Boxes of each canvas, in their order: those of canvas k of map m are order[begin[k]] .. order[begin[k + 1]], where k
-// counts canvases through all maps.
+// The boxes of each canvas, in ascending order: canvas k has boxes order[begin[k]] .. order[begin[k + 1] - 1]. Canvases
+// are numbered through all maps.
 struct BoxesByCanvas {
   std::vector<int64_t> begin, order;
 
@@ -201,7 +201,7 @@ struct BoxesByCanvas {
   }
 };
 
-// One canvas' gradient as it is summed up: channels `from` to `to` of it.
+// The memory in which the gradient of one canvas is summed.
 template <typename A>
 struct Sum {
   A* data;
@@ -246,7 +246,7 @@ MCL_VECTORIZE void unpool_plane(A* __restrict__ plane, int64_t y_stride, int64_t
   }
 }
 
-// Gradients of channels `first` to `last` of all maps, from that of the output; every cell of them is written.
+// Computes the gradients of channels first .. last - 1 of all maps from the gradient of the output. Writes every cell.
 template <typename T, typename A>
 void region_pool_backward(const T* grad, const PooledStrides& from, const Maps<T>& maps, const A* boxes,
                           const BoxesByCanvas& boxes_by, int bins, int ratio, int64_t first, int64_t last) {

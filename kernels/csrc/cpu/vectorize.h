@@ -1,4 +1,5 @@
-// Compiles a function for several instruction sets; the loader picks one. Sanitizers do not survive the picking.
+// Compiles a function for several instruction sets, of which the dynamic loader selects one. Programs with sanitizers
+// crash in the selection, so they get a single version.
 #pragma once
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__) && \
@@ -8,5 +9,5 @@
 #define MCL_VECTORIZE
 #endif
 
-// Into each of those versions.
+// Inlined into each of these versions.
 #define MCL_INLINE inline __attribute__((always_inline))

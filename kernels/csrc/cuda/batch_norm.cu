@@ -27,7 +27,8 @@ bool aligned(const Tensor& t) {
   return reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0;
 }
 
-// Calls f with types, channels per word as a constant, rows and grid. Maps are what is read or written in words.
+// Calls f(stored, computed, channels per word as a compile-time constant, rows, grid). `maps`: the tensors that kernels
+// read or write in words.
 template <typename F>
 void launch(const Rows& all, const Tensor& x, std::initializer_list<const Tensor*> maps, F&& f) {
   STD_TORCH_CHECK(all.groups() <= cuda::kMaxGroups, "batch_norm: at most ", cuda::kMaxGroups, " groups on a GPU");
@@ -50,8 +51,8 @@ int finish_tiles(int channels) {
   return std::max(1, (channels + cuda::kFinishLanes - 1) / cuda::kFinishLanes);
 }
 
-// Statistics of parts of the rows: (parts, groups, 2 C + 1). Such memory may be freed as soon as what reads it has been
-// launched: what is allocated next comes later on this stream.
+// Statistics of parts of the rows: (parts, groups, 2 C + 1). The result may be freed as soon as its reader has been
+// launched, since memory is reused in the order of the stream.
 Tensor stats_of_parts(const Tensor& x, const Counts& counts) {
   const Rows all(x, counts);
   const cuda::Stream stream(x);

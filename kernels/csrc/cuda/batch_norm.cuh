@@ -1,9 +1,10 @@
-// BatchNorm on CUDA: kernels only. No launches, no torch, no headers of CUDA, so that they can be emulated.
+// CUDA kernels of BatchNorm. Launches are elsewhere, and neither torch nor CUDA headers are included, so that tests can
+// emulate the kernels on a CPU.
 //
-// Maps are rows of channels that lie next to each other, VEC of which travel as one word of up to 16 bytes. A block
-// works on a part of one group's rows and on a tile of channels: `lanes` threads stand side by side along the channels,
-// and the others go down the rows. Sums of parts go to memory, and another kernel adds them in their order: no atomics,
-// and equal bits every time.
+// Maps are rows of contiguous channels; VEC channels are read and written as one word of up to 16 bytes. A block
+// processes a part of one group's rows and a tile of channels: `lanes` threads lie along the channels, the others along
+// the rows. The sums of a part are written to memory, and a second kernel adds parts in a fixed order. There are no
+// atomics, so results are bit-identical in every run.
 #pragma once
 
 #include <algorithm>
@@ -15,17 +16,17 @@
 namespace mcl::cuda {
 
 constexpr int kNormThreads = 256;
-constexpr int kNormBlocks = 2;       // of one multiprocessor at least
-constexpr int kMaxGroups = 64;       // they travel with the kernel's arguments
-constexpr int kRowsPerThread = 16;   // at least, where there are as many
-constexpr int kBlocksOfGrid = 1024;  // about
-constexpr int kFinishLanes = 8;      // channels of a block that adds parts; they fill a sector of the cache
+constexpr int kNormBlocks = 2;       // minimum per multiprocessor
+constexpr int kMaxGroups = 64;       // limited by the size of kernel arguments
+constexpr int kRowsPerThread = 16;   // minimum, if there are enough rows
+constexpr int kBlocksOfGrid = 1024;  // approximate maximum
+constexpr int kFinishLanes = 8;      // channels per block of kernels that add parts; they fill a sector of the cache
 
 struct NormRows {
-  int64_t first[kMaxGroups + 1];  // row of each group; then their number
+  int64_t first[kMaxGroups + 1];  // first row of each group, then the number of rows
   int groups, channels, parts, lanes, tiles;
 
-  // The rows of a part of a group, which may be none.
+  // The first row, and the number of rows, of a part of a group. A part may be empty.
   __device__ __forceinline__ int64_t begin(int group, int part) const {
     const int64_t rows = first[group + 1] - first[group], step = (rows + parts - 1) / parts;
     return first[group] + min(rows, part * step);
@@ -35,7 +36,7 @@ struct NormRows {
   }
 };
 
-// first: groups + 1 rows. Nothing of it depends on the GPU.
+// first: groups + 1 entries, as in NormRows. The result does not depend on the GPU.
 inline NormRows make_rows(const int64_t* first, int groups, int channels, int vector) {
   NormRows rows{};
   int64_t longest = 0;
@@ -54,7 +55,7 @@ inline NormRows make_rows(const int64_t* first, int groups, int channels, int ve
   return rows;
 }
 
-// Where a thread works. Grid: (parts, tiles, groups). Block: kNormThreads.
+// The rows and channels of a thread. Grid: (parts, tiles, groups). Block: kNormThreads.
 struct Place {
   int group, lane, slot, slots, channel;
   int64_t begin, end;
@@ -70,7 +71,7 @@ struct Place {
         end(rows.begin(group, blockIdx.x + 1)),
         active(channel < rows.channels) {}
 
-  // Calls f(index of the thread's first channel) for its rows.
+  // Calls f(index of the thread's first channel) for each of the thread's rows.
   template <typename F>
   __device__ __forceinline__ void for_each_row(const NormRows& rows, const F& f) const {
 #pragma unroll 4
@@ -88,7 +89,7 @@ __device__ __forceinline__ void store_pack(T* to, const Pack<T, VEC>& pack) {
   *reinterpret_cast<Pack<T, VEC>*>(to) = pack;
 }
 
-// What normalises the channels of a thread: (x - mean) * scale + shift.
+// The affine map that normalises the channels of a thread: (x - mean) * scale + shift.
 template <typename A, int VEC>
 struct Affines {
   A mean[VEC], scale[VEC], shift[VEC];
@@ -105,12 +106,12 @@ struct Affines {
   __device__ __forceinline__ A operator()(A x, int v) const { return (x - mean[v]) * scale[v] + shift[v]; }
 };
 
-// Adds each of N values over the slots of the block, for its slot 0, in one order. Block: kNormThreads.
+// Adds each of N values over the slots of the block, in a fixed order. Slot 0 has the results. Block: kNormThreads.
 template <typename A, int N>
 __device__ __forceinline__ void add_slots(const Place& at, A (&values)[N]) {
   __shared__ A sums[N][kNormThreads];
   for (int i = 0; i < N; ++i) sums[i][threadIdx.x] = values[i];
-  __syncthreads();  // all values are there
+  __syncthreads();  // all values have been written
   for (int half = kNormThreads / 2; half >= kNormThreads / at.slots; half /= 2) {
     if (static_cast<int>(threadIdx.x) < half)
       for (int i = 0; i < N; ++i) sums[i][threadIdx.x] += sums[i][threadIdx.x + half];
@@ -119,9 +120,9 @@ __device__ __forceinline__ void add_slots(const Place& at, A (&values)[N]) {
   for (int i = 0; i < N; ++i) values[i] = sums[i][threadIdx.x];
 }
 
-// Statistics of every part, as batch_norm_stats has them of all rows: partials (parts, groups, 2 channels + 1).
+// Statistics of every part, with the values of batch_norm_stats: partials (parts, groups, 2 channels + 1).
 //
-// Distances are from the part's first row, which is among the values: so no digits are lost where they lie far from 0.
+// Sums are of distances from the part's first row, so that values far from 0 lose no digits.
 template <typename T, typename A, int VEC>
 __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     batch_norm_partials(NormRows rows, const T* __restrict__ x, A* __restrict__ partials) {
@@ -148,7 +149,7 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
   for (int v = 0; v < VEC; ++v) {
     const A shift = sums[v] / number, squares = sums[VEC + v] - sums[v] * shift;
     to[at.channel + v] = origin[v] + shift;
-    to[rows.channels + at.channel + v] = squares < A(0) ? A(0) : squares;  // NaN stays
+    to[rows.channels + at.channel + v] = squares < A(0) ? A(0) : squares;  // keeps NaN
   }
 }
 
@@ -157,16 +158,17 @@ template <int N>
 __device__ __forceinline__ void add_finish(double (&values)[N]) {
   __shared__ double sums[N][kNormThreads];
   for (int i = 0; i < N; ++i) sums[i][threadIdx.x] = values[i];
-  __syncthreads();  // all sums are there
+  __syncthreads();  // all values have been written
   for (int i = 0; i < N; ++i) {
     values[i] = 0;
     for (int t = threadIdx.x % kFinishLanes; t < kNormThreads; t += kFinishLanes) values[i] += sums[i][t];
   }
-  __syncthreads();  // the next call may write
+  __syncthreads();  // all values have been read: the next call may write
 }
 
-// Statistics of parts, of one process's rows or of all processes, put together: those of batch_norm_stats, or, if
-// `final`, of batch_norm_combine. Grid: tiles of kFinishLanes channels, or one block, where momentum is negative.
+// Combines statistics of parts into those of batch_norm_stats or, if `final`, of batch_norm_combine. Parts are parts of
+// a process's rows, or processes. Grid: tiles of kFinishLanes channels. A negative momentum needs a single block, which
+// has read `running.batches` for all channels before it updates it.
 template <typename A>
 __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     batch_norm_combine(const A* __restrict__ partials, int parts, int groups, int channels, bool final,
@@ -203,11 +205,11 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
       running.take(g, c, rows, mean, squares[0]);
     }
   }
-  __syncthreads();  // all have read it
+  __syncthreads();  // all threads have read running.batches
   if (running.batches != nullptr && blockIdx.x == 0 && threadIdx.x == 0) *running.batches += groups;
 }
 
-// y = relu(affine(x) + residual), either part if wanted; residual may be null.
+// y = relu(affine(x) + residual); ReLU is optional, and `residual` may be null.
 template <typename T, typename A, int VEC>
 __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     batch_norm_apply(NormRows rows, const T* __restrict__ x, const T* __restrict__ residual, const A* statistics,
@@ -222,15 +224,16 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     for (int v = 0; v < VEC; ++v) {
       A value = affine(static_cast<A>(pack.value[v]), v);
       if (residual != nullptr) value += static_cast<A>(added.value[v]);
-      if (relu && value < A(0)) value = A(0);  // NaN stays
+      if (relu && value < A(0)) value = A(0);  // keeps NaN
       pack.value[v] = static_cast<T>(value);
     }
     store_pack<VEC>(y + i, pack);
   });
 }
 
-// Sums of every part, of the gradient that ReLU lets through and of it times (x - mean): partials (parts, groups, 2,
-// channels). ReLU is judged by y where it is given, and `passed` is written; else by x, if `relu`.
+// Of every part, the sums of g and of g * (x - mean), g being the gradient of ReLU's input: partials (parts, groups, 2,
+// channels). If ReLU's output y is given, it tells which elements are zero, and g is written to `passed`. Otherwise
+// they are computed from x again, if `relu`.
 template <typename T, typename A, int VEC>
 __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     batch_norm_gradient_partials(NormRows rows, const T* __restrict__ grad, const T* __restrict__ x,
@@ -268,8 +271,8 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
   }
 }
 
-// sums (2, groups, channels) of the gradient and of it times the normalised x; parameters (2, channels): over groups.
-// Grid: tiles of kFinishLanes channels.
+// Adds parts. sums (2, groups, channels): of g and of g times the normalised x. parameters (2, channels): sums over
+// groups, which are the gradients of bias and weight. Grid: tiles of kFinishLanes channels.
 template <typename A>
 __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     batch_norm_gradient_sums(NormRows rows, const A* __restrict__ partials, const A* statistics, A* __restrict__ sums,
@@ -300,7 +303,7 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
   parameters[rows.channels + c] = static_cast<A>(of_weight);
 }
 
-// Gradient of x, from the sums over all processes.
+// The gradient of x, from sums over all processes.
 template <typename T, typename A, int VEC>
 __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     batch_norm_gradient(NormRows rows, const T* __restrict__ grad, const T* __restrict__ x, const A* statistics,

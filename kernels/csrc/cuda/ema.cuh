@@ -1,4 +1,4 @@
-// EMA on CUDA: kernels only.
+// CUDA kernel of the exponential moving average.
 #pragma once
 
 #include "cuda/tensor_table.cuh"

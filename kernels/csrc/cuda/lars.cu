@@ -26,7 +26,7 @@ Tensor norms(TensorList tensors) {
   dispatch_float(tensors, [&](auto zero) {
     using T = decltype(zero);
     cuda::for_each_table<const T, 1>({&tensors}, [&](const auto& table, int chunks, int64_t first) {
-      Tensor partial = empty(chunks);  // may be freed at once: what is allocated next on this stream comes later
+      Tensor partial = empty(chunks);  // may be freed after the launches: memory is reused in the order of the stream
       T* sums = static_cast<T*>(partial.mutable_data_ptr());
       if (chunks > 0) cuda::partial_squares<T><<<chunks, kTableThreads, 0, stream.get()>>>(table, sums);
       cuda::finish_norms<T><<<table.count, kTableThreads, 0, stream.get()>>>(

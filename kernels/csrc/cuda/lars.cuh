@@ -1,4 +1,4 @@
-// Norms and LARS on CUDA: kernels only.
+// CUDA kernels of norms and LARS.
 #pragma once
 
 #include <cmath>
@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kTableThreads) partial_squares(TensorTable<con
   if (threadIdx.x == 0) partial[blockIdx.x] = sum;
 }
 
-// norms[t] = root of the sum of tensor t's partial sums. Grid: tensors.
+// norms[t] = square root of the sum of tensor t's partial sums. Grid: tensors.
 template <typename T>
 __global__ void __launch_bounds__(kTableThreads)
     finish_norms(TensorTable<const T, 1> table, const T* partial, T* norms) {
@@ -49,7 +49,8 @@ __global__ void __launch_bounds__(kTableThreads)
 }
 
 // buffer = momentum * buffer + lr * trust * (g + weight_decay * w); w = w - buffer. Lists: w, g, buffer. Grid: chunks.
-// `weight_norms` and `grad_norms` are those of the table's tensors; null: trust is 1. Nothing changes if it is skipped.
+// `weight_norms` and `grad_norms` have one entry per tensor of the table; if they are null, trust is 1. Nothing changes
+// if skipped(found_inf).
 template <typename T>
 __global__ void __launch_bounds__(kTableThreads)
     lars_update(TensorTable<T, 3> table, const T* weight_norms, const T* grad_norms, T lr, T momentum, T weight_decay,

@@ -1,4 +1,4 @@
-// What all launches share.
+// Helpers that all launches share.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -8,7 +8,7 @@
 
 namespace mcl::cuda {
 
-// The tensor's device is current, and `get()` its current stream, as long as this lives.
+// Makes the tensor's device the current device during its lifetime. `get()` returns the device's current stream.
 class Stream {
  public:
   explicit Stream(const torch::stable::Tensor& on) : guard_(on.get_device_index()) {

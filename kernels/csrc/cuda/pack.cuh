@@ -1,4 +1,4 @@
-// Elements that travel as one word.
+// Elements that are read and written as one word.
 #pragma once
 
 namespace mcl::cuda {

@@ -13,7 +13,7 @@ using cuda::kThreads;
 
 template <typename T>
 constexpr int kVector = 16 / sizeof(T);
-constexpr int kPlanes = 4;  // channels per thread where they do not lie next to each other
+constexpr int kPlanes = 4;  // channels per thread if channels are not contiguous
 
 // Whether a tensor's channels can be read in whole words of `vector` elements.
 bool packed(const Tensor& t, int vector) {
@@ -27,7 +27,7 @@ bool packed(const std::vector<Tensor>& tensors, int vector) {
   return std::all_of(tensors.begin(), tensors.end(), [&](const Tensor& t) { return packed(t, vector); });
 }
 
-// Calls f with channels per thread and whether they lie next to each other, as constants.
+// Calls f(channels per thread, whether channels are contiguous) with compile-time constants.
 template <typename T, typename F>
 void choose_layout(bool dense, int64_t channels, F&& f) {
   if (dense) return f(std::integral_constant<int, kVector<T>>{}, std::true_type{});
@@ -50,7 +50,7 @@ Tensor region_pool(std::vector<Tensor> features, std::vector<double> strides, Te
     using A = Accumulate<T>;
     choose_layout<T>(packed(features, kVector<T>), channels, [&](auto vector, auto dense) {
       const int items = bins * bins * (channels / vector);
-      // Four items a thread: enough to hide the box's arithmetic behind.
+      // Each thread prepares the box once for about four items, which hides the cost.
       const dim3 grid(at.number, std::clamp((items + 4 * kThreads - 1) / (4 * kThreads), 1, 65535));
       cuda::region_pool_forward<T, A, vector, dense><<<grid, kThreads, 0, stream.get()>>>(
           make_maps<const T>(features, strides), static_cast<const A*>(at.boxes.const_data_ptr()),
@@ -70,7 +70,7 @@ std::vector<Tensor> region_pool_backward(Tensor grad, std::vector<int64_t> sizes
   check_pooling(grad.size(2), sampling_ratio);
   const Boxes at = check_boxes(boxes, index, grad, grad.scalar_type());
   STD_TORCH_CHECK(at.number == grad.size(0), "region_pool_backward: grad must have one row per box");
-  STD_TORCH_CHECK(grads[0].size(1) == grad.size(1), "region_pool_backward: grad has other channels than the maps");
+  STD_TORCH_CHECK(grads[0].size(1) == grad.size(1), "region_pool_backward: grad must have the channels of the maps");
   const int channels = static_cast<int>(grad.size(1)), bins = static_cast<int>(grad.size(2));
   int64_t canvases = 0;
   for (const Tensor& g : grads) canvases += g.size(0);
@@ -91,7 +91,7 @@ std::vector<Tensor> region_pool_backward(Tensor grad, std::vector<int64_t> sizes
     const bool dense = packed(grads, kVector<T>) && packed(grad, kVector<T>);
     choose_layout<T>(dense, channels, [&](auto vector, auto is_dense) {
       const int all = channels / vector;
-      // Neighbouring threads share a cell where channels lie next to each other, and a group of channels elsewhere.
+      // Neighbouring threads take the same cell if channels are contiguous, and the same channels otherwise.
       const int groups = is_dense ? std::min<int>(std::bit_ceil(static_cast<unsigned>(all)), kThreads) : kThreads / 32;
       int64_t blocks = 0;
       for (const Tensor& g : grads) {

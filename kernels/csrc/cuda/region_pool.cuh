@@ -1,6 +1,7 @@
-// region_pool on CUDA: kernels only. No launches, no torch, no headers of CUDA, so that they can be emulated.
+// CUDA kernels of region_pool. Launches are elsewhere, and neither torch nor CUDA headers are included, so that tests
+// can emulate the kernels on a CPU.
 //
-// VEC channels are one thread's. Where they lie next to each other (DENSE) and are aligned, they travel as one word of
+// A thread processes VEC channels. If they are contiguous and aligned (DENSE), they are read and written as one word of
 // up to 16 bytes.
 #pragma once
 
@@ -11,7 +12,7 @@ namespace mcl::cuda {
 
 constexpr int kWarp = 32;
 constexpr int kThreads = 256;
-constexpr int kBlocks = 2;  // of one multiprocessor at least; more would make the compiler spill registers
+constexpr int kBlocks = 2;  // minimum per multiprocessor; with more, the compiler spills registers
 
 template <int VEC, bool DENSE, typename T>
 __device__ __forceinline__ Pack<T, VEC> load(const T* from, int64_t channel_stride) {
@@ -33,7 +34,7 @@ __device__ __forceinline__ void store(T* to, const Pack<T, VEC>& pack, int64_t c
   }
 }
 
-// Which bin and which channels are item `i`: neighbouring threads take what lies next to each other in memory.
+// The bin and the first channel of item `i`. Neighbouring items are neighbours in memory.
 struct Item {
   int place, channel;
 };
@@ -90,7 +91,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   }
 }
 
-// Number of `mine` over the threads of the block before this one; `total` over all. Block: kThreads.
+// The number of earlier threads of the block that have `mine` set; `total` is the number of all. Block: kThreads.
 __device__ __forceinline__ int rank_in_block(bool mine, int* total) {
   __shared__ int warps[kThreads / kWarp];
   const unsigned ballot = __ballot_sync(0xffffffffu, mine);
@@ -107,14 +108,14 @@ __device__ __forceinline__ int rank_in_block(bool mine, int* total) {
   return before;
 }
 
-// Lists the boxes of each canvas, in their order: those of canvas k are order[begin[k]] .. order[begin[k + 1]].
+// Lists the boxes of each canvas in ascending order: canvas k has boxes order[begin[k]] .. order[begin[k + 1] - 1].
 // Grid: canvases of all maps. Block: kThreads. `begin` has one entry more than there are canvases.
 template <typename T, typename A>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     boxes_by_canvas(Maps<T> maps, const A* boxes, const int64_t* index, int number, int* begin, int* order) {
   const int canvas = blockIdx.x;
   int earlier = 0, listed = 0;
-  // Twice over the boxes: how many belong to canvases before this one, then where this one's come.
+  // The first pass counts the boxes of earlier canvases, the second lists the boxes of this one.
   for (int pass = 0; pass < 2; ++pass) {
     for (int first = 0; first < number; first += kThreads) {
       const int r = first + threadIdx.x;
@@ -140,7 +141,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   }
 }
 
-// A stretch of samples along one axis that can have a weight on a cell; first > last if there is none.
+// The range of samples along one axis that can have a weight on a cell; first > last if there are none.
 struct Stretch {
   int first, last;
 };
@@ -149,7 +150,8 @@ template <typename A>
 __device__ __forceinline__ Stretch samples_near(const Axis<A>& axis, int bins, int cell, int size) {
   const int samples = bins * axis.count;
   const A extent = axis.bin * bins;
-  // The border repeats outwards by one cell. Small boxes are searched whole: rounding could misplace their samples.
+  // The border is repeated for one cell outside the map. In small boxes all samples are tried, since rounding could
+  // exclude one.
   if (extent < A(2)) return {0, samples - 1};
   const A low = cell == 0 ? A(-1) : A(cell - 1), high = cell == size - 1 ? A(size) : A(cell + 1);
   const A first = (low - axis.start) / extent * samples - A(1.5),
@@ -172,7 +174,8 @@ __device__ __forceinline__ bool reaches(const Axis<A>& axis, int bins, int first
   return A(last) >= axis.start - A(1) && A(first) <= axis.start + axis.bin * bins + A(1);
 }
 
-// Every cell gathers from the boxes that cover it, in their order: no atomics, and equal bits every time.
+// Every cell adds the gradients of the boxes that cover it, in ascending order of boxes. There are no atomics, so
+// results are bit-identical in every run.
 // Grid: (blocks of cells of all canvases, groups of channels). Block: kThreads = cells x groups, `groups` a power of 2.
 template <typename T, typename A, int VEC, bool DENSE>
 __global__ void __launch_bounds__(kThreads, kBlocks)
@@ -180,7 +183,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
                          const int* order, int channels, int bins, int ratio, int groups) {
   __shared__ Region<A> near[kThreads];
   const int cells_per_block = kThreads / groups;
-  // Which map, canvas and cells are this block's.
+  // Find the map, the canvas and the cells of this block.
   int m = 0;
   int64_t block = blockIdx.x;
   int64_t per_canvas = 0;
@@ -205,7 +208,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   A sum[VEC] = {};
   const int canvas = map.first_canvas + row;
   for (int listed = begin[canvas]; listed < begin[canvas + 1]; listed += kThreads) {
-    // One thread looks at one box; those that reach the block's cells are kept, in their order.
+    // Each thread examines one box. Boxes that reach the block's cells are kept, in order.
     Region<A> region{};
     if (listed + static_cast<int>(threadIdx.x) < begin[canvas + 1]) {
       const int r = order[listed + threadIdx.x];

@@ -1,4 +1,4 @@
-// Lists of tensors as the tables that kernels take.
+// Builds the tables of tensors that kernels take.
 #pragma once
 
 #include <array>
@@ -9,7 +9,7 @@
 
 namespace mcl::cuda {
 
-// Calls launch(table, chunks in it, number of its first tensor) until all tensors have been in a table.
+// Calls launch(table, its chunks, number of its first tensor) for as many tables as the tensors fill.
 template <typename T, int DEPTH, typename F>
 void for_each_table(const std::array<const TensorList*, DEPTH>& lists, const F& launch) {
   using Table = TensorTable<T, DEPTH>;

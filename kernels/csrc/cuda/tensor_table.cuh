@@ -1,4 +1,4 @@
-// Many tensors in one launch: their addresses travel with the kernel's arguments.
+// Many tensors in one launch: their addresses are part of the kernel's arguments.
 #pragma once
 
 #include <cstdint>
@@ -6,11 +6,12 @@
 namespace mcl::cuda {
 
 constexpr int kTableThreads = 256;
-constexpr int kTableBytes = 4000;  // arguments may take 4 KiB in all
-constexpr int kChunk = 1 << 14;    // elements of one block
+constexpr int kTableBytes = 4000;  // all arguments together may take 4 KiB
+constexpr int kChunk = 1 << 14;    // elements per block
 
-// DEPTH lists of up to kTensors tensors each; the t-th of all lists have size[t] elements and end before chunk
-// first_chunk[t + 1], counted through all tensors of the table. Block b works on chunk b.
+// DEPTH lists of up to kTensors tensors each. The t-th tensor of every list has size[t] elements, in chunks
+// first_chunk[t] .. first_chunk[t + 1] - 1; chunks are numbered through all tensors of the table. Block b processes
+// chunk b.
 template <typename T, int DEPTH>
 struct TensorTable {
   static constexpr int kTensors = (kTableBytes - 8) / (8 * DEPTH + 8 + 4);
@@ -41,7 +42,7 @@ __device__ __forceinline__ Chunk find_chunk(const TensorTable<T, DEPTH>& table, 
   return {low, begin, end};
 }
 
-// Whether an update leaves its tensors as they are; `found_inf` may be null.
+// Whether an update must leave its tensors unchanged; `found_inf` may be null.
 __device__ __forceinline__ bool skipped(const float* found_inf) {
   return found_inf != nullptr && *found_inf != 0;
 }
@@ -58,8 +59,8 @@ __device__ __forceinline__ bool aligned(const T* p) {
   return reinterpret_cast<uint64_t>(p) % 16 == 0;
 }
 
-// Calls body(i) for the elements of the chunk that do not fill words, and words(i) for the first element of every word
-// where all lists are aligned.
+// If all lists are aligned, calls words(i) with the first element of every word of the chunk. Calls body(i) for all
+// other elements.
 template <typename T, int DEPTH, typename Words, typename Body>
 __device__ __forceinline__ void for_each_element(const TensorTable<T, DEPTH>& table, const Chunk& chunk,
                                                  const Words& words, const Body& body) {

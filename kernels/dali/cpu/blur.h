@@ -1,4 +1,4 @@
-// Gaussian blur of a plane of 8 bits, mirrored about its outermost pixels, as torchvision does it.
+// Gaussian blur of an 8-bit plane with reflection padding, as in torchvision.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Colour operations on three planes of 8 bits, as torchvision does them.
+// Colour operations on three 8-bit planes, as in torchvision.
 #pragma once
 
 #include <algorithm>
@@ -20,7 +20,7 @@ struct Planes {
   }
 };
 
-// Locals tell the compiler what it cannot know of members: that planes are separate memory, and their size constant.
+// Local variables tell the compiler that planes do not overlap and that their size is constant.
 template <typename Operation>
 [[gnu::always_inline]] inline void for_each_pixel(const Planes& planes, const Operation& operation) {
   uint8_t* __restrict__ r = planes.red, * __restrict__ g = planes.green, * __restrict__ b = planes.blue;
@@ -47,7 +47,7 @@ MCL_VECTORIZE inline void turn_hue(const Planes& planes, float turns) {
 
 MCL_VECTORIZE inline int64_t sum_of_grays(const Planes& planes) {
   int64_t sum = 0;
-  for (size_t first = 0; first < planes.size; first += 4096) {  // so many fit 32 bits
+  for (size_t first = 0; first < planes.size; first += 4096) {  // the sum of 4096 fits 32 bits
     int32_t part = 0;
     for (size_t i = first; i < std::min(planes.size, first + 4096); ++i) part += static_cast<int>(gray(planes.at(i)));
     sum += part;
@@ -59,7 +59,7 @@ MCL_VECTORIZE inline void invert_bright(uint8_t* x, size_t n) {
   for (size_t i = 0; i < n; ++i) x[i] = x[i] >= 128 ? 255 - x[i] : x[i];
 }
 
-// Jitter in the recipe's order, then grayscale.
+// Applies the colour jitter in the recipe's order, then grayscale.
 inline void colour(const Planes& planes, const Recipe& r) {
   for (const int operation : r.order) {
     const float factor = operation < 0 ? 0 : r.factors[operation];

@@ -33,7 +33,7 @@ class MontageCpu : public Montage<dali::CPUBackend> {
     std::vector<T*> canvases;  // of each view
     for (int view = 0; view < views_; ++view) {
       auto& output = ws.Output<dali::CPUBackend>(view);
-      DALI_ENFORCE(output.IsContiguous(), "montage: the output is not one piece of memory");
+      DALI_ENFORCE(output.IsContiguous(), "montage: the output is not contiguous");
       output.SetLayout("HWC");
       canvases.push_back(output.template mutable_tensor<T>(0));
     }
@@ -44,7 +44,7 @@ class MontageCpu : public Montage<dali::CPUBackend> {
     pool.RunAll();
   }
 
-  // All tiles of one image, into the canvases where they belong.
+  // Makes all tiles of one image and writes them into their canvases.
   template <typename T>
   void make_tiles(const dali::Workspace& ws, int i, const Values<T>& values, const std::vector<T*>& canvases,
                   Worker& worker) const {
@@ -85,7 +85,7 @@ class MontageCpu : public Montage<dali::CPUBackend> {
 }  // namespace mcl::montage
 
 DALI_SCHEMA(mcl__Montage)
-    .DocStr("Makes the tiles of every view and level of decoded images, and lays them out in canvases.")
+    .DocStr("Makes the tiles of every view and level from decoded images, and places them on canvases.")
     .NumInput(3)
     .InputDox(0, "images", "TensorList of uint8", "(height, width, 3), RGB")
     .InputDox(1, "recipes", "TensorList of float32", "(views * levels, 17): see kernels/dali/recipe.h; on the CPU")
@@ -97,9 +97,9 @@ DALI_SCHEMA(mcl__Montage)
     .AddArg("ratios", "Tiles per canvas side, per level.", DALI_INT_VEC)
     .AddArg("images_per_canvas", "Images per canvas, per level.", DALI_INT_VEC)
     .AddArg("views", "Number of views.", DALI_INT32)
-    .AddArg("mean", "Of red, green, blue, in levels.", DALI_FLOAT_VEC)
-    .AddArg("std", "Of red, green, blue, in levels.", DALI_FLOAT_VEC)
+    .AddArg("mean", "Mean of red, green and blue, in levels.", DALI_FLOAT_VEC)
+    .AddArg("std", "Standard deviation of red, green and blue, in levels.", DALI_FLOAT_VEC)
     .AddOptionalArg("released", "Make tiles at canvas size and take every ratio-th pixel.", false)
-    .AddOptionalTypeArg("dtype", "FLOAT or FLOAT16, normalised; or UINT8, as they are.", DALI_FLOAT);
+    .AddOptionalTypeArg("dtype", "FLOAT or FLOAT16: normalised values; UINT8: levels.", DALI_FLOAT);
 
 DALI_REGISTER_OPERATOR(mcl__Montage, ::mcl::montage::MontageCpu, dali::CPU);

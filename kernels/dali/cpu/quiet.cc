@@ -1,8 +1,8 @@
-// Keeps what decoders say of broken images off the console: the loader names the file and says what is wrong.
+// Removes decoders' messages about broken images from std::cerr: the loader reports the file and the reason itself.
 //
-// nvImageCodec, and OpenCV within it, write it to std::cerr, for each image and at each try, and DALI has no setting
-// that is without it. Who sets DALI_NVIMGCODEC_LOG_LEVEL has asked for it. Whatever else they write, of memory, CUDA or
-// decoders that cannot be made, is passed on.
+// nvImageCodec, and OpenCV within it, write these messages for each image at each attempt, and DALI cannot turn them
+// off. Nothing is removed if DALI_NVIMGCODEC_LOG_LEVEL is set. All other messages, such as those about memory, CUDA or
+// decoders that cannot be created, are passed on.
 #include <algorithm>
 #include <cstdlib>
 #include <iostream>
@@ -14,7 +14,7 @@
 namespace mcl {
 namespace {
 
-constexpr std::string_view kStarts[] = {"\033[0;31m[ERROR] \033[0m[", "[ERROR:", "[ WARN:"};  // written in pieces
+constexpr std::string_view kStarts[] = {"\033[0;31m[ERROR] \033[0m[", "[ERROR:", "[ WARN:"};
 
 bool is_of_an_image(const std::string& line) {
   static const std::regex pattern(
@@ -24,7 +24,7 @@ bool is_of_an_image(const std::string& line) {
   return std::regex_search(line, pattern, std::regex_constants::match_continuous);
 }
 
-// Passes on all other lines.
+// Drops the lines that is_of_an_image finds, and passes on all others. Lines may be written in pieces.
 class Filter : public std::streambuf {
  public:
   explicit Filter(std::streambuf* to) : to_(to) {}
@@ -48,12 +48,12 @@ class Filter : public std::streambuf {
   int sync() override { return to_->pubsync(); }
 
  private:
-  // Takes a part of a line, or all of it.
+  // `part` is a line or a part of one.
   void put(std::string_view part) {
     line_ += part;
     const bool ends = part.back() == '\n';
     if (!passing_ && !ends && may_be_one()) return;
-    dropped_ = !passing_ && (is_of_an_image(line_) || (dropped_ && line_ == "\n"));  // OpenCV leaves lines empty
+    dropped_ = !passing_ && (is_of_an_image(line_) || (dropped_ && line_ == "\n"));  // OpenCV adds an empty line
     if (!dropped_) to_->sputn(line_.data(), static_cast<std::streamsize>(line_.size()));
     line_.clear();
     passing_ = !ends;
@@ -66,16 +66,16 @@ class Filter : public std::streambuf {
   }
 
   std::streambuf* to_;
-  static thread_local std::string line_;  // of this thread, as far as it is held back
-  static thread_local bool passing_;      // the rest of the line follows its start
-  static thread_local bool dropped_;      // the last line
+  static thread_local std::string line_;  // the start of this thread's line that has not been written yet
+  static thread_local bool passing_;      // whether the start of the line has been passed on, and the rest must follow
+  static thread_local bool dropped_;      // whether the last line was dropped
 };
 
 thread_local std::string Filter::line_;
 thread_local bool Filter::passing_ = false;
 thread_local bool Filter::dropped_ = false;
 
-// Never deleted: std::cerr may be written to until the process is gone.
+// Never deleted, since std::cerr may be written to until the process ends.
 [[maybe_unused]] const bool installed = [] {
   if (!std::getenv("DALI_NVIMGCODEC_LOG_LEVEL")) std::cerr.rdbuf(new Filter(std::cerr.rdbuf()));
   return true;

@@ -1,4 +1,4 @@
-// A window of an image, rescaled: Pillow's antialiased bilinear filter, its support clamped to the window.
+// Rescales a window of an image with Pillow's antialiased bilinear filter, clamped to the window.
 #pragma once
 
 #include <algorithm>
@@ -19,7 +19,7 @@ struct Image {
   const uint8_t* at(int y, int x) const { return data + (static_cast<size_t>(y) * width + x) * 3; }
 };
 
-// Weights of an axis: output i is the sum of of(i)[k] times cell start[i] + k, k < count[i].
+// Weights of an axis: output i is the sum of of(i)[k] * cell[start[i] + k] over k < count[i].
 struct Filter {
   std::vector<int> start, count;
 
@@ -43,18 +43,18 @@ struct Filter {
   }
 
  private:
-  int most_ = 0;  // cells of an output
+  int most_ = 0;  // upper bound of count
   std::vector<uint16_t> weights_;
 };
 
-// An image and its smaller copies, made when they are first asked for.
+// An image and its smaller copies, which are made on first use.
 class Copies {
  public:
   void reset(const Image& image) { sizes_.assign(1, image); }
 
   Image original() const { return sizes_[0]; }
 
-  // 2^halvings times smaller, rounded down: pixels are means of whole cells.
+  // A copy that is 2^halvings times smaller, rounded down. Its pixels are means of whole cells.
   Image smaller(int halvings) {
     while (static_cast<int>(sizes_.size()) <= halvings) {
       const Image from = sizes_.back();
@@ -74,13 +74,14 @@ class Copies {
  private:
   std::vector<Image> sizes_;
   std::vector<std::vector<uint8_t>> memory_;
-  std::vector<uint8_t> means_;  // of a row
+  std::vector<uint8_t> means_;  // scratch of one row
 
-  // Two rows to `width` pixels of one. All neighbours are averaged, since that is a vector's work; every other is kept.
+  // Averages two rows to one of `width` pixels. The means of all neighbours are computed, since that vectorizes, and
+  // every other one is kept.
   MCL_VECTORIZE static void halve(const uint8_t* __restrict__ a, const uint8_t* __restrict__ b, int width,
                                   uint8_t* __restrict__ means, uint8_t* __restrict__ to) {
     for (int i = 0; i < 6 * width - 3; ++i) means[i] = mean_of(a[i], a[i + 3], b[i], b[i + 3]);
-    for (int x = 0; x < width - 1; ++x) std::memcpy(to + 3 * x, means + 6 * x, 4);  // one too many, overwritten next
+    for (int x = 0; x < width - 1; ++x) std::memcpy(to + 3 * x, means + 6 * x, 4);  // the 4th byte is overwritten next
     std::memcpy(to + 3 * (width - 1), means + 6 * (width - 1), 3);
   }
 };
@@ -105,7 +106,7 @@ class Transposer {
   using Words = uint16_t __attribute__((vector_size(16)));
   using Pairs = uint32_t __attribute__((vector_size(16)));
 
-  // 8 x 8 bytes, two rows in a vector.
+  // Transposes 8 x 8 bytes, two rows in a vector.
   [[gnu::always_inline]] static inline void square(const uint8_t* from, size_t from_stride, uint8_t* to,
                                                    size_t to_stride) {
     const auto two = [&](int row) {
@@ -129,10 +130,10 @@ class Transposer {
   }
 };
 
-// Rescales down the columns, which run along memory, turns the result, and does the same again.
+// Rescales vertically, transposes the result, and rescales vertically again: sums of whole rows vectorize best.
 class Resizer {
  public:
-  // The window of a recipe as three planes of size x size, flipped if it says so.
+  // Writes the window of a recipe as three planes of size x size, flipped if the recipe says so.
   void run(Copies& copies, const Recipe& r, int size, uint8_t* planes) {
     const int n = halvings(r, size);
     const Cells columns{r.x1, r.x2, n}, rows{r.y1, r.y2, n};
@@ -158,12 +159,13 @@ class Resizer {
 
  private:
   Filter filter_;
-  std::vector<const uint8_t*> rows_;       // what filter_ weighs
+  std::vector<const uint8_t*> rows_;       // input of filter_
   std::vector<uint8_t> cut_;               // rows with cells that the window's border cuts
-  std::vector<uint8_t> lowered_, turned_;  // what the first of the two passes gives
+  std::vector<uint8_t> lowered_, turned_;  // the result of a pass, and its transpose
   std::vector<uint16_t> sums_;
 
-  // Finds the rows of the window in the copy. Rows with cells that the window's border cuts are made anew.
+  // Finds the rows of the window in the copy. Rows with cells that the window's border cuts are computed from the
+  // original image.
   void gather(Copies& copies, const Cells& columns, const Cells& rows) {
     const Image image = copies.original(), copy = copies.smaller(rows.halvings);
     const int width = columns.number(), height = rows.number();
@@ -190,7 +192,7 @@ class Resizer {
     }
   }
 
-  // Of a cell's pixels inside the window.
+  // The mean of a cell's pixels inside the window.
   static void average(const Image& image, const Cells& columns, const Cells& rows, int x, int y, uint8_t* to) {
     const int number = rows.size(y) * columns.size(x);
     int sum[3] = {number / 2, number / 2, number / 2};
@@ -200,7 +202,7 @@ class Resizer {
     for (int c = 0; c < 3; ++c) to[c] = static_cast<uint8_t>(sum[c] / number);
   }
 
-  // Output i of filter_.
+  // Computes output i of filter_.
   void lower(int i, int width, uint8_t* to) {
     weigh(rows_.data() + filter_.start[i], width, filter_.of(i), filter_.count[i], sums_.data(), to);
   }

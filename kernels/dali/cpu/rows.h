@@ -1,4 +1,4 @@
-// Weighted sums of rows: what rescaling and blurring spend their time in.
+// Weighted sums of rows, which take most of the time of rescaling and blurring.
 #pragma once
 
 #include <algorithm>
@@ -8,8 +8,8 @@
 
 namespace mcl::montage::cpu {
 
-// sums[x] = first + sum over k of weight[k] * row(k)[x], in units of 1/256 level. Four rows at a time: sums are loaded
-// and stored less often.
+// sums[x] = first + sum over k of weight[k] * row(k)[x], in units of 1/256 level. Adds four rows at a time, so that
+// sums are loaded and stored less often.
 template <typename Row>
 [[gnu::always_inline]] inline void add_rows(const Row& row, int width, const uint16_t* weights, int taps,
                                             uint16_t first, uint16_t* __restrict__ sums) {

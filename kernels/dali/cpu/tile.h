@@ -1,7 +1,7 @@
-// One tile on the CPU, free of DALI: window, rescale, flip, jitter, gray, blur, solarise.
+// Makes one tile on the CPU: window, rescale, flip, jitter, gray, blur, solarise. Does not depend on DALI.
 //
-// Every operation ends in 8 bits, rounded or cut off as Pillow (rescaling) and torchvision (all else) do it; so results
-// differ from theirs by a level at most where a sum falls on the other side of a whole number.
+// Every operation returns 8 bits, rounded or truncated as in Pillow (rescaling) and torchvision (all others). A result
+// differs from theirs by one level at most, where a sum lies on the other side of a whole number.
 #pragma once
 
 #include "dali/cpu/blur.h"
@@ -10,7 +10,7 @@
 
 namespace mcl::montage::cpu {
 
-// Scratch of one thread, and a tile as it is made: three planes of `size` x `size`.
+// A tile, as three planes of `size` x `size`, and the scratch memory of one thread.
 class Tile {
  public:
   int size = 0;

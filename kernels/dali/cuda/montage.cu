@@ -8,7 +8,7 @@
 namespace mcl::montage {
 namespace {
 
-constexpr unsigned kHalvingBlocks = 32;  // for each image
+constexpr unsigned kHalvingBlocks = 32;  // per image
 
 class MontageGpu : public Montage<dali::GPUBackend> {
  public:
@@ -24,10 +24,10 @@ class MontageGpu : public Montage<dali::GPUBackend> {
   int64_t words_ = 0;                // of scratch memory that the jobs need
   std::vector<uint16_t> weights_;    // of all blurs
   std::vector<int> smallest_;        // how often each image is halved
-  std::vector<cuda::Image> copies_;  // the last one made of each
+  std::vector<cuda::Image> copies_;  // the smallest copy of each image
 
-  // A launch for all tiles, after one for each time that images are halved. Memory is DALI's, from its pools, given
-  // back when the stream has come so far.
+  // Launches one kernel for each halving of images, then one for all tiles. Memory comes from DALI's pools and is freed
+  // in the order of the stream.
   template <typename T>
   void run(dali::Workspace& ws) {
     const std::vector<T*> places = list_jobs<T>(ws);
@@ -41,7 +41,7 @@ class MontageGpu : public Montage<dali::GPUBackend> {
     CUDA_CALL(cudaGetLastError());
   }
 
-  // Makes the copies that jobs ask for, and tells them where they are.
+  // Makes the copies that jobs need, and sets `copy` of every job.
   void halve_images(dali::Workspace& ws, dali::kernels::DynamicScratchpad& memory) {
     const auto& images = ws.Input<dali::GPUBackend>(0);
     copies_.resize(images_);
@@ -69,8 +69,8 @@ class MontageGpu : public Montage<dali::GPUBackend> {
     return {images.tensor<uint8_t>(i), static_cast<int>(shape[0]), static_cast<int>(shape[1])};
   }
 
-  // Fills `jobs_`, level by level, so that big tiles start first and small ones fill the gaps at the end; returns where
-  // tiles go, first pixels.
+  // Fills `jobs_` level by level, so that large tiles start first and small ones fill the gaps at the end. Returns the
+  // address of the first pixel of each tile slot.
   template <typename T>
   std::vector<T*> list_jobs(dali::Workspace& ws) {
     const auto& images = ws.Input<dali::GPUBackend>(0);
@@ -78,7 +78,7 @@ class MontageGpu : public Montage<dali::GPUBackend> {
     std::vector<T*> canvases, places;
     for (int view = 0; view < views_; ++view) {
       auto& output = ws.Output<dali::GPUBackend>(view);
-      DALI_ENFORCE(output.IsContiguous(), "montage: the output is not one piece of memory");
+      DALI_ENFORCE(output.IsContiguous(), "montage: the output is not contiguous");
       output.SetLayout("HWC");
       canvases.push_back(output.template mutable_tensor<T>(0));
     }

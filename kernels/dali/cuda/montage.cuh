@@ -1,9 +1,9 @@
-// The tiles of `mcl.montage` on CUDA: kernels only. No launches, no DALI, no headers of CUDA, so that they can be
-// emulated.
+// CUDA kernels of `mcl.montage`. Launches are elsewhere, and neither DALI nor CUDA headers are included, so that tests
+// can emulate the kernels on a CPU.
 //
-// A block makes one tile, and no block waits for another. While it is made a tile lies in global memory: one of 224
-// pixels is 200 KB, more than a multiprocessor can share out. Its pixels are words, red in the lowest byte, so that a
-// warp moves whole cache lines; most of them stay in the caches.
+// A block makes one tile, independently of other blocks. Intermediate results are in global memory: a tile of 224
+// pixels takes 200 KB, too much for shared memory. Its pixels are 32-bit words with red in the lowest byte, so that a
+// warp reads and writes whole cache lines; most of them stay in the caches.
 #pragma once
 
 #include <cmath>
@@ -13,9 +13,9 @@
 
 namespace mcl::montage::cuda {
 
-constexpr int kThreads = 384;  // of a block at most; fewer will do, in whole warps
-constexpr int kBlocks = 2;     // of one multiprocessor at least
-constexpr int kStrip = 16;     // rows that are filtered one way, then the other
+constexpr int kThreads = 384;  // maximum per block; any number of whole warps works
+constexpr int kBlocks = 2;     // minimum per multiprocessor
+constexpr int kStrip = 16;     // rows that are filtered vertically, then horizontally
 constexpr int kOperations = 4;
 
 // An image, RGB.
@@ -28,14 +28,14 @@ struct Image {
 
 // A tile to make.
 struct Job {
-  int source;         // its image's place in the batch
+  int source;         // number of its image in the batch
   Image image, copy;  // the copy is 2^halvings times smaller, rounded down
   int halvings;
   Recipe recipe;
-  int radius;            // of the blur, pixels; 0: none
-  int64_t first_weight;  // of the blur, in the table of all of them
-  int side;              // pixels of the tile as it is made
-  int step;              // every step-th of them is shown, per axis
+  int radius;            // of the blur, in pixels; 0 for none
+  int64_t first_weight;  // of the blur, in the table of all blurs' weights
+  int side;              // of the tile when it is made, in pixels
+  int step;              // every step-th pixel of each axis is shown
   int first_place, places;
   int64_t scratch;  // its first word of the scratch memory
 
@@ -43,12 +43,12 @@ struct Job {
   MCL_HOST_DEVICE Cells rows() const { return {recipe.y1, recipe.y2, halvings}; }
 };
 
-// The scratch memory of a job: where its parts begin, in words, and its size, a multiple of 16 bytes.
+// The scratch memory of a job: offsets of its parts and its size, in words. The size is a multiple of 16 bytes.
 struct Scratch {
   int64_t between, tile, blurred, x, y, words;
 };
 
-// Words of a filter from these cells to `out` pixels.
+// Size of a filter from these cells to `out` pixels, in words.
 MCL_HOST_DEVICE int64_t filter_words(const Cells& cells, int out) {
   return static_cast<int64_t>(most_cells(cells.last - cells.first, out, cells.halvings) + 2) * out;
 }
@@ -65,8 +65,8 @@ MCL_HOST_DEVICE Scratch scratch_of(const Job& job) {
   return s;
 }
 
-// A filter to `out` pixels: output i takes cells first(i) .. first(i) + count(i) - 1, the k-th of them times weight(i,
-// k). Neighbouring threads read neighbouring weights.
+// A filter to `out` pixels: output i is the sum of weight(i, k) * cell[first(i) + k] over k < count(i). Neighbouring
+// threads read neighbouring weights.
 struct Filter {
   uint32_t* words;
   int out;
@@ -98,7 +98,7 @@ __device__ __forceinline__ uint32_t pack(uint32_t r, uint32_t g, uint32_t b) {
   return r | g << 8 | b << 16;
 }
 
-// Sums of weighed channels, in units of 1/256 level.
+// Weighted sums of channels, in units of 1/256 level.
 struct alignas(8) Sums {
   uint16_t r, g, b;
 
@@ -111,7 +111,7 @@ struct alignas(8) Sums {
   __device__ __forceinline__ uint32_t levels() const { return pack(to_level(r), to_level(g), to_level(b)); }
 };
 
-// Output i of a filter over pixels that load(x) returns.
+// Output i of a filter; load(x) returns cell x.
 template <typename Load>
 __device__ __forceinline__ uint32_t filtered(const Filter& filter, int i, const Load& load) {
   const int first = filter.first(i), count = filter.count(i);
@@ -121,7 +121,7 @@ __device__ __forceinline__ uint32_t filtered(const Filter& filter, int i, const 
   return sum.levels();
 }
 
-// Calls f(y, x) for all pixels, each from one thread of the block; neighbouring threads take neighbours of a row.
+// Calls f(y, x) for all pixels, each in one thread of the block. Neighbouring threads take neighbours of a row.
 template <typename F>
 __device__ __forceinline__ void for_each_pixel(int rows, int columns, const F& f) {
   const int threads = static_cast<int>(blockDim.x), t = static_cast<int>(threadIdx.x);
@@ -138,8 +138,8 @@ __device__ __forceinline__ void for_each_pixel(int rows, int columns, const F& f
   }
 }
 
-// Two passes, a strip at a time: row y of `columns` values first(y, column), from which second(y, x, row) makes `side`
-// pixels. The block meets before and after the second.
+// Two passes, one strip at a time. The first stores `columns` values first(y, column) of each row; the second calls
+// second(y, x, row) for `side` pixels of each row. The block synchronises after each pass.
 template <typename Value, typename First, typename Second>
 __device__ __forceinline__ void in_two_passes(int side, int columns, Value* between, const First& first,
                                               const Second& second) {
@@ -152,7 +152,7 @@ __device__ __forceinline__ void in_two_passes(int side, int columns, Value* betw
   }
 }
 
-// A cell of the window: a pixel of the copy, or the mean of what its border leaves of it.
+// A cell of the window: a pixel of the copy or, where the border cuts the cell, the mean of its pixels in the window.
 __device__ __forceinline__ Levels cell(const Job& job, const Cells& columns, const Cells& rows, int y, int x) {
   if (columns.whole(x) && rows.whole(y)) {
     const uint8_t* pixel = job.copy.at(rows.base() + y, columns.base() + x);
@@ -171,8 +171,8 @@ __device__ __forceinline__ Levels cell(const Job& job, const Cells& columns, con
   return {static_cast<uint8_t>(r / number), static_cast<uint8_t>(g / number), static_cast<uint8_t>(b / number)};
 }
 
-// Calls put(y, x, pixel) for all pixels of the window rescaled and flipped: down the columns first, like the CPU, since
-// pixels are rounded in between.
+// Calls put(y, x, pixel) for all pixels of the rescaled and flipped window. The vertical pass is first, as on the CPU,
+// since pixels are rounded between the passes.
 template <typename Put>
 __device__ __forceinline__ void rescale(const Job& job, const Filter& along, const Filter& down, uint32_t* between,
                                         const Put& put) {
@@ -188,7 +188,7 @@ __device__ __forceinline__ void rescale(const Job& job, const Filter& along, con
   in_two_passes(side, columns.number(), between, lower, narrow);
 }
 
-// Operations from .. to - 1 of the jitter, none of which is contrast; gray after the last.
+// Applies operations from .. to - 1 of the jitter, none of which is contrast, and grayscale after the last operation.
 __device__ __forceinline__ Rgb colour(Rgb c, const Recipe& recipe, int from, int to) {
   for (int i = from; i < to; ++i) {
     const int operation = recipe.order[i];
@@ -203,13 +203,13 @@ __device__ __forceinline__ Rgb colour(Rgb c, const Recipe& recipe, int from, int
   return to == kOperations && recipe.gray ? saturate(c, 0) : c;
 }
 
-// Place of the first contrast from `i` on, kOperations if there is none.
+// Position of the first contrast at or after `i` in the order of operations; kOperations if there is none.
 __device__ __forceinline__ int next_contrast(const Recipe& recipe, int i) {
   while (i < kOperations && recipe.order[i] != kContrast) ++i;
   return i;
 }
 
-// Sum over the block, in all threads.
+// The sum over the block, returned to all threads.
 __device__ __forceinline__ int64_t block_sum(int64_t x) {
   __shared__ int64_t sums[kThreads / 32];
   for (int distance = 16; distance > 0; distance /= 2) x += __shfl_down_sync(0xffffffffu, x, distance);
@@ -238,7 +238,7 @@ __device__ __forceinline__ void rescale_and_colour(const Job& job, const Filter&
     put(tile[y * job.side + x], colour(widened(pixel), recipe, 0, contrast));
   });
   const int area = job.side * job.side;
-  while (contrast < kOperations) {  // needs the mean of all pixels, at every place where the order has it
+  while (contrast < kOperations) {  // contrast needs the mean of all pixels
     const double mean = static_cast<double>(block_sum(grays)) / area;
     const float factor = recipe.factors[kContrast], constant = static_cast<float>(mean) * (1 - factor);
     const int from = contrast + 1;
@@ -249,7 +249,7 @@ __device__ __forceinline__ void rescale_and_colour(const Job& job, const Filter&
   }
 }
 
-// sum over k of weights[k] * load(i + k - radius), mirrored at the ends of `side` pixels, on top of `start`.
+// start + sum over k of weights[k] * load(i + k - radius), with reflection padding of `side` pixels.
 template <typename Load>
 __device__ __forceinline__ Sums blurred(const uint16_t* weights, int radius, int i, int side, uint16_t start,
                                         const Load& load) {
@@ -271,7 +271,7 @@ __device__ __forceinline__ void blur(const uint32_t* tile, int side, const uint1
   in_two_passes(side, side, between, down, along);
 }
 
-// Copies what is shown of a tile to its places, in canvases of `canvas` pixels a side.
+// Copies the shown pixels of a tile to its slots, on canvases of `canvas` pixels a side.
 template <typename T>
 __device__ __forceinline__ void place(const uint32_t* tile, const Job& job, const T* values, T* const* places,
                                       int canvas) {
@@ -291,7 +291,7 @@ struct Halving {
   uint8_t* to;
 };
 
-// Makes copy halvings[blockIdx.y], of which every block takes some pixels. Grid: any x, halvings.
+// Makes the copy of halvings[blockIdx.y]; blocks along x share its pixels. Grid: (any, halvings).
 __global__ void halve(const Halving* halvings) {
   const Halving job = halvings[blockIdx.y];
   const int64_t width = job.from.width / 2, values = 3 * width * (job.from.height / 2);
@@ -304,9 +304,9 @@ __global__ void halve(const Halving* halvings) {
   }
 }
 
-// Makes tile jobs[blockIdx.x] and puts it where it belongs. Grid: jobs. Block: up to kThreads, whole warps.
-// `places`: first pixel of each tile slot. `weights`: of all blurs. `values`: what is written for each of the 256
-// levels, per channel; the host computes them, so that they have the CPU's bits whatever T is.
+// Makes tile jobs[blockIdx.x] and copies it to its slots. Grid: jobs. Block: up to kThreads, whole warps.
+// `places`: address of the first pixel of each tile slot. `weights`: of all blurs. `values`: output value of each of
+// the 256 levels, per channel; the host computes them, so that outputs of CPU and GPU are bit-identical for every T.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     make_tiles(const Job* jobs, T* const* places, const T* values, const uint16_t* weights, int canvas,

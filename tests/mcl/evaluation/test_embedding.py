@@ -113,7 +113,7 @@ def test_the_projector_is_that_of_whole_images(cfg: Config, model: Objective) ->
 def test_features_by_name(cfg: Config, source: Source, thin: Objective, tmp_path: Path) -> None:
     assert tuple(NAMED) == FEATURES
     assert embed(thin.online, cfg, source, CPU, tmp_path / "x.npy", "projector").rows().shape == (66, 16)
-    with pytest.raises(ConfigError, match="p3 is none of the levels"):
+    with pytest.raises(ConfigError, match="the model has no p3; maps of its FPN"):
         embed(thin.online, cfg, source, CPU, tmp_path / "p3.npy", "p3")
 
 
@@ -187,7 +187,7 @@ def test_parquet_has_the_rows_and_their_names(cfg: Config, source: Source, thin:
 
 
 def test_wrong_files_are_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match=r"--out: x\.csv: features are written to \.npy or \.parquet"):
+    with pytest.raises(ConfigError, match=r"--out: x\.csv: the name must end in \.npy or \.parquet"):
         embedding.check(Path("x.csv"))
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ConfigError, match=r"Parquet needs pyarrow .*pip install pyarrow, or write to a \.npy file"):
@@ -201,7 +201,7 @@ def test_a_full_disk_is_noticed_at_once(
     path = tmp_path / "x.npy"
     path.write_text("older")
     stopping_after(0, monkeypatch)
-    with small_disk(1000), pytest.raises(EmbeddingError, match=r"x\.npy.*free space"):
+    with small_disk(1000), pytest.raises(EmbeddingError, match=r"x\.npy.*free disk space"):
         embed(thin.online, cfg, source, CPU, path, "c5")
     assert [file.name for file in tmp_path.iterdir()] == ["x.npy"]
     assert path.read_text() == "older"

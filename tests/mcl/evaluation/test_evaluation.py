@@ -88,7 +88,7 @@ def test_retrieval_of_both_splits_leaves_the_model_alone(small: Config) -> None:
     assert model.training
 
 
-@pytest.mark.parametrize(("gallery", "message"), [(10, "fill no whole number"), (400, "has only 246 images")])
+@pytest.mark.parametrize(("gallery", "message"), [(10, "do not fill a whole number"), (400, "has only 246 images")])
 def test_impossible_galleries(small: Config, gallery: int, message: str) -> None:
     cfg = dataclasses.replace(small, evaluation=dataclasses.replace(small.evaluation, gallery=gallery))
     with pytest.raises(ConfigError, match=rf"evaluation\.gallery.*{message}"):
@@ -116,7 +116,9 @@ def test_classes_of_both_splits_are_numbered_alike(small: Config, photos: Path, 
     (record,) = evaluate(["knn"], MCL(cfg), cfg, torch.device("cpu"))
     assert (record["accuracy"], record["chance"], record["classes"]) == (1.0, 1.0, 26)
     (tmp_path / "val" / last).rename(tmp_path / "val" / "unheard_of")
-    with pytest.raises(ConfigError, match=r"data\.val_root: .* has classes that data\.root lacks, e\.g\. unheard_of"):
+    with pytest.raises(
+        ConfigError, match=r"data\.val_root: .* has classes that data\.root does not have, e\.g\. unheard_of"
+    ):
         list(evaluate(["knn"], MCL(cfg), cfg, torch.device("cpu")))
 
 

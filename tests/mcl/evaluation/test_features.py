@@ -89,7 +89,7 @@ def test_stages_and_levels(tiny: Config, name: str, width: int) -> None:
 
 
 def test_a_level_that_is_not_there(tiny: Config) -> None:
-    with pytest.raises(ConfigError, match=r"evaluation\.features: p2 is none of the levels that the model has: p5, p4"):
+    with pytest.raises(ConfigError, match=r"evaluation\.features: the model has no p2; maps of its FPN: p5, p4"):
         Pooled(MCL(tiny).online, "p2")
 
 

@@ -68,10 +68,10 @@ def test_pictures_without_classes(colours: Embedding) -> None:
 def test_what_cannot_be_drawn(colours: Embedding, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = np.full((30, 3), np.nan, np.float32)
     np.save(colours.path, rows)
-    with pytest.raises(ConfigError, match="has 0 images that can be decoded; a picture needs two"):
+    with pytest.raises(ConfigError, match="has 0 images that can be decoded; a plot needs two"):
         draw(colours, open_source(colours.root), "pca")
     monkeypatch.setitem(sys.modules, "umap", None)
-    with pytest.raises(ConfigError, match=r"--plot umap: .*pip install umap-learn, or --plot pca"):
+    with pytest.raises(ConfigError, match=r"--plot umap: .*pip install umap-learn, or use --plot pca"):
         check("umap")
 
 

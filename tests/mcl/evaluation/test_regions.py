@@ -173,13 +173,13 @@ def test_images_of_another_size_are_left_out(
     with caplog.at_level(logging.WARNING, "mcl"):
         _, val = open_boxes(config.override(cfg, [f"evaluation.regions={folder}"]))
     assert len(val.numbers) == 7
-    assert "1 images have other sizes, and are left out, e.g. 2.jpg" in caplog.text
+    assert "left out 1 images of other sizes than annotated, e.g. 2.jpg" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda c: c["categories"][0].update(name="pink"), "one of train and val lacks the category 'pink'"),
+        (lambda c: c["categories"][0].update(name="pink"), "only one of train and val has the category 'pink'"),
         (lambda c: [a.update(iscrowd=1) for a in c["annotations"]], "has no object in an image that can be used"),
         (lambda c: c.pop("annotations"), "has no annotations"),
     ],
@@ -190,7 +190,7 @@ def test_unfit_annotations(cfg: Config, coco: Path, tmp_path: Path, edit: Callab
         open_boxes(config.override(cfg, [f"evaluation.regions={folder}"]))
 
 
-@pytest.mark.parametrize(("folder", "message"), [("", "not set; name a COCO-format"), ("/no/where", "does not exist")])
+@pytest.mark.parametrize(("folder", "message"), [("", "not set; set it to a folder"), ("/no/where", "does not exist")])
 def test_no_folder(cfg: Config, folder: str, message: str) -> None:
     with pytest.raises(ConfigError, match=rf"evaluation\.regions: .*{message}"):
         open_boxes(config.override(cfg, [f"evaluation.regions={folder}"]))

@@ -78,8 +78,8 @@ def test_from_the_command(tiny: Config, few_photos: Path, tmp_path: Path) -> Non
         (["data.val_root="], r"data\.val_root: svm needs held-out images"),
         (["evaluation.annotations="], r"evaluation\.annotations: svm needs the classes of images"),
         (["evaluation.val_annotations=nowhere.json"], r"evaluation\.val_annotations: cannot read nowhere\.json"),
-        (["evaluation.annotations={list}"], r"evaluation\.annotations: .* is no annotation file in COCO format"),
-        (["evaluation.annotations={other}"], r"evaluation\.annotations: .* names none of the images in"),
+        (["evaluation.annotations={list}"], r"evaluation\.annotations: .* is not a COCO annotation file"),
+        (["evaluation.annotations={other}"], r"evaluation\.annotations: .* lists none of the images in"),
     ],
 )
 def test_annotations_that_do_not_serve(

@@ -91,13 +91,13 @@ def test_merging_belongs_to_the_stage_before_it() -> None:
         (
             "torchvision",
             "resnet50vd",
-            "torchvision has no ResNet-D; take --to mmdet, .*timm",
+            "torchvision has no ResNet-D; targets that support it: mmdet, .*timm",
         ),
         ("mmdet", "resnet18vd", "resnet18vd"),
-        ("detectron2", "swin_t", "no module for model.backbone=swin_t: detectron2 has no .*; take --to mmdet, "),
-        ("mmpretrain", "resnet18vd", "RT-DETR alone; take --to transformers-rtdetr, hub"),
-        ("torchvision-detection", "convnext_t", "take --to mmdet, .*torchvision, timm"),
-        ("torchvision-detection", "resnet152", "have a ResNet-50; take --to mmdet"),
+        ("detectron2", "swin_t", "model.backbone=swin_t is not supported: detectron2 has no .*; targets .*: mmdet, "),
+        ("mmpretrain", "resnet18vd", "only in RT-DETR; targets that support it: transformers-rtdetr, hub"),
+        ("torchvision-detection", "convnext_t", "support it: mmdet, .*torchvision, timm"),
+        ("torchvision-detection", "resnet152", "have a ResNet-50; targets that support it: mmdet"),
     ],
 )
 def test_libraries_without_the_backbone(

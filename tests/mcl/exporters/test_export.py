@@ -143,13 +143,13 @@ def test_parts(saved: Path, tmp_path: Path) -> None:
         ("mmdet", [""], "x.pth", "--parts: no part ''"),
         ("timm", ["fpn"], "x.pth", "--parts: timm has no place for the fpn; it takes backbone"),
         ("mmdet-retinanet", ["head"], "x.pth", "--parts: mmdet-retinanet has no place for the head"),
-        ("mmdet", [], "x.safetensors", r"--output: .*x\.safetensors is no file for mmdet, which reads \.pth"),
-        ("timm", [], "x", r"which reads \.safetensors or \.pth"),
+        ("mmdet", [], "x.safetensors", r"--output: .*x\.safetensors: mmdet reads only files that end in \.pth"),
+        ("timm", [], "x", r"end in \.safetensors or \.pth"),
         (
             "torchvision-detection",
             [],
             "x.pth",
-            "no module for model.backbone=resnet18: torchvision's detectors .* have a ResNet-50; take --to mmdet, ",
+            "model.backbone=resnet18 is not supported: torchvision's detectors .* have a ResNet-50; .* it: mmdet, ",
         ),
     ],
 )
@@ -218,7 +218,7 @@ def test_target_network_gets_statistics_of_its_own(
         export(path, "torchvision", network="target")
     few = tmp_path / "few"
     few.symlink_to(min((photos / "val").iterdir()))
-    with pytest.raises(ConfigError, match=r"data.root: .*few has only \d images.* takes 32 at least"):
+    with pytest.raises(ConfigError, match=r"data.root: .*few has only \d images.* needs at least 32"):
         export(path, "torchvision", network="target", overrides=[f"data.root={few}"])
 
     overrides = [f"data.root={photos / 'val'}"]
@@ -302,8 +302,8 @@ def test_output_in_the_way(tmp_path: Path) -> None:
     for output, message in (
         (tmp_path, "cannot write"),  # a folder
         (source / "below" / "a.pth", "cannot write"),
-        (source, "name another output"),
-        (tmp_path / "link.pt", "name another output"),
+        (source, "choose another output"),
+        (tmp_path / "link.pt", "choose another output"),
     ):
         with pytest.raises(CheckpointError, match=message):
             write(output, source, lambda file: torch.save({}, file))

@@ -119,6 +119,6 @@ def test_a_folder_keeps_its_other_files_and_is_written_whole_or_not_at_all(tmp_p
     with pytest.raises(CheckpointError, match="clone: cannot write"):
         write_folder(folder, tmp_path / "x.pt", {"a": b"new", "b" * 300: b"new"})
     assert {file.name for file in folder.iterdir()} == {"a", ".gitattributes"}
-    with pytest.raises(CheckpointError, match="name another output"):
+    with pytest.raises(CheckpointError, match="choose another output"):
         write_folder(folder, folder / "a", {"a": b"new"})
     assert (folder / "a").read_text() == "old"

@@ -36,7 +36,7 @@ def test_readers_that_freeze_batch_norm_get_those_of_the_runs_photographs(
 ) -> None:
     path = save_model(small, GEOMETRY, tmp_path, root=str(few_photos))
     report = export(path, "detectron2")
-    assert report.metadata["statistics"] == "the backbone's re-estimated on 32 photographs"
+    assert report.metadata["statistics"] == "re-estimated on 32 photographs (backbone only)"
     assert "re-estimated on 32 photographs" in str(report)
     values = stem(small, few_photos)
     torch.testing.assert_close(report.weights["stem.conv1.norm.running_mean"], values.mean(1), rtol=0, atol=1e-5)
@@ -56,10 +56,10 @@ def test_named_folder_and_none(small: MCL, few_photos: Path, tmp_path: Path) -> 
         assert report.metadata["statistics"] == "as training left them"
     folder = min(few_photos.iterdir())  # a flat one, of another layout than the run's
     report = export(path, "torchvision", statistics_of=str(folder), check=True)
-    assert report.metadata["statistics"] == "the backbone's re-estimated on 8 photographs"
+    assert report.metadata["statistics"] == "re-estimated on 8 photographs (backbone only)"
     torch.testing.assert_close(report.weights["bn1.running_mean"], stem(small, folder).mean(1), rtol=0, atol=1e-5)
     with pytest.raises(
-        ConfigError, match=r"--statistics: no photographs .*data\.root: /no/where.*name a folder, or none"
+        ConfigError, match=r"--statistics: no photographs .*data\.root: /no/where.*set it to a folder, or to none"
     ):
         export(path, "detectron2")
 

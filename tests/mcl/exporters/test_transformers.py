@@ -95,7 +95,7 @@ def test_images_are_normalised_as_in_pretraining(to: str, folders: dict[str, Pat
 
 
 def test_rt_detr_needs_a_resnet_d(saved: Path) -> None:
-    with pytest.raises(ConfigError, match=r"model\.backbone=resnet18: RT-DETR needs a ResNet-D; take --to mmdet, "):
+    with pytest.raises(ConfigError, match=r"resnet18 is not supported: RT-DETR needs a ResNet-D; targets .*: mmdet, "):
         export(saved, "transformers-rtdetr")
 
 

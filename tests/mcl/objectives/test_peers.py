@@ -250,7 +250,7 @@ def test_a_run_resumes_and_exports(peer: str, tiny: Config, tmp_path: Path) -> N
         report = export(last, "mmdet", parts=["backbone"], network=network, output=tmp_path / "weights.pth")  # type: ignore[arg-type]
         assert {name.split(".")[1] for name in report.names} == {"backbone"}
         assert report.metadata["method"] == peer
-    with pytest.raises(ConfigError, match=rf"--parts: objective={peer} has neither FPN nor head; give --parts back"):
+    with pytest.raises(ConfigError, match=rf"--parts: objective={peer} has neither FPN nor head; use --parts back"):
         export(last, "mmdet")
     model, cfg = checkpoint.load_model(last)
     with pytest.raises(ConfigError, match=rf"objective: {peer} has no targets.* use knn or linear"):

@@ -185,9 +185,9 @@ def test_a_run_resumes_and_exports(objective: str, tiny: Config, tmp_path: Path)
         assert "classifier       2 " in str(report)
         assert "backbone, head, classifier, " in (report.path / "README.md").read_text()
     else:
-        with pytest.raises(ConfigError, match=r"^--classifier: objective=supervised_contrastive trains none"):
+        with pytest.raises(ConfigError, match=r"^--classifier: objective=supervised_contrastive has no classifier"):
             export(last, "hub", parts=["backbone", "head"], classifier=True)
-    with pytest.raises(ConfigError, match=r"^--classifier: torchvision has no place for it, .*; take --to hub"):
+    with pytest.raises(ConfigError, match=r"^--classifier: torchvision has no place for it, .*; use --to hub"):
         export(last, "torchvision", classifier=True)
     assert budget(tiny, gpus=1)["memory"]["momentum_network"] == 0
 

@@ -120,7 +120,7 @@ def test_code_libraries_images_and_checkpoints_must_be_the_same(tmp_path: Path) 
     engine = "the engine of the loader: "
     assert dali.startswith(f"{engine}fused on cpu (DALI 1.50.0) on rank 2, 3, fused on cpu (DALI 2.4.0) on rank 0; mcl")
     assert plugin.startswith(
-        f"{engine}none (data.engine: fused cannot be had: no CUDA device; mcl's DALI plugin is not"
+        f"{engine}none (data.engine: fused is not available: no CUDA device; mcl's DALI plugin is not"
     )
     assert images.startswith("data.root: 1 images with the fingerprint ")
     assert images.endswith("on rank 0; give all machines the same files: names, classes, sizes and broken ones")

@@ -268,7 +268,7 @@ def test_a_record_that_finds_no_room_is_named(tiny: Config) -> None:
     trainer = Trainer(tiny)
     with ExitStack() as disk:
         before_step(trainer, 1, lambda: disk.enter_context(small_disk(100)))
-        with pytest.raises(RecordError, match=r"metrics\.jsonl: cannot be written \(.*\); free space, and the same"):
+        with pytest.raises(RecordError, match=r"metrics\.jsonl: cannot be written \(.*\); free disk space, and run"):
             trainer.fit()
 
 
@@ -277,7 +277,7 @@ def test_a_disk_that_is_still_full_leaves_records_as_they_were(tiny: Config) -> 
     break_off(tiny)
     before = {name: (tiny.run_folder / name).read_bytes() for name in ("config.yaml", "metrics.jsonl")}
     assert all(before.values())
-    with small_disk(100), pytest.raises(RecordError, match=r"config\.yaml: cannot be written \(.*\); free space"):
+    with small_disk(100), pytest.raises(RecordError, match=r"config\.yaml: cannot be written \(.*\); free disk space"):
         Trainer(tiny)
     trainer = Trainer(tiny)
     with small_disk(100), pytest.raises(RecordError, match=r"metrics\.jsonl: cannot be written"):
@@ -463,5 +463,5 @@ def test_a_shard_cut_short_trains_through(tiny: Config, few_photos: Path, tmp_pa
     Trainer(cfg).fit()
     (line,) = (tiny.run_folder / "bad_files.jsonl").read_text().splitlines()
     assert json.loads(line)["path"].endswith("0.tar/025.jpg")
-    assert "cut short" in json.loads(line)["reason"]
+    assert "truncated" in json.loads(line)["reason"]
     assert last_weights(tiny)["step"] == 26 // 8
