@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
@@ -32,7 +33,8 @@ from mcl.records.metrics import Record, log
 IMAGES = 5000
 """Of a split at most, evenly spread: as many as COCO's val2017 has."""
 
-_BINS = 7  # per side of a box; their mean is the feature
+_BINS = 6  # per side of a box
+_PARTS = 3  # per side, whose means are the feature
 _PART = 16  # images that go through the networks together
 _STATISTICS_IMAGES = 512
 _RESAMPLES = 2000
@@ -121,11 +123,12 @@ class Pyramid(nn.Module):
         return maps
 
     def regions(self, pixels: Tensor, boxes: Sequence[Tensor]) -> Tensor:
-        """Means over boxes, in pixels, of each image: (R, width)."""
+        """Means over 3 x 3 parts of boxes, in pixels, of each image: (R, 9 * width)."""
         rows = torch.cat([b.new_full((len(b), 1), i) for i, b in enumerate(boxes)])
         corners = torch.cat(list(boxes))
         level = level_of(corners, self.strides)
-        return region_pool(self(pixels), self.strides, torch.cat([rows, corners], 1), level, _BINS).mean((2, 3))
+        pooled = region_pool(self(pixels), self.strides, torch.cat([rows, corners], 1), level, _BINS)
+        return F.avg_pool2d(pooled, _BINS // _PARTS).flatten(1)
 
 
 def level_of(boxes: Tensor, strides: Sequence[float]) -> Tensor:
@@ -148,13 +151,13 @@ def regions(
     BatchNorm's statistics are re-estimated on training images of that folder.
 
     Args:
-        encoders: by where their scores stand in the record, ``accuracy`` and ``random`` among them.
+        encoders: by where their scores stand in the record, ``accuracy`` among them.
         progress: see :data:`mcl.evaluation.features.Progress`.
 
     Returns:
         Top-1 by kNN under the keys of the encoders, by the linear classifier under these behind ``linear_``; ``gain``
-        is that of ``accuracy`` over ``random``. Behind ``_interval`` each has its 95% interval over val's images:
-        objects of an image are not independent.
+        is that of ``accuracy`` over ``random``, if that is there. Behind ``_interval`` each has its 95% interval over
+        val's images: objects of an image are not independent.
 
     Raises:
         ConfigError, SourceError: see :func:`open_boxes`; or a model has no pyramid.
@@ -175,7 +178,7 @@ def regions(
     hits = {key: torch.cat([own[key] for own in everyone]) for key in hits}
     image, counts = hits.pop("image"), hits.pop("label").bincount()
     values = {key: found.float() for key, found in hits.items()}
-    for by in ("", "linear_"):
+    for by in ("", "linear_") if "random" in encoders else ():
         values[f"{by}gain"] = values[f"{by}accuracy"] - values[f"{by}random"]
     return {
         "split": "val",
