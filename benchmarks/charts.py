@@ -64,7 +64,8 @@ def curves(title: str, panels: Mapping[str, Mapping[str, Sequence[tuple[float, A
             bars = [0.0 if entry["low"] is None else entry["mean"] - entry["low"] for _, entry in each]
             ax.errorbar(x, means, bars, color=f"C{number}", marker="o", markersize=4, capsize=3, label=name)
         ax.axhline(0, color=OTHERS, linewidth=1)
-        ax.set_xscale("log")
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter("{x:g}")
         ax.set_title(heading, loc="left", fontsize=9, color=INK)
         ax.tick_params(labelsize=8, colors=INK)
         ax.spines[["right", "top"]].set_visible(False)

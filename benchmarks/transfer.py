@@ -14,9 +14,10 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -249,17 +250,19 @@ def run(wanted: Sequence[Cell], stages: Sequence[str], work: Work, results: Path
     lacking = {cell: [s for s in stages if s not in there.get(cell, {"measures": ()})["measures"]] for cell in wanted}
     missing = [cell for cell, own in lacking.items() if own]
     failed, logs, running = 0, ROOT / work.folder / LOGS, set[int]()
+    shared = {cell.pretraining: threading.Lock() if cell.pretraining else contextlib.nullcontext() for cell in missing}
     for made in (logs, results):
         made.mkdir(parents=True, exist_ok=True)
 
-    def do(cell: Cell, pretraining: Future[None] | None) -> None:
-        if pretraining is not None:
-            pretraining.result()
+    def do(cell: Cell) -> None:
         result = there.get(cell) or begun(cell, work)
         commands = {"pretraining": pretrain(cell, work)} if cell.pretraining else {}
+        with shared[cell.pretraining]:
+            for command in commands.values():
+                start(command)
         for stage in lacking[cell]:
             commands[stage], measure = measured(cell, work, stage)
-            execute(commands[stage], logs, running)
+            start(commands[stage])
             result["measures"][stage] = measure()
             known = {name: starts(command, logs) for name, command in commands.items()}
             result["hours"] |= {name: _hours(each) for name, each in known.items() if each}
@@ -270,12 +273,13 @@ def run(wanted: Sequence[Cell], stages: Sequence[str], work: Work, results: Path
             metrics.rewrite(results / f"{cell.name}.json", json.dumps(result, indent=1) + "\n")
 
     with ThreadPoolExecutor(jobs) as pool, Signals() as signals:
-        pretrainings: dict[str, Future[None]] = {}
-        pending: dict[Future[None], Cell] = {}
-        for cell in missing:
-            if cell.pretraining and cell.pretraining not in pretrainings:
-                pretrainings[cell.pretraining] = pool.submit(execute, pretrain(cell, work), logs, running)
-            pending[pool.submit(do, cell, pretrainings.get(cell.pretraining))] = cell
+
+        def start(command: Command) -> None:
+            if signals.received:
+                raise RuntimeError("stopped")
+            execute(command, logs, running)
+
+        pending = {pool.submit(do, cell): cell for cell in missing}
         for _ in progress(missing, lambda _: "cells"):
             while not (done := wait(pending, _POLL, FIRST_COMPLETED).done) and not signals.received:
                 pass
@@ -286,7 +290,7 @@ def run(wanted: Sequence[Cell], stages: Sequence[str], work: Work, results: Path
             failed += error is not None
             print(f"{cell.name}: {f'failed: {error}' if error else 'done'}", flush=True)
         pool.shutdown(wait=False, cancel_futures=True)
-        while not all(future.done() for future in (*pretrainings.values(), *pending)):
+        while not all(future.done() for future in pending):
             for process in running.copy():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process, signal.SIGTERM)

@@ -1,12 +1,13 @@
 """What the cells of :mod:`benchmarks.transfer` say together: tables, and which differences exceed the noise.
 
 A result of a method at a cost has ``kind`` method, ``name``, ``seeds``, ``epochs``, ``supervised_epochs``, mean
-core-hours by stage, and of every measure that was run ``values`` (by seed), ``mean`` and ``sd`` (None with one seed). One
-of a pair has ``kind`` difference, ``name``, ``ours``, ``theirs``, ``seeds``, ``supervised_epochs`` of ours, and of
+core-hours by stage, and of every measure that was run ``values`` (by seed), ``mean`` and ``sd`` (None with one seed).
+One of a pair has ``kind`` difference, ``name``, ``ours``, ``theirs``, ``seeds``, ``supervised_epochs`` of ours, and of
 every measure what :func:`mcl.finetune.repeats.paired` says. One of ``kind`` rank correlation has ``name``, a measure,
 its Spearman correlation ``rho`` with the box AP, and the number of ``cells`` that have both. None is what was not run.
 """
 
+import itertools
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -62,8 +63,8 @@ def evaluate(cells: Sequence[Result], study: Study) -> list[Result]:
             own = [cell for cell in cells if (cell["method"], cell["cost"]) == (name, cost)]
             by_seed[name, cost] = {cell["seed"]: cell for cell in sorted(own, key=itemgetter("seed"))}
     compared = [((a, cost), (b, cost if b != "random" else 0)) for cost in costs for a, b in study.pairs]
-    both = [(low, high) for low, high in zip(costs, costs[1:], strict=False)]
-    compared += [((name, high), (name, low)) for low, high in both for name in study.methods if name != "random"]
+    costly = [name for name in study.methods if name != "random"]
+    compared += [((name, high), (name, low)) for low, high in itertools.pairwise(costs) for name in costly]
     return [
         *(_method(_name(*key), list(each.values())) for key, each in by_seed.items()),
         *filter(None, (_difference(ours, theirs, by_seed[ours], by_seed[theirs]) for ours, theirs in compared)),
@@ -113,7 +114,7 @@ def _correlation(cells: Sequence[Result], measure: str) -> Result | None:
 
 
 def table(results: Sequence[Result]) -> str:
-    """Methods, differences and rank correlations, as Markdown."""
+    """Methods, what they cost, differences and rank correlations, as Markdown."""
     kinds = ("method", "difference", "rank correlation")
     methods, differences, correlations = ([r for r in results if r["kind"] == kind] for kind in kinds)
     seeds = {"seeds": lambda r: len(r["seeds"])}
@@ -127,7 +128,8 @@ def table(results: Sequence[Result]) -> str:
     }
     spreads, intervals = ({measure: partial(write, measure) for measure in MEASURES} for write in (_spread, _interval))
     written = tables(
-        (methods, {"pre-training": itemgetter("name"), **seeds, **spreads, **costs}),
+        (methods, {"pre-training": itemgetter("name"), **seeds, **spreads}),
+        (methods, {"pre-training": itemgetter("name"), **costs}),
         (differences, {"difference, by seed": itemgetter("name"), **seeds, **intervals}),
         (
             correlations,
