@@ -1,9 +1,9 @@
-"""Charts for a page about 830 px wide: bars of images per second, and points by seed."""
+"""Charts for a page about 830 px wide: bars of images per second, and curves over a cost."""
 
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -48,25 +48,28 @@ def bars(title: str, rows: Mapping[str, Sequence[Bar]], path: Path) -> None:
     figure.savefig(path)
 
 
-def points(title: str, rows: Mapping[str, Mapping[int, float]], path: Path) -> None:
-    """Writes a chart of a point per seed, the seeds of a row one below the other, and a line at their mean.
+def curves(title: str, panels: Mapping[str, Mapping[str, Sequence[tuple[float, Any]]]], path: Path) -> None:
+    """Writes a chart of panels side by side, a line with error bars for each name, over a logarithmic x.
 
     Args:
-        rows: by name, a value for each seed.
+        panels: by title and name, points of x and an entry with ``mean``, ``low`` and ``high``, which may be None.
     """
-    seeds = sorted({seed for values in rows.values() for seed in values})
-    figure, ax = _axes(title, list(rows), 0.9 + 0.45 * len(rows))
-    for row, (name, values) in enumerate(rows.items()):
-        colour, mean = OURS if name.startswith("mcl") else OTHERS, statistics.fmean(values.values())
-        heights = [row + 0.1 * (seeds.index(seed) - (len(seeds) - 1) / 2) for seed in values]
-        ax.plot(list(values.values()), heights, "o", color=colour, markersize=5)
-        ax.plot([mean] * 2, [row - 0.35, row + 0.35], color=colour, linewidth=2)
-        ax.text(max(values.values()), row, f"   mean {mean:.1f}", va="center", fontsize=9, color=INK)
-    ax.tick_params(axis="x", labelsize=9, colors=INK)
-    ax.grid(axis="x", color=OTHERS, alpha=0.3)
-    ax.set_axisbelow(True)
-    ax.margins(x=0.1)
-    ax.spines[["left", "right", "top"]].set_visible(False)
+    figure = Figure(figsize=(8.3, 3.4), dpi=200, layout="constrained")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK)
+    names = sorted({name for lines in panels.values() for name in lines})
+    for ax, (heading, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for number, name in enumerate(names):
+            each = sorted(lines.get(name, ()), key=lambda point: point[0])
+            x, means = [at * 1.04 ** (number - len(names) / 2) for at, _ in each], [entry["mean"] for _, entry in each]
+            bars = [0.0 if entry["low"] is None else entry["mean"] - entry["low"] for _, entry in each]
+            ax.errorbar(x, means, bars, color=f"C{number}", marker="o", markersize=4, capsize=3, label=name)
+        ax.axhline(0, color=OTHERS, linewidth=1)
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.set_title(heading, loc="left", fontsize=9, color=INK)
+        ax.tick_params(labelsize=8, colors=INK)
+        ax.spines[["right", "top"]].set_visible(False)
+        ax.legend(fontsize=7, frameon=False)
     figure.savefig(path)
 
 

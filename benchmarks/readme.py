@@ -20,6 +20,7 @@ TABLES: dict[str, Callable[[Sequence[Result]], str]] = {
     "step_r50": step.table,
     "end_to_end": end_to_end.table,
     "transfer": transfer_report.table,
+    "ablation": transfer_report.table,
 }
 
 _SECTION = re.compile(

@@ -1,18 +1,18 @@
-"""What decides the results of :mod:`benchmarks.transfer`, and the folder in which it works."""
+"""What :mod:`benchmarks.transfer` compares: methods, their costs, and everything else that decides a result."""
 
-import dataclasses
 import functools
 import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-from benchmarks.common import ROOT, portable
+from benchmarks.common import ROOT, Result, portable
 from dali_pipelines.source.listings import is_image
 from mcl import config
+from mcl.budget import count
 from mcl.config import Config
 from mcl.records.metrics import rewrite
 
@@ -22,22 +22,88 @@ PLACES = (
 )
 """Classes with photographs that are backgrounds of the detection set."""
 
-_SINCE = {
-    "augment": ("shared_crop",),
-    "model": ("assembly", "init", "targets", "loss", "queue", "label_smoothing"),
-    "optim": ("final_ema",),
+ALL = ("backbone", "fpn", "head")
+_WHOLE = ("montage.ratios=[1]", "montage.images_per_canvas=[1]", "model.loss_weights=[1.0]", "model.head_convs=0")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A pre-training, in words for ``mcl pretrain``, and the parts of it that a detector gets."""
+
+    words: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ALL
+    schedule: tuple[tuple[float, int], ...] = ()
+    """montage.schedule, with fractions of the run in place of epochs."""
+    of: str = ""
+    """The method whose pre-training it is; empty: its own."""
+    trains: bool = True
+
+
+_BUDGET = Method(("montage.queries=[4,1,1,1]", "montage.cells=2"), schedule=((0.82, 3),))
+METHODS = {
+    "random": Method(parts=(), trains=False),
+    "supervised": Method(
+        ("objective=supervised", *_WHOLE, "augment.gray=0", "augment.blur=[0,0]", "augment.solarize=[0,0]"),
+        ("backbone",),
+    ),
+    "moco_v2": Method(
+        (
+            *("objective=moco_v2", *_WHOLE, "model.width=128", "model.hidden=512", "model.queue=2048"),
+            *("augment.saturation=0.4", "augment.blur=[0.5,0.5]", "augment.solarize=[0,0]"),
+            *("optim.ema=0.99", "optim.final_ema=0.99"),
+        ),
+        ("backbone",),
+    ),
+    "mcl": Method(),
+    "budget": _BUDGET,
+    "mcl-backbone": Method(parts=("backbone",), of="mcl"),
+    "mcl-fpn": Method(parts=("backbone", "fpn"), of="mcl"),
+    "budget-backbone": replace(_BUDGET, parts=("backbone",), of="budget"),
+    "queries": replace(_BUDGET, words=_BUDGET.words[:1], schedule=()),
+    "canvases": replace(_BUDGET, words=_BUDGET.words[1:]),
+    "stack": Method(("model.assembly=stack",)),
+    "same_level": Method(("model.targets=same_level",)),
+    "adjacent": Method(("model.targets=adjacent",)),
+    "all": Method(("model.targets=all",)),
+    "released": Method(("model.compute=released",)),
+    "shared_crop": Method(("augment.shared_crop=true",)),
+    "cosine": Method(("model.loss=cosine",)),
 }
-"""Keys of sections that are younger than kept results; they are digested where they are not as by default."""
-_OF_PRESET = ("montage", "augment", "model", "optim")
-_OF_DETECTOR = (
+
+_DECIDING = ("objective", "montage.", "augment.", "model.", "optim.", "trainer.epochs", "trainer.global_batch")
+_DECIDING += ("trainer.precision", "data.tile_sampling", "evaluation.k", "evaluation.region_cells")
+"""Beginnings of the keys that decide a result."""
+_DETECTOR = (
     *("model", "optim_wrapper", "param_scheduler", "train_cfg", "global_batch", "auto_scale_lr", "custom_hooks"),
     *("train_dataloader", "val_dataloader"),
 )
-"""Sections of a configuration that decide a result."""
+"""Sections of a detector's configuration that do."""
 
 
 class ProtocolError(ValueError):
     """Results or work of another protocol; the message names the file and the remedy."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A method, what its pre-training may cost, and a seed: that of pre-training, probe and fine-tuning."""
+
+    method: str
+    cost: float
+    """Of a supervised run: times :attr:`Protocol.unit`. 0 without a pre-training."""
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return self._named(self.method)
+
+    @property
+    def pretraining(self) -> str:
+        """Name of its pre-training; empty without one. Cells may have it in common."""
+        return self._named(METHODS[self.method].of or self.method) if METHODS[self.method].trains else ""
+
+    def _named(self, method: str) -> str:
+        return f"{method}-{self.cost:g}x-{self.seed}" if self.cost else f"{method}-{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -48,71 +114,103 @@ class Protocol:
     """Folder of class folders, to pre-train on."""
     without: tuple[str, ...] = PLACES
     """Classes that are left out."""
-    at_most: int = 0
+    at_most: int = 1216
     """Images, drawn evenly from the sorted ones; 0: all."""
+    unit: float = 10.2
+    """Epochs of the supervised run that costs 1, an image at a time, as ``mcl budget`` counts it."""
     preset: str = "mcl/presets/mcl_r18_fpn_demo.yaml"
-    epochs: int = 10
     pretraining: tuple[str, ...] = (
-        "montage.cells=2",
+        "montage.cells=3",
         "trainer.global_batch=32",
         "trainer.precision=fp32",
         "optim.name=adamw",
         "optim.base_lr=8.0e-3",
         "optim.weight_decay=1.0e-2",
-        "optim.warmup_epochs=1",
         "optim.clip_norm=5.0",
+        "evaluation.region_cells=6",
     )
-    """For all methods, as far as they have these keys."""
-    moco_temperature: float = 0.2
-    moco_bank: int = 2048
-    """Keys of earlier images."""
-    moco_momentum: float = 0.99
-    """At the first step; it rises to 1 along a half cosine."""
-    moco_hidden: int = 512
-    moco_width: int = 128
-    """Of the embedding."""
+    """For all methods; their own words come after these."""
+    warmup: float = 0.1
+    """Of the run."""
     detection: str = "data/cutouts"
     """COCO-format folder, to fine-tune on."""
     detector: str = "mcl/finetune/configs/mask_rcnn_r18_fpn_mini.py"
     finetuning: tuple[str, ...] = (
-        "train_cfg.max_iters=1200",
+        "train_cfg.max_iters=400",
         "train_cfg.val_interval=400",
         "custom_hooks.2.interval=400",
-        "global_batch=8",
-        "optim_wrapper.optimizer.lr=0.06",
-        "param_scheduler.1.milestones=[900,1100]",
-        "train_dataloader.dataset.dataset.pipeline.2.scales=[[320,112],[320,128],[320,144]]",
-        "val_dataloader.dataset.pipeline.1.scale=[320,128]",
+        "param_scheduler.1.milestones=[300,367]",
     )
-    """The file says the same; here it is on record, and stays when the file changes."""
 
-    def plain(self) -> dict[str, Any]:
-        """As JSON gives it back."""
-        values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+    def words(self, method: str, epochs: int = 1) -> list[str]:
+        """Words of a pre-training that decide its result, but for its seed."""
+        stages = [[max(1, round(share * epochs)), cells] for share, cells in METHODS[method].schedule]
+        return [
+            *(*self.pretraining, *METHODS[method].words),
+            *(f"montage.schedule={json.dumps(stages)}", f"trainer.epochs={epochs}"),
+            f"optim.warmup_epochs={self.warmup * epochs:g}",
+        ]
+
+    def config(self, method: str, epochs: int = 1) -> Config:
+        return config.load(ROOT / self.preset, self.words(method, epochs))
+
+    def spent(self, method: str, epochs: int) -> float:
+        """Epochs of supervised training, at the preset's size of images, that cost as many FLOPs as a pre-training."""
+        montage = self.config(method, epochs).montage
+        each = [self._flops(method, montage.at(epoch).cells) for epoch in range(epochs)]
+        plain = self.config("random")
+        return sum(each) / count.supervised(plain.model.backbone, plain.montage.canvas)
+
+    @functools.lru_cache  # noqa: B019  # there is one protocol
+    def _flops(self, method: str, cells: int) -> float:
+        """Of a training step, per image."""
+        cfg = config.override(self.config(method), ["montage.schedule=[]", f"montage.cells={cells}"])
+        return count.step(cfg, cfg.trainer.global_batch, 1).flops / cfg.trainer.global_batch
+
+    @functools.lru_cache  # noqa: B019
+    def epochs(self, cell: Cell) -> int:
+        """Whole epochs, at least one, whose cost is nearest to the cell's; 0 without a pre-training."""
+        if not cell.pretraining:
+            return 0
+        wanted, epochs = cell.cost * self.unit, 1
+        while (next_one := self.spent(cell.method, epochs + 1)) <= wanted:
+            epochs += 1
+        return epochs + (next_one - wanted < wanted - self.spent(cell.method, epochs))
+
+    def deciding(self, cell: Cell, finetuned: bool) -> dict[str, Any]:
+        """All that decides a cell's measures, as JSON gives it back.
+
+        Args:
+            finetuned: whether a detector's AP is among them.
+        """
+        cfg = self.config(cell.method, self.epochs(cell) or 1)
+        plain = {key.name: config.value(cfg, key.name) for key in config.all_keys()}
+        kept = {key: value for key, value in plain.items() if key.startswith(_DECIDING) and key != "model.init"}
+        own = {"images": self.images, "without": self.without, "at_most": self.at_most}
+        own |= {"parts": METHODS[cell.method].parts, **kept}
+        if finetuned:
+            own |= {Path(self.detector).name: self._detector, "detection": self.detection}
+        values: dict[str, Any] = json.loads(json.dumps(own))
         return values
 
     @functools.cached_property
-    def configurations(self) -> dict[str, str]:
-        """Digests of what the files `preset` and `detector` come to, with the words, as far as it decides a result."""
-        from mcl.finetune import settings  # needs MMEngine, which a table of results does not
+    def _detector(self) -> str:
+        from mcl.finetune import settings  # needs MMEngine, which the probe does not
 
-        preset = config.to_dict(config.load(ROOT / self.preset, self.pretraining))
-        usual = config.to_dict(config.Config())
-        for name, young in _SINCE.items():
-            section = preset[name]
-            preset[name] = {k: v for k, v in section.items() if k not in young or v != usual[name][k]}
-        detector = settings.load(ROOT / self.detector, self.finetuning).to_dict()
-        return {self.preset: _digest(preset, _OF_PRESET), self.detector: _digest(detector, _OF_DETECTOR)}
+        values = settings.load(ROOT / self.detector, self.finetuning).to_dict()
+        text = json.dumps({key: values[key] for key in _DETECTOR}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
 
-    def check(self, result: Mapping[str, Any], file: Path) -> None:
-        """Refuses a result that was made by another protocol, or with other configuration files.
+    def check(self, cell: Cell, result: Result, file: Path) -> None:
+        """Refuses a result of another protocol. Keys that are younger than it had their defaults.
 
         Raises:
-            ProtocolError: it was; names the first entry that differs.
+            ProtocolError: names the first entry that differs.
         """
-        before = _entries(result["protocol"], result["configurations"])
-        now = _entries(self.plain(), self.configurations)
-        differing = [key for key in {**now, **before} if now.get(key) != before.get(key)]
+        before: Mapping[str, Any] = result["protocol"]
+        now = self.deciding(cell, "finetuning" in result["measures"])
+        defaults = json.loads(json.dumps({key.name: key.default for key in config.all_keys()}))
+        differing = [key for key in {**now, **before} if now.get(key) != before.get(key, defaults.get(key))]
         if differing:
             key = differing[0]
             raise ProtocolError(
@@ -121,68 +219,35 @@ class Protocol:
             )
 
 
-def _entries(protocol: Mapping[str, Any], configurations: Mapping[str, str]) -> dict[str, Any]:
-    """What decides a result. Configuration files are known by their names, for they may be moved."""
-    files = {Path(file).name: digest for file, digest in configurations.items()}
-    return {**protocol, **{key: Path(protocol[key]).name for key in ("preset", "detector")}, **files}
-
-
-def _digest(values: Mapping[str, Any], keys: tuple[str, ...]) -> str:
-    text = json.dumps({key: values[key] for key in keys}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
 class Work:
-    """The work folder: ``protocol.json``, the list ``images.txt``, runs in ``pretrain/`` and ``finetune/``, and what
+    """The work folder: the list ``images.txt``, runs in ``pretrain/`` and ``finetune/``, scores in ``probe/``, and what
     is known of commands in ``commands/``.
 
     Args:
         folder: made where it is not there.
         protocol: what is done in it.
+        sets: COCO-format folders of the region probe, by name.
 
     Raises:
-        ProtocolError: it holds work of another protocol, or on other images.
+        ProtocolError: it holds work on other images, or there are none.
     """
 
-    def __init__(self, folder: Path, protocol: Protocol) -> None:
-        self.folder, self.protocol = portable(folder), protocol
+    def __init__(self, folder: Path, protocol: Protocol, sets: Mapping[str, str]) -> None:
+        self.folder, self.protocol, self.sets = portable(folder), protocol, sets
         self.images = self.folder / "images.txt"
-        self.classes, lines = _list_images(protocol, ROOT / self.folder)
-        (ROOT / self.folder).mkdir(parents=True, exist_ok=True)
-        for name, text in (("protocol.json", json.dumps(protocol.plain(), indent=1) + "\n"), ("images.txt", lines)):
-            path = ROOT / self.folder / name
-            if not path.exists():
-                rewrite(path, text)
-            elif path.read_text() != text:
-                raise ProtocolError(f"{path}: of another protocol, or on other images; move {folder} away")
-
-    @classmethod
-    def open(cls, folder: Path) -> Self:
-        """The folder with the protocol that it was made with."""
-        record = json.loads((folder / "protocol.json").read_text())
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
-        return cls(folder, Protocol(**values))
-
-    def words(self, seed: int) -> list[str]:
-        """Words for ``mcl pretrain``, but for the name of the run."""
-        return [
-            *self.protocol.pretraining,
-            f"trainer.epochs={self.protocol.epochs}",
-            f"trainer.seed={seed}",
-            f"data.root={self.images}",
-            "data.source=list",
-            "data.allow_outside=true",
-            "data.val_root=",
-            f"data.index={self.folder / 'index'}",
-        ]
-
-    def config(self, seed: int, *words: str) -> Config:
-        """The configuration of a pre-training; batch, optimiser and size of images are those of all methods."""
-        return config.load(ROOT / self.protocol.preset, [*self.words(seed), *words])
+        path, lines = ROOT / self.images, list_images(protocol, ROOT / self.folder)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and path.read_text() != lines:
+            raise ProtocolError(f"{path}: of another protocol, or on other images; move {folder} away")
+        rewrite(path, lines)
 
 
-def _list_images(protocol: Protocol, folder: Path) -> tuple[list[str], str]:
-    """Classes, and the lines of a list in `folder`."""
+def list_images(protocol: Protocol, folder: Path) -> str:
+    """The lines of a list in `folder`.
+
+    Raises:
+        ProtocolError: there is no such folder of images.
+    """
     root = ROOT / protocol.images
     if not root.is_dir():
         raise ProtocolError(f"{root} does not exist; make data")
@@ -190,5 +255,4 @@ def _list_images(protocol: Protocol, folder: Path) -> tuple[list[str], str]:
     files = [(path, name) for name in classes for path in sorted((root / name).iterdir()) if is_image(path.name)]
     if protocol.at_most:
         files = [files[i * len(files) // protocol.at_most] for i in range(min(protocol.at_most, len(files)))]
-    names = sorted({name for _, name in files})
-    return names, "".join(f"{os.path.relpath(path, folder)}\t{name}\n" for path, name in files)
+    return "".join(f"{os.path.relpath(path, folder)}\t{name}\n" for path, name in files)

@@ -1,109 +1,176 @@
-"""What the cells of :mod:`benchmarks.transfer` say together: a table, and which differences exceed the noise.
+"""What the cells of :mod:`benchmarks.transfer` say together: tables, and which differences exceed the noise.
 
-A result of a method has ``kind`` method, ``name``, ``seeds``, of every measure ``values`` (by seed), ``mean`` and
-``sd`` (None with one seed), and means of ``supervised_epochs`` and of the hours of processes, ``pretraining_hours`` and
-``finetuning_hours``. One of a pair has ``kind`` difference, ``name``, ``ours``, ``theirs``, ``seeds``, and of every
-measure ``mean``, ``low``, ``high`` and ``exceeds_noise`` (the last three None with one seed).
+A result of a method at a cost has ``kind`` method, ``name``, ``seeds``, ``epochs``, ``supervised_epochs``, mean
+core-hours by stage, and of every measure that was run ``values`` (by seed), ``mean`` and ``sd`` (None with one seed).
+One of a pair has ``kind`` difference, ``name``, ``ours``, ``theirs``, ``seeds``, ``supervised_epochs`` of ours, and of
+every measure what :func:`mcl.finetune.repeats.paired` says. One of ``kind`` rank correlation has ``name``, a measure,
+its Spearman correlation ``rho`` with the box AP, and the number of ``cells`` that have both. None is what was not run.
 """
 
-import functools
+import itertools
 import statistics
-import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from operator import itemgetter
 from typing import Any
 
+import scipy.stats
+
 from benchmarks.common import Result, tables
-from mcl.finetune.repeats import paired as difference
+from mcl.finetune.repeats import paired
 
-MEASURES = {"box AP50": ("box", "AP50"), "box AP": ("box", "AP"), "mask AP": ("mask", "AP")}
-_WORDS = {
-    True: "Exceed the noise (the interval excludes 0)",
-    False: "Do not exceed the noise",
-    None: "A single seed, which says nothing of noise",
+MEASURES: dict[str, tuple[str, ...]] = {
+    "cutouts kNN": ("cutouts", "accuracy"),
+    "cutouts linear": ("cutouts", "linear_accuracy"),
+    "voc15 kNN": ("voc15", "accuracy"),
+    "voc15 linear": ("voc15", "linear_accuracy"),
+    "box AP50": ("finetuning", "box", "AP50"),
+    "box AP": ("finetuning", "box", "AP"),
+    "mask AP": ("finetuning", "mask", "AP"),
 }
+"""In percent, by where they stand among a cell's measures."""
+
+PLOTTED = ("cutouts linear", "voc15 linear", "box AP")
+_HOURS = ("pretraining", "cutouts", "voc15", "finetuning")
+_MISSING = "not run"
 
 
-def evaluate(cells: Sequence[Result], methods: Sequence[str], pairs: Sequence[tuple[str, str]]) -> list[Result]:
-    """Results of the methods and pairs that there are cells of.
+@dataclass(frozen=True)
+class Study:
+    """Methods at costs, of which `pairs` are compared at every cost; each method is also compared over costs."""
 
-    Args:
-        methods, pairs: in the order of the results.
-    """
-    by_seed = {name: {c["seed"]: c for c in cells if c["method"] == name} for name in methods}
-    by_seed = {name: dict(sorted(each.items())) for name, each in by_seed.items() if each}
-    results = [_method(name, each) for name, each in by_seed.items()]
-    for ours, theirs in pairs:
-        seeds = sorted(by_seed.get(ours, {}).keys() & by_seed.get(theirs, {}).keys())
-        if seeds:
-            result = {"kind": "difference", "name": f"{ours} - {theirs}", "ours": ours, "theirs": theirs}
-            a, b = ([by_seed[name][seed] for seed in seeds] for name in (ours, theirs))
-            differences = {measure: difference(_values(a, measure), _values(b, measure)) for measure in MEASURES}
-            results.append({**result, "seeds": seeds, **differences})
-    return results
+    methods: tuple[str, ...]
+    costs: tuple[float, ...]
+    pairs: tuple[tuple[str, str], ...]
 
 
-def _values(cells: Sequence[Result], measure: str) -> list[float]:
-    of, name = MEASURES[measure]
-    return [cell[of][name] for cell in cells]
+def value(cell: Result, measure: str) -> float | None:
+    """Percent; None if it was not run."""
+    stage, *path = MEASURES[measure]
+    found = cell["measures"].get(stage)
+    for key in path if found is not None else ():
+        found = found[key]
+    return found if found is None or stage == "finetuning" else 100 * found
 
 
-def _method(name: str, by_seed: Mapping[int, Result]) -> Result:
-    cells = list(by_seed.values())
-    result: Result = {"kind": "method", "name": name, "seeds": list(by_seed)}
+def evaluate(cells: Sequence[Result], study: Study) -> list[Result]:
+    """Results of all methods and costs of a study, run or not, and of its pairs and measures that have cells."""
+    costs = sorted({*study.costs} | {cell["cost"] for cell in cells if cell["cost"]})
+    by_seed: dict[tuple[str, float], dict[int, Result]] = {}
+    for name in study.methods:
+        for cost in [0] if name == "random" else costs:
+            own = [cell for cell in cells if (cell["method"], cell["cost"]) == (name, cost)]
+            by_seed[name, cost] = {cell["seed"]: cell for cell in sorted(own, key=itemgetter("seed"))}
+    compared = [((a, cost), (b, cost if b != "random" else 0)) for cost in costs for a, b in study.pairs]
+    costly = [name for name in study.methods if name != "random"]
+    compared += [((name, high), (name, low)) for low, high in itertools.pairwise(costs) for name in costly]
+    return [
+        *(_method(_name(*key), list(each.values())) for key, each in by_seed.items()),
+        *filter(None, (_difference(ours, theirs, by_seed[ours], by_seed[theirs]) for ours, theirs in compared)),
+        *filter(None, (_correlation(cells, measure) for measure in MEASURES if measure != "box AP")),
+    ]
+
+
+def _name(method: str, cost: float) -> str:
+    return f"{method}, {cost:g}x" if cost else method
+
+
+def _method(name: str, cells: Sequence[Result]) -> Result:
+    result: Result = {"kind": "method", "name": name, "seeds": [cell["seed"] for cell in cells]}
+    for key in ("epochs", "supervised_epochs"):
+        result[key] = statistics.fmean(cell[key] for cell in cells) if cells else None
+    for stage in _HOURS:
+        spent = [cell["hours"][stage]["cpu"] for cell in cells if stage in cell["hours"]]
+        result[f"{stage}_hours"] = statistics.fmean(spent) if spent else None
     for measure in MEASURES:
-        values = _values(cells, measure)
-        deviation = statistics.stdev(values) if len(values) > 1 else None
-        result[measure] = {"values": values, "mean": statistics.fmean(values), "sd": deviation}
-    result["supervised_epochs"] = statistics.fmean(cell["supervised_epochs"] for cell in cells)
-    for stage in ("pretraining", "finetuning"):
-        spent = [cell["hours"][stage]["cpu"] if cell["hours"][stage] else 0.0 for cell in cells]
-        result[f"{stage}_hours"] = statistics.fmean(spent)
+        values = [v for cell in cells if (v := value(cell, measure)) is not None]
+        sd = statistics.stdev(values) if len(values) > 1 else None
+        result[measure] = {"values": values, "mean": statistics.fmean(values), "sd": sd} if values else None
     return result
 
 
+def _difference(ours: Any, theirs: Any, our: dict[int, Result], their: dict[int, Result]) -> Result | None:
+    seeds = sorted(our.keys() & their.keys())
+    if not seeds:
+        return None
+    names = {"ours": _name(*ours), "theirs": _name(*theirs)}
+    result: Result = {"kind": "difference", "name": f"{names['ours']} - {names['theirs']}", **names, "seeds": seeds}
+    result["supervised_epochs"] = statistics.fmean(our[seed]["supervised_epochs"] for seed in seeds)
+    for measure in MEASURES:
+        values = [(value(our[seed], measure), value(their[seed], measure)) for seed in seeds]
+        there = [(a, b) for a, b in values if a is not None and b is not None]
+        result[measure] = paired(*zip(*there, strict=True)) if there else None
+    return result
+
+
+def _correlation(cells: Sequence[Result], measure: str) -> Result | None:
+    values = [(value(cell, measure), value(cell, "box AP")) for cell in cells]
+    there = [(a, b) for a, b in values if a is not None and b is not None]
+    if len(there) < 3:
+        return None
+    rho = float(scipy.stats.spearmanr(*zip(*there, strict=True)).statistic)
+    return {"kind": "rank correlation", "name": measure, "rho": rho, "cells": len(there)}
+
+
 def table(results: Sequence[Result]) -> str:
-    """Methods, differences, and what can be said of them, as Markdown."""
-    methods, differences = ([r for r in results if r["kind"] == kind] for kind in ("method", "difference"))
-    costs = {
-        "costs, supervised epochs": "{supervised_epochs:.1f}".format_map,
-        "core-hours: pre-training": "{pretraining_hours:.2f}".format_map,
-        "fine-tuning": "{finetuning_hours:.2f}".format_map,
-    }
+    """Methods, what they cost, differences and rank correlations, as Markdown."""
+    kinds = ("method", "difference", "rank correlation")
+    methods, differences, correlations = ([r for r in results if r["kind"] == kind] for kind in kinds)
     seeds = {"seeds": lambda r: len(r["seeds"])}
-    spreads, intervals = (
-        {measure: functools.partial(write, measure) for measure in MEASURES} for write in (_spread, _interval)
-    )
+    costs: dict[str, Callable[[Result], object]] = {
+        "epochs": partial(_number, "epochs", ".0f"),
+        "costs, supervised epochs": partial(_number, "supervised_epochs", ".1f"),
+        "core-hours: pre-training": partial(_number, "pretraining_hours", ".3f"),
+        "probe, cutouts": partial(_number, "cutouts_hours", ".3f"),
+        "probe, voc15": partial(_number, "voc15_hours", ".3f"),
+        "fine-tuning": partial(_number, "finetuning_hours", ".3f"),
+    }
+    spreads, intervals = ({measure: partial(write, measure) for measure in MEASURES} for write in (_spread, _interval))
     written = tables(
-        (methods, {"pre-training": itemgetter("name"), **seeds, **spreads, **costs}),
+        (methods, {"pre-training": itemgetter("name"), **seeds, **spreads}),
+        (methods, {"pre-training": itemgetter("name"), **costs}),
         (differences, {"difference, by seed": itemgetter("name"), **seeds, **intervals}),
+        (
+            correlations,
+            {
+                "rank correlation with box AP": itemgetter("name"),
+                "cells": itemgetter("cells"),
+                "Spearman": "{rho:.2f}".format_map,
+            },
+        ),
     )
-    return "\n\n".join(filter(None, [written, _words(differences)])) or "No cell has been run."
+    words = "± is the standard deviation over seeds; in brackets, 95% intervals of the mean (paired t). Bold: the "
+    return f"{written}\n\n{words}interval excludes 0."
+
+
+def _number(key: str, form: str, result: Result) -> str:
+    return "-" if result[key] is None else f"{result[key]:{form}}"
 
 
 def _spread(measure: str, result: Result) -> str:
-    values: Mapping[str, Any] = result[measure]
-    deviation = "" if values["sd"] is None else f" ± {values['sd']:.1f}"
-    return f"{values['mean']:.1f}{deviation}"
+    values = result[measure]
+    if values is None:
+        return _MISSING
+    return f"{values['mean']:.1f}" + ("" if values["sd"] is None else f" ± {values['sd']:.1f}")
 
 
 def _interval(measure: str, result: Result) -> str:
-    values: Mapping[str, Any] = result[measure]
-    interval = "" if values["low"] is None else f" ({values['low']:+.1f} to {values['high']:+.1f})"
-    return f"{values['mean']:+.1f}{interval}"
+    values = result[measure]
+    if values is None:
+        return _MISSING
+    if values["low"] is None:
+        return f"{values['mean']:+.1f}"
+    text = f"{values['mean']:+.1f} ({values['low']:+.1f} to {values['high']:+.1f})"
+    return f"**{text}**" if values["exceeds_noise"] else text
 
 
-def _words(differences: Sequence[Result]) -> str:
-    """Which differences are more than noise."""
-    lines = []
-    if any(len(r["seeds"]) > 1 for r in differences):
-        lines.append("± is the standard deviation over seeds; in brackets, 95% intervals of the mean (paired t).")
-    for exceeds, words in _WORDS.items():
-        found = []
-        for r in differences:
-            measures = [measure for measure in MEASURES if r[measure]["exceeds_noise"] is exceeds]
-            some = f" ({', '.join(measures)})" if len(measures) < len(MEASURES) else ""
-            found += [r["name"] + some] if measures else []
-        if found:
-            lines.append(textwrap.fill(f"{words}: {'; '.join(found)}.", 120, break_on_hyphens=False))
-    return "\n".join(lines)
+def gains(results: Sequence[Result]) -> dict[str, dict[str, list[tuple[float, Any]]]]:
+    """What is plotted: by measure and method, for every cost the cost and the difference to random weights."""
+    panels: dict[str, dict[str, list[tuple[float, Any]]]] = {}
+    for r in results:
+        for measure in PLOTTED if r["kind"] == "difference" and r["theirs"] == "random" else ():
+            if r[measure] is not None:
+                lines = panels.setdefault(measure, {})
+                lines.setdefault(r["ours"].partition(",")[0], []).append((r["supervised_epochs"], r[measure]))
+    return panels

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
@@ -32,7 +33,8 @@ from mcl.records.metrics import Record, log
 IMAGES = 5000
 """Maximum number of images per split, evenly spaced: the size of COCO's val2017."""
 
-_BINS = 7  # per side of a box; the mean over bins is the feature
+_BINS = 6  # per side of a box
+_PARTS = 3  # per side of a box; the feature is the means of these parts
 _PART = 16  # images that networks process at once
 _STATISTICS_IMAGES = 512
 _RESAMPLES = 2000
@@ -121,11 +123,12 @@ class Pyramid(nn.Module):
         return maps
 
     def regions(self, pixels: Tensor, boxes: Sequence[Tensor]) -> Tensor:
-        """Means of the features in each image's boxes, which are in pixels: (R, width)."""
+        """Means of the features in 3 x 3 parts of each image's boxes, which are in pixels: (R, 9 * width)."""
         rows = torch.cat([b.new_full((len(b), 1), i) for i, b in enumerate(boxes)])
         corners = torch.cat(list(boxes))
         level = level_of(corners, self.strides)
-        return region_pool(self(pixels), self.strides, torch.cat([rows, corners], 1), level, _BINS).mean((2, 3))
+        pooled = region_pool(self(pixels), self.strides, torch.cat([rows, corners], 1), level, _BINS)
+        return F.avg_pool2d(pooled, _BINS // _PARTS).flatten(1)
 
 
 def level_of(boxes: Tensor, strides: Sequence[float]) -> Tensor:
@@ -175,7 +178,7 @@ def regions(
     hits = {key: torch.cat([own[key] for own in everyone]) for key in hits}
     image, counts = hits.pop("image"), hits.pop("label").bincount()
     values = {key: found.float() for key, found in hits.items()}
-    for by in ("", "linear_"):
+    for by in ("", "linear_") if "random" in encoders else ():
         values[f"{by}gain"] = values[f"{by}accuracy"] - values[f"{by}random"]
     return {
         "split": "val",

@@ -1,6 +1,6 @@
 """Initial weights of a run: ``model.init``."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Size, Tensor
 
@@ -9,13 +9,15 @@ from mcl.objectives import Objective
 from mcl.weights.read import read, take
 
 
-def start(model: Objective, source: str) -> str:
+def start(model: Objective, source: str, parts: Sequence[str] = ()) -> str:
     """Loads weights and BatchNorm statistics into the online and the target network of a new model.
 
-    From a checkpoint of mcl with the same model everything is loaded, including the weights of the target network.
+    From a checkpoint of mcl with the same model everything is loaded, including the weights of the target network,
+    unless parts are named.
 
     Args:
         source: as of :func:`mcl.weights.read.read`.
+        parts: as of :func:`mcl.weights.read.take`.
 
     Returns:
         What was taken, in a line.
@@ -25,12 +27,12 @@ def start(model: Objective, source: str) -> str:
     """
     contents = read(source, "model.init")
     own = model.state_dict()
-    if contents.model is not None and _shapes(contents.model) == _shapes(own):
+    if not parts and contents.model is not None and _shapes(contents.model) == _shapes(own):
         model.load_state_dict(contents.model)
         return f"{source}: all {len(own)} tensors of the model"
     names = canonical_names(model.online)
     online = model.online.state_dict()
-    taken = take(contents, {name: online[ours] for ours, name in names.items()}, model.config.model.backbone)
+    taken = take(contents, {name: online[ours] for ours, name in names.items()}, model.config.model.backbone, parts)
     weights = {ours: taken.weights[name] for ours, name in names.items() if name in taken.weights}
     model.online.load_state_dict(weights, strict=False)
     if model.target is not None:

@@ -48,7 +48,7 @@ class Ramp(nn.Module):
         return maps
 
 
-def test_a_region_is_the_mean_over_its_box() -> None:
+def test_a_region_is_the_means_over_parts_of_its_box() -> None:
     pyramid = Pyramid.__new__(Pyramid)
     nn.Module.__init__(pyramid)
     pyramid.backbone = pyramid.fpn = Ramp()
@@ -58,7 +58,12 @@ def test_a_region_is_the_mean_over_its_box() -> None:
         torch.tensor([[100.0, 100, 340, 330]]),
     ]
     expected = torch.tensor([[50.0, 70, 3], [255, 255, 0], [94.25, 100.5, 2], [1220, 1215, 1001]])
-    torch.testing.assert_close(pyramid.regions(torch.zeros(2, 3, 512, 512), boxes), expected)
+    found = pyramid.regions(torch.zeros(2, 3, 512, 512), boxes).view(4, 3, 3, 3)  # channels, rows, columns
+    torch.testing.assert_close(found.mean((2, 3)), expected)
+    sides = torch.tensor([[20.0, 20], [490, 470], [114.5, 119], [240, 230]])
+    thirds = torch.tensor([-1 / 3, 0, 1 / 3]) * sides[..., None]
+    torch.testing.assert_close(found[:, 0, 1], expected[:, :1] + thirds[:, 0])
+    torch.testing.assert_close(found[:, 1, :, 1], expected[:, 1:2] + thirds[:, 1])
 
 
 def test_intervals() -> None:
