@@ -293,7 +293,7 @@ def test_an_interrupted_build_goes_on_where_it_was(
     assert 0 < n < 600
     assert s.sizes.tolist() == [[64, 48]] * 600
     assert reads(root)[1] == 0
-    # a kill may leave a partial file, but no other
+    # A kill may leave a partial file, but no other.
     assert [path for path in reads.index.iterdir() if path.suffix != ".partial"] == [file]
 
 

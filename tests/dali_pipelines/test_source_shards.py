@@ -108,7 +108,7 @@ def test_a_shard_cut_short_keeps_what_is_whole(
         kept = [i for i in mine if i not in s.bad]
         assert [s.names[i] for i in kept] == names[: len(kept)], length
         assert [s.read(i) for i in kept] == encoded[: len(kept)], length
-        # an image whose checksum or class is missing may count or not
+        # An image whose checksum or class is missing may count or not.
         assert sum(end + 4 <= length for end in ends) - 1 <= len(kept) <= sum(end <= length for end in ends), length
         assert len(mine) - len(kept) <= 1, length
         assert all(s.bad[i].startswith(CUT) for i in mine if i in s.bad), length
