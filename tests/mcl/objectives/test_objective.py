@@ -1,4 +1,4 @@
-"""An objective that is not ours goes through training, checkpoints, evaluation, export, report and budget."""
+"""An objective that is not part of mcl can be trained, resumed, evaluated, exported, reported and counted."""
 
 import dataclasses
 import shutil
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("thin_backbone", "_other")
 
 
 class Classes(Objective):
-    """Tells the classes of whole images apart, and counts its steps and what they were given."""
+    """Classifies whole images, and counts steps and the views that it gets."""
 
     scores = ("accuracy",)
     labelled = True
@@ -67,7 +67,7 @@ def _other(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_from_training_to_export(tiny: Config, tmp_path: Path) -> None:
-    """No momentum network, scores of its own, and a state that a resumed run takes up."""
+    """It has no momentum network, its own scores, and a state that a resumed run restores."""
     tiny = config.override(tiny, ["evaluation.at_end=[knn]", "evaluation.k=3"])
     run.pretrain(tiny)
     train, scored = (read(tiny.run_folder / f"{name}.jsonl") for name in ("metrics", "evaluations"))
