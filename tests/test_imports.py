@@ -1,5 +1,5 @@
-"""Imports point one way: kernels <- dali_pipelines <- mcl <- benchmarks and tests; and the command line answers at
-once."""
+"""Imports have one direction: kernels <- dali_pipelines <- mcl <- benchmarks and tests; and the command line starts
+quickly."""
 
 import ast
 import subprocess
@@ -15,11 +15,11 @@ ABOVE = {
     "mcl": {"benchmarks", "tests"},
     "benchmarks": {"tests"},
 }
-"""What a package must not import."""
+"""Packages that a package must not import."""
 
 
 def imported(file: Path) -> set[str]:
-    """Top-level packages that a module imports, anywhere in it."""
+    """Top-level packages that a module imports, at any place."""
     names: list[str] = []
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):

@@ -1,4 +1,4 @@
-"""``mcl doctor`` on machines where things are absent or broken; absence and GPUs are simulated."""
+"""``mcl doctor`` on machines where packages or devices are missing or broken; these and GPUs are simulated."""
 
 import importlib
 import importlib.metadata
@@ -24,7 +24,8 @@ OPTIONAL = ["nvidia", "nvidia.dali", "apex", "amp_C", "mmengine", "mmcv", "mmdet
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
-    """Checks on a machine without some modules, with some whose import raises, and with stand-ins for others."""
+    """Runs checks on a machine without some modules, with modules whose import fails, and with replacements for
+    others."""
 
     def examine(
         absent: tuple[str, ...] = (), broken: dict[str, Exception] | None = None, stands: dict[str, Any] | None = None
@@ -171,7 +172,7 @@ def test_cuda_devices_and_their_absence(machine: Machine, nvidia_smi: Callable[[
 
 @pytest.fixture
 def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Puts a shell command in the place of the tool; an empty one removes it."""
+    """Replaces nvidia-smi by a shell command; an empty one removes it."""
     monkeypatch.setenv("PATH", str(tmp_path))
     tool = tmp_path / "nvidia-smi"
 
@@ -189,7 +190,7 @@ def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str
     [
         ("2.14.1+cu130", "(==2.11.0)", "it needs torch==2.11.0"),
         ("2.11.0+cu130", "(==2.11.0)", ""),
-        ("2.15.0+cu132", "(>=2.14.0)", ""),  # later ones go with several versions of torch
+        ("2.15.0+cu132", "(>=2.14.0)", ""),  # later versions support several versions of torch
         ("2.9.0", "(==2.9.0)", ""),
     ],
 )

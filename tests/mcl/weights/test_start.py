@@ -1,4 +1,4 @@
-"""``model.init``: what a run starts from."""
+"""``model.init``: the weights with which a run starts."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from tests.mcl.tiny import equal
 
 
 def test_features_of_torchvision(tmp_path: Path) -> None:
-    """Of the online and the target network: weights and running statistics are torchvision's, to the last bit."""
+    """In online and target network, weights and running statistics are bit for bit those of torchvision."""
     torch.manual_seed(1)
     theirs = torchvision.models.resnet50()
     for name, tensor in theirs.state_dict().items():
@@ -100,7 +100,7 @@ def test_a_run_needs_the_file_when_it_starts_and_then_no_more(tiny: Config, resn
 
 
 def test_the_old_key(tiny: Config, resnet: Path) -> None:
-    """Runs that were started with trainer.init_from go on; it does what model.init does."""
+    """Runs that were started with trainer.init_from continue; the key has the effect of model.init."""
     cfg = init(tiny, "old", f"trainer.init_from={resnet}", "trainer.epochs=1")
     Trainer(cfg).fit()
     said = f"initial weights: {resnet}: backbone 120 tensors, named as torchvision does; no fpn"
@@ -124,7 +124,7 @@ def test_nothing_is_written_before_the_weights_are_known_to_fit(word: str, tiny:
 
 
 def weights_of(cfg: Config) -> Any:
-    distributed.teardown()  # a trainer joins by itself
+    distributed.teardown()  # a trainer joins the group itself
     return Trainer(cfg).model.state_dict()
 
 
