@@ -158,7 +158,7 @@ template <int N>
 __device__ __forceinline__ void add_finish(double (&values)[N]) {
   __shared__ double sums[N][kNormThreads];
   for (int i = 0; i < N; ++i) sums[i][threadIdx.x] = values[i];
-  __syncthreads();  // all values have been written
+  __syncthreads();  // all sums have been written
   for (int i = 0; i < N; ++i) {
     values[i] = 0;
     for (int t = threadIdx.x % kFinishLanes; t < kNormThreads; t += kFinishLanes) values[i] += sums[i][t];
