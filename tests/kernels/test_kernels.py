@@ -55,8 +55,8 @@ def test_every_line_of_the_kernels_is_executed(program: str, tmp_path: Path) -> 
             "weights of a skipped step: element 0",
         ),
         ("steps", "lars.cuh", "distance > 0; distance /= 2", "distance > 1; distance /= 2", None, "norm: element 0 is"),
-        ("batch_norm", "batch_norm.cuh", "  __syncthreads();  // all values have been written\n", "", "thread", "data race"),
-        ("batch_norm", "batch_norm.cuh", "  __syncthreads();  // all sums have been written\n", "", "thread", "data race"),
+        ("batch_norm", "batch_norm.cuh", "  __syncthreads();  // all values are written\n", "", "thread", "data race"),
+        ("batch_norm", "batch_norm.cuh", "  __syncthreads();  // all sums are written\n", "", "thread", "data race"),
         (
             "batch_norm",
             "batch_norm.cuh",
