@@ -54,7 +54,7 @@ with contextlib.suppress(SystemExit):
         (MAIN.format("--version"), "torch"),
     ],
 )
-def test_a_process_stays_without(code: str, absent: str) -> None:
+def test_imports_that_are_avoided(code: str, absent: str) -> None:
     code += f"\nimport sys\nassert {absent!r} not in sys.modules"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

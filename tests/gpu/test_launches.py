@@ -12,7 +12,7 @@ from tests.conftest import ROOT
 from tests.gpu import launches
 
 
-def test_they_are_launched(built: None, device: torch.device, capsys: pytest.CaptureFixture[str]) -> None:
+def test_kernels_are_launched(built: None, device: torch.device, capsys: pytest.CaptureFixture[str]) -> None:
     launches.launch(device)
     assert capsys.readouterr().out == "launched\n"
 

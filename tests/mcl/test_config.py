@@ -26,7 +26,7 @@ def test_presets_load_and_survive_a_round_trip(path: Path) -> None:
     assert config.from_dict(config.to_dict(cfg)) == cfg
 
 
-def test_paths_begin_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/you")
     cfg = preset("mcl_r18_fpn_demo", "data.root=~/images", "output=~/runs")
     assert (cfg.data.root, cfg.output) == ("/home/you/images", "/home/you/runs")
@@ -232,7 +232,7 @@ def test_files_have_texts_as_they_are_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("word", ["data.root=~/x", "output=~", "model.init=~/a.pt"])
-def test_without_a_home_there_is_no_folder_of_its_sign(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tilde_needs_a_home_folder(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as if HOME and passwd gave no home folder
     with pytest.raises(ConfigError, match=rf"{word.split('=')[0]}: ~.*: ~ needs a home folder; set HOME"):
         preset("mcl_r50_fpn_100e_in1k", word)
@@ -269,7 +269,7 @@ def test_presets_take_fewer_levels(path: Path, levels: int) -> None:
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda p: p.stem)
-def test_presets_leave_no_doubts(path: Path) -> None:
+def test_presets_cause_no_warnings(path: Path) -> None:
     assert config.load(path).doubts() == []
 
 
@@ -293,12 +293,12 @@ def test_presets_leave_no_doubts(path: Path) -> None:
         ("budget", ["trainer.epochs=50"], r"montage\.schedule: the canvases from epoch 60, 82 on are never used"),
     ],
 )
-def test_what_is_seldom_meant_is_said_in_a_line(name: str, words: list[str], message: str) -> None:
+def test_unusual_settings_are_warned_of_in_a_line(name: str, words: list[str], message: str) -> None:
     (line,) = preset(f"mcl_r50_fpn_100e_{name}", *words).doubts()
     assert re.search(message, line), line
 
 
-def test_a_warm_up_as_long_as_the_run_never_passes_what_is_said() -> None:
+def test_a_warm_up_as_long_as_the_run_stays_below_the_stated_rate() -> None:
     cfg = preset("mcl_r50_fpn_100e_in1k", "trainer.epochs=2", "optim.warmup_epochs=3")
     rates = [learning_rate(cfg.optim, 4096, step, 2000, 1000) for step in range(2000)]
     assert f"stays below {max(rates):.2g} instead of reaching 16" in cfg.doubts()[0]

@@ -211,14 +211,16 @@ def fake_torch(version: str) -> SimpleNamespace:
 
 
 @pytest.mark.parametrize(("flags", "status"), [({"avx2"}, "note"), ({"avx2", "amx_bf16"}, "ok")])
-def test_slow_bf16_is_said(flags: set[str], status: str, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_bf16_is_logged(flags: set[str], status: str, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "processor", lambda: ("A CPU", flags))
     check = machine(stands={"torch": torch_with_gpu(is_available=lambda: False)})["CPU"]
     assert check.status == status
     assert ("trainer.precision=fp32" in check.remedy) == (status == "note")
 
 
-def test_apex_of_pypi_is_told_from_nvidias(machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_apex_of_pypi_is_distinguished_from_nvidias(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
     package = tmp_path / "apex"
     package.mkdir()

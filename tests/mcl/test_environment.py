@@ -117,7 +117,7 @@ def test_names_that_the_locale_cannot_show(
     assert (tmp_path / "Läufe" / "ä" / "checkpoints" / "last.pt").exists()
 
 
-def test_a_run_goes_on_when_nobody_reads_what_it_says(tiny_file: Path, tmp_path: Path) -> None:
+def test_a_run_continues_if_nobody_reads_its_output(tiny_file: Path, tmp_path: Path) -> None:
     """On a full disk, or if the reader of a pipe has ended. Standard error has nothing that train.log lacks."""
     with open("/dev/full", "w") as full:
         done = mcl("pretrain", tiny_file, "trainer.epochs=1", stdout=full.fileno())

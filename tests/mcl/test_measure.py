@@ -47,7 +47,7 @@ def test_cpus_load_where_they_keep_up_with_the_gpu(
     assert took == f"recommended: data.engine={advice}"
 
 
-def test_what_cannot_be_had_is_said(few_photos: Path) -> None:
+def test_an_unavailable_device_is_named(few_photos: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.device: gpu needs a CUDA device"):
         list(measure.measure([f"data.root={few_photos}", "data.device=gpu", *SMALL]))
 

@@ -54,7 +54,7 @@ def calls(tree: ast.AST) -> list[tuple[str, ast.Call]]:
     return [(ast.unparse(node.func), node) for node in ast.walk(tree) if isinstance(node, ast.Call)]
 
 
-def test_nowhere_do_we_read_what_could_execute() -> None:
+def test_no_code_reads_formats_that_can_execute_code() -> None:
     """torch.load uses weights_only, YAML uses safe_load, and there is no unpickling, eval, exec or shell."""
     files = [file for package in ("mcl", "dali_pipelines") for file in (ROOT / package).rglob("*.py")]
     assert len(files) > 50
@@ -104,7 +104,7 @@ def test_exports_carry_no_pickle_where_their_reader_needs_none(untrained: Path, 
         assert torch.load(file, weights_only=True)
 
 
-def test_who_reads_safetensors_may_have_them() -> None:
+def test_targets_that_can_have_safetensors() -> None:
     assert {name for name, t in TARGETS.items() if ".safetensors" in t.saves} >= {"torchvision", "timm"}
 
 
@@ -157,7 +157,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return called
 
 
-def test_a_run_speaks_to_nobody(
+def test_a_run_connects_to_no_host(
     tmp_path: Path, photos: Path, called: list[Any], monkeypatch: pytest.MonkeyPatch, thin_backbone: None
 ) -> None:
     """From its start to its report, with pictures, TensorBoard and scores."""

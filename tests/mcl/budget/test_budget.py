@@ -54,13 +54,13 @@ def gflop_per_image(compute: str, geometry: Geometry) -> float:
     return count.step(configured(model, geometry), 128, 32).flops / 128 / 1e9
 
 
-def test_the_three_steps() -> None:
+def test_flops_of_supervised_released_and_matched_steps() -> None:
     assert count.supervised("resnet50") / 1e9 == pytest.approx(24.3, rel=0.01)
     assert gflop_per_image("released", Geometry()) == pytest.approx(361.5, rel=0.01)
     assert gflop_per_image("matched", Geometry()) == pytest.approx(91.9, rel=0.01)
 
 
-def test_a_count_leaves_real_boxes_behind() -> None:
+def test_counting_leaves_real_boxes_in_the_cache() -> None:
     """Counting must not leave boxes without memory in the cache that real montages use."""
     geometry = Geometry(cells=2, ratios=(1, 2), images_per_canvas=(1, 4))
     count.step(configured(TWO_LEVELS, geometry), 16, 1)
@@ -194,7 +194,7 @@ def test_the_count_is_what_a_real_step_computes_and_saves(compute: str, precisio
     assert sum(counted.saved.values()) == sum(t.untyped_storage().nbytes() for t in saved.values())
 
 
-def test_parts_own_what_is_theirs() -> None:
+def test_parameters_are_counted_by_part() -> None:
     cfg = configured(TWO_LEVELS, FEWER)
     counted, mcl = count.step(cfg, 8, 1), MCL(cfg)
     assert sum(counted.parameters.values()) == sum(p.numel() for p in mcl.parameters())

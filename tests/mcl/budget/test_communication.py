@@ -139,7 +139,7 @@ def test_seconds_of_a_collective() -> None:
     assert seconds("all-reduce", 8, 2, 1) == pytest.approx(3.6e-6 + 2 * 0.47e-6, rel=1e-3)
 
 
-def test_what_arithmetic_hides() -> None:
+def test_communication_that_overlaps_with_computation() -> None:
     """Gradients except the last bucket overlap with backward as far as time allows; BatchNorm's collectives never
     overlap."""
     flops = {"backbone": 3 * 10**12, "loss": 10**12, "momentum network": 2 * 10**12}

@@ -77,7 +77,7 @@ def test_one_process_of_a_machine_lists_checks_and_reads(photos: Path, tmp_path:
     assert (first[0][0], first[1:], second[1:]) == (66, [True, 66, 66], [False, 0, 0])
 
 
-def test_what_one_rank_finds_broken_all_of_them_know(photos: Path, tmp_path: Path) -> None:
+def test_a_broken_file_that_one_rank_finds_is_known_to_all(photos: Path, tmp_path: Path) -> None:
     """The file is in the checkpoint of rank 0, is listed once, and counts towards the limit of every rank."""
     size, per_rank = 32, 8
     shown_by = [np.empty(size, int) for _ in range(2)]  # [epoch][image]: the rank that showed it
@@ -150,7 +150,7 @@ class OursError(RuntimeError):
         (RuntimeError("shapes differ"), RuntimeError),
     ],
 )
-def test_errors_of_collectives_are_others_doing(
+def test_errors_of_collectives_name_the_peers(
     error: Exception, raised: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
@@ -167,6 +167,6 @@ def leave_and_go_on() -> bool:
     return True
 
 
-def test_what_follows_the_group_has_no_deadline() -> None:
+def test_work_after_the_group_has_no_deadline() -> None:
     """Evaluations of a finished run, for instance, may take any time."""
     assert in_ranks(2, leave_and_go_on) == [True, True]

@@ -318,7 +318,7 @@ def hang_while_saving(rank: int) -> None:
 
 @pytest.mark.soak
 @pytest.mark.fault("a disk that hangs in a save of rank 0, then SIGKILL of rank 1")
-def test_a_save_that_hangs_keeps_nobody_alive(preset: Path, tmp_path: Path) -> None:
+def test_a_save_that_hangs_does_not_block_the_exit(preset: Path, tmp_path: Path) -> None:
     with Run(preset, tmp_path, plant=hang_while_saving) as run:
         run.reach(3)
         kill(run, [1])

@@ -202,7 +202,7 @@ def test_processes_of_srun_alone_are_refused(environment: pytest.MonkeyPatch) ->
         distributed.setup("cpu")
 
 
-def test_nobody_listens(environment: pytest.MonkeyPatch) -> None:
+def test_processes_that_do_not_meet(environment: pytest.MonkeyPatch) -> None:
     for name, value in {**TORCHRUN, "MASTER_PORT": str(free_port())}.items():
         environment.setenv(name, value)
     with pytest.raises(ConfigError, match=r"2 processes did not meet at 127\.0\.0\.1:"):

@@ -92,7 +92,7 @@ def _command(folder: Path, root: Path, *words: str) -> list[str]:
     return [sys.executable, "-m", "mcl", "pretrain", str(folder / "tiny.yaml"), *words]
 
 
-def test_an_error_is_said_once(tmp_path: Path) -> None:
+def test_an_error_is_printed_once(tmp_path: Path) -> None:
     command = _command(tmp_path, tmp_path / "nothing")
     (temporary := tmp_path / "temporary").mkdir()
     environment = {**os.environ, "TMPDIR": str(temporary)}

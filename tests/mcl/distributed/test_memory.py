@@ -42,7 +42,7 @@ def share(apart: bool) -> list[Any]:
 
 
 @pytest.mark.parametrize("apart", [False, True])
-def test_one_process_works_and_what_it_made_is_everybodys(apart: bool) -> None:
+def test_one_process_works_and_all_share_the_result(apart: bool) -> None:
     """A process that writes to its result does not change that of others; without shared memory, each process does the
     work."""
     first, second = in_ranks(2, share, apart)

@@ -159,7 +159,7 @@ def test_a_stopped_one_goes_on_to_the_same_file(
         assert left_out == [1, 0]
 
 
-def test_what_another_network_began_is_not_gone_on_with(
+def test_a_file_of_another_network_is_not_continued(
     cfg: Config, source: Source, thin: Objective, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "x.npy"

@@ -48,7 +48,7 @@ class Oracle(MCL):
 
 @pytest.mark.usefixtures("thin_backbone")
 @pytest.mark.parametrize("targets", ["top", "all"])
-def test_what_an_oracle_finds(small: Config, targets: str) -> None:
+def test_scores_of_an_oracle(small: Config, targets: str) -> None:
     oracle = Oracle(config.override(small, [f"model.targets={targets}", "model.width=8"]))
     views = [random_view(small.montage, 8, seed) for seed in (0, 1)]
     assert oracle.matches(*views).tolist() == [[1.0, pytest.approx(1 / 8)]] * 2

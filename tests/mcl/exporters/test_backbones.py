@@ -31,7 +31,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 
 @pytest.mark.parametrize(("name", "key"), [("swin_t", "mmdet"), ("convnext_t", "mmpretrain")])
-def test_thin_ones(name: str, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_thin_backbones(name: str, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In OpenMMLab's modules with the same sizes."""
     pytest.importorskip("mmdet", reason="needs MMDetection: make mmdet")
     width, depths = THIN[name]
@@ -79,7 +79,7 @@ def test_merged_patches_as_mmdetection_has_them() -> None:
     torch.testing.assert_close(found, merge(x).flatten(1, 2))
 
 
-def test_merging_belongs_to_the_stage_before_it() -> None:
+def test_merging_belongs_to_the_previous_stage() -> None:
     rename = TARGETS["mmdet"].renames["swin_t"]
     assert rename("features.4.reduction.weight") == "backbone.stages.1.downsample.reduction.weight"
     assert rename("features.5.3.mlp.3.bias") == "backbone.stages.2.blocks.3.ffn.layers.1.bias"

@@ -64,7 +64,7 @@ def test_named_folder_and_none(small: MCL, few_photos: Path, tmp_path: Path) -> 
         export(path, "detectron2")
 
 
-def test_who_freezes_batch_norm() -> None:
+def test_targets_that_freeze_batch_norm() -> None:
     assert {name for name, target in TARGETS.items() if target.freezes} == {
         "detectron2",
         "transformers-detr",

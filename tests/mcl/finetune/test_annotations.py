@@ -57,7 +57,7 @@ def every(section: str, **values: Any) -> Edit:
     return lambda content: [entry.update(values) for entry in content[section]]
 
 
-def test_what_is_in_order_is_left_as_it_is() -> None:
+def test_valid_annotations_do_not_change() -> None:
     content = example()
     data = encode(content)
     assert check(data, "x") == Annotations(**content, corrections="", digest=hashlib.sha256(data).digest())
@@ -326,7 +326,7 @@ def test_encodings(bom: bytes, encoding: str) -> None:
     assert bool(checked.corrections) == (encoding != "utf-8" or bool(bom))
 
 
-def test_masks_that_nobody_needs_are_not_looked_at() -> None:
+def test_unused_masks_are_not_checked() -> None:
     data = edited(every("annotations", segmentation="broken"))
     assert all("segmentation" not in annotation for annotation in check(data, "x", masks=False).annotations)
 

@@ -197,7 +197,7 @@ def test_many_categories_are_not_all_listed(fresh: Path) -> None:
         open_folder(str(fresh), wanted=["unicorn"])
 
 
-def test_small_boxes_categories_without_objects_and_corrections_are_spoken_of(
+def test_small_boxes_categories_without_objects_and_corrections_are_logged(
     fresh: Path, said: pytest.LogCaptureFixture
 ) -> None:
     """COCO itself has such boxes."""

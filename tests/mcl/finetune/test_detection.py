@@ -112,7 +112,7 @@ def check_object(pixels: Any, box: tuple[int, ...], color: tuple[int, ...], scal
     assert (name == 0).all(-1).any()
 
 
-def test_what_is_found_is_drawn(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_detections_are_drawn(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(["detect", str(run), str(run.parent / "images")])
     drawn = run / "detections"
     assert capsys.readouterr().out.splitlines() == [

@@ -213,7 +213,7 @@ def test_an_image_that_changed_is_not_trained_on(fresh: Path, tmp_path: Path) ->
     assert "64 x 48 pixels, the annotations say 128 x " in (tmp_path / "run" / "bad_files.jsonl").read_text()
 
 
-def test_what_opencv_alone_reads_is_used(fresh: Path) -> None:
+def test_formats_that_only_opencv_reads_are_used(fresh: Path) -> None:
     """Pre-training refuses such formats."""
     for split in ("train", "val"):
         path = next((fresh / split).glob("*.jpg"))

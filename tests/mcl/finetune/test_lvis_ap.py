@@ -93,7 +93,9 @@ SECOND_DOG: Found = (2, DOG, FAR, 0.7)
         ([(3, COW, BOX, 0.9)], 1, 1),
     ],
 )
-def test_what_was_not_searched_for_does_not_count(more: list[Found], lvis: float, coco: float, tmp_path: Path) -> None:
+def test_categories_that_were_not_searched_for_do_not_count(
+    more: list[Found], lvis: float, coco: float, tmp_path: Path
+) -> None:
     annotations(tmp_path / "lvis.json")
     found = [*RIGHT, SECOND_DOG, *more]
     for kind, expected in ((lvis_ap.LVISFolderMetric, lvis), (metric.FolderMetric, coco)):
@@ -127,7 +129,7 @@ def test_300_detections_of_an_image_count(others: int, ap: float, tmp_path: Path
     assert values["bbox_mAP"] == ap
 
 
-def test_as_all_pairs_at_once(tmp_path: Path) -> None:
+def test_equals_an_evaluation_of_all_pairs_at_once(tmp_path: Path) -> None:
     """Compares random boxes with a single evaluation by faster-coco-eval."""
     rng = np.random.default_rng(0)
     boxes = [[*rng.integers(0, 40, 2).tolist(), *rng.integers(5, 50, 2).tolist()] for _ in range(12)]

@@ -137,7 +137,7 @@ def test_wrong_files(tmp_path: Path) -> None:
         settings.load(tmp_path / "broken.py")
 
 
-def test_a_rate_that_will_not_fall_is_spoken_of(said: pytest.LogCaptureFixture) -> None:
+def test_a_rate_that_will_not_decrease_is_logged(said: pytest.LogCaptureFixture) -> None:
     settings.load(MINI, ["train_cfg.max_iters=1000", "param_scheduler.1.milestones=[900,1100]"])
     assert "the learning rate will not decrease at [1100]: train_cfg.max_iters=1000" in said.text
     said.clear()

@@ -64,7 +64,7 @@ def test_nothing_counts() -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_as_mmdetection_where_recalls_are_no_tenths(seed: int) -> None:
+def test_equals_mmdetection_if_recalls_are_not_tenths(seed: int) -> None:
     rng = np.random.default_rng(seed)
 
     def boxes(n: int) -> Any:

@@ -151,7 +151,7 @@ def offset_variance() -> tuple[float, float]:
     return norm.running_var.item(), x.var().item()
 
 
-def test_an_offset_costs_no_variance() -> None:
+def test_the_variance_of_values_far_from_zero_is_exact() -> None:
     for found, expected in in_ranks(2, offset_variance):
         assert found == pytest.approx(expected, rel=1e-6)
 
@@ -163,7 +163,7 @@ def dead_channels() -> bool:
     return bool(norm(own(values.expand(7, 64))).isfinite().all())
 
 
-def test_no_variance_is_not_less_than_none() -> None:
+def test_channels_without_variance_are_finite() -> None:
     assert in_ranks(2, dead_channels) == [True, True]
 
 

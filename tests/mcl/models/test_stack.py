@@ -143,7 +143,7 @@ def both_losses() -> list[Tensor]:
     return [step(build(CASES[0], assembly, ThinBackbone))["losses"] for assembly in ("montage", "stack")]
 
 
-def test_so_it_has_in_two_processes() -> None:
+def test_stack_equals_the_montage_in_two_processes() -> None:
     (montage, stack), other = in_ranks(2, both_losses)
     torch.testing.assert_close(stack, montage, rtol=1e-10, atol=0)
     torch.testing.assert_close(other[1], stack, rtol=1e-10, atol=0)  # the same views, but twice as many targets
@@ -207,7 +207,7 @@ def test_a_budget_counts_stacked_images() -> None:
         ),
     ],
 )
-def test_what_it_cannot_follow_is_refused(words: list[str], message: str) -> None:
+def test_settings_that_stack_does_not_support_are_refused(words: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         config.load("mcl_r50_fpn_100e_in1k", ["model.assembly=stack", *words])
 

@@ -106,7 +106,7 @@ def test_an_image_without_a_class_is_refused(tiny: Config, few_photos: Path, tmp
 
 
 @pytest.mark.parametrize("parts", [1, 2])
-def test_it_finishes_every_step_but_a_skipped_one(parts: int) -> None:
+def test_an_objective_finishes_every_step_that_is_not_skipped(parts: int) -> None:
     cfg = configure("trainer.global_batch=8", f"trainer.accumulate={parts}", "trainer.on_nonfinite=skip")
     step, good = build(cfg), views(cfg)
     bad = dataclasses.replace(good[0], pixels=good[0].pixels * torch.nan), good[1]

@@ -304,7 +304,7 @@ def test_a_budget_counts_them() -> None:
         ("supervised_contrastive", "model.loss=cosine", r"model\.loss=infonce, or another"),
     ],
 )
-def test_what_does_not_go_together_is_refused(peer: str, word: str, message: str) -> None:
+def test_keys_that_conflict_are_refused(peer: str, word: str, message: str) -> None:
     key, value = word.split("=")
     cfg = configure(*WORDS.get(peer, (f"objective={peer}",)), word)
     with pytest.raises(ConfigError, match=rf"^{key}: {value}.*, but objective={peer} .*{message}"):

@@ -194,7 +194,7 @@ def test_a_run_resumes_and_exports(objective: str, tiny: Config, tmp_path: Path)
 
 @pytest.mark.usefixtures("thin_backbone")
 @pytest.mark.parametrize("objective", ["supervised", "supervised_contrastive"])
-def test_its_loss_falls(objective: str) -> None:
+def test_the_loss_of_objectives_with_labels_decreases(objective: str) -> None:
     cfg = configure(f"objective={objective}", "trainer.global_batch=8", "model.temperature=0.1", "optim.name=adamw")
     torch.manual_seed(0)
     step = TrainingStep(cfg, build(cfg, ["a", "b"]), torch.device("cpu"))
@@ -214,6 +214,6 @@ def test_it_learns_from_photographs(objective: str, photos: Path, tmp_path: Path
     assert losses[-1] < 0.95 * losses[0], losses
 
 
-def test_what_does_not_go_together_is_refused() -> None:
+def test_keys_that_conflict_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"trainer\.accumulate: objective=supervised_contrastive"):
         SupervisedContrastive.check(configure("objective=supervised_contrastive", "trainer.accumulate=2"))

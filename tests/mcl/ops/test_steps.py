@@ -130,7 +130,7 @@ def test_opcheck(name: str, arguments: Callable[[], tuple[Any, ...]]) -> None:
     torch.library.opcheck(getattr(torch.ops.mcl, name).default, arguments())
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_lists_that_do_not_fit_are_refused() -> None:
     weights, grads, momenta = lists(torch.float32)
     for wrong, message in (
         ((weights, grads[:-1], momenta), "length"),
@@ -224,7 +224,7 @@ def test_apex_gets_nothing_but_fp32(stand_in: standin_apex.StandIn) -> None:
     assert stand_in.calls == []
 
 
-def test_backends_are_told(stand_in: standin_apex.StandIn) -> None:
+def test_backends_are_named(stand_in: standin_apex.StandIn) -> None:
     told = {task: library for task, (library, _) in ops.backends("cuda").items()}
     assert told["norms"] == told["ema_"] == told["clip"] == told["cross_entropy"] == "apex"
     assert told["lars_"] != "apex"

@@ -87,7 +87,7 @@ def test_processes_have_the_figures_of_the_whole_batch() -> None:
 
 @pytest.mark.usefixtures("thin_backbone")
 @pytest.mark.parametrize("objective", ["mcl", "supervised_contrastive"])
-def test_objectives_hand_over_what_they_compare(objective: str) -> None:
+def test_objectives_return_the_vectors_that_they_compare(objective: str) -> None:
     """MCL returns the normalised targets of the levels that have some, without the queue; micro-batches return all of
     theirs."""
     parts = 1 if objective == "supervised_contrastive" else 2

@@ -75,7 +75,7 @@ def test_a_run_says_in_which_arithmetic() -> None:
 # ---------------------------------------------------------------------------------------------------- deterministic
 
 
-def test_cublas_is_told_before_cuda_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cublas_is_configured_before_cuda_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     exact = TrainerConfig(deterministic=True)
     arithmetic.choose(TrainerConfig())
     assert WORKSPACE not in os.environ
@@ -153,7 +153,7 @@ def test_three_processes_resume_bit_for_bit() -> None:
         torch.testing.assert_close(norms, of_all_reduce)
 
 
-def test_what_would_compute_other_numbers_is_refused_on_resume(tiny: Config, thin_backbone: None) -> None:
+def test_settings_that_change_results_are_refused_on_resume(tiny: Config, thin_backbone: None) -> None:
     """Or a warning, if bit-identical results are not promised."""
     exact = config.override(tiny, ["trainer.deterministic=true"])
     Trainer(exact).fit()

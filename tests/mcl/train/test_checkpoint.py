@@ -141,7 +141,7 @@ def test_a_save_does_not_wait_for_the_disk_but_the_next_one_does(tmp_path: Path)
     assert [p.name for p in checkpoint.steps(tmp_path)] == ["step_00000001.pt", "step_00000002.pt"]
 
 
-def test_a_failed_save_is_told_at_the_next_look(tmp_path: Path) -> None:
+def test_a_failed_save_is_reported_at_the_next_check(tmp_path: Path) -> None:
     saver = Saver(tmp_path, keep=3)
     saver.check()
     with small_disk(1000):

@@ -92,7 +92,9 @@ def test_a_run_with_evaluations_computes_the_same(alone: tuple[Config, dict[str,
     assert os.readlink(cfg.run_folder / "checkpoints" / "best.pt") == f"step_{best:08d}.pt"
 
 
-def test_so_it_does_in_two_processes(alone: tuple[Config, dict[str, Any]], words: list[str]) -> None:
+def test_two_processes_with_evaluations_compute_the_same(
+    alone: tuple[Config, dict[str, Any]], words: list[str]
+) -> None:
     """Scores are those of one process where the networks are the same: before the first step."""
     parts = in_ranks(2, both, [*words])
     assert [same for same, _ in parts] == [True, True]
@@ -160,7 +162,7 @@ def test_the_best_by_what_is_never_evaluated(tiny: Config) -> None:
 
 
 @pytest.mark.usefixtures("thin_backbone")
-def test_what_is_evaluated_later_is_kept_and_shown(words: list[str], tmp_path: Path) -> None:
+def test_later_evaluations_are_kept_and_shown(words: list[str], tmp_path: Path) -> None:
     """In the run folder, and shown in its report; a checkpoint elsewhere leaves no record."""
     cfg = config.override(
         config.from_dict(PRESET), [*words, "evaluation.every=2", "evaluation.gallery=8", "evaluation.galleries=2"]

@@ -16,7 +16,7 @@ from mcl.train.graphs import CudaRecorder, Graphed
 from tests.step import configure, views
 
 
-def test_what_was_recorded_is_gone_before_the_next_is_recorded() -> None:
+def test_a_graph_is_freed_before_the_next_is_captured() -> None:
     """Graphs of two canvas sizes need not fit into a GPU together."""
     before: list[weakref.ref[Tensor]] = []
     alive: list[bool] = []

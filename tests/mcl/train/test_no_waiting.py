@@ -61,7 +61,7 @@ from tests.step import FOUR_LEVELS, ONE_LEVEL, build, configure, views
     ],
 )
 @pytest.mark.filterwarnings("ignore:indexing with dtype torch.uint8")
-def test_the_detector_knows_what_waits(wait: Callable[[Tensor], Any]) -> None:
+def test_the_detector_finds_what_waits(wait: Callable[[Tensor], Any]) -> None:
     with pytest.raises(Waited), Detector("cpu"):
         wait(torch.arange(4.0))
 
@@ -151,7 +151,7 @@ def test_a_whole_step_reads_nothing_back(words: tuple[str, ...]) -> None:
     ],
     ids=" ".join,
 )
-def test_nor_does_it_with_any_optimiser(words: tuple[str, ...], optimizer: str) -> None:
+def test_no_optimiser_waits(words: tuple[str, ...], optimizer: str) -> None:
     words = (*words, f"optim.name={optimizer}", "optim.clip_norm=1", "trainer.accumulate=2", "trainer.global_batch=8")
     check_whole_step(words)
 
@@ -166,7 +166,7 @@ def test_nor_does_it_with_any_optimiser(words: tuple[str, ...], optimizer: str) 
     ],
     ids=["fp32", "fp16"],
 )
-def test_nor_does_one_that_is_skipped(words: tuple[str, ...], optimizer: str) -> None:
+def test_a_skipped_step_does_not_wait(words: tuple[str, ...], optimizer: str) -> None:
     """The host never learns whether a step was skipped."""
     cfg = configure(*words, f"optim.name={optimizer}", "optim.clip_norm=1")
     step, (query, key) = build(cfg), views(cfg)
@@ -213,7 +213,7 @@ def wrapped_steps() -> list[Counter[str]]:
     return seen
 
 
-def test_nor_does_one_of_several_processes() -> None:
+def test_a_step_of_several_processes_does_not_wait() -> None:
     for seen in itertools.chain(*in_ranks(2, wrapped_steps)):
         assert seen["c10d::allreduce_"] > seen["mcl::batch_norm_backward_reduce"] > 0  # of gradients, and of each norm
         assert seen["mcl::lars_"] == 4

@@ -102,7 +102,7 @@ def check_equal(a: list[Tensor], b: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_step_with_found_inf_never_was(name: str, dtype: torch.dtype) -> None:
+def test_a_step_with_found_inf_changes_nothing(name: str, dtype: torch.dtype) -> None:
     """In the first step, which creates the state, and a later one: bit for bit as an optimiser that never had these
     steps."""
     (model, optimizer), (twin, other) = build(name, dtype), build(name, dtype)

@@ -175,7 +175,7 @@ def test_auto_becomes_a_number_that_stays(tiny: Config) -> None:
             Trainer(tiny)
 
 
-def test_an_error_for_want_of_memory_says_what_helps(tiny: Config, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_out_of_memory_error_names_remedies(tiny: Config, capsys: pytest.CaptureFixture[str]) -> None:
     """In one line, with the exit code for wrong input; the traceback is in train.log."""
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has 1 GiB")
     with mock.patch.object(Trainer, "train_step", side_effect=error), pytest.raises(SystemExit, match="2"):
@@ -203,7 +203,7 @@ def test_an_error_for_want_of_memory_says_what_helps(tiny: Config, capsys: pytes
     ],
     ids=["driver", "cuBLAS", "cuDNN", "CPU", "Python"],
 )
-def test_whoever_has_no_memory_is_understood(tiny: Config, error: Exception) -> None:
+def test_errors_for_lack_of_memory_are_explained(tiny: Config, error: Exception) -> None:
     with (
         pytest.raises(OutOfMemoryError, match=r"set trainer\.recompute=true") as raised,
         memory.explained(tiny, torch.device("cpu"), loader(tiny)),

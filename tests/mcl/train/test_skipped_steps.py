@@ -57,7 +57,7 @@ def check_equal(a: dict[str, Any], b: dict[str, Any]) -> None:
     ],
     ids=["lars", "sgd", "adamw"],
 )
-def test_a_skipped_step_never_was(words: list[str]) -> None:
+def test_a_skipped_step_changes_nothing(words: list[str]) -> None:
     """Weights, running statistics, momentum network and optimiser are bit-identical, for the first step and later
     ones."""
     skip = configure(*words, "trainer.on_nonfinite=skip")
@@ -105,7 +105,7 @@ def test_a_norm_that_overflows_is_not_finite_either() -> None:
 
 
 @pytest.mark.usefixtures("thin_backbone")
-def test_where_nothing_is_skipped_nothing_is_protected() -> None:
+def test_weights_are_not_protected_if_no_step_is_skipped() -> None:
     cfg = configure("trainer.on_nonfinite=stop")
     after = train(cfg, [poisoned(views(cfg))])
     assert any(not tensor.isfinite().all() for tensor in after["model"].values())
@@ -124,7 +124,7 @@ def one_bad_rank(cfg: Config) -> dict[str, Any]:
     return {"finite": finite, "undone": undone, "model": step.model.state_dict(), "state": state(step)}
 
 
-def test_what_one_rank_cannot_compute_none_of_them_does() -> None:
+def test_a_gradient_that_is_not_finite_in_one_rank_skips_the_step_in_all() -> None:
     """Gradients are averaged, so NaN in one rank is NaN in all, and ranks agree without communication."""
     cfg = configure(*FOUR_LEVELS, "trainer.on_nonfinite=skip", "trainer.global_batch=8")  # every map has a gradient
     first, second = in_ranks(2, one_bad_rank, cfg)

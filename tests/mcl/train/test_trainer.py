@@ -264,7 +264,7 @@ def test_a_failed_save_keeps_the_checkpoint_before(tiny: Config) -> None:
     assert last_weights(tiny)["step"] == STEPS
 
 
-def test_a_record_that_finds_no_room_is_named(tiny: Config) -> None:
+def test_a_record_that_cannot_be_written_is_named(tiny: Config) -> None:
     """The error names the file and has no traceback."""
     trainer = Trainer(tiny)
     with ExitStack() as disk:

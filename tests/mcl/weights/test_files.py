@@ -91,7 +91,7 @@ def test_a_folder_with_safetensors(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ending", [".pth", ".pt", ".safetensors", ".pkl"])
-def test_files_that_are_none(ending: str, tmp_path: Path) -> None:
+def test_missing_and_damaged_files(ending: str, tmp_path: Path) -> None:
     file = tmp_path / f"x{ending}"
     with pytest.raises(CheckpointError, match=r"cannot read .*No such file"):
         files.load(file)

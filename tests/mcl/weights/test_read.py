@@ -278,7 +278,7 @@ def test_classifiers_with_layer_norms(
         for name in SMALLS
     ],
 )
-def test_deeper_ones_with_layer_norms(to: str, name: str, save: Callable[[Any], Path]) -> None:
+def test_deeper_models_with_layer_norms(to: str, name: str, save: Callable[[Any], Path]) -> None:
     target = TARGETS[to]
     names = {n: target.name_of(f"backbone.body.{n}", f"{name}_t") for n in state_of(SMALLS[name])}
     state = target.adapt({names[n] or n: tensor for n, tensor in state_of(SMALLS[name]).items()})
@@ -444,7 +444,7 @@ def test_less_than_the_whole_backbone(model: MCL, resnet: State, save: Callable[
 
 
 @pytest.mark.parametrize("content", [[1], {"state_dict": 3}, {3: torch.ones(1)}, {"a": 1}, {}, None, torch.ones(2)])
-def test_what_holds_no_weights(content: Any, model: MCL, save: Callable[[Any], Path]) -> None:
+def test_files_without_weights(content: Any, model: MCL, save: Callable[[Any], Path]) -> None:
     with pytest.raises(CheckpointError, match=r"x\.pth: holds no tensors with names"):
         taken(save(content), model)
 

@@ -64,7 +64,7 @@ def test_a_checkpoint_of_the_same_model_is_taken_whole(tmp_path: Path) -> None:
     assert torch.equal(target.predictors[0][0].weight, predictors)
 
 
-def test_of_another_width_the_backbone_is_taken(tmp_path: Path) -> None:
+def test_only_the_backbone_is_loaded_if_the_width_differs(tmp_path: Path) -> None:
     model = make_model(Geometry(), backbone="resnet18", width=16, head_convs=0)
     path = save_model(model, Geometry(), tmp_path)
     wider = make_model(Geometry(), backbone="resnet18", width=24, head_convs=0)
@@ -99,7 +99,7 @@ def test_a_run_needs_the_file_when_it_starts_and_then_no_more(tiny: Config, resn
         Trainer(init(cfg, "started", "model.init="))
 
 
-def test_the_old_key(tiny: Config, resnet: Path) -> None:
+def test_the_old_key_init_from(tiny: Config, resnet: Path) -> None:
     """Runs that were started with trainer.init_from continue; the key has the effect of model.init."""
     cfg = init(tiny, "old", f"trainer.init_from={resnet}", "trainer.epochs=1")
     Trainer(cfg).fit()
