@@ -1,4 +1,4 @@
-"""Training steps small enough for tests, and views for them as a loader makes them."""
+"""Training steps small enough for tests, and views for them like those of the loader."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -32,13 +32,13 @@ def configure(*words: str) -> Config:
 
 
 def build(cfg: Config, device: torch.device | None = None) -> TrainingStep:
-    """A step on a device, the CPU by default, of a model with the same weights every time."""
+    """A step on a device, by default the CPU, for a model that always has the same weights."""
     torch.manual_seed(0)
     return TrainingStep(cfg, objectives.build(cfg), device or torch.device("cpu"))
 
 
 def views(cfg: Config, first_seed: int = 1, world: int = 1) -> tuple[MontageBatch, MontageBatch]:
-    """Query and key view of noise for one of `world` processes."""
+    """Query and key view of random pixels for one of `world` processes."""
     images = cfg.images_per_rank(world)
     dtype = torch.float64 if cfg.trainer.precision == "fp64" else torch.float32
     return tuple(  # type: ignore[return-value]
@@ -52,8 +52,8 @@ def views(cfg: Config, first_seed: int = 1, world: int = 1) -> tuple[MontageBatc
 
 
 def normalize_parts(model: nn.Module, canvases: Sequence[int], parts: int) -> None:
-    """Lets every BatchNorm normalise the canvases, or the tiles of a level, of each of so many parts by themselves, as
-    it does where gradients are accumulated over micro-batches."""
+    """Makes every BatchNorm normalise each part of the canvases, or of the tiles of a level, separately, as with
+    gradient accumulation over micro-batches."""
 
     def in_groups(module: nn.Module) -> None:
         whole = module.forward

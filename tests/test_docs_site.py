@@ -33,7 +33,7 @@ def test_reference_has_every_public_name() -> None:
     ],
 )
 def test_dead_link(link: str, said: str, tmp_path: Path) -> None:
-    """Of the Markdown files and sources alone, and a page with one link, or one object of the reference."""
+    """Builds a site of the Markdown files and sources, and a page with one link or one object of the reference."""
     pytest.importorskip("mkdocs", reason="make docs installs MkDocs")
     for folder in ("docker", "mcl", "scripts"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.so", "__pycache__"))

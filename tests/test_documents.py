@@ -47,7 +47,7 @@ NOT_RUN = {
     r"mcl convert voc .*": "needs VOC; tests/mcl/finetune/test_voc.py runs it",
     r"mcl evaluate (svm|regions) .*": "need annotations; tests/mcl/evaluation runs them",
 }
-"""By a pattern of the whole command."""
+"""Reasons, by a pattern of the whole command."""
 
 INSTEAD = {
     "/data/imagenet": "data/photos",
@@ -55,11 +55,11 @@ INSTEAD = {
     "FOLDER": "data/photos/train",
     "pretrain mcl_r18_fpn_demo": "pretrain mcl_r18_fpn_demo trainer.epochs=3",
 }
-"""What stands for what a user has, and makes a run short."""
+"""Replacements for the user's own data, and words that make runs short."""
 
 
 def blocks(page: str) -> Iterator[list[str]]:
-    """Lines of indented and of shell blocks."""
+    """Lines of indented blocks and of shell blocks."""
     text = (ROOT / page).read_text()
     yield from (block.splitlines() for block in re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.DOTALL))
     text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
@@ -83,7 +83,7 @@ def not_run(command: str) -> list[str]:
 
 
 def anchors(path: Path) -> set[str]:
-    """Of headings, as GitHub makes them."""
+    """Anchors of headings, as on GitHub."""
     titles = re.findall(r"^#+ (.*)", re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
@@ -101,7 +101,7 @@ def test_links_lead_somewhere(page: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_lines_have_at_most_120_columns(page: str) -> None:
-    """But tables, what programs print, markers of tables, and links."""
+    """Except for tables, output of programs, markers of tables, and links."""
     text = re.sub(r"```.*?```", "", (ROOT / page).read_text(), flags=re.DOTALL)
     wide = [line for line in text.splitlines() if len(line) > 120]
     assert [line for line in wide if not re.match(r"\||    |<!-- |.*\]\(\S+\)\S*$", line)] == []
@@ -115,7 +115,7 @@ def test_the_readme_is_short() -> None:
 def test_commands_are_understood(
     page: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Targets, verbs, options, presets and keys exist."""
+    """Targets, commands, options, presets and keys exist."""
     monkeypatch.chdir(ROOT)
     for command in commands(page):
         for part in re.split(r" && |; ", command):
@@ -178,7 +178,8 @@ def test_the_method_says_which_loss_to_expect() -> None:
 
 @pytest.fixture(scope="module")
 def user(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with photographs and a finished run of the demo, which is also that of the preset for ImageNet."""
+    """A folder with photographs and a finished run of the demo, which also replaces the run of the preset for
+    ImageNet."""
     folder = tmp_path_factory.mktemp("user")
     shutil.copytree(ROOT / "data" / "photos", folder / "data" / "photos")
     shell(folder, "mkdir shards; tar cf shards/val.tar -C data/photos/val .")

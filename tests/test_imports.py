@@ -1,5 +1,5 @@
-"""Imports point one way: kernels <- dali_pipelines <- mcl <- benchmarks and tests; and the command line answers at
-once."""
+"""Imports have one direction: kernels <- dali_pipelines <- mcl <- benchmarks and tests; and the command line starts
+quickly."""
 
 import ast
 import subprocess
@@ -15,11 +15,11 @@ ABOVE = {
     "mcl": {"benchmarks", "tests"},
     "benchmarks": {"tests"},
 }
-"""What a package must not import."""
+"""Packages that a package must not import."""
 
 
 def imported(file: Path) -> set[str]:
-    """Top-level packages that a module imports, anywhere in it."""
+    """Top-level packages that a module imports, at any place."""
     names: list[str] = []
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
@@ -54,7 +54,7 @@ with contextlib.suppress(SystemExit):
         (MAIN.format("--version"), "torch"),
     ],
 )
-def test_a_process_stays_without(code: str, absent: str) -> None:
+def test_imports_that_are_avoided(code: str, absent: str) -> None:
     code += f"\nimport sys\nassert {absent!r} not in sys.modules"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

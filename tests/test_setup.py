@@ -1,4 +1,5 @@
-"""Which CUDA compiler setup.py takes on which machine, without compiling; toolkits and drivers are simulated."""
+"""The CUDA compiler that setup.py selects on different machines, without compiling; toolkits and drivers are
+simulated."""
 
 import importlib.util
 import os
@@ -21,7 +22,7 @@ REMEDY = 'no compiler for CUDA 13.0; pip install "cuda-toolkit[cccl,nvcc]==13.0.
 
 
 def toolkit(home: Path, version: str) -> Path:
-    """A compiler that can say what it is, and a runtime."""
+    """A toolkit with a compiler that prints its version, and a runtime."""
     nvcc = home / "bin/nvcc"
     nvcc.parent.mkdir(parents=True, exist_ok=True)
     known = "compute_75 compute_80 compute_86 compute_90"
@@ -35,7 +36,7 @@ def toolkit(home: Path, version: str) -> Path:
 
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setup:
-    """Runs setup.py; `installed` is the version of the CUDA toolkit, `wheel` whether PyPI's compiler is there."""
+    """Runs setup.py; `installed` is the version of the CUDA toolkit, `wheel` whether PyPI's compiler is installed."""
 
     def run(installed: str = "", wheel: bool = True, driver: bool = False, wish: str = "") -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -51,7 +52,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setup:
         )
         exists = Path.exists
         monkeypatch.setattr(Path, "exists", lambda path: "/proc/driver" not in str(path) and exists(path))
-        for name in ("TORCH_CUDA_ARCH_LIST", "MAX_JOBS"):  # which setup.py sets
+        for name in ("TORCH_CUDA_ARCH_LIST", "MAX_JOBS"):  # set by setup.py
             monkeypatch.setenv(name, "")
             monkeypatch.delenv(name)
         monkeypatch.setenv("MCL_BUILD_CUDA", wish)
@@ -86,7 +87,7 @@ def test_the_compiler_that_is_taken(
     assert (cuda, set(extensions)) == (on_gpu, {"mcl._C", "dali_pipelines.libmcl_dali"} | on_gpu)
     if compiler:
         assert str(tmp_path / compiler) == cpp_extension.CUDA_HOME
-        assert os.environ["TORCH_CUDA_ARCH_LIST"] == "7.5;8.0;9.0+PTX"  # this compiler knows no later ones
+        assert os.environ["TORCH_CUDA_ARCH_LIST"] == "7.5;8.0;9.0+PTX"  # this compiler supports no later ones
     assert said in capsys.readouterr().out
 
 
@@ -111,7 +112,7 @@ def test_without_torch_nothing_is_compiled(machine: Setup, monkeypatch: pytest.M
 
 
 def test_one_list_of_architectures(machine: Setup) -> None:
-    """What setup.py compiles for is what the documents promise and what the pinned PyTorch runs on."""
+    """The architectures of setup.py are those in the documents, and the pinned PyTorch supports them."""
     architectures = machine()["ARCHITECTURES"]
     assert f"compute capability {architectures[0]} (Turing) or later" in (ROOT / "README.md").read_text()
     assert f"`{';'.join(architectures)}`" in (ROOT / "kernels/README.md").read_text()

@@ -1,4 +1,4 @@
-"""What setup.py builds where DALI is not installed."""
+"""What setup.py builds if DALI is not installed."""
 
 import os
 import subprocess

@@ -31,7 +31,7 @@ def test_the_order_rotates_and_the_first_round_is_a_warm_up(capsys: pytest.Captu
     assert common.rounds([], 3, turn) == {}
 
 
-def test_what_takes_long_has_a_line_of_its_own(
+def test_progress_prints_a_line_after_a_long_item(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = 100.0
@@ -44,7 +44,7 @@ def test_what_takes_long_has_a_line_of_its_own(
     ]
 
 
-def test_interleave_times_every_round_but_the_warmup_in_silence(capsys: pytest.CaptureFixture[str]) -> None:
+def test_interleave_times_all_rounds_but_the_warm_up_without_output(capsys: pytest.CaptureFixture[str]) -> None:
     naps = {"short": 0.002, "long": 0.02}
     seconds = common.interleave({name: lambda n=n: time.sleep(n) for name, n in naps.items()}, repeat=3)  # type: ignore[misc]
     assert {name: len(times) for name, times in seconds.items()} == {"short": 3, "long": 3}

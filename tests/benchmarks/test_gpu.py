@@ -158,7 +158,7 @@ def test_the_default_leaves_time_to_build(tmp_path: Path) -> None:
     assert sum(stage.seconds for stage in gpu.stages(tmp_path, full=False, images=128)) <= 60 * gpu.MINUTES - 60
 
 
-def test_what_would_take_too_long_is_skipped() -> None:
+def test_stages_that_would_take_too_long_are_skipped() -> None:
     stage = Stage("loader", 100, [])
     assert gpu.attempt(stage, 100.0, [], lambda _: {"status": "done"}) == {"status": "done"}
     assert gpu.attempt(stage, 99.0, [], lambda _: {"status": "done"}) == {

@@ -66,7 +66,7 @@ def test_stages_of_a_schedule_have_its_epochs_and_what_was_counted() -> None:
     assert stages[1]["saved_bytes"] == sum(counted.saved.values())
 
 
-def test_what_is_computed_again_is_computed_and_counted() -> None:
+def test_recomputation_is_done_and_counted() -> None:
     contender = CONTENDERS["recompute"][1](SETTING)
     step = contender.start()
     with FlopCounterMode(display=False) as counter:

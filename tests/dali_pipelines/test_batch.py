@@ -24,7 +24,7 @@ def test_a_part_is_canvases_of_every_level_with_their_tiles() -> None:
     """8 canvases of level 0, of which the first 4 are queries, and 4 (2) of level 1, whose tiles are 8 to 23."""
     whole = numbered(Geometry(cells=1, ratios=(1, 2), images_per_canvas=(1, 2), queries=(2, 2)), 8)
     expected = [
-        # canvases: queries and others of level 0, then those of level 1
+        # Canvases: queries and others of level 0, then those of level 1.
         ([0, 1, 4, 5, 8, 10], [0, 1, 4, 5, 8, 9, 10, 11, 16, 17, 18, 19]),
         ([2, 3, 6, 7, 9, 11], [2, 3, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23]),
     ]

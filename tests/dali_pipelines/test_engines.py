@@ -163,7 +163,7 @@ def test_the_torchvision_engine_is_within_one_level_of_the_oracles(pictures: lis
     ("engine", "bounds"),
     [
         ("fused", (0.1, 0.2, 0.4, 0.6)),  # measured: 0.07, 0.15, 0.31 and 0.44
-        # measured: 1.37, 1.51, 1.83 and 3.07; in tiles of 4 px three quarters of the pixels are at the border
+        # Measured: 1.37, 1.51, 1.83 and 3.07; in tiles of 4 px three quarters of the pixels are at the border.
         ("stock", (1.7, 1.9, 2.3, 3.8)),
     ],
 )

@@ -212,7 +212,7 @@ def test_every_engine_chooses_the_same_substitutes(run: Run, encoded: list[bytes
             assert batch.index.tolist() == plan.samples(step, run.broken).tolist()
 
 
-def test_what_other_processes_found_counts_and_is_replaced(good: Source) -> None:
+def test_bad_files_that_other_processes_found_count_and_are_replaced(good: Source) -> None:
     found: Found = []
     with make_loader(good, "fused", on_bad=lambda *args: found.append(args), max_bad_fraction=0.1) as loader:
         next(loader)
@@ -233,7 +233,7 @@ def test_a_folder_without_one_good_file_stops_whatever_fraction_is_allowed(tmp_p
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("kind", ["folders", "webdataset"])
-def test_what_vanished_since_the_start_is_replaced(
+def test_files_removed_since_the_start_are_replaced(
     tmp_path: Path, encoded: list[bytes], engine: str, kind: str
 ) -> None:
     source = make_source(kind, tmp_path / "root", encoded[:IMAGES])
@@ -257,7 +257,7 @@ def saved(image: Image.Image) -> bytes:
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("kind", ["folders", "webdataset"])
-def test_what_has_changed_since_the_start_is_replaced(
+def test_files_changed_since_the_start_are_replaced(
     tmp_path: Path, encoded: list[bytes], picture: Image.Image, engine: str, kind: str
 ) -> None:
     """Detected by the planned size: smaller, larger and rotated images, and files that are no longer images."""
@@ -492,7 +492,7 @@ def fail_with(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
         (OSError(12, "Cannot allocate memory"), r"\[Errno 12\] Cannot allocate memory"),
     ],
 )
-def test_too_little_memory_is_said_at_once_with_the_remedy(
+def test_too_little_memory_is_an_error_at_the_start_with_the_remedy(
     good: Source, error: Exception, cause: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fail_with(error, monkeypatch)
@@ -734,7 +734,7 @@ def test_the_reason_says_what_is_missing_and_how_to_get_it(
     ],
     indirect=["installed"],
 )
-def test_what_cannot_be_had_is_refused_with_the_remedy(
+def test_unavailable_engines_are_refused_with_the_remedy(
     installed: str, asked: dict[str, str], cuda: bool, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=f"^{message}"):
@@ -744,7 +744,7 @@ def test_what_cannot_be_had_is_refused_with_the_remedy(
 @pytest.mark.parametrize(
     ("installed", "engine"), [("no plugin", "stock"), ("no DALI", "torchvision")], indirect=["installed"]
 )
-def test_the_engine_that_steps_in_loads(installed: str, engine: str, good: Source) -> None:
+def test_the_fallback_engine_loads(installed: str, engine: str, good: Source) -> None:
     with make_loader(good, "auto") as loader:
         assert loader.engine_name == engine
         assert loader.reason

@@ -376,7 +376,7 @@ def test_a_folder_that_cannot_be_read_is_named(
 
 def test_headers_of_readable_files(kinds: dict[str, Path]) -> None:
     for name, path in kinds.items():
-        # sizes are those of the stored pixels: EXIF rotation is not applied
+        # Sizes are those of the stored pixels: EXIF rotation is not applied.
         assert header(path) == ((1, 1) if name == "one_pixel.jpg" else (64, 48)), name
 
 

@@ -161,7 +161,7 @@ def test_kinds_and_roots_do_not_share_an_index(tmp_path: Path, folder_of: Write,
     assert reads(tmp_path / "a")[1] == reads(tmp_path / "a", "flat")[1] == 0
 
 
-def test_where_an_index_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_path_of_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
     place = index_file("", "photos", "flat", "")
     assert place.parent == Path("/caches/mcl/index")
@@ -237,7 +237,7 @@ def test_an_index_of_another_version_is_built_anew(tmp_path: Path, folder_of: Wr
     assert reads(tmp_path / "root")[1] == 0
 
 
-def test_who_decodes_is_kept(tmp_path: Path, reads: Reads, picture: Image.Image) -> None:
+def test_the_index_keeps_which_decoder_is_used(tmp_path: Path, reads: Reads, picture: Image.Image) -> None:
     root = tmp_path / "root"
     root.mkdir()
     picture.save(root / "0.jpg")
@@ -293,7 +293,7 @@ def test_an_interrupted_build_goes_on_where_it_was(
     assert 0 < n < 600
     assert s.sizes.tolist() == [[64, 48]] * 600
     assert reads(root)[1] == 0
-    # a kill may leave a partial file, but no other
+    # A kill may leave a partial file, but no other.
     assert [path for path in reads.index.iterdir() if path.suffix != ".partial"] == [file]
 
 

@@ -12,7 +12,7 @@ TEXTS = ["a.jpg", "", "b/ä.jpg", "\udce9.jpg", "\ud800", "nul\0.jpg", "", "\u20
 
 
 @pytest.mark.parametrize("texts", [TEXTS, [], [""], ["x"] * 17_000 + TEXTS], ids=["odd", "none", "empty", "many"])
-def test_they_are_a_sequence(texts: list[str]) -> None:
+def test_names_are_a_sequence(texts: list[str]) -> None:
     names = Names.of(iter(texts))
     assert names == texts
     assert list(names) == texts

@@ -87,7 +87,7 @@ def test_shards(tmp_path: Path, folder_of: Write, upload: Callable[[Path], str])
         check_equal(open_source(f"{root}/{pattern}"), open_source(f"{url}/{pattern}"), root / "t", f"{url}/t")
 
 
-def test_what_has_changed_is_read_again(tmp_path: Path, folder_of: Write, upload: Callable[[Path], str]) -> None:
+def test_changed_files_are_read_again(tmp_path: Path, folder_of: Write, upload: Callable[[Path], str]) -> None:
     paths = folder_of(tmp_path / "root", 2)
     url = upload(tmp_path / "root")
     assert open_source(url).bad == {}

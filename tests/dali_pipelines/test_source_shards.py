@@ -108,7 +108,7 @@ def test_a_shard_cut_short_keeps_what_is_whole(
         kept = [i for i in mine if i not in s.bad]
         assert [s.names[i] for i in kept] == names[: len(kept)], length
         assert [s.read(i) for i in kept] == encoded[: len(kept)], length
-        # an image whose checksum or class is missing may count or not
+        # An image whose checksum or class is missing may count or not.
         assert sum(end + 4 <= length for end in ends) - 1 <= len(kept) <= sum(end <= length for end in ends), length
         assert len(mine) - len(kept) <= 1, length
         assert all(s.bad[i].startswith(CUT) for i in mine if i in s.bad), length
@@ -138,7 +138,7 @@ def test_reading_a_shard_that_has_gone_or_shrunk_says_so(tmp_path: Path, encoded
 
 
 @KINDS
-def test_damage_within_a_shard_ends_it_there(
+def test_a_damaged_shard_ends_at_the_damage(
     tmp_path: Path, encoded: list[bytes], kind: str, write: Shard, end: str
 ) -> None:
     shard = tmp_path / f"a.{end}"
@@ -182,7 +182,7 @@ def test_compressed_shards_are_refused(tmp_path: Path, encoded: list[bytes], nam
             open_source(str(root))
 
 
-def test_compression_is_told_by_the_first_bytes(tmp_path: Path) -> None:
+def test_compression_is_detected_by_the_first_bytes(tmp_path: Path) -> None:
     for magic in (b"\x28\xb5\x2f\xfd", b"\xfd7zXZ\x00", b"BZh9"):
         (tmp_path / "a.tar").write_bytes(magic + bytes(1000))
         with pytest.raises(SourceError, match=r"a\.tar is compressed"):
@@ -242,7 +242,7 @@ def test_folders_of_shards_beside_other_folders(tmp_path: Path, encoded: list[by
         open_source(str(tmp_path))
 
 
-def test_samples_are_told_by_their_names(tmp_path: Path, encoded: list[bytes]) -> None:
+def test_samples_are_identified_by_their_names(tmp_path: Path, encoded: list[bytes]) -> None:
     """A sample's name ends at the first dot after the last slash; of several fields, the image counts."""
     a, b, c, png = encoded
     members = [
@@ -320,7 +320,7 @@ def test_tars_that_were_joined(tmp_path: Path, encoded: list[bytes], cut: int | 
 
 
 @pytest.mark.parametrize("rest", [b"x", b"hello" * 1000, bytes(700) + b"x" * 2000, b"\x1f\x8b" + bytes(100)])
-def test_what_lies_behind_a_tar_is_one_bad_entry(tmp_path: Path, encoded: list[bytes], rest: bytes) -> None:
+def test_data_after_a_tar_is_one_bad_entry(tmp_path: Path, encoded: list[bytes], rest: bytes) -> None:
     names = tar(tmp_path / "a.tar", encoded)
     size = (tmp_path / "a.tar").stat().st_size
     with open(tmp_path / "a.tar", "ab") as file:

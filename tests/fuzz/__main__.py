@@ -42,12 +42,12 @@ class Result(NamedTuple):
 
 
 def fuzz(name: str, folder: Path, seconds: int) -> Result:
-    """Fuzzes a target in a process of its own, which a crash may take down; stops at the first finding.
+    """Fuzzes a target in a separate process, which may crash; stops at the first finding.
 
     Args:
-        name: of the target.
-        folder: gets the log, inputs that led to new code, from which the next time starts, and findings.
-        seconds: how long.
+        name: name of the target.
+        folder: folder for the log, findings, and inputs that reached new code, with which the next run starts.
+        seconds: duration.
     """
     corpus, log = folder / name, folder / f"{name}.log"
     corpus.mkdir(parents=True, exist_ok=True)
@@ -66,9 +66,9 @@ def run(name: str, options: Sequence[str], log: Path | None = None) -> None:
     """Runs libFuzzer, which ends the process.
 
     Args:
-        name: of the target.
-        options: of libFuzzer; files among them are read and nothing else, folders are corpora.
-        log: where messages go.
+        name: name of the target.
+        options: options of libFuzzer. Folders among them are corpora; if there are files, only these are read.
+        log: file for messages.
     """
     if log is not None:
         with open(log, "wb") as file:
@@ -111,10 +111,10 @@ def run(name: str, options: Sequence[str], log: Path | None = None) -> None:
 
 @contextlib.contextmanager
 def _limits() -> Iterator[None]:
-    """Of the time and memory of an input.
+    """Limits the time and memory of an input.
 
     Raises:
-        Slow, MemoryError: it took more.
+        Slow, MemoryError: the input needed more.
     """
     before = _peak()
     signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
@@ -131,7 +131,7 @@ def _expire(*_: Any) -> None:
 
 
 def _peak() -> int:
-    """Of the memory of this process, MB."""
+    """Peak memory of this process, MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
 
 
@@ -146,7 +146,7 @@ def main() -> None:
     if options.input:
         run(names[0], [options.input])
     seconds = int(60 * options.minutes / len(names))
-    failed, took = False, float(seconds)  # a target's start counts, too
+    failed, took = False, float(seconds)  # includes the start of a target
     for done, name in enumerate(names):
         end = time.strftime("%H:%M:%S", time.localtime(time.time() + took * (len(names) - done)))
         print(f"{name:<12}{done + 1:>3} of {len(names)}, all until {end}", end="", flush=True)

@@ -1,5 +1,5 @@
-"""Mutations that keep a file's form: checksums are right afterwards, JSON stays JSON. Else little but the checks of the
-form would be tried."""
+"""Mutations that keep the form of a file: checksums are corrected, and JSON stays JSON. Otherwise fuzzing would test
+little more than the checks of the form."""
 
 import io
 import json as json_
@@ -15,7 +15,7 @@ from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
 Change = Callable[[bytes], bytes]
 Mutate = Callable[[bytes, Change, Random], bytes]
-"""From a file and what changes any bytes."""
+"""A function of a file, a function that changes bytes, and a random generator; returns the mutated file."""
 
 
 def none(data: bytes, change: Change, random: Random) -> bytes:
@@ -52,11 +52,11 @@ def tfrecord(data: bytes, change: Change, random: Random) -> bytes:
 
 
 def zip(data: bytes, change: Change, random: Random) -> bytes:
-    """Changes the content of one of the files in it."""
+    """Changes the content of one of the files in an archive."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as old:
             members = {name: old.read(name) for name in old.namelist()}
-    except Exception:  # a damaged one makes zipfile raise nearly anything
+    except Exception:  # zipfile raises many types of errors on damaged archives
         return change(data)
     name = random.choice([*members] or [""])
     members[name] = change(members.get(name, b""))

@@ -1,4 +1,4 @@
-"""What is fuzzed: everything that reads what others may have written."""
+"""Targets of fuzzing: all code that reads files that others may have written."""
 
 import contextlib
 import functools
@@ -35,22 +35,22 @@ from tests.mcl.finetune import test_annotations as annotations
 from tests.mcl.tiny import TINY
 
 Read = Callable[[bytes], object]
-"""Reads an input as mcl does. Errors of our own are right; any other is a finding."""
+"""Reads an input as mcl does. Errors of mcl's own classes are expected; all others are findings."""
 
 
 class Target(NamedTuple):
     good: Callable[[], Iterable[bytes]]
     """Inputs that are read without an error."""
     reader: Callable[[Path], Read]
-    """What reads them, from a folder that is its own."""
+    """Returns the function that reads inputs; the folder is its own."""
     mutate: mutations.Mutate = mutations.none
     words: tuple[str, ...] = ()
-    """Of the format, or odd: to be put anywhere."""
+    """Words of the format, or odd words, which are inserted anywhere."""
 
 
 # ------------------------------------------------------------------------------------------------------ images
 
-SIZE = 64, 48  # of the encodings
+SIZE = 64, 48  # of the encodings' picture
 
 
 def picture() -> Image.Image:
@@ -80,7 +80,7 @@ def header(folder: Path) -> Read:
 
 
 def source(kind: str) -> Callable[[Path], Read]:
-    """Opens a source of which the input says where its images lie."""
+    """Opens a source for which the input gives the positions of images."""
 
     def reader(folder: Path) -> Read:
         file, images = folder / "file", folder / "images"
@@ -130,7 +130,7 @@ def tfrecords() -> Iterable[bytes]:
 
 
 def index(folder: Path) -> Read:
-    """Opens a folder with this index: whatever it says, the images are found as they are."""
+    """Opens a folder with the input as its index. The images must be found correctly, whatever the index says."""
     images = folder / "images"
     images.mkdir()
     for name in ("a", "b"):
@@ -218,7 +218,8 @@ def converted(folder: Path) -> Read:
 
 @functools.cache
 def hollow() -> dict[str, Tensor]:
-    """The state of a small model, all tensors one number, repeated: so its file is small."""
+    """The state of a small model. All elements of a tensor are the same number, stored once, so that its file is
+    small."""
     cfg = config.from_dict(TINY)
     with torch.device("meta"):
         state = MCL(cfg).state_dict()
@@ -227,7 +228,7 @@ def hollow() -> dict[str, Tensor]:
 
 
 def fields() -> dict[str, Any]:
-    """What a checkpoint holds beside tensors, for which there are words."""
+    """The fields of a checkpoint other than tensors, in words."""
     return {
         "format": checkpoint.FORMAT,
         "config": config.to_dict(config.from_dict(TINY)),
@@ -238,7 +239,7 @@ def fields() -> dict[str, Any]:
 
 
 def save(content: Any, file: BinaryIO) -> None:
-    """Writes a checkpoint of these fields."""
+    """Writes a checkpoint with these fields."""
 
     def filled(node: Any) -> Any:
         if isinstance(node, dict):
@@ -259,7 +260,7 @@ def checkpoints() -> Iterable[bytes]:
 
 
 def use_checkpoint(file: Path) -> None:
-    """All that is done with one, whatever it holds."""
+    """Does everything that can be done with a checkpoint."""
     uses = (
         checkpoint.load_model,
         lambda file: export(file, "timm", output=file.with_suffix(".pth")),
@@ -271,7 +272,7 @@ def use_checkpoint(file: Path) -> None:
 
 
 def from_file(use: Callable[[Path], object], ending: str = ".pt") -> Callable[[Path], Read]:
-    """Reads a file with the input in it."""
+    """Reads a file whose content is the input."""
 
     def reader(folder: Path) -> Read:
         file = folder / f"file{ending}"
@@ -286,12 +287,13 @@ def from_file(use: Callable[[Path], object], ending: str = ".pt") -> Callable[[P
 
 
 def from_fields(use: Callable[[Path], object]) -> Callable[[Path], Read]:
-    """Reads a checkpoint of which the input is the fields, as JSON."""
+    """Reads a checkpoint whose fields are the input, as JSON."""
 
     def reader(folder: Path) -> Read:
         file = folder / "file.pt"
         for name in ("normal_", "uniform_", "constant_", "kaiming_normal_", "kaiming_uniform_"):
-            setattr(nn.init, name, lambda tensor, *_, **__: tensor)  # models are built for every input: a third faster
+            # Models are built for every input; this takes a third of the time off.
+            setattr(nn.init, name, lambda tensor, *_, **__: tensor)
 
         def read(data: bytes) -> None:
             with contextlib.suppress(ValueError, RecursionError), open(file, "wb") as opened:
@@ -305,14 +307,14 @@ def from_fields(use: Callable[[Path], object]) -> Callable[[Path], Read]:
 
 @functools.cache
 def detector() -> Any:
-    """The configuration of a detector of that backbone."""
+    """The configuration of a detector with this backbone."""
     from mcl.finetune import settings
 
     return settings.load(ROOT / "mcl" / "finetune" / "configs" / "mask_rcnn_r18_fpn_mini.py").model
 
 
 def pretrained(file: Path) -> None:
-    """Takes weights over into a detector, and into a new run."""
+    """Loads weights into a detector and into a new run."""
     from mcl.finetune import weights
 
     with contextlib.suppress(CheckpointError, ConfigError):
@@ -326,13 +328,13 @@ def model() -> MCL:
 
 
 def pickles() -> Iterable[bytes]:
-    """Arrays, as NumPy pickles them."""
+    """Arrays pickled by NumPy."""
     arrays = {"a": np.ones((2, 3), np.float32), "b": np.asfortranarray(np.ones((2, 3), ">f2")), "c": np.int64(3)}
     yield from (pickle.dumps({"model": arrays, "__author__": "x"}, protocol) for protocol in (2, 4, 5))
 
 
 def use_arrays(file: Path) -> None:
-    """Whatever is read can be added up."""
+    """Checks that the elements of all arrays can be added."""
     for tensor in dict(files.flatten(files.load(file))).values():
         tensor.sum()
 
@@ -341,14 +343,14 @@ def use_arrays(file: Path) -> None:
 
 
 def use(cfg: Config) -> None:
-    """What happens to every configuration that is accepted."""
+    """Does what happens to every accepted configuration."""
     assert config.from_dict(config.to_dict(cfg)) == cfg
     cfg.doubts()
     cfg.images_per_rank(1)
 
 
 def use_file(file: Path) -> None:
-    """It is written into the run folder, too, and read from there."""
+    """As :func:`use`; also writes the configuration into the run folder and reads it from there."""
     cfg = config.load(file)
     use(cfg)
     file.write_text(yaml.safe_dump(config.to_dict(cfg)))
@@ -364,7 +366,7 @@ def words(folder: Path) -> Read:
 
 
 def overrides() -> Iterable[bytes]:
-    """Five keys each: more would take longer."""
+    """Five overrides per key; more would take longer."""
     for path in config.PRESETS.glob("*.yaml"):
         cfg = config.load(path)
         values = {key.name: config.value(cfg, key.name) for key in config.all_keys()}
@@ -396,4 +398,4 @@ TARGETS = {
     "yaml": Target(presets, from_file(use_file), words=ODD + KEYS + YAML),
     "words": Target(overrides, words, words=ODD + KEYS + YAML),
 }
-"""By name."""
+"""Targets by name."""

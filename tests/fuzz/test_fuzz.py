@@ -1,4 +1,4 @@
-"""A short fuzzing run, and planted faults that fuzzing finds."""
+"""A short fuzzing run, and planted faults that it must find."""
 
 import subprocess
 import sys

@@ -23,7 +23,7 @@ def test_a_gpu_is_hidden_unless_it_is_asked_for(expression: str, seen: bool, mon
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ("0" if seen else "")
 
 
-def test_it_is_hidden_now(pytestconfig: pytest.Config) -> None:
+def test_the_gpu_is_hidden_in_this_process(pytestconfig: pytest.Config) -> None:
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "" or "gpu" in pytestconfig.option.markexpr
 
 

@@ -12,7 +12,7 @@ from tests.conftest import ROOT
 from tests.gpu import launches
 
 
-def test_they_are_launched(built: None, device: torch.device, capsys: pytest.CaptureFixture[str]) -> None:
+def test_kernels_are_launched(built: None, device: torch.device, capsys: pytest.CaptureFixture[str]) -> None:
     launches.launch(device)
     assert capsys.readouterr().out == "launched\n"
 
@@ -25,7 +25,7 @@ def test_compute_sanitizer_finds_nothing(built: None, tool: str) -> None:
     if sanitizer is None:
         pytest.skip("compute-sanitizer, which comes with CUDA toolkits, is not installed")
     command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "tests.gpu.launches", "cuda"]
-    # every tensor has its own allocation, so that accesses beyond it are out of bounds
+    # Every tensor has its own allocation, so that accesses beyond it are out of bounds.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     if "Device not supported" in done.stdout:

@@ -169,7 +169,7 @@ def test_steps_equal_the_cpus(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_step_with_found_inf_never_was(device: torch.device, name: str) -> None:
+def test_a_step_with_found_inf_changes_nothing(device: torch.device, name: str) -> None:
     """In the first step, which creates the state, and in later ones; the host does not wait to read the flag."""
     (model, optimizer), (twin, other) = (build(name, device=str(device)) for _ in range(2))
     with unwaiting(device):

@@ -1,8 +1,9 @@
 """Kernel launches of a training step, and the memory that its norms move: ``python -m tests.kernels.launches``.
 
 Forward and backward of both views run on PyTorch's fake tensors, and every operator counts as the kernels that it
-launches on a GPU: ours as their sources launch (a test), PyTorch's and cuDNN's by the table below. The tensors claim to
-be on a CPU, since autograd needs a driver for others; operators of a GPU's forward are the same (a test).
+launches on a GPU. For our operators, a test compares these counts with the sources; those of PyTorch and cuDNN are in
+the table below. The tensors claim to be on a CPU, since autograd needs a driver for others; a test checks that forward
+calls the same operators on a GPU.
 """
 
 import dataclasses
@@ -35,8 +36,10 @@ _ONE = """_allgather_base_ _log_softmax _log_softmax_backward_data _to_copy add 
 LAUNCHES = {
     **dict.fromkeys(_VIEWS.split(), 0),
     **dict.fromkeys(_ONE.split(), 1),
-    **dict.fromkeys(("max_pool2d_with_indices_backward", "nll_loss_backward"), 2),  # zeros, which the next adds to
-    # channels_last: statistics; the running ones and 1 / standard deviation; the map. Backward: sums; the map.
+    # Includes the zeros to which the next kernel adds.
+    **dict.fromkeys(("max_pool2d_with_indices_backward", "nll_loss_backward"), 2),
+    # channels_last. Forward: statistics; running statistics and 1 / standard deviation; the map. Backward: sums; the
+    # map.
     "native_batch_norm": 3,
     "native_batch_norm_backward": 2,
     "batch_norm_stats": 2,
@@ -48,7 +51,7 @@ LAUNCHES = {
     "region_pool": 1,
     "region_pool_backward": 2,
 }
-"""Of each operator, but for ``convolution_backward``: one for each gradient."""
+"""Launches per operator; ``convolution_backward`` has one per gradient instead."""
 
 PASSES = {
     "native_batch_norm": 3,
@@ -63,14 +66,14 @@ PASSES = {
     "batch_norm_backward_reduce": 2,
     "batch_norm_backward_apply": 3,
 }
-"""Maps that norms, and the additions and ReLUs behind them, read and write."""
+"""Passes over maps by norms, and by the additions and ReLUs after them."""
 
 KINDS = ("norms", "convolutions, products", "all others")
 _PRODUCTS = {"convolution", "convolution_backward", "mm", "addmm"}
 
 
 class Meter(TorchDispatchMode):
-    """Counts launches by kind, and bytes that norms move."""
+    """Counts launches by kind, and the bytes that norms read and write."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -83,7 +86,7 @@ class Meter(TorchDispatchMode):
         self.operators[name] += 1
         kind = KINDS[0 if name in PASSES else 1 if name in _PRODUCTS else 2]
         self.launches[kind] += sum(args[-1]) if name == "convolution_backward" else LAUNCHES[name]
-        if name in PASSES and args[0].dim():  # not numbers of batches
+        if name in PASSES and args[0].dim():  # scalars count batches
             self.moved += (PASSES[name] + self._more(name, args)) * args[0].nbytes
         return func(*args, **(kwargs or {}))
 
@@ -97,10 +100,10 @@ class Meter(TorchDispatchMode):
 
 @contextmanager
 def autocast(device: str) -> Iterator[None]:
-    """In bf16, also where there is no such device."""
+    """Autocast to bf16 as on a GPU, even without one."""
     torch.set_autocast_dtype(device, torch.bfloat16)
     torch.set_autocast_enabled(device, True)
-    torch.autocast_increment_nesting()  # or others inside would end by forgetting which weights have been cast
+    torch.autocast_increment_nesting()  # otherwise inner contexts would clear the cache of cast weights when they end
     try:
         yield
     finally:
@@ -110,7 +113,7 @@ def autocast(device: str) -> Iterator[None]:
 
 
 def in_turn(norm: BatchNorm) -> Any:
-    """Its forward by PyTorch's BatchNorm: each group by itself, then the addition, then ReLU."""
+    """Forward with PyTorch's BatchNorm: each group separately, then the addition, then ReLU."""
 
     def forward(x: Tensor, counts: Sequence[int] = (), residual: Tensor | None = None, relu: bool = False) -> Tensor:
         groups = [_BatchNorm.forward(norm, rows) for rows in (x.split(list(counts)) if len(counts) > 1 else [x])]
@@ -123,7 +126,7 @@ def in_turn(norm: BatchNorm) -> Any:
 
 
 def as_before(model: MCL) -> None:
-    """Gives a model PyTorch's norms, and lets one view after the other pass it."""
+    """Replaces a model's norms by PyTorch's, and processes one view after another."""
     for module in model.modules():
         if isinstance(module, BatchNorm):
             module.forward = in_turn(module)  # type: ignore[method-assign]
@@ -133,10 +136,10 @@ def as_before(model: MCL) -> None:
 
 
 def step(cfg: Config, images: int, before: bool, device: str = "cpu") -> tuple[Meter, Meter]:
-    """Forward and backward, on a CPU only; `before` as :func:`as_before` has it."""
+    """Forward and backward, on a CPU only; `before` uses :func:`as_before`."""
     with torch.device("meta"):
         model = MCL(cfg).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    tile_boxes(cfg.montage, images)  # which are remembered: not to be those without memory
+    tile_boxes(cfg.montage, images)  # fills the cache with real tensors before fake ones are used
     forward, backward = Meter(), Meter()
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device=device)
@@ -164,7 +167,7 @@ def _view(cfg: Config, images: int, device: str) -> MontageBatch:
 
 @functools.cache
 def counted() -> tuple[Meter, Meter]:
-    """The whole step of the default configuration, ResNet-50 in bf16 with 128 images: before and now."""
+    """Counts of a whole step of the default configuration, ResNet-50 in bf16 with 128 images: before, and now."""
     cfg, total = config.from_dict({}), []
     for before in (True, False):
         forward, backward = step(cfg, 128, before)
@@ -175,7 +178,7 @@ def counted() -> tuple[Meter, Meter]:
 
 
 def table() -> str:
-    """Markdown."""
+    """The counts as Markdown."""
     before, now = counted()
     rows = [[kind, before.launches[kind], now.launches[kind]] for kind in KINDS]
     rows.append(["**launches**", before.launches.total(), now.launches.total()])

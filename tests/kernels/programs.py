@@ -14,7 +14,7 @@ SANITIZERS: dict[str, tuple[str, ...]] = {
     "address": ("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
     "thread": ("-fsanitize=thread",),
 }
-"""Flags of :func:`build`. A program cannot have both."""
+"""Flags of :func:`build`. A program can have only one of the two."""
 
 
 def _tool(name: str) -> str:
@@ -25,12 +25,12 @@ def _tool(name: str) -> str:
 
 
 def build(source: Path, out: Path, *flags: str) -> Path:
-    """Compiles one file into the program `out`, in which stack traces name lines; `flags` come last."""
+    """Compiles one file into the program `out`, with line numbers in stack traces; `flags` come last."""
     torch = importlib.util.find_spec("torch")
     if torch is None or torch.origin is None:
         raise RuntimeError("PyTorch is not installed")
     include = [EMULATION, KERNELS, KERNELS / "csrc", Path(torch.origin).parent / "include"]
-    # Sanitizers need no more than -g1, and compile faster so.
+    # Sanitizers need only -g1, which compiles faster.
     command = [_tool("g++"), "-std=c++20", "-O1", "-g1", *(f"-I{folder}" for folder in include), *flags]
     out.parent.mkdir(parents=True, exist_ok=True)
     result = subprocess.run([*command, "-o", str(out), str(source.resolve())], capture_output=True, text=True)
@@ -40,9 +40,10 @@ def build(source: Path, out: Path, *flags: str) -> Path:
 
 
 def run(program: Path, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """Runs a program of :func:`build`; raises ``TimeoutExpired`` where it hangs, as at a barrier that not all reach."""
+    """Runs a program of :func:`build`; raises ``TimeoutExpired`` if it hangs, for instance at a barrier that some
+    threads do not reach."""
     environment = dict(os.environ)
-    # Said once is enough; a race in 256 threads would be told for minutes.
+    # One report is enough: a race in 256 threads would produce reports for minutes.
     environment["TSAN_OPTIONS"] = f"halt_on_error=1:{environment.get('TSAN_OPTIONS', '')}"
 
     def start(*prefix: str) -> subprocess.CompletedProcess[str]:
@@ -50,7 +51,7 @@ def run(program: Path, *arguments: str, timeout: float = 300) -> subprocess.Comp
         return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
 
     def misplaced(result: subprocess.CompletedProcess[str]) -> bool:
-        # ThreadSanitizer of GCC 13 and earlier knows no more than 28 random bits of addresses.
+        # ThreadSanitizer of GCC 13 and earlier supports at most 28 random bits of addresses
         return result.returncode != 0 and "unexpected memory mapping" in result.stderr
 
     result = start()
@@ -65,11 +66,12 @@ def run(program: Path, *arguments: str, timeout: float = 300) -> subprocess.Comp
 
 
 def uncovered_lines(source: Path, include: Path, workdir: Path) -> list[str]:
-    """Builds and runs `source`; the executable lines of the file or folder `include` that never ran: "name:line: text".
+    """Builds and runs `source`; returns the executable lines of the file or folder `include` that never ran:
+    "name:line: text".
 
-    A line of a template has run if it did in one instance. Templates without any instance have no executable lines.
+    A line of a template has run if it ran in one instance. Templates without instances have no executable lines.
     """
-    # Counts of lines follow from those of neighbours, so none may get lost between threads.
+    # Counts of lines are derived from those of neighbours, so updates by threads must be atomic.
     flags = ("-O0", "--coverage", "-fprofile-update=atomic")
     program = build(source, workdir / "coverage" / "program", *flags)
     for old in program.parent.glob("*.gcda"):

@@ -1,6 +1,6 @@
-"""What the compiler says of the CUDA kernels: registers, spills, shared memory; and the occupancy that follows.
+"""Registers, spills and shared memory of the CUDA kernels, as the compiler reports them, and the resulting occupancy.
 
-``python -m tests.kernels.ptxas`` prints it for the library that was built.
+``python -m tests.kernels.ptxas`` prints the report of the library that was built.
 """
 
 import re
@@ -13,10 +13,10 @@ from benchmarks.common import markdown
 
 REPORT = Path(mcl.__file__).parent / "_C.ptxas.txt"
 THREADS = 256
-"""Of a block; those of make_tiles have 384, with the same occupancy."""
+"""Threads per block; make_tiles has 384, with the same occupancy."""
 
 _LIMITS = {"sm_75": (64, 32, 16), "sm_80": (164, 64, 32), "sm_120": (100, 48, 24)}
-"""KiB of shared memory, warps and blocks of a multiprocessor, for others as below; all have 65,536 registers."""
+"""KiB of shared memory, warps and blocks per multiprocessor; others use the default. All have 65,536 registers."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,11 @@ class Kernel:
 
     @property
     def occupancy(self) -> float:
-        """Share of the warps that fit, in blocks of 256 threads: computed from registers and shared memory."""
+        """Share of the multiprocessor's warps that run, for blocks of 256 threads; computed from registers and shared
+        memory."""
         warps = THREADS // 32
         memory, most_warps, most_blocks = _LIMITS.get(self.architecture, (228, 64, 32))
-        registers = -(-self.registers * 32 // 256) * 256  # are given to warps in units of 256
+        registers = -(-self.registers * 32 // 256) * 256  # allocated to warps in units of 256
         shared = memory * 1024 // (self.shared + 1024)  # 1 KiB of each block is reserved
         return min(65536 // (registers * warps), shared, most_warps // warps, most_blocks) * warps / most_warps
 
@@ -57,7 +58,7 @@ def table() -> str:
     """The report of the library that was built, as Markdown.
 
     Raises:
-        FileNotFoundError: it was built without CUDA.
+        FileNotFoundError: the library was built without CUDA.
     """
     if not REPORT.exists():
         raise FileNotFoundError(f"{REPORT}: not there; MCL_BUILD_CUDA=1 pip install --no-build-isolation -e . makes it")
@@ -73,7 +74,7 @@ def table() -> str:
 
 
 def _demangle(names: list[str]) -> list[str]:
-    """C++ names without arguments, where c++filt is there."""
+    """C++ names without arguments; unchanged if c++filt is missing."""
     try:
         done = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

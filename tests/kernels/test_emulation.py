@@ -1,4 +1,4 @@
-"""The emulation of CUDA does as CUDA, and sanitizers find what is wrong in a kernel that it runs."""
+"""The emulation of CUDA behaves like CUDA, and sanitizers find errors in emulated kernels."""
 
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -12,7 +12,7 @@ SELFTEST = EMULATION / "selftest.cpp"
 
 
 def selftest(out: Path, sanitizer: str, *flags: str) -> CompletedProcess[str]:
-    # It takes longer to compile than to run, hence -O0.
+    # Compiling takes longer than running, hence -O0.
     return programs.run(programs.build(SELFTEST, out, "-O0", *SANITIZERS[sanitizer], *flags))
 
 

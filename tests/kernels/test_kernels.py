@@ -1,5 +1,5 @@
-"""The CUDA kernels on the CPU: equal to its own, clean under sanitizers, every line executed; the CPU's alone; and the
-library."""
+"""CUDA kernels, emulated on the CPU, equal the CPU kernels, pass sanitizers, and execute every line; CPU kernels alone;
+and the compiled library."""
 
 import re
 import shutil
@@ -21,7 +21,8 @@ PROGRAMS = ["batch_norm", "region_pool", "steps"]
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_kernels_agree_with_the_cpu_and_sanitizers_find_nothing(program: str, sanitizer: str, tmp_path: Path) -> None:
-    flags = [*programs.SANITIZERS[sanitizer], "-O0" if sanitizer == "address" else "-O1"]  # what compiles sooner
+    # The level that compiles faster.
+    flags = [*programs.SANITIZERS[sanitizer], "-O0" if sanitizer == "address" else "-O1"]
     binary = programs.build(EMULATION / f"{program}.cpp", tmp_path / program, *flags)
     result = programs.run(binary)
     assert (result.returncode, result.stdout.strip(), result.stderr) == (0, "ok", "")
@@ -54,8 +55,8 @@ def test_every_line_of_the_kernels_is_executed(program: str, tmp_path: Path) -> 
             "weights of a skipped step: element 0",
         ),
         ("steps", "lars.cuh", "distance > 0; distance /= 2", "distance > 1; distance /= 2", None, "norm: element 0 is"),
-        ("batch_norm", "batch_norm.cuh", "  __syncthreads();  // all values are there\n", "", "thread", "data race"),
-        ("batch_norm", "batch_norm.cuh", "  __syncthreads();  // all sums are there\n", "", "thread", "data race"),
+        ("batch_norm", "batch_norm.cuh", "  __syncthreads();  // all values are written\n", "", "thread", "data race"),
+        ("batch_norm", "batch_norm.cuh", "  __syncthreads();  // all sums are written\n", "", "thread", "data race"),
         (
             "batch_norm",
             "batch_norm.cuh",
@@ -71,7 +72,7 @@ def test_every_line_of_the_kernels_is_executed(program: str, tmp_path: Path) -> 
 def test_faults_planted_in_the_kernels_are_found(
     program: str, file: str, right: str, wrong: str, sanitizer: str | None, report: str, tmp_path: Path
 ) -> None:
-    """The same program with one line of a kernel changed."""
+    """Runs the same program with one line of a kernel changed."""
     sources = shutil.copytree(ROOT / "kernels", tmp_path / "kernels")
     faulty = sources / "csrc" / "cuda" / file
     text = faulty.read_text()
@@ -119,7 +120,7 @@ def test_only_the_stable_interface_of_torch_is_used(library: Path) -> None:
 @pytest.mark.skipif(shutil.which("readelf") is None, reason="readelf comes with a compiler")
 @pytest.mark.parametrize("library", LIBRARIES, ids=lambda path: path.name)
 def test_what_a_library_needs_is_what_loads_it(library: Path) -> None:
-    """Nothing is looked for in folders of the machine that compiled it, and CUDA only beside a PyTorch with CUDA."""
+    """Libraries have no paths of the machine that compiled them, and need CUDA only beside a PyTorch with CUDA."""
     dynamic = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True).stdout
     needed = re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic)
     assert not re.search(r"\((RPATH|RUNPATH)\)", dynamic)
@@ -130,7 +131,7 @@ def test_what_a_library_needs_is_what_loads_it(library: Path) -> None:
 
 
 def setup(**environment: str) -> subprocess.CompletedProcess[str]:
-    """Looks at what setup.py would build, without building."""
+    """Reads what setup.py would build, without building."""
     command = [sys.executable, "setup.py", "--quiet", "--name"]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 

@@ -1,4 +1,4 @@
-"""The count of launches: what it counts by, by hand; what the documents say of it."""
+"""The count of launches, compared with counts by hand, and with the figures in the documents."""
 
 import re
 from collections import Counter
@@ -18,7 +18,7 @@ from tests.kernels import launches
 
 
 def test_our_operators_count_as_their_sources_launch() -> None:
-    """Each function of a .cu file, with the functions that it calls."""
+    """For each function of a .cu file, including the functions that it calls."""
     for source in (ROOT / "kernels" / "csrc" / "cuda").glob("*.cu"):
         bodies = dict(re.findall(r"^\S.* (\w+)\([^;]*?\) \{\n(.*?)^\}", source.read_text(), re.MULTILINE | re.DOTALL))
 
@@ -33,7 +33,8 @@ def test_our_operators_count_as_their_sources_launch() -> None:
 
 
 def normalized(before: bool) -> tuple[Counter[str], float]:
-    """Launches of a BatchNorm of two groups, addition and ReLU, forward and backward; maps that it moves."""
+    """Launches of a BatchNorm of two groups with addition and ReLU, forward and backward, and the maps that it reads
+    and writes."""
     with FakeTensorMode():
         norm = BatchNorm(8)
         x, residual = (
@@ -50,17 +51,17 @@ def normalized(before: bool) -> tuple[Counter[str], float]:
 
 def test_one_norm_by_hand() -> None:
     now, moved = normalized(before=False)
-    assert (+now, moved) == ({"norms": 6}, 4 + 7)  # as the other table of kernels/README.md has it
+    assert (+now, moved) == ({"norms": 6}, 4 + 7)  # as in the other table of kernels/README.md
     before, moved = normalized(before=True)
     assert moved == 8 + 8
-    # Forward: each group 3 and its number of batches, addition, ReLU. Backward: each group 2, ReLU.
+    # Forward: 3 per group and its number of batches, addition, ReLU. Backward: 2 per group, ReLU.
     assert before["norms"] == 2 * (3 + 1) + 2 + 2 * 2 + 1
     assert before["all others"] >= 2  # cat, and the sum of the weight's gradients
 
 
 @pytest.mark.filterwarnings("ignore:`torch.distributed.all_gather_into_tensor:FutureWarning")
 def test_several_processes_launch_three_more() -> None:
-    """Two of them collectives."""
+    """Two of them are collectives."""
     dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
     try:
         now, _ = normalized(before=False)
@@ -71,8 +72,8 @@ def test_several_processes_launch_three_more() -> None:
 
 @pytest.mark.usefixtures("thin_backbone")
 def test_forward_is_that_of_a_gpu() -> None:
-    """Where tensors claim to be on one. Without a GPU PyTorch does not know that cuDNN would keep channels_last, and so
-    our norms copy what they are given."""
+    """Runs on tensors that claim to be on a GPU. Without a GPU, PyTorch does not know that cuDNN would keep
+    channels_last, so our norms copy their input."""
     cfg = config.from_dict({})
     for before in (True, False):
         operators, on_gpu = (launches.step(cfg, 32, before, device)[0].operators for device in ("cpu", "cuda"))

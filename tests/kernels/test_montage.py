@@ -1,4 +1,5 @@
-"""The fused operator's CUDA kernel on the CPU: equal to its tiles, clean under sanitizers, every line executed."""
+"""The fused operator's CUDA kernel, emulated on the CPU, makes the CPU's tiles, passes sanitizers, and executes every
+line."""
 
 import shutil
 from pathlib import Path
@@ -16,8 +17,10 @@ KERNEL = Path("dali", "cuda", "montage.cuh")
 
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
 def test_tiles_equal_the_cpus_and_sanitizers_find_nothing(sanitizer: str, tmp_path: Path) -> None:
-    """Also of recipes that no plan has, NaN, infinite, negative, huge: both devices' kernels stay in their memory."""
-    flags = [*programs.SANITIZERS[sanitizer], "-O0" if sanitizer == "address" else "-O1"]  # what compiles sooner
+    """Includes recipes that no plan contains (NaN, infinite, negative, huge): kernels must not access memory out of
+    bounds."""
+    # The level that compiles faster.
+    flags = [*programs.SANITIZERS[sanitizer], "-O0" if sanitizer == "address" else "-O1"]
     result = programs.run(programs.build(PROGRAM, tmp_path / "montage", *flags))
     assert (result.returncode, result.stdout.strip(), result.stderr) == (0, "ok", "")
 
@@ -40,7 +43,7 @@ def test_every_line_of_the_kernel_is_executed(tmp_path: Path) -> None:
 def test_faults_planted_in_the_kernel_are_found(
     right: str, wrong: str, sanitizer: str | None, report: str, tmp_path: Path
 ) -> None:
-    """The same program with one line of the kernel changed."""
+    """Runs the same program with one line of the kernel changed."""
     sources = shutil.copytree(KERNELS, tmp_path / "kernels")
     text = (sources / KERNEL).read_text()
     assert text.count(right) == 1

@@ -1,4 +1,4 @@
-"""What is read out of the compiler's report."""
+"""Parsing of the compiler's report."""
 
 import shutil
 from pathlib import Path
@@ -37,7 +37,7 @@ def test_parse_reads_every_kernel_on_every_architecture() -> None:
         ("sm_80", 40, 0, 0.75),  # 40 * 256 = 10,240 registers a block: 6 blocks
         ("sm_80", 255, 0, 0.125),  # rounded up to 256 per thread: one block
         ("sm_80", 32, 50 * 1024, 0.375),  # 51 of 164 KiB a block: 3 blocks
-        ("sm_75", 64, 0, 1.0),  # 4 blocks of 8 warps are all that it holds
+        ("sm_75", 64, 0, 1.0),  # 4 blocks of 8 warps are the maximum
         ("sm_75", 64, 20 * 1024, 0.75),  # 21 of 64 KiB a block: 3 blocks
         ("sm_120", 64, 0, 4 / 6),  # 4 blocks of 6
     ],

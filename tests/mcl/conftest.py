@@ -1,4 +1,4 @@
-"""Photographs and configuration of the smallest run."""
+"""Photographs and the configuration of the smallest run."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Finds where the host would wait for a device."""
+"""Detects where the host would wait for a device."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -12,10 +12,10 @@ READS = {
     *("_local_scalar_dense", "equal", "allclose", "nonzero", "masked_select", "bincount", "repeat_interleave"),
     *("_unique", "_unique2", "unique_dim", "unique_dim_consecutive", "unique_consecutive"),
 }
-"""Operators whose result, or its shape, the host must know; item(), bool(), tolist() and where(x) are made of them."""
+"""Operators whose result, or its shape, the host must know; item(), bool(), tolist() and where(x) use them."""
 
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
-"""Those that count the Trues of a mask."""
+"""Operators that count the True values of a mask."""
 
 
 class Waited(AssertionError):
@@ -23,11 +23,11 @@ class Waited(AssertionError):
 
 
 class Detector(TorchDispatchMode):
-    """Raises where the host would wait for a device, and counts the operators that have passed.
+    """Raises an error if the host would wait for a device, and counts the operators that were called.
 
     Args:
-        device: whose tensors are computed with; "cpu" stands for a GPU.
-        pinned: those from which a copy to the device need not wait.
+        device: device of the tensors; "cpu" stands for a GPU.
+        pinned: tensors from which a copy to the device need not wait.
     """
 
     def __init__(self, device: str, pinned: Sequence[Tensor] = ()) -> None:
@@ -44,10 +44,10 @@ class Detector(TorchDispatchMode):
             raise Waited(f"{func} by a mask")
         if name.startswith(("index_put", "_index_put", "_unsafe_index_put")) and args[2].device != args[0].device:
             raise Waited(f"{func} of a value on the host")
-        # PyTorch has no fake kernel of fused SGD, which returns nothing.
+        # PyTorch has no fake kernel for fused SGD, which returns nothing
         out = None if name == "_fused_sgd_" and self._device == "cuda" else func(*args, **kwargs)
         if name in ("_to_copy", "copy_"):
-            into = name == "copy_"  # (target, source, non_blocking)
+            into = name == "copy_"  # arguments: target, source, non_blocking
             asynchronous = kwargs.get("non_blocking", into and args[2:] == (True,))
             self._check_copy(str(func), args[1] if into else args[0], out, asynchronous)
         self.seen[f"{func.namespace}::{name}"] += 1

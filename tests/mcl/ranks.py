@@ -1,4 +1,5 @@
-"""Processes on one machine, forked from a server that has imported what they need; and what they are given."""
+"""Runs functions in several processes on one machine, which are forked from a server that has imported what they
+need."""
 
 import multiprocessing
 import os
@@ -16,10 +17,10 @@ from tests.conftest import view
 
 
 def in_ranks(world: int, work: Callable[..., Any], *arguments: Any, device: str = "cpu") -> list[Any]:
-    """What `work` returns in each of `world` processes; it and its arguments are pickled.
+    """Results of `work` in each of `world` processes; `work` and its arguments are pickled.
 
     Args:
-        device: decides how they are connected, as of :func:`mcl.distributed.setup`.
+        device: type of the device, which selects the backend, as in :func:`mcl.distributed.setup`.
     """
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["mcl.train.trainer", "dali_pipelines.pipelines"])
@@ -37,7 +38,7 @@ def free_port() -> int:
 
 
 def joined(geometry: Geometry, views: Sequence[MontageBatch]) -> MontageBatch:
-    """One view with the canvases of all ranks' views, which lie level by level, then rank by rank."""
+    """One view with the canvases of all ranks' views, ordered by level and then by rank."""
     images = len(views[0].index)
     pixels = zip(*(v.pixels.split(v.canvas_counts) for v in views), strict=True)
     shown = [v.tile_images[v.tiles(i)] + rank * images for i in range(geometry.levels) for rank, v in enumerate(views)]

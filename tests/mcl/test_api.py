@@ -1,4 +1,4 @@
-"""The Python interface: its names, its examples, and errors as exceptions."""
+"""The Python interface: names, examples, and exceptions."""
 
 import re
 import subprocess
@@ -41,7 +41,7 @@ def test_import_is_light() -> None:
 
 
 def test_examples(few_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of docs/python.md, one after the other."""
+    """Runs the examples of docs/python.md, one after another."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     (tmp_path / "photos").mkdir()

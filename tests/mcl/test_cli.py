@@ -1,4 +1,4 @@
-"""The command line as a user meets it."""
+"""The command line as users see it."""
 
 import copy
 import json
@@ -40,11 +40,11 @@ def test_help_documents_every_key(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_reader_that_has_enough_is_no_error(
     tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """As in mcl index CONFIG | head."""
+    """For instance, mcl index CONFIG | head."""
     arguments = ["index", DEMO, f"data.root={photos / 'val'}", "data.val_root=", f"data.index={tmp_path}"]
     reads, writes = os.pipe()
     os.close(reads)
-    with os.fdopen(writes, "w") as pipe:  # and its end flushes once more, as that of a process does
+    with os.fdopen(writes, "w") as pipe:  # flushes once more on exit, like the end of a process
         monkeypatch.setattr(sys, "stdout", pipe)
         with pytest.raises(SystemExit, match=str(128 + signal.SIGPIPE)):
             cli.main(arguments)
@@ -96,7 +96,7 @@ def test_preview(tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str
 def test_preview_goes_into_the_run(
     tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Into output/name of a configuration; into the folder that a checkpoint lies in, wherever that is now."""
+    """Into output/name for a configuration; for a checkpoint, into the folder of its run, wherever that is now."""
     monkeypatch.chdir(tmp_path)
     cfg = config.load(DEMO, [f"data.root={photos / 'val'}", "data.val_root=", "output=runs", "name=a"])
     model = MCL(cfg)
@@ -116,7 +116,8 @@ def test_preview_goes_into_the_run(
 
 
 def test_index(tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Says how many images, classes and bad files there are, and where the index lies; then has nothing to read."""
+    """Prints the numbers of images, classes and bad files, and the path of the index; the second time nothing is
+    read."""
     shutil.copytree(photos / "val", tmp_path / "val")
     broken = min((tmp_path / "val" / "bird").iterdir())
     broken.write_text("hello")
@@ -147,7 +148,7 @@ def test_index_counts_what_pillow_decodes(tmp_path: Path, photos: Path, capsys: 
 
 
 def test_names_of_files_may_be_any_bytes(tmp_path: Path, photos: Path) -> None:
-    """Every verb that names files, on a terminal of UTF-8: nothing is lost, and the log can be read."""
+    """For every command that prints file names, on a UTF-8 terminal: no name is lost, and the log can be read."""
     root = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
     os.mkdir(root)
     for i, photo in enumerate(sorted((photos / "val").rglob("*.jpg"))[:8]):
@@ -170,7 +171,7 @@ def test_names_of_files_may_be_any_bytes(tmp_path: Path, photos: Path) -> None:
     )
     assert b"Traceback" not in done.stdout + done.stderr
     said = done.stdout.decode()
-    assert said.count("bad\\udce9.jpg: not an image") == 2  # by mcl index and mcl pretrain
+    assert said.count("bad\\udce9.jpg: not an image") == 2  # from mcl index and mcl pretrain
     assert said.count("retrieval train") == 1
     assert "caf\\udce9/bad\\udce9.jpg: not an image" in (run / "train.log").read_text(encoding="utf-8")
     (bad,) = map(json.loads, (run / "bad_files.jsonl").read_text(encoding="utf-8").splitlines())

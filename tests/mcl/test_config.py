@@ -1,4 +1,4 @@
-"""Configuration: every key typed and documented, errors that name the key."""
+"""Configuration: every key has a type and documentation, and errors name the key."""
 
 import re
 from pathlib import Path
@@ -26,7 +26,7 @@ def test_presets_load_and_survive_a_round_trip(path: Path) -> None:
     assert config.from_dict(config.to_dict(cfg)) == cfg
 
 
-def test_paths_begin_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/you")
     cfg = preset("mcl_r18_fpn_demo", "data.root=~/images", "output=~/runs")
     assert (cfg.data.root, cfg.output) == ("/home/you/images", "/home/you/runs")
@@ -38,7 +38,7 @@ def test_every_key_is_documented() -> None:
 
 
 def test_released_preset_is_the_released_configuration() -> None:
-    """Every number of the authors' configuration file."""
+    """Compares every number with the authors' configuration file."""
     cfg = preset("mcl_r50_fpn_100e_in1k_released")
     montage, augment, model, optim, trainer = cfg.montage, cfg.augment, cfg.model, cfg.optim, cfg.trainer
     assert (montage.canvas, montage.ratios, montage.canvases(128)) == (224, (1, 2, 4, 8), (128, 32, 8, 4))
@@ -168,7 +168,7 @@ WORDS = (
         "a\nb",
     ),
 )
-"""Odd to YAML, to a shell or to NumPy."""
+"""Words that are special to YAML, a shell or NumPy."""
 
 KEYS = {key.name: key for key in config.all_keys()}
 
@@ -186,7 +186,7 @@ def test_text_is_what_was_typed(name: str) -> None:
 
 @pytest.mark.parametrize("name", [key.name for key in KEYS.values() if key.kind is not str])
 def test_odd_words_for_numbers_switches_choices_and_lists(name: str) -> None:
-    """A word is a value of the key's type, or an error that names the key and the word."""
+    """A word is either a value of the key's type, or an error that names the key and the word."""
     numbers: dict[Any, dict[str, float]] = {
         int: {"007": 7, "1_000": 1000, "+1": 1, "-0": 0, "'1'": 1, '"1"': 1, " 1 ": 1, "1.0": 1},
         bool: dict.fromkeys(("true", "on", "y", "'1'", '"1"', " 1 "), True) | {"no": False},
@@ -205,7 +205,7 @@ def test_odd_words_for_numbers_switches_choices_and_lists(name: str) -> None:
 
 
 def attempt(name: str, word: str) -> tuple[Any, str]:
-    """The value that a word gives to a key, and the error."""
+    """The value of a key given as this word, and the error."""
     try:
         return config.value(preset("mcl_r50_fpn_100e_in1k", f"{name}={word}"), name), ""
     except ConfigError as error:
@@ -220,7 +220,7 @@ def test_none_is_an_empty_value(tmp_path: Path) -> None:
 
 
 def test_files_have_texts_as_they_are_written(tmp_path: Path) -> None:
-    """As on the command line, and no 8 for 010."""
+    """As on the command line; 010 is not read as 8."""
     file = tmp_path / "x.yaml"
     file.write_bytes("\ufeffname: 007\ndata: {root: 1.10}\noutput: no\ntrainer: {epochs: 010, recompute: on}".encode())
     cfg = config.load(file)
@@ -232,8 +232,8 @@ def test_files_have_texts_as_they_are_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("word", ["data.root=~/x", "output=~", "model.init=~/a.pt"])
-def test_without_a_home_there_is_no_folder_of_its_sign(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # what it does where HOME and passwd say nothing
+def test_a_tilde_needs_a_home_folder(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as if HOME and passwd gave no home folder
     with pytest.raises(ConfigError, match=rf"{word.split('=')[0]}: ~.*: ~ needs a home folder; set HOME"):
         preset("mcl_r50_fpn_100e_in1k", word)
 
@@ -269,7 +269,7 @@ def test_presets_take_fewer_levels(path: Path, levels: int) -> None:
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda p: p.stem)
-def test_presets_leave_no_doubts(path: Path) -> None:
+def test_presets_cause_no_warnings(path: Path) -> None:
     assert config.load(path).doubts() == []
 
 
@@ -293,12 +293,12 @@ def test_presets_leave_no_doubts(path: Path) -> None:
         ("budget", ["trainer.epochs=50"], r"montage\.schedule: the canvases from epoch 60, 82 on are never used"),
     ],
 )
-def test_what_is_seldom_meant_is_said_in_a_line(name: str, words: list[str], message: str) -> None:
+def test_unusual_settings_are_warned_of_in_a_line(name: str, words: list[str], message: str) -> None:
     (line,) = preset(f"mcl_r50_fpn_100e_{name}", *words).doubts()
     assert re.search(message, line), line
 
 
-def test_a_warm_up_as_long_as_the_run_never_passes_what_is_said() -> None:
+def test_a_warm_up_as_long_as_the_run_stays_below_the_stated_rate() -> None:
     cfg = preset("mcl_r50_fpn_100e_in1k", "trainer.epochs=2", "optim.warmup_epochs=3")
     rates = [learning_rate(cfg.optim, 4096, step, 2000, 1000) for step in range(2000)]
     assert f"stays below {max(rates):.2g} instead of reaching 16" in cfg.doubts()[0]
@@ -359,7 +359,7 @@ def test_budget_presets_differ_from_the_usual_one_in_the_montage_alone(name: str
 
 
 def test_command_line_keys_are_frozen() -> None:
-    """Adding or renaming a key is a decision: change tests/data/keys.txt with it."""
+    """Adding or renaming a key is a decision: tests/data/keys.txt must be changed, too."""
     keys = [key.name for key in config.all_keys()]
     assert keys == (ROOT / "tests" / "data" / "keys.txt").read_text().split()
 

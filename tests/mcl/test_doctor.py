@@ -1,4 +1,4 @@
-"""``mcl doctor`` on machines where things are absent or broken; absence and GPUs are simulated."""
+"""``mcl doctor`` on machines where packages or devices are missing or broken; these and GPUs are simulated."""
 
 import importlib
 import importlib.metadata
@@ -24,7 +24,8 @@ OPTIONAL = ["nvidia", "nvidia.dali", "apex", "amp_C", "mmengine", "mmcv", "mmdet
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
-    """Checks on a machine without some modules, with some whose import raises, and with stand-ins for others."""
+    """Runs checks on a machine without some modules, with modules whose import fails, and with replacements for
+    others."""
 
     def examine(
         absent: tuple[str, ...] = (), broken: dict[str, Exception] | None = None, stands: dict[str, Any] | None = None
@@ -171,7 +172,7 @@ def test_cuda_devices_and_their_absence(machine: Machine, nvidia_smi: Callable[[
 
 @pytest.fixture
 def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Puts a shell command in the place of the tool; an empty one removes it."""
+    """Replaces nvidia-smi by a shell command; an empty one removes it."""
     monkeypatch.setenv("PATH", str(tmp_path))
     tool = tmp_path / "nvidia-smi"
 
@@ -189,7 +190,7 @@ def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str
     [
         ("2.14.1+cu130", "(==2.11.0)", "it needs torch==2.11.0"),
         ("2.11.0+cu130", "(==2.11.0)", ""),
-        ("2.15.0+cu132", "(>=2.14.0)", ""),  # later ones go with several versions of torch
+        ("2.15.0+cu132", "(>=2.14.0)", ""),  # later versions support several versions of torch
         ("2.9.0", "(==2.9.0)", ""),
     ],
 )
@@ -210,14 +211,16 @@ def fake_torch(version: str) -> SimpleNamespace:
 
 
 @pytest.mark.parametrize(("flags", "status"), [({"avx2"}, "note"), ({"avx2", "amx_bf16"}, "ok")])
-def test_slow_bf16_is_said(flags: set[str], status: str, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_bf16_is_logged(flags: set[str], status: str, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "processor", lambda: ("A CPU", flags))
     check = machine(stands={"torch": torch_with_gpu(is_available=lambda: False)})["CPU"]
     assert check.status == status
     assert ("trainer.precision=fp32" in check.remedy) == (status == "note")
 
 
-def test_apex_of_pypi_is_told_from_nvidias(machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_apex_of_pypi_is_distinguished_from_nvidias(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
     package = tmp_path / "apex"
     package.mkdir()

@@ -1,4 +1,5 @@
-"""What surrounds a process: homes, caches, folders, output, locales. It works, or ends with one line and 2."""
+"""Environments of a process: home folders, caches, folders, output, locales. mcl works, or ends with one line and
+status 2."""
 
 import os
 import subprocess
@@ -14,7 +15,7 @@ from tests.conftest import ROOT
 from tests.mcl.tiny import TINY
 
 NOBODY = ["unshare", "-U", "--map-user=12345", "--map-group=12345"]
-"""Runs a command as a user whom no passwd entry describes, and who may write where modes let him, root's or not."""
+"""Runs a command as a user without passwd entry, whose permissions are those of the file modes."""
 
 needs_user_namespaces = pytest.mark.skipif(
     subprocess.run([*NOBODY, "true"], capture_output=True, check=False).returncode != 0,
@@ -33,7 +34,7 @@ def tiny_file(few_photos: Path, tmp_path: Path) -> Path:
 def mcl(
     *words: object, prefix: Sequence[str] = (), stdout: int | None = subprocess.PIPE, **environment: str | None
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a command line; variables that are None are not set."""
+    """Runs mcl with given arguments; variables that are None are unset."""
     variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(
         [*prefix, sys.executable, "-m", "mcl", *map(str, words)],
@@ -116,8 +117,8 @@ def test_names_that_the_locale_cannot_show(
     assert (tmp_path / "Läufe" / "ä" / "checkpoints" / "last.pt").exists()
 
 
-def test_a_run_goes_on_when_nobody_reads_what_it_says(tiny_file: Path, tmp_path: Path) -> None:
-    """On a full disk, or when what it was piped into has ended: not a word more than in train.log."""
+def test_a_run_continues_if_nobody_reads_its_output(tiny_file: Path, tmp_path: Path) -> None:
+    """On a full disk, or if the reader of a pipe has ended. Standard error has nothing that train.log lacks."""
     with open("/dev/full", "w") as full:
         done = mcl("pretrain", tiny_file, "trainer.epochs=1", stdout=full.fileno())
     assert (done.returncode, done.stderr) == (0, "")

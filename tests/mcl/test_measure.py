@@ -1,4 +1,4 @@
-"""``mcl doctor --measure``: real loaders on real images; a GPU is simulated where only the advice is tested."""
+"""``mcl doctor --measure`` with real loaders and images; a GPU is simulated if only the recommendation is tested."""
 
 import re
 from pathlib import Path
@@ -42,12 +42,12 @@ def test_cpus_load_where_they_keep_up_with_the_gpu(
     monkeypatch.setattr("dali_pipelines.loader._obstacle", lambda *_: None)
     monkeypatch.setattr(measure, "_images_per_s", rate)
     *_, said, took = measure.measure([f"data.root={few_photos}"])
-    # A supervised step's 2,470 images/s of an A100, times 28.7 / 13.466, over 3.78 such steps.
+    # An A100 does 2,470 images/s of a supervised step, times 28.7 / 13.466, and a step is 3.78 times as long.
     assert re.fullmatch(r"NVIDIA H100 80GB HBM3: training consumes about 1,39\d images/s \(mcl budget, H100\)", said)
     assert took == f"recommended: data.engine={advice}"
 
 
-def test_what_cannot_be_had_is_said(few_photos: Path) -> None:
+def test_an_unavailable_device_is_named(few_photos: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.device: gpu needs a CUDA device"):
         list(measure.measure([f"data.root={few_photos}", "data.device=gpu", *SMALL]))
 

@@ -1,7 +1,7 @@
-"""Nothing that a run reads can execute code, and a run speaks to nobody whom the user did not name.
+"""No file that a run reads can execute code, and a run connects only to hosts that the user named.
 
-That list and annotation files cannot lead out of ``data.root`` is tested with the sources, in
-``tests/dali_pipelines/test_source.py``.
+Tests in ``tests/dali_pipelines/test_source.py`` check that list and annotation files cannot name files outside
+``data.root``.
 """
 
 import ast
@@ -28,7 +28,7 @@ from tests.mcl.tiny import TINY
 
 
 class Payload:
-    """Unpickled, it makes a folder."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -46,7 +46,7 @@ def test_checkpoints_execute_nothing(tmp_path: Path, read: Any) -> None:
     with pytest.raises(CheckpointError):
         read(file)
     assert not mark.exists()
-    torch.load(file, weights_only=False)  # who trusts it, is had
+    torch.load(file, weights_only=False)  # shows that the payload works
     assert mark.exists()
 
 
@@ -54,8 +54,8 @@ def calls(tree: ast.AST) -> list[tuple[str, ast.Call]]:
     return [(ast.unparse(node.func), node) for node in ast.walk(tree) if isinstance(node, ast.Call)]
 
 
-def test_nowhere_do_we_read_what_could_execute() -> None:
-    """torch.load with weights_only, YAML by safe_load; no unpickling, no eval, no exec, no shell."""
+def test_no_code_reads_formats_that_can_execute_code() -> None:
+    """torch.load uses weights_only, YAML uses safe_load, and there is no unpickling, eval, exec or shell."""
     files = [file for package in ("mcl", "dali_pipelines") for file in (ROOT / package).rglob("*.py")]
     assert len(files) > 50
     loads = 0
@@ -65,7 +65,7 @@ def test_nowhere_do_we_read_what_could_execute() -> None:
             forbidden = ("eval", "exec", "os.system", "yaml.load", "yaml.unsafe_load", "yaml.full_load")
             if (
                 file != ROOT / "mcl/distributed/memory.py"
-            ):  # of another process of the run, as torch.distributed's objects are
+            ):  # objects of another process of the run, sent by torch.distributed
                 assert name not in ("pickle.load", "pickle.loads"), f"{file}: {name}"
             assert name not in (*forbidden, "torch.hub.load"), f"{file}: {name}"
             assert keywords.get("shell") != "True", f"{file}: {name}"
@@ -77,7 +77,7 @@ def test_nowhere_do_we_read_what_could_execute() -> None:
 
 @pytest.fixture(scope="module")
 def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint."""
+    """A checkpoint of an untrained model."""
     cfg = config.from_dict({"model": {"backbone": "resnet18", "width": 16, "hidden": 32}})
     state = {"config": config.to_dict(cfg), "step": 1, "model": MCL(cfg).state_dict()}
     file = tmp_path_factory.mktemp("run") / "step.pt"
@@ -90,8 +90,8 @@ def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [("torchvision", ".safetensors"), ("timm", ".safetensors"), ("torchvision", ".pth"), ("mmpretrain", ".pth")],
 )
 def test_exports_carry_no_pickle_where_their_reader_needs_none(untrained: Path, name: str, ending: str) -> None:
-    """safetensors hold a header and numbers; what torch.load reads, it reads with weights_only. (detectron2's own
-    format is a pickle, of arrays.)"""
+    """safetensors files contain a header and numbers; torch.load reads the others with weights_only. (detectron2's own
+    format is a pickle of arrays.)"""
     file = untrained.with_name(name + ending)
     export(untrained, name, output=file)
     if ending == ".safetensors":
@@ -104,7 +104,7 @@ def test_exports_carry_no_pickle_where_their_reader_needs_none(untrained: Path, 
         assert torch.load(file, weights_only=True)
 
 
-def test_who_reads_safetensors_may_have_them() -> None:
+def test_targets_that_can_have_safetensors() -> None:
     assert {name for name, t in TARGETS.items() if ".safetensors" in t.saves} >= {"torchvision", "timm"}
 
 
@@ -112,7 +112,7 @@ def test_who_reads_safetensors_may_have_them() -> None:
     "tag", ["!!python/object/apply:os.mkdir", "!!python/object/new:os.mkdir", "!!python/name:os.mkdir"]
 )
 def test_configurations_execute_nothing(tmp_path: Path, tag: str) -> None:
-    """Neither a file nor a word of the command line."""
+    """Neither in a file nor on the command line."""
     mark, file = tmp_path / "executed", tmp_path / "preset.yaml"
     value = f"{tag} ['{mark}']" if ":os.mkdir" in tag and "name" not in tag else f"{tag} ''"
     file.write_text(f"name: {value}\n")
@@ -127,7 +127,7 @@ def test_configurations_execute_nothing(tmp_path: Path, tag: str) -> None:
 
 @pytest.fixture
 def called(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Whom Python tries to reach beyond this machine; it never gets there."""
+    """Hosts that Python tries to reach beyond this machine; all connections fail."""
     called: list[Any] = []
 
     def guard(name: str, address_of: Callable[..., Any]) -> None:
@@ -157,10 +157,10 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return called
 
 
-def test_a_run_speaks_to_nobody(
+def test_a_run_connects_to_no_host(
     tmp_path: Path, photos: Path, called: list[Any], monkeypatch: pytest.MonkeyPatch, thin_backbone: None
 ) -> None:
-    """From its first line to its report, with pictures, TensorBoard and scores."""
+    """From its start to its report, with pictures, TensorBoard and scores."""
     for address in (("192.0.2.1", 80), ("example.com", 443)):
         with pytest.raises(OSError, match="no "):
             socket.create_connection(address, timeout=1)

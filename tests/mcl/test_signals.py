@@ -1,4 +1,4 @@
-"""Signals to a verb, whatever it does."""
+"""Signals to any command, at any time."""
 
 import os
 import signal
@@ -33,7 +33,7 @@ cli.main(["evaluate", "knn", "nowhere.pt"])
 
 @pytest.fixture
 def started(request: pytest.FixtureRequest) -> Iterator["subprocess.Popen[str]"]:
-    """A process that runs the program given, and has said that it is ready."""
+    """A process that runs the given program, and has printed that it is ready."""
     command = [sys.executable, "-c", request.param]
     with subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
@@ -46,18 +46,18 @@ def started(request: pytest.FixtureRequest) -> Iterator["subprocess.Popen[str]"]
 @pytest.mark.parametrize(
     "started",
     [
-        STUCK.format(what="sum(itertools.repeat(0))"),  # in C code, which does not let go of the interpreter
+        STUCK.format(what="sum(itertools.repeat(0))"),  # in C code that does not release the interpreter
         STUCK.format(what="time.sleep(60)"),
     ],
     ids=["c", "python"],
     indirect=True,
 )
 def test_a_second_signal_ends_what_hangs(started: "subprocess.Popen[str]", number: signal.Signals) -> None:
-    """The first one is answered at once."""
+    """The first signal is answered at once."""
     assert started.stderr is not None
     started.send_signal(number)
     assert started.stderr.readline() == "stopping\n"
-    started.send_signal(number)  # the same one, passed on by torchrun
+    started.send_signal(number)  # the same signal, passed on by torchrun
     time.sleep(2.2)
     assert started.poll() is None
     started.send_signal(number)

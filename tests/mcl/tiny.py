@@ -1,4 +1,4 @@
-"""A run small enough for tests, and whether two of them came to the same."""
+"""A run small enough for tests, and comparison of two runs."""
 
 import shutil
 from pathlib import Path
@@ -20,7 +20,7 @@ TINY: dict[str, Any] = {
     "trainer": {"global_batch": 8, "precision": "fp32", "epochs": 2, "log_every": 2, "checkpoint_epochs": 1, "keep": 2},
     "log": {"tensorboard": False, "preview": False},
 }
-STEPS = 8  # of a TINY run on 32 photographs
+STEPS = 8  # steps of a TINY run on 32 photographs
 
 
 def equal(a: Any, b: Any) -> bool:
@@ -34,10 +34,10 @@ def equal(a: Any, b: Any) -> bool:
 
 
 def resumed_without_its_end(cfg: Config, folder: Path) -> Any:
-    """The last checkpoint of a finished run, after one that lost it has come to the same, bit for bit.
+    """The last checkpoint of a finished run. A copy without it is resumed, and must end with the same bits.
 
     Args:
-        folder: where that one runs.
+        folder: folder for the copy.
     """
     whole = checkpoint.load(cfg.run_folder / "checkpoints" / checkpoint.LAST)
     shutil.copytree(cfg.run_folder, folder / cfg.name)

@@ -111,7 +111,7 @@ template <typename A, int N>
 __device__ __forceinline__ void add_slots(const Place& at, A (&values)[N]) {
   __shared__ A sums[N][kNormThreads];
   for (int i = 0; i < N; ++i) sums[i][threadIdx.x] = values[i];
-  __syncthreads();  // all values have been written
+  __syncthreads();  // all values are written
   for (int half = kNormThreads / 2; half >= kNormThreads / at.slots; half /= 2) {
     if (static_cast<int>(threadIdx.x) < half)
       for (int i = 0; i < N; ++i) sums[i][threadIdx.x] += sums[i][threadIdx.x + half];
@@ -158,7 +158,7 @@ template <int N>
 __device__ __forceinline__ void add_finish(double (&values)[N]) {
   __shared__ double sums[N][kNormThreads];
   for (int i = 0; i < N; ++i) sums[i][threadIdx.x] = values[i];
-  __syncthreads();  // all values have been written
+  __syncthreads();  // all sums are written
   for (int i = 0; i < N; ++i) {
     values[i] = 0;
     for (int t = threadIdx.x % kFinishLanes; t < kNormThreads; t += kFinishLanes) values[i] += sums[i][t];

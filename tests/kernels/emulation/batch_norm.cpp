@@ -1,4 +1,4 @@
-// The CUDA kernels of BatchNorm, run on the CPU, against the CPU's own kernels at fp64.
+// Compares the CUDA kernels of BatchNorm, emulated on the CPU, with the CPU kernels in fp64.
 #include "cuda_emulation.h"
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -25,13 +25,13 @@ std::vector<To> convert_all(const std::vector<From>& from) {
 
 struct Case {
   std::string name;
-  std::vector<int64_t> groups;  // rows of each
+  std::vector<int64_t> groups;  // rows of each group
   int channels;
   double mean;
   bool affine, residual, relu;
 };
 
-// What the CPU's kernels make of it, at fp64: statistics as batch_norm_stats has them, and as batch_norm_combine.
+// Results of the CPU kernels in fp64: statistics of batch_norm_stats and of batch_norm_combine.
 struct Truth {
   std::vector<double> squares, statistics, y, passed, sums, parameters, of_x;
 
@@ -108,14 +108,14 @@ void compare(const Case& c) {
   emulation::launch(grid, kNormThreads, cuda::batch_norm_partials<T, A, VEC>, rows, x.data(), partials.data());
   std::vector<A> running_mean(channels, A(2)), running_var(channels, A(2));
   int64_t batches = 3;
-  const double momentum = c.affine ? 0.25 : -1;  // of a momentum, and of means of all groups
+  const double momentum = c.affine ? 0.25 : -1;  // tests a momentum, and means over all groups
   const auto combine = [&](const std::vector<A>& from, int parts, bool final, const Running<A>& running,
                            std::vector<A>& to) {
     emulation::launch(running.momentum < 0 ? 1 : tiles, kNormThreads, cuda::batch_norm_combine<A>, from.data(), parts,
                       groups, channels, final, running, eps, to.data());
   };
   combine(partials, rows.parts, false, {}, statistics);
-  // Two processes that have the same rows, so that only their number differs from one process.
+  // Two processes with the same rows: only the number of rows differs from that of one process.
   std::vector<A> both = statistics;
   both.insert(both.end(), statistics.begin(), statistics.end());
   combine(both, 2, true, {running_mean.data(), running_var.data(), &batches, momentum}, combined);
@@ -156,7 +156,7 @@ void compare(const Case& c) {
   check::close(c.name + ", gradient", of_x, truth.of_x, 2 * (kTolerance<T> + far));
 }
 
-// float that counts how often it is read.
+// A float that counts how often it is read.
 struct Counted {
   float value = 1;
   static inline std::atomic<int64_t> reads{0};
@@ -169,7 +169,7 @@ struct Counted {
   }
 };
 
-// Every kernel reads every map once, and the first rows of parts another time.
+// Every kernel reads every map once, and the first rows of parts twice.
 void count_reads() {
   const std::vector<int64_t> first{0, 130, 200};
   const int channels = 32;
@@ -200,10 +200,10 @@ void count_reads() {
 
 int main() {
   count_reads();
-  // Several parts, and groups with fewer rows than there are parts; tiles that the channels do not fill.
+  // Several parts, groups with fewer rows than parts, and tiles that the channels do not fill.
   compare<c10::BFloat16, 8>({"bf16", {150, 1, 40}, 264, 0, true, true, true});
   compare<float, 4>({"fp32", {700, 300}, 12, 0, true, false, true});
-#ifndef __SANITIZE_THREAD__  // slow, and precision makes no races
+#ifndef __SANITIZE_THREAD__  // slow, and races do not depend on precision
   compare<c10::Half, 8>({"fp16", {5, 2000}, 16, 1, false, true, false});
   compare<float, 1>({"fp32, far from zero", {900}, 3, 1e4, false, false, false});
   compare<double, 2>({"fp64", {64, 300}, 10, -2, true, true, true});

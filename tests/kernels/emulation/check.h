@@ -1,4 +1,4 @@
-// What the test programs share: random numbers, and comparisons that name what differs.
+// Shared by the test programs: random numbers, and comparisons that print what differs.
 #pragma once
 
 #include <cmath>
@@ -10,7 +10,7 @@ namespace check {
 
 inline int failures = 0;
 
-// Fails where |got - expected| > tolerance * max(1, |expected|), or where only one of them is a number.
+// Fails if |got - expected| > tolerance * max(1, |expected|), or if only one of them is NaN.
 template <typename T, typename U>
 void close(const std::string& name, const std::vector<T>& got, const std::vector<U>& expected, double tolerance) {
   if (got.size() != expected.size()) {

@@ -1,19 +1,21 @@
 // Runs CUDA kernels on the CPU, for tests: one real thread per CUDA thread, so that AddressSanitizer sees every access
 // out of bounds, and ThreadSanitizer every access that no barrier orders. Include this, then files of plain kernels.
 //
-// Honoured:
-//   - One block after the other, its threads all at once. Threads may return before a barrier that others wait at.
-//   - __shared__ variables are static: like shared memory they keep what the block before left there.
-//   - __syncthreads and __syncwarp order memory. Shuffles, ballots and atomicAdd do not, as in CUDA: ThreadSanitizer
-//     reports who takes them for a barrier.
-//   - Lanes that returned or never were give shuffles the caller's own value (undefined in CUDA) and ballots no bit.
+// As in CUDA:
+//   - Blocks run one after another, the threads of a block concurrently. A thread may return before a barrier at which
+//     others wait.
+//   - __shared__ variables are static: like shared memory, they keep the values of the previous block.
+//   - __syncthreads and __syncwarp order memory. Shuffles, ballots and atomicAdd do not: ThreadSanitizer reports code
+//     that uses them as a barrier.
+//   - For lanes that have returned or do not exist, a shuffle returns the caller's own value (undefined in CUDA), and a
+//     ballot has no bit.
 //
-// Not honoured:
-//   - Blocks never run at the same time: races between blocks stay unseen, and waiting for another block hangs.
-//   - Warp functions take the whole warp: a mask that leaves out a thread still running is refused.
-//   - Threads that wait at different barriers, in different branches, meet as if it were one and the same.
-//   - Reading shared memory that was never written gives zeros. There is no dynamic shared memory.
-//   - No streams: a launch returns when it is done. Only one thread of the host may launch.
+// Unlike CUDA:
+//   - Blocks never run concurrently: races between blocks are not found, and waiting for another block hangs.
+//   - Warp functions need the whole warp: a mask without a running thread is an error.
+//   - Threads that wait at different barriers, in different branches, meet as if it were the same barrier.
+//   - Shared memory that was never written contains zeros. There is no dynamic shared memory.
+//   - There are no streams: a launch returns when it is done. Only one thread of the host may launch.
 #pragma once
 
 #include <algorithm>
@@ -63,7 +65,7 @@ namespace emulation {
   std::abort();
 }
 
-// As long as this lives, ThreadSanitizer does not take what its thread does for synchronisation.
+// During its lifetime, ThreadSanitizer ignores synchronisation by this thread.
 struct Unordered {
 #ifdef __SANITIZE_THREAD__
   Unordered() { AnnotateIgnoreSyncBegin(__FILE__, __LINE__); }
@@ -74,13 +76,13 @@ struct Unordered {
   Unordered(const Unordered&) = delete;
 };
 
-// A barrier of `threads` that some may leave; when all have left it is as new. All fields are atomic, so that it may be
-// used Unordered.
+// A barrier of `threads` threads, some of which may leave; when all have left, it is reset. All fields are atomic, so
+// that it may be used while Unordered.
 class Barrier {
  public:
   explicit Barrier(int threads) : threads_(threads), expected_(threads), pending_(threads) {}
 
-  // Returns the sum of what all threads brought.
+  // Returns the sum of the values that all threads pass.
   uint64_t wait(uint64_t brought = 0) {
     const unsigned phase = phase_.load();
     brought_ += brought;
@@ -88,7 +90,7 @@ class Barrier {
       const Unordered hidden;  // the standard library keeps one list of waiting threads for several barriers
       phase_.wait(phase);
     }
-    phase_.load();  // this is what orders
+    phase_.load();  // orders memory
     return total_;
   }
 
@@ -100,7 +102,7 @@ class Barrier {
  private:
   bool arrive() {
     if (--pending_ != 0) return false;
-    // The last to come: all others wait for the next phase or have left.
+    // The last thread: all others wait for the next phase, or have left.
     if (expected_ == 0) expected_ = threads_;
     pending_ = expected_.load();
     total_ = brought_.exchange(0);
@@ -118,10 +120,11 @@ class Barrier {
 struct Warp {
   explicit Warp(int threads) : barrier(threads) {}
   Barrier barrier;
-  std::atomic<uint64_t> slots[2][32] = {};  // used in turn: a shuffle need not wait until all have read the last one's
+  std::atomic<uint64_t> slots[2][32] =
+      {};  // alternate, so that a shuffle need not wait for readers of the previous one
 };
 
-// Where the calling thread belongs.
+// Position of the calling thread.
 struct Place {
   Barrier* block;
   Warp* warp;
@@ -131,10 +134,10 @@ struct Place {
 inline constinit thread_local Place here{};
 
 struct Lanes {
-  unsigned present, voting;  // a bit each
+  unsigned present, voting;  // one bit per lane
 };
 
-// Meets the other lanes of the warp.
+// Waits for the other lanes of the warp.
 inline Lanes meet(unsigned mask, bool vote) {
   const uint64_t sum = here.warp->barrier.wait((uint64_t(vote) << 32 | 1u) << here.lane);
   const Lanes lanes{static_cast<unsigned>(sum), static_cast<unsigned>(sum >> 32)};
@@ -142,7 +145,7 @@ inline Lanes meet(unsigned mask, bool vote) {
   return lanes;
 }
 
-// The x of lane `source`; the caller's own where that one is not there.
+// The x of lane `source`, or the caller's own x if that lane has returned or does not exist.
 template <typename T>
 T exchange(unsigned mask, T x, unsigned source) {
   static_assert(std::is_arithmetic_v<T>);
@@ -166,7 +169,7 @@ inline unsigned last_lane(int width) {
   return first_lane(width) + width - 1;
 }
 
-// A callable that somebody else keeps.
+// A reference to a callable.
 class Body {
  public:
   template <typename F>
@@ -178,12 +181,12 @@ class Body {
   void (*call_)(const void*, unsigned);
 };
 
-// Threads that outlive a launch, since they take longer to start than a small kernel takes to run.
+// Threads that are kept between launches, since starting them takes longer than running a small kernel.
 class Team {
  public:
   ~Team() { wake(0, nullptr); }
 
-  // Calls body(0) .. body(number - 1), each in a thread of its own, and waits for all.
+  // Calls body(0) .. body(number - 1), each in its own thread, and waits for all.
   void run(unsigned number, const Body& body) {
     while (threads_.size() < number) threads_.emplace_back(&Team::work, this, threads_.size(), turn_.load());
     wake(number, &body);
@@ -209,9 +212,9 @@ class Team {
   }
 
   unsigned number_ = 0;
-  const Body* body_ = nullptr;  // none: the threads end
+  const Body* body_ = nullptr;  // if null, the threads end
   std::atomic<unsigned> turn_{0}, busy_{0};
-  std::deque<std::jthread> threads_;  // last, to be joined first
+  std::deque<std::jthread> threads_;  // the last member, so that threads are joined first
 };
 inline Team team;
 
@@ -241,7 +244,7 @@ inline void run(dim3 grid, dim3 block, const Body& body) {
   team.run(number, Body(walk));
 }
 
-// kernel<<<grid, block>>>(arguments...), and waits for it.
+// Runs kernel<<<grid, block>>>(arguments...), and waits for it.
 template <typename... Parameters>
 void launch(dim3 grid, dim3 block, void (*kernel)(Parameters...), std::type_identity_t<Parameters>... arguments) {
   run(grid, block, Body([&](unsigned) { kernel(arguments...); }));

@@ -1,5 +1,5 @@
-// The CUDA kernels of mcl.montage, run on the CPU: equal to the CPU's tiles, whose rescaling is held against plain
-// loops; and both devices' kernels with numbers that no plan has.
+// Compares the CUDA kernels of mcl.montage, emulated on the CPU, with the CPU's tiles, and the rescaling of these with
+// plain loops. Also runs the kernels of both devices with numbers that no plan contains.
 #include "cuda_emulation.h"
 
 #include <cstdint>
@@ -17,14 +17,14 @@ using namespace mcl::montage;
 constexpr int kBlock = 64;
 constexpr int kMargin = 3;  // pixels of a canvas around its tiles
 
-// In a memory of exactly its size.
+// An image in memory of exactly its size.
 struct Picture {
   int height, width;
   std::vector<uint8_t> pixels;
 
   Picture(int height, int width, check::Random& draw) : height(height), width(width), pixels(3 * height * width) {
     for (size_t i = 0; i < pixels.size(); ++i) {
-      // Noise on a ramp; white and black parts, too.
+      // A ramp with noise, and white and black parts.
       const double x = 128 + 150 * draw() + 100 * std::sin(0.01 * static_cast<double>(i));
       pixels[i] = static_cast<uint8_t>(std::clamp(x, 0.0, 255.0));
     }
@@ -33,7 +33,7 @@ struct Picture {
 
 using Levels = std::vector<int>;  // (shown, shown, RGB)
 
-// What is asked for: a tile of `side` pixels, every step-th shown, in `slots` slots.
+// A requested tile: `side` pixels, of which every step-th is shown, in `slots` slots.
 struct Wish {
   const Picture* picture;
   std::vector<float> fields;
@@ -43,7 +43,7 @@ struct Wish {
   int shown() const { return side / step; }
 };
 
-// Any value that tells channel and level.
+// A value that identifies channel and level.
 template <typename T>
 T value_of(int channel, int level) {
   if constexpr (sizeof(T) == 1) {
@@ -55,7 +55,7 @@ T value_of(int channel, int level) {
   }
 }
 
-// Levels in `canvas`, from top left of a tile on; 1000 where a value belongs to no level of its channel.
+// Levels in `canvas` from the top left of a tile; 1000 if a value belongs to no level of its channel.
 template <typename T>
 Levels levels_in(const T* corner, int canvas, int shown) {
   Levels levels;
@@ -81,7 +81,7 @@ Levels by_cpu(const Wish& wish) {
   return levels;
 }
 
-// Columns of `in` values to columns of `out`, in floating point; then turned, so that rows come next.
+// Rescales columns of `in` values to columns of `out`, in floating point, and transposes the result.
 Levels lowered_and_turned(const Levels& values, int in, int out) {
   const int columns = static_cast<int>(values.size()) / (3 * in);
   Levels result(3 * columns * out);
@@ -102,7 +102,7 @@ Levels lowered_and_turned(const Levels& values, int in, int out) {
   return result;
 }
 
-// The window of a recipe without operations, whatever its size made of the image itself.
+// The window of a recipe without operations, always made from the original image.
 Levels by_loops(const Wish& wish) {
   const Recipe r = wish.recipe();
   const int width = r.x2 - r.x1, height = r.y2 - r.y1;
@@ -117,7 +117,7 @@ Levels by_loops(const Wish& wish) {
   return lowered_and_turned(lowered_and_turned(window, height, wish.side), width, wish.side);
 }
 
-// With the copies that it asks for, in memories of exactly their size.
+// A job with the copies that it needs, in memory of exactly their size.
 cuda::Job job_of(const Wish& wish, std::vector<std::vector<uint8_t>>& memory, std::vector<uint16_t>& weights) {
   cuda::Job job{};
   job.image = job.copy = {wish.picture->pixels.data(), wish.picture->height, wish.picture->width};
@@ -139,8 +139,8 @@ cuda::Job job_of(const Wish& wish, std::vector<std::vector<uint8_t>>& memory, st
   return job;
 }
 
-// All wishes in one launch, each in a canvas of its own: equal to the CPU's. Where the image itself is read, both are
-// within `loops` levels of the plain loops, if that is not negative.
+// Makes all wishes in one launch, each on its own canvas; they must equal the CPU's. Unless `loops` is negative, tiles
+// that are made from the original image must be within `loops` levels of the plain loops.
 template <typename T>
 void compare(const std::string& name, const std::vector<Wish>& wishes, int loops = -1) {
   std::vector<T> values;
@@ -184,7 +184,7 @@ void compare(const std::string& name, const std::vector<Wish>& wishes, int loops
   }
 }
 
-// A recipe without any operation.
+// A recipe without operations.
 std::vector<float> plain(float x1, float y1, float x2, float y2) {
   return {x1, y1, x2, y2, 0, 0, 0, 1, 2, 3, 1, 1, 1, 0, 0, 0, 0};
 }
@@ -214,7 +214,7 @@ std::vector<float> with_random_operations(std::vector<float> fields, check::Rand
   return fields;
 }
 
-// Numbers that no plan has, among some that it may have.
+// Recipes with invalid numbers among valid ones.
 std::vector<float> absurd_recipe(check::Random& draw) {
   constexpr float inf = std::numeric_limits<float>::infinity();
   constexpr float odd[] = {
@@ -224,7 +224,7 @@ std::vector<float> absurd_recipe(check::Random& draw) {
   return fields;
 }
 
-// Every operation alone, and orders of the jitter, in a window of the tile's size.
+// Every operation alone, and several orders of the jitter, in a window of the tile's size.
 void operations(const Picture& p) {
   const auto same = plain(2, 1, 13, 12);
   const auto jittered = with(same, {{kJitter, 1}, {10, 1.4f}, {11, 0.6f}, {12, 1.3f}, {13, -0.1f}});
@@ -234,12 +234,12 @@ void operations(const Picture& p) {
       with(same, {{kGray, 1}}),
       with(same, {{kSolarize, 1}}),
       with(same, {{kSigma, 0.3f}}),
-      with(same, {{kSigma, 64}}),  // mirrored again and again
+      with(same, {{kSigma, 64}}),  // reflected several times
       with(same, {{kSigma, 1e-30f}}),
       jittered,
       with(jittered, {{6, 1}, {7, 0}}),                   // contrast first
       with(jittered, {{6, 3}, {9, 1}, {7, 0}}),           // last
-      with(jittered, {{6, 1}, {7, 1}, {8, 1}, {9, -1}}),  // again and again
+      with(jittered, {{6, 1}, {7, 1}, {8, 1}, {9, -1}}),  // repeated
       with(jittered, {{kSigma, 2}, {kGray, 1}, {kSolarize, 1}, {kFlip, 1}}),
   };
   std::vector<Wish> wishes;
@@ -247,7 +247,7 @@ void operations(const Picture& p) {
   compare<uint8_t>("operations", wishes);
 }
 
-// White stays white, and sums of very many terms, whose small losses add up, nearly so: none overflows into black.
+// White stays white; sums of very many terms, whose truncation errors add up, are nearly white, and none overflows.
 void white(check::Random& draw) {
   Picture p(700, 3, draw);
   std::fill(p.pixels.begin(), p.pixels.end(), 255);
@@ -266,7 +266,7 @@ void white(check::Random& draw) {
   }
 }
 
-// Windows of one pixel, column or row, and such that shrink one way and grow the other.
+// Windows of one pixel, column or row, and windows that are reduced along one axis and enlarged along the other.
 void windows(const Picture& p) {
   const auto width = static_cast<float>(p.width), height = static_cast<float>(p.height);
   std::vector<Wish> wishes;
@@ -293,7 +293,7 @@ int main() {
   for (const Picture* p : {&small, &tall, &wide, &dot}) {
     std::vector<Wish> rescaled, coloured, all, absurd;
     for (int i = 0; i < number; ++i) {
-      const int step = 1 << i % 4;  // the released code's sampling
+      const int step = 1 << i % 4;  // as in the released code
       const int tile = 1 + i % 9;
       rescaled.push_back({p, random_window(*p, draw), 4 * tile, 1, 1 + i % 3});
       const int same = 1 + i % std::min({p->height, p->width, 20});

@@ -1,4 +1,4 @@
-// The CUDA kernels of region_pool, run on the CPU, against the CPU's own kernel at the same precision and at fp64.
+// Compares the CUDA kernels of region_pool, emulated on the CPU, with the CPU kernel in the same precision and in fp64.
 #include "cuda_emulation.h"
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -20,7 +20,7 @@ struct Shape {
   double stride;
 };
 
-// Maps of odd sizes, in a memory of exactly their size each.
+// Maps of odd sizes, each in memory of exactly its size.
 template <typename T>
 struct Features {
   std::vector<std::vector<T>> memory;
@@ -96,9 +96,9 @@ Boxes some_boxes(const std::vector<Shape>& shapes, int bins, int random) {
   Boxes boxes;
   const double whole = bins * shapes[0].stride;
   boxes.add(0, {0, 0, 0, whole, whole});                                    // copied
-  boxes.add(0, {1, shapes[0].stride, 0, shapes[0].stride + whole, whole});  // copied, moved by a cell
+  boxes.add(0, {1, shapes[0].stride, 0, shapes[0].stride + whole, whole});  // copied, shifted by a cell
   boxes.add(1, {0, -30, -30, 400, 400});                                    // many samples
-  boxes.add(1, {0, -1e6, -1e6, 1e6, 1e6});                                  // as many as the map has cells
+  boxes.add(1, {0, -1e6, -1e6, 1e6, 1e6});                                  // as many samples as the map has cells
   boxes.add(0, {0, 10, 10, 10.5, 30});                                      // smaller than a cell
   boxes.add(0, {0, 9, 9, 9, 9});                                            // no area
   boxes.add(0, {0, 20, 0, 10, 30});                                         // reversed
@@ -132,7 +132,7 @@ void compare(const char* name, const std::vector<Shape>& shapes, int channels, i
     std::copy(features.memory[m].begin(), features.memory[m].end(), exact.memory[m].begin());
   }
   const Boxes boxes = some_boxes(shapes, bins, random);
-  // Rounded once, so that all precisions see the same boxes.
+  // Rounded once, so that all precisions have the same boxes.
   const auto rounded = convert_all<A>(convert_all<float>(boxes.values));
   const auto wide = convert_all<double>(rounded);
   const int64_t number = boxes.number();
@@ -199,7 +199,7 @@ int main() {
   const std::vector<Shape> shapes{{2, 4, 4, 32}, {1, 5, 7, 16}, {1, 1, 1, 8}};
   compare<c10::BFloat16, 8, true>("bf16", shapes, 16, 3, 0, 9);
   compare<float, 4, false>("fp32", shapes, 12, 3, 0, 9);
-#ifndef __SANITIZE_THREAD__  // slow, and precision makes no races
+#ifndef __SANITIZE_THREAD__  // slow, and races do not depend on precision
   compare<c10::Half, 4, false>("fp16", shapes, 20, 3, 2, 3);
   compare<double, 1, false>("fp64", shapes, 3, 3, 1, 3);
 #endif

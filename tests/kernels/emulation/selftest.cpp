@@ -1,5 +1,5 @@
-// Holds the emulation to plain loops. With one of FAULT_MISSING_BARRIER, FAULT_SHUFFLE_AS_BARRIER, FAULT_OUT_OF_BOUNDS
-// and FAULT_PLAIN_ADD defined, one kernel is wrong in the way that its name says, for a sanitizer to find.
+// Compares the emulation with plain loops. If one of FAULT_MISSING_BARRIER, FAULT_SHUFFLE_AS_BARRIER,
+// FAULT_OUT_OF_BOUNDS and FAULT_PLAIN_ADD is defined, a kernel has this fault, which a sanitizer must find.
 #include <vector>
 
 #include "cuda_emulation.h"
@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kThreads) sum_shared(const float* x, float* su
   if (threadIdx.x == 0) sums[blockIdx.x] = part[0];
 }
 
-// The same by shuffles, for any blockDim.x: the last warp may have fewer lanes.
+// The same with shuffles, for any blockDim.x: the last warp may have fewer lanes.
 template <typename T>
 __global__ void sum_shuffled(const T* x, T* sums) {
   __shared__ T part[32];
@@ -41,7 +41,7 @@ __global__ void sum_shuffled(const T* x, T* sums) {
   }
 }
 
-// Neighbours within a warp exchange values by shared memory.
+// Neighbours within a warp exchange values through shared memory.
 __global__ void swap_neighbours(const int* x, int* out) {
   __shared__ int values[kThreads];
   values[threadIdx.x] = x[threadIdx.x];
@@ -53,7 +53,7 @@ __global__ void swap_neighbours(const int* x, int* out) {
   out[threadIdx.x] = values[threadIdx.x ^ 1];
 }
 
-// out[0] .. out[*kept - 1] = the odd ones of x[0] .. x[count - 1], in their order. One block.
+// out[0] .. out[*kept - 1] = the odd values among x[0] .. x[count - 1], in order. One block.
 __global__ void compact(const int* x, int count, int* out, int* kept) {
   __shared__ int warps[32];
   const int lane = threadIdx.x % warpSize, warp = threadIdx.x / warpSize;
@@ -87,7 +87,7 @@ __global__ void histogram(const int* x, int count, T* bins) {
   }
 }
 
-// Threads return at every step, whole warps and parts of them; the others go on to meet.
+// Threads return at every step, in whole warps and in parts of warps; the others continue to meet.
 __global__ void leave_early(int* out) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   out[i] = -1;
@@ -95,7 +95,8 @@ __global__ void leave_early(int* out) {
   __syncthreads();
   if (threadIdx.x >= 64) return;
   const unsigned ballot = __ballot_sync(kAll, 1);
-  const int from_odd = __shfl_sync(kAll, static_cast<int>(threadIdx.x), 1);  // it has returned: the caller's own
+  const int from_odd =
+      __shfl_sync(kAll, static_cast<int>(threadIdx.x), 1);  // this lane has returned, so the caller's own value
   const int count = __syncthreads_count(threadIdx.x < 8), some = __syncthreads_or(threadIdx.x == 62);
   const int none = __syncthreads_or(0);
   if (ballot == 0x55555555u && from_odd == static_cast<int>(threadIdx.x) && some == 1 && none == 0) out[i] = count;
@@ -143,7 +144,7 @@ template <typename T>
 void check_sum(const char* what, void (*kernel)(const T*, T*), int block, int blocks) {
   std::vector<T> x(block * blocks), sums(blocks), expected(blocks);
   for (int i = 0; i < block * blocks; ++i) {
-    x[i] = T(i * 37 % 101);  // small whole numbers: their sum is exact in any order
+    x[i] = T(i * 37 % 101);  // small integers, whose sum is exact in any order
     expected[i / block] += x[i];
   }
   emulation::launch(blocks, block, kernel, x.data(), sums.data());
@@ -187,7 +188,7 @@ void check_leave_early() {
   check("early exit", out.data(), expected.data(), block * blocks);
 }
 
-// The rules as CUDA's programming guide and PTX's description of shfl.sync give them. The second warp is half a warp.
+// The rules of CUDA's programming guide and of shfl.sync in PTX. The second warp is half a warp.
 template <typename T>
 void check_shuffles(const char* what) {
   std::vector<Shuffle> shuffles;

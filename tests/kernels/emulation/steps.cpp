@@ -1,4 +1,4 @@
-// The CUDA kernels of norms, LARS and EMA, run on the CPU, against the CPU's own kernels.
+// Compares the CUDA kernels of norms, LARS and EMA, emulated on the CPU, with the CPU kernels.
 #include "cuda_emulation.h"
 
 #include "check.h"
@@ -11,7 +11,7 @@ namespace {
 
 using namespace mcl;
 
-// A list of tensors, in memory of exactly their size; every other one starts off the boundaries of 16 bytes.
+// A list of tensors, in memory of exactly their size; every other tensor is not aligned to 16 bytes.
 template <typename T>
 struct List {
   std::vector<std::vector<T>> memory;
@@ -65,7 +65,7 @@ void compare(const std::string& name, double tolerance) {
   const float found = 1, not_found = 0;
   for (const bool adapt : {true, false}) {
     List<T> w(1), g(2), buffer(3);
-    for (T& x : w.memory[0]) x = 0;  // no weight, no gradient: a ratio of nothing to nothing
+    for (T& x : w.memory[0]) x = 0;  // weight and gradient are 0, so the trust ratio is 0 / 0
     for (T& x : g.memory[0]) x = 0;
     List<T> w_cpu = w, buffer_cpu = buffer;
     const std::vector<T> weight_norms = norms_of(w), grad_norms = norms_of(g);
@@ -110,7 +110,7 @@ void compare(const std::string& name, double tolerance) {
 
 int main() {
   compare<float>("fp32", 2e-6);
-#ifndef __SANITIZE_THREAD__  // slow, and precision makes no races
+#ifndef __SANITIZE_THREAD__  // slow, and races do not depend on precision
   compare<double>("fp64", 1e-14);
 #endif
   return check::report();

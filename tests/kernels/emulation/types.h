@@ -1,4 +1,4 @@
-// What the test programs of several element types share.
+// Shared by the test programs with several element types.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -6,7 +6,7 @@
 
 #include <type_traits>
 
-// Largest error of a result, relative to what is rounded to T.
+// Largest relative error of a result that is rounded to T.
 template <typename T>
 constexpr double kTolerance = 1e-12;
 template <>

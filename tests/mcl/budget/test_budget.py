@@ -1,4 +1,4 @@
-"""What a configuration costs: counted on tensors without memory, and equal to what runs."""
+"""The cost of a configuration, counted on tensors without memory, equals that of real steps."""
 
 import dataclasses
 import itertools
@@ -43,32 +43,32 @@ def configured(model: ModelConfig, geometry: Geometry, precision: Any = "fp32", 
 
 
 def stage(epochs: int, flops: int, views: float) -> count.Stage:
-    """Of steps of one image."""
+    """A stage with steps of one image."""
     counted = count.Count({"backbone": flops}, {}, {}, {}, [], [], [], 0)
     return count.Stage(0, epochs, Geometry(), counted, images=1, accumulate=1, views=views)
 
 
 def gflop_per_image(compute: str, geometry: Geometry) -> float:
-    """Of a step at 128 images on each of 32 GPUs."""
+    """GFLOP per image of a step with 128 images on each of 32 GPUs."""
     model = ModelConfig(compute=compute)  # type: ignore[arg-type]
     return count.step(configured(model, geometry), 128, 32).flops / 128 / 1e9
 
 
-def test_the_three_steps() -> None:
+def test_flops_of_supervised_released_and_matched_steps() -> None:
     assert count.supervised("resnet50") / 1e9 == pytest.approx(24.3, rel=0.01)
     assert gflop_per_image("released", Geometry()) == pytest.approx(361.5, rel=0.01)
     assert gflop_per_image("matched", Geometry()) == pytest.approx(91.9, rel=0.01)
 
 
-def test_a_count_leaves_real_boxes_behind() -> None:
-    """They are remembered for the next montage of that kind, which may be a real one."""
+def test_counting_leaves_real_boxes_in_the_cache() -> None:
+    """Counting must not leave boxes without memory in the cache that real montages use."""
     geometry = Geometry(cells=2, ratios=(1, 2), images_per_canvas=(1, 4))
     count.step(configured(TWO_LEVELS, geometry), 16, 1)
     assert type(tile_boxes(geometry, 16)) is Tensor
 
 
 def test_what_autograd_keeps() -> None:
-    """R50 at 224 px, 32 images: of what the released step keeps."""
+    """Relative to the released step, for ResNet-50 at 224 px with 32 images."""
     kept = {
         (compute, recompute): sum(
             count.step(configured(ModelConfig(compute=compute), Geometry(), recompute=recompute), 32, 1).saved.values()  # type: ignore[arg-type]
@@ -87,10 +87,10 @@ def test_fewer_cells_with_all_queries() -> None:
 
 
 def test_presets_keep_their_budgets() -> None:
-    """A quarter of the queries at level 0, at 3 to 7 cells."""
+    """A quarter of the queries at level 0, with 3 to 7 cells."""
     ratios: dict[int, float] = {}
     for name, most in ("mcl_r50_fpn_100e_budget", 1.0), ("mcl_r50_fpn_100e_budget_2x", 2.0):
-        result = budget(preset(name, "trainer.precision=fp32"))  # the same count, in less time
+        result = budget(preset(name, "trainer.precision=fp32"))  # the same count, but faster
         assert 0.97 * most < result["ratio_to_supervised"] <= most
         assert (result["gpus"], result["images_per_gpu"]) == (32, 128)
         stages = result["stages"]
@@ -142,7 +142,7 @@ def test_the_documents_say_what_fits_and_presets_fit_their_machines() -> None:
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_the_peak_is_that_of_a_real_step(recompute: bool) -> None:
-    """By what PyTorch's profiler saw allocated and freed; oneDNN's own scratch memory is not counted."""
+    """Compared with PyTorch's profiler, without oneDNN's scratch memory."""
     geometry = dataclasses.replace(FEWER, cells=2)
     cfg = configured(TWO_LEVELS, geometry, recompute=recompute)
     mcl = MCL(cfg).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -166,7 +166,8 @@ def test_the_peak_is_that_of_a_real_step(recompute: bool) -> None:
     ],
 )
 def test_the_count_is_what_a_real_step_computes_and_saves(compute: str, precision: str) -> None:
-    """FLOPs by PyTorch's own counter and bytes by hooks, of a step on the CPU; backward in fp32, where it is fast."""
+    """FLOPs from PyTorch's counter and bytes from hooks, in a step on the CPU; backward is in fp32, where it is
+    fast."""
     dtype = torch.float64 if precision == "fp64" else torch.float32
     cfg = configured(dataclasses.replace(TWO_LEVELS, compute=compute), FEWER, precision)
     mcl = MCL(cfg).to(dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -193,7 +194,7 @@ def test_the_count_is_what_a_real_step_computes_and_saves(compute: str, precisio
     assert sum(counted.saved.values()) == sum(t.untyped_storage().nbytes() for t in saved.values())
 
 
-def test_parts_own_what_is_theirs() -> None:
+def test_parameters_are_counted_by_part() -> None:
     cfg = configured(TWO_LEVELS, FEWER)
     counted, mcl = count.step(cfg, 8, 1), MCL(cfg)
     assert sum(counted.parameters.values()) == sum(p.numel() for p in mcl.parameters())
@@ -203,7 +204,7 @@ def test_parts_own_what_is_theirs() -> None:
     canvases, tiles, width, hidden = 4 + 2, 4 + 2 * 4, TWO_LEVELS.width, TWO_LEVELS.hidden
     assert counted.forward["predictors"] == 2 * 2 * tiles * 2 * width * hidden
     assert counted.backward["predictors"] == 2 * counted.forward["predictors"]
-    first = canvases * 16 * 16 * 64 * 3 * 7 * 7  # convolution: no gradient towards the image
+    first = canvases * 16 * 16 * 64 * 3 * 7 * 7  # convolution without the gradient of its input
     assert counted.backward["backbone"] == 2 * counted.forward["backbone"] - 2 * 2 * first
     assert counted.forward["loss"] == counted.backward["loss"] == 2 * 2 * tiles * 8 * width
     elsewhere = count.step(cfg, 8, 3)  # three processes: three times the targets
@@ -237,7 +238,8 @@ def test_a_loaded_step_has_the_queries_of_its_configuration(photos: Path) -> Non
 
 
 def test_hours_are_of_the_epochs_and_the_images_of_the_configuration(tmp_path: Path, photos: Path) -> None:
-    """From an index, as `mcl index` and every run leave it, if not stated; else ImageNet's, as in the paper."""
+    """Images come from the configuration, else from an index, which `mcl index` and every run write, else from
+    ImageNet, as in the paper."""
     cfg = preset("mcl_r18_fpn_demo", f"data.root={photos / 'val'}", f"data.index={tmp_path}", f"output={tmp_path}")
 
     def said(cfg: Config, images: int | None = None) -> tuple[int, str, float, str]:
@@ -296,7 +298,7 @@ def test_the_loader_must_feed_the_fastest_stage() -> None:
     fastest = 2_470 * 28.7 / 13.466
     assert row["images_per_s"] == pytest.approx(fastest / 2.5)
     assert row["loader_images_per_s_per_gpu"] == pytest.approx(fastest)
-    assert row["gate_share"] == pytest.approx(fastest / 19_000)  # decoding is never less than one view
+    assert row["gate_share"] == pytest.approx(fastest / 19_000)  # decoding is never faster than with one view
 
 
 def test_loading_on_cpus_is_what_was_benchmarked(tmp_path: Path) -> None:
@@ -319,14 +321,14 @@ def test_loading_on_cpus_is_what_was_benchmarked(tmp_path: Path) -> None:
         "cpu": "EPYC",
         "source": "benchmarks/results/loader.json",
     }
-    for shown, expected in ((views, 1), (3 * views, 0.25 + 3 * 0.75), (0.0, 0.25)):  # the first is what was measured
+    for shown, expected in ((views, 1), (3 * views, 0.25 + 3 * 0.75), (0.0, 0.25)):  # the first is the measured one
         row = hardware.times([stage(1, 1, shown)], hardware.IMAGENET, 80 / 2_470, "bf16", cpu=found)[0]
         assert row["loader_images_per_s_per_gpu"] == pytest.approx(80)
         assert row["cpu_cores_per_gpu"] == pytest.approx(expected)
 
 
 def test_cores_to_load_follow_the_pixels_of_each_stage() -> None:
-    """The first stage needs more images, the second more pixels."""
+    """The first stage needs more images per second, the second more pixels."""
     cpu = {"decode_s": 1e-3, "view_s": 1e-3}
     stages = [stage(50, 1, views=0.5), stage(50, 2, views=3.0)]
     row = next(
@@ -338,7 +340,7 @@ def test_cores_to_load_follow_the_pixels_of_each_stage() -> None:
 
 
 def record_run(cfg: Config, device: str, rates: list[float]) -> None:
-    """A run folder with these speeds, one record per epoch."""
+    """A run folder with these speeds, with one record per epoch."""
     state: dict[str, Any] = {key: {} for key in ("optimizer", "scaler", "loader", "rng")} | {"files": "", "step": 1}
     state |= {"config": config.to_dict(cfg), "model": {"weight": torch.zeros(1)}}
     state["environment"] = {"device": device, "world_size": 8}
@@ -364,7 +366,7 @@ def test_measurements_take_the_place_of_estimates(tmp_path: Path) -> None:
     assert hardware.measurement(config.override(cfg, ["trainer.epochs=9"]), flops) == found
     for word in ("model.width=32", "trainer.recompute=true", "trainer.accumulate=2"):
         assert hardware.measurement(config.override(cfg, [word]), flops) is None
-    first = hardware.measurement(cfg, {2: 1.0})  # of a shorter run, whose schedule ends before
+    first = hardware.measurement(cfg, {2: 1.0})  # from a shorter run, whose schedule ends earlier
     assert first is not None
     assert first.flops_per_s == pytest.approx(200.5)
     assert hardware.measurement(cfg, {7: 1.0}) is None
@@ -377,7 +379,7 @@ def no_dali(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_dali")
 def test_json_is_all_that_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Without images and DALI; a picture beside it."""
+    """Without images and DALI; also writes a picture."""
     words = ["data.root=", f"output={tmp_path}", "montage.queries=[2,1,1,1]", "trainer.precision=bf16"]
     words.append("trainer.accumulate=auto")
     picture = tmp_path / "budget.png"

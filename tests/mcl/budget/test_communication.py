@@ -1,4 +1,4 @@
-"""What a budget says of communication: calls and bytes are those of a real step; times follow from them."""
+"""Communication in a budget: calls and bytes equal those of a real step, and times follow from them."""
 
 import json
 import re
@@ -40,7 +40,7 @@ def thin(cfg: Config) -> AbstractContextManager[Any]:
 
 
 class Exchanged(TorchDispatchMode):
-    """Calls and bytes of every collective of any process group, DistributedDataParallel's included."""
+    """Records calls and bytes of every collective of any process group, including DistributedDataParallel's."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +60,8 @@ class Exchanged(TorchDispatchMode):
 
 
 def exchanged(cases: list[Config]) -> list[dict[str, list[int]]]:
-    """Sizes of the collectives of every case's third step; the second has put gradients into their final buckets."""
+    """Sizes of the collectives in the third step of every case, since buckets get their final layout in the second
+    step."""
     said = []
     for cfg in cases:
         with thin(cfg):
@@ -78,13 +79,13 @@ def exchanged(cases: list[Config]) -> list[dict[str, list[int]]]:
 
 @pytest.mark.parametrize("cases", [THIN, pytest.param([REAL], marks=pytest.mark.soak)], ids=["thin", "resnet18"])
 def test_calls_and_bytes_are_those_of_a_real_step(cases: list[Config]) -> None:
-    """Every single one."""
+    """Compares every single collective."""
     buckets = []
     for sizes in in_ranks(2, exchanged, cases):
         for cfg, real in zip(cases, sizes, strict=True):
             accumulate = cfg.trainer.accumulate
             with thin(cfg):
-                counted = count.step.__wrapped__(  # nothing thin is to stay in its cache
+                counted = count.step.__wrapped__(  # keeps counts of thin models out of the cache
                     cfg, cfg.images_per_rank(2) // accumulate, 2 * accumulate
                 )
             predicted = communication.exchanges(counted, accumulate)
@@ -96,7 +97,7 @@ def test_calls_and_bytes_are_those_of_a_real_step(cases: list[Config]) -> None:
 
 
 def test_all_groups_of_a_norm_go_together() -> None:
-    """2 C + 1 numbers of each forward, 2 C backward, in fp32 and in fp64."""
+    """2 C + 1 numbers in forward and 2 C in backward per group, in fp32 and fp64."""
     norms = [
         count.Normalization(3, 1, 4, True),
         count.Normalization(5, 2, 4, False),
@@ -112,7 +113,7 @@ def test_all_groups_of_a_norm_go_together() -> None:
 
 
 def test_gradients_fill_buckets_in_their_order() -> None:
-    """One of a MiB at least, then of 25."""
+    """A first bucket of at least a MiB, then buckets of 25 MiB."""
     mib = 2**20
     assert communication.buckets([mib // 2, mib // 2, 20 * mib, 4 * mib, 2 * mib, 30 * mib, 7]) == [
         mib,
@@ -123,7 +124,7 @@ def test_gradients_fill_buckets_in_their_order() -> None:
 
 
 def test_seconds_of_a_collective() -> None:
-    """Long ones go at the speed of the slowest link, short ones at that of the hops; a tree has fewer of them."""
+    """Large messages are limited by the slowest link, small ones by the number of hops, of which a tree has fewer."""
     links = Links("H100", within_gb_per_s=400.0, between_gb_per_s=100.0, source="")
 
     def seconds(operation: str, size: int, world: int, nodes: int) -> float:
@@ -138,8 +139,9 @@ def test_seconds_of_a_collective() -> None:
     assert seconds("all-reduce", 8, 2, 1) == pytest.approx(3.6e-6 + 2 * 0.47e-6, rel=1e-3)
 
 
-def test_what_arithmetic_hides() -> None:
-    """Gradients fit into backward but for the last bucket, or do not; BatchNorm is never hidden."""
+def test_communication_that_overlaps_with_computation() -> None:
+    """Gradients except the last bucket overlap with backward as far as time allows; BatchNorm's collectives never
+    overlap."""
     flops = {"backbone": 3 * 10**12, "loss": 10**12, "momentum network": 2 * 10**12}
     norms = [count.Normalization(256, 1, 4, True)]
 

@@ -1,4 +1,4 @@
-"""Two processes over gloo."""
+"""Training, sources and teardown in two processes over gloo."""
 
 import faulthandler
 import json
@@ -32,7 +32,7 @@ from tests.mcl.tiny import TINY
 
 
 def open_once(root: str, index: str) -> list[Any]:
-    """How many images a rank sees, which ones, and how many folders it has listed, files checked and headers read."""
+    """Number and names of the images that a rank sees, and how many folders, files and headers it has read."""
     calls: Counter[str] = Counter()
 
     def counted(owner: Any, name: str) -> Any:
@@ -51,11 +51,11 @@ def open_once(root: str, index: str) -> list[Any]:
 
 
 def train_all(preset: dict[str, Any], runs: list[list[str]]) -> list[Any]:
-    """Bad files known at the start and at the end of each run, and the error that it ends with."""
+    """Bad files known at the start and at the end of each run, and the error that ends the run."""
     said = []
     with (
         mock.patch("mcl.models.encoder.Backbone", ThinBackbone),
-        mock.patch.object(distributed, "setup"),  # once is enough
+        mock.patch.object(distributed, "setup"),  # must run only once
     ):
         for words in runs:
             trainer = Trainer(config.override(config.from_dict(preset), words))
@@ -70,17 +70,17 @@ def train_all(preset: dict[str, Any], runs: list[list[str]]) -> list[Any]:
 
 @pytest.mark.parametrize("folder", ["index", "file/index"])
 def test_one_process_of_a_machine_lists_checks_and_reads(photos: Path, tmp_path: Path, folder: str) -> None:
-    """The others are given what it found, even where no index can be written."""
+    """The others get its result, even if no index can be written."""
     (tmp_path / "file").touch()
     first, second = in_ranks(2, open_once, str(photos / "val"), str(tmp_path / folder))
     assert first[0] == second[0]
     assert (first[0][0], first[1:], second[1:]) == (66, [True, 66, 66], [False, 0, 0])
 
 
-def test_what_one_rank_finds_broken_all_of_them_know(photos: Path, tmp_path: Path) -> None:
-    """It is in the checkpoint of the first, listed once, and counts for the limit of every one."""
+def test_a_broken_file_that_one_rank_finds_is_known_to_all(photos: Path, tmp_path: Path) -> None:
+    """The file is in the checkpoint of rank 0, is listed once, and counts towards the limit of every rank."""
     size, per_rank = 32, 8
-    shown_by = [np.empty(size, int) for _ in range(2)]  # [epoch][image]: the rank
+    shown_by = [np.empty(size, int) for _ in range(2)]  # [epoch][image]: the rank that showed it
     for epoch, ranks in enumerate(shown_by):
         ranks[order(0, epoch, size)] = np.arange(size) // per_rank % 2
     only_second = int(np.flatnonzero((shown_by[0] == 1) & (shown_by[1] == 1))[0])
@@ -95,7 +95,7 @@ def test_what_one_rank_finds_broken_all_of_them_know(photos: Path, tmp_path: Pat
         return f"data.root={tmp_path / name}"
 
     preset = TINY | {
-        "montage": {"cells": 1, "images_per_canvas": [1, 2, 2, 2]},  # all levels: no map is left without a gradient
+        "montage": {"cells": 1, "images_per_canvas": [1, 2, 2, 2]},  # all levels, so that every map has a gradient
         "model": TINY["model"] | {"loss_weights": [0.25] * 4},
         "trainer": TINY["trainer"] | {"global_batch": 2 * per_rank, "checkpoint_epochs": 2},
     }
@@ -118,13 +118,13 @@ def test_what_one_rank_finds_broken_all_of_them_know(photos: Path, tmp_path: Pat
 
 @pytest.mark.soak
 def test_two_processes_train_and_resume(photos: Path, tmp_path: Path) -> None:
-    """The bank of targets holds both processes' images: the loss starts near that of a uniform guess among all 16."""
+    """Targets are those of both processes' images: the loss starts near that of a uniform guess among all 16."""
     preset = tmp_path / "tiny.yaml"
     trainer = TINY["trainer"] | {"global_batch": 16, "epochs": 1, "log_every": 1}
     preset.write_text(yaml.safe_dump(TINY | {"trainer": trainer, "evaluation": {"at_end": ["knn"]}}))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
     command += ["-m", "mcl", "pretrain", str(preset), f"data.root={photos / 'val'}", f"output={tmp_path}"]
-    for _ in range(2):  # the second time it finds the run finished
+    for _ in range(2):  # the second time, the run is already finished
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
     folder = tmp_path / "tiny"
@@ -137,7 +137,7 @@ def test_two_processes_train_and_resume(photos: Path, tmp_path: Path) -> None:
 
 
 class OursError(RuntimeError):
-    """May name a path that holds any word."""
+    """Its message may contain a path with any words."""
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ class OursError(RuntimeError):
         (RuntimeError("shapes differ"), RuntimeError),
     ],
 )
-def test_errors_of_collectives_are_others_doing(
+def test_errors_of_collectives_name_the_peers(
     error: Exception, raised: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
@@ -167,6 +167,6 @@ def leave_and_go_on() -> bool:
     return True
 
 
-def test_what_follows_the_group_has_no_deadline() -> None:
-    """Such as the evaluations of a finished run, which take as long as they take."""
+def test_work_after_the_group_has_no_deadline() -> None:
+    """Evaluations of a finished run, for instance, may take any time."""
     assert in_ranks(2, leave_and_go_on) == [True, True]

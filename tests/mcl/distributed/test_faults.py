@@ -1,4 +1,4 @@
-"""Processes that are killed, stopped, hang or lose their images: all of them end, and the same command continues.
+"""Processes that are killed, stopped, hang or lose their images: all processes end, and the same command continues.
 
 Two ranks over gloo, forked from a server that has imported what they need, run ``mcl pretrain`` on photographs.
 """
@@ -37,16 +37,16 @@ from tests.mcl.ranks import free_port
 from tests.mcl.tiny import TINY, equal
 
 Record = Callable[[str, object], None]
-"""Takes a name and a value into the report of a test; tests/conftest.py prints them as a table."""
+"""Adds a name and a value to the report of a test; tests/conftest.py prints them in a table."""
 
 RANKS = 2
 STEPS_PER_EPOCH = 4
 TRIALS = 30
 ENDED = "another process ended or hangs, so a collective of rank"
-PATIENCE = 240  # seconds, for machines that have other things to do, too
+PATIENCE = 240  # seconds, enough for a busy machine
 PRESET: dict[str, Any] = TINY | {
     "data": {"threads": 1},
-    "montage": {"cells": 1, "images_per_canvas": [1, 2, 2, 2]},  # all levels: no map is left without a gradient
+    "montage": {"cells": 1, "images_per_canvas": [1, 2, 2, 2]},  # all levels, so that every map has a gradient
     "model": TINY["model"] | {"loss_weights": [0.25] * 4},
     "trainer": TINY["trainer"]
     | {
@@ -78,7 +78,7 @@ def preset(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rank_main(rank: int, port: int, words: list[str], plant: Callable[[int], Any] | None) -> None:
-    """What one process does; `plant` prepares a fault in it."""
+    """The work of one process; `plant` prepares a fault in it."""
     os.environ |= {"WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(RANKS)}
     with mock.patch("mcl.models.encoder.Backbone", ThinBackbone):
@@ -88,7 +88,7 @@ def rank_main(rank: int, port: int, words: list[str], plant: Callable[[int], Any
 
 
 class Run:
-    """Both processes of a run, ended with the context."""
+    """Both processes of a run, which are ended with the context."""
 
     def __init__(
         self, preset: Path, output: Path, *words: str, plant: Callable[[int], Any] | None = None, of_second: str = ""
@@ -134,7 +134,7 @@ class Run:
         return latest["step"] if latest else 0
 
     def ends(self) -> list[int | None]:
-        """Exit codes."""
+        """Returns the exit codes of both processes."""
         for process in self.ranks:
             process.join(PATIENCE)
         return [process.exitcode for process in self.ranks]
@@ -145,7 +145,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def undisturbed(preset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a run holds in the end that nothing happens to."""
+    """The final state of a run without faults."""
     with Run(preset, tmp_path_factory.mktemp("undisturbed")) as run:
         assert run.ends() == [0, 0]
     return checkpoint.load(run.folder / "checkpoints" / "last.pt")
@@ -163,7 +163,7 @@ def kill(run: Run, victims: Sequence[int]) -> None:
 
 @pytest.mark.fault("SIGKILL of one rank, then of all")
 def test_killed_one_then_all_and_resumed(preset: Path, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
-    """The survivor ends, too; in the end the weights are those of a run undisturbed."""
+    """The survivor ends, too; the final weights are those of an undisturbed run."""
     with Run(preset, tmp_path) as run:
         run.reach(3)
         kill(run, [1])
@@ -183,11 +183,12 @@ EVALUATED = ["evaluation.every=1", "evaluation.gallery=8", "evaluation.galleries
 
 
 def die_in_an_evaluation(rank: int) -> None:
-    """Of rank 1, in the evaluation after the first epoch."""
+    """Kills rank 1 in the evaluation after the first epoch."""
     matches, count = MCL.matches, itertools.count()
 
     def die(*arguments: Any) -> Any:
-        if rank == 1 and next(count) == 25:  # two networks see eight montages for statistics, and two galleries
+        # After 16 montages for statistics (two networks, eight each) and some galleries.
+        if rank == 1 and next(count) == 25:
             os.kill(os.getpid(), signal.SIGKILL)
         return matches(*arguments)
 
@@ -197,7 +198,7 @@ def die_in_an_evaluation(rank: int) -> None:
 @pytest.mark.fault("SIGKILL of one rank in an evaluation")
 @pytest.mark.soak
 def test_killed_in_an_evaluation_and_resumed(preset: Path, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
-    """It is done again, and the weights are those of a run without evaluations."""
+    """The evaluation is repeated, and the weights are those of a run without evaluations."""
     with Run(preset, tmp_path, *EVALUATED, plant=die_in_an_evaluation) as run:
         assert run.ends() == [3, -signal.SIGKILL]
     assert run.saved() == STEPS_PER_EPOCH
@@ -214,7 +215,7 @@ def test_killed_in_an_evaluation_and_resumed(preset: Path, tmp_path: Path, undis
 def test_sigterm_to_one_stops_all_with_a_checkpoint(
     preset: Path, tmp_path: Path, undisturbed: dict[str, Any], victim: int
 ) -> None:
-    """At the same step, soon, though checkpoints are rare; and a second SIGTERM does not cut it short."""
+    """At the same step, and soon, although checkpoints are rare; a second SIGTERM does not interrupt the save."""
     with Run(preset, tmp_path, "trainer.checkpoint_epochs=99") as run:
         run.reach(4)
         for _ in range(2):
@@ -229,7 +230,7 @@ def test_sigterm_to_one_stops_all_with_a_checkpoint(
 
 
 def fill_memory_in_third_step(rank: int) -> None:
-    """Of rank 1, whose error is kept as torchrun would keep it."""
+    """Raises an out-of-memory error in rank 1, which is recorded as under torchrun."""
     step = Trainer.train_step
 
     def fail(trainer: Trainer, *views: Any) -> Any:
@@ -243,7 +244,7 @@ def fill_memory_in_third_step(rank: int) -> None:
 
 @pytest.mark.fault("a rank out of memory")
 def test_out_of_memory_on_one_rank(preset: Path, tmp_path: Path) -> None:
-    """The launcher gets the line that says what helps, and the log has the traceback."""
+    """The launcher gets the line with the remedy, and the log has the traceback."""
     with Run(preset, tmp_path, plant=fill_memory_in_third_step) as run:
         assert run.ends() == [3, 2]
     said = json.loads((run.folder / "error.json").read_text())["message"]["message"]
@@ -255,7 +256,7 @@ def test_out_of_memory_on_one_rank(preset: Path, tmp_path: Path) -> None:
 
 
 def hang_in_fifth_step(rank: int) -> None:
-    """Rank 1 sleeps where it should load."""
+    """Makes rank 1 sleep instead of loading."""
     from dali_pipelines.loader import MontageLoader
 
     load = MontageLoader.__next__
@@ -271,7 +272,7 @@ def hang_in_fifth_step(rank: int) -> None:
 
 @pytest.mark.fault("a rank that hangs in its loader")
 def test_a_hung_rank_leaves_its_stack(preset: Path, tmp_path: Path) -> None:
-    """The other one ends by the timeout of its collective; the stack of either is in a file."""
+    """The other rank ends by the timeout of its collective; the stacks of both are in files."""
     with Run(preset, tmp_path, "trainer.timeout=5", plant=hang_in_fifth_step) as run:
         assert run.ends() == [3, 1]
     assert f"PeerError: {ENDED}" in run.log()
@@ -297,14 +298,14 @@ def test_nobody_waits_for_a_stopped_rank(preset: Path, tmp_path: Path, victim: i
 
 def test_what_ends_one_rank_as_training_begins_ends_the_others(preset: Path, tmp_path: Path) -> None:
     (tmp_path / "tiny").mkdir()
-    (tmp_path / "tiny" / "tensorboard").touch()  # where the first one needs a folder
+    (tmp_path / "tiny" / "tensorboard").touch()  # blocks the folder that rank 0 creates first
     with Run(preset, tmp_path, "log.tensorboard=true", "trainer.timeout=5") as run:
         assert run.ends() == [2, 3]
     assert "the run ends: ConfigError" in run.log()
 
 
 def hang_while_saving(rank: int) -> None:
-    """The disk does not answer the first save."""
+    """The disk does not respond to the first save."""
     from mcl.train import saving
 
     def write(*_: Any) -> None:
@@ -317,7 +318,7 @@ def hang_while_saving(rank: int) -> None:
 
 @pytest.mark.soak
 @pytest.mark.fault("a disk that hangs in a save of rank 0, then SIGKILL of rank 1")
-def test_a_save_that_hangs_keeps_nobody_alive(preset: Path, tmp_path: Path) -> None:
+def test_a_save_that_hangs_does_not_block_the_exit(preset: Path, tmp_path: Path) -> None:
     with Run(preset, tmp_path, plant=hang_while_saving) as run:
         run.reach(3)
         kill(run, [1])
@@ -326,7 +327,7 @@ def test_a_save_that_hangs_keeps_nobody_alive(preset: Path, tmp_path: Path) -> N
 
 @pytest.mark.fault("a rank whose images vanish")
 def test_a_rank_whose_images_vanish_says_so(preset: Path, images: Path, tmp_path: Path) -> None:
-    """It ends with its own error, which ends the other one."""
+    """The rank ends with its own error, which ends the other rank."""
     copy = tmp_path / "copy"
     shutil.copytree(images, copy, symlinks=True)
     words = ["trainer.timeout=5", "trainer.epochs=1000", "trainer.checkpoint_epochs=1000"]
@@ -339,7 +340,7 @@ def test_a_rank_whose_images_vanish_says_so(preset: Path, images: Path, tmp_path
 
 
 def fill_the_disk(rank: int) -> None:
-    """No file of rank 0 takes more than 64 KiB from the fifth step on, as on a disk that is full."""
+    """From the fifth step on, no file of rank 0 can exceed 64 KiB, as on a full disk."""
     from dali_pipelines.loader import MontageLoader
 
     load = MontageLoader.__next__
@@ -360,7 +361,7 @@ def test_a_full_disk_ends_all_with_the_checkpoint_before(
     with Run(preset, tmp_path, plant=fill_the_disk) as run:
         assert run.ends() == [2, 3]
     said = re.search(r"CheckpointError: .*step_0000000([46])\.pt: cannot save .*File too large", run.log())
-    assert said  # the save of step 4 may be under way when the disk fills
+    assert said  # the save of step 4 may not be finished when the disk fills
     assert run.saved() == int(said[1]) - 2
     with Run(preset, tmp_path) as run:
         assert run.ends() == [0, 0]
@@ -375,7 +376,8 @@ def test_a_full_disk_ends_all_with_the_checkpoint_before(
 def test_thirty_random_kills(
     preset: Path, tmp_path: Path, undisturbed: dict[str, Any], record_property: Record
 ) -> None:
-    """Of one rank or of both, at any moment: no step beyond the last checkpoint is lost, and the end is the same."""
+    """Kills one rank or both at random moments: no step before the last checkpoint is lost, and the final weights are
+    the same."""
     chance = random.Random(0)
     interval = STEPS_PER_EPOCH // 2
     for trial in range(TRIALS):
@@ -387,7 +389,8 @@ def test_thirty_random_kills(
             expected = [-signal.SIGKILL if rank in victims else 3 for rank in range(RANKS)]
             assert run.ends() == expected
         reached, saved = run.step(), run.saved()
-        assert saved >= reached // interval * interval - interval  # what was under way may be lost, the one before not
+        # The save under way may be lost, but not the one before.
+        assert saved >= reached // interval * interval - interval
         with Run(preset, tmp_path / str(trial)) as run:
             assert run.ends() == [0] * RANKS
         assert f"resumed at step {saved} of" in run.log()
@@ -401,9 +404,9 @@ def test_thirty_random_kills(
 def test_torchrun_restarts_all_from_the_last_checkpoint(
     preset: Path, tmp_path: Path, machines: int, record_property: Record
 ) -> None:
-    """One rank is killed three times, and the run that torchrun began ends as if nothing had happened.
+    """One rank is killed three times, and the run that torchrun started ends as if nothing had happened.
 
-    A torchrun counts the failures of its own processes, not those of the other's.
+    Each torchrun counts only the failures of its own processes.
     """
 
     def torchrun(name: str) -> list[subprocess.Popen[bytes]]:
@@ -445,11 +448,11 @@ def children(parent: int) -> list[int]:
 @pytest.mark.fault("saving the demo every epoch: largest share of the time for which training stands still")
 @pytest.mark.soak
 def test_saving_takes_less_than_a_fiftieth_of_the_time_between_saves(tmp_path: Path, record_property: Record) -> None:
-    """The demo's network, saved five times as often as there."""
+    """For the demo's network, saved five times as often as in the demo."""
     words = [f"output={tmp_path}", "trainer.epochs=4", "trainer.checkpoint_epochs=1", "trainer.log_every=7"]
     Trainer(config.load(ROOT / "mcl" / "presets" / "mcl_r18_fpn_demo.yaml", words)).fit()
     records = read(tmp_path / "demo" / "metrics.jsonl")
-    shares = [record["saving"] for record in records[1:]]  # each holds the save after the record before
+    shares = [record["saving"] for record in records[1:]]  # each has the save after the previous record
     assert len(shares) == 3
     assert all(0 < share < 0.02 for share in shares)
     record_property("survived", f"{max(shares):.2%}")

@@ -1,4 +1,4 @@
-"""The variables of launchers; the SLURM script, run as it is, with stand-ins for srun and scontrol."""
+"""The variables of launchers; and the SLURM script, run unchanged with replacements for srun and scontrol."""
 
 import os
 import re
@@ -47,7 +47,7 @@ if sys.argv[1:3] == ["show", "job"]:
 
 
 class Job:
-    """A SLURM job of the script, whose processes train until they are told to stop."""
+    """A SLURM job that runs the script; its processes train until they are stopped."""
 
     def __init__(self, folder: Path, photos: Path) -> None:
         self.folder, self.said = folder, folder / "said"
@@ -64,7 +64,7 @@ class Job:
     def start(self, *words: str, state: str = "RUNNING") -> "subprocess.Popen[str]":
         slurm = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_CPUS_PER_TASK": "1"}
         slurm |= {"SLURM_JOB_NUM_NODES": "1", "PROCESSES_PER_NODE": "2"}
-        # In a virtual environment Python finds its packages by where it is started from.
+        # In a virtual environment Python finds packages by the path with which it was started.
         environment = {**os.environ, **slurm, "SAID": str(self.said), "STATE": state}
         environment["PYTHONPATH"] = os.pathsep.join(sys.path)
         environment["PATH"] = f"{self.folder}{os.pathsep}{os.environ['PATH']}"
@@ -79,7 +79,7 @@ class Job:
 
 
 def stop(job: Job, after: int, state: str = "RUNNING") -> str:
-    """SIGTERM to the script, as SLURM sends it, when so many steps are done; what the job printed."""
+    """Sends SIGTERM to the script, as SLURM does, after the given number of steps; returns the job's output."""
     running = job.start(state=state)
     while job.steps() < after and running.poll() is None:
         time.sleep(0.1)
@@ -119,7 +119,7 @@ def test_a_cancelled_job_saves_and_stays_away(tmp_path: Path, photos: Path) -> N
 @pytest.mark.fault("a SLURM job stopped twice, and one that fails")
 @pytest.mark.soak
 def test_queued_again_it_goes_on_where_it_stopped(tmp_path: Path, photos: Path) -> None:
-    """As often as it is stopped; one that fails is not queued again."""
+    """It continues however often it is stopped; a job that fails is not queued again."""
     job = Job(tmp_path, photos)
     stop(job, after=2)
     stopped = checkpoint.load(tmp_path / "tiny" / "checkpoints" / "last.pt")["step"]
@@ -183,7 +183,7 @@ def test_a_wrong_variable_is_named(environment: pytest.MonkeyPatch, name: str, v
         {"RANK": "0", "WORLD_SIZE": "1"},
         {"RANK": "3", "LOCAL_RANK": "3", "MASTER_ADDR": "elsewhere", "MASTER_PORT": "83120"},
         variables(procid=0, localid=0, nodeid=0, ntasks=1, step_num_tasks=1, step_tasks_per_node=1),
-        variables(ntasks=8),  # in a shell of salloc
+        variables(ntasks=8),  # in a shell started by salloc
         variables(ntasks=8, procid=0, localid=0, nodeid=0),  # in a batch script, without srun
     ],
 )
@@ -202,7 +202,7 @@ def test_processes_of_srun_alone_are_refused(environment: pytest.MonkeyPatch) ->
         distributed.setup("cpu")
 
 
-def test_nobody_listens(environment: pytest.MonkeyPatch) -> None:
+def test_processes_that_do_not_meet(environment: pytest.MonkeyPatch) -> None:
     for name, value in {**TORCHRUN, "MASTER_PORT": str(free_port())}.items():
         environment.setenv(name, value)
     with pytest.raises(ConfigError, match=r"2 processes did not meet at 127\.0\.0\.1:"):
@@ -210,7 +210,7 @@ def test_nobody_listens(environment: pytest.MonkeyPatch) -> None:
 
 
 def meet(port: int, sizes: list[str], devices: list[str], timeout: float, gpus: int) -> str:
-    """What this rank is told when it joins a group of such a size on such a device; `gpus` are seen."""
+    """What this rank is told when it joins a group of the given size on the given device; `gpus` are visible."""
     distributed.teardown()
     rank = int(os.environ["RANK"])
     os.environ |= {"WORLD_SIZE": sizes[rank], "LOCAL_WORLD_SIZE": sizes[rank], "MASTER_PORT": str(port)}
@@ -230,7 +230,7 @@ def test_processes_that_belong_together_meet() -> None:
 
 @pytest.mark.parametrize("sizes", [["3", "3"], ["2", "4"], ["4", "2"]])
 def test_processes_that_do_not_are_refused(sizes: list[str]) -> None:
-    """One does not come, or was started as one of another number."""
+    """One process is missing, or was started as one of another number."""
     for said, size in zip(in_ranks(2, meet, free_port(), sizes, ["cpu", "cpu"], 3.0, 0), sizes, strict=True):
         assert said.startswith(f"MASTER_ADDR, MASTER_PORT, WORLD_SIZE: {size} processes did not meet at 127.0.0.1:")
         assert "start all of them, on the same kind of device" in said

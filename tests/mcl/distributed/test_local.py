@@ -24,7 +24,7 @@ from tests.mcl.tiny import TINY
 @pytest.mark.parametrize(
     ("wanted", "gpus", "numbers"),
     [
-        ("auto", 8, [0, 1, 2, 3, 4, 5]),  # of a batch of 24, which does not divide by 7
+        ("auto", 8, [0, 1, 2, 3, 4, 5]),  # a batch of 24 cannot be divided by 7
         ("auto", 1, [0]),
         ("auto", 0, [0]),
         (3, 8, [0, 1, 2]),
@@ -42,9 +42,9 @@ def test_devices(wanted: Any, gpus: int, numbers: list[int], capsys: pytest.Capt
         assert local.devices("trainer.devices", wanted, gpus, fits) == numbers
         idle = "2 of 8 GPUs stay idle: the batch can be divided among 6 at most\n"
         assert capsys.readouterr().out == (idle if (wanted, gpus) == ("auto", 8) else "")
-        os.environ["WORLD_SIZE"] = "1"  # left over, or what some schedulers call the number of machines
+        os.environ["WORLD_SIZE"] = "1"  # left over, or set by a scheduler to the number of machines
         assert local.devices("trainer.devices", wanted, gpus, fits) == numbers
-        os.environ["LOCAL_RANK"] = "0"  # torchrun decides
+        os.environ["LOCAL_RANK"] = "0"  # started by torchrun, which has priority
         assert local.devices("trainer.devices", wanted, gpus, fits) == [0]
 
 
@@ -62,7 +62,7 @@ def test_devices_that_are_not_there(wanted: Any, gpus: int, said: str) -> None:
 
 
 def test_gpus_of_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Numbers count those that CUDA_VISIBLE_DEVICES names; afterwards everything is as it was."""
+    """Numbers refer to the devices in CUDA_VISIBLE_DEVICES; the environment is restored afterwards."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-5,6")
     before = dict(os.environ), signal.getsignal(signal.SIGTERM)
     with local._environment([2, 1], 3, 90.0):
@@ -73,7 +73,7 @@ def test_gpus_of_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_cause_is_reported_and_not_its_consequence() -> None:
-    """Of several processes that failed within a second."""
+    """Several processes fail within a second."""
     peer, cause = (ProcessFailure(local_rank=r, pid=r, exitcode=code, error_file="") for r, code in ((0, 3), (1, 2)))
     peer.message = {"message": "PeerError: another process ended"}
     cause.message = {"message": "SourceError: data.root: no images"}
@@ -92,14 +92,14 @@ def _command(folder: Path, root: Path, *words: str) -> list[str]:
     return [sys.executable, "-m", "mcl", "pretrain", str(folder / "tiny.yaml"), *words]
 
 
-def test_an_error_is_said_once(tmp_path: Path) -> None:
+def test_an_error_is_printed_once(tmp_path: Path) -> None:
     command = _command(tmp_path, tmp_path / "nothing")
     (temporary := tmp_path / "temporary").mkdir()
     environment = {**os.environ, "TMPDIR": str(temporary)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert done.stdout == "starting 2 processes, on the CPU; trainer.devices=1 starts one\n"
-    ours = [line for line in done.stderr.splitlines() if not line.startswith("[rank")]  # gloo's
+    ours = [line for line in done.stderr.splitlines() if not line.startswith("[rank")]  # without gloo's messages
     assert ours == [f"mcl pretrain: error: data.root: {tmp_path / 'nothing'} does not exist"]
     assert not (tmp_path / "tiny").exists()
     assert not list(temporary.iterdir())

@@ -1,4 +1,4 @@
-"""What the processes of a machine share is computed once, and lies in memory once."""
+"""Data that the processes of a machine share is computed once and is in memory once."""
 
 import os
 import time
@@ -20,7 +20,8 @@ from tests.mcl.ranks import in_ranks
 
 
 def share(apart: bool) -> list[Any]:
-    """How often this rank has worked, what it was given, and what it was warned of; `apart`: rank 1 sees no other."""
+    """How often this rank did the work, the result that it got, and its warnings; `apart`: rank 1 sees no other
+    rank."""
     worked = []
 
     def work() -> Any:
@@ -41,8 +42,9 @@ def share(apart: bool) -> list[Any]:
 
 
 @pytest.mark.parametrize("apart", [False, True])
-def test_one_process_works_and_what_it_made_is_everybodys(apart: bool) -> None:
-    """What a process writes to it remains its own; where memory cannot be shared, each does the work."""
+def test_one_process_works_and_all_share_the_result(apart: bool) -> None:
+    """A process that writes to its result does not change that of others; without shared memory, each process does the
+    work."""
     first, second = in_ranks(2, share, apart)
     for rank, (worked, seen, said) in enumerate((first, second)):
         assert seen == [[5 + rank, 1, 2], [[0, 1, 2], [3, 4, 5]], (0, 2), "é"]
@@ -52,12 +54,12 @@ def test_one_process_works_and_what_it_made_is_everybodys(apart: bool) -> None:
 
 
 def pss() -> float:
-    """Memory of this process, that which it shares divided by the processes that share it, MB."""
+    """Memory of this process in MB; shared memory is divided by the number of processes that share it."""
     return int(Path("/proc/self/smaps_rollup").read_text().split("Pss:")[1].split()[0]) / 1e3
 
 
 def open_many(root: str, index: str) -> list[float]:
-    """Images, seconds of this rank's cores, the most memory that it needed and what it keeps, MB."""
+    """Number of images, CPU seconds of this rank, its peak memory and the memory that it keeps, MB."""
     before, sampled, done = pss(), [0.0], Event()
 
     def watch() -> None:

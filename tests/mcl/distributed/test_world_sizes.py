@@ -1,4 +1,5 @@
-"""The same mathematics at any world size: W ranks of B images are one process of W x B images."""
+"""The mathematics does not depend on the world size: W ranks of B images compute the same as one process of W x B
+images."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,24 +23,24 @@ from tests.step import views as own_views
 SMALL = ("model.head_convs=0", "trainer.global_batch=16", "optim.clip_norm=1")
 EXACT = configure("trainer.precision=fp64", *SMALL)
 SINGLE = configure(*SMALL)
-RANKS = 4  # whose views those of fewer ranks are joined from
+RANKS = 4  # views of fewer ranks are concatenations of views of four
 
 
 class TwoMaps(ThinBackbone):
-    """As many maps as there are levels, so that every parameter has a gradient."""
+    """A backbone with as many maps as levels, so that every parameter has a gradient."""
 
     channels = ThinBackbone.channels[:2]  # type: ignore[assignment]
 
 
 def views(cfg: Config, step: int) -> list[MontageBatch]:
-    """Query and key view of this rank: its share of what four ranks see in this step."""
+    """Query and key view of this rank: its share of the views of four ranks in this step."""
     world, rank = distributed.world_size(), distributed.rank()
     share = [own_views(cfg, 100 * step + 2 * r, RANKS) for r in range(RANKS)][rank * RANKS // world :][: RANKS // world]
     return [joined(cfg.montage, side) for side in zip(*share, strict=True)]
 
 
 def train(cfg: Config, steps: int, device: str) -> dict[str, Any]:
-    """Loss and gradient norm of every step, and everything that the model holds after them."""
+    """Loss and gradient norm of every step, and the state of the model at the end."""
     torch.manual_seed(0)
     with mock.patch("mcl.models.encoder.Backbone", TwoMaps):
         model = MCL(cfg)
@@ -56,7 +57,7 @@ def train(cfg: Config, steps: int, device: str) -> dict[str, Any]:
 
 
 def moved(cfg: Config, model: MCL) -> float:
-    """How far training went: the smallest relative change of a matrix or kernel."""
+    """Smallest relative change of a matrix or kernel in training."""
     torch.manual_seed(0)
     with mock.patch("mcl.models.encoder.Backbone", TwoMaps):
         before = dict(MCL(cfg).named_parameters())
@@ -65,13 +66,13 @@ def moved(cfg: Config, model: MCL) -> float:
 
 
 def trained(cases: Sequence[tuple[Config, int]], devices: Sequence[str] = ("cpu",)) -> list[dict[str, Any]]:
-    """`devices`: of the ranks; a single one is that of all."""
+    """`devices`: those of the ranks; a single one is used by all."""
     device = devices[distributed.rank() % len(devices)]
     return [train(*case, device) for case in cases]
 
 
 def check_ranks(ranks: Sequence[dict[str, Any]], alone: dict[str, Any]) -> None:
-    """What ranks computed in float64, against one process."""
+    """Compares the results of ranks with those of one process, in float64."""
     for rank in ranks:
         assert rank["losses"] == pytest.approx(alone["losses"], rel=1e-8)
         assert rank["norms"] == pytest.approx(alone["norms"], rel=1e-8)
@@ -84,7 +85,7 @@ def check_ranks(ranks: Sequence[dict[str, Any]], alone: dict[str, Any]) -> None:
     ("world", "steps"), [(4, 5), *(pytest.param(world, 20, marks=pytest.mark.soak) for world in (2, 4))]
 )
 def test_any_number_of_ranks_computes_the_same(world: int, steps: int) -> None:
-    """In float64; the first step in float32, too."""
+    """In float64; the first step also in float32."""
     cases = [(EXACT, steps), (SINGLE, 1)]
     alone, alone_single = trained(cases)
     assert not torch.distributed.is_initialized()

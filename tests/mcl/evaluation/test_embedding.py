@@ -1,4 +1,4 @@
-"""Features in files: the right ones, each in its row, whatever happens on the way."""
+"""Files of features: the right features in the right rows, also after interruptions and errors."""
 
 import json
 import os
@@ -39,7 +39,7 @@ BROKEN = 2
 
 @pytest.fixture(scope="module")
 def folder(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two classes with 66 photographs, of which number 2 is cut off in its pixels, and one in its header."""
+    """Two classes with 66 photographs, of which number 2 is truncated in its pixels and another in its header."""
     root = tmp_path_factory.mktemp("images")
     for i, file in enumerate(sorted((photos / "train").rglob("*.jpg"))[:66]):
         (root / f"class{i // 33}").mkdir(exist_ok=True)
@@ -61,7 +61,7 @@ def cfg(folder: Path) -> Config:
 
 @pytest.fixture(scope="module")
 def model(cfg: Config) -> Objective:
-    """With running statistics that are not those of a new one."""
+    """A model whose running statistics are not the initial ones."""
     torch.manual_seed(0)
     model = build(cfg)
     model(random_view(cfg.montage, 8, 0), random_view(cfg.montage, 8, 1))
@@ -75,7 +75,7 @@ def thin(cfg: Config, thin_backbone: None) -> Objective:
 
 
 def test_rows_are_what_torchvision_computes(cfg: Config, source: Source, model: Objective, tmp_path: Path) -> None:
-    """Of the square of 7/8 of the shorter side, by Pillow, with the backbone's weights as they are exported."""
+    """Of the central square of 7/8 of the shorter side, with Pillow and the exported weights of the backbone."""
     made = embed(model.online, cfg, source, CPU, tmp_path / "sub" / "c5.npy", "c5")
     assert [made.names[i] for i in (0, 33)] == ["class0/00.jpg", "class1/33.jpg"]
     assert (made.labels, made.classes) == ([i // 33 for i in range(66)], ["class0", "class1"])
@@ -87,7 +87,7 @@ def test_rows_are_what_torchvision_computes(cfg: Config, source: Source, model: 
 
     resnet = torchvision.models.resnet18(num_classes=1)
     resnet.load_state_dict(model.online.backbone.state_dict(), strict=False)
-    resnet.fc = torch.nn.Identity()  # behind the mean over space
+    resnet.fc = torch.nn.Identity()  # follows the spatial mean
     resnet.eval()
     for i in (0, 40):
         image = Image.open(Path(source.names[i]))
@@ -122,7 +122,7 @@ class Stop(KeyboardInterrupt):
 
 
 def stopping_after(batches: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Loading stops there; returns a list to which the steps left out are added."""
+    """Makes loading stop after some steps; returns a list to which the number of skipped steps is added."""
     whole, left_out = embedding.photos, list[int]()
 
     def photos(*args: Any, first: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -153,13 +153,13 @@ def test_a_stopped_one_goes_on_to_the_same_file(
         assert left_out == [1]
         assert path.read_bytes() == expected.path.read_bytes()
         assert not list(tmp_path.glob("*.partial*"))
-        assert embed(thin.online, cfg, source, CPU, path, "c5") == read(path)  # it is there
+        assert embed(thin.online, cfg, source, CPU, path, "c5") == read(path)  # already exists
         assert left_out == [1]
         embed(thin.online, cfg, source, CPU, path, "c4")  # other features
         assert left_out == [1, 0]
 
 
-def test_what_another_network_began_is_not_gone_on_with(
+def test_a_file_of_another_network_is_not_continued(
     cfg: Config, source: Source, thin: Objective, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "x.npy"
@@ -225,7 +225,7 @@ def save(cfg: Config, model: Objective, folder: Path) -> Path:
 def test_the_command(
     cfg: Config, folder: Path, model: Objective, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of a list, from a checkpoint of class folders; with a picture and a page that need nothing else."""
+    """For a list of images and a checkpoint of class folders; the picture and the page are self-contained."""
     (tmp_path / "list.txt").write_text("".join(f"{folder}/class1/{i}.jpg <b>{i % 3}</b>\n" for i in range(40, 52)))
     out = tmp_path / "list.npy"
     arguments = ["embed", save(cfg, model, tmp_path), tmp_path / "list.txt", "--out", out, "--features=p4"]
@@ -269,7 +269,7 @@ def test_killed_again_and_again(cfg: Config, folder: Path, model: Objective, tmp
 
 @pytest.mark.soak
 def test_speed_is_that_of_decoding_and_forward_together(tmp_path: Path) -> None:
-    """80% of it at least, with the demo's network on the photographs of ``make data``; the three take turns."""
+    """At least 80% of it, with the demo's network on the photographs of ``make data``; the three take turns."""
     root = ROOT / "data" / "photos4k"
     if not root.exists():
         pytest.skip("make data builds data/photos4k")

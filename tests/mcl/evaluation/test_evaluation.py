@@ -1,4 +1,4 @@
-"""Evaluation: scores that are known beforehand."""
+"""Evaluations with known scores."""
 
 import dataclasses
 import shutil
@@ -32,7 +32,7 @@ def small(photos: Path) -> Config:
 
 
 class Oracle(MCL):
-    """A model that knows the answers at level 0, and always says image 0 at level 1."""
+    """A model that gives the right answer at level 0, and always image 0 at level 1."""
 
     codes = torch.eye(8)
 
@@ -48,7 +48,7 @@ class Oracle(MCL):
 
 @pytest.mark.usefixtures("thin_backbone")
 @pytest.mark.parametrize("targets", ["top", "all"])
-def test_what_an_oracle_finds(small: Config, targets: str) -> None:
+def test_scores_of_an_oracle(small: Config, targets: str) -> None:
     oracle = Oracle(config.override(small, [f"model.targets={targets}", "model.width=8"]))
     views = [random_view(small.montage, 8, seed) for seed in (0, 1)]
     assert oracle.matches(*views).tolist() == [[1.0, pytest.approx(1 / 8)]] * 2
@@ -83,7 +83,8 @@ def test_retrieval_of_both_splits_leaves_the_model_alone(small: Config) -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     records = list(evaluate(["retrieval"], model, small, torch.device("cpu")))
     assert [record["split"] for record in records] == ["train", "val"]
-    assert all(record["levels"] == record["random"] for record in records)  # untrained, it is the random network
+    # Without training it equals the random network.
+    assert all(record["levels"] == record["random"] for record in records)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert model.training
 
@@ -109,7 +110,8 @@ def test_classes_of_real_photographs(small: Config, name: str) -> None:
 
 @pytest.mark.usefixtures("thin_backbone")
 def test_classes_of_both_splits_are_numbered_alike(small: Config, photos: Path, tmp_path: Path) -> None:
-    """Held out are training images of the last class alone: each finds itself, though its source has one class."""
+    """Held-out images are training images of the last class, so that each finds itself, though its source has one
+    class."""
     last = sorted((photos / "train").iterdir())[-1].name
     shutil.copytree(photos / "train" / last, tmp_path / "val" / last)
     cfg = config.override(small, [f"data.val_root={tmp_path / 'val'}", "evaluation.k=1"])

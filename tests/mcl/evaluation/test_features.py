@@ -1,4 +1,4 @@
-"""Features: of every photograph that can be decoded, once, by one of the processes."""
+"""Features of every photograph that can be decoded, each computed once, by one of the processes."""
 
 import shutil
 from pathlib import Path
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 def colours(words: list[str], numbers: list[int] | None = None) -> tuple[Features, list[int]]:
-    """Mean colours, and the sizes of the batches; of this process."""
+    """Mean colours, and sizes of batches, in this process."""
     cfg = config.override(config.from_dict(TINY), words)
     source = open_source(cfg.data.root)
     index = None if numbers is None else np.array(numbers)
@@ -61,7 +61,7 @@ def test_any_number_of_processes_has_each_image_once(folder: Path) -> None:
 
 
 def test_processes_step_equally_often(folder: Path) -> None:
-    """One image for two processes."""
+    """There is one image for two processes."""
     words = [f"data.root={folder}"]
     assert [sizes for _, sizes in in_ranks(2, colours, words, [5])] == [[1], [0]]
 
@@ -104,7 +104,7 @@ def statistics(root: str) -> dict[str, torch.Tensor]:
 
 
 def test_statistics_are_plain_means_over_photographs(few_photos: Path) -> None:
-    """Of copies, and the same on all processes."""
+    """Networks are copies, with the same statistics in all processes."""
     alone = statistics(str(few_photos))
     cfg = config.override(config.from_dict(TINY), [f"data.root={few_photos}"])
     ((pixels, _),) = photos(cfg, open_source(str(few_photos)), CPU)

@@ -1,4 +1,4 @@
-"""kNN and linear probe in chunks and shards: what the whole matrix gives, in bounded memory."""
+"""kNN and linear probe in chunks and shards give the results of the whole matrix, with bounded memory."""
 
 import itertools
 import multiprocessing
@@ -33,7 +33,7 @@ def whole(values: Tensor, labels: Tensor) -> Features:
 
 
 def share(features: Features) -> Features:
-    """Of this process; the first one of several has nearly all."""
+    """The share of this process; the first of several processes has nearly all."""
     if distributed.world_size() == 1:
         return features
     bounds = [0, len(features.index) - 3, len(features.index)]
@@ -41,7 +41,7 @@ def share(features: Features) -> Features:
 
 
 def by_hand(train: Features, test: Features, k: int, same: bool) -> list[int]:
-    """From the whole matrix, in double precision, photograph after photograph."""
+    """Computes from the whole matrix, in double precision, one photograph after another."""
     cosines = F.normalize(test.values.double(), dim=1) @ F.normalize(train.values.double(), dim=1).t()
     guesses = []
     for row, own in zip(cosines, test.index.tolist(), strict=True):
@@ -75,7 +75,7 @@ def test_knn_of_chunks_and_shards_is_that_of_the_whole_matrix(same: bool) -> Non
 
 
 def test_knn_by_hand() -> None:
-    """Two clusters; and without itself, a lone photograph is outvoted."""
+    """Two clusters; if photographs do not vote for themselves, a single one is outvoted."""
     values = torch.tensor([[1.0, 0], [0.9, 0.1], [0, 1], [0.1, 0.9]])
     train = whole(values, torch.tensor([0, 0, 1, 1]))
     test = whole(torch.tensor([[1.0, 0.2], [0.2, 1.0]]), torch.tensor([0, 1]))
@@ -88,7 +88,8 @@ def test_knn_by_hand() -> None:
 def separable(n: int) -> Features:
     torch.manual_seed(0)
     labels = torch.arange(n) % CLASSES
-    mixed = torch.randn(CLASSES, 12) @ torch.diag(torch.logspace(-2, 2, 12))  # scales that standardising removes
+    # Different scales, which standardisation removes.
+    mixed = torch.randn(CLASSES, 12) @ torch.diag(torch.logspace(-2, 2, 12))
     return whole(mixed[labels] + 0.7 * mixed.std(0) * torch.randn(n, 12), labels)
 
 
@@ -111,7 +112,8 @@ def test_linear_probe_by_either_means_in_one_process_or_two() -> None:
 
 
 def test_linear_probe_minimises_its_loss() -> None:
-    """Autograd's gradient of the regularised loss is zero at what L-BFGS finds, and small at what mini-batches find."""
+    """Autograd's gradient of the regularised loss is zero at the result of L-BFGS, and small at that of
+    mini-batches."""
     features = separable(300)
     x = (features.values - features.values.mean(0)) / features.values.std(0)
     for lbfgs, most in ((True, 1e-4), (False, 1e-2)):
@@ -128,7 +130,7 @@ def test_linear_probe_minimises_its_loss() -> None:
 
 @pytest.mark.parametrize("fraction", [0.1, 0.5])
 def test_a_fraction_of_every_class(few_photos: Path, fraction: float) -> None:
-    source = open_source(str(few_photos))  # 4 classes of 8
+    source = open_source(str(few_photos))  # 4 classes with 8 images each
     numbers = labelled(source, fraction, seed=1)
     assert torch.from_numpy(source.labels[numbers]).bincount().tolist() == [max(1, round(8 * fraction))] * 4
     assert numbers.tolist() == sorted(set(numbers.tolist()))
@@ -138,7 +140,7 @@ def test_a_fraction_of_every_class(few_photos: Path, fraction: float) -> None:
 
 
 def grown(work: Callable[[Features, Features], object], sizes: tuple[int, int], channels: int, classes: int) -> float:
-    """Most bytes that a process takes in `work`, beside the features."""
+    """Peak memory that a process needs for `work`, beside the features, bytes."""
 
     def features(n: int) -> Features:
         values = torch.empty(n, channels)
@@ -166,7 +168,7 @@ def _linear(train: Features, test: Features) -> None:
 def test_memory_at_imagenets_size(
     work: Callable[[Features, Features], object], sizes: tuple[int, int], record_property: Callable[[str, object], None]
 ) -> None:
-    """A tenth of the neighbours and of the photographs; memory depends on neither, but for the shares themselves."""
+    """With a tenth of the neighbours and photographs. Except for the shares themselves, memory depends on neither."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         most = pool.apply(grown, (work, sizes, 2048, 1000))
     record_property("GB", most / 1e9)
@@ -176,7 +178,7 @@ def test_memory_at_imagenets_size(
 @pytest.mark.soak
 @pytest.mark.skipif(not CIFAR.exists(), reason="needs data/cifar10, which make data builds")
 def test_mini_batches_are_within_half_a_point_of_lbfgs_on_cifar10(tiny: Config) -> None:
-    """On the second last stage of a random ResNet-18."""
+    """With features of the second last stage of a random ResNet-18."""
     cfg = config.override(tiny, [f"data.root={CIFAR / 'train'}", f"data.val_root={CIFAR / 'test'}"])
     torch.manual_seed(0)
     model = MCL(cfg)

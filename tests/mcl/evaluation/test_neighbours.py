@@ -1,4 +1,4 @@
-"""Pictures of what is near what: the right images are nearest, and the map is that of the principal components."""
+"""Pictures of neighbours: the right images are nearest, and the map shows the principal components."""
 
 import re
 import sys
@@ -17,7 +17,7 @@ from mcl.evaluation.neighbours import check, draw, nearest, pca
 
 
 def test_nearest_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the cosine, whatever the length; without itself, and without what is not there."""
+    """By cosine, regardless of length; without the query itself and without missing rows."""
     monkeypatch.setattr(neighbours, "_CHUNK", 2)
     rows = np.array([[1, 0], [0, 1], [10, 1], [np.nan, np.nan], [3, 2]], np.float32)
     cosines, index = nearest(rows, [0, 4], 3)
@@ -35,7 +35,7 @@ def test_components_are_those_of_the_singular_values() -> None:
 
 @pytest.fixture
 def colours(tmp_path: Path) -> Embedding:
-    """Thirty images of two colours, whose features are these; one has none."""
+    """Thirty images of two colours, whose features are their colours; one image has none."""
     rows = np.zeros((30, 3), np.float32)
     for i in range(30):
         rows[i] = (200, i, 0) if i % 2 else (0, i, 200)
@@ -49,7 +49,7 @@ def colours(tmp_path: Path) -> Embedding:
 
 
 def test_pictures_without_classes(colours: Embedding) -> None:
-    """Every row of the page holds one colour; the map has both, far apart."""
+    """Every row of the page has a single colour; the map shows two separate groups."""
     picture, page = draw(colours, open_source(colours.root), "pca")
     text = page.read_text()
     assert "07.png" not in text

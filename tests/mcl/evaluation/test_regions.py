@@ -1,4 +1,4 @@
-"""Region probe: boxes are pooled where a detector would, and scores are those that were planted."""
+"""Region probe: boxes are pooled from the map that a detector would use, and known scores are found."""
 
 import json
 import logging
@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 
 def test_levels_are_those_of_detectors() -> None:
-    """torchvision's, but for maps that there are not; boxes of every size, and the limits between levels."""
+    """As in torchvision, except for missing maps; for boxes of every size, and at the limits between levels."""
     sides = torch.cat([torch.linspace(1, 2000, 500), 224 * 2.0 ** torch.arange(-5, 4)])
     boxes = torch.stack([torch.zeros_like(sides), torch.zeros_like(sides), 2 * sides, sides / 2], 1)
     assert level_of(boxes, [32, 16, 8, 4]).tolist() == (3 - LevelMapper(2, 5)([boxes])).tolist()
@@ -36,7 +36,8 @@ def test_levels_are_those_of_detectors() -> None:
 
 
 class Ramp(nn.Module):
-    """In place of backbone and FPN: cells say where their centres lie, in pixels, and in which map."""
+    """Replaces backbone and FPN: each cell contains the position of its centre, in pixels, and the number of its
+    map."""
 
     def forward(self, x: Any, levels: Sequence[int] = ()) -> list[Tensor]:
         maps = []
@@ -67,7 +68,7 @@ def test_a_region_is_the_means_over_parts_of_its_box() -> None:
 
 
 def test_intervals() -> None:
-    """As wide as the binomial's; no narrower if every object is there ten times."""
+    """As wide as the binomial interval, and no narrower if every object is repeated ten times."""
     hits = (torch.arange(400) % 2).float()
     low, high = interval(hits, torch.arange(400))
     assert high - low == pytest.approx(2 * 1.96 * (0.25 / 400) ** 0.5, rel=0.1)
@@ -80,7 +81,7 @@ COLOURS = {"red": (220, 20, 30), "green": (20, 200, 40), "blue": (30, 40, 220)}
 
 @pytest.fixture(scope="module")
 def coco(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Photographs with three rectangles each, whose colours are their classes; and crowds of another class."""
+    """Photographs with three rectangles each, whose colours are their classes, and with crowds of another class."""
     root = tmp_path_factory.mktemp("coco")
     files = sorted((photos / "train").rglob("*.jpg"))
     for split, count in (("train", 20), ("val", 8)):
@@ -108,7 +109,7 @@ def cfg(coco: Path) -> Config:
 
 @pytest.mark.usefixtures("thin_backbone")
 def test_planted_colours_are_found(cfg: Config, coco: Path, tmp_path: Path) -> None:
-    """By a network that shows colours, beside one of zeros; in words, in numbers, and in the report."""
+    """By a network that passes colours on, compared with a network of zeros; in text, record and report."""
     torch.manual_seed(0)
     model = build(cfg)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -119,7 +120,7 @@ def test_planted_colours_are_found(cfg: Config, coco: Path, tmp_path: Path) -> N
     assert record["linear_accuracy"] > 0.9
     assert record["accuracy_interval"][0] <= record["accuracy"] <= record["accuracy_interval"][1]
     assert record["gain"] == pytest.approx(record["accuracy"] - record["random"], abs=1e-6)
-    assert record["target"] == record["accuracy"]  # before its first step
+    assert record["target"] == record["accuracy"]  # before the first step
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     for parameter in model.parameters():
         nn.init.zeros_(parameter)
@@ -156,7 +157,7 @@ def test_objects_by_name(cfg: Config, coco: Path) -> None:
     train, val = open_boxes(cfg)
     assert train.classes == val.classes == ("blue", "green", "red")
     assert len(train.numbers) == 20
-    i = val.numbers[1]  # of n1
+    i = val.numbers[1]  # image n1
     assert Path(val.source.names[i]).name == "1.jpg"
     assert val.labels[i].tolist() == [1, 0, 2]
     torch.testing.assert_close(val.boxes[i][1], torch.tensor([57 / 160, 11 / 120, 98 / 160, 71 / 120]))

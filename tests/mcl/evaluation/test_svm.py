@@ -1,4 +1,4 @@
-"""Support vector machines for images of several classes, as an annotation file in COCO format has them."""
+"""Support vector machines for images with several classes, read from a COCO annotation file."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def write(path: Path, source: Source, classes: list[list[int]], **of_last: Any) -> str:
-    """Classes of every image; `of_last` goes to the last annotation."""
+    """Writes the classes of every image; `of_last` is added to the last annotation."""
     names = [name.removeprefix(source.base + "/") for name in source.names]
     annotations = [{"image_id": i, "category_id": 7 * c} for i, own in enumerate(classes) for c in own]
     annotations[-1] |= of_last
@@ -43,7 +43,7 @@ def test_classes_of_images(few_photos: Path, tmp_path: Path) -> None:
 
 
 def test_scores_are_those_of_scikit_learn() -> None:
-    """With a single class and costs between which cross-validation has nothing to choose."""
+    """For a single class, and costs between which cross-validation need not choose."""
     torch.manual_seed(0)
     labels = torch.arange(80) % 2 * 2 - 1
     values = torch.randn(80, 8) + 0.5 * labels[:, None]

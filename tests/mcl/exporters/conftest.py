@@ -42,13 +42,13 @@ def save_model(model: MCL, geometry: Geometry, folder: Path, root: str = "") -> 
 
 
 def image() -> Tensor:
-    """(2, 3, 96, 64) noise."""
+    """(2, 3, 96, 64) of random values."""
     return torch.randn(2, 3, 96, 64, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(scope="session")
 def model() -> MCL:
-    """A small one with the head that detectors call 4conv-1fc."""
+    """A small model with the head that detectors call 4conv-1fc."""
     return make_model(Geometry(), backbone="resnet18", width=16).eval()
 
 
@@ -59,13 +59,13 @@ def saved(model: MCL, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def resnet18vd(tmp_path_factory: pytest.TempPathFactory) -> tuple[MCL, Path]:
-    """A small model of a backbone that RT-DETR takes, and its checkpoint."""
+    """A small model with a backbone of RT-DETR, and its checkpoint."""
     model = make_model(Geometry(), backbone="resnet18vd", width=16).eval()
     return model, save_model(model, Geometry(), tmp_path_factory.mktemp("vd") / "runs" / "vd")
 
 
 @pytest.fixture(scope="session")
 def resnet50(tmp_path_factory: pytest.TempPathFactory) -> tuple[MCL, Path]:
-    """A model of the paper's backbone, FPN and head, and its checkpoint."""
+    """A model with the paper's backbone, FPN and head, and its checkpoint."""
     model = make_model(Geometry(), backbone="resnet50").eval()
     return model, save_model(model, Geometry(), tmp_path_factory.mktemp("runs") / "runs" / "mcl")

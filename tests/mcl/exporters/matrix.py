@@ -1,6 +1,6 @@
 """The table of docs/export.md: every backbone in every target. ``python -m tests.mcl.exporters.matrix`` writes it.
 
-Its check marks are the cases of ``test_backbones.py``, which proves them.
+Its check marks are the cases of ``test_backbones.py``, which verifies them.
 """
 
 import re
@@ -20,7 +20,7 @@ _LETTERS = "abcdefghijklmnop"
 
 
 def render() -> str:
-    """The table, and the reasons for what it does not check."""
+    """The table, and the reasons for cells without a check mark."""
     pins = dict(re.findall(r"^([\w-]+)==(\S+)", "\n".join(file.read_text() for file in _PINS), re.MULTILINE))
     packages = [target.twins[0].package if target.twins else "" for target in TARGETS.values()]
     reasons: list[str] = []
@@ -44,7 +44,7 @@ def render() -> str:
 
 
 def written() -> str:
-    """What the page has."""
+    """The table in the page."""
     text = PAGE.read_text()
     return text[text.index(_START) + 1 : text.index(_END)]
 

@@ -1,4 +1,4 @@
-"""Every backbone in the modules of the libraries that have it, and an error for the others."""
+"""Every backbone in the modules of the libraries that support it, and an error for the others."""
 
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,16 @@ FAST = {("mmdet", "resnet50vd"), ("timm", "resnet50vd"), ("mmpretrain", "resnext
 
 @pytest.fixture(scope="module")
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a run with that backbone, and small otherwise."""
-    small = {} if request.param == "resnet50" else {"width": 8, "head_convs": 1}  # torchvision's detectors have sizes
+    """A checkpoint with that backbone; other parts are small."""
+    # Torchvision's detectors require certain sizes.
+    small = {} if request.param == "resnet50" else {"width": 8, "head_convs": 1}
     model = make_model(Geometry(), backbone=request.param, **small)
     return save_model(model, Geometry(), tmp_path_factory.mktemp(request.param))
 
 
 @pytest.mark.parametrize(("name", "key"), [("swin_t", "mmdet"), ("convnext_t", "mmpretrain")])
-def test_thin_ones(name: str, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through OpenMMLab's modules of the same sizes."""
+def test_thin_backbones(name: str, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In OpenMMLab's modules with the same sizes."""
     pytest.importorskip("mmdet", reason="needs MMDetection: make mmdet")
     width, depths = THIN[name]
     widths = [width * 2**i for i in range(4)]
@@ -51,7 +52,7 @@ def test_thin_ones(name: str, key: str, tmp_path: Path, monkeypatch: pytest.Monk
     indirect=["checkpoint"],
 )
 def test_features_are_the_same_there(checkpoint: Path, to: str, tmp_path: Path) -> None:
-    """The check marks of the table in docs/export.md."""
+    """Verifies the check marks of the table in docs/export.md."""
     pytest.importorskip(TARGETS[to].twins[0].package.replace("-pretrain", ""), reason="make mmdet, make soak")
     output = tmp_path / f"x{next(iter(TARGETS[to].saves), '')}"
     report = export(checkpoint, to, check=True, statistics_of="none", output=output)
@@ -60,12 +61,12 @@ def test_features_are_the_same_there(checkpoint: Path, to: str, tmp_path: Path) 
 
 
 def test_table_of_the_documentation() -> None:
-    """``python -m tests.mcl.exporters.matrix`` writes it anew."""
+    """``python -m tests.mcl.exporters.matrix`` writes it again."""
     assert written() == render()
 
 
 def test_merged_patches_as_mmdetection_has_them() -> None:
-    """torchvision's module, and ``nn.Unfold`` with adapted weights."""
+    """torchvision's module equals ``nn.Unfold`` with adapted weights."""
     torch.manual_seed(0)
     merge = PatchMerging(5, nn.LayerNorm)
     nn.init.normal_(merge.norm.weight)
@@ -78,7 +79,7 @@ def test_merged_patches_as_mmdetection_has_them() -> None:
     torch.testing.assert_close(found, merge(x).flatten(1, 2))
 
 
-def test_merging_belongs_to_the_stage_before_it() -> None:
+def test_merging_belongs_to_the_previous_stage() -> None:
     rename = TARGETS["mmdet"].renames["swin_t"]
     assert rename("features.4.reduction.weight") == "backbone.stages.1.downsample.reduction.weight"
     assert rename("features.5.3.mlp.3.bias") == "backbone.stages.2.blocks.3.ffn.layers.1.bias"

@@ -1,7 +1,7 @@
-"""``mcl export --to detectron2``: names and shapes against those of detectron2's Mask R-CNN, written down here.
+"""``mcl export --to detectron2``: names and shapes, compared with a list of those of detectron2's Mask R-CNN.
 
-detectron2 is on no package index. Its models name a BatchNorm ``<convolution>.norm`` and find a tensor of a file by the
-longest name in it that theirs ends with, from a dot on.
+detectron2 is on no package index. Its models name a BatchNorm ``<convolution>.norm``, and read a tensor from the
+longest name in the file that is a suffix of their own name, starting at a dot.
 """
 
 import pickle
@@ -74,11 +74,12 @@ OTHERS: Shapes = {
     "proposal_generator.rpn_head.conv.weight": (256, 256, 3, 3),
     "proposal_generator.rpn_head.conv.bias": (256,),
 }
-"""Of which none may be mistaken for ours."""
+"""Other tensors of the detector, none of which may match an exported name."""
 
 
 def match(file: Shapes, model: Shapes) -> dict[str, str]:
-    """The model's names to those in the file, as detectron2 finds them; each of the file is used at most once."""
+    """Names in the file by the model's names, as detectron2 matches them; each name of the file is used at most
+    once."""
     found = {}
     for name in model:
         endings = [theirs for theirs in file if name == theirs or name.endswith("." + theirs)]
@@ -106,7 +107,7 @@ def test_names_and_shapes(depth: int, saved: Path, resnet50_file: Path, tmp_path
 
 
 def test_c4_models_find_the_backbone(resnet50_file: Path, tmp_path: Path) -> None:
-    """They have stages 2 to 4 in ``backbone`` and stage 5 in ``roi_heads``."""
+    """These have stages 2 to 4 in ``backbone``, and stage 5 in ``roi_heads``."""
     content = pickle.loads(
         export(
             resnet50_file, "detectron2", parts=["backbone"], statistics_of="none", output=tmp_path / "x.pkl"

@@ -1,4 +1,4 @@
-"""``mcl export`` whatever the target: what is written, reported, refused."""
+"""``mcl export`` to any target: files, reports and errors."""
 
 import dataclasses
 import json
@@ -242,7 +242,7 @@ def test_target_network_gets_statistics_of_its_own(
 
 
 def test_authors_weights_go_through_the_same_exports(tmp_path: Path) -> None:
-    """Both their FPN and MMDetection's count maps from the finest."""
+    """Both the authors' FPN and MMDetection's number maps from the finest."""
     model = make_model(Geometry(), backbone="resnet18", width=8, compute="released")
     authors = {
         their_name(name): tensor for name, tensor in model.state_dict().items() if not name.startswith("target.")

@@ -1,4 +1,4 @@
-"""``mcl export --to hub``: a folder to share."""
+"""``mcl export --to hub``: a folder for sharing."""
 
 import hashlib
 import json
@@ -38,7 +38,7 @@ RECORDS = (
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[MCL, Path]:
-    """A model and its checkpoint, of step 3, in a folder of a run that went on to step 4."""
+    """A model, and its checkpoint at step 3 in the folder of a run that continued to step 4."""
     folder = tmp_path_factory.mktemp("secret") / "runs" / "birds"
     model = make_model(Geometry(), backbone="resnet18", width=8, head_convs=1).eval()
     path = save_model(model, Geometry(), folder, root="/home/someone/secret")
@@ -69,7 +69,7 @@ def test_folder(run: tuple[MCL, Path]) -> None:
     same(backbone_maps(model)[-1:], seen)
 
     about = json.loads((report.path / "config.json").read_text())
-    cfg = config.from_dict(about["config"])  # without keys that are the publisher's own
+    cfg = config.from_dict(about["config"])  # without private keys
     assert (cfg.model, cfg.montage) == (model.config.model, Geometry())
     assert about["figures"]["training"] == [{"step": 3, "epoch": 0.75, "loss": 8.25}]
     assert [record["name"] for record in about["figures"]["scores"]] == ["knn", "retrieval"]
@@ -95,14 +95,14 @@ def test_card(run: tuple[MCL, Path], tmp_path: Path) -> None:
         " 75.0% ±0.0%",
     ):
         assert words in text
-    assert "90.0%" not in text  # of a later step
+    assert "90.0%" not in text  # a score of a later step
     for file in folder.iterdir():
         assert b"secret" not in file.read_bytes()
     assert all(len(line) <= 200 for line in card.splitlines())
 
 
 def test_of_several_weights_the_latest_are_read(run: tuple[MCL, Path], tmp_path: Path) -> None:
-    """The same ones have the same name; others come beside them."""
+    """The same weights have the same file name; other weights are added to the folder."""
     for _ in range(4):
         folder = export(run[1], "hub", parts=["backbone"], output=tmp_path / "hub").path
     assert len(list(folder.glob("*.safetensors"))) == 1

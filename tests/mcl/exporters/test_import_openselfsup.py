@@ -27,7 +27,7 @@ Save = Callable[..., Path]
 
 @pytest.fixture(scope="module")
 def model() -> MCL:
-    """A model of the reference's shapes whose target and running statistics are not the initial ones."""
+    """A model with the reference's shapes, whose target and running statistics are not the initial ones."""
     torch.manual_seed(0)
     model = MCL(Config(model=RELEASED, montage=Geometry(cells=1)))
     for name, tensor in model.state_dict().items():
@@ -40,7 +40,7 @@ def model() -> MCL:
 
 @pytest.fixture(scope="module")
 def authors(model: MCL) -> dict[str, Tensor]:
-    """The model under the names that the authors' own code gave its tensors; the backbone comes first, and twice."""
+    """The model by the names of the authors' code, in which the backbone comes first and is stored twice."""
     own = {their_name(name): tensor for name, tensor in model.state_dict().items()}
     online = {name: own[name] for name in REFERENCE["shapes"]}
     backbone = {n.replace("encoder_q.0.", "backbone."): t for n, t in online.items() if n.startswith("encoder_q.0.")}
@@ -49,7 +49,7 @@ def authors(model: MCL) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def hollow(authors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same names and shapes, each tensor full of one number, so that files stay small."""
+    """The same names and shapes, but each tensor repeats one number, so that files are small."""
     states = {name: torch.tensor(float(i)) for i, name in enumerate(authors)}
     states |= {n: states[n.replace("backbone.", "encoder_q.0.")] for n in authors if n.startswith("backbone.")}
     return {name: states[name].to(tensor.dtype).expand(tensor.shape) for name, tensor in authors.items()}
@@ -57,7 +57,7 @@ def hollow(authors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.fixture
 def save(tmp_path: Path) -> Save:
-    """Writes a checkpoint as the authors' runner does."""
+    """Writes a checkpoint like the authors' runner."""
 
     def write(state: dict[str, Tensor], meta: dict[str, Any] | None = None, **how: Any) -> Path:
         meta = {"mmcv_version": "1.0.3", "time": "Fri", "epoch": 100, "iter": 31200, "hook_msgs": {}} | (meta or {})
@@ -160,7 +160,7 @@ def test_architecture_is_read_off_the_shapes(name: str, save: Save, tmp_path: Pa
     ("name", "also"),
     [
         ("encoder_q.0.conv1.weight", ""),
-        ("encoder_q.1.lateral_convs.3.conv.weight", "encoder_q.1."),  # another method's neck
+        ("encoder_q.1.lateral_convs.3.conv.weight", "encoder_q.1."),  # the neck of another method
         ("encoder_q.2.mlp.0.weight", "encoder_q.2."),
         ("head.predictor.0.mlp.0.weight", "head."),
         ("encoder_q.1.fpn_convs.2.bn.running_var", ""),
@@ -189,7 +189,7 @@ def test_other_architectures_are_refused(hollow: dict[str, Tensor], save: Save, 
 
 
 class Foreign:
-    """Stands for an object that a training framework left in its checkpoint."""
+    """Represents an object that a training framework stored in its checkpoint."""
 
 
 @pytest.mark.parametrize(("obstacle", "name"), [(Foreign(), "Foreign"), (deque([1]), r"collections\.deque")])

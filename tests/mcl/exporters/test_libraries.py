@@ -1,4 +1,4 @@
-"""Exports, loaded by the libraries that they are for: with their own loaders, and in the lines of docs/export.md."""
+"""Exports, loaded by the libraries with their own loaders, and with the code in docs/export.md."""
 
 import re
 from pathlib import Path
@@ -20,14 +20,14 @@ BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_t
 
 
 def block(word: str) -> str:
-    """The lines of code of docs/export.md that name `word`."""
+    """The block of code in docs/export.md that contains `word`."""
     (found,) = [text for text in BLOCKS if word in text]
     return found
 
 
 @torch.no_grad()
 def same(ours: Any, theirs: Any) -> None:
-    """Two lists of maps are equal to 1e-5 of the largest feature."""
+    """Two lists of maps differ by at most 1e-5 of the largest feature."""
     assert len(ours) == len(theirs)
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(other, mine, rtol=0, atol=1e-5 * float(mine.abs().max()))
@@ -119,7 +119,7 @@ def test_mmpretrain(model: MCL, saved: Path, resnet50: tuple[MCL, Path], monkeyp
 
 
 class TestMMDetection:
-    """The configurations of docs/export.md, built and loaded as MMEngine's runner does."""
+    """The configurations in docs/export.md, built and loaded like MMEngine's runner does."""
 
     @pytest.fixture(autouse=True)
     def _installed(self) -> None:
@@ -141,8 +141,8 @@ class TestMMDetection:
         return Config.fromfile(file)
 
     def build(self, config: Any) -> Any:
-        """A model or a part of one, initialised as before a training."""
-        import mmdet.models  # registers them
+        """A model or a part of one, with the initial values of a training."""
+        import mmdet.models  # registers its modules
         from mmdet.registry import MODELS
         from mmengine.registry import DefaultScope
 
@@ -153,7 +153,7 @@ class TestMMDetection:
         return model
 
     def load(self, config: Any) -> tuple[Any, list[str], list[str]]:
-        """The detector of a configuration, its ``load_from`` loaded; names that are missing in the file, or no use."""
+        """The detector of a configuration, with ``load_from`` loaded, and the missing and unexpected names."""
         from mmengine.runner.checkpoint import load_checkpoint
 
         detector = self.build(config.model)

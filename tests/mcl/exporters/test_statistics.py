@@ -54,7 +54,7 @@ def test_named_folder_and_none(small: MCL, few_photos: Path, tmp_path: Path) -> 
         report = export(path, to, statistics_of="none")
         assert torch.equal(report.weights[name], own)
         assert report.metadata["statistics"] == "as training left them"
-    folder = min(few_photos.iterdir())  # a flat one, of another layout than the run's
+    folder = min(few_photos.iterdir())  # a flat folder, whose layout is not that of the run
     report = export(path, "torchvision", statistics_of=str(folder), check=True)
     assert report.metadata["statistics"] == "re-estimated on 8 photographs (backbone only)"
     torch.testing.assert_close(report.weights["bn1.running_mean"], stem(small, folder).mean(1), rtol=0, atol=1e-5)
@@ -64,7 +64,7 @@ def test_named_folder_and_none(small: MCL, few_photos: Path, tmp_path: Path) -> 
         export(path, "detectron2")
 
 
-def test_who_freezes_batch_norm() -> None:
+def test_targets_that_freeze_batch_norm() -> None:
     assert {name for name, target in TARGETS.items() if target.freezes} == {
         "detectron2",
         "transformers-detr",

@@ -1,4 +1,4 @@
-"""Folders for transformers, loaded by its own calls: its own forward has our features."""
+"""Folders for transformers, loaded by its own functions: its forward computes our features."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ SHALLOW = {"encoder_layers": 1, "decoder_layers": 2, "num_queries": 10, "num_lab
 
 @pytest.fixture(scope="module")
 def folders(saved: Path, resnet18vd: tuple[MCL, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """By target."""
+    """Exported folders, by target."""
     folder, files = tmp_path_factory.mktemp("transformers"), (saved, saved, resnet18vd[1])
     return {
         to: export(file, to, statistics_of="none", output=folder / to).path
@@ -34,7 +34,7 @@ def folders(saved: Path, resnet18vd: tuple[MCL, Path], tmp_path_factory: pytest.
 
 @torch.no_grad()
 def maps(detector: Any, pixels: Tensor) -> list[Tensor]:
-    """The maps that its own forward computes, finest first."""
+    """The maps that the library's forward computes, finest first."""
     seen: list[Tensor] = []
     detector.model.backbone.register_forward_hook(lambda _, __, out: seen.extend(pixels for pixels, _ in out))
     detector.eval()(pixel_values=pixels)
@@ -86,7 +86,7 @@ def test_classes_with_another_prefix(name: str, keys: dict[str, Any], folders: d
 
 @pytest.mark.parametrize("to", ["transformers-detr", "transformers-detr-resnet", "transformers-rtdetr"])
 def test_images_are_normalised_as_in_pretraining(to: str, folders: dict[str, Path]) -> None:
-    """RT-DETR's own processor would not normalise them."""
+    """By default, RT-DETR's processor would not normalise them."""
     photo = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
     processor = transformers.AutoImageProcessor.from_pretrained(folders[to])
     (got,) = processor(photo, do_resize=False, return_tensors="pt")["pixel_values"]
@@ -116,7 +116,7 @@ def test_lines_of_the_documentation(
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     exec(block(name), names)
-    pixels = torch.randn(1, 3, 160, 160)  # with more cells than the detector has queries
+    pixels = torch.randn(1, 3, 160, 160)  # has more cells than the detector has queries
     got = maps(names["model"], pixels)
     with torch.no_grad():
         same(model.online.backbone(pixels)[: len(got)][::-1], got)

@@ -1,4 +1,4 @@
-"""A folder for ultralytics, loaded by its own calls: its own forward has our features."""
+"""A folder for ultralytics, loaded by its own functions: its forward computes our features."""
 
 import sys
 from pathlib import Path
@@ -24,7 +24,8 @@ def test_without_ultralytics(resnet50: tuple[MCL, Path], monkeypatch: pytest.Mon
 
 
 def test_scales_make_up_for_what_its_batch_norm_adds() -> None:
-    """Also where that is far more than the variance; and in training, where the batch has the running statistics."""
+    """Also if the added value is far larger than the variance, and in training, if the batch has the running
+    statistics."""
     torch.manual_seed(0)
     variance, x = torch.tensor([0, 1e-7, 1e-4, 1e-2, 1.0, 100.0]), torch.randn(64, 6, dtype=torch.float64)
     x = (x - x.mean(0)) / x.std(0) * variance.double().sqrt()
@@ -42,7 +43,7 @@ def test_scales_make_up_for_what_its_batch_norm_adds() -> None:
 
 @torch.no_grad()
 def maps(detector: nn.Module) -> list[Tensor]:
-    """C2 to C5 of :func:`image`, as its own forward computes them."""
+    """C2 to C5 of :func:`image`, computed by the library's forward."""
     seen: list[Tensor] = []
     layers: Any = detector.model
     for layer in layers[1:5]:
@@ -63,7 +64,7 @@ def test_its_rt_detr_takes_our_weights(resnet50: tuple[MCL, Path], tmp_path: Pat
     exec(report.usage, names)
     same(backbone_maps(model), maps(names["model"].model))
     same(backbone_maps(model), maps(ultralytics.RTDETR(str(tmp_path / "out" / "rtdetr.pt")).model))
-    # What a strict load does not show: the same names and shapes, other features.
+    # A strict load does not notice this: names and shapes are the same, but features differ.
     other = ultralytics.RTDETR("rtdetr-resnet50.yaml").load(str(tmp_path / "out" / "rtdetr.pt"))
     coarsest, wanted = maps(other.model)[-1], backbone_maps(model)[-1]
     assert float((coarsest - wanted).norm() / wanted.norm()) > 0.1

@@ -17,7 +17,7 @@ from mcl.records.metrics import log
 from tests.conftest import PHOTOS, ROOT
 from tests.mcl.exporters.conftest import make_model, save_model
 
-with contextlib.suppress(ImportError):  # before the tests of this folder do so
+with contextlib.suppress(ImportError):  # must precede the imports of the tests in this folder
     import_mmdet()
 
 CONFIGS = ROOT / "mcl" / "finetune" / "configs"
@@ -37,11 +37,11 @@ TINY = (
     "default_hooks.checkpoint.interval=3",
     "custom_hooks.2.batches=2",
 )
-"""Overrides that make a run of the mini detector take a moment."""
+"""Overrides that make a run of the mini detector short."""
 
 
 def make_folder(root: Path, train: int = 6, val: int = 2) -> Path:
-    """Photographs of the repository at 128 pixels, with a box and a triangle marked in each."""
+    """Photographs of the repository at 128 pixels, each with a marked box and triangle."""
     for split, count in (("train", train), ("val", val)):
         folder = root / split
         folder.mkdir(parents=True)
@@ -68,15 +68,15 @@ def _annotation(number: int, image: int, category: int, box: tuple[int, int, int
     x, y, w, h = box
     corners = [x, y, x + w, y, x + w, y + h] + ([x, y + h] if category == 1 else [])
     ids = {"id": number, "image_id": image, "category_id": category}
-    crowd = {"iscrowd": 0} if category == 1 else {}  # LVIS' annotations do not have it
+    crowd = {"iscrowd": 0} if category == 1 else {}  # LVIS annotations do not have this field
     return {**ids, **crowd, "bbox": list(box), "area": w * h / category, "segmentation": [corners]}
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _once_what_mmengine_repeats() -> Iterator[None]:
-    """MMEngine reads the index of the whole model zoo for every `_base_` of MMDetection, and lays the text of a
-    configuration out five times in a run; here it does so once."""
-    if importlib.util.find_spec("mmengine") is None:  # some tests of this folder run without it
+    """MMEngine reads the index of the whole model zoo for every `_base_` of MMDetection, and formats a configuration
+    five times per run; here it does both once."""
+    if importlib.util.find_spec("mmengine") is None:  # some tests of this folder do not need it
         yield
         return
     from mmengine.config import Config, config
@@ -95,7 +95,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a pre-training with the widths of the mini detector."""
+    """A checkpoint of a pre-training with the widths of the mini detector."""
     geometry = Geometry()
     model = make_model(geometry, backbone="resnet18", width=64, head_convs=2)
     return save_model(model, geometry, tmp_path_factory.mktemp("mini"))
@@ -103,6 +103,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
-    """What mcl's logger said; runs of other tests may have given it handlers of its own."""
+    """Messages of mcl's logger, to which other tests may have added handlers."""
     monkeypatch.setattr(log, "propagate", True)
     return caplog

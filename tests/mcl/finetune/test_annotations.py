@@ -1,4 +1,4 @@
-"""What the check of annotation files refuses, and what it corrects."""
+"""Errors that the check of annotation files finds, and those that it corrects."""
 
 import codecs
 import hashlib
@@ -18,7 +18,7 @@ SIZE = [HEIGHT, WIDTH]
 BOX = [4, 5, 20, 10]
 POLYGON = [4, 5, 24, 5, 24, 15, 4, 15]
 RUNS = [125, *[10, 20] * 19, 10, 495]
-"""Of the box: down 4 columns of 30 pixels and 5 of the next, then 10 in each of 20 columns."""
+"""Run lengths of the box: 4 columns of 30 pixels and 5 pixels of the next, then 10 in each of 20 columns."""
 HUGE, NAN, INFINITE = 10**400, float("nan"), float("inf")
 NO_NUMBERS = (None, "x", "nan", "1e999", True, [3], {}, NAN, INFINITE, -INFINITE, HUGE)
 
@@ -26,7 +26,7 @@ Edit = Callable[[Any], object]
 
 
 def example() -> dict[str, Any]:
-    """Two objects, one a crowd, in two images."""
+    """Two objects, one of them a crowd, in two images."""
     common = {"bbox": BOX, "area": 200, "category_id": 1}
     return {
         "images": [{"id": i, "file_name": f"{i}.jpg", "width": WIDTH, "height": HEIGHT} for i in (1, 2)],
@@ -49,7 +49,7 @@ def edited(edit: Edit) -> bytes:
 
 
 def first(section: str, **values: Any) -> Edit:
-    """An edit of the first entry of a section."""
+    """Edits the first entry of a section."""
     return lambda content: content[section][0].update(values)
 
 
@@ -57,7 +57,7 @@ def every(section: str, **values: Any) -> Edit:
     return lambda content: [entry.update(values) for entry in content[section]]
 
 
-def test_what_is_in_order_is_left_as_it_is() -> None:
+def test_valid_annotations_do_not_change() -> None:
     content = example()
     data = encode(content)
     assert check(data, "x") == Annotations(**content, corrections="", digest=hashlib.sha256(data).digest())
@@ -98,7 +98,7 @@ def test_values_that_a_field_does_not_take(section: str, field: str, value: Any,
     place = rf"x: {section}\[0\]" + ("" if field == "id" else r" \(id 1\)")
     with pytest.raises(SourceError, match=rf"^{place} has (the|no) {field}.*; it must be .*{message}") as caught:
         check(edited(first(section, **{field: value})), "x")
-    str(caught.value).encode()  # can be printed
+    str(caught.value).encode()  # the message can be printed
 
 
 @pytest.mark.parametrize(
@@ -229,14 +229,14 @@ def test_files_are_read_once_until_they_change_or_are_forgotten(tmp_path: Path) 
 
 
 def as_text(value: Any) -> Any:
-    """Numbers as text, at every depth."""
+    """Converts numbers to text, at every depth."""
     if isinstance(value, dict):
         return {key: as_text(child) for key, child in value.items()}
     return [as_text(child) for child in value] if isinstance(value, list) else str(value)
 
 
 def ids(section: str, field: str, change: Callable[[int], Any]) -> Edit:
-    """Changes the ids of a section, and those that refer to them."""
+    """Changes the ids of a section, and all references to them."""
 
     def edit(content: Any) -> None:
         for entry in content[section]:
@@ -285,7 +285,7 @@ def ids(section: str, field: str, change: Callable[[int], Any]) -> Edit:
     ],
 )
 def test_corrected(edit: Edit, corrections: str) -> None:
-    """All of it comes out as numbers, and with ids by which each annotation is of the image that it was of."""
+    """All values become numbers, and each annotation still belongs to its image."""
     images, categories, annotations, what, _ = check(edited(edit), "x")
     assert what == corrections
     assert [image["file_name"].split("/")[-1] for image in images] == ["1.jpg", "2.jpg"]
@@ -326,13 +326,13 @@ def test_encodings(bom: bytes, encoding: str) -> None:
     assert bool(checked.corrections) == (encoding != "utf-8" or bool(bom))
 
 
-def test_masks_that_nobody_needs_are_not_looked_at() -> None:
+def test_unused_masks_are_not_checked() -> None:
     data = edited(every("annotations", segmentation="broken"))
     assert all("segmentation" not in annotation for annotation in check(data, "x", masks=False).annotations)
 
 
 def test_run_lengths_as_text_are_those_of_pycocotools() -> None:
-    """Of masks from one to half a million pixels, of all densities."""
+    """For masks of one to half a million pixels, of all densities."""
     mask = pytest.importorskip("pycocotools.mask")
     generator = np.random.default_rng(0)
     for height, width in [(1, 1), (1, 7), (30, 40), (480, 640), (700, 701)]:

@@ -1,4 +1,4 @@
-"""The configurations are the published protocol, number by number."""
+"""Configurations match the published protocols, number by number."""
 
 import functools
 from pathlib import Path
@@ -68,7 +68,7 @@ PATCHES = {
     "mask_rcnn_swin_t_fpn_1x": "swin/mask-rcnn_swin-t-p4-w7_fpn_1x",
     "mask_rcnn_convnext_t_fpn_1x": "convnext/mask-rcnn_convnext-t-p4-w7_fpn_amp-ms-crop-3x",
 }
-"""Backbones without BatchNorm, trained with AdamW, and MMDetection's configurations of them."""
+"""Backbones without BatchNorm, which are trained with AdamW, and MMDetection's configurations for them."""
 C4 = [name for name in PROTOCOLS if "_c4_" in name]
 MINI = "mask_rcnn_r18_fpn_mini", "faster_rcnn_r18_fpn_mini"
 
@@ -128,7 +128,7 @@ def decays(detector: nn.Module, wrapper: Any) -> dict[str, tuple[float, float]]:
 
 @pytest.mark.parametrize("name", PATCHES)
 def test_backbones_of_patches(name: str) -> None:
-    """The protocol of ResNet-50; optimiser and backbone of MMDetection's own configuration."""
+    """The protocol is that of ResNet-50; optimiser and backbone are those of MMDetection's own configuration."""
     config, resnet = read(name), read("mask_rcnn_r50_fpn_1x")
     theirs = Config.fromfile(Path(mmdet.__file__).parent / ".mim" / "configs" / f"{PATCHES[name]}_coco.py")
     for key in ("global_batch", "train_cfg", "param_scheduler", "train_dataloader", "val_dataloader"):
@@ -138,7 +138,7 @@ def test_backbones_of_patches(name: str) -> None:
     assert config.optim_wrapper.optimizer == theirs.optim_wrapper.optimizer
     detectors = [weights.build(one.model) for one in (config, theirs)]
     modules = [str(detector.get_submodule("backbone")).partition("\ninit_cfg")[0] for detector in detectors]
-    assert modules[0] == modules[1]  # with sizes and stochastic depth
+    assert modules[0] == modules[1]  # including sizes and stochastic depth
     assert all(parameter.requires_grad for parameter in detectors[0].parameters())
     ours, others = (decays(*pair) for pair in zip(detectors, (config.optim_wrapper, theirs.optim_wrapper), strict=True))
     assert ours == others
@@ -147,7 +147,7 @@ def test_backbones_of_patches(name: str) -> None:
 @pytest.mark.soak
 @pytest.mark.parametrize("name", PATCHES)
 def test_tensors_of_patches_load(name: str, tmp_path: Path) -> None:
-    """All of backbone, FPN and head."""
+    """All tensors of backbone, FPN and head are loaded."""
     model = make_model(Geometry(), backbone=name.removeprefix("mask_rcnn_").removesuffix("_fpn_1x"))
     config = read(name)
     hook = weights.load(str(save_model(model, Geometry(), tmp_path)), config.model)
@@ -158,7 +158,7 @@ def test_tensors_of_patches_load(name: str, tmp_path: Path) -> None:
 @pytest.mark.soak
 @pytest.mark.parametrize(("name", "norms"), [("convnext_tiny", 4), ("swin_t", 3)])
 def test_supervised_weights_of_patches(name: str, norms: int, tmp_path: Path) -> None:
-    """torchvision's classifiers have the others of the backbone's tensors."""
+    """torchvision's classifiers have all other tensors of the backbone."""
     torch.save(torchvision.models.get_model(name).state_dict(), tmp_path / "x.pth")
     config = read(f"mask_rcnn_{name.replace('tiny', 't')}_fpn_1x")
     hook = weights.load(str(tmp_path / "x.pth"), config.model)
@@ -181,7 +181,7 @@ def test_norms_of_fpn_detectors(name: str) -> None:
 
 
 def test_p6_and_p7_of_retinanet() -> None:
-    """From C5, and from P6 behind a ReLU; with biases, as they have no norm."""
+    """P6 is computed from C5, P7 from P6 after a ReLU; both have biases, since they have no norm."""
     torch.manual_seed(0)
     config = read("retinanet_r50_fpn_1x").model.neck
     with DefaultScope.overwrite_default_scope("mmdet"):
@@ -206,7 +206,7 @@ def test_norms_of_c4(name: str) -> None:
 
 
 def test_masks_of_c4() -> None:
-    """detectron2's: a deconvolution and a convolution behind the last stage, whose 7 x 7 cells become 14 x 14."""
+    """As in detectron2: a deconvolution and a convolution after the last stage, from 7 x 7 to 14 x 14 cells."""
     detector, rcnn = weights.build(read("mask_rcnn_r50_c4_1x").model), read("mask_rcnn_r50_c4_1x").model.train_cfg.rcnn
     head = detector.get_submodule("roi_head.mask_head")
     shapes = {name: list(tensor.shape) for name, tensor in head.named_parameters() if name.endswith("weight")}
@@ -229,7 +229,8 @@ def test_boxes_alone_are_the_same_detector_without_masks(masks: str, boxes: str)
 
 
 def _check_norms(detector: nn.Module, parts: list[str]) -> None:
-    """All parameters are trained; these parts' BatchNorms, and no others, are there, synchronised and trained."""
+    """All parameters are trained. The BatchNorms are exactly those of these parts; they are synchronised and
+    trained."""
     assert all(parameter.requires_grad for parameter in detector.parameters())
     detector.train()
     norms = {name: module for name, module in detector.named_modules() if isinstance(module, _BatchNorm)}
@@ -240,7 +241,7 @@ def _check_norms(detector: nn.Module, parts: list[str]) -> None:
 
 @pytest.mark.parametrize("name", [*PROTOCOLS, *PATCHES])
 def test_input_and_initial_values(name: str) -> None:
-    """Images are as pre-training had them, and nothing is fetched from elsewhere."""
+    """Images are normalised as in pre-training, and no weights are downloaded."""
     model = read(name).model
     assert "Pretrained" not in str(model)
     preprocessor = model.data_preprocessor
@@ -265,7 +266,7 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_all_expected_tensors_load(name: str, tensors: int, pretrained: Path) -> None:
-    """318 of ResNet-50, and six (weight, four of BatchNorm, a count) of each convolution of FPN and head."""
+    """318 tensors of ResNet-50, and six (weight, four of BatchNorm, a count) of each convolution of FPN and head."""
     config = read(name)
     hook = weights.load(str(pretrained), config.model)
     assert len(hook.weights) == tensors

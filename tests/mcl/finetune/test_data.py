@@ -1,4 +1,4 @@
-"""Whether a COCO-format folder is in order, and what is said if it is not."""
+"""The check of COCO-format folders, and its errors."""
 
 import json
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from tests.mcl.finetune.conftest import CLASSES, make_folder
 
 @pytest.fixture
 def fresh(tmp_path: Path) -> Path:
-    """A folder that may be damaged."""
+    """A folder that tests may damage."""
     return make_folder(tmp_path / "coco", train=2, val=1)
 
 
@@ -149,10 +149,11 @@ def test_nothing_to_train_on(fresh: Path) -> None:
 
 
 def test_images_of_an_epoch(fresh: Path) -> None:
-    """As many as MMDetection's dataset has: not those without objects of a class, nor those that are too small."""
+    """As many as in MMDetection's dataset: images without objects of a class, and images that are too small, are left
+    out."""
 
     def edit(content: Any) -> None:
-        for number, size in ((3, 128), (4, 31), (5, 128)):  # without objects, too small, with a part alone
+        for number, size in ((3, 128), (4, 31), (5, 128)):  # without objects, too small, with a part only
             content["images"].append({"id": number, "file_name": f"{number}.jpg", "width": size, "height": size})
             Image.new("RGB", (size, size)).save(fresh / "train" / f"{number}.jpg")
         for number, image in ((21, 4), (22, 5)):
@@ -181,7 +182,7 @@ def test_wanted_categories(folder: Path) -> None:
 
 
 def test_categories_of_digits(fresh: Path) -> None:
-    """YAML has numbers for them."""
+    """YAML reads them as numbers."""
     for split in ("train", "val"):
         change(fresh / f"instances_{split}.json", lambda c: c["categories"][0].update(name="7"))
     words: list[Any] = [7]
@@ -196,7 +197,7 @@ def test_many_categories_are_not_all_listed(fresh: Path) -> None:
         open_folder(str(fresh), wanted=["unicorn"])
 
 
-def test_small_boxes_categories_without_objects_and_corrections_are_spoken_of(
+def test_small_boxes_categories_without_objects_and_corrections_are_logged(
     fresh: Path, said: pytest.LogCaptureFixture
 ) -> None:
     """COCO itself has such boxes."""

@@ -1,4 +1,4 @@
-"""Pictures of detections show what a detector finds, where it finds it, and nothing else."""
+"""Pictures of detections show what a detector finds, at the right positions, and nothing else."""
 
 import json
 import re
@@ -27,14 +27,14 @@ from tests.conftest import ROOT
 from tests.mcl.finetune.conftest import CLASSES
 
 GRAY = 128
-LARGE, SMALL = (600, 400), (60, 40)  # pixels; the small one is drawn 8 times as large
+LARGE, SMALL = (600, 400), (60, 40)  # pixels; the small one is drawn at 8 times its size
 BOXES = {LARGE: [(100, 50, 300, 250), (320, 200, 520, 380)], SMALL: [(5, 10, 25, 30)]}  # x1, y1, x2, y2
 BLUE, ORANGE = pictures.COLORS[:2]  # of things and parts
 
 
 @MODELS.register_module(force=True)
 class PerfectDetector(BaseModel):
-    """Finds what is annotated in the image of that size, with a score of 0.9, and the whole image with one of 0.2."""
+    """Finds the annotations of the image of that size with a score of 0.9, and the whole image with a score of 0.2."""
 
     def __init__(self, annotations: str, backbone: Any, data_preprocessor: Any = None) -> None:
         super().__init__(data_preprocessor)
@@ -62,7 +62,7 @@ class PerfectDetector(BaseModel):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of a perfect detector, and gray images beside it."""
+    """The run folder of a perfect detector, and gray images beside it."""
     folder = tmp_path_factory.mktemp("perfect")
     (folder / "images" / "more").mkdir(parents=True)
     images, annotations = [], []
@@ -98,7 +98,7 @@ def tinted(color: tuple[int, ...]) -> list[int]:
 
 
 def check_object(pixels: Any, box: tuple[int, ...], color: tuple[int, ...], scale: int) -> None:
-    """Its outline is two pixels wide, the left half of it is tinted, the right one is not, nor is what surrounds it."""
+    """Its outline is two pixels wide, and its left half is tinted; the right half and the surroundings are not."""
     x1, y1, x2, y2 = (scale * side for side in box)
     middle, row = (x1 + x2) // 2, (y1 + y2) // 2
     for x in (x1, x1 + 1, x2, x2 - 1):
@@ -112,7 +112,7 @@ def check_object(pixels: Any, box: tuple[int, ...], color: tuple[int, ...], scal
     assert (name == 0).all(-1).any()
 
 
-def test_what_is_found_is_drawn(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_detections_are_drawn(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(["detect", str(run), str(run.parent / "images")])
     drawn = run / "detections"
     assert capsys.readouterr().out.splitlines() == [
@@ -139,7 +139,8 @@ def test_python_threshold_and_broken_images(run: Path, tmp_path: Path) -> None:
     assert found.objects.boxes.tolist() == [list(map(float, box)) for box in (*BOXES[LARGE], (0, 0, *LARGE))]
     assert found.picture == tmp_path / "out" / "large.png"
     pixels = np.asarray(Image.open(found.picture))
-    assert np.abs(pixels[399 - 10, 599 - 10].astype(int) - tinted(ORANGE)).max() <= 1  # of the whole image
+    # The detection of the whole image.
+    assert np.abs(pixels[399 - 10, 599 - 10].astype(int) - tinted(ORANGE)).max() <= 1
 
 
 @pytest.mark.parametrize(

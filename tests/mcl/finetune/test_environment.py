@@ -1,4 +1,4 @@
-"""``mcl finetune`` where an environment lacks what its libraries look for."""
+"""``mcl finetune`` in environments without home folder, passwd entry or reader of the output."""
 
 import os
 from pathlib import Path
@@ -16,7 +16,7 @@ from tests.mcl.test_environment import NOBODY, mcl, needs_user_namespaces
     ("root", "code"), [("/no/where", 2), pytest.param("{folder}", 0, marks=pytest.mark.soak)], ids=["error", "run"]
 )
 def test_without_home_and_passwd_entry(folder: Path, tmp_path: Path, root: str, code: int) -> None:
-    """Libraries of MMDetection fail when they are imported, if nothing says where the home folder is."""
+    """The libraries of MMDetection fail on import if no home folder is known."""
     words = [f"data.root={root.format(folder=folder)}", f"output={tmp_path}", "train_cfg.max_iters=1"]
     done = mcl("finetune", MINI, *TINY, *words, prefix=NOBODY, HOME=None, XDG_CACHE_HOME=None)
     assert done.returncode == code, done.stderr
@@ -27,7 +27,7 @@ def test_without_home_and_passwd_entry(folder: Path, tmp_path: Path, root: str, 
 
 @pytest.mark.soak
 def test_a_reader_that_has_enough(folder: Path, tmp_path: Path) -> None:
-    """pycocotools prints, too."""
+    """The reader of the output closes the pipe; pycocotools prints, too."""
     reads, writes = os.pipe()
     os.close(reads)
     words = [f"data.root={folder}", f"output={tmp_path}", "train_cfg.max_iters=1"]

@@ -1,4 +1,4 @@
-"""Whether images are what their annotations say: sizes, EXIF orientations, broken files."""
+"""The check of images against their annotations: sizes, EXIF orientations, broken files."""
 
 import io
 import json
@@ -32,7 +32,7 @@ from tests.mcl.finetune.test_run import words
 
 @pytest.fixture
 def fresh(tmp_path: Path) -> Path:
-    """A folder that may be damaged."""
+    """A folder that tests may damage."""
     return make_folder(tmp_path / "coco", train=5, val=1)
 
 
@@ -57,7 +57,7 @@ def encode(image: Image.Image, kind: str, orientation: int) -> bytes:
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_one_rule_for_exif(kind: str, orientation: int, photos: Path, tmp_path: Path) -> None:
-    """What MMDetection loads is the turned image, as Pillow turns it, and that size is demanded of annotations."""
+    """MMDetection loads the rotated image, like Pillow, and annotations must have the size of that image."""
     with Image.open(next(photos.rglob("*.jpg"))) as photo:
         data = encode(photo.convert("RGB").resize((48, 32)), kind, orientation)
     path = tmp_path / f"image.{kind.lower()}"
@@ -90,7 +90,7 @@ def test_boxes_of_the_image_as_stored_are_refused(fresh: Path, split: str) -> No
 
 
 def test_boxes_of_the_turned_image_are_taken(fresh: Path, said: pytest.LogCaptureFixture) -> None:
-    """A word about it, too, where width and height would be the same for the image as stored."""
+    """A message says so, also if width and height are the same before and after rotation."""
     turn(fresh / "train" / "1.jpg", 6)
     change(fresh, "train", lambda c: c["images"][0].update(width=c["images"][0]["height"], height=128))
     change(fresh, "train", lambda c: [a.update(bbox=[0, 0, 40, 40]) for a in c["annotations"][:2]])
@@ -121,7 +121,7 @@ def damage(path: Path, how: bytes | slice) -> None:
 
 
 def damage_unnoticed(path: Path, data: bytes) -> None:
-    """Size and time of the file remain."""
+    """Changes a file without changing its size and time."""
     before = path.stat()
     path.write_bytes(data.ljust(before.st_size, b"\0"))
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
@@ -140,7 +140,7 @@ def test_what_is_no_image_is_named_at_the_start(
 
 
 def test_what_cannot_be_read_is_named_at_the_start(fresh: Path) -> None:
-    """A pipe, of which one would wait for ever, and a folder."""
+    """A pipe, from which reading would block forever, and a folder."""
     for make in (os.mkfifo, os.mkdir):
         path = fresh / "train" / "2.jpg"
         path.unlink()
@@ -157,7 +157,7 @@ def test_images_to_evaluate_on_must_all_be_good(fresh: Path, how: bytes | slice)
 
 
 def test_headers_are_read_once(fresh: Path) -> None:
-    """And again when a file is another one by its time."""
+    """Headers are read again if the time of a file has changed."""
     path = fresh / "train" / "4.jpg"
     open_folder(str(fresh))
     damage_unnoticed(path, TEXT)
@@ -168,7 +168,7 @@ def test_headers_are_read_once(fresh: Path) -> None:
 
 
 def batches(fresh: Path, run: Path, workers: int, fraction: float) -> list[Any]:
-    """Two epochs."""
+    """Batches of two epochs."""
     config = settings.load(MINI, [*TINY, f"output={run.parent}", f"name={run.name}", "global_batch=1"])
     config.data.max_bad_fraction = fraction
     config.train_dataloader.num_workers = workers
@@ -186,7 +186,7 @@ def same(samples: list[Any], others: list[Any]) -> list[bool]:
 
 @pytest.mark.parametrize("how", [EMPTY, CUT], ids=["empty", "cut"])
 def test_broken_images_are_replaced_and_listed(fresh: Path, tmp_path: Path, how: bytes | slice) -> None:
-    """By the same ones with any number of workers; all other samples are what they were."""
+    """Substitutes do not depend on the number of workers, and all other samples are the same."""
     whole = batches(fresh, tmp_path / "whole", 0, 0.5)
     path = fresh / "train" / "4.jpg"
     damage(path, how)
@@ -203,7 +203,7 @@ def test_broken_images_are_replaced_and_listed(fresh: Path, tmp_path: Path, how:
 
 
 def test_an_image_that_changed_is_not_trained_on(fresh: Path, tmp_path: Path) -> None:
-    """Since its header was read: the index says that it is what it was."""
+    """The image changed after its header was read, and the index does not notice."""
     path = fresh / "train" / "4.jpg"
     with Image.open(path) as image:
         smaller = encode(image.resize((64, 48)), "JPEG", 1)
@@ -213,7 +213,7 @@ def test_an_image_that_changed_is_not_trained_on(fresh: Path, tmp_path: Path) ->
     assert "64 x 48 pixels, the annotations say 128 x " in (tmp_path / "run" / "bad_files.jsonl").read_text()
 
 
-def test_what_opencv_alone_reads_is_used(fresh: Path) -> None:
+def test_formats_that_only_opencv_reads_are_used(fresh: Path) -> None:
     """Pre-training refuses such formats."""
     for split in ("train", "val"):
         path = next((fresh / split).glob("*.jpg"))
@@ -224,7 +224,7 @@ def test_what_opencv_alone_reads_is_used(fresh: Path) -> None:
 
 @pytest.mark.soak
 def test_too_many_broken_images_end_the_run(fresh: Path, tmp_path: Path) -> None:
-    """In one line, from a loading process, too."""
+    """The error has one line, also if it comes from a loading process."""
     damage(fresh / "train" / "1.jpg", CUT)
     damage(fresh / "train" / "4.jpg", CUT)
     said = r"2 of the 5 training images are broken, the last: .*train/[14]\.jpg: cannot be decoded; repair them, or "
@@ -257,7 +257,7 @@ def test_a_run_with_a_broken_image(fresh: Path, tmp_path: Path, capfd: pytest.Ca
 
 @pytest.mark.soak
 def test_an_image_to_evaluate_on_that_breaks_meanwhile(fresh: Path, tmp_path: Path) -> None:
-    """After it was decoded at the start: named in the line that ends the run."""
+    """The image was decoded at the start; the error that ends the run names it."""
     path = fresh / "val" / "1.jpg"
     open_folder(str(fresh))
     damage_unnoticed(path, path.read_bytes()[:-500])

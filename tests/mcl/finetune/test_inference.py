@@ -1,4 +1,4 @@
-"""The fine-tuned detector is used by MMDetection's own means, in another process."""
+"""MMDetection's own functions use the fine-tuned detector, in another process."""
 
 import json
 import subprocess
@@ -47,7 +47,7 @@ def test_inferencer_and_detector(folder: Path, checkpoint: Path, tmp_path: Path)
     said = json.loads(found.read_text())
     assert said["classes"] == [list(CLASSES)] * 2
     for ours, theirs in zip(said["inferencer"], said["detector"], strict=True):
-        assert len(ours) == 5  # of model.test_cfg.rcnn.max_per_img
+        assert len(ours) == 5  # model.test_cfg.rcnn.max_per_img
         assert np.allclose(ours, theirs, atol=1e-4)
     (ours,) = mcl.detect(run, folder / "val" / "1.jpg", tmp_path, threshold=0)
     assert ours.objects.scores is not None
@@ -57,7 +57,7 @@ def test_inferencer_and_detector(folder: Path, checkpoint: Path, tmp_path: Path)
 
 @pytest.mark.parametrize("path", sorted(DETECTORS.glob("*.py")), ids=lambda path: path.stem)
 def test_every_configuration_has_a_test_set(path: Path, folder: Path) -> None:
-    """It is that of the evaluations, loaded as MMDetection loads."""
+    """It equals the set of the evaluations, and is loaded like MMDetection loads it."""
     config = settings.load(path, ["data.classes=[]"])
     use(config, open_folder(str(folder)))
     assert config.test_dataloader.dataset.pipeline[0].type == "LoadImageFromFile"

@@ -1,4 +1,4 @@
-"""Tests with and without MMDetection; what ``make mmdet`` says where it cannot go on."""
+"""Tests with and without MMDetection, and errors of ``make mmdet``."""
 
 import importlib
 import os
@@ -30,7 +30,7 @@ def test_without_mmdetection_all_other_tests_are_collected(folder: str) -> None:
 @pytest.mark.skipif(not Path(sys.prefix, ".mmdet").exists(), reason="needs MMDetection: make mmdet")
 @pytest.mark.parametrize("name", ["mmdet.apis", "mmpretrain"])
 def test_what_make_mmdet_has_installed_can_be_imported(name: str) -> None:
-    """Otherwise the tests that need it would be skipped where they must run."""
+    """Otherwise tests that need it would be skipped where they must run."""
     assert importlib.import_module(name)
 
 

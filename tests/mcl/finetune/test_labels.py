@@ -1,4 +1,4 @@
-"""A fraction of the training images: which they are. test_loading.py and test_run.py have that these alone are used."""
+"""Selection of a fraction of the training images. test_loading.py and test_run.py check that only these are used."""
 
 import hashlib
 import itertools
@@ -10,10 +10,10 @@ IDS = range(1, 1001)
 
 
 def test_rule() -> None:
-    """By hand: the least SHA-256 of "7 1", "7 2", "7 3" and so on."""
+    """By hand: the smallest SHA-256 of "7 1", "7 2", "7 3" and so on."""
     digests = {key: hashlib.sha256(f"7 {key}".encode()).hexdigest() for key in IDS}
     assert choose(IDS, 0.01, 7) == sorted(IDS, key=digests.__getitem__)[:10]
-    assert choose(range(1, 11), 0.3, 0) == [6, 4, 10]  # by printf "0 $i" | sha256sum
+    assert choose(range(1, 11), 0.3, 0) == [6, 4, 10]  # computed with printf "0 $i" | sha256sum
 
 
 def test_fractions_are_nested_and_of_the_size_that_was_asked_for() -> None:

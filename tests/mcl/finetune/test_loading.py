@@ -50,7 +50,7 @@ def test_batches_can_be_continued_anywhere(folder: Path) -> None:
 
 
 def test_epochs(folder: Path) -> None:
-    """Every image once an epoch, in batches of one orientation; another order and other crops in the next one."""
+    """Every image once per epoch, in batches of one orientation; the next epoch has another order and other crops."""
     batches = take(loader(folder), 0, 6)
     samples = [sample for batch in batches for sample in batch["data_samples"]]
     for batch in batches:
@@ -84,7 +84,7 @@ def test_seeds_differ(folder: Path) -> None:
 
 
 def test_few_labels(folder: Path) -> None:
-    """Three of the six images are trained on, and no others; without objects of the categories, nothing starts."""
+    """Three of the six images are trained on, and no others; training does not start if these have no objects."""
     batches = take(loader(folder, "data.fraction=0.5", "data.fraction_seed=1"), 0, 6)
     found = {sample.img_id for batch in batches for sample in batch["data_samples"]}
     assert found == {*open_folder(str(folder), fraction=0.5, seed=1).chosen} == {*choose(range(1, 7), 0.5, 1)}

@@ -1,4 +1,4 @@
-"""AP of LVIS, by hand."""
+"""AP of LVIS, compared with values computed by hand."""
 
 import json
 import sys
@@ -28,8 +28,8 @@ RIGHT: list[Found] = [(1, DOG, BOX, 0.8), (2, CAT, BOX, 0.5)]
 
 
 def annotations(path: Path, **changes: Any) -> dict[str, Any]:
-    """A dog in the first image and a cat in the second. Nobody looked for cats in the first, and dogs of the second
-    are not all marked."""
+    """A dog in the first image and a cat in the second. The first was not searched for cats, and not all dogs of the
+    second are marked."""
     images: list[dict[str, Any]] = [
         {"id": 1, "neg_category_ids": [], "not_exhaustive_category_ids": []},
         {"id": 2, "neg_category_ids": [], "not_exhaustive_category_ids": [DOG]},
@@ -52,7 +52,7 @@ def annotations(path: Path, **changes: Any) -> dict[str, Any]:
 
 
 def results(found: list[Found], order: tuple[int, ...] = (CAT, DOG, COW)) -> list[Any]:
-    """As a detector gives them, with boxes as masks."""
+    """Results of a detector, with boxes as masks."""
     made = []
     for image in (1, 2, 3):
         mine = [f for f in found if f[0] == image]
@@ -82,17 +82,20 @@ SECOND_DOG: Found = (2, DOG, FAR, 0.7)
     ("more", "lvis", "coco"),
     [
         ([], 1, 1),
-        # Nobody looked for cats in image 1: for COCO it is wrong, and precision 1/2 at all recalls of cats.
+        # Image 1 was not searched for cats. COCO counts the cat as wrong, with precision 1/2 at all recalls of cats.
         ([(1, CAT, BOX, 0.9)], 1, (0.5 + 1) / 2),
-        # More dogs than those marked may be in image 2; not so for COCO, whose two dogs follow at 1/2 and 2/3.
+        # Image 2 may have more dogs than those marked. COCO counts the others as wrong, and its two dogs follow at 1/2
+        # and 2/3.
         ([(2, DOG, BOX, 0.9)], 1, (1 + 2 / 3) / 2),
         # Image 3 was searched for dogs, and has none.
         ([(3, DOG, BOX, 0.9)], (1 + 2 / 3) / 2, (1 + 2 / 3) / 2),
-        # Cows do not occur: they have no AP.
+        # There are no cows, so they have no AP.
         ([(3, COW, BOX, 0.9)], 1, 1),
     ],
 )
-def test_what_was_not_searched_for_does_not_count(more: list[Found], lvis: float, coco: float, tmp_path: Path) -> None:
+def test_categories_that_were_not_searched_for_do_not_count(
+    more: list[Found], lvis: float, coco: float, tmp_path: Path
+) -> None:
     annotations(tmp_path / "lvis.json")
     found = [*RIGHT, SECOND_DOG, *more]
     for kind, expected in ((lvis_ap.LVISFolderMetric, lvis), (metric.FolderMetric, coco)):
@@ -105,7 +108,7 @@ def test_frequencies_are_columns(tmp_path: Path) -> None:
     """Dogs, of which the small one is missed, are frequent; common cows do not occur."""
     annotations(tmp_path / "lvis.json")
     values = measured(lvis_ap.LVISFolderMetric, tmp_path / "lvis.json", RIGHT)
-    half = 51 / 101  # of the recalls 0, 0.01, ..., 1
+    half = 51 / 101  # recalls 0, 0.01, ..., 1
     assert values["bbox_mAP_r"] == 1
     assert values["bbox_mAP_f"] == values["bbox_mAP_50"] * 2 - 1 == pytest.approx(half)
     record = recorded({f"lvis/{name}": value for name, value in values.items()}, tmp_path, "bbox", "segm")
@@ -126,8 +129,8 @@ def test_300_detections_of_an_image_count(others: int, ap: float, tmp_path: Path
     assert values["bbox_mAP"] == ap
 
 
-def test_as_all_pairs_at_once(tmp_path: Path) -> None:
-    """Random boxes, in one evaluation by faster-coco-eval."""
+def test_equals_an_evaluation_of_all_pairs_at_once(tmp_path: Path) -> None:
+    """Compares random boxes with a single evaluation by faster-coco-eval."""
     rng = np.random.default_rng(0)
     boxes = [[*rng.integers(0, 40, 2).tolist(), *rng.integers(5, 50, 2).tolist()] for _ in range(12)]
     marked = [

@@ -1,6 +1,6 @@
-"""What the check of annotation files lets pass can be trained on, and a perfect detector has 100 of it.
+"""Annotations that pass the check can be trained on, and a perfect detector has an AP of 100 on them.
 
-Annotation files are made up, and many are damaged at random: at any place of the JSON, or of its bytes.
+Annotation files are random, and many are damaged at random places of the JSON, or of its bytes.
 """
 
 import contextlib
@@ -82,7 +82,7 @@ def images_of_objects(draw: st.DrawFn) -> dict[str, Any]:
 
 @st.composite
 def masks(draw: st.DrawFn, box: list[float], width: int, height: int, flaw: str | None) -> Any:
-    """Polygons about a box, or an encoding of the box or of noise; with a flaw that was reported of real files."""
+    """Polygons around a box, or an encoding of the box or of noise; with a flaw that was reported of real files."""
     x, y, w, h = box
     kind = draw(st.sampled_from(["polygons", "list", "text"]))
     if kind == "polygons":
@@ -112,7 +112,7 @@ def masks(draw: st.DrawFn, box: list[float], width: int, height: int, flaw: str 
 
 @st.composite
 def damaged(draw: st.DrawFn) -> bytes:
-    """Bytes of an annotation file that may have lost its meaning at a few places."""
+    """Bytes of an annotation file, which may be damaged at a few places."""
     content = draw(images_of_objects())
     for _ in range(draw(st.sampled_from([0, 0, 0, 1, 1, 2]))):
         damage(draw, content)
@@ -124,7 +124,7 @@ def damaged(draw: st.DrawFn) -> bytes:
 
 
 def damage(draw: st.DrawFn, content: Any) -> None:
-    """Changes, removes or repeats a value somewhere."""
+    """Changes, removes or repeats a value."""
     node = content
     while True:
         key = draw(st.sampled_from(sorted(node) if isinstance(node, dict) else range(len(node))))
@@ -141,7 +141,7 @@ def damage(draw: st.DrawFn, content: Any) -> None:
 
 
 def passes(data: bytes, masks: bool, folder: Path) -> None:
-    """Either the check refuses annotations, or MMDetection loads them and the metric gives those themselves 100."""
+    """Either the check refuses annotations, or MMDetection loads them and they have an AP of 100 as detections."""
     try:
         checked = check(data, "x", masks)
     except SourceError as error:
@@ -155,7 +155,8 @@ def passes(data: bytes, masks: bool, folder: Path) -> None:
         load(path, checked, masks)
         measured = evaluate(path, checked, masks)
     found = [annotation for annotation in checked.annotations if not annotation["iscrowd"]]
-    if found and not any(0 < min(annotation["bbox"][2:]) < 1e-3 for annotation in found):  # rounding decides on these
+    # For such small boxes, the result depends on rounding.
+    if found and not any(0 < min(annotation["bbox"][2:]) < 1e-3 for annotation in found):
         assert measured["coco/bbox_mAP"] == 1
     images = {image["id"]: image for image in checked.images}
     if masks and found and all(rle.area(encoded(a["segmentation"], images[a["image_id"]])) > 0 for a in found):
@@ -177,7 +178,7 @@ def load(path: Path, checked: Annotations, masks: bool = True) -> None:
 
 
 def evaluate(path: Path, checked: Annotations, masks: bool = True) -> dict[str, float]:
-    """What the metric says of a detector that finds what is annotated."""
+    """The metric of a detector that finds exactly the annotations."""
     metric = FolderMetric(ann_file=str(path), metric=["bbox", "segm"] if masks else ["bbox"])
     metric.dataset_meta = {"classes": [category["name"] for category in checked.categories]}
     labels = {category["id"]: label for label, category in enumerate(checked.categories)}
@@ -199,7 +200,7 @@ def evaluate(path: Path, checked: Annotations, masks: bool = True) -> dict[str, 
 
 
 def encoded(mask: Any, image: dict[str, Any]) -> Any:
-    """A mask as a detector's results have it: pixels, encoded."""
+    """A mask as in a detector's results: encoded pixels."""
     parts = mask if isinstance(mask, list) else [mask]
     if not (isinstance(mask, dict) and isinstance(mask["counts"], str)):
         parts = rle.frPyObjects(parts, image["height"], image["width"])

@@ -1,4 +1,4 @@
-"""Fine-tuning in two processes over gloo, which GPUs do over NCCL."""
+"""Fine-tuning in two processes over gloo; on GPUs it uses NCCL."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ from tests.mcl.finetune.test_run import words
 from tests.mcl.ranks import in_ranks
 
 IMAGES = STEPS = 6
-SEED = 1  # with which an image changes ranks
+SEED = 1  # with this seed, an image changes ranks
 BAD = "bad file, replaced: "
 
 
@@ -59,7 +59,7 @@ def test_repeats_in_two_processes(tmp_path: Path) -> None:
 
 
 def test_processes_have_the_words_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that are started here do all repeats, as those of torchrun do."""
+    """Processes that mcl starts do all repeats, like those of torchrun."""
     started: list[list[str]] = []
     monkeypatch.setattr(local, "devices", lambda *_: [0, 1])
     monkeypatch.setattr(local, "run", lambda words, *_: started.append(words))
@@ -69,9 +69,9 @@ def test_processes_have_the_words_of_the_command(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.soak
 def test_two_processes(tmp_path: Path) -> None:
-    """One of them reports; an image that both find broken, in different epochs, is listed and counted once."""
+    """One process reports; an image that both find broken, in different epochs, is listed and counted once."""
     folder = make_folder(tmp_path / "coco", train=IMAGES)
-    shown_by = []  # [epoch][image]: the rank, of MMEngine's DefaultSampler
+    shown_by = []  # [epoch][image]: the rank, by MMEngine's DefaultSampler
     for epoch in range(2):
         order = torch.randperm(IMAGES, generator=torch.Generator().manual_seed(SEED + epoch))
         shown_by.append(order.argsort() % 2)

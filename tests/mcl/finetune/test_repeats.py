@@ -1,4 +1,4 @@
-"""Several seeds of a fine-tuning: the table, its arithmetic, and a run that is cut in the second of them."""
+"""Fine-tuning with several seeds: the table, its arithmetic, and a run that is interrupted in the second seed."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from tests.mcl.finetune.test_run import last_checkpoint, start, words
 
 OURS = {0: (10.0, 5.0), 1: (12.0, 5.0), 2: (14.0, None)}
 THEIRS = {1: (10.0, 4.0), 2: (14.0, 4.0), 0: (9.0, 4.0), 7: (11.0, None)}
-"""Box AP and APs by seed."""
+"""Box AP and APs, by seed."""
 
 
 def result(name: str, values: dict[int, tuple[float | None, ...]], **sections: str) -> dict[str, Any]:
@@ -34,7 +34,8 @@ def result(name: str, values: dict[int, tuple[float | None, ...]], **sections: s
 
 
 def test_arithmetic_by_hand() -> None:
-    """AP by seed: 1, 2, 0, so 1 ± 1 / sqrt(3), and 4.3027 times that to either side. APs: 1, 1; of one seed is none."""
+    """AP by seed is 1, 2, 0: 1 ± 1 / sqrt(3), and an interval of ± 4.3027 times that. APs of two seeds is 1, 1, and one
+    seed has none."""
     ours = result("ours", OURS, model="a", weights="x")
     theirs = result("theirs", THEIRS, model="b", weights="y")
     assert ours["ap"]["box"]["AP"] == {"values": [10.0, 12.0, 14.0], "mean": 12.0, "sd": 2.0}
@@ -74,7 +75,7 @@ def repeated(folder: Path, output: Path, name: str = "all", *more: str) -> list[
 
 
 def check_table(run: Path, table: str, seeds: list[int]) -> None:
-    """It says what the runs of all seeds have measured."""
+    """The table has the measurements of the runs of all seeds."""
     assert (run / repeats.TABLE).read_text() == table
     assert f"all, seeds {', '.join(map(str, seeds))} |" in table.splitlines()[0]
     records = [metric.read(run / f"seed-{seed}")[-1] for seed in seeds]
@@ -87,7 +88,7 @@ def check_table(run: Path, table: str, seeds: list[int]) -> None:
 
 
 def test_stopped_in_the_second_and_continued(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was done is left as it is. A comparison with what was there before finds no difference."""
+    """Finished runs do not change. A comparison with the former files finds no difference."""
     run, arguments = tmp_path / "all", repeated(folder, tmp_path)
 
     def signalled(self: hooks.Repeat, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
@@ -110,7 +111,7 @@ def test_stopped_in_the_second_and_continued(folder: Path, tmp_path: Path, monke
 
 
 def test_time_left_is_that_of_all_repeats() -> None:
-    """In the second of three runs of 10 steps, after 4 of them: 6 steps of 2 s, and 10 more."""
+    """In the second of three runs of 10 steps, after 4 steps: 6 steps of 2 s, and 10 more."""
     info = {"eta": 12.0}
 
     class Runner:
@@ -145,7 +146,7 @@ def test_errors(options: list[str], message: str, capfd: pytest.CaptureFixture[s
 
 @pytest.mark.soak
 def test_killed_in_the_second_of_three_and_continued(folder: Path, tmp_path: Path) -> None:
-    """By SIGKILL; the run that was cut has the weights of one that was not."""
+    """By SIGKILL; the interrupted run has the weights of an uninterrupted one."""
     process = start([*repeated(folder, tmp_path), "train_cfg.max_iters=4", "--repeats", "3"])
     run = tmp_path / "all"
     while not last_checkpoint(run / "seed-1"):

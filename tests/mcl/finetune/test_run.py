@@ -1,4 +1,4 @@
-"""``mcl finetune`` as a user meets it: a table of AP, continued after SIGKILL, errors in one line."""
+"""``mcl finetune`` as users run it: the table of AP, continuing after SIGKILL, errors in one line."""
 
 import json
 import logging
@@ -42,13 +42,13 @@ def words(folder: Path, output: Path, name: str, *more: str) -> list[str]:
 
 
 def start(arguments: Sequence[str]) -> subprocess.Popen[bytes]:
-    """The verb in a process of its own."""
+    """Starts the command in a separate process."""
     command = [sys.executable, "-W", "ignore", "-m", "mcl", "finetune", str(MINI), *arguments]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
 
 
 def losses(run: Path) -> dict[int, float]:
-    """Loss by step, of all times that the run was started."""
+    """Loss by step, over all starts of the run."""
     found = {}
     for path in sorted(run.glob("*/vis_data/scalars.json")):
         for line in path.read_text().splitlines():
@@ -59,13 +59,13 @@ def losses(run: Path) -> dict[int, float]:
 
 
 def last_checkpoint(run: Path) -> str:
-    path = run / "last_checkpoint"  # written when the checkpoint itself was
+    path = run / "last_checkpoint"  # written after the checkpoint itself
     return path.read_text() if path.exists() else ""
 
 
 @pytest.fixture(scope="module")
 def whole(folder: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A run from a checkpoint that nothing interrupted, and its table."""
+    """An uninterrupted run from a checkpoint, and its table."""
     output = tmp_path_factory.mktemp("runs")
     return output / "whole", finetune(MINI, words(folder, output, "whole", f"weights={checkpoint}"))
 
@@ -80,13 +80,14 @@ def test_table(whole: tuple[Path, str]) -> None:
     (record,) = json.loads((folder / metric.RESULTS).read_text())
     assert record["step"] == STEPS
     assert all(0 <= record[kind][name] <= 100 for kind in ("box", "mask") for name in ("AP", "AP50", "AP75"))
-    picture = Image.open(folder / "predictions.png")  # two images of 4 x 128 pixels, each twice, and a line above
+    # Two images of 4 x 128 pixels, each shown twice, with a line of text above.
+    picture = Image.open(folder / "predictions.png")
     assert picture.size == (4 * (4 * 128 + 6), 4 * 96 + 22)
 
 
 def test_from_scratch(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It reads each annotation file once, and writes down with which labels it trains."""
-    annotations.forget()  # of other tests
+    """It reads each annotation file once, and records the labels with which it trains."""
+    annotations.forget()  # those of other tests
     read: list[str] = []
     read_bytes = Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda path: (read.append(path.name), read_bytes(path))[1])
@@ -101,7 +102,7 @@ def test_from_scratch(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def recorded(measured: dict[str, float], folder: Path, *kinds: str) -> dict[str, Any]:
-    """The record that an evaluation after 5 steps leaves in a folder."""
+    """The record that an evaluation after 5 steps writes into a folder."""
     config = Config({"val_evaluator": {"metric": kinds}})
     runner = SimpleNamespace(work_dir=folder, iter=5, cfg=config)
     metric.APTable().after_val_epoch(runner, measured)
@@ -110,7 +111,7 @@ def recorded(measured: dict[str, float], folder: Path, *kinds: str) -> dict[str,
 
 
 def measured(folder: Path, found: bool, run: Path | None = None) -> dict[str, float]:
-    """What an evaluation gives to a detector that finds the first object, or nothing; `run` gets AP by category."""
+    """Evaluation of a detector that finds the first object, or nothing; `run` gets AP by category."""
     measure = metric.FolderMetric(ann_file=str(folder / "instances_val.json"), metric=["bbox", "segm"])
     measure.dataset_meta = {"classes": ("thing", "part")}
     content = json.loads((folder / "instances_val.json").read_text())
@@ -133,7 +134,8 @@ def measured(folder: Path, found: bool, run: Path | None = None) -> dict[str, fl
 @pytest.mark.parametrize("found", [False, True])
 @pytest.mark.parametrize("small", [False, True])
 def test_absent_is_not_zero(found: bool, small: bool, folder: Path, tmp_path: Path) -> None:
-    """AP of sizes that objects have is pycocotools', 0 for a detector that finds nothing; of others there is none."""
+    """AP of sizes that objects have is that of pycocotools, 0 for a detector that finds nothing; other sizes have no
+    AP."""
     copy = shutil.copytree(folder, tmp_path / "coco")
     if small:
         path = copy / "instances_val.json"
@@ -155,7 +157,7 @@ def test_absent_is_not_zero(found: bool, small: bool, folder: Path, tmp_path: Pa
 
 
 def test_ap_by_category(folder: Path, tmp_path: Path) -> None:
-    """One of the two things is found: precision is 1 at the recalls 0, 0.01, ..., 0.5, so AP is 51 / 101."""
+    """One of two things is found: precision is 1 at recalls 0, 0.01, ..., 0.5, so AP is 51 / 101."""
     copy = shutil.copytree(folder, tmp_path / "coco")
     measured(copy, found=True, run=tmp_path)
     categories = json.loads((tmp_path / metric.CATEGORIES).read_text())
@@ -169,7 +171,8 @@ def test_ap_by_category(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_is_evaluated(folder: Path, whole: tuple[Path, str], tmp_path: Path) -> None:
-    """The newest of a run, or another one; with the AP of the run, in a folder within it, and nothing else changes."""
+    """The newest checkpoint of a run, or another; the AP is that of the run, results are in a folder of the run, and
+    nothing else changes."""
     run = shutil.copytree(whole[0], tmp_path / "run")
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
     assert finetune(MINI, words(folder, tmp_path, "run", "test=true")) == whole[1]
@@ -205,11 +208,11 @@ def test_checkpoints_are_plain(whole: tuple[Path, str]) -> None:
 
 
 def cut_after_three_steps(run: Path) -> None:
-    """Leaves in a run folder what a killed run does, its newest checkpoint cut short by a slow disk."""
+    """Leaves a run folder as a killed run does; its newest checkpoint is truncated, as on a slow disk."""
     for path in (run / f"iter_{STEPS}.pth", run / metric.RESULTS, run / metric.TABLE):
         path.unlink(missing_ok=True)
     (run / "iter_5.pth").write_bytes((run / "iter_3.pth").read_bytes()[:1000])
-    torch.save({"state_dict": {}}, run / "iter_7.pth")  # which another program wrote
+    torch.save({"state_dict": {}}, run / "iter_7.pth")  # written by another program
     torch.save([], run / "iter_8.pth")
 
 
@@ -221,7 +224,7 @@ def check_same_weights(run: Path, other: Path) -> None:
 def test_cut_then_stopped_in_its_evaluation_and_resumed(
     folder: Path, checkpoint: Path, whole: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three steps are left to train, with the same losses; after the signal only the evaluation is done again."""
+    """Three steps remain, with the same losses; after the signal only the evaluation is repeated."""
     run = shutil.copytree(whole[0], tmp_path / "cut")
     for log in run.glob("*/vis_data/scalars.json"):
         log.unlink()
@@ -264,7 +267,7 @@ def test_killed_and_resumed_gives_the_same_losses(
 
 
 def test_terminated_and_resumed(folder: Path, checkpoint: Path, whole: tuple[Path, str], tmp_path: Path) -> None:
-    """It saves after the step in which the signal came to all of its processes, and leaves none."""
+    """It saves after the step in which its processes get the signal, and leaves no processes."""
     arguments = words(folder, tmp_path, "cut", f"weights={checkpoint}", "train_dataloader.num_workers=1")
     arguments.append("default_hooks.checkpoint.interval=100")
     process = start(arguments)
@@ -324,7 +327,7 @@ def test_errors_are_one_line(
 
 
 def test_statistics_are_means_over_the_training_data() -> None:
-    """Of the batches that come next."""
+    """Over the next batches of the training data."""
 
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -351,10 +354,10 @@ def test_statistics_are_means_over_the_training_data() -> None:
         runner.model.norm.running_mean.zero_()
         runner.iter = step - 1
         hook.after_train_iter(runner, step - 1)
-        if step in (4, 6, 8, 9):  # of the interval, an evaluation, the last
+        if step in (4, 6, 8, 9):  # interval, evaluation, last step
             assert runner.model.norm.running_mean == (2 + 15) / 2
             assert values.batch_sampler.start == step
-            assert checked[-2:] == [step, step]  # signals are looked for after every batch
+            assert checked[-2:] == [step, step]  # signals are checked after every batch
         else:
             assert runner.model.norm.running_mean == 0
     assert runner.model.norm.momentum == 0.1
@@ -367,7 +370,7 @@ def test_table_of_boxes_alone_and_nothing_to_find(tmp_path: Path) -> None:
 
 
 def test_terminal(folder: Path, checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """A line each before the first step, steps, AP once; all the rest is in the log file."""
+    """One line before the first step, lines of steps, and AP once; everything else is in the log file."""
     cli.main(["finetune", str(MINI), *words(folder, tmp_path, "run", f"weights={checkpoint}")])
     out, _ = capfd.readouterr()
     before, steps, after = (
@@ -404,7 +407,7 @@ def test_terminal(folder: Path, checkpoint: Path, tmp_path: Path, capfd: pytest.
 def test_stopped_while_batchnorm_is_re_estimated(
     folder: Path, checkpoint: Path, whole: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Twice: it leaves after the batch; what was left is done when the run continues, with the same weights."""
+    """Stopped twice: it ends after the batch, and the continued run does the rest, with the same weights."""
     run = shutil.copytree(whole[0], tmp_path / "cut")
     cut_after_three_steps(run)
     arguments = words(folder, tmp_path, "cut", f"weights={checkpoint}")
@@ -427,7 +430,7 @@ def test_stopped_while_batchnorm_is_re_estimated(
 
 
 def test_progress_of_batchnorm(monkeypatch: pytest.MonkeyPatch, said: pytest.LogCaptureFixture) -> None:
-    """In lines where no bar can be drawn."""
+    """As lines, where no bar can be drawn."""
     monkeypatch.setattr(console, "PAUSE", 0.0)
     with said.at_level(logging.INFO), console.shown("re-estimating BatchNorm", "batches") as show:
         show(50, 200)

@@ -1,4 +1,4 @@
-"""What follows from the number of steps or epochs, and from the type of the optimiser."""
+"""Settings that depend on the number of steps or epochs, and on the type of the optimiser."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ COSINE = "param_scheduler=[{type: CosineAnnealingLR, T_max: 300, begin: 0, end: 
     [
         ((), [60_000, 80_000], 1000),
         (("train_cfg.max_iters=500",), [333, 444], 5),  # 333.3, 444.4, 5.6
-        (("train_cfg.max_iters=180000",), [120_000, 160_000], 2000),  # those of the 2x files
+        (("train_cfg.max_iters=180000",), [120_000, 160_000], 2000),  # those of the 2x configurations
         (("train_cfg.max_iters=20",), [13, 17], 2),  # 13.3, 17.8; not 0.2
         (("train_cfg.max_iters=500", "param_scheduler.1.milestones=[400,450]"), [400, 450], 5),
         (("param_scheduler.0.end=100", "train_cfg.max_iters=500"), [333, 444], 100),
@@ -29,7 +29,7 @@ COSINE = "param_scheduler=[{type: CosineAnnealingLR, T_max: 300, begin: 0, end: 
     ],
 )
 def test_milestones_and_warmup_follow_the_steps(words: tuple[str, ...], milestones: list[int], warmup: int) -> None:
-    """In proportion to the 90,000 of the file, rounded down; what is set stays."""
+    """In proportion to the 90,000 steps of the configuration, rounded down; explicit values do not change."""
     first, second = settings.load(ONE_X, words).param_scheduler
     assert (second.milestones, (first.begin, first.end)) == (milestones, (0, warmup))
 
@@ -40,7 +40,7 @@ def test_a_schedule_that_is_set_as_a_whole_stays() -> None:
 
 
 def test_the_shortest_warmup_reaches_the_learning_rate() -> None:
-    """Of MMEngine's own scheduler."""
+    """With MMEngine's own scheduler."""
     config = settings.load(MINI, ["train_cfg.max_iters=6"])
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
     options = {key: value for key, value in config.param_scheduler[0].items() if key != "type"}
@@ -76,7 +76,7 @@ def test_wrong_words(words: tuple[str, ...], message: str) -> None:
 
 
 def test_another_optimizer() -> None:
-    """It drops the momentum of SGD and keeps the weight decay."""
+    """The momentum of SGD is removed, and the weight decay is kept."""
     config = settings.load(MINI, ["optim_wrapper.optimizer.type=AdamW", "optim_wrapper.optimizer.lr=1e-4"])
     assert dict(config.optim_wrapper.optimizer) == {"type": "AdamW", "lr": 1e-4, "weight_decay": 1e-4}
     wrapper = build_optim_wrapper(nn.Linear(2, 2), config.optim_wrapper)
@@ -84,7 +84,7 @@ def test_another_optimizer() -> None:
 
 
 def test_lars_by_hand() -> None:
-    """A weight of norm 5 with a gradient of norm 10: trust 1e-3 * 5 / 10. A bias has none, and leaves 0."""
+    """A weight of norm 5 with a gradient of norm 10: trust 1e-3 * 5 / 10. A bias has none, and moves from 0."""
     words = [f"optim_wrapper.optimizer.{word}" for word in ("type=LARS", "lr=2.0", "weight_decay=0.0")]
     config = settings.load(MINI, words)
     layer = nn.Linear(2, 1)

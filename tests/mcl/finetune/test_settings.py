@@ -1,4 +1,4 @@
-"""Configurations, ``key=value`` words, and what is set by the machine."""
+"""Configurations, ``key=value`` words, and settings that depend on the machine."""
 
 import re
 from collections.abc import Iterator
@@ -35,7 +35,7 @@ def test_overrides() -> None:
 
 
 def places(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every key that holds no others, and its value."""
+    """Every key without subkeys, and its value."""
     for key, value in node.items() if isinstance(node, dict) else enumerate(node):
         if isinstance(value, dict) or (isinstance(value, list) and value and isinstance(value[0], dict)):
             yield from places(value, f"{prefix}{key}.")
@@ -54,8 +54,8 @@ LEGAL: dict[Any, dict[str, Any]] = {
 
 @pytest.mark.parametrize("word", [word for word in WORDS if config.is_folder_name(word) and word not in ("~", "null")])
 def test_odd_words(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For every key: text is what was typed, others keep their type, or the error names them."""
-    monkeypatch.setattr(settings, "adapt", lambda config: None)  # it looks at the machine
+    """For every key: text keys get the text as it was typed, other keys keep their type, or the error names the key."""
+    monkeypatch.setattr(settings, "adapt", lambda config: None)  # depends on the machine
     monkeypatch.setattr(settings, "_follow", lambda *_: None)  # no optimiser has such a name
     keys = dict(places(Config.fromfile(MINI).to_dict()))
     expected = {name: word for name, old in keys.items() if isinstance(old, str)}
@@ -68,7 +68,7 @@ def test_odd_words(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Config, "fromfile", lambda path: preset)
     for name in [name for name, old in keys.items() if name not in expected and old is not None]:
         if word.startswith(("[", "- ")) and isinstance(keys[name], list | tuple):
-            continue  # a list that may be one of these
+            continue  # a list that may have one of these values
         with pytest.raises(ConfigError, match=rf"^{re.escape(name)}: expected \w+, as in .*, got "):
             settings.load(MINI, [f"{name}={word}"])
 
@@ -137,7 +137,7 @@ def test_wrong_files(tmp_path: Path) -> None:
         settings.load(tmp_path / "broken.py")
 
 
-def test_a_rate_that_will_not_fall_is_spoken_of(said: pytest.LogCaptureFixture) -> None:
+def test_a_rate_that_will_not_decrease_is_logged(said: pytest.LogCaptureFixture) -> None:
     settings.load(MINI, ["train_cfg.max_iters=1000", "param_scheduler.1.milestones=[900,1100]"])
     assert "the learning rate will not decrease at [1100]: train_cfg.max_iters=1000" in said.text
     said.clear()
@@ -157,7 +157,7 @@ def preset() -> Config:
 
 
 def test_processes(preset: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Launcher, images per process and mixed precision of a machine with GPUs; an error on one without."""
+    """Launcher, images per process and mixed precision on a machine with GPUs; an error on a machine without."""
     variables = {"RANK": "1", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8"}
     for name, value in (variables | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}).items():
         monkeypatch.setenv(name, value)

@@ -1,5 +1,5 @@
-"""One training and one validation step of every configuration, with their real networks, on small images; and the
-detector that comes of it."""
+"""One training and one validation step of every configuration with its real network, on small images; and detection
+with the result."""
 
 import json
 from pathlib import Path
@@ -48,7 +48,7 @@ def test_a_step_of_every_configuration(path: Path, tmp_path: Path) -> None:
 
 
 def _as_lvis(folder: Path) -> None:
-    """Adds what LVIS' annotations say beyond COCO's."""
+    """Adds the fields that LVIS annotations have in addition to COCO's."""
     for path in folder.glob("instances_*.json"):
         content = json.loads(path.read_text())
         for image in content["images"]:

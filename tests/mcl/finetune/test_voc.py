@@ -1,4 +1,4 @@
-"""``mcl convert voc``: PASCAL VOC's annotations in COCO's format."""
+"""``mcl convert voc``: PASCAL VOC annotations in COCO format."""
 
 import json
 import re
@@ -13,7 +13,7 @@ Object = tuple[str, tuple[float, float, float, float], int]
 
 
 def write(folder: Path, key: str, objects: list[Object], size: tuple[int, int] = (64, 48)) -> None:
-    """An annotation file as VOC writes it."""
+    """An annotation file in VOC's format."""
     nodes = "".join(
         f"<object><name>{name}</name><pose>Left</pose><truncated>0</truncated><difficult>{difficult}</difficult>"
         f"<bndbox><xmin>{box[0]}</xmin><ymin>{box[1]}</ymin><xmax>{box[2]}</xmax><ymax>{box[3]}</ymax></bndbox>"
@@ -40,7 +40,8 @@ def kit(tmp_path: Path) -> Path:
 
 
 def test_convert(kit: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Pixels count from 1 and the last one belongs to a box; what is difficult is said, and may be trained on."""
+    """Pixels are numbered from 1, and the last one belongs to the box. Difficult objects are marked, and may be trained
+    on."""
     train, val = kit / "voc_train.json", kit / "voc_val.json"
     folders = [str(kit / "VOC2007"), str(kit / "VOC2012")]
     cli.main(["convert", "voc", *folders, "--ids", "trainval", "--out", str(train)])
@@ -71,7 +72,7 @@ def test_convert(kit: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_categories_of_others(kit: Path) -> None:
-    """They are those of all annotations, so that every part has the same."""
+    """Categories are those of all annotation files, so that all splits have the same."""
     write(kit / "VOC2007", "a", [("zebra", (1, 1, 2, 2), 0)])
     voc.convert([kit / "VOC2007"], kit / "some.json", "test")
     assert len(json.loads((kit / "some.json").read_text())["categories"]) == 20

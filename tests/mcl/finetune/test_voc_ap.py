@@ -1,4 +1,4 @@
-"""AP of PASCAL VOC, by hand and by MMDetection's evaluation as far as that is right."""
+"""AP of PASCAL VOC, compared with values by hand, and with MMDetection's evaluation where that is correct."""
 
 import json
 from pathlib import Path
@@ -26,14 +26,15 @@ def image(found: list[tuple[float, tuple[float, ...]]], objects: list[tuple[tupl
 
 
 HARD = [
-    image([(0.9, A), (0.8, A), (0.7, B)], [(A, 0), (B, 1)]),  # right, doubled, of a difficult object
-    image([(0.6, LOWER_62), (0.5, FAR)], [(A, 0)]),  # right up to 0.6, wrong
+    image([(0.9, A), (0.8, A), (0.7, B)], [(A, 0), (B, 1)]),  # correct, duplicate, difficult object
+    image([(0.6, LOWER_62), (0.5, FAR)], [(A, 0)]),  # correct up to an IoU of 0.6, wrong
     image([], []),
 ]
 
 
 def test_by_hand() -> None:
-    """Two objects count. In order of scores up to an IoU of 0.6: right, wrong, right, wrong; then right and wrong."""
+    """Two objects count. In the order of scores, up to an IoU of 0.6: right, wrong, right, wrong; above: right and
+    wrong."""
     ap = voc_ap.average_precision(HARD)
     assert ap is not None
     eleven, area = ap.T
@@ -43,14 +44,14 @@ def test_by_hand() -> None:
 
 
 def test_precision_of_a_higher_recall_counts() -> None:
-    """Wrong, right, right: both recalls have the precision of 2/3 of the second."""
+    """Wrong, right, right: both recalls have the precision of the second, 2/3."""
     ap = voc_ap.average_precision([image([(0.9, FAR), (0.8, A), (0.7, B)], [(A, 0), (B, 0)])])
     np.testing.assert_allclose(ap, np.full((10, 2), 2 / 3))
 
 
 @pytest.mark.parametrize("found", range(11))
 def test_recalls_of_tenths(found: int) -> None:
-    """k of 10 objects reach the recall k/10, which floating-point numbers miss for 3, 6 and 7."""
+    """k of 10 objects have the recall k/10, which floating-point arithmetic misses for 3, 6 and 7."""
     boxes = [(20.0 * i, 0.0, 20.0 * i + 10, 10.0) for i in range(10)]
     ap = voc_ap.average_precision([image([(1 - i / 20, boxes[i]) for i in range(found)], [(b, 0) for b in boxes])])
     expected = (found + 1) / 11 if found else 0
@@ -63,7 +64,7 @@ def test_nothing_counts() -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_as_mmdetection_where_recalls_are_no_tenths(seed: int) -> None:
+def test_equals_mmdetection_if_recalls_are_not_tenths(seed: int) -> None:
     rng = np.random.default_rng(seed)
 
     def boxes(n: int) -> Any:
@@ -86,7 +87,7 @@ def test_as_mmdetection_where_recalls_are_no_tenths(seed: int) -> None:
 
 @pytest.fixture
 def measure(tmp_path: Path) -> voc_ap.VOCFolderMetric:
-    """Of HARD as its second category; nothing of the first counts."""
+    """Measures HARD as second category; the first one has nothing that counts."""
     images = [{"id": i, "file_name": f"{i}.jpg", "width": 64, "height": 64} for i in range(3)]
     annotations = []
     for number, one in enumerate(HARD):

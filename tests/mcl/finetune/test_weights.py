@@ -1,4 +1,4 @@
-"""Pre-trained weights arrive in the detector, or are refused."""
+"""Pre-trained weights are loaded into the detector, or refused."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -71,7 +71,7 @@ def test_parts_that_the_detector_has_not(checkpoint: Path) -> None:
 
 
 def test_supervised_weights(tmp_path: Path) -> None:
-    """Of torchvision, as they are; also from where torchvision keeps what it has downloaded."""
+    """torchvision's weights, unchanged; also from the folder of its downloads."""
     state = torchvision.models.resnet18().state_dict()
     torch.save(state, tmp_path / "resnet18.pth")
     hook = load(tmp_path / "resnet18.pth")
@@ -81,7 +81,7 @@ def test_supervised_weights(tmp_path: Path) -> None:
 
 
 def test_what_is_not_asked_for_need_not_be_there(tmp_path: Path) -> None:
-    """A model without the region head's convolutions, and one that trained fewer levels."""
+    """For a model without convolutions in the region head, and one with fewer levels."""
     geometry = Geometry()
     headless = save_model(make_model(geometry, backbone="resnet18", width=64, head_convs=0), geometry, tmp_path / "a")
     assert len(load(headless).weights) == len(load(headless, "parts=[backbone,fpn]").weights) == 120 + 48
@@ -99,7 +99,7 @@ def test_what_is_not_asked_for_need_not_be_there(tmp_path: Path) -> None:
 
 
 def test_weights_of_another_width(tmp_path: Path) -> None:
-    """The backbone's fit; why others do not is said, or an error if they were asked for."""
+    """The backbone's weights fit. Why others do not is logged, or is an error if they were requested."""
     geometry = Geometry()
     narrow = save_model(make_model(geometry, backbone="resnet18", width=16, head_convs=2), geometry, tmp_path)
     hook = load(narrow)
@@ -125,7 +125,7 @@ def test_another_backbone(tmp_path: Path) -> None:
 
 
 def test_a_detector_of_mmdetection(tmp_path: Path) -> None:
-    """Saved whole, as MMEngine does it: what is pre-trained is taken, in its form at C3, too."""
+    """Saved whole by MMEngine. The pre-trained parts are read, also for an FPN that starts at C3."""
     for name, tensors in (("mask_rcnn_r18_fpn_mini", 180), ("retinanet_r50_fpn_1x", 318 + 36)):
         config = settings.load(CONFIGS / f"{name}.py")
         own = weights.build(config.model).state_dict()

@@ -1,4 +1,4 @@
-"""Processes that load data: too little memory, no progress, no parent."""
+"""Loading processes with too little memory, without progress, or without parent."""
 
 import multiprocessing
 import os
@@ -29,12 +29,13 @@ def small(monkeypatch: pytest.MonkeyPatch, megabytes: float) -> None:
 
 
 def test_shared_memory_of_the_papers_detector(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Images of 1333 x 800: 4 processes with 2 batches of 2, twice, and 2 with 2 batches of 1 to evaluate on."""
+    """Images of 1333 x 800: 4 processes with 2 batches of 2, twice, and 2 processes with 2 batches of 1 for
+    evaluation."""
     config = settings.load(CONFIGS / "mask_rcnn_r50_fpn_1x.py", ["global_batch=2"])
     needed = 3 * 1333 * 800 * (2 * 4 * 2 * 2 + 2 * 2) / 2**20
     small(monkeypatch, needed + 0.1)
     workers.check_shared_memory(config)
-    small(monkeypatch, 64)  # Docker's
+    small(monkeypatch, 64)  # the size in Docker
     with pytest.raises(
         ConfigError, match=r"put up to 110 MB into /dev/shm, which has 64 MB free; .*--shm-size.*workers=0"
     ):
@@ -48,7 +49,7 @@ def test_shared_memory_of_the_papers_detector(monkeypatch: pytest.MonkeyPatch) -
 
 
 def in_small_memory(arguments: Sequence[str]) -> list[str]:
-    """The verb where /dev/shm has 1 MB, in namespaces of its own."""
+    """Runs the command with a /dev/shm of 1 MB, in its own namespaces."""
     mount = 'mount -t tmpfs -o size=1m none /dev/shm && exec "$@"'
     return ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount, "sh", *arguments]
 
@@ -94,14 +95,14 @@ def started(folder: Path, output: Path, *more: str) -> subprocess.Popen[str]:
 
 
 def hang(folder: Path) -> None:
-    """Whoever reads an image waits for ever, as with a disk that does not answer."""
+    """Makes all reading of images block forever, as with a disk that does not respond."""
     for path in (folder / "train").iterdir():
         path.unlink()
         os.mkfifo(path)
 
 
 def gone(processes: Sequence[int]) -> bool:
-    """Whether they end within seconds."""
+    """Whether the processes end within seconds."""
     end = time.monotonic() + 5
     while time.monotonic() < end and any(Path(f"/proc/{process}").exists() for process in processes):
         time.sleep(0.05)
@@ -109,7 +110,7 @@ def gone(processes: Sequence[int]) -> bool:
 
 
 def test_processes_of_others_outlive_a_failing_loader() -> None:
-    """Whoever calls :func:`mcl.finetune.finetune` may have processes, too."""
+    """The caller of :func:`mcl.finetune.finetune` may have other child processes."""
     other, own = (multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,)) for _ in range(2))
 
     def load() -> None:
@@ -167,7 +168,7 @@ def test_second_signal_ends_a_run_that_waits_for_its_loader(number: int, folder:
 
 @pytest.mark.soak
 def test_loading_processes_do_not_survive_their_parent(folder: Path, tmp_path: Path) -> None:
-    """Not even those that hang."""
+    """Even loading processes that hang end with their parent."""
     copy = shutil.copytree(folder, tmp_path / "coco")
     process = started(copy, tmp_path)
     loading = children(process.pid)

@@ -1,4 +1,4 @@
-"""Backbones against the modules of the libraries that also have them, and in training."""
+"""Backbones, compared with the same backbones in other libraries, and in training."""
 
 import copy
 from pathlib import Path
@@ -33,26 +33,26 @@ from tests.mcl.train.test_step import same_bits, state_after
 from tests.step import FOUR_LEVELS, build, configure, views
 
 THIN = {"convnext_t": (32, [1, 1, 2, 1]), "swin_t": (32, [2, 1, 2, 1])}
-"""Channels and blocks; two blocks are a plain and a shifted one of Swin."""
+"""Channels and blocks; with two blocks, Swin has a plain and a shifted one."""
 OTHERS = ["resnext50_32x4d", "resnet18vd", *THIN]
-"""Than ResNets."""
+"""Backbones other than plain ResNets."""
 
 
 @pytest.fixture
 def thin(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All backbones have few blocks; those of patches are narrow, too."""
+    """Gives all backbones few blocks; ConvNeXt and Swin also get few channels."""
     shallow: Any = {name: (block, [1, 1, 1, 1]) for name, (block, _) in backbones._RESNETS.items()}
     monkeypatch.setattr(backbones, "_RESNETS", shallow)
     monkeypatch.setattr(backbones, "_PATCH_NETS", THIN)
 
 
 def image() -> Tensor:
-    """(2, 3, 64, 96) noise."""
+    """(2, 3, 64, 96) of random values."""
     return torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(1))
 
 
 def make(name: str) -> Backbone:
-    """In evaluation mode; statistics are not the initial ones."""
+    """A backbone in evaluation mode, whose statistics are not the initial ones."""
     torch.manual_seed(0)
     backbone = Backbone(name).eval()
     for module in backbone.modules():
@@ -70,7 +70,8 @@ def make(name: str) -> Backbone:
 
 @torch.no_grad()
 def same(backbone: Backbone, maps: list[Tensor]) -> None:
-    """C2 to C5 of :func:`image` are these to 1e-5 of the largest feature, and as large as the backbone says."""
+    """C2 to C5 of :func:`image` equal `maps` to 1e-5 of the largest feature, and have the sizes that the backbone
+    states."""
     ours = backbone(image())[::-1]
     assert [tuple(x.shape) for x in ours] == [
         (2, channels, 64 // stride, 96 // stride)
@@ -115,7 +116,7 @@ def test_torchvisions_with_a_norm_of_every_map(name: str, theirs: str) -> None:
     ],
 )
 def test_resnet_d(name: str, theirs: str) -> None:
-    """timm's, with RT-DETR's shortcut of the first stage where that has none."""
+    """timm's model, to which RT-DETR's shortcut is added in the first stage if it has none."""
     backbone = make(name)
     model = timm.create_model(theirs, num_classes=0)
     if model.layer1[0].downsample is None:
@@ -140,15 +141,15 @@ def test_resnet_d(name: str, theirs: str) -> None:
     ],
 )
 def test_flops_are_the_published_ones(name: str, giga: float) -> None:
-    """Multiply-adds of an image of 224 px, of torchvision or of timm; a step takes three times as many, but for the
-    first convolution, which has no gradient of its input."""
+    """Multiply-adds for an image of 224 px, of torchvision or timm. A step takes three times as many, except that the
+    first convolution has no gradient of its input."""
     assert count.supervised(name) / 6e9 == pytest.approx(giga, rel=0.02)
 
 
 @pytest.mark.usefixtures("thin")
 @pytest.mark.parametrize(("name", "words"), [*((name, FOUR_LEVELS) for name in OTHERS), *((name, ()) for name in THIN)])
 def test_a_step_moves_all_that_is_trained(name: str, words: tuple[str, ...]) -> None:
-    """With two levels, the norms of the two finest maps are not."""
+    """With two levels, the norms of the two finest maps are not trained."""
     cfg = configure(*words, f"model.backbone={name}", "montage.cells=2", "optim.name=adamw")
     step = build(cfg)
     before = copy.deepcopy(step.model.online.backbone)
@@ -196,7 +197,7 @@ def test_a_step_reads_nothing_back(name: str) -> None:
 @pytest.mark.usefixtures("thin")
 @pytest.mark.parametrize("name", THIN)
 def test_views_go_through_it_one_by_one_or_together(name: str) -> None:
-    """There are no statistics of a batch."""
+    """They have no statistics of a batch."""
     backbone = make(name)
     for mine, other in zip(backbone(image(), [1, 1]), backbone(image()[:1]), strict=True):
         torch.testing.assert_close(mine[:1], other)
@@ -205,7 +206,7 @@ def test_views_go_through_it_one_by_one_or_together(name: str) -> None:
 @pytest.mark.usefixtures("thin")
 @pytest.mark.parametrize("name", THIN)
 def test_a_cpu_keeps_what_a_gpu_keeps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In bf16, so that what is counted on tensors of a CPU holds for a GPU."""
+    """In bf16, so that counts on CPU tensors are valid for a GPU."""
     monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
     kept = []
     for device in ("cpu", "cuda"):
@@ -225,7 +226,7 @@ def test_a_cpu_keeps_what_a_gpu_keeps(name: str, monkeypatch: pytest.MonkeyPatch
 
 
 def test_what_adamw_does_not_decay() -> None:
-    """Vectors, and what is one in another shape."""
+    """Vectors, also in other shapes."""
     for name, keys in (("convnext_t", {"layer_scale"}), ("swin_t", {"relative_position_bias_table"})):
         cfg = configure(f"model.backbone={name}", "optim.name=adamw", "optim.weight_decay=0.05")
         with torch.device("meta"):
@@ -240,7 +241,7 @@ def test_what_adamw_does_not_decay() -> None:
 @pytest.mark.soak
 @pytest.mark.parametrize("name", ["resnet152", *(f"resnet{n}vd" for n in (34, 50, 101)), *OTHERS])
 def test_a_run_of_the_real_one(name: str, tiny: Config, tmp_path: Path) -> None:
-    """Its loss falls, it resumes bit for bit, and its weights are exported."""
+    """The loss decreases, the run resumes bit for bit, and its weights are exported."""
     words = "model.temperature=0.2", "optim.name=adamw", "optim.base_lr=8e-3", "optim.clip_norm=5"
     cfg = config.override(
         tiny, [*words, f"model.backbone={name}", "trainer.epochs=6", "trainer.global_batch=16", "trainer.keep=3"]

@@ -1,4 +1,4 @@
-"""`matched` computes less than `released`, and the same."""
+"""`matched` has the same results as `released`, with less computation."""
 
 import copy
 import dataclasses
@@ -32,7 +32,7 @@ CASES = [
 
 
 def models(backbone: str, geometry: Geometry) -> tuple[MCL, MCL]:
-    """The same random network, computed both ways; BatchNorms have random statistics and scales."""
+    """The same random network, computed in both ways; BatchNorms have random statistics and scales."""
     weights = [0.5, 0.25, 0.125, 0.125][: geometry.levels]
     cfg = config.from_dict(
         {
@@ -75,7 +75,7 @@ def test_same_losses_and_gradients_with_real_backbones(backbone: str) -> None:
 
 
 def calibrated(matched: MCL, released: MCL, query: MontageBatch, key: MontageBatch) -> tuple[MCL, MCL]:
-    """Both with the statistics of a batch.
+    """Both models, with the statistics of a batch.
 
     With statistics that fit no data, embeddings hardly differ, and nine digits of a gradient cancel.
     """
@@ -108,7 +108,8 @@ def compare(backbone: str, geometry: dict[str, Any], images: int) -> None:
 
 
 def test_matched_computes_only_what_the_loss_reads() -> None:
-    """Tiles that pass the head: 640 of 14,620 per view at the default geometry and N = 128, targets on 128."""
+    """Tiles that the head processes: 640 of 14,620 per view at the default geometry with N = 128, and 128 for
+    targets."""
     geometry = Geometry(cells=1)
     matched, released = models("thin", geometry)
     query, key = (random_view(geometry, 32, seed, torch.float64) for seed in (1, 2))
@@ -131,7 +132,8 @@ def test_matched_computes_only_what_the_loss_reads() -> None:
 
 
 def test_running_statistics_update_level_by_level() -> None:
-    """In training mode each lateral, output, head and projector norm sees each level once per view, level 0 first."""
+    """In training mode each lateral, output, head and projector norm processes each level once per view, level 0
+    first."""
     geometry = Geometry(cells=2)
     matched, _ = models("thin", geometry)
     norms = {
@@ -151,7 +153,7 @@ def test_running_statistics_update_level_by_level() -> None:
 
 
 class OneByOne(MCL):
-    """Each view goes through the networks by itself."""
+    """Networks process each view separately."""
 
     def targets(self, views: Sequence[MontageBatch]) -> list[list[Tensor]]:
         return [super(OneByOne, self).targets([view])[0] for view in views]
@@ -167,12 +169,13 @@ class OneByOne(MCL):
     ("backbone", "geometry", "images"),
     [
         ("thin", Geometry(cells=2), 32),
-        ("thin", Geometry(cells=2, ratios=(1, 4), images_per_canvas=(1, 16), queries=(2, 1)), 32),  # a stride between
+        # One of the strides is skipped.
+        ("thin", Geometry(cells=2, ratios=(1, 4), images_per_canvas=(1, 16), queries=(2, 1)), 32),
         ("resnet18", Geometry(cells=2, ratios=(1, 2), images_per_canvas=(1, 4)), 4),
     ],
 )
 def test_views_together_are_the_views_one_by_one(backbone: str, geometry: Geometry, images: int) -> None:
-    """Losses, gradients and running statistics."""
+    """Losses, gradients and running statistics are equal."""
     views = [random_view(geometry, images, seed, torch.float64) for seed in (1, 2)]
     views = [dataclasses.replace(view, query_counts=geometry.query_canvases(images)) for view in views]
     together, _ = models(backbone, geometry)
@@ -194,7 +197,7 @@ def test_views_together_are_the_views_one_by_one(backbone: str, geometry: Geomet
 
 @pytest.mark.parametrize("compute", ["matched", "released"])
 def test_gradients_of_fewer_queries_are_those_without_the_other_terms(compute: str) -> None:
-    """One canvas of level 0 in four, all tiles of level 1, every image a target."""
+    """One in four canvases of level 0, all tiles of level 1, and every image as a target."""
     geometry = Geometry(cells=1, ratios=(1, 2), images_per_canvas=(1, 4), queries=(4, 1))
     views = [random_view(geometry, 16, seed, torch.float64) for seed in (1, 2)]
     matched, released = models("thin", geometry)

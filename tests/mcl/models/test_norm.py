@@ -1,4 +1,4 @@
-"""BatchNorm over processes, gloo's, against PyTorch's over all their rows."""
+"""BatchNorm over processes, with gloo, compared with PyTorch's BatchNorm over all their rows."""
 
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -23,12 +23,12 @@ from tests.conftest import ThinBackbone, random_view
 from tests.fp64 import fast_convolutions
 from tests.mcl.ranks import in_ranks, joined
 
-SIZES = {1: (5,), 2: (5, 2), 4: (3, 1, 6, 2)}  # rows of each rank, by the number of ranks
+SIZES = {1: (5,), 2: (5, 2), 4: (3, 1, 6, 2)}  # rows of each rank, by number of ranks
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    shape: tuple[int, ...] = (6, 4, 3)  # of a row: channels first
+    shape: tuple[int, ...] = (6, 4, 3)  # shape of a row, channels first
     affine: bool = True
     momentum: float | None = 0.1
     mean: float = 0.0
@@ -36,7 +36,7 @@ class Case:
     layout: torch.memory_format = torch.contiguous_format
 
     def norm(self, kind: type[nn.BatchNorm1d | nn.BatchNorm2d | BatchNorm] | None = None) -> nn.Module:
-        """PyTorch's, or of another kind."""
+        """PyTorch's BatchNorm, or another kind."""
         torch.manual_seed(1)
         kind = kind or (nn.BatchNorm2d if len(self.shape) == 3 else nn.BatchNorm1d)
         norm = kind(self.shape[0], affine=self.affine, momentum=self.momentum)
@@ -46,19 +46,19 @@ class Case:
         return norm
 
     def rows(self, seed: int, mean: float) -> Tensor:
-        """Of all ranks, as float64 of values that the case's dtype has."""
+        """Rows of all ranks, as float64 with values that the case's dtype can represent."""
         rows = sum(SIZES[distributed.world_size()])
         x = torch.randn(rows, *self.shape, generator=torch.Generator().manual_seed(seed)) + mean
         return x.to(self.dtype).double()
 
 
 def own(x: Tensor) -> Tensor:
-    """This rank's of all ranks' rows."""
+    """The rows of this rank."""
     return x.split(SIZES[distributed.world_size()])[distributed.rank()]
 
 
 def passes(norm: nn.Module, case: Case, xs: list[Tensor], grads: list[Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Outputs and gradients of some steps, running statistics after them; in float64."""
+    """Outputs and gradients of some steps, and running statistics after them; in float64."""
     norm.to(torch.promote_types(dtype, torch.float32))
     autocast = torch.autocast("cpu", dtype) if dtype in (torch.bfloat16, torch.float16) else nullcontext()
     results = {}
@@ -79,7 +79,7 @@ def passes(norm: nn.Module, case: Case, xs: list[Tensor], grads: list[Tensor], d
 
 
 def errors(case: Case) -> dict[str, tuple[float, float]]:
-    """Largest differences from float64, ours and of PyTorch's over all rows in the case's dtype, relative to values
+    """Largest differences from float64, of ours and of PyTorch's over all rows in the case's dtype, relative to values
     above 1."""
     xs = [case.rows(2, case.mean), case.rows(3, case.mean)]
     grads = [case.rows(4, 0.0), case.rows(5, 0.0)]
@@ -105,7 +105,7 @@ def errors_of(cases: list[Case]) -> list[dict[str, tuple[float, float]]]:
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_it_is_one_batchnorm_over_all_rows(world: int) -> None:
-    """Outputs, all gradients and running statistics, of batches of unequal sizes."""
+    """Outputs, all gradients and running statistics, for batches of different sizes."""
     cases = [
         Case(),
         Case(layout=torch.channels_last),
@@ -123,7 +123,8 @@ def test_it_is_one_batchnorm_over_all_rows(world: int) -> None:
 
 
 def test_lower_precision_costs_no_more_than_in_one_batchnorm() -> None:
-    """The error is at most twice BatchNorm's own at that dtype, or 4 roundings of fp32 where that one is lucky."""
+    """The error is at most twice that of PyTorch's BatchNorm in that dtype, or 4 roundings of fp32 if that is
+    larger."""
     cases = [
         Case(dtype=torch.float32),
         Case(dtype=torch.float32, mean=1e3),
@@ -141,7 +142,7 @@ def test_lower_precision_costs_no_more_than_in_one_batchnorm() -> None:
 
 
 def offset_variance() -> tuple[float, float]:
-    """Running variance in fp32 of rows around 1000, and their variance."""
+    """Running variance in fp32 of rows with values around 1000, and their true variance."""
     norm = BatchNorm(1, momentum=1.0)
     case = Case(shape=(1, 64, 64), dtype=torch.float32, mean=1e3)
     x = case.rows(6, case.mean)
@@ -150,24 +151,24 @@ def offset_variance() -> tuple[float, float]:
     return norm.running_var.item(), x.var().item()
 
 
-def test_an_offset_costs_no_variance() -> None:
+def test_the_variance_of_values_far_from_zero_is_exact() -> None:
     for found, expected in in_ranks(2, offset_variance):
         assert found == pytest.approx(expected, rel=1e-6)
 
 
 def dead_channels() -> bool:
-    """Whether channels of one value, up to a million, come out finite."""
+    """Whether channels with a single value of up to a million give finite results."""
     values = torch.arange(1, 65, dtype=torch.float64) * 1e6 / 63
     norm = BatchNorm(64).double()
     return bool(norm(own(values.expand(7, 64))).isfinite().all())
 
 
-def test_no_variance_is_not_less_than_none() -> None:
+def test_channels_without_variance_are_finite() -> None:
     assert in_ranks(2, dead_channels) == [True, True]
 
 
 class Calls(TorchDispatchMode):
-    """Names of collectives, and of reads of a tensor's value, in their order."""
+    """Records collectives and reads of tensors' values, in order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -184,7 +185,7 @@ class Calls(TorchDispatchMode):
 
 
 def collectives() -> dict[str, list[str]]:
-    """What every kind of pass calls, for two norms in a row of two groups."""
+    """Calls of every kind of pass, for two norms in a row with two groups."""
     norms = MLP(BatchNorm(3), nn.ReLU(inplace=True), BatchNorm(3))
     x = torch.randn(4, 3, 2, 2, requires_grad=True)
     with Calls() as calls:
@@ -201,13 +202,13 @@ def collectives() -> dict[str, list[str]]:
 
 
 def test_every_direction_is_one_collective_and_reads_nothing() -> None:
-    gather, reduce = (["c10d._allgather_base_.default"] * 2, ["c10d.allreduce_.default"] * 2)  # of two norms
+    gather, reduce = (["c10d._allgather_base_.default"] * 2, ["c10d.allreduce_.default"] * 2)  # for two norms
     for said in in_ranks(2, collectives):
         assert said == {"forward": gather, "backward": reduce, "no gradient": gather, "evaluation": []}
 
 
 def evaluated() -> bool:
-    """Whether evaluation mode is BatchNorm's, bit for bit, with statistics that training has moved."""
+    """Whether evaluation mode equals BatchNorm bit for bit, with statistics that training has changed."""
     x = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(distributed.rank()))
     norm = BatchNorm(3)
     norm(x)
@@ -255,7 +256,7 @@ def shared_step(compute: str) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("compute", ["matched", "released"])
 def test_ranks_compute_what_one_process_does(compute: str) -> None:
-    """Losses, averaged gradients and running statistics of MCL, where two ranks have half of the images each."""
+    """Losses, averaged gradients and running statistics of MCL; each of two ranks has half of the images."""
     alone = build(compute)
     whole = [joined(Geometry(**MODEL["montage"]), views) for views in zip(two_views(0), two_views(1), strict=True)]
     expected = step(alone, alone, *whole)
@@ -264,6 +265,7 @@ def test_ranks_compute_what_one_process_does(compute: str) -> None:
     assert {"losses", "gradient of online.backbone.convs.0.weight", "target.head.projector.4.running_var"} <= set(first)
     first["losses"] = second["losses"] = (first["losses"] + second["losses"]) / 2
     for name, value in expected.items():
-        bound = 1e-10 * max(np.abs(value).max(), 1e-3)  # the gradient of a bias before a BatchNorm is but rounding
+        # The gradient of a bias before a BatchNorm consists of rounding errors.
+        bound = 1e-10 * max(np.abs(value).max(), 1e-3)
         for ours in (first, second):
             assert np.abs(ours[name] - value).max() <= bound, name

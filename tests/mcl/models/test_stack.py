@@ -1,4 +1,4 @@
-"""`model.assembly=stack`: the tiles of a montage, each through the network by itself."""
+"""`model.assembly=stack`: the network processes each tile of a montage separately."""
 
 import contextlib
 import dataclasses
@@ -24,13 +24,13 @@ from tests.step import FOUR_LEVELS, configure, views
 
 
 def images_of(view: MontageBatch, level: int) -> Tensor:
-    """What lies in the boxes of a level, one after the other."""
+    """The pixels in the boxes of a level, one after another."""
     boxes = view.boxes[view.tiles(level)].int().tolist()
     return torch.stack([view.pixels[row, :, y1:y2, x1:x2] for row, x1, y1, x2, y2 in boxes])
 
 
 def by_hand(encoder: Encoder, view: MontageBatch) -> list[Tensor]:
-    """Level by level and view by view: the images of the boxes, of whose maps the whole is pooled."""
+    """Processes each level of each view separately: the images in the boxes, whose maps are pooled as a whole."""
     embeddings = []
     for level in range(len(view.ratios)):
         images = images_of(view, level)
@@ -43,7 +43,8 @@ def by_hand(encoder: Encoder, view: MontageBatch) -> list[Tensor]:
 @pytest.mark.parametrize(
     ("backbone", "words"),
     [
-        ("resnet18", ("montage.cells=3", "montage.ratios=[1,4]", "trainer.global_batch=2")),  # 24 px: 3, 2, 1 cells
+        # Images of 24 px: 3, 2 and 1 cells.
+        ("resnet18", ("montage.cells=3", "montage.ratios=[1,4]", "trainer.global_batch=2")),
         pytest.param("resnet18", ("montage.cells=1", *FOUR_LEVELS), marks=pytest.mark.soak),  # 32 to 4 px
         pytest.param("resnet18vd", ("montage.cells=3",), marks=pytest.mark.soak),
         pytest.param("resnet50", ("montage.cells=7", *FOUR_LEVELS), marks=pytest.mark.soak),
@@ -53,7 +54,7 @@ def by_hand(encoder: Encoder, view: MontageBatch) -> list[Tensor]:
     ids=lambda value: value[0] if isinstance(value, tuple) else value,
 )
 def test_every_image_goes_through_the_network_by_itself(backbone: str, words: tuple[str, ...]) -> None:
-    """In training BatchNorm sees each level of each view; in evaluation the scoring network computes the same."""
+    """In training BatchNorm processes each level of each view; in evaluation the scoring network computes the same."""
     cfg = configure("trainer.precision=fp64", f"model.backbone={backbone}", "model.assembly=stack", *words)
     torch.manual_seed(0)
     encoder = Encoder(cfg.model, cfg.montage.ratios).double()
@@ -80,7 +81,7 @@ def test_images_are_the_tiles_bit_for_bit() -> None:
 
 
 def build(words: tuple[str, ...], assembly: str, backbone: Any = None) -> Objective:
-    """A model whose cells see nothing of their neighbours before the region head: all kernels are 1 x 1."""
+    """A model in which cells do not depend on their neighbours before the region head: all kernels are 1 x 1."""
     cfg = configure("trainer.precision=fp64", *words, f"model.assembly={assembly}", "model.temperature=0.2")
     torch.manual_seed(0)
     with mock.patch("mcl.models.encoder.Backbone", backbone) if backbone else contextlib.nullcontext():
@@ -97,7 +98,7 @@ def build(words: tuple[str, ...], assembly: str, backbone: Any = None) -> Object
 
 
 def step(model: Objective) -> dict[str, Tensor]:
-    """Losses, scores and gradients."""
+    """Losses, scores and gradients of a step."""
     query, key = (dataclasses.replace(v, labels=torch.arange(4) % 3) for v in views(model.config))
     with fast_convolutions():
         output = model(query, key)
@@ -111,7 +112,7 @@ def compare(words: tuple[str, ...], backbone: Any = None, training: bool = True)
     if not training:
         for module in montage.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.momentum = 1.0  # the statistics of one batch
+                module.momentum = 1.0  # uses only the statistics of one batch
         step(montage)
         montage.zero_grad()
         stack.load_state_dict(montage.state_dict())
@@ -133,7 +134,8 @@ CASES = [
 
 @pytest.mark.parametrize("words", CASES, ids=lambda words: words[0])
 def test_without_neighbours_it_has_the_losses_and_gradients_of_the_montage(words: tuple[str, ...]) -> None:
-    """Tiles are of 32 px, so that strides meet the same pixels; BatchNorms of FPN and head see a level either way."""
+    """Tiles have 32 px, so that strides meet the same pixels; BatchNorms of FPN and head process single levels in both
+    cases."""
     compare(words, ThinBackbone)
 
 
@@ -141,10 +143,10 @@ def both_losses() -> list[Tensor]:
     return [step(build(CASES[0], assembly, ThinBackbone))["losses"] for assembly in ("montage", "stack")]
 
 
-def test_so_it_has_in_two_processes() -> None:
+def test_stack_equals_the_montage_in_two_processes() -> None:
     (montage, stack), other = in_ranks(2, both_losses)
     torch.testing.assert_close(stack, montage, rtol=1e-10, atol=0)
-    torch.testing.assert_close(other[1], stack, rtol=1e-10, atol=0)  # the same views, and twice the targets
+    torch.testing.assert_close(other[1], stack, rtol=1e-10, atol=0)  # the same views, but twice as many targets
     alone, _ = both_losses()
     assert (stack - alone).abs().min() > 1e-3
 
@@ -155,7 +157,8 @@ def test_a_real_backbone_without_neighbours_has_the_losses_of_the_montage() -> N
 
 @pytest.mark.parametrize("finest", [(7, 5), (8, 6), (3, 3), (1, 1)])
 def test_the_pyramid_adds_what_covers_each_cell(finest: tuple[int, int]) -> None:
-    """Sides are halved and rounded up, as by convolutions of stride 2; cell i lies in cell i // 2 a stride coarser."""
+    """Sides are halved and rounded up, as by convolutions of stride 2; cell i is inside cell i // 2 of the next coarser
+    map."""
     sides = [finest]
     for _ in range(2):
         sides.insert(0, tuple(-(-side // 2) for side in sides[0]))
@@ -171,7 +174,7 @@ def test_the_pyramid_adds_what_covers_each_cell(finest: tuple[int, int]) -> None
 
 
 def counted(*words: str) -> tuple[dict[str, int], int, int]:
-    """FLOPs by part, and calls of BatchNorm and their groups."""
+    """FLOPs by part, calls of BatchNorm, and groups in these calls."""
     cfg = configure("trainer.global_batch=8", *words)
     result = count.step.__wrapped__(cfg, 8, 1)
     flops = {part: result.forward[part] + result.backward[part] for part in result.forward}
@@ -179,12 +182,13 @@ def counted(*words: str) -> tuple[dict[str, int], int, int]:
 
 
 def test_a_budget_counts_stacked_images() -> None:
-    """The same FLOPs where sides are multiples of 32 px; else a stride rounds up. One call of a backbone per level."""
+    """FLOPs are equal if sides are multiples of 32 px; otherwise strides round up. The backbone is called once per
+    level."""
     words = ("model.targets=all", "montage.cells=2")
     (montage, calls, groups), (stack, more, further) = counted(*words), counted(*words, "model.assembly=stack")
     assert stack == montage
     backbone = 2 * 20  # BatchNorms of ResNet-18, in two networks
-    assert further - groups == 2 * backbone  # views, which saw all levels at once
+    assert further - groups == 2 * backbone  # views, which processed all levels at once
     assert more - calls >= backbone
     odd = ("montage.cells=1", "model.targets=all")
     (montage, _, _), (stack, _, _) = counted(*odd), counted(*odd, "model.assembly=stack")
@@ -203,7 +207,7 @@ def test_a_budget_counts_stacked_images() -> None:
         ),
     ],
 )
-def test_what_it_cannot_follow_is_refused(words: list[str], message: str) -> None:
+def test_settings_that_stack_does_not_support_are_refused(words: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         config.load("mcl_r50_fpn_100e_in1k", ["model.assembly=stack", *words])
 

@@ -1,4 +1,5 @@
-"""Assignments of targets, losses and the queue: by hand, in float64, in one process and two; and in training."""
+"""Assignment of targets, losses and queue: compared with computations by hand, in float64, for one and two processes;
+and in training."""
 
 import cmath
 import itertools
@@ -30,7 +31,8 @@ from tests.step import FOUR_LEVELS, build, configure, views
 TARGETS = ("top", "same_level", "adjacent", "all")
 TEMPERATURE, WEIGHTS = 0.5, (0.75, 0.25)
 
-# What networks say of the tiles of three images, as angles, per process, view and level; level 1 shows each twice.
+# Outputs of the networks for the tiles of three images, as angles, per process, view and level; level 1 shows each
+# image twice.
 SHOWN = [0, 1, 2], [2, 0, 1, 1, 2, 0]
 PREDICTED, TARGETED = (
     [[[rng.integers(0, 360, len(shown)) for shown in SHOWN] for _ in range(2)] for _ in range(2)]
@@ -59,7 +61,7 @@ def by_hand(
 
     Args:
         former: targets of former steps, per view and level.
-        turned: degrees by which targets differ from what is stated.
+        turned: angle by which targets are rotated, degrees.
     """
     everyone = range(processes) if loss == "infonce" else [process]
     result = np.zeros((3, 2, 2))
@@ -80,7 +82,7 @@ def by_hand(
 
 
 class Known(MCL):
-    """MCL whose networks say what is stated above, in vectors of any length."""
+    """MCL whose networks return the angles above, as vectors of any length."""
 
     turned = 0.0
 
@@ -101,7 +103,7 @@ def vectors(degrees: Any, longest: float) -> Tensor:
 
 
 def known(*words: str) -> tuple[Known, MontageBatch]:
-    """The model, and a view that shows what is stated above."""
+    """The model, and a view that shows the images above."""
     cfg = configure(f"model.temperature={TEMPERATURE}", "model.width=2", f"model.loss_weights={list(WEIGHTS)}", *words)
     nothing, tiles = torch.empty(0), torch.tensor([*SHOWN[0], *SHOWN[1]])
     view = MontageBatch(nothing, nothing, torch.arange(3), tiles, nothing, nothing, (3, 6), (3, 6), (1, 1), 1, 0, 0)
@@ -140,7 +142,7 @@ def test_three_images_of_each_of_two_processes_by_hand() -> None:
 
 
 def queued() -> list[np.ndarray[Any, Any]]:
-    """Values of four steps, whose targets turn, with a queue of 8."""
+    """Results of four steps, in which targets rotate, with a queue of 8."""
     model, view = known("model.targets=all", "model.queue=8")
     found = []
     for _ in range(4):
@@ -155,7 +157,8 @@ def queued() -> list[np.ndarray[Any, Any]]:
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_queue_has_the_latest_targets_of_former_steps(processes: int) -> None:
-    """Empty at first, then filled in part, then full and overwritten from its beginning, by more than it holds, too."""
+    """The queue is empty at first, then partly filled, then full and overwritten from the start; also if a step has
+    more targets than it holds."""
     for process, found in enumerate(in_ranks(2, queued) if processes == 2 else [queued()]):
         former: list[list[list[complex]]] = [[[], []], [[], []]]
         for step, values in enumerate(found):
@@ -185,7 +188,7 @@ def test_the_loss_falls(words: tuple[str, ...]) -> None:
     cfg = configure("trainer.global_batch=8", *words)
     step, batch = build(cfg), views(cfg)
     losses = [float(step(*batch, lr=0.1, momentum=0.99)[0].loss) for _ in range(30)]
-    settled = 4 if cfg.model.queue else 0  # while the queue fills, there is more to tell apart
+    settled = 4 if cfg.model.queue else 0  # while the queue fills, negatives become more
     assert losses[-1] < losses[settled] - 0.05
     assert np.isfinite(losses).all()
 
@@ -193,7 +196,7 @@ def test_the_loss_falls(words: tuple[str, ...]) -> None:
 @variants
 @pytest.mark.usefixtures("thin_backbone")
 def test_a_resumed_run_has_the_same_bits(words: tuple[str, ...], tiny: Config, tmp_path: Path) -> None:
-    """In two micro-batches; the queue among the rest."""
+    """In two micro-batches; the queue is part of the state."""
     cfg = config.override(tiny, [*words, "trainer.global_batch=16", "trainer.accumulate=2", "trainer.epochs=4"])
     Trainer(cfg).fit()
     state = resumed_without_its_end(cfg, tmp_path / "again")
@@ -243,10 +246,10 @@ def test_the_momentum_network_runs_on_the_levels_that_have_targets() -> None:
 
 @pytest.mark.usefixtures("thin_backbone")
 def test_a_budget_counts_further_levels_gathers_and_queue() -> None:
-    """Per view one gather of all levels; none without negatives."""
+    """Per view, one gather of all levels; none without negatives."""
     cfg = configure("trainer.global_batch=8", *FOUR_LEVELS)
     top, every, queue, cosine = (
-        count.step.__wrapped__(config.override(cfg, words), 8, 2)  # nothing thin is to stay in its cache
+        count.step.__wrapped__(config.override(cfg, words), 8, 2)  # keeps counts of thin models out of the cache
         for words in ([], ["model.targets=all"], ["model.targets=all", "model.queue=48"], ["model.loss=cosine"])
     )
     bank = 8 * 16 * 4  # images, width, bytes
@@ -285,7 +288,7 @@ def test_a_queue_without_negatives_is_refused(tiny: Config) -> None:
     ids=lambda words: ",".join(words[:1]),
 )
 def test_a_run_on_photographs(words: tuple[str, ...], tmp_path: Path) -> None:
-    """The demo, shorter: its loss falls, tiles find their images, its weights are exported and verified."""
+    """The demo, but shorter: its loss decreases, tiles find their images, and its weights are exported and verified."""
     keys = [f"data.root={PHOTOS / 'train'}", f"data.val_root={PHOTOS / 'val'}", f"output={tmp_path}"]
     cfg = config.load(
         "mcl_r18_fpn_demo", [*keys, "trainer.epochs=6", "evaluation.at_end=[]", "trainer.log_every=4", *words]

@@ -1,4 +1,4 @@
-"""An objective that is not ours goes through training, checkpoints, evaluation, export, report and budget."""
+"""An objective that is not part of mcl can be trained, resumed, evaluated, exported, reported and counted."""
 
 import dataclasses
 import shutil
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("thin_backbone", "_other")
 
 
 class Classes(Objective):
-    """Tells the classes of whole images apart, and counts its steps and what they were given."""
+    """Classifies whole images, and counts steps and the views that it gets."""
 
     scores = ("accuracy",)
     labelled = True
@@ -67,7 +67,7 @@ def _other(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_from_training_to_export(tiny: Config, tmp_path: Path) -> None:
-    """No momentum network, scores of its own, and a state that a resumed run takes up."""
+    """It has no momentum network, its own scores, and a state that a resumed run restores."""
     tiny = config.override(tiny, ["evaluation.at_end=[knn]", "evaluation.k=3"])
     run.pretrain(tiny)
     train, scored = (read(tiny.run_folder / f"{name}.jsonl") for name in ("metrics", "evaluations"))
@@ -106,7 +106,7 @@ def test_an_image_without_a_class_is_refused(tiny: Config, few_photos: Path, tmp
 
 
 @pytest.mark.parametrize("parts", [1, 2])
-def test_it_finishes_every_step_but_a_skipped_one(parts: int) -> None:
+def test_an_objective_finishes_every_step_that_is_not_skipped(parts: int) -> None:
     cfg = configure("trainer.global_batch=8", f"trainer.accumulate={parts}", "trainer.on_nonfinite=skip")
     step, good = build(cfg), views(cfg)
     bad = dataclasses.replace(good[0], pixels=good[0].pixels * torch.nan), good[1]

@@ -1,4 +1,5 @@
-"""MoCo v2 and BYOL: by hand, in float64, in one process and two; beside lightly's; and in training."""
+"""MoCo v2 and BYOL: compared with computations by hand, in float64, for one and two processes, and with lightly; and in
+training."""
 
 import copy
 import dataclasses
@@ -36,12 +37,12 @@ PEERS = list(WORDS)
 peers = pytest.mark.parametrize("peer", PEERS)
 
 IMAGES, WIDTH, QUEUE, TEMPERATURE, WEIGHT = 3, 4, 4, 0.2, 0.5
-SHOWN = [2, 0, 1], [1, 2, 0]  # the images of the query view and the key view, in their order
+SHOWN = [2, 0, 1], [1, 2, 0]  # the images of the query view and the key view, in order
 STEPS = 3
 
 
 def said(process: int, network: str, view: int, step: int) -> Any:
-    """What a network says of the images that a view shows: (IMAGES, WIDTH)."""
+    """The network's output for the images of a view: (IMAGES, WIDTH)."""
     return np.random.default_rng([process, len(network), view, step]).normal(size=(IMAGES, WIDTH))
 
 
@@ -51,7 +52,7 @@ def first_keys() -> Any:
 
 
 def of_image(process: int, view: int, step: int, image: int) -> Any:
-    """Its target."""
+    """The target of an image."""
     return said(process, "target", view, step)[SHOWN[view].index(image)]
 
 
@@ -60,7 +61,7 @@ def cosine(a: Any, b: Any) -> float:
 
 
 def moco_by_hand(process: int, processes: int, step: int) -> tuple[list[list[float]], float]:
-    """Loss, own and other cosine of each direction, and the total."""
+    """Loss and cosines of each direction, and the total."""
     former = [*first_keys()]
     for at, other, image in itertools.product(range(step), range(processes), range(IMAGES)):
         former.append(of_image(other, 1, at, image))
@@ -87,7 +88,7 @@ def byol_by_hand(process: int, processes: int, step: int) -> tuple[list[list[flo
 
 
 class Given(nn.Module):
-    """An encoder that says what is stated above."""
+    """An encoder that returns the angles above."""
 
     def __init__(self, network: str) -> None:
         super().__init__()
@@ -102,7 +103,7 @@ def everything() -> list[list[tuple[list[list[float]], float]]]:
 
 
 def computed(peer: str) -> list[tuple[list[list[float]], float]]:
-    """Of a process, in every step."""
+    """Results of a process, in every step."""
     words = f"model.width={WIDTH}", f"model.loss_weights=[{WEIGHT}]", "trainer.global_batch=6"
     queue = [f"model.queue={QUEUE}"] if peer == "moco_v2" else []
     cfg = configure(*WORDS[peer], *words, *queue)
@@ -127,7 +128,7 @@ def computed(peer: str) -> list[tuple[list[list[float]], float]]:
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_three_images_by_hand(processes: int) -> None:
-    """Over three steps, of which each takes the queue of four keys further, by more than it holds with two."""
+    """Over three steps, each of which advances the queue of four keys, by more than its length with two processes."""
     for process, found in enumerate(in_ranks(2, everything) if processes == 2 else [everything()]):
         for by_hand, steps in zip((moco_by_hand, byol_by_hand), found, strict=True):
             for step, (values, total) in enumerate(steps):
@@ -152,7 +153,7 @@ def same_gradients(ours: nn.Module, theirs: nn.Module) -> None:
 
 @pytest.mark.usefixtures("thin_backbone")
 def test_moco_v2_is_that_of_lightlys_parts() -> None:
-    """Losses, gradients and queue of steps that move no weight, the queue going round."""
+    """Losses, gradients and queue of steps that do not change weights; the queue wraps around."""
     loss = pytest.importorskip("lightly.loss")
     modules = pytest.importorskip("lightly.models.modules")
     cfg = configure(*WORDS["moco_v2"], "trainer.precision=fp64")
@@ -179,7 +180,7 @@ def test_moco_v2_is_that_of_lightlys_parts() -> None:
 
 @pytest.mark.usefixtures("thin_backbone")
 def test_byol_is_that_of_lightlys_parts() -> None:
-    """The paper's 2 - 2 cos, and the sum of both directions, where lightly has the mean of - cos."""
+    """Ours has the paper's 2 - 2 cos, summed over both directions; lightly has the mean of - cos."""
     loss = pytest.importorskip("lightly.loss")
     modules = pytest.importorskip("lightly.models.modules")
     cfg = configure(*WORDS["byol"], "trainer.precision=fp64")
@@ -213,7 +214,7 @@ def test_the_loss_falls(peer: str) -> None:
     cfg = configure(*WORDS[peer], "trainer.global_batch=8", "optim.name=adamw")
     step, batch = build(cfg), views(cfg)
     losses = [float(step(*batch, lr=1e-2, momentum=0.99)[0].loss) for _ in range(60)]
-    settled = losses[6:12]  # while the queue fills with keys, there is more to tell apart
+    settled = losses[6:12]  # while the queue fills with keys, negatives become more
     assert np.mean(losses[-6:]) < np.mean(settled) - 0.1
     assert np.isfinite(losses).all()
 
@@ -235,13 +236,13 @@ def test_neither_losses_nor_keys_depend_on_micro_batches(peer: str) -> None:
 @peers
 @pytest.mark.usefixtures("thin_backbone")
 def test_a_run_resumes_and_exports(peer: str, tiny: Config, tmp_path: Path) -> None:
-    """In two micro-batches, with one image in two as a query; scored by kNN."""
+    """In two micro-batches, with one in two images as a query; scored with kNN."""
     words = "trainer.accumulate=2", "montage.queries=[2]", "evaluation.at_end=[knn]", "evaluation.k=3"
     cfg = config.override(tiny, [*WORDS[peer], *words])
     commands.pretrain(cfg)
     state = resumed_without_its_end(cfg, tmp_path / "again")
     if peer == "moco_v2":
-        assert state["model"]["queued"] == 64  # keys of eight steps, all images'
+        assert state["model"]["queued"] == 64  # keys of eight steps, of all images
     (score,) = read(cfg.run_folder / "evaluations.jsonl")
     assert {"accuracy", "target", "random"} <= score.keys()
 
@@ -270,9 +271,10 @@ def test_the_momentum_of_moco_stays_and_that_of_byol_rises(tiny: Config) -> None
 
 @pytest.mark.usefixtures("thin_backbone")
 def test_a_budget_counts_them() -> None:
-    """MoCo gathers keys of one view, which alone goes through each network; BYOL gathers nothing."""
+    """MoCo gathers the keys of one view, and each network processes only one view; BYOL gathers nothing."""
     moco, byol = (
-        count.step.__wrapped__(configure(*WORDS[peer], "trainer.global_batch=8"), 8, 2)  # nothing thin in its cache
+        # Keeps counts of thin models out of the cache.
+        count.step.__wrapped__(configure(*WORDS[peer], "trainer.global_batch=8"), 8, 2)
         for peer in PEERS
     )
     assert (list(moco.gathered), list(byol.gathered)) == ([8 * 16 * 4], [])
@@ -302,7 +304,7 @@ def test_a_budget_counts_them() -> None:
         ("supervised_contrastive", "model.loss=cosine", r"model\.loss=infonce, or another"),
     ],
 )
-def test_what_does_not_go_together_is_refused(peer: str, word: str, message: str) -> None:
+def test_keys_that_conflict_are_refused(peer: str, word: str, message: str) -> None:
     key, value = word.split("=")
     cfg = configure(*WORDS.get(peer, (f"objective={peer}",)), word)
     with pytest.raises(ConfigError, match=rf"^{key}: {value}.*, but objective={peer} .*{message}"):
@@ -322,7 +324,8 @@ def test_more_levels_are_refused(peer: str, tiny: Config) -> None:
 @pytest.mark.soak
 @peers
 def test_a_run_on_photographs(peer: str, tmp_path: Path) -> None:
-    """The demo as a peer, with fewer keys than an epoch has: its loss falls, its weights are exported and verified."""
+    """The demo with the peer's objective, and with fewer keys than images per epoch: its loss decreases, and its
+    weights are exported and verified."""
     keys = [f"data.root={PHOTOS / 'train'}", f"data.val_root={PHOTOS / 'val'}", f"output={tmp_path}"]
     own = {
         "moco_v2": ["model.queue=96", "optim.base_lr=4e-3", "optim.ema=0.99", "optim.final_ema=0.99"],

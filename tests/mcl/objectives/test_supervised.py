@@ -1,4 +1,4 @@
-"""Objectives with labels against sums written out by hand, over one and two processes, and whole runs of them."""
+"""Objectives with labels, compared with sums written out by hand, for one and two processes; and whole runs."""
 
 import dataclasses
 import functools
@@ -34,7 +34,7 @@ LABELS = [[0, 1, 0], [1, 2, 2]]  # of the images of two processes
 
 
 class Given(nn.Module):
-    """An encoder whose embeddings are parameters, one row per tile: 3 of level 0 and 12 of level 1 in each view."""
+    """An encoder whose embeddings are parameters: per view, 3 tiles of level 0 and 12 of level 1."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ def averaged(values: dict[tuple[int, int], list[Tensor]]) -> Tensor:
 
 
 def by_hand(processes: int) -> list[Tensor]:
-    """Losses (V, L) of supervised contrastive learning for each process, one tile after the other."""
+    """Losses (V, L) of supervised contrastive learning for each process, one tile after another."""
     every = [(seed, tile) for seed in range(processes) for tile in tiles(seed)]
     results = []
     for own in range(processes):
@@ -102,7 +102,7 @@ def by_hand(processes: int) -> list[Tensor]:
 
 @functools.cache
 def results(processes: int) -> list[dict[str, tuple[Output, Tensor | None]]]:
-    """Of each process."""
+    """Results of each process."""
     return in_ranks(2, everything, 2) if processes == 2 else [everything(1)]
 
 
@@ -111,7 +111,7 @@ def everything(processes: int) -> dict[str, tuple[Output, Tensor | None]]:
 
 
 def run(objective: str, processes: int) -> tuple[Output, Tensor | None]:
-    """What a process computes: its output, and the gradient of its embeddings by the mean loss of all processes."""
+    """The output of a process, and the gradient of its embeddings by the mean loss of all processes."""
     model, views = case(objective, distributed.rank())
     output: Output = model(*views)
     (output.loss / processes).backward()
@@ -194,7 +194,7 @@ def test_a_run_resumes_and_exports(objective: str, tiny: Config, tmp_path: Path)
 
 @pytest.mark.usefixtures("thin_backbone")
 @pytest.mark.parametrize("objective", ["supervised", "supervised_contrastive"])
-def test_its_loss_falls(objective: str) -> None:
+def test_the_loss_of_objectives_with_labels_decreases(objective: str) -> None:
     cfg = configure(f"objective={objective}", "trainer.global_batch=8", "model.temperature=0.1", "optim.name=adamw")
     torch.manual_seed(0)
     step = TrainingStep(cfg, build(cfg, ["a", "b"]), torch.device("cpu"))
@@ -214,6 +214,6 @@ def test_it_learns_from_photographs(objective: str, photos: Path, tmp_path: Path
     assert losses[-1] < 0.95 * losses[0], losses
 
 
-def test_what_does_not_go_together_is_refused() -> None:
+def test_keys_that_conflict_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"trainer\.accumulate: objective=supervised_contrastive"):
         SupervisedContrastive.check(configure("objective=supervised_contrastive", "trainer.accumulate=2"))

@@ -1,4 +1,4 @@
-"""Maps and boxes for tests of region pooling, other implementations of it, and how close to them it has to be."""
+"""Maps and boxes for tests of region pooling, other implementations, and the allowed error."""
 
 import math
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from torch import Tensor
 Pool = Callable[..., Tensor]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 STRIDES = [32.0, 16.0, 8.0]
-"""Of :func:`maps`."""
+"""Strides of :func:`maps`."""
 
 
 def maps(dtype: torch.dtype, layout: torch.memory_format, channels: int = 5, seed: int = 0) -> list[Tensor]:
@@ -21,7 +21,7 @@ def maps(dtype: torch.dtype, layout: torch.memory_format, channels: int = 5, see
 
 
 def random_boxes(number: int, rows: list[int], reach: float, seed: int) -> tuple[Tensor, Tensor]:
-    """(R, 5) boxes, some partly or wholly outside of [0, reach], and (R,) maps."""
+    """(R, 5) boxes, some partly or completely outside of [0, reach], and (R,) numbers of maps."""
     generator = torch.Generator().manual_seed(seed)
     index = torch.randint(len(rows), (number,), generator=generator)
     corners = torch.rand(number, 2, 2, generator=generator) * reach * 1.4 - reach * 0.2
@@ -31,7 +31,7 @@ def random_boxes(number: int, rows: list[int], reach: float, seed: int) -> tuple
 
 
 def reshaped(features: Tensor, ratio: int) -> Tensor:
-    """The oracle on the grid: (n, C, r * cells, r * cells) cut into its tiles, (n * r^2, C, cells, cells)."""
+    """The expected result on the grid: (n, C, r * cells, r * cells) cut into its tiles, (n * r^2, C, cells, cells)."""
     n, channels, height, _ = features.shape
     cells = height // ratio
     grid = features.reshape(n, channels, ratio, cells, ratio, cells)
@@ -41,7 +41,7 @@ def reshaped(features: Tensor, ratio: int) -> Tensor:
 def roi_align(
     features: list[Tensor], strides: list[float], boxes: Tensor, index: Tensor, size: int, ratio: int = 0
 ) -> Tensor:
-    """torchvision's, map by map."""
+    """torchvision's RoIAlign, map by map."""
     results = features[0].new_zeros(len(boxes), features[0].shape[1], size, size)
     for level, (f, stride) in enumerate(zip(features, strides, strict=True)):
         mine = index == level
@@ -53,7 +53,7 @@ def roi_align(
 def plain_pytorch(
     features: list[Tensor], strides: list[float], boxes: Tensor, index: Tensor, size: int, ratio: int
 ) -> Tensor:
-    """RoIAlign by indexing, at the features' precision; coordinates are exact enough in fp64."""
+    """RoIAlign by indexing, in the features' precision; coordinates are in fp64."""
     pooled = []
     for (row, x1, y1, x2, y2), level in zip(boxes.double().tolist(), index.tolist(), strict=True):
         f, stride = features[level][int(row)], strides[level]
@@ -78,10 +78,10 @@ def plain_pytorch(
 def check_errors(
     pool: Pool, features: list[Tensor], boxes: Tensor, index: Tensor, size: int, ratio: int, device: str = "cpu"
 ) -> None:
-    """On a device, pooling and its gradients are at most twice as far from float64 as PyTorch's in this precision.
+    """Pooling and its gradients are at most twice as far from float64 as PyTorch's in the same precision.
 
-    PyTorch's is torchvision's in float32. With 16 bits, where that rounds the boxes or does not exist, it is the same
-    RoIAlign written in PyTorch. All but `pool` is computed on the CPU.
+    PyTorch's is torchvision in float32. In 16 bits, where torchvision rounds boxes or does not exist, it is the same
+    RoIAlign written in PyTorch. Everything except `pool` is computed on the CPU.
     """
     dtype = features[0].dtype
     exact = [f.detach().double().requires_grad_() for f in features]

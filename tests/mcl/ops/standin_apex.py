@@ -1,7 +1,8 @@
-"""A stand-in for NVIDIA apex in plain PyTorch: the calls that mcl makes, with apex's contracts, each recorded.
+"""A replacement for NVIDIA apex in plain PyTorch: the functions that mcl calls, with apex's contracts; it records
+calls.
 
-It is no apex: it shows which arguments mcl passes, and that results are equal where apex keeps to its documentation.
-The host reads nothing but where apex's does.
+It shows which arguments mcl passes, and that results are equal if apex behaves as documented. The host reads values
+only where it does with apex.
 """
 
 import sys
@@ -45,7 +46,7 @@ class StandIn:
             noop.logical_or_(~out.isfinite().all())
 
     def clip_grad_norm_(self, parameters: Any, max_norm: float) -> Tensor:
-        """apex hands the factor to a kernel that takes a float: the host waits for it."""
+        """apex passes the factor to a kernel as a float, so the host waits for it."""
         grads = [p.grad for p in parameters]
         norm = torch.stack([grad.norm() for grad in grads]).norm()
         scale = float((max_norm / (norm + 1e-6)).clamp(max=1))
@@ -62,7 +63,7 @@ class StandIn:
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> StandIn:
-    """Puts the stand-in where Python looks for apex."""
+    """Installs the replacement under apex's name."""
     stand_in = StandIn()
     modules: dict[str, dict[str, Any]] = {
         "amp_C": {

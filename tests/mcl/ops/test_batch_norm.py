@@ -1,4 +1,4 @@
-"""BatchNorm with addition and ReLU: PyTorch's, one after the other, in float64, is the oracle."""
+"""BatchNorm with addition and ReLU, compared with PyTorch's separate operations in float64."""
 
 import itertools
 from typing import Any
@@ -29,7 +29,7 @@ SHAPES = [
     ((6, 5, 3, 4), [6]),
     ((6, 5, 3, 4), [4, 2]),
     ((7, 16, 1, 1), [3, 4]),
-    ((3, 33, 40, 40), [1, 2]),  # several chunks per group, channels that fill no vector
+    ((3, 33, 40, 40), [1, 2]),  # several chunks per group, and channels that do not fill vectors
     ((9, 70), [2, 7]),
     ((600, 300), [600]),
 ]
@@ -111,12 +111,12 @@ def test_by_hand() -> None:
     assert running[2].item() == 5
     (of_x, of_residual) = torch.autograd.grad(y.sum(), (x, residual))
     assert of_residual.tolist() == [[0.0], [1.0], [1.0], [0.0]]
-    assert of_x.tolist() == [[0.0]] * 4  # of two values, whatever they are, one becomes -1 and the other 1
+    assert of_x.tolist() == [[0.0]] * 4  # of two values, one always becomes -1 and the other 1
 
 
 @both
 def test_statistics_of_values_far_from_zero() -> None:
-    """A sum of squares minus the square of the sum would have no correct digit."""
+    """The sum of squares minus the square of the sum would have no correct digit."""
     generator = torch.Generator().manual_seed(0)
     x = (1e4 + torch.randn(64, 8, 32, 32, generator=generator)).contiguous(memory_format=torch.channels_last)
     running = torch.zeros(8), torch.zeros(8), None
@@ -159,7 +159,7 @@ def test_any_memory_format_is_taken() -> None:
     y = batch_norm(other.requires_grad_(), None, None, NONE, [4], 0.1, 1e-5)
     assert torch.equal(y, batch_norm(x, None, None, NONE, [4], 0.1, 1e-5))
     (of_x,) = torch.autograd.grad(y, other, torch.ones(4, 3, 2, 5, dtype=torch.float64))
-    torch.testing.assert_close(of_x, torch.zeros_like(of_x), rtol=0, atol=1e-12)  # a shift changes nothing
+    torch.testing.assert_close(of_x, torch.zeros_like(of_x), rtol=0, atol=1e-12)  # shifts change nothing
 
 
 @both
@@ -188,7 +188,7 @@ def test_gradients_are_those_of_finite_differences(shape: tuple[int, ...], added
 
 
 def arguments(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
-    """Of each operator."""
+    """Arguments of each operator."""
     x, weight, bias, mean, var, residual, grad = inputs((6, 5, 3, 4), dtype)
     statistics = fallback.batch_norm_stats_alone(x, [4, 2], None, None, None, 0.1, 1e-5)
     y = fallback.batch_norm_apply(x, weight, bias, statistics, [4, 2], residual, True)

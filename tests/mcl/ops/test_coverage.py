@@ -1,4 +1,4 @@
-"""What a training step calls on a CPU is what a GPU runs: every operator of ours has a CUDA kernel."""
+"""A training step on a CPU calls what a GPU runs: each of our operators has a CUDA kernel."""
 
 import itertools
 import re
@@ -13,7 +13,7 @@ from tests.mcl.train import golden
 
 
 class Called(TorchDispatchMode):
-    """Names of the operators of ``mcl`` that are called."""
+    """Names of the ``mcl`` operators that are called."""
 
     def __init__(self) -> None:
         super().__init__()

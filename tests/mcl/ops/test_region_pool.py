@@ -1,6 +1,6 @@
-"""region_pool against hand-computed cases, the reshape, torchvision, and plain PyTorch at the same precision.
+"""region_pool, compared with cases by hand, the reshape, torchvision, and plain PyTorch in the same precision.
 
-Tests of values run the compiled operator and what takes its place, torchvision's.
+Tests of values run the compiled operator and its fallback, torchvision's.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ SPECIAL = [math.nan, math.inf, -math.inf]
 
 
 class _Fallback(torch.autograd.Function):
-    """What takes the operator's place, whatever the extension offers."""
+    """Uses the fallback, even if the extension is there."""
 
     @staticmethod
     def forward(ctx: Any, strides: Any, boxes: Tensor, index: Tensor, size: int, ratio: int, *maps: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ def pool(request: pytest.FixtureRequest) -> Iterator[Pool]:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_grid_is_the_reshape_bit_for_bit(pool: Pool, dtype: torch.dtype, layout: torch.memory_format) -> None:
-    """Four levels in one call, forward and backward; our operator copies values that are no number, too."""
+    """Four levels in one call, forward and backward; our operator also copies NaN and Inf."""
     geometry = Geometry(cells=3)
     canvases = geometry.canvases(32)
     features = [torch.randn(n, 6, 3 * r, 3 * r) for n, r in zip(canvases, geometry.ratios, strict=True)]
@@ -84,7 +84,8 @@ def test_grid_is_the_reshape_bit_for_bit(pool: Pool, dtype: torch.dtype, layout:
 
 
 def test_by_hand(pool: Pool) -> None:
-    """A 4 x 4 ramp, value 10 y + x: a bin's mean is the ramp at the bin's centre; gradients are bilinear weights."""
+    """A 4 x 4 ramp with values 10 y + x: a bin's mean is the ramp's value at the bin's centre; gradients are bilinear
+    weights."""
     ramp = (torch.arange(4.0)[:, None] * 10 + torch.arange(4.0)).view(1, 1, 4, 4).requires_grad_()
     boxes = torch.tensor([[0.0, 1.0, 1.0, 3.0, 3.0], [0.0, 0.5, 1.5, 2.5, 3.5]])  # in cells: pixels at stride 1
     pooled = pool([ramp], [1.0], boxes, torch.zeros(2, dtype=torch.int64), 1)
@@ -112,11 +113,12 @@ def test_any_box_agrees_with_torchvision(pool: Pool, ratio: int, layout: torch.m
         grad = torch.randn_like(ours)
         pairs = zip(torch.autograd.grad(ours, features, grad), torch.autograd.grad(theirs, features, grad), strict=True)
         for a, b in pairs:
-            torch.testing.assert_close(a, b, rtol=tolerance, atol=10 * tolerance)  # a cell sums up to 60 boxes
+            # A cell is the sum over up to 60 boxes.
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=10 * tolerance)
 
 
 def test_a_scaled_map_with_scaled_boxes_is_the_same(pool: Pool) -> None:
-    """The stride only names units."""
+    """A stride only sets the unit of boxes."""
     features, (boxes, index) = maps(torch.float64, torch.channels_last)[:1], random_boxes(20, [3], 128, seed=1)
     half = boxes * torch.tensor([1, 0.5, 0.5, 0.5, 0.5])
     assert torch.equal(pool(features, [32.0], boxes, index, 5), pool(features, [16.0], half, index, 5))
@@ -134,7 +136,7 @@ def test_errs_at_most_twice_as_much_as_plain_pytorch(
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradcheck_twice(pool: Pool, layout: torch.memory_format) -> None:
     features, (boxes, index) = maps(torch.float64, layout, channels=2), random_boxes(6, [3, 2, 1], 128, seed=5)
-    boxes[0, 1:] = torch.tensor([0.0, 0.0, 64.0, 64.0])  # copied
+    boxes[0, 1:] = torch.tensor([0.0, 0.0, 64.0, 64.0])  # a copied box
     boxes[0, 0], index[0] = 1, 0
 
     def run(*f: Tensor) -> Tensor:
@@ -146,7 +148,7 @@ def test_gradcheck_twice(pool: Pool, layout: torch.memory_format) -> None:
 
 
 def test_any_strides_of_memory(pool: Pool) -> None:
-    """Slices, transposes and gradients that are expanded or laid out otherwise: read as they lie."""
+    """Slices, transposes, and gradients that are expanded or have another layout, are read without a copy."""
     whole = torch.randn(4, 9, 12, 10, dtype=torch.float64)
     boxes, index = random_boxes(30, [2], 100, seed=2)
     odd = whole[::2, 1::2].transpose(2, 3)
@@ -167,7 +169,7 @@ def test_boxes_that_are_none_give_zero_and_no_gradient(pool: Pool, ratio: int, l
     good = [0.0, 10.0, 20.0, 70.0, 80.0]
     bad = [[*good[:i], value, *good[i + 1 :]] for i in range(5) for value in SPECIAL]
     bad += [[0, 70, 20, 10, 80], [0, 10, 80, 70, 20]]  # reversed
-    bad += [[0, -3e38, 0, 3e38, 50]]  # as wide as no float
+    bad += [[0, -3e38, 0, 3e38, 50]]  # the width overflows a float
     bad += [[0, 500, 500, 600, 600], [0, -200, -200, -100, -100], [0, 1e30, 1e30, 2e30, 2e30]]  # outside
     bad += [[-1, *good[1:]], [3, *good[1:]], [1e9, *good[1:]]]  # no such row
     boxes = torch.tensor([*bad, good, good, good])
@@ -184,7 +186,8 @@ def test_boxes_that_are_none_give_zero_and_no_gradient(pool: Pool, ratio: int, l
 
 
 def test_boxes_without_area(pool: Pool) -> None:
-    """Adaptive: no cell is covered, so 0. With a ratio: samples at one point, as torchvision."""
+    """Adaptive sampling covers no cell, so the result is 0. A fixed ratio takes all samples at one point, as in
+    torchvision."""
     features, index = maps(torch.float32, torch.contiguous_format)[:1], torch.zeros(2, dtype=torch.int64)
     boxes = torch.tensor([[1.0, 50.0, 50.0, 50.0, 50.0], [1.0, 50.0, 10.0, 50.0, 90.0]])
     assert pool(features, [32.0], boxes, index, 2).count_nonzero() == 0
@@ -196,14 +199,15 @@ def test_boxes_without_area(pool: Pool) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("special", SPECIAL)
 def test_what_is_not_finite_stays_where_it_is(special: float, layout: torch.memory_format) -> None:
-    """Beside a box it is never multiplied by a weight of zero; in a box it reaches the bins that it has a weight in."""
+    """Beside a box, it is never multiplied by a weight of zero; in a box, it reaches only the bins that have a weight
+    on it."""
     features = torch.ones(1, 3, 8, 8).contiguous(memory_format=layout)
     features[0, :, :, 4] = special
     features.requires_grad_()
     boxes = torch.tensor([[0, 0, 0, 4, 4.0], [0, 0, 0, 8, 4], [0, 0.5, 0, 4.5, 4], [0, 0.25, 0, 4.25, 4]])
     pooled = region_pool([features], [1.0], boxes, torch.zeros(4, dtype=torch.int64), 4, 1)
-    # The second has bins of two cells, and samples between them. The others have a sample per cell, the third half a
-    # cell off the centres, so that its last bin reads the special column.
+    # The second box has bins of two cells, with samples between cells. The others have one sample per cell; the third
+    # is half a cell off the centres, so that its last bin reads the special column.
     finite = torch.tensor([[True] * 4, [True, True, False, True], [True] * 3 + [False], [True] * 3 + [False]])
     assert torch.equal(pooled[:, 0, 0].isfinite(), finite)
     assert bool((pooled.where(pooled.isfinite(), 1) == 1).all())
@@ -246,7 +250,7 @@ def test_huge_boxes_take_no_more_samples_than_the_map_has_cells(pool: Pool) -> N
 
 @pytest.mark.parametrize("ratio", [0, 2])
 def test_torchvision_in_its_place_gives_the_same(ratio: int) -> None:
-    """Tiles and any boxes, in float64, forward and backward: but for bins that are larger than their map."""
+    """For tiles and any boxes, in float64, forward and backward, except for bins that are larger than their map."""
     boxes, index = random_boxes(200, [3, 2, 1], 128, seed=8 + ratio)
     boxes[:20, 1:] *= 3
     features = maps(torch.float64, torch.channels_last)
@@ -258,7 +262,7 @@ def test_torchvision_in_its_place_gives_the_same(ratio: int) -> None:
 
 
 def test_hundred_backwards_give_one_hash() -> None:
-    """On all threads, with boxes that overlap; bf16, where the order of additions shows soonest."""
+    """On all threads, with overlapping boxes; in bf16, in which the order of additions shows most."""
     hashes = set()
     for layout in LAYOUTS:
         features = maps(torch.bfloat16, layout, channels=64)
@@ -292,7 +296,7 @@ def test_opcheck(layout: torch.memory_format) -> None:
 
 
 class Regions(nn.Module):
-    """A convolution, whose maps' regions are pooled."""
+    """A convolution, and pooling of regions from its maps."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -325,7 +329,7 @@ def test_compile_fullgraph_and_export() -> None:
 def test_autocast_keeps_boxes_and_widens_maps() -> None:
     module = Regions()
     a, b, boxes, index = inputs()
-    boxes += 0.001  # not a number of bf16
+    boxes += 0.001  # bf16 cannot represent it
     with torch.autocast("cpu", torch.bfloat16):
         low = module(a, b, boxes, index)
         mixed = region_pool([module.conv(a), b[:, [0, 0, 0, 0]]], [8.0, 4.0], boxes, index, 2)
@@ -367,7 +371,7 @@ def test_wrong_arguments_are_named(change: dict[str, Any], message: str) -> None
 
 
 def test_the_bare_operator_refuses_what_it_would_read_wrongly() -> None:
-    """Called without the Python face: still no access out of bounds."""
+    """If called directly, without Python's checks; there must be no access out of bounds."""
     f, boxes, index = torch.zeros(1, 2, 4, 4), torch.zeros(3, 5), torch.zeros(3, dtype=torch.int64)
     bare = torch.ops.mcl.region_pool
     for arguments in (

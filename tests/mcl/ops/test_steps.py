@@ -1,4 +1,4 @@
-"""Norms, LARS, momentum network, clipping, cross-entropy: formulas written out, and three backends."""
+"""Norms, LARS, momentum network, clipping and cross-entropy: compared with written-out formulas, for three backends."""
 
 import importlib
 import math
@@ -21,7 +21,7 @@ STEP = {"lr": 0.7, "momentum": 0.9, "weight_decay": 0.01, "trust_coefficient": 1
 
 
 def lists(dtype: torch.dtype, number: int = 3) -> list[list[Tensor]]:
-    """Lists of tensors of many shapes, convolutions channels_last."""
+    """Lists of tensors of many shapes; convolutions are channels_last."""
     generator = torch.Generator().manual_seed(0)
     drawn = [[torch.randn(s, generator=generator, dtype=dtype) for s in SHAPES] for _ in range(number)]
     return [[t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t for t in each] for each in drawn]
@@ -39,14 +39,14 @@ def lars_by_hand(w: Tensor, g: Tensor, buffer: Tensor, adapt: bool) -> tuple[Ten
 
 @pytest.fixture(params=["compiled", "fallback"])
 def torch_ops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both implementations of norms, lars_ and ema_ behind the same face."""
+    """Both implementations of norms, lars_ and ema_, with the same interface."""
     assert all(compiled(name, "cpu") for name in ("norms", "lars_", "ema_")), "the extension is not built"
     if request.param == "fallback":
         monkeypatch.setattr(steps, "torch", _Namespace(fallback))
 
 
 class _Namespace:
-    """`torch`, whose operators of mcl are plain functions."""
+    """Replaces `torch` by a namespace whose mcl operators are plain functions."""
 
     def __init__(self, functions: Any) -> None:
         self.ops = type("ops", (), {"mcl": functions})
@@ -79,7 +79,8 @@ def test_norms_and_momentum_network(torch_ops: None) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_found_inf_decides_on_the_device(torch_ops: None, dtype: torch.dtype) -> None:
-    """0 is as none; anything else leaves every bit alone, whatever the gradients are, and the host does not ask."""
+    """A flag of 0 has no effect; any other value leaves all tensors unchanged, whatever the gradients are, and the host
+    does not read it."""
 
     def step(found_inf: Tensor | None, poison: bool = False) -> list[list[Tensor]]:
         weights, grads, momenta = lists(dtype)
@@ -129,7 +130,7 @@ def test_opcheck(name: str, arguments: Callable[[], tuple[Any, ...]]) -> None:
     torch.library.opcheck(getattr(torch.ops.mcl, name).default, arguments())
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_lists_that_do_not_fit_are_refused() -> None:
     weights, grads, momenta = lists(torch.float32)
     for wrong, message in (
         ((weights, grads[:-1], momenta), "length"),
@@ -152,7 +153,7 @@ def test_what_does_not_fit_is_refused() -> None:
 
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[standin_apex.StandIn]:
-    """A stand-in for apex, which then serves CPU tensors."""
+    """A replacement for apex, which is then used for CPU tensors."""
     installed = standin_apex.install(monkeypatch)
     importlib.reload(apex)
     monkeypatch.setattr(apex, "_DEVICES", ("cpu",))
@@ -172,7 +173,7 @@ def test_apex_is_called_by_its_contract_with_equal_results(stand_in: standin_ape
 
     stand_in.calls.clear()
     targets, before = weights, [w.clone() for w in weights]
-    before[0].fill_(math.inf)  # overflow must not stop the update, neither this one nor the next
+    before[0].fill_(math.inf)  # overflow in a tensor must not stop this update or the next
     targets[0].fill_(math.inf)
     for _ in range(2):
         ops.ema_(targets, grads, 0.75)
@@ -183,7 +184,7 @@ def test_apex_is_called_by_its_contract_with_equal_results(stand_in: standin_ape
 
     stand_in.calls.clear()
     before = [w.clone() for w in weights]
-    ops.ema_(targets, grads, 0.75, torch.ones(()))  # apex's kernel would not look at the flag
+    ops.ema_(targets, grads, 0.75, torch.ones(()))  # apex's kernel would ignore the flag
     assert stand_in.calls == []
     assert all(torch.equal(a, b) for a, b in zip(before, targets, strict=True))
 
@@ -223,7 +224,7 @@ def test_apex_gets_nothing_but_fp32(stand_in: standin_apex.StandIn) -> None:
     assert stand_in.calls == []
 
 
-def test_backends_are_told(stand_in: standin_apex.StandIn) -> None:
+def test_backends_are_named(stand_in: standin_apex.StandIn) -> None:
     told = {task: library for task, (library, _) in ops.backends("cuda").items()}
     assert told["norms"] == told["ema_"] == told["clip"] == told["cross_entropy"] == "apex"
     assert told["lars_"] != "apex"

@@ -1,4 +1,4 @@
-"""The figures of collapse: against NumPy, over processes, and what a run says of them and only then."""
+"""Figures of collapse, compared with NumPy, for several processes; and when a run warns."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,14 +31,14 @@ def output(embeddings: Sequence[Sequence[Tensor]], targets: Sequence[Tensor]) ->
 
 
 def draw(rows: int, directions: int, seed: int) -> Tensor:
-    """Vectors of 12 dimensions, of various lengths, that differ in so many directions."""
+    """Vectors of 12 dimensions and various lengths, which differ in the given number of directions."""
     generator = torch.Generator().manual_seed(seed)
     basis = torch.randn(directions, 12, generator=generator)
     return torch.randn(rows, directions, generator=generator) @ basis + 0.5 * basis[0]
 
 
 def oracle(rows: Sequence[Tensor]) -> tuple[float, float]:
-    """Standard deviation and effective rank by their definitions, in float64."""
+    """Standard deviation and effective rank by definition, in float64."""
     vectors = torch.cat(list(rows)).double().numpy()
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     share = np.linalg.svd(unit, compute_uv=False)
@@ -48,7 +48,7 @@ def oracle(rows: Sequence[Tensor]) -> tuple[float, float]:
 
 @pytest.mark.parametrize("rows", [5, 40])
 def test_figures_are_those_of_their_definitions(rows: int) -> None:
-    """Of both views together, level by level; with fewer vectors than dimensions, too."""
+    """Of both views together, for every level; also with fewer vectors than dimensions."""
     made = [[draw(rows, d, 10 * d + view) for d in (12, 3, 1)] for view in range(2)]
     banks = [torch.stack([draw(rows, d, 100 + view) for d in (12, 2)], 1) for view in range(2)]
     found = collapse.figures(output(made, banks))
@@ -59,7 +59,7 @@ def test_figures_are_those_of_their_definitions(rows: int) -> None:
 
 
 def test_ends_of_the_scale() -> None:
-    """The directions of the axes are spread evenly; a single vector has collapsed."""
+    """The unit vectors of the axes are spread evenly; a single vector has collapsed."""
     even, same = torch.cat([torch.eye(8), -torch.eye(8)]), torch.ones(16, 8)
     found = collapse.figures(output([[even, same]], [torch.stack([even, same], 1)]))
     assert found["embedding_std"] == pytest.approx([8**-0.5, 0], abs=1e-7)
@@ -69,14 +69,14 @@ def test_ends_of_the_scale() -> None:
 
 
 def of_rank(whole: Sequence[Sequence[Tensor]], banks: Sequence[Tensor]) -> list[dict[str, Any]]:
-    """Figures where a process has half of the vectors; the targets of all of them, and its own alone."""
+    """Figures if a process has half of the vectors; targets may be those of all processes or its own."""
     part = slice(20 * distributed.rank(), 20 * distributed.rank() + 20)
     mine = [[z[part] for z in view] for view in whole]
     return [collapse.figures(output(mine, targets)) for targets in (banks, [bank[part] for bank in banks])]
 
 
 def test_processes_have_the_figures_of_the_whole_batch() -> None:
-    """Of targets, too, whether the objective has gathered them or not."""
+    """This includes targets, whether the objective has gathered them or not."""
     whole = [[draw(40, d, d + view) for d in (12, 3)] for view in range(2)]
     banks = [draw(40, 4, 7 + view)[:, None] for view in range(2)]
     expected = collapse.figures(output(whole, banks))
@@ -87,8 +87,9 @@ def test_processes_have_the_figures_of_the_whole_batch() -> None:
 
 @pytest.mark.usefixtures("thin_backbone")
 @pytest.mark.parametrize("objective", ["mcl", "supervised_contrastive"])
-def test_objectives_hand_over_what_they_compare(objective: str) -> None:
-    """MCL the normalised targets of the levels that have some, without a queue's; micro-batches all of theirs."""
+def test_objectives_return_the_vectors_that_they_compare(objective: str) -> None:
+    """MCL returns the normalised targets of the levels that have some, without the queue; micro-batches return all of
+    theirs."""
     parts = 1 if objective == "supervised_contrastive" else 2
     words = [f"objective={objective}", f"trainer.accumulate={parts}", "trainer.global_batch=8"]
     cfg = configure(*words, *(["model.targets=all", "model.queue=8"] if objective == "mcl" else []))
@@ -104,16 +105,17 @@ def record(step: int, stds: Sequence[float], ranks: Sequence[float]) -> dict[str
 
 
 def test_a_warning_comes_once_after_two_records(caplog: pytest.LogCaptureFixture) -> None:
-    """Of 4 images, so that the largest rank is 8, and the least 1; of width 16, so that the least deviation is 1/16."""
+    """There are 4 images, so the largest rank is 8 and the limit 1; the width is 16, so the limit of the deviation is
+    1/16."""
     warn = CollapseWarning(configure())
     with caplog.at_level("WARNING", "mcl"):
         for step, stds, ranks in [
             (1, [0.06, 0.2], [1.1]),
-            (2, [0.2, 0.2], [float("nan")]),  # back again
+            (2, [0.2, 0.2], [float("nan")]),  # above the limit again
             (3, [0.2, 0.06], [1.1]),
         ]:
             warn(record(step, stds, ranks))
-        warn({"step": 3})  # of an objective that hands nothing over
+        warn({"step": 3})  # an objective that returns no vectors
         assert not caplog.records
         for step in (4, 5, 6):
             warn(record(step, [0.06, 0.05], [0.9]))
@@ -126,7 +128,7 @@ def test_a_warning_comes_once_after_two_records(caplog: pytest.LogCaptureFixture
 
 
 def test_an_objective_that_starts_alike_is_warned_of_when_it_falls(caplog: pytest.LogCaptureFixture) -> None:
-    """Projectors without BatchNorm at their end do."""
+    """Projectors without BatchNorm at the end start like this."""
     warn = CollapseWarning(config.override(configure(), ["objective=supervised_contrastive"]))
     for step, std in enumerate([0.01, 0.02, 0.03, 0.2, 0.03, 0.01]):
         assert not caplog.records
@@ -136,7 +138,8 @@ def test_an_objective_that_starts_alike_is_warned_of_when_it_falls(caplog: pytes
 
 @pytest.mark.usefixtures("thin_backbone")
 def test_records_have_the_figures_and_training_does_not_notice(tiny: Config) -> None:
-    """Of the last step: the end of a run is the same, bit for bit, however often they are computed."""
+    """Figures are those of the last step. The final state of a run is bit-identical, however often they are
+    computed."""
     ends = []
     for every in (1, 8):
         cfg = config.override(tiny, [f"name=every{every}", f"trainer.log_every={every}"])

@@ -1,4 +1,4 @@
-"""Speed, waiting and time left by a clock that we turn; means and failures of known outputs."""
+"""Speed, waiting time and time left with a simulated clock; means and failures of given outputs."""
 
 import math
 
@@ -12,7 +12,8 @@ from mcl.records.timers import HostClock, Timer
 
 
 def test_stopwatch() -> None:
-    """Four steps of ten images: the first takes 10 s (it fills the pipelines), the others 2 s, 0.5 of them waiting."""
+    """Four steps of ten images: the first takes 10 s, since it fills the pipelines; the others take 2 s, with 0.5 s of
+    waiting."""
     now = 0.0
     stopwatch = Stopwatch(steps=10, phases=Timer(HostClock(lambda: now)), clock=lambda: now)
     for seconds in (10.0, 2.0):
@@ -26,7 +27,7 @@ def test_stopwatch() -> None:
     assert record["images_per_s"] == pytest.approx(20 / 12)
     assert record["data_wait"] == pytest.approx(1 / 12)
     assert record["saving"] == pytest.approx(0.5 / 12)
-    assert record["eta_s"] == pytest.approx(8 * 2.0)  # the first step is not taken for the pace
+    assert record["eta_s"] == pytest.approx(8 * 2.0)  # the pace does not include the first step
     for _ in range(2):
         now += 2.0
         stopwatch.lap(10)
@@ -82,7 +83,7 @@ def test_skipped_steps_are_counted_and_count_for_no_mean() -> None:
     assert (meter.skipped_in_a_row(), meter.failure()) == (0, None)
     record = meter.read()
     assert (record["skipped"], record["loss"], record["grad_norm"], record["loss_level"]) == (2, 10, 6, [2, 3])
-    meter.add(4, output([[math.inf, 1], [1, 1]]), torch.tensor(1.0))  # not skipped, and yet it has no loss
+    meter.add(4, output([[math.inf, 1], [1, 1]]), torch.tensor(1.0))  # not skipped, although its loss is infinite
     assert meter.failure() == (4, [0])
     assert meter.read()["skipped"] == 0
 

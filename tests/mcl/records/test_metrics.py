@@ -1,4 +1,4 @@
-"""Where records go: what a sink needs and lacks is named before the first step."""
+"""Sinks of records: a missing package or login is reported before the first step."""
 
 import importlib.util
 import math
@@ -63,7 +63,7 @@ def test_without_tensorboard_a_run_says_so_and_goes_on(
     ids=["no key", "project", "offline", "no network"],
 )
 def test_wandb(cfg: Config, tmp_path: Path, project: str, environment: dict[str, str], message: str) -> None:
-    """No terminal to ask for a key on: one line, and an end."""
+    """Without a terminal that could ask for a key: one line, and the run ends."""
     pytest.importorskip("wandb")
     file = tmp_path / "config.yaml"
     file.write_text(f"name: tiny\noutput: {tmp_path}\nlog: {{tensorboard: false, wandb: {project}}}")
@@ -84,7 +84,8 @@ def test_wandb(cfg: Config, tmp_path: Path, project: str, environment: dict[str,
 
 
 def test_tensorboard_opens_with_loss_and_scores_in_words(cfg: Config, tmp_path: Path) -> None:
-    """Constants make no chart, but a note; configuration and pictures are there; a first NaN ends nothing."""
+    """Constants have no chart, but a note; configuration and pictures are there; NaN in the first record is no
+    error."""
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     cfg = config.override(cfg, ["log.tensorboard=true"])
     sink = Metrics(cfg, 0)
@@ -111,7 +112,7 @@ def test_tensorboard_opens_with_loss_and_scores_in_words(cfg: Config, tmp_path: 
         "evaluation/Nearest neighbours, training images/untrained": [(4, 0.25)],
     }
     groups = sorted({tag.split("/")[0] for tag in charts})
-    assert groups[:2] == ["evaluation", "train"]  # which TensorBoard unfolds
+    assert groups[:2] == ["evaluation", "train"]  # TensorBoard opens these
     texts = {tag: board.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in tags["tensors"]}
     assert "backbone: resnet18" in texts["configuration/text_summary"]
     constants = texts["numbers that never changed/text_summary"]

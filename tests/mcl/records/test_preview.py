@@ -1,4 +1,4 @@
-"""Pictures: what they show is where the boxes say, and feature maps keep the features' structure."""
+"""Pictures: tiles are where the boxes say, and feature maps keep the structure of features."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -27,12 +27,12 @@ Picture = npt.NDArray[np.uint8]
 
 
 def gray_of(source: int) -> int:
-    """Every image is of one gray, which tells it from the others."""
+    """Each image has its own gray."""
     return 60 + 3 * source
 
 
 def view(seed: int) -> MontageBatch:
-    """A view whose tiles are of one gray, in shuffled slots at all levels but the first."""
+    """A view whose tiles are gray, in shuffled slots at all levels except the first."""
     generator = torch.Generator().manual_seed(seed)
     counts = GEOMETRY.tiles(IMAGES)
     shuffled = [torch.randperm(n, generator=generator) % IMAGES for n in counts[1:]]
@@ -65,7 +65,7 @@ def encoder() -> Encoder:
 
 
 def covered(layout: preview.Layout) -> Picture:
-    """Nonzero where links may hide what is below."""
+    """Nonzero where links may cover pixels."""
     mask = Image.new("L", (layout.width, layout.height))
     for link in layout.links:
         points = preview.curve(link)
@@ -121,7 +121,7 @@ def test_each_link_is_an_unbroken_line(picture: Picture, views: tuple[MontageBat
     for link in layout.links:
         colours = [tuple(picture[round(y), round(x)]) for x, y in preview.curve(link, 200)]
         drawn = sum(c == PALETTE[link.level] for c in colours) / len(colours)
-        assert drawn > 0.6  # the rest is crossed by other links and their rims
+        assert drawn > 0.6  # other links and their borders cover the rest
         own += drawn > 0.9
     assert own >= 2
 
@@ -170,8 +170,8 @@ def test_pca_recovers_a_gradient(seed: int) -> None:
     assert abs(np.corrcoef(green.ravel(), y.flatten())[0, 1]) > 0.995
     assert red.min() == green.min() == 0
     assert red.max() == green.max() == 255
-    assert np.ptp(red, axis=1).max() == 0  # red does not change down a column
-    assert set(blue.ravel()) == {128}  # nothing is left for a third component
+    assert np.ptp(red, axis=1).max() == 0  # red is constant within columns
+    assert set(blue.ravel()) == {128}  # there is no third component
     loading = directions[:, 0]
     rising = loading[loading.abs().argmax()] > 0  # the sign of the largest loading decides the direction
     assert (red[0, 0, -1] > red[0, 0, 0]) == rising
@@ -185,7 +185,7 @@ def test_pca_survives_what_training_may_produce() -> None:
 
 
 def test_feature_maps_show_all_levels_of_networks_side_by_side(encoder: Encoder, tmp_path: Path) -> None:
-    """What depends on the position alone, the same for all images, is not seen."""
+    """Features that depend only on the position, and are the same for all images, are not shown."""
     encoder.eval()
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     path = tmp_path / "new" / "features.png"
@@ -210,4 +210,4 @@ def test_feature_maps_show_all_levels_of_networks_side_by_side(encoder: Encoder,
             scale = side // len(image)
             cell = shown[y : y + side, x : x + side]
             different = np.abs(cell - image.repeat(scale, 0).repeat(scale, 1))
-            assert different.max() <= (1 if column > 4 else 0)  # adding and subtracting rounds
+            assert different.max() <= (1 if column > 4 else 0)  # addition and subtraction round

@@ -1,4 +1,4 @@
-"""The profile of a run: where its time goes; the run itself is none the worse."""
+"""The profile of a run, which does not change the run itself."""
 
 import gzip
 import json
@@ -28,7 +28,7 @@ def events(trace: Path) -> list[dict[str, Any]]:
 
 
 def test_some_steps_are_traced_and_the_run_goes_on(tmp_path: Path, photos: Path) -> None:
-    """Two of eight, with our operators among the rest; the run ends with the weights of one that was not watched."""
+    """Two of eight steps, including our operators; the final weights are those of a run without profile."""
     ends = {}
     for words in ["name=plain"], ["name=watched", "trainer.profile=2"]:
         cfg = configure(tmp_path, photos, *words)
@@ -60,7 +60,7 @@ def test_a_run_may_be_too_short(tmp_path: Path, photos: Path) -> None:
 
 
 def test_idle_share_of_overlapping_streams(tmp_path: Path) -> None:
-    """From 100 to 200 us: busy from 100 to 130, within which a copy lies, from 150 to 160, and from 190 on."""
+    """From 100 to 200 us: busy from 100 to 130 (which includes a copy), from 150 to 160, and from 190 on."""
     spans = [("kernel", 150, 10), ("kernel", 100, 30), ("gpu_memcpy", 105, 10), ("gpu_memset", 190, 10)]
     others = [("cpu_op", 0, 1000), ("user_annotation", 0, 1000), ("gpu_user_annotation", 100, 100)]
     listed = [{"ph": "X", "cat": cat, "ts": ts, "dur": dur} for cat, ts, dur in [*spans, *others]]

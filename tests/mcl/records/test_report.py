@@ -1,4 +1,4 @@
-"""The report: self-contained, escaped, true to the records, and written whatever a run lacks."""
+"""The report: self-contained, escaped, correct, and written whatever is missing in a run folder."""
 
 import base64
 import html
@@ -77,7 +77,7 @@ def page(folder: Path) -> str:
 
 
 class Elements(HTMLParser):
-    """Every element with its attributes, and whether all that open also close."""
+    """Collects every element with its attributes, and whether all elements are closed."""
 
     VOID = ("meta", "link", "img")
 
@@ -139,7 +139,7 @@ def test_headline_and_key_figures(page: str) -> None:
     assert "64.0 images / s" in text
     assert "3.1% waiting for data" in text
     assert "2 bad files" in text
-    assert "left out: 1." in text  # the line that was cut
+    assert "left out: 1." in text  # the truncated line
 
 
 def test_evaluations_show_their_last_values_beside_random_weights_and_chance(page: str) -> None:
@@ -148,7 +148,7 @@ def test_evaluations_show_their_last_values_beside_random_weights_and_chance(pag
     assert "Level 3 8 × 8 tiles, P2 25.0% ± 4.0 10.0% ± 0.5 3.1%" in rows
     assert "Backbone 42.0% 31.0% 10.0%" in rows
     assert "score 12.5" in rows
-    assert "11.1%" not in page  # of an earlier step
+    assert "11.1%" not in page  # the score of an earlier step
     assert "width:87.5%" in page
 
 
@@ -167,7 +167,7 @@ def test_curves_are_inline_and_take_the_colours_of_the_page(page: str) -> None:
     assert {"images / s", "data wait, %"} <= set(speed)
     for colour in ("#0072b2", "#e69f00", "#009e73", "#cc79a7"):
         assert colour in drawings[1]
-    # loss falls by the same amount per record: a straight line from the upper left to the lower right
+    # The loss falls by the same amount per record: a straight line from the upper left to the lower right.
     path = re.search(r'<path d="M ([^"]+)" clip-path[^>]*style="fill: none; stroke: #0072b2', drawings[0])
     assert path
     points = [tuple(map(float, p.split())) for p in path[1].replace("\n", " ").split("L")]
@@ -190,7 +190,7 @@ def test_long_runs_are_thinned_and_odd_records_survive(tmp_path: Path) -> None:
     assert ">step<" in page  # an epoch is missing
     assert len(page) < 300_000
     assert "2,001 steps" in text_of(page)
-    assert "images ·" not in text_of(page)  # the batch is not known
+    assert "images ·" not in text_of(page)  # the batch is unknown
 
 
 @pytest.mark.parametrize("content", ["", "not json\n", '{"kind": "train"}\n[1]\n'])
@@ -244,7 +244,7 @@ REGIONS = {
         ([], "Not measured whether it learned: mcl evaluate retrieval run/checkpoints/last.pt"),
         ([{**RETRIEVAL, "step": 0}], "Not measured "),
         ([{**RETRIEVAL, "step": 7, "levels_se": ["a"]}], "Not measured "),
-        ([{**KNN, "step": 7}], "Not measured "),  # of how many images
+        ([{**KNN, "step": 7}], "Not measured "),  # the number of images is missing
         (
             [{**RETRIEVAL, "step": 9000, "split": "train"}, {**RETRIEVAL, "step": 8000}, {**KNN_OF_100, "step": 9000}],
             "Learned: retrieval 59.4% ± 2.5 (untrained 25.0% ± 0.5), held-out images, step 8,000",
@@ -253,7 +253,7 @@ REGIONS = {
             [{**RETRIEVAL, "step": 8}, {**RETRIEVAL, "step": 9, "levels": [0.3, 0.3, 0.3, 0.3]}],
             "No sign of learning: retrieval 30.0% ± 2.5 (untrained 25.0% ± 0.5), held-out images, step 9",
         ),
-        (  # sqrt(0.42 x 0.58 / 100), and the like
+        (  # for example sqrt(0.42 x 0.58 / 100)
             [{**KNN_OF_100, "step": 9}],
             "No sign of learning: nearest neighbours 42.0% ± 4.9 (untrained 31.0% ± 4.6), held-out images, step 9",
         ),
@@ -267,7 +267,7 @@ def test_the_first_line_says_whether_it_learned(scores: list[dict[str, Any]], sa
 
 
 def test_what_a_run_was_made_of(folder: Path, tmp_path: Path) -> None:
-    """The verdict comes right after the name; the rest is data set, batch, precision, device and date."""
+    """The verdict follows the name; then data set, batch, precision, device and date."""
     shutil.copytree(folder, tmp_path / "run")
     (tmp_path / "run" / "environment.json").write_text(
         json.dumps({"started": "2026-03-01T12:34:56+00:00", "device": "NVIDIA H200", "world_size": 8})

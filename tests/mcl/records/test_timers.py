@@ -1,4 +1,4 @@
-"""Phases by a clock that we turn, their shares in a run, and events of a GPU that nobody waits for too early."""
+"""Phases with a simulated clock, their shares in a run, and events of a GPU, for which nobody waits too early."""
 
 import contextlib
 
@@ -10,7 +10,7 @@ from mcl.records.timers import HostClock, Timer
 
 
 class Clock:
-    """The host's, turned by hand."""
+    """A host's clock that tests advance."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -72,7 +72,7 @@ def test_the_stopwatch_reports_phases_as_shares_of_the_time_since_it_was_read(cl
 
 
 class Gpu:
-    """Does what is queued later than the host queues it: at `time`, milliseconds, when an event comes by."""
+    """A GPU that executes work later than the host queues it: `time`, in milliseconds, is when it reaches an event."""
 
     def __init__(self) -> None:
         self.time = 0.0
@@ -84,7 +84,7 @@ class Gpu:
 
 
 class Event:
-    """Stands in for torch.cuda.Event."""
+    """Replaces torch.cuda.Event."""
 
     def __init__(self, gpu: Gpu) -> None:
         self._gpu = gpu
@@ -123,7 +123,7 @@ def test_the_gpus_clock_is_waited_for_by_reading_alone(monkeypatch: pytest.Monke
 def test_a_gpu_that_is_busy_while_the_host_waits_does_not_wait_for_data(
     monkeypatch: pytest.MonkeyPatch, clock: Clock
 ) -> None:
-    """The host may wait for the GPU in the loader, which bounds how far it is ahead."""
+    """The host may wait for the GPU in the loader, which limits how far it is ahead."""
     gpu = Gpu()
     monkeypatch.setattr(torch.cuda, "Event", gpu.event)
     stopwatch = Stopwatch(steps=2, phases=Timer.on(torch.device("cuda")), clock=clock)
@@ -133,7 +133,7 @@ def test_a_gpu_that_is_busy_while_the_host_waits_does_not_wait_for_data(
     stopwatch.lap(16)
     assert stopwatch.read()["data_wait"] == 0
     with stopwatch.waiting():
-        gpu.time += 2000  # milliseconds; the canvases come late, though the host does not wait for them
+        gpu.time += 2000  # milliseconds; canvases are late, although the host does not wait for them
     clock.now += 4
     stopwatch.lap(16)
     assert stopwatch.read()["data_wait"] == 0.5

@@ -1,9 +1,9 @@
-"""Twenty steps in float64 on photographs of the repository, kept as text.
+"""Twenty steps in float64 on photographs of the repository, stored as text.
 
 ``python -m tests.mcl.train.golden`` writes the file.
 
-It is written anew only when what a run computes is meant to change; the change is then said in the changelog. Canvases
-have two cells, since with one BatchNorm sees so few values that rounding grows by five orders of magnitude on the way.
+Write it only after an intended change of the results of runs, which the changelog then describes. Canvases have two
+cells, since with one cell BatchNorm normalises so few values that rounding errors grow by five orders of magnitude.
 """
 
 import sys
@@ -30,7 +30,7 @@ _IMAGES = 32
 
 
 def steps(folder: Path) -> Iterator[list[float]]:
-    """Loss, gradient norm, and both directions' losses of every level, step by step."""
+    """Loss, gradient norm, and the losses of both directions at every level, for each step."""
     files = sorted((PHOTOS / "train").rglob("*.jpg"))
     chosen = files[:: len(files) // _IMAGES][:_IMAGES]
     (folder / "list.txt").write_text("".join(f"{file.relative_to(PHOTOS)}\n" for file in chosen))
@@ -45,7 +45,7 @@ def steps(folder: Path) -> Iterator[list[float]]:
 
 
 def read() -> list[list[float]]:
-    """What the file holds."""
+    """The content of the file."""
     return [[float(word) for word in line.split()] for line in FILE.read_text().splitlines()]
 
 

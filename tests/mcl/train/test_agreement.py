@@ -1,4 +1,4 @@
-"""Processes that do not belong together are refused at the start, with the rank and the remedy."""
+"""Processes that differ are refused at the start, with the rank and the remedy."""
 
 import os
 import tempfile
@@ -26,7 +26,7 @@ Words = list[list[str]]  # by rank
 
 
 def refusals(runs: list[Words], output: str) -> list[str]:
-    """What this rank is told about each run, whose words differ between ranks; empty where it may start."""
+    """The error of this rank for each run, whose words differ between ranks; empty if the run may start."""
     said = []
     for words in runs:
         cfg = config.override(config.from_dict(TINY), [f"output={output}", *words[distributed.rank()]])
@@ -35,7 +35,7 @@ def refusals(runs: list[Words], output: str) -> list[str]:
 
 
 def refusal(cfg: Config, names: tuple[str, ...] = (), step: int | None = None) -> str:
-    """What this rank is told, that sees such images and a checkpoint of such a step; empty where it may start."""
+    """The error of this rank for given images and step of the checkpoint; empty if the run may start."""
     labels, sizes = np.zeros(len(names), np.int64), np.ones((len(names), 2), np.int32)
     source = Source("", "flat", names, labels, sizes, "", lambda i: b"")
     try:
@@ -46,7 +46,7 @@ def refusal(cfg: Config, names: tuple[str, ...] = (), step: int | None = None) -
 
 
 def test_configurations_must_be_the_same(tmp_path: Path) -> None:
-    """But for where a machine keeps its images, and for its threads."""
+    """Except for paths of images and numbers of threads."""
     runs: list[Words] = [
         [[], []],
         [["data.root=/local/a", "data.threads=2"], ["data.root=/local/b", "data.index=/local/index"]],
@@ -70,9 +70,9 @@ def test_configurations_must_be_the_same(tmp_path: Path) -> None:
 
 
 def other_machine(root: str) -> list[str]:
-    """What all are told when the last ranks have other code, libraries, images and checkpoints.
+    """The errors of all ranks if the last ones have other code, libraries, images and checkpoints.
 
-    A changed line, and a file of another name, are other code; what Python compiles is not.
+    A changed line or a renamed file is other code; compiled Python files are not.
     """
     own = distributed.rank() > 1
     folder = Path(root) / ("own" if own else "shared")
@@ -149,7 +149,7 @@ def train(words: Words) -> Any:
 
 
 def test_a_trainer_asks_before_it_works(tmp_path: Path, photos: Path) -> None:
-    """It makes no run folder."""
+    """It does not create a run folder."""
     words = [f"data.root={photos / 'val'}", f"output={tmp_path / 'runs'}", "trainer.global_batch=16"]
     first, second = in_ranks(2, train, [words, [*words, "optim.ema=0.5"]])
     assert (

@@ -1,4 +1,4 @@
-"""Which algorithms PyTorch's libraries take, in which precision, and runs that come to the same, bit for bit."""
+"""Algorithms and precision of PyTorch's libraries, and runs that are bit-identical."""
 
 import copy
 import os
@@ -25,7 +25,7 @@ WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 @pytest.fixture(autouse=True)
 def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv(WORKSPACE, "unknown")  # as it was, afterwards
+    monkeypatch.setenv(WORKSPACE, "unknown")  # restores the variable after the test
     monkeypatch.delenv(WORKSPACE)
     yield
     arithmetic.choose(TrainerConfig())
@@ -44,7 +44,8 @@ def switches() -> dict[str, Any]:
 
 
 def test_switches_follow_the_configuration() -> None:
-    """Products are never in TF32, for the loss is one, though NVIDIA's containers set a variable that does this."""
+    """Matrix products never use TF32, since the loss is one, even if NVIDIA's containers set a variable that enables
+    it."""
     torch.set_float32_matmul_precision("high")
     usual = {
         "deterministic algorithms": False,
@@ -74,7 +75,7 @@ def test_a_run_says_in_which_arithmetic() -> None:
 # ---------------------------------------------------------------------------------------------------- deterministic
 
 
-def test_cublas_is_told_before_cuda_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cublas_is_configured_before_cuda_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     exact = TrainerConfig(deterministic=True)
     arithmetic.choose(TrainerConfig())
     assert WORKSPACE not in os.environ
@@ -113,7 +114,7 @@ def test_what_deterministic_algorithms_do_not_cover_is_refused(monkeypatch: pyte
 
 @pytest.mark.parametrize("words", [["optim.name=adamw"], ["model.compute=released", "trainer.precision=bf16"]])
 def test_on_one_cpu_it_changes_nothing(words: list[str]) -> None:
-    """And nothing reads memory before it is written to, which PyTorch fills with NaN then."""
+    """No operator reads memory before it is written, which PyTorch then fills with NaN."""
     weights = []
     for choice in ("false", "true"):
         cfg = configure(*words, f"trainer.deterministic={choice}")
@@ -126,7 +127,7 @@ def test_on_one_cpu_it_changes_nothing(words: list[str]) -> None:
 
 
 def resume(choice: str) -> tuple[int, Tensor]:
-    """Weights of this rank that differ after a third step, once with and once without a pause before it; the norms of
+    """Weights of this rank that differ after a third step with and without an interruption before it, and the norms of
     all gradients."""
     cfg = configure(*FOUR_LEVELS, "trainer.global_batch=12", f"trainer.deterministic={choice}")
     arithmetic.choose(cfg.trainer)
@@ -146,14 +147,14 @@ def resume_both() -> list[tuple[int, Tensor]]:
 
 
 def test_three_processes_resume_bit_for_bit() -> None:
-    """Gradients lie in other buckets after the first step, and an all-reduce adds them in another order."""
+    """Gradients are in other buckets after the first step, and an all-reduce adds them in another order."""
     for (differ, norms), (_, of_all_reduce) in in_ranks(3, resume_both):
         assert differ == 0
         torch.testing.assert_close(norms, of_all_reduce)
 
 
-def test_what_would_compute_other_numbers_is_refused_on_resume(tiny: Config, thin_backbone: None) -> None:
-    """Or warned of, where equal bits are not promised."""
+def test_settings_that_change_results_are_refused_on_resume(tiny: Config, thin_backbone: None) -> None:
+    """Or a warning, if bit-identical results are not promised."""
     exact = config.override(tiny, ["trainer.deterministic=true"])
     Trainer(exact).fit()
     assert "fp32, deterministic on cpu x 1" in (log := tiny.run_folder / "train.log").read_text()

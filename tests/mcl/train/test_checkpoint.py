@@ -1,4 +1,5 @@
-"""Checkpoints as files: no bit changes unnoticed, no failure costs the one before; and the thread that writes them."""
+"""Checkpoint files: every changed bit is detected, a failed save keeps the previous file; and the thread that writes
+them."""
 
 import itertools
 import resource
@@ -19,7 +20,7 @@ from mcl.train.saving import Saver
 
 
 def state(step: int, size: int = 100) -> dict[str, Any]:
-    """Whole in form."""
+    """A state with all fields of a checkpoint."""
     resumed = {key: {} for key in ("optimizer", "scaler", "rng", "environment")} | {"files": "none", "config": {}}
     model = {"weight": torch.full((size,), float(step))}
     return {"step": step, "model": model, "loader": {"bad": {3: "broken"}}, **resumed}
@@ -27,7 +28,7 @@ def state(step: int, size: int = 100) -> dict[str, Any]:
 
 @contextmanager
 def small_disk(size: int) -> Iterator[None]:
-    """No file takes more than `size` bytes: what a full disk and a quota do."""
+    """Files cannot exceed `size` bytes, as on a full disk or with a quota."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -94,7 +95,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path, size: int) -> N
 
 @pytest.mark.fault("a folder of checkpoints that cannot be written")
 def test_an_unwritable_folder_is_named(tmp_path: Path) -> None:
-    """A file stands where the folder should be: not even root can write there."""
+    """There is a file where the folder should be, so that not even root can write there."""
     (tmp_path / "checkpoints").write_text("")
     with pytest.raises(CheckpointError, match=r"checkpoints/step_00000001\.pt: cannot save .*permissions"):
         checkpoint.save(tmp_path / "checkpoints", state(1), keep=1)
@@ -109,7 +110,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
 
 
 def test_a_save_takes_the_state_of_its_moment(tmp_path: Path) -> None:
-    """Training goes on while the file is written, which must not be the file's affair."""
+    """Training continues while the file is written, which must not change the file."""
     saver, current = Saver(tmp_path, keep=3), state(5, size=1_000_000)
     saver.save(current)
     current["model"]["weight"].zero_()
@@ -140,7 +141,7 @@ def test_a_save_does_not_wait_for_the_disk_but_the_next_one_does(tmp_path: Path)
     assert [p.name for p in checkpoint.steps(tmp_path)] == ["step_00000001.pt", "step_00000002.pt"]
 
 
-def test_a_failed_save_is_told_at_the_next_look(tmp_path: Path) -> None:
+def test_a_failed_save_is_reported_at_the_next_check(tmp_path: Path) -> None:
     saver = Saver(tmp_path, keep=3)
     saver.check()
     with small_disk(1000):
@@ -148,7 +149,7 @@ def test_a_failed_save_is_told_at_the_next_look(tmp_path: Path) -> None:
         saver.settle()
     with pytest.raises(CheckpointError, match="cannot save"):
         saver.check()
-    saver.save(state(2))  # it has been told, and the disk is free again
+    saver.save(state(2))  # the earlier failure was reported, and the disk has space again
     saver.wait()
     assert checkpoint.load(tmp_path / "last.pt")["step"] == 2
 
@@ -172,7 +173,7 @@ def test_other_contents_are_no_checkpoint(tmp_path: Path, change: dict[str, Any]
 
 @pytest.mark.parametrize("key", ["optimizer", "scaler", "loader", "files", "rng", "environment"])
 def test_weights_alone_are_not_resumed(tmp_path: Path, key: str) -> None:
-    """As mcl import-openselfsup writes them."""
+    """As written by mcl import-openselfsup."""
     path = tmp_path / "step_00000001.pt"
     torch.save({"format": checkpoint.FORMAT, **{k: v for k, v in state(1).items() if k != key}}, path)
     assert checkpoint.load(path)["step"] == 1
@@ -184,7 +185,7 @@ def test_weights_alone_are_not_resumed(tmp_path: Path, key: str) -> None:
 
 
 def test_a_model_takes_no_memory_before_its_weights_are_known_to_fit(tmp_path: Path) -> None:
-    """As many numbers as there is no memory for, in a file that has one."""
+    """A small file claims more numbers than fit into memory."""
     cfg = config.from_dict({"model": {"backbone": "resnet18", "width": 2**16, "hidden": 2**20}})
     torch.save({"format": checkpoint.FORMAT, **state(1), "config": config.to_dict(cfg)}, tmp_path / "x.pt")
     with pytest.raises(CheckpointError, match="weights of another model"):

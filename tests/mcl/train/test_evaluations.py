@@ -1,4 +1,4 @@
-"""Evaluations during a run: they change nothing that it computes, are kept, and may be cut short."""
+"""Evaluations during a run do not change its results, are recorded, and can be interrupted."""
 
 import os
 import signal
@@ -22,7 +22,7 @@ from tests.conftest import ThinBackbone
 from tests.mcl.ranks import in_ranks
 from tests.mcl.tiny import TINY, equal
 
-PRESET: dict[str, Any] = TINY | {  # all levels: no map is left without a gradient
+PRESET: dict[str, Any] = TINY | {  # all levels, so that every map has a gradient
     "montage": {"cells": 1, "images_per_canvas": [1, 2, 2, 2]},
     "model": TINY["model"] | {"loss_weights": [0.25] * 4},
 }
@@ -33,7 +33,7 @@ EVALUATED = [
 
 
 def train(cfg: Config) -> dict[str, Any]:
-    """The state at the end of a run of this process, whatever group it is in."""
+    """The final state of a run of this process, in whatever group it is."""
     with (
         mock.patch("mcl.models.encoder.Backbone", ThinBackbone),
         mock.patch.object(distributed, "setup"),
@@ -47,7 +47,7 @@ def train(cfg: Config) -> dict[str, Any]:
 
 
 def both(words: Sequence[str]) -> tuple[bool, list[dict[str, Any]]]:
-    """Whether a run with evaluations ends like one without; and the records of the one with."""
+    """Whether a run with evaluations ends like one without, and the records of the former."""
     cfg = config.override(config.from_dict(PRESET), words)
     plain = train(config.override(cfg, ["name=plain"]))
     evaluated = train(config.override(cfg, EVALUATED))
@@ -56,7 +56,7 @@ def both(words: Sequence[str]) -> tuple[bool, list[dict[str, Any]]]:
 
 @pytest.fixture(scope="module")
 def photographs(few_photos: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Small ones, by the engine that starts fastest."""
+    """Small photographs, loaded by the engine that starts fastest."""
     root = tmp_path_factory.mktemp("small")
     for file in few_photos.rglob("*.jpg"):
         (root / file.parent.name).mkdir(exist_ok=True)
@@ -67,7 +67,7 @@ def photographs(few_photos: Path, tmp_path_factory: pytest.TempPathFactory) -> l
 
 @pytest.fixture(scope="module")
 def alone(photographs: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, dict[str, Any]]:
-    """A run with evaluations in one process that nothing happens to, and its end."""
+    """An undisturbed run with evaluations in one process, and its final state."""
     words = [*photographs, f"output={tmp_path_factory.mktemp('alone')}", *EVALUATED]
     cfg = config.override(config.from_dict(PRESET), words)
     return cfg, train(cfg)
@@ -79,21 +79,23 @@ def words(photographs: list[str], tmp_path: Path) -> list[str]:
 
 
 def test_a_run_with_evaluations_computes_the_same(alone: tuple[Config, dict[str, Any]], words: list[str]) -> None:
-    """Bit for bit; and the best checkpoint is kept."""
+    """Bit for bit; the best checkpoint is kept."""
     cfg, state = alone
     assert equal(train(config.override(config.from_dict(PRESET), words)), state)
     records = read(cfg.run_folder / "evaluations.jsonl")
     found = [(record["name"], record["split"], record["step"], record["epoch"]) for record in records]
     assert found == [(name, "val", 4 * e, e) for e in (0, 1, 2) for name in ("retrieval", "knn", "linear")]
-    assert records[0]["levels"] == records[0]["random"] != records[3]["levels"]  # no step had been done
+    assert records[0]["levels"] == records[0]["random"] != records[3]["levels"]  # before the first step
     assert all(records[i]["random"] == records[i + 3]["random"] for i in range(6))
     scores = {record["step"]: record["accuracy"] for record in records if record["name"] == "knn" and record["step"]}
     best = max(scores, key=scores.__getitem__)
     assert os.readlink(cfg.run_folder / "checkpoints" / "best.pt") == f"step_{best:08d}.pt"
 
 
-def test_so_it_does_in_two_processes(alone: tuple[Config, dict[str, Any]], words: list[str]) -> None:
-    """Whose scores are those of one, where the networks are the same: before the first step."""
+def test_two_processes_with_evaluations_compute_the_same(
+    alone: tuple[Config, dict[str, Any]], words: list[str]
+) -> None:
+    """Scores are those of one process where the networks are the same: before the first step."""
     parts = in_ranks(2, both, [*words])
     assert [same for same, _ in parts] == [True, True]
     ours, theirs = parts[0][1], read(alone[0].run_folder / "evaluations.jsonl")
@@ -102,7 +104,7 @@ def test_so_it_does_in_two_processes(alone: tuple[Config, dict[str, Any]], words
 
 
 def at_montage(number: int, do: Callable[[], object]) -> Any:
-    """Something happens in retrieval, as a network sees its so-manieth montages."""
+    """Calls a function in retrieval when a network processes the montages with the given number."""
     count, matches = 0, MCL.matches
 
     def wrapped(*arguments: Any) -> Any:
@@ -119,7 +121,8 @@ def at_montage(number: int, do: Callable[[], object]) -> Any:
 def test_a_signal_during_an_evaluation(
     alone: tuple[Config, dict[str, Any]], words: list[str], montage: int, step: int
 ) -> None:
-    """Two networks see five each time: the run stops in its first or its last evaluation, and goes on there."""
+    """Two networks process five montages each time: the run stops in its first or last evaluation, and continues
+    there."""
     undisturbed, state = alone
     cfg = config.override(config.from_dict(PRESET), [*words, *EVALUATED])
     with at_montage(montage, lambda: os.kill(os.getpid(), signal.SIGTERM)), pytest.raises(Interrupted):
@@ -134,7 +137,7 @@ def test_a_signal_during_an_evaluation(
 
 @pytest.mark.usefixtures("thin_backbone")
 def test_the_best_checkpoint_outlives_the_others(words: list[str], tmp_path: Path) -> None:
-    """Scores that are given: the second epoch's is the best."""
+    """With given scores, of which the second epoch's is the best."""
     cfg = config.override(config.from_dict(PRESET), [*words, "trainer.epochs=4", "trainer.keep=1"])
     cfg = config.override(cfg, ["evaluation.every=1", "evaluation.during=[knn]", "trainer.keep_best=knn"])
     scores = iter([0.9, 0.2, 0.5, 0.4, 0.1])
@@ -159,8 +162,8 @@ def test_the_best_by_what_is_never_evaluated(tiny: Config) -> None:
 
 
 @pytest.mark.usefixtures("thin_backbone")
-def test_what_is_evaluated_later_is_kept_and_shown(words: list[str], tmp_path: Path) -> None:
-    """With the run, as its report shows; a checkpoint elsewhere leaves nothing behind."""
+def test_later_evaluations_are_kept_and_shown(words: list[str], tmp_path: Path) -> None:
+    """In the run folder, and shown in its report; a checkpoint elsewhere leaves no record."""
     cfg = config.override(
         config.from_dict(PRESET), [*words, "evaluation.every=2", "evaluation.gallery=8", "evaluation.galleries=2"]
     )

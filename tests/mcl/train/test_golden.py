@@ -1,4 +1,4 @@
-"""A real run, from photographs through DALI to the optimiser, computes what it always has."""
+"""A real run, from photographs through DALI to the optimiser, gives the stored results."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""CUDA graphs without a GPU: what is kept, and what is done around a recording."""
+"""CUDA graphs without a GPU: what is kept, and what is done before and after capture."""
 
 import contextlib
 import dataclasses
@@ -16,8 +16,8 @@ from mcl.train.graphs import CudaRecorder, Graphed
 from tests.step import configure, views
 
 
-def test_what_was_recorded_is_gone_before_the_next_is_recorded() -> None:
-    """Two sizes of canvas need not fit into a GPU together."""
+def test_a_graph_is_freed_before_the_next_is_captured() -> None:
+    """Graphs of two canvas sizes need not fit into a GPU together."""
     before: list[weakref.ref[Tensor]] = []
     alive: list[bool] = []
 
@@ -34,7 +34,7 @@ def test_what_was_recorded_is_gone_before_the_next_is_recorded() -> None:
 
 
 def test_work_reads_memory_that_stays_as_long_as_views_have_one_size() -> None:
-    """A graph reads the addresses that it was recorded with, and the caller's memory may be gone by then."""
+    """A graph reads the addresses that it was captured with, and the caller may have freed its memory since."""
     places: list[set[int]] = []
 
     def memory(*batch: MontageBatch) -> set[int]:
@@ -58,7 +58,7 @@ def test_work_reads_memory_that_stays_as_long_as_views_have_one_size() -> None:
 
 
 class FakeGraph:
-    """Remembers where it was recorded; `doing` is what happens on the device."""
+    """Records where it was captured; `doing` is the work on the device."""
 
     def __init__(self, doing: list[str]) -> None:
         self._doing = doing
@@ -68,7 +68,7 @@ class FakeGraph:
 
 
 def test_a_recording_begins_with_what_warming_up_left_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With stand-ins for CUDA's streams and graphs."""
+    """With replacements for CUDA's streams and graphs."""
     doing: list[str] = []
 
     @contextlib.contextmanager

@@ -1,6 +1,6 @@
-"""Other arithmetic, the same learning: 200 steps on photographs, beside five seeds in fp32.
+"""Other precisions and variants learn as well as fp32: 200 steps on photographs, compared with five seeds in fp32.
 
-Rounding decides where a run goes and five seeds estimate a deviation badly, so that distances differ between CPUs.
+Rounding changes the course of a run, and five seeds give a rough estimate of deviations, so distances differ by CPU.
 Accumulated gradients are compared with steps of the whole batch whose BatchNorms take the statistics of micro-batches:
 these alone raise the loss, by two to four deviations (docs/design.md).
 """
@@ -18,7 +18,7 @@ from tests.step import normalize_parts
 Curve = npt.NDArray[np.float64]
 
 STEPS, WINDOW, SEEDS = 200, 20, 5
-WAYS = {  # and in how many parts BatchNorm takes a batch
+WAYS = {  # and into how many parts BatchNorm divides a batch
     "trainer.precision=bf16": 1,
     "trainer.compile=true": 1,
     "trainer.recompute=true": 1,

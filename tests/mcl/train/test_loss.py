@@ -1,4 +1,4 @@
-"""The loss, by hand and by its bounds."""
+"""The loss, compared with values by hand and with its bounds."""
 
 import math
 from functools import partial
@@ -18,7 +18,7 @@ def test_two_tiles_by_hand() -> None:
     predictions = torch.tensor([[1.0, 0], [0, 2]], dtype=torch.float64)
     loss, positive, negative = info_nce(predictions, torch.tensor([0, 2]), bank, 0.5)
     first = -math.log(math.exp(2) / (math.exp(2) + 1 + math.exp(-2)))  # cosines 1, 0, -1
-    second = -math.log(1 / (1 + math.exp(2) + 1))  # cosines 0, 1, 0; its own is the third
+    second = -math.log(1 / (1 + math.exp(2) + 1))  # cosines 0, 1, 0; its own image is the third
     assert loss.item() == pytest.approx((first + second) / 2, rel=1e-12)
     assert positive.item() == pytest.approx(0.5)
     assert negative.item() == pytest.approx(((0 - 1) + (0 + 1)) / 4)
@@ -34,7 +34,7 @@ def test_levels_are_separate() -> None:
 
 
 def test_total_of_uniform_losses_is_four_times_the_cross_entropy() -> None:
-    """At temperature 1 and the released weights: about 33.27 at the start with 4,096 targets."""
+    """With temperature 1 and the released weights: about 33.27 at the start with 4,096 targets."""
     losses = torch.full((2, 4), math.log(4096))
     assert total_loss(losses, (0.5, 0.25, 0.125, 0.125), 2).item() == pytest.approx(33.27, abs=0.01)
     assert total_loss(losses, (0.5, 0.25, 0.125, 0.125), 0.4).item() == pytest.approx(0.2 * 33.27, abs=0.01)

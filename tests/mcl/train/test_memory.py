@@ -1,4 +1,4 @@
-"""A training step copies and keeps no more than it has to, and everything in it is channels_last."""
+"""A training step makes no unnecessary copies, keeps no unnecessary memory, and uses channels_last throughout."""
 
 import functools
 from collections import Counter
@@ -16,7 +16,7 @@ from tests.step import FOUR_LEVELS, build, configure, views
 
 
 class Watched:
-    """What the profiler saw of a step."""
+    """What the profiler recorded of a step."""
 
     def __init__(self, work: Callable[[], None]) -> None:
         with profile(profile_memory=True, record_shapes=True) as self._profiler:
@@ -24,10 +24,10 @@ class Watched:
         assert self._profiler.profiler is not None
         events = self._profiler.profiler.kineto_results.events()
         self.calls = Counter(e.name() for e in events)
-        self.kept = sum(e.nbytes() for e in events if e.name() == "[memory]")  # bytes allocated less bytes freed
+        self.kept = sum(e.nbytes() for e in events if e.name() == "[memory]")  # bytes allocated minus bytes freed
 
     def copies(self) -> Counter[str]:
-        """How many of more than a scalar, by the operator or the node of the backward graph that called for them."""
+        """Number of copies of more than a scalar, by the operator or backward node that made them."""
         return Counter(
             self._origin(e) for e in self._profiler.events() or [] if e.name == "aten::copy_" and e.input_shapes[0]
         )
@@ -49,23 +49,23 @@ def test_steady_steps_copy_what_is_known_and_keep_nothing() -> None:
         step.timer.read()
 
     work()
-    Watched(work)  # it frees what was allocated unseen
+    Watched(work)  # frees memory that was allocated before the profiler started
     first, second = Watched(work), Watched(work)
     assert first.kept == second.kept == 0
-    assert first.calls == second.calls  # of operators, allocations among them
+    assert first.calls == second.calls  # calls of operators, including allocations
 
     copies = second.copies()
     # On a CPU a linear layer copies its bias to the output: two in each predictor and in both projectors.
     assert copies.pop("aten::linear") == 2 * 2 + 2 * 2
-    # The library's layout of a weight's gradient becomes ours, or our layout of a weight the library's.
+    # A weight's gradient is converted from the library's layout to ours, or a weight from ours to the library's.
     assert 0 < copies.pop("ConvolutionBackward0") <= second.calls["ConvolutionBackward0"]
     assert copies.pop("AvgPool2DBackward0") == 2  # one value per tile and channel
     assert not copies
 
 
 def out_of_order(cfg: Config) -> set[str]:
-    """What convolutions and norms read and write in a step, and its gradients, where it is not channels_last; and
-    parameters whose gradient lies otherwise in memory than they do."""
+    """Inputs and outputs of convolutions and norms in a step, and its gradients, that are not channels_last; and
+    parameters whose gradient has another layout than they have."""
     step = build(cfg)
     found: set[str] = set()
     watched: Counter[str] = Counter()

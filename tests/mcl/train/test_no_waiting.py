@@ -1,7 +1,7 @@
 """A training step never waits for the device.
 
-Every operator passes a detector: once in whole steps on the CPU, which sees what would wait were this a GPU; once on
-tensors that claim to be on a GPU, which sees copies between it and the host, too.
+A detector watches every operator: once in whole steps on the CPU, where it finds what would wait on a GPU; and once on
+tensors that claim to be on a GPU, where it also finds copies to and from the host.
 """
 
 import contextlib
@@ -61,7 +61,7 @@ from tests.step import FOUR_LEVELS, ONE_LEVEL, build, configure, views
     ],
 )
 @pytest.mark.filterwarnings("ignore:indexing with dtype torch.uint8")
-def test_the_detector_knows_what_waits(wait: Callable[[Tensor], Any]) -> None:
+def test_the_detector_finds_what_waits(wait: Callable[[Tensor], Any]) -> None:
     with pytest.raises(Waited), Detector("cpu"):
         wait(torch.arange(4.0))
 
@@ -93,7 +93,7 @@ def test_the_detector_lets_pass_what_does_not_wait() -> None:
         with Detector("cuda", pinned=[host]) as detector:
             device.copy_(host, non_blocking=True)
             device[torch.zeros(2, dtype=torch.int64, device="cuda")] = device[:2]
-            torch.where(device > 0, device * torch.tensor(2.0), 1.0)  # such a scalar goes along with the launch
+            torch.where(device > 0, device * torch.tensor(2.0), 1.0)  # such a scalar is passed with the launch
     assert detector.seen["aten::index_put_"] == detector.seen["aten::where"] == 1
 
 
@@ -117,11 +117,11 @@ def check_whole_step(words: Sequence[str]) -> None:
     passes = cfg.trainer.accumulate
     norms = sum(isinstance(m, BatchNorm) for m in step.model.online.backbone.modules())
     assert seen["mcl::batch_norm_backward_apply"] >= passes * norms
-    pools = cfg.objective == "mcl" and cfg.model.compute == "matched"  # released cuts tiles by a reshape
+    pools = cfg.objective == "mcl" and cfg.model.compute == "matched"  # released reshapes maps into tiles
     assert seen["mcl::region_pool_backward"] == (passes if pools else 0)
-    assert seen["aten::_foreach_norm"] == 1  # clipping
+    assert seen["aten::_foreach_norm"] == 1  # for clipping
     operator = {"lars": "mcl::lars_", "sgd": "aten::_fused_sgd_", "adamw": "aten::_fused_adamw_"}[cfg.optim.name]
-    assert seen[operator] == 2  # groups
+    assert seen[operator] == 2  # one per group of parameters
     assert seen["mcl::ema_"] == 1
 
 
@@ -151,7 +151,7 @@ def test_a_whole_step_reads_nothing_back(words: tuple[str, ...]) -> None:
     ],
     ids=" ".join,
 )
-def test_nor_does_it_with_any_optimiser(words: tuple[str, ...], optimizer: str) -> None:
+def test_no_optimiser_waits(words: tuple[str, ...], optimizer: str) -> None:
     words = (*words, f"optim.name={optimizer}", "optim.clip_norm=1", "trainer.accumulate=2", "trainer.global_batch=8")
     check_whole_step(words)
 
@@ -166,8 +166,8 @@ def test_nor_does_it_with_any_optimiser(words: tuple[str, ...], optimizer: str) 
     ],
     ids=["fp32", "fp16"],
 )
-def test_nor_does_one_that_is_skipped(words: tuple[str, ...], optimizer: str) -> None:
-    """Whether it is, the host never learns."""
+def test_a_skipped_step_does_not_wait(words: tuple[str, ...], optimizer: str) -> None:
+    """The host never learns whether a step was skipped."""
     cfg = configure(*words, f"optim.name={optimizer}", "optim.clip_norm=1")
     step, (query, key) = build(cfg), views(cfg)
     step(query, key, lr=0.1, momentum=0.99)
@@ -183,7 +183,7 @@ def test_nor_does_one_that_is_skipped(words: tuple[str, ...], optimizer: str) ->
 @pytest.mark.usefixtures("thin_backbone")
 @pytest.mark.parametrize("optimizer", ["lars", "adamw", "sgd"])
 def test_a_step_that_may_be_skipped_copies_buffers_alone(optimizer: str) -> None:
-    """The others may not be, and have everything else in common with it."""
+    """A step that cannot be skipped copies nothing; otherwise both call the same operators."""
     seen = {}
     for choice in ("stop", "skip"):
         cfg = configure(f"optim.name={optimizer}", f"trainer.on_nonfinite={choice}")
@@ -197,7 +197,8 @@ def test_a_step_that_may_be_skipped_copies_buffers_alone(optimizer: str) -> None
 
 
 def wrapped_steps() -> list[Counter[str]]:
-    """What is seen of this rank's steps, in DistributedDataParallel: in every precision, with either choice."""
+    """Operators of this rank's steps in DistributedDataParallel, in every precision, with on_nonfinite=stop and
+    skip."""
     seen = []
     for precision, choice in itertools.product(("fp32", "bf16", "fp16"), ("stop", "skip")):
         words = f"trainer.precision={precision}", f"trainer.on_nonfinite={choice}", "trainer.accumulate=2"
@@ -206,20 +207,20 @@ def wrapped_steps() -> list[Counter[str]]:
             step, (query, key) = build(cfg), views(cfg, world=2)
         meter = Meter(4, MCL.scores, torch.device("cpu"), precision == "fp16", choice == "skip")
         with Detector("cpu") as detector:
-            for number in range(2):  # buckets are made anew after the first
+            for number in range(2):  # buckets are rebuilt after the first step
                 meter.add(number, *step(query, key, lr=0.1, momentum=0.99))
         seen.append(detector.seen)
     return seen
 
 
-def test_nor_does_one_of_several_processes() -> None:
+def test_a_step_of_several_processes_does_not_wait() -> None:
     for seen in itertools.chain(*in_ranks(2, wrapped_steps)):
         assert seen["c10d::allreduce_"] > seen["mcl::batch_norm_backward_reduce"] > 0  # of gradients, and of each norm
         assert seen["mcl::lars_"] == 4
 
 
 class Peeking(torch.autograd.Function):
-    """The identity, which looks for zeros in its gradient."""
+    """The identity; it searches its gradient for zeros."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -276,7 +277,7 @@ def without_memory(cfg: Config) -> MCL:
 
 
 def pretend(model: nn.Module) -> None:
-    """Puts tensors of the active mode, on "cuda", in place of a model's own."""
+    """Replaces a model's tensors by those of the active mode, on "cuda"."""
     for module in model.modules():
         for name, p in list(module.named_parameters(recurse=False)):
             fake = torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device="cuda")
@@ -297,7 +298,7 @@ def pretended(view: MontageBatch, device: str) -> MontageBatch:
 
 @contextlib.contextmanager
 def autocast(step: TrainingStep) -> Iterator[None]:
-    """By the switches that torch.autocast turns where there is a GPU."""
+    """Sets the switches that torch.autocast sets on a GPU."""
     dtype = AUTOCAST.get(step._config.trainer.precision)
     torch.set_autocast_enabled("cuda", dtype is not None)
     torch.set_autocast_dtype("cuda", dtype or torch.float16)
@@ -308,7 +309,7 @@ def autocast(step: TrainingStep) -> Iterator[None]:
 
 @pytest.fixture
 def pretending(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step takes tensors that claim to be on a GPU; there is no backward, whose engine needs a driver."""
+    """Lets a step run on tensors that claim to be on a GPU, without backward, whose engine needs a driver."""
     monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(Timer, "on", lambda device: Timer(HostClock()))
     monkeypatch.setattr(MCL, "to", lambda model, *_, **__: pretend(model))
@@ -319,7 +320,7 @@ def pretending(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def eight_processes() -> Iterator[None]:
-    """A group that exchanges nothing."""
+    """A process group that does not communicate."""
     dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
     yield
     dist.destroy_process_group()
@@ -339,7 +340,7 @@ def eight_processes() -> Iterator[None]:
 def test_a_step_stays_on_the_device(
     precision: str, optimizer: str, compute: str, variant: Sequence[str], choice: str
 ) -> None:
-    """All of it but backward, of which whole steps above have shown it, and its metrics."""
+    """All of the step except backward, which whole steps above have covered, and its metrics."""
     words = f"trainer.precision={precision}", f"optim.name={optimizer}", f"model.compute={compute}"
     cfg = configure(*words, *variant, f"trainer.on_nonfinite={choice}", "optim.clip_norm=1")
     model = without_memory(cfg)
@@ -357,7 +358,7 @@ def test_a_step_stays_on_the_device(
         model.register_forward_hook(give_gradients)
         model.online.backbone.conv1.register_forward_hook(lambda module, inputs, out: convolved.add(out.dtype))
         with Detector("cuda") as detector:
-            for number in range(2):  # the optimiser's state comes to be in the first
+            for number in range(2):  # the first step creates the optimiser's state
                 output, norm = step(query, key, lr=0.1, momentum=0.99)
                 meter.add(number, output, norm)
     assert convolved == {AUTOCAST.get(precision, torch.float32)}
@@ -366,13 +367,13 @@ def test_a_step_stays_on_the_device(
     seen = detector.seen
     pools = compute == "matched" and cfg.model.assembly == "montage"
     assert seen["mcl::region_pool"] == (4 if pools else 0)  # of both networks, in both steps
-    assert seen["c10d::_allgather_base_"] == 4 + seen["mcl::batch_norm_apply"]  # of targets, and a norm's
+    assert seen["c10d::_allgather_base_"] == 4 + seen["mcl::batch_norm_apply"]  # of targets, and for each norm
     assert seen["aten::_amp_update_scale_"] == (2 if precision == "fp16" else 0)
     assert seen["mcl::ema_"] == 2
 
 
 def test_the_backward_of_regions_stays_on_the_device() -> None:
-    """The operator alone, since the autograd engine needs a driver."""
+    """Only the operator, since the autograd engine needs a driver."""
     with FakeTensorMode(), Detector("cuda") as detector:
         f = torch.empty(2, 8, 4, 4, device="cuda", dtype=torch.bfloat16).to(memory_format=torch.channels_last)
         boxes, index = torch.empty(3, 5, device="cuda"), torch.empty(3, device="cuda", dtype=torch.int64)
@@ -383,7 +384,7 @@ def test_the_backward_of_regions_stays_on_the_device() -> None:
 
 
 def arguments_of_all(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
-    """Of every operator."""
+    """Arguments of every operator."""
     maps = [torch.empty(2, 8, 4, 4, dtype=dtype), torch.empty(1, 8, 8, 8, dtype=dtype)]
     boxes, index = torch.empty(3, 5), torch.zeros(3, dtype=torch.int64)
     sizes = [side for f in maps for side in f.shape]
@@ -400,7 +401,7 @@ def arguments_of_all(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
 
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_operators_without_the_extension_stay_on_the_device(name: str) -> None:
-    """Each in PyTorch or torchvision; results are as the fake kernels say."""
+    """Each operator in PyTorch or torchvision; results have the properties that the fake kernels say."""
     given = arguments_of_all(torch.bfloat16)[name]
     with FakeTensorMode(), Detector("cuda"):
         fakes = tree_map_only(
@@ -431,7 +432,7 @@ def test_a_copy_planted_in_forward_is_found() -> None:
 def test_views_go_to_the_device_from_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     pinned: list[Tensor] = []
 
-    def pin(x: Tensor) -> Tensor:  # there is nothing to pin on a machine without a GPU
+    def pin(x: Tensor) -> Tensor:  # a machine without a GPU cannot pin memory
         pinned.append(torch.empty_like(x))
         return pinned[-1]
 

@@ -1,4 +1,4 @@
-"""Losses and gradients that are infinite or NaN: the run ends and says so, or leaves such steps out."""
+"""Losses and gradients that are infinite or NaN: the run ends with an error, or skips such steps."""
 
 import dataclasses
 import math
@@ -35,7 +35,7 @@ def test_non_finite_loss_names_step_level_and_checkpoint(tiny: Config) -> None:
 
 
 def test_infinite_gradient_is_a_failure_too(tiny: Config) -> None:
-    """The loss is finite, but clipping by an infinite norm makes NaN weights: they must not be saved."""
+    """The loss is finite, but clipping with an infinite norm makes weights NaN, which must not be saved."""
     trainer = Trainer(tiny)
 
     def overflow(module: torch.nn.Module, inputs: Any, output: Any) -> None:
@@ -49,7 +49,7 @@ def test_infinite_gradient_is_a_failure_too(tiny: Config) -> None:
 
 
 def test_fp16_ends_when_no_finite_gradient_comes(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step that is left out now and then is how the loss scale is found; nothing but such steps trains nothing."""
+    """Occasional skipped steps adjust the loss scale, but if all steps are skipped, nothing is trained."""
     monkeypatch.setattr("mcl.train.trainer._SKIPPED_IN_A_ROW", 3)
     trainer = Trainer(config.override(tiny, ["trainer.precision=fp16", "trainer.log_every=1"]))
 
@@ -60,11 +60,11 @@ def test_fp16_ends_when_no_finite_gradient_comes(tiny: Config, monkeypatch: pyte
     trainer.model.register_forward_hook(overflow)
     with pytest.raises(NonFiniteLossError, match="the gradient was not finite in the last 3 steps; last good"):
         trainer.fit()
-    assert trainer.step <= 5  # or earlier: the first loss scale may be too large, too
+    assert trainer.step <= 5  # the first loss scale may also be too large
 
 
 def poison(trainer: Trainer, steps: set[int]) -> None:
-    """Steps whose canvases are NaN."""
+    """Makes the canvases of some steps NaN."""
     train_step = trainer.train_step
 
     def bad(query: MontageBatch, key: MontageBatch) -> Any:
@@ -76,7 +76,7 @@ def poison(trainer: Trainer, steps: set[int]) -> None:
 
 
 def test_a_run_counts_what_it_skips(tiny: Config) -> None:
-    """Means are over the other steps; for the last record there are none."""
+    """Means are over the other steps; the last record has none."""
     trainer = Trainer(config.override(tiny, ["trainer.on_nonfinite=skip"]))
     poison(trainer, {2, 6, 7})
     trainer.fit()

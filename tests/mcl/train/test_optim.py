@@ -1,4 +1,4 @@
-"""LARS, schedules, exclusion, momentum network: against scalar formulas written out."""
+"""LARS, schedules, exclusion and momentum network, compared with written-out scalar formulas."""
 
 import copy
 import io
@@ -22,7 +22,7 @@ def scalar_lars(w: float, g: float, buffer: float, lr: float, decay: float, adap
 
 
 def test_lars_by_hand() -> None:
-    """Three steps of two one-element parameters, one adapted with decay, one neither."""
+    """Three steps of two parameters with one element, of which one is adapted and decayed."""
     a, b = (nn.Parameter(torch.tensor([v], dtype=torch.float64)) for v in (2.0, 3.0))
     groups = [{"params": [a], "weight_decay": 0.1}, {"params": [b], "adapt": False}]
     optimizer = LARS(groups, lr=0.5)
@@ -39,7 +39,7 @@ def test_lars_by_hand() -> None:
 
 
 def test_lars_at_zero() -> None:
-    """A zero weight never moves; zero gradient and no decay move nothing, and nothing becomes NaN."""
+    """A zero weight never changes; a zero gradient without decay changes nothing, and nothing becomes NaN."""
     zero, still, unused = (nn.Parameter(torch.full((3,), v)) for v in (0.0, 1.0, 1.0))
     optimizer = LARS([zero, still, unused], lr=1.0)
     zero.grad, still.grad = torch.ones(3), torch.zeros(3)
@@ -102,8 +102,9 @@ def check_equal(a: list[Tensor], b: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_step_with_found_inf_never_was(name: str, dtype: torch.dtype) -> None:
-    """The first, which makes the state, and a later one: bit for bit as an optimiser that never met them."""
+def test_a_step_with_found_inf_changes_nothing(name: str, dtype: torch.dtype) -> None:
+    """In the first step, which creates the state, and a later one: bit for bit as an optimiser that never had these
+    steps."""
     (model, optimizer), (twin, other) = build(name, dtype), build(name, dtype)
     for seed in (1, 2, 3):
         for p in model.parameters():
@@ -121,10 +122,10 @@ def test_a_step_with_found_inf_never_was(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("unscale", [True, False])
 def test_gradscaler_hands_over_what_it_found(name: str, unscale: bool) -> None:
-    """It asks no optimiser of ours whether to step, and what it divides by is divided by once."""
+    """It leaves the decision to our optimiser, and gradients are divided by the scale exactly once."""
     (model, optimizer), (twin, other) = build(name), build(name)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    scaler.scale(torch.ones(()))  # it makes its state
+    scaler.scale(torch.ones(()))  # creates its state
     for seed in (1, 2, 3):
         set_gradients(model, seed)
         with torch.no_grad():
@@ -146,7 +147,8 @@ def test_gradscaler_hands_over_what_it_found(name: str, unscale: bool) -> None:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6)])
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_fused_kernels_compute_the_formula(name: str, dtype: torch.dtype, tolerance: float) -> None:
-    """Against PyTorch's loop over tensors, in float64. One parameter gets its first gradient later than the others."""
+    """Compared with PyTorch's loop over tensors, in float64. One parameter gets its first gradient later than the
+    others."""
     (model, optimizer), (twin, other) = build(name, dtype), build(name, torch.float64)
     for group in other.param_groups:
         group["fused"] = group["foreach"] = False
@@ -165,7 +167,7 @@ def test_fused_kernels_compute_the_formula(name: str, dtype: torch.dtype, tolera
 
 
 def written_before(name: str, optimizer: torch.optim.Optimizer, case: str) -> dict[str, Any]:
-    """The state of `optimizer` as versions wrote it that used PyTorch's foreach implementations."""
+    """The state of `optimizer` as written by versions that used PyTorch's foreach implementations."""
     state = copy.deepcopy(optimizer.state_dict())
     for group in state["param_groups"]:
         if name != "lars":
@@ -173,7 +175,7 @@ def written_before(name: str, optimizer: torch.optim.Optimizer, case: str) -> di
             group["foreach"] = True
         if name == "adamw":
             group["capturable"] = case == "skip"
-    if case == "none":  # a momentum that was 0
+    if case == "none":  # a momentum of 0
         state["state"][0]["momentum_buffer"] = None
     file = io.BytesIO()
     torch.save(state, file)
@@ -186,7 +188,7 @@ def written_before(name: str, optimizer: torch.optim.Optimizer, case: str) -> di
     ("name", "case"), [("lars", "stop"), ("sgd", "stop"), ("sgd", "none"), ("adamw", "stop"), ("adamw", "skip")]
 )
 def test_states_of_earlier_versions_are_taken_up(name: str, case: str) -> None:
-    """And go on as if they were today's: with fused kernels, which skip, bit for bit."""
+    """They continue like current ones: with fused kernels, which can skip steps, bit for bit."""
     model, optimizer = build(name)
     for seed in (1, 2):
         set_gradients(model, seed)
@@ -211,11 +213,11 @@ def test_states_of_earlier_versions_are_taken_up(name: str, case: str) -> None:
 
 
 def test_learning_rate_of_the_released_run() -> None:
-    """31,200 steps; the peak behind the warm-up is about 15.6, since the cosine starts at step 0."""
+    """31,200 steps; the peak after the warm-up is about 15.6, since the cosine starts at step 0."""
     optim = config.from_dict({}).optim
     rates = [learning_rate(optim, 4096, step, 31_200, 312) for step in range(31_200)]
     assert rates[0] == pytest.approx(16e-4)
-    half = 1564  # of 3,127 steps of warm-up
+    half = 1564  # half of the warm-up's 3,127 steps
     cosine = 1e-4 + (16 - 1e-4) * (math.cos(math.pi * half / 31_200) + 1) / 2
     assert rates[half] == pytest.approx(cosine * (1e-4 + (1 - 1e-4) * half / 3127))
     assert max(rates) == pytest.approx(15.6, abs=0.05)
@@ -248,7 +250,7 @@ def test_loss_scale_is_bounded() -> None:
 
 @pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
 def test_gradients_may_lie_in_another_order_than_their_weights(name: str) -> None:
-    """As libraries return them now and then; PyTorch's fused kernels take the order for granted."""
+    """As libraries sometimes return them; PyTorch's fused kernels assume the same order."""
     ends = []
     for layout in (torch.contiguous_format, torch.channels_last):
         torch.manual_seed(0)

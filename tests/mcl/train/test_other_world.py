@@ -1,4 +1,5 @@
-"""A run that another number of processes resumes: the same images, cut and coloured the same, at the same steps."""
+"""A run resumed with another number of processes has the same images with the same crops and colours at the same
+steps."""
 
 import os
 import signal
@@ -27,7 +28,7 @@ Tile = tuple[Any, ...]  # image, level, crop in the image
 
 
 def tiles(view: MontageBatch) -> set[Tile]:
-    """What a view shows, wherever in its montages."""
+    """The tiles of a view, regardless of their positions on montages."""
     return {
         (int(view.index[source]), level, *crop.tolist())
         for level in range(len(view.ratios))
@@ -36,7 +37,7 @@ def tiles(view: MontageBatch) -> set[Tile]:
 
 
 def train(words: list[str], stop: int | None = None) -> dict[int, list[set[Tile]]]:
-    """Trains, to the end or to a signal in the step `stop`; what every step showed, by view."""
+    """Trains to the end, or to a signal in step `stop`; returns the tiles of every step, by view."""
     with mock.patch("mcl.models.encoder.Backbone", ThinBackbone), mock.patch.object(distributed, "setup"):
         trainer = Trainer(config.override(config.from_dict(PRESET), words))
         shown, step = {}, trainer.train_step
@@ -64,7 +65,7 @@ def last(cfg: Config) -> dict[str, Any]:
 
 
 def united(ranks: list[dict[int, list[set[Tile]]]]) -> dict[int, list[set[Tile]]]:
-    """What every step showed on all processes, by view."""
+    """The tiles of every step in all processes, by view."""
     return {
         step: [set[Tile]().union(*shown) for shown in zip(*(rank[step] for rank in ranks), strict=True)]
         for step in ranks[0]
@@ -89,7 +90,7 @@ def test_another_number_of_processes_takes_over(photos: Path, tmp_path: Path, be
     assert f"world_size was {before}, is {after}" in said
     a, b = last(cfg), last(config.override(cfg, ["name=whole"]))
     assert (a["step"], a["loader"]) == (b["step"], b["loader"])
-    # Neighbours in the montages differ, and so do the weights, a little.
+    # Neighbours on montages differ, so weights differ slightly.
     names = [n for n, w in a["model"].items() if n.startswith("online.") and w.ndim > 1]
     differences = [((a["model"][n] - b["model"][n]).norm() / b["model"][n].norm()).item() for n in names]
     print(f"largest relative difference of a matrix: {max(differences):.2e}")

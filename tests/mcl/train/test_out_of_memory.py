@@ -1,4 +1,4 @@
-"""Steps that do not fit into memory are refused, made to fit, or explained; here the memory of GPUs is made up."""
+"""Steps that do not fit into memory are refused, made to fit, or explained; the memory of GPUs is simulated."""
 
 import re
 from pathlib import Path
@@ -29,7 +29,8 @@ OTHER_RUN = r"\(needs [\d.]+ GB; new runs only: it changes the batches that Batc
 
 @pytest.fixture
 def tiny(tmp_path: Path, photos: Path) -> Config:
-    """16, 4 canvases, that divide by 1, 2 and 4; but 4 would leave BatchNorm one value of a channel in level 1."""
+    """16, 4 canvases, which can be divided by 1, 2 and 4; but with 4, BatchNorm would have a single value per channel
+    in level 1."""
     return configure(tmp_path, photos)
 
 
@@ -45,12 +46,12 @@ def loader(cfg: Config, gpu: int | None = None, world: int = 1) -> MontageLoader
 
 
 def total(cfg: Config, *words: str, world: int = 1) -> int:
-    """Bytes that a step needs, of a loader on the CPU."""
+    """Bytes that a step needs, with a loader on the CPU."""
     return needed(config.override(cfg, words), world, 0)["total"]
 
 
 def fit(cfg: Config, free: int) -> Config:
-    """On a GPU with so many bytes, some of which this process has already."""
+    """Checks the memory of a GPU with so many bytes, of which this process already uses some."""
     with (
         mock.patch("torch.cuda.mem_get_info", return_value=(free - 1000, 1 << 40)),
         mock.patch("torch.cuda.memory_reserved", return_value=1000),
@@ -86,7 +87,7 @@ def test_what_fits_to_the_byte_may_start(tiny: Config) -> None:
 def test_the_refusal_names_what_fits(
     tiny: Config, words: tuple[str, ...], room: tuple[str, ...] | None, remedy: str
 ) -> None:
-    """And nothing that does not."""
+    """It names nothing else."""
     tiny = config.override(tiny, words)
     with pytest.raises(ConfigError, match=rf"; {remedy}$"):
         fit(tiny, 1 if room is None else total(tiny, *room))
@@ -103,13 +104,13 @@ def test_auto_is_the_smallest_legal_number_that_fits(tiny: Config) -> None:
 
 
 def test_a_loader_on_the_gpu_takes_its_part(tiny: Config) -> None:
-    """By the size of the images that there are."""
+    """It depends on the sizes of the images."""
     tiny = config.override(tiny, ["data.engine=stock", "data.device=gpu"])
     of_gpu = loader(tiny, gpu=0)
     image = 3 * float(of_gpu.source.sizes.prod(1).mean())
     need = needed(tiny, 1, image)
     assert need["decoder"] == int(3 * 16 * image) > 0
-    assert needed(tiny, 1)["decoder"] == 3 * 16 * 3 * 500 * 375  # for want of images
+    assert needed(tiny, 1)["decoder"] == 3 * 16 * 3 * 500 * 375  # no images are known
     assert needed(config.override(tiny, ["data.device=cpu"]), 1)["decoder"] == 0
     with mock.patch("torch.cuda.mem_get_info", return_value=(need["total"], 1 << 40)):
         assert memory.fit(tiny, GPU, of_gpu) == tiny
@@ -121,13 +122,14 @@ def test_a_loader_on_the_gpu_takes_its_part(tiny: Config) -> None:
 
 
 def fit_in_rank(output: Path, photos: Path) -> tuple[int, str]:
-    """What auto becomes, and how 1 is refused, where one byte lacks on rank 1."""
+    """The result of auto, and the error for 1, if rank 1 lacks a single byte."""
     auto, one = (configure(output, photos, "trainer.global_batch=32", w) for w in (AUTO, "trainer.accumulate=1"))
     with mock.patch("torch.cuda.mem_get_info", return_value=(total(one, world=2) - distributed.rank(), 1 << 40)):
         parts = memory.fit(auto, GPU, loader(auto, world=2)).trainer.accumulate
         with pytest.raises(ConfigError) as refusal:
             memory.fit(one, GPU, loader(one, world=2))
-    assert distributed.gather_objects(distributed.rank()) == [0, 1]  # both have spoken as often
+    # Both ranks have communicated the same number of times.
+    assert distributed.gather_objects(distributed.rank()) == [0, 1]
     return parts, str(refusal.value)
 
 
@@ -152,7 +154,8 @@ def preset(cfg: Config) -> Path:
 
 
 def test_auto_becomes_a_number_that_stays(tiny: Config) -> None:
-    """In config.yaml, in checkpoints, and where the run is resumed with more memory; once finished it needs none."""
+    """In config.yaml and in checkpoints; it also stays if the run is resumed with more memory. A finished run needs no
+    memory."""
     tiny = config.override(tiny, ["trainer.epochs=1", "trainer.checkpoint_epochs=0.5"])
     auto = config.override(tiny, [AUTO])
     with mock.patch.object(memory, "free", return_value=total(tiny) - 1):
@@ -172,8 +175,8 @@ def test_auto_becomes_a_number_that_stays(tiny: Config) -> None:
             Trainer(tiny)
 
 
-def test_an_error_for_want_of_memory_says_what_helps(tiny: Config, capsys: pytest.CaptureFixture[str]) -> None:
-    """In one line, with the exit code of wrong input; the traceback is in train.log."""
+def test_an_out_of_memory_error_names_remedies(tiny: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    """In one line, with the exit code for wrong input; the traceback is in train.log."""
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has 1 GiB")
     with mock.patch.object(Trainer, "train_step", side_effect=error), pytest.raises(SystemExit, match="2"):
         cli.main(["pretrain", str(preset(tiny))])
@@ -200,7 +203,7 @@ def test_an_error_for_want_of_memory_says_what_helps(tiny: Config, capsys: pytes
     ],
     ids=["driver", "cuBLAS", "cuDNN", "CPU", "Python"],
 )
-def test_whoever_has_no_memory_is_understood(tiny: Config, error: Exception) -> None:
+def test_errors_for_lack_of_memory_are_explained(tiny: Config, error: Exception) -> None:
     with (
         pytest.raises(OutOfMemoryError, match=r"set trainer\.recompute=true") as raised,
         memory.explained(tiny, torch.device("cpu"), loader(tiny)),
@@ -220,7 +223,7 @@ def test_other_errors_stay_what_they_are(tiny: Config) -> None:
 
 
 def test_on_a_gpu_the_error_has_its_numbers_and_its_limit(tiny: Config) -> None:
-    """What PyTorch had, and remedies that would fit into what there is."""
+    """The numbers are PyTorch's, and remedies fit into the memory."""
     state: dict[str, Any] = {"max_memory_allocated": 71_230_000_000, "max_memory_reserved": 79_990_000_000}
     with (
         mock.patch.multiple(torch.cuda, **{name: lambda _, n=n: n for name, n in state.items()}),
@@ -233,7 +236,7 @@ def test_on_a_gpu_the_error_has_its_numbers_and_its_limit(tiny: Config) -> None:
 
 
 def test_records_have_the_peak_of_memory(tiny: Config) -> None:
-    """On a CPU what Linux counts for the process, which only grows."""
+    """On a CPU this is Linux' figure for the process, which never decreases."""
     Trainer(config.override(tiny, ["trainer.epochs=1", "trainer.log_every=1"])).fit()
     peaks = [r["peak_memory_gb"] for r in read(tiny.run_folder / "metrics.jsonl")]
     resident = int(re.findall(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) * 1024 / 1e9

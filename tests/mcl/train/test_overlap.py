@@ -1,4 +1,4 @@
-"""Loading and computing go on at the same time: steps take as long as the slower of the two, not as both together."""
+"""Loading and computing overlap: steps take as long as the slower of the two, not as both together."""
 
 import dataclasses
 import threading
@@ -26,7 +26,7 @@ WINDOWS = 5
 
 
 class SlowDisk:
-    """Reads one image at a time, however many threads ask, and takes a known time for it."""
+    """Reads one image at a time, however many threads call it, and takes a known time for each."""
 
     def __init__(self, read: Callable[[int], bytes], seconds: float) -> None:
         self._read, self._seconds = read, seconds
@@ -40,7 +40,7 @@ class SlowDisk:
 
 @pytest.fixture(scope="module")
 def thumbnails(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Photographs that take next to no time to decode."""
+    """Photographs that are decoded in almost no time."""
     folder = tmp_path_factory.mktemp("thumbnails")
     for file in sorted((photos / "val").rglob("*.jpg"))[:16]:
         with Image.open(file) as photo:
@@ -49,14 +49,14 @@ def thumbnails(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def slowed(folder: Path, seconds: float) -> Source:
-    """Its images on a slow disk. Without paths, they are read by our threads and not by DALI's."""
+    """A source with its images on a slow disk. Without paths, our threads read them, and not DALI's."""
     source = open_source(str(folder))
     return dataclasses.replace(source, paths=None, read=SlowDisk(source.read, seconds))
 
 
 @pytest.mark.parametrize(("load", "step"), [(0.16, 0.1), (0.1, 0.16)], ids=["slow loader", "slow step"])
 def test_loading_and_computing_overlap(load: float, step: float, thumbnails: Path) -> None:
-    """Both only sleep; where others keep the machine busy, one undisturbed window will do."""
+    """Both only sleep. On a busy machine, one undisturbed window is enough."""
     slow = slowed(thumbnails, load / IMAGES)
     timer = Timer(HostClock())
     slower, both = max(load, step), load + step
@@ -71,7 +71,7 @@ def test_loading_and_computing_overlap(load: float, step: float, thumbnails: Pat
         )
 
     with make_loader(slow, "auto", images=IMAGES, threads=2, device="cpu") as loader:
-        for _ in range(2):  # threads start, buffers are made
+        for _ in range(2):  # starts threads and allocates buffers
             next(loader)
         stopwatch = Stopwatch(WINDOWS * STEPS, timer)
         while not any(map(as_expected, records)):
@@ -83,14 +83,14 @@ def test_loading_and_computing_overlap(load: float, step: float, thumbnails: Pat
                     time.sleep(step)
                 stopwatch.lap(IMAGES)
             records.append(stopwatch.read())
-    # A step that was ready beforehand, and one that was begun, have not made the loader look fast.
+    # A step prepared in advance, and one that was begun, must not make the loader look faster.
     seconds = sum(IMAGES * STEPS / record["images_per_s"] for record in records)
     assert seconds > (len(records) * STEPS - 2) * slower
 
 
 @pytest.mark.usefixtures("thin_backbone")
 def test_a_run_loads_while_it_computes(thumbnails: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its own records say so. Steps are real ones, and sleep besides."""
+    """Measured by its own records. Steps are real, and sleep in addition."""
     images, load, step = 8, 0.2, 0.1
     slow = slowed(thumbnails, load / images)
     monkeypatch.setattr(trainer, "open_images", lambda data: slow)
@@ -106,9 +106,9 @@ def test_a_run_loads_while_it_computes(thumbnails: Path, tmp_path: Path, monkeyp
     run.fit()
     records = [record for record in read(tmp_path / "tiny" / "metrics.jsonl") if record["kind"] == "train"]
     assert len(records) == 4
-    seconds = [images / record["images_per_s"] for record in records]  # per step, of each window
-    # One window that other processes did not disturb will do; the first holds what happens once.
+    seconds = [images / record["images_per_s"] for record in records]  # per step, for each window
+    # One undisturbed window is enough; the first includes work that is done once.
     assert min(seconds[1:]) < (load + load + step) / 2
     assert 0.05 < max(record["data_wait"] for record in records[1:]) < 0.7
-    # Over the whole run, for a window may use what was made ready during a slower one. Some batches were ready before.
+    # Over the whole run, since a window may use batches prepared during a slower one. Some batches were ready before.
     assert 6 * sum(seconds) > (24 - 4) * load

@@ -59,7 +59,7 @@ def draw(seed: int, name: str, shape: list[int]) -> Tensor:
 
 
 def our_names(model: MCL) -> dict[str, str]:
-    """The authors' names of a model's tensors to ours."""
+    """mcl's names of a model's tensors, by the authors' names."""
     return {their_name(name): name for name in model.state_dict()}
 
 
@@ -103,7 +103,7 @@ def differs(ours: float, theirs: float) -> bool:
     [
         ("r18", 1),
         ("r50", 1),
-        pytest.param("r18", 3, marks=pytest.mark.soak),  # all of it: momentum and the moved target network, too
+        pytest.param("r18", 3, marks=pytest.mark.soak),  # including momentum and the updated target network
         pytest.param("r50", 2, marks=pytest.mark.soak),
     ],
 )

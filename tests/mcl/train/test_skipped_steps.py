@@ -1,4 +1,4 @@
-"""A step without a finite gradient that is skipped leaves no trace but in the count, and in the loss scale of fp16."""
+"""A step that is skipped since a gradient is not finite changes nothing but its count, and the loss scale of fp16."""
 
 import dataclasses
 import math
@@ -21,14 +21,14 @@ Views = tuple[MontageBatch, MontageBatch]
 
 
 def poisoned(pair: Views) -> Views:
-    """One pixel is NaN: so become all statistics, the loss and every gradient."""
+    """A NaN pixel, which makes all statistics, the loss and every gradient NaN."""
     images = pair[0].pixels.clone()
     images[0, 0, 0, 0] = math.nan
     return dataclasses.replace(pair[0], pixels=images), pair[1]
 
 
 def train(cfg: Config, steps: list[Views]) -> dict[str, Any]:
-    """All that a step depends on, after some of them; the learning rate is that of a step's place among the good."""
+    """Everything that a step depends on, after some steps; the learning rate counts only steps that are not skipped."""
     step = build(cfg)
     norms = []
     for pair in steps:
@@ -57,8 +57,9 @@ def check_equal(a: dict[str, Any], b: dict[str, Any]) -> None:
     ],
     ids=["lars", "sgd", "adamw"],
 )
-def test_a_skipped_step_never_was(words: list[str]) -> None:
-    """Weights, running statistics, momentum network, optimiser: bit for bit, for the first step and later ones."""
+def test_a_skipped_step_changes_nothing(words: list[str]) -> None:
+    """Weights, running statistics, momentum network and optimiser are bit-identical, for the first step and later
+    ones."""
     skip = configure(*words, "trainer.on_nonfinite=skip")
     first, second = views(skip, 1), views(skip, 3)
     bad = poisoned(first)
@@ -74,7 +75,7 @@ def test_fp16_lowers_its_loss_scale_and_changes_nothing_else(choice: str, optimi
     words = ["trainer.precision=fp16", "trainer.max_loss_scale=4", f"trainer.on_nonfinite={choice}"]
     cfg = configure(*words, f"optim.name={optimizer}")
     step, good = build(cfg), views(cfg)
-    for scale in (2, 1):  # the first step, and one that finds momenta
+    for scale in (2, 1):  # the first step, and a later one
         before = {key: tensor.clone() for key, tensor in step.model.state_dict().items()}
         momenta = [{key: tensor.clone() for key, tensor in each.items()} for each in state(step)]
         step(*poisoned(good), lr=0.1, momentum=0.9)
@@ -92,7 +93,8 @@ def test_fp16_lowers_its_loss_scale_and_changes_nothing_else(choice: str, optimi
 
 @pytest.mark.usefixtures("thin_backbone")
 def test_a_norm_that_overflows_is_not_finite_either() -> None:
-    """Every gradient is finite, the sum of their squares is not: optimiser and momentum network agree to skip."""
+    """Every gradient is finite, but the sum of their squares is not: optimiser and momentum network both skip the
+    step."""
     cfg = configure("trainer.precision=fp16", "trainer.max_loss_scale=1")
     step = build(cfg)
     before = {key: tensor.clone() for key, tensor in step.model.state_dict().items()}
@@ -103,7 +105,7 @@ def test_a_norm_that_overflows_is_not_finite_either() -> None:
 
 
 @pytest.mark.usefixtures("thin_backbone")
-def test_where_nothing_is_skipped_nothing_is_protected() -> None:
+def test_weights_are_not_protected_if_no_step_is_skipped() -> None:
     cfg = configure("trainer.on_nonfinite=stop")
     after = train(cfg, [poisoned(views(cfg))])
     assert any(not tensor.isfinite().all() for tensor in after["model"].values())
@@ -122,8 +124,8 @@ def one_bad_rank(cfg: Config) -> dict[str, Any]:
     return {"finite": finite, "undone": undone, "model": step.model.state_dict(), "state": state(step)}
 
 
-def test_what_one_rank_cannot_compute_none_of_them_does() -> None:
-    """The gradient is averaged: NaN on one is NaN on all, so they agree without asking."""
+def test_a_gradient_that_is_not_finite_in_one_rank_skips_the_step_in_all() -> None:
+    """Gradients are averaged, so NaN in one rank is NaN in all, and ranks agree without communication."""
     cfg = configure(*FOUR_LEVELS, "trainer.on_nonfinite=skip", "trainer.global_batch=8")  # every map has a gradient
     first, second = in_ranks(2, one_bad_rank, cfg)
     for rank in (first, second):

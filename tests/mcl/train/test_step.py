@@ -1,4 +1,4 @@
-"""A training step comes to the same however it is cut, recomputed, replayed, compiled or spread over processes."""
+"""A training step has the same result if it is accumulated, recomputed, captured, compiled or distributed."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -30,7 +30,7 @@ Views = tuple[MontageBatch, MontageBatch]
 
 
 def still(step: TrainingStep, batch: Views) -> tuple[Output, Tensor, dict[str, Tensor]]:
-    """Results and gradients of a step that moves nothing."""
+    """Results and gradients of a step that does not change weights."""
     with fast_convolutions():
         output, norm = step(*batch, lr=0, momentum=1)
     return output, norm, {n: p.grad for n, p in step.model.named_parameters() if p.grad is not None}
@@ -40,7 +40,7 @@ def still(step: TrainingStep, batch: Views) -> tuple[Output, Tensor, dict[str, T
 
 
 def in_evaluation(cfg: Config) -> TrainingStep:
-    """BatchNorms with statistics of their own, which no batch changes."""
+    """Puts BatchNorms into evaluation mode, with random statistics."""
     step = build(cfg)
     for module in step.model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -81,7 +81,7 @@ def test_accumulated_gradients_are_those_of_the_whole(accumulate: int, words: tu
 
 @pytest.mark.usefixtures("thin_backbone")
 def test_in_training_the_parts_differ_from_the_whole_by_batchnorm_alone() -> None:
-    """Statistics are of micro-batches; with such, the step of the whole is the accumulated one."""
+    """Statistics are those of micro-batches. With these, a step of the whole batch equals the accumulated one."""
     words = ("trainer.precision=fp64", "trainer.global_batch=16")
     whole, parts = configure(*words), configure(*words, "trainer.accumulate=2")
     batch = views(parts)
@@ -134,7 +134,7 @@ def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 @pytest.fixture
 def shallow_resnet50(monkeypatch: pytest.MonkeyPatch) -> None:
-    """resnet50 with one of its blocks per stage."""
+    """resnet50 with a single block per stage."""
     monkeypatch.setitem(backbones._RESNETS, "resnet50", (backbones.Bottleneck, [1, 1, 1, 1]))
 
 
@@ -172,7 +172,8 @@ def recompute_and_compare(backbone: str, precision: str, steps: int) -> None:
 @pytest.mark.usefixtures("thin_backbone")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_images_of_half_precision_are_taken(precision: str) -> None:
-    """``data.dtype: float16`` halves what goes to the device, whatever is computed in; it is the choice of bf16."""
+    """``data.dtype: float16`` halves the data copied to the device, in whatever precision it is computed; bf16 uses
+    it."""
     cfg = configure(f"trainer.precision={precision}")
     assert cfg.loading.dtype == ("float16" if precision == "bf16" else "float32")
     assert configure(f"trainer.precision={precision}", "data.dtype=float32").loading.dtype == "float32"
@@ -220,10 +221,10 @@ def tensors(output: Output) -> list[Tensor]:
 
 
 class Recorder:
-    """The CPU's: what it records, it does again, with the memory of the first time, as a CUDA graph would.
+    """A CPU version of a CUDA graph: it repeats the captured work in the same memory.
 
     Args:
-        model: whose gradients belong to that memory.
+        model: the model, whose gradients are part of this memory.
     """
 
     def __init__(self, model: MCL) -> None:
@@ -260,7 +261,7 @@ class Recorder:
     "words", [("optim.clip_norm=0.1",), ("trainer.accumulate=2", "model.targets=all", "model.queue=20")], ids=str
 )
 def test_replayed_steps_are_plain_steps(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over two sizes of canvas, recorded anew at each change."""
+    """For two sizes of canvas, captured again at each change."""
     words = ("trainer.global_batch=8", *words)
     batches = [
         views(configure(*words, f"montage.cells={cells}"), seed)
@@ -282,7 +283,7 @@ SHARED = (*FOUR_LEVELS, "trainer.precision=fp64", "trainer.global_batch=16", "tr
 
 
 def shared_step() -> dict[str, Any]:
-    """A step of one of two processes: what happened in it, in which order, and what came out."""
+    """A step of one of two processes: the sequence of events, and the results."""
     events: list[str] = []
     reductions = Counter[int]()
 
@@ -329,7 +330,7 @@ def shared_step() -> dict[str, Any]:
 
 
 def together(batch: Sequence[MontageBatch], parts: int) -> MontageBatch:
-    """All processes' views as one, whose parts are those of all processes."""
+    """The views of all processes as one, whose parts are those of all processes."""
     images = len(batch[0].index)
     pieces = [(rank, v.part(i, parts)) for i in range(parts) for rank, v in enumerate(batch)]
     levels = range(len(batch[0].ratios))
@@ -343,7 +344,7 @@ def together(batch: Sequence[MontageBatch], parts: int) -> MontageBatch:
 def test_two_processes_gather_early_reduce_once_and_compute_what_one_does() -> None:
     first, second = in_ranks(2, shared_step)
     for rank in (first, second):
-        # Both views' targets are on their way before the online network starts, and waited for when it is done.
+        # The exchange of both views' targets starts before the online network, and is waited for after it.
         micro_batch = ["step", "online", "wait", "wait"]
         events = [event for event in rank["events"] if event != "reduce"]
         assert events == ["gather", "gather", *micro_batch, *micro_batch]
@@ -360,7 +361,7 @@ def test_two_processes_gather_early_reduce_once_and_compute_what_one_does() -> N
         assert rank["norm"] == pytest.approx(norm.item(), rel=1e-10)
         assert rank["tensors"].keys() == expected.keys()
         for name, tensor in expected.items():
-            # The gradient of a bias before a BatchNorm is but rounding.
+            # The gradient of a bias before a BatchNorm consists of rounding errors.
             bound = 1e-10 * max(tensor.abs().max().item(), 1e-3)
             assert abs(rank["tensors"][name] - tensor.numpy()).max() <= bound, name
 
@@ -369,8 +370,8 @@ def test_two_processes_gather_early_reduce_once_and_compute_what_one_does() -> N
 
 
 def compiled_and_plain() -> list[tuple[float, float]]:
-    """Losses of two steps of two micro-batches each, the second one without compiling anything anew; in float64, as
-    updates blow up what float32 rounds."""
+    """Losses of two steps of two micro-batches each, of which the second compiles nothing again; in float64, since
+    updates amplify rounding errors of float32."""
     world = distributed.world_size()
     words = (f"trainer.global_batch={8 * world}", "trainer.accumulate=2", "trainer.precision=fp64")
     plain, compiled = build(configure(*words)), build(configure(*words, "trainer.compile=true"))

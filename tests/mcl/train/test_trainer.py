@@ -38,13 +38,13 @@ from tests.mcl.train.test_checkpoint import small_disk
 
 @pytest.fixture(autouse=True)
 def _thin(request: pytest.FixtureRequest) -> None:
-    """A backbone that costs nothing, but where the network itself matters."""
+    """Uses a cheap backbone, unless the network itself matters."""
     if not request.node.get_closest_marker("real_backbone"):
         request.getfixturevalue("thin_backbone")
 
 
 def before_step(trainer: Trainer, step: int, do: Callable[[], object]) -> None:
-    """Lets something happen right before a step."""
+    """Calls a function right before a step."""
     train_step = trainer.train_step
 
     def wrapped(*views: Any) -> Any:
@@ -102,7 +102,7 @@ def test_images_come_in_half_precision_where_the_network_computes_in_it(
 
 
 def test_accumulated_metrics_are_the_steps_means(tiny: Config) -> None:
-    """The record of two steps holds the mean of what the model returned."""
+    """The record of two steps has the means of the model's results."""
     trainer = Trainer(tiny)
     outputs = []
     train_step = trainer.train_step
@@ -123,7 +123,8 @@ def test_accumulated_metrics_are_the_steps_means(tiny: Config) -> None:
 
 @pytest.mark.real_backbone
 def test_stopped_by_a_signal_and_resumed(tiny: Config) -> None:
-    """SIGTERM in the middle of an epoch: saved, and the resumed run ends bit for bit as one never stopped."""
+    """SIGTERM in the middle of an epoch: a checkpoint is saved, and the resumed run ends bit for bit like an
+    uninterrupted one."""
     tiny = config.override(tiny, ["trainer.checkpoint_epochs=2"])
     undisturbed = config.override(tiny, ["name=undisturbed"])
     Trainer(undisturbed).fit()
@@ -141,7 +142,7 @@ def test_stopped_by_a_signal_and_resumed(tiny: Config) -> None:
     resumed.fit()
     a, b = last_weights(tiny), last_weights(undisturbed)
     assert all(equal(a[key], b[key]) for key in ("step", "model", "optimizer", "scaler", "loader", "rng"))
-    # The records of both runs are the same but for speed, time and memory.
+    # The records of both runs are the same, except for speed, time and memory.
     times = ("images_per_s", "data_wait", "saving", "forward", "backward", "optimizer", "eta_s", "peak_memory_gb")
     timeless = [
         [{k: v for k, v in r.items() if k not in times} for r in read(c.run_folder / "metrics.jsonl")]
@@ -153,7 +154,7 @@ def test_stopped_by_a_signal_and_resumed(tiny: Config) -> None:
 
 @pytest.mark.parametrize("stop", [3, 4, 5])
 def test_stopped_next_to_a_change_of_the_canvas_and_resumed(tiny: Config, stop: int) -> None:
-    """Before it, on it, and after it: the second epoch has canvases of another size."""
+    """Before it, at it, and after it: the second epoch has canvases of another size."""
     tiny = config.override(tiny, ["montage.schedule=[[1, 2]]", "trainer.checkpoint_epochs=2"])
     undisturbed = Trainer(config.override(tiny, ["name=undisturbed"]))
     sides: list[int] = []
@@ -173,7 +174,7 @@ def test_stopped_next_to_a_change_of_the_canvas_and_resumed(tiny: Config, stop: 
 
 
 def pretrain(words: list[str], real: bool) -> None:
-    """What each process does."""
+    """The work of each process."""
     with nullcontext() if real else mock.patch("mcl.models.encoder.Backbone", ThinBackbone):
         Trainer(config.override(config.from_dict(TINY), words)).fit()
 
@@ -188,7 +189,7 @@ def pretrain(words: list[str], real: bool) -> None:
 def test_killed_at_random_steps_and_resumed(
     tiny: Config, few_photos: Path, tmp_path: Path, kills: int, epochs: int, real: bool
 ) -> None:
-    """SIGKILL at several random moments: the weights in the end are, bit for bit, those of a run never killed."""
+    """SIGKILL at several random moments: the final weights are bit for bit those of an uninterrupted run."""
     words = [f"data.root={few_photos}", f"output={tmp_path}", f"trainer.epochs={epochs}"]
     words += ["trainer.checkpoint_epochs=1", "trainer.log_every=1", "trainer.threads=1"]
     processes = multiprocessing.get_context("forkserver")
@@ -246,7 +247,7 @@ def test_checkpoint_of_another_model(tiny: Config) -> None:
 
 
 def test_a_failed_save_keeps_the_checkpoint_before(tiny: Config) -> None:
-    """The disk is full when the second checkpoint is written; when there is space again, the run goes on."""
+    """The disk is full when the second checkpoint is written; when it has space again, the run continues."""
     trainer = Trainer(tiny)
     with ExitStack() as disk:
 
@@ -263,8 +264,8 @@ def test_a_failed_save_keeps_the_checkpoint_before(tiny: Config) -> None:
     assert last_weights(tiny)["step"] == STEPS
 
 
-def test_a_record_that_finds_no_room_is_named(tiny: Config) -> None:
-    """By the file, not by a traceback."""
+def test_a_record_that_cannot_be_written_is_named(tiny: Config) -> None:
+    """The error names the file and has no traceback."""
     trainer = Trainer(tiny)
     with ExitStack() as disk:
         before_step(trainer, 1, lambda: disk.enter_context(small_disk(100)))
@@ -299,7 +300,7 @@ def test_the_first_lines_name_what_is_slow(tiny: Config, tmp_path: Path, monkeyp
 
 
 def test_nothing_is_written_before_all_is_accepted(tiny: Config, few_photos: Path, tmp_path: Path) -> None:
-    """A refused start leaves no folder, and the log of a good run alone."""
+    """A refused start creates no folder, or does not change the log of an earlier run."""
     refused = [
         ["data.root=nowhere"],
         ["trainer.global_batch=4096"],
@@ -343,7 +344,7 @@ def test_a_finished_run_is_left_alone(tiny: Config, capsys: pytest.CaptureFixtur
 
 
 def test_other_files_are_not_resumed(tiny: Config, few_photos: Path, tmp_path: Path) -> None:
-    """A photograph less renumbers the others."""
+    """Removing a photograph changes the numbers of others."""
     root = tmp_path / "copy"
     shutil.copytree(few_photos, root)
     cfg = config.override(tiny, [f"data.root={root}"])
@@ -354,7 +355,7 @@ def test_other_files_are_not_resumed(tiny: Config, few_photos: Path, tmp_path: P
 
 
 def break_off(cfg: Config) -> None:
-    """Trains until something ends the run before its sixth step."""
+    """Trains until an exception ends the run before its sixth step."""
     trainer = Trainer(cfg)
 
     def fail() -> None:
@@ -408,7 +409,7 @@ def test_finished_run_is_not_trained_again(tiny: Config) -> None:
 @pytest.mark.real_backbone
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp64"])
 def test_precisions(tiny: Config, precision: str) -> None:
-    """Each trains; the first step's loss is that of fp32, as far as the arithmetic carries."""
+    """Each precision trains; the first step's loss is that of fp32, within the precision."""
     losses = {}
     for name in ("fp32", precision):
         trainer = Trainer(config.override(tiny, [f"name={name}", f"trainer.precision={name}"]))
@@ -421,7 +422,7 @@ def test_precisions(tiny: Config, precision: str) -> None:
 
 
 def test_bad_files_are_listed_and_replaced(tiny: Config, few_photos: Path, tmp_path: Path) -> None:
-    """One in twenty cannot be used, each for another reason; what is merely unusual can."""
+    """One in twenty files cannot be used, each for another reason; unusual files can."""
     root = tmp_path / "poisoned"
     root.mkdir()
     photos = sorted(few_photos.rglob("*.jpg"))
@@ -452,7 +453,7 @@ def test_bad_files_are_listed_and_replaced(tiny: Config, few_photos: Path, tmp_p
 
 
 def test_a_shard_cut_short_trains_through(tiny: Config, few_photos: Path, tmp_path: Path) -> None:
-    """The images before the cut are used; the one that is cut is listed."""
+    """The images before the truncation are used; the truncated one is listed."""
     photos = [file.read_bytes() for file in sorted(few_photos.rglob("*.jpg"))]
     shard = tmp_path / "shards" / "0.tar"
     shard.parent.mkdir()

@@ -1,4 +1,4 @@
-"""Files of weights: what is read, and that nothing in them is executed."""
+"""Files of weights: formats that are read; and nothing in them is executed."""
 
 import argparse
 import io
@@ -21,7 +21,7 @@ from tests.mcl.test_security import Payload
 @pytest.mark.parametrize("protocol", [0, 2, 4, 5])
 @pytest.mark.parametrize("kind", ["float32", ">f8", "bool"])
 def test_pickled_arrays(kind: str, protocol: int, tmp_path: Path) -> None:
-    """As NumPy itself pickles them: with either order of bytes and of axes, of any protocol."""
+    """As pickled by NumPy: with any byte order, order of axes, and protocol."""
     array = np.arange(-3, 9).reshape(3, 4).astype(kind)
     arrays = OrderedDict(plain=array, turned=np.asfortranarray(array), number=array[0, 0], none=array[:0])
     (tmp_path / "x.pkl").write_bytes(pickle.dumps({"model": arrays, "__author__": "x"}, protocol))
@@ -33,7 +33,7 @@ def test_pickled_arrays(kind: str, protocol: int, tmp_path: Path) -> None:
 
 
 def test_arrays_of_python_2(tmp_path: Path) -> None:
-    """Their bytes are text of Latin-1."""
+    """Their bytes are Latin-1 text."""
     array = np.array([1.5, -2.0], np.float32)
     code = pickletools_text(array)
     (tmp_path / "x.pkl").write_bytes(code)
@@ -41,7 +41,7 @@ def test_arrays_of_python_2(tmp_path: Path) -> None:
 
 
 def pickletools_text(array: Any) -> bytes:
-    """{"a": array} as Python 2 pickled it: str is BINSTRING, which has no encoding."""
+    """{"a": array} as pickled by Python 2: str is BINSTRING, which has no encoding."""
     data = array.tobytes()
     return b"".join(
         [
@@ -91,7 +91,7 @@ def test_a_folder_with_safetensors(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ending", [".pth", ".pt", ".safetensors", ".pkl"])
-def test_files_that_are_none(ending: str, tmp_path: Path) -> None:
+def test_missing_and_damaged_files(ending: str, tmp_path: Path) -> None:
     file = tmp_path / f"x{ending}"
     with pytest.raises(CheckpointError, match=r"cannot read .*No such file"):
         files.load(file)
@@ -134,7 +134,7 @@ def test_arrays_of_anything_but_numbers_are_refused(content: Any, tmp_path: Path
 
 
 def test_memory_of_an_array_is_as_large_as_its_shape_says(tmp_path: Path) -> None:
-    """NumPy would believe the file; here a shape that its bytes do not fill is an error."""
+    """NumPy would trust the file; here, a shape that does not fit the number of bytes is an error."""
     whole = pickle.dumps({"a": np.zeros(2, np.float32)}, 2)
     assert whole.count(b"K\x02\x85") == 1
     (tmp_path / "x.pkl").write_bytes(whole.replace(b"K\x02\x85", b"K\x03\x85"))
@@ -143,7 +143,7 @@ def test_memory_of_an_array_is_as_large_as_its_shape_says(tmp_path: Path) -> Non
 
 
 def test_an_unpickler_cannot_be_changed_by_what_it_reads(tmp_path: Path) -> None:
-    """Attributes that a pickle sets, on what it may name, are the pickle's own affair."""
+    """A pickle can set attributes only on its own objects, not on the allowed ones."""
     for named in (b"cnumpy\nndarray\n", b"cnumpy\ndtype\n", b"ccollections\nOrderedDict\n"):
         code = b"\x80\x02" + named + b"N}U\x05shapeK\x07s\x86b."
         (tmp_path / "x.pkl").write_bytes(code)
@@ -159,7 +159,7 @@ def test_an_unpickler_cannot_be_changed_by_what_it_reads(tmp_path: Path) -> None
     "code", [b"r\xf0\xf0\xf0\x28", b"\x96" + (1 << 33).to_bytes(8, "little"), b"\x8e" + b"\x7f" * 8]
 )
 def test_a_file_does_not_say_how_much_memory_it_takes(code: bytes, tmp_path: Path) -> None:
-    """A place in the memo, and lengths, far beyond its end."""
+    """Positions in the memo and lengths that are far beyond the end of the file."""
     (tmp_path / "x.pkl").write_bytes(b"\x80\x05}" + code + b"s.")
     tracemalloc.start()
     with pytest.raises(CheckpointError, match=r"x\.pkl: cut short"):

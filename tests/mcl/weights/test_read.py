@@ -1,4 +1,4 @@
-"""Checkpoints of others: recognised by their names, mapped without a loss, or refused."""
+"""Checkpoints of other libraries and methods: recognised by names, mapped completely, or refused."""
 
 import pickle
 import re
@@ -30,12 +30,12 @@ from tests.mcl.exporters.test_libraries import same
 
 State = dict[str, Tensor]
 SMALLS = {"swin": "swin_s", "convnext": "convnext_small"}
-"""torchvision's names of the deeper ones."""
+"""torchvision's names of the deeper models."""
 
 
 @pytest.fixture(scope="module")
 def resnet() -> State:
-    """torchvision's, of random weights."""
+    """torchvision's model with random weights."""
     return torchvision.models.resnet18().state_dict()
 
 
@@ -59,7 +59,7 @@ def save(tmp_path: Path) -> Callable[[Any], Path]:
 
 
 def is_backbone(found: Taken, expected: Mapping[str, Tensor]) -> bool:
-    """Whether the backbone alone was taken, of these tensors by torchvision's names."""
+    """Whether only the backbone was loaded, from these tensors by torchvision's names."""
     names = {f"backbone.body.{name}" for name in expected if not name.startswith("fc.")}
     return found.weights.keys() == names and all(
         torch.equal(tensor, expected[name.removeprefix("backbone.body.")]) for name, tensor in found.weights.items()
@@ -74,7 +74,7 @@ SMALL = {"torchvision-detection": "resnet50", "transformers-rtdetr": "resnet18vd
 SOAK = [
     (to, name) for to, t in TARGETS.items() for name in OTHERS_READ if name in t.backbones and name not in t.renames
 ]
-"""Which tell no more than others: their names follow from the same rules."""
+"""Cases that add little: their names follow the same rules."""
 WRITTEN = [
     pytest.param(to, ending, name, marks=[pytest.mark.soak] * ((to, name) in SOAK))
     for to, target in TARGETS.items()
@@ -85,7 +85,7 @@ WRITTEN = [
 
 
 def make_thin(patch: pytest.MonkeyPatch) -> None:
-    """Models of ``OTHERS_READ`` are small."""
+    """Makes the models of ``OTHERS_READ`` small."""
     patch.setattr(backbones, "_PATCH_NETS", THIN)
     patch.setitem(backbones._RESNETS, "resnet50", (backbones.Bottleneck, [1, 1, 1, 1]))
 
@@ -98,7 +98,7 @@ def models(
     resnet18vd: tuple[MCL, Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Mapping[str, tuple[MCL, Path]]:
-    """With their checkpoints, by backbone."""
+    """Models and their checkpoints, by backbone."""
     with pytest.MonkeyPatch.context() as patch:
         make_thin(patch)
         made = {name: make_model(Geometry(), backbone=name, width=8, head_convs=1) for name in OTHERS_READ}
@@ -115,7 +115,7 @@ def test_what_is_written_is_read(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Every tensor bit for bit; recognised as well as named."""
+    """Every tensor is bit-identical, whether the format is recognised or given."""
     if name in OTHERS_READ:
         make_thin(monkeypatch)
     model, saved = models[name]
@@ -151,7 +151,7 @@ def under(prefix: str, state: State, scale: float = 1) -> State:
 
 
 def children(state: State) -> State:
-    """``nn.Sequential`` of a ResNet's children, as lightly's examples make it."""
+    """``nn.Sequential`` of a ResNet's children, as in lightly's examples."""
     network = torchvision.models.resnet18()
     network.load_state_dict(state)
     return nn.Sequential(*list(network.children())[:-1]).state_dict()
@@ -190,7 +190,7 @@ FORMS: dict[str, Callable[[State], Any]] = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_forms(form: str, model: MCL, resnet: State, save: Callable[[Any], Path]) -> None:
-    """Of a ResNet, as these save it: bit for bit, of the online network."""
+    """A ResNet as these methods save it is loaded bit for bit, from the online network."""
     found = taken(save(FORMS[form](resnet)), model)
     assert is_backbone(found, resnet)
     assert found.convention in ("lightly", "mmdet", "torchvision")
@@ -198,7 +198,7 @@ def test_forms(form: str, model: MCL, resnet: State, save: Callable[[Any], Path]
 
 
 def test_conversions_to_detectron2(model: MCL, resnet: State, tmp_path: Path) -> None:
-    """As MoCo's script makes them: arrays, and names that are endings of detectron2's."""
+    """As written by MoCo's script: arrays whose names are suffixes of detectron2's."""
     arrays = {
         theirs: tensor.numpy()
         for name, tensor in resnet.items()
@@ -212,7 +212,7 @@ def test_conversions_to_detectron2(model: MCL, resnet: State, tmp_path: Path) ->
 
 
 def thin(library: str, name: str) -> tuple[nn.Module, Callable[[Any, Tensor], Tensor]]:
-    """A library's own classifier, and what computes its last map."""
+    """A library's classifier, and a function that computes its last map."""
     width, depths = THIN[name]
     widths = [width * 2**i for i in range(4)]
     heads = [w // 32 for w in widths]
@@ -248,7 +248,8 @@ def thin(library: str, name: str) -> tuple[nn.Module, Callable[[Any, Tensor], Te
 def test_classifiers_with_layer_norms(
     library: str, name: str, save: Callable[[Any], Path], models: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A library's own model: ours computes its last map; norms of maps that a classifier has not are as they were."""
+    """Our model computes the last map of a library's model; norms of maps that a classifier does not have are
+    unchanged."""
     make_thin(monkeypatch)
     torch.manual_seed(1)
     theirs, last_map = thin(library, name)
@@ -277,7 +278,7 @@ def test_classifiers_with_layer_norms(
         for name in SMALLS
     ],
 )
-def test_deeper_ones_with_layer_norms(to: str, name: str, save: Callable[[Any], Path]) -> None:
+def test_deeper_models_with_layer_norms(to: str, name: str, save: Callable[[Any], Path]) -> None:
     target = TARGETS[to]
     names = {n: target.name_of(f"backbone.body.{n}", f"{name}_t") for n in state_of(SMALLS[name])}
     state = target.adapt({names[n] or n: tensor for n, tensor in state_of(SMALLS[name]).items()})
@@ -307,7 +308,7 @@ def test_prefixes(container: str, prefix: str, model: MCL, resnet: State, save: 
 
 
 def test_moco(model: MCL, resnet: State, save: Callable[[Any], Path]) -> None:
-    """As its main_moco.py saves: both encoders and a queue, an optimiser beside; here in half precision."""
+    """As saved by its main_moco.py, with both encoders, a queue and an optimiser; here in half precision."""
     half = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in resnet.items()}
     state = {f"module.encoder_q.{name}": tensor for name, tensor in half.items()}
     state |= {f"module.encoder_k.{name}": torch.zeros_like(tensor) for name, tensor in half.items()}
@@ -332,7 +333,7 @@ def test_old_checkpoints_have_no_counts(model: MCL, resnet: State, save: Callabl
 
 
 def test_the_authors_training_checkpoint(model: MCL, save: Callable[[Any], Path]) -> None:
-    """Their names are compared with those of their own code in the tests of mcl import-openselfsup."""
+    """The tests of mcl import-openselfsup compare these names with those of the authors' code."""
     state = {their_name(name): tensor for name, tensor in model.state_dict().items()}
     backbone = {n.replace("encoder_q.0.", "backbone."): t for n, t in state.items() if n.startswith("encoder_q.0.")}
     path = save({"state_dict": backbone | state, "meta": {"epoch": 100}})
@@ -344,7 +345,7 @@ def test_the_authors_training_checkpoint(model: MCL, save: Callable[[Any], Path]
 
 
 def test_soco(model: MCL, save: Callable[[Any], Path]) -> None:
-    """MMDetection's FPN is called neck, the head's convolutions are numbered from 1; momentum networks have _k."""
+    """MMDetection's FPN is called neck, convolutions of the head are numbered from 1, and momentum networks have _k."""
     expected = canonical(model)
     state: State = {}
     for momentum in ("", "_k"):
@@ -366,7 +367,7 @@ def test_soco(model: MCL, save: Callable[[Any], Path]) -> None:
 
 
 def test_a_whole_model_of_detectron2(model: MCL, saved: Path, tmp_path: Path, save: Callable[[Any], Path]) -> None:
-    """A Mask R-CNN that has found our weights by the endings of its names, and was saved by itself."""
+    """A Mask R-CNN that loaded our weights by matching suffixes, and was then saved."""
     endings = read(str(export(saved, "detectron2", statistics_of="none", output=tmp_path / "x.pkl").path), "").tensors
     shapes = resnet18("backbone.bottom_up") | fpn((64, 128, 256, 512), 16) | box_head(16)
     found = match({name.removeprefix("model."): () for name in endings if name.startswith("model.")}, shapes)
@@ -378,7 +379,7 @@ def test_a_whole_model_of_detectron2(model: MCL, saved: Path, tmp_path: Path, sa
 
 
 def test_a_detector_of_torchvision_without_normalisation_in_its_fpn(save: Callable[[Any], Path]) -> None:
-    """Its backbone is taken; why its FPN is not is said."""
+    """Its backbone is loaded, and the report says why its FPN is not."""
     with torch.device("meta"):
         model = MCL(Config(model=ModelConfig(hidden=32, head_convs=0)))
     path = save(state_of("fasterrcnn_resnet50_fpn", weights_backbone=None))
@@ -400,7 +401,7 @@ def test_parts(model: MCL, saved: Path) -> None:
 
 
 def state_of(name: str, **options: Any) -> State:
-    """Of zeros, as many as are in the model, of which a file holds one."""
+    """A state of zeros with the model's shapes, stored as a single number."""
     with torch.device("meta"):
         state = torchvision.models.get_model(name, **options).state_dict()
     return {name: torch.zeros((), dtype=tensor.dtype).expand(tensor.shape) for name, tensor in state.items()}
@@ -425,7 +426,7 @@ def test_other_networks(name: str, said: str, model: MCL, save: Callable[[Any], 
 
 
 def test_less_than_the_whole_backbone(model: MCL, resnet: State, save: Callable[[Any], Path]) -> None:
-    """A shallower network, one that lacks a tensor, and one in which it is of another shape."""
+    """A shallower network, one without one of the tensors, and one in which a tensor has another shape."""
     thirty_four = {n.removeprefix("backbone.body."): t for n, t in backbone_tensors("resnet34").items()}
     with pytest.raises(
         CheckpointError, match=r"x\.pth: holds no whole resnet34, .* missing, .*layer1\.2\.conv1\.weight"
@@ -443,7 +444,7 @@ def test_less_than_the_whole_backbone(model: MCL, resnet: State, save: Callable[
 
 
 @pytest.mark.parametrize("content", [[1], {"state_dict": 3}, {3: torch.ones(1)}, {"a": 1}, {}, None, torch.ones(2)])
-def test_what_holds_no_weights(content: Any, model: MCL, save: Callable[[Any], Path]) -> None:
+def test_files_without_weights(content: Any, model: MCL, save: Callable[[Any], Path]) -> None:
     with pytest.raises(CheckpointError, match=r"x\.pth: holds no tensors with names"):
         taken(save(content), model)
 
@@ -478,9 +479,7 @@ def _no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", unreachable)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(
-        "huggingface_hub.constants.HF_HUB_OFFLINE", True
-    )  # else it tries for three quarters of a minute
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # otherwise it retries for 45 seconds
 
 
 @pytest.mark.usefixtures("_no_network")
@@ -501,7 +500,7 @@ def test_without_a_network_the_file_is_named(source: str, url: str, model: MCL) 
 
 @pytest.mark.usefixtures("_no_network")
 def test_what_a_library_has_downloaded(model: MCL, resnet: State, tmp_path: Path) -> None:
-    """Each keeps it, and finds it again without a network."""
+    """Each library keeps downloads, and finds them without a network."""
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
     torch.save(resnet, tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth")
     assert is_backbone(taken("torchvision:resnet18", model), resnet)

@@ -1,4 +1,4 @@
-"""``model.init``: what a run starts from."""
+"""``model.init``: the weights with which a run starts."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from tests.mcl.tiny import equal
 
 
 def test_features_of_torchvision(tmp_path: Path) -> None:
-    """Of the online and the target network: weights and running statistics are torchvision's, to the last bit."""
+    """In online and target network, weights and running statistics are bit for bit those of torchvision."""
     torch.manual_seed(1)
     theirs = torchvision.models.resnet50()
     for name, tensor in theirs.state_dict().items():
@@ -64,7 +64,7 @@ def test_a_checkpoint_of_the_same_model_is_taken_whole(tmp_path: Path) -> None:
     assert torch.equal(target.predictors[0][0].weight, predictors)
 
 
-def test_of_another_width_the_backbone_is_taken(tmp_path: Path) -> None:
+def test_only_the_backbone_is_loaded_if_the_width_differs(tmp_path: Path) -> None:
     model = make_model(Geometry(), backbone="resnet18", width=16, head_convs=0)
     path = save_model(model, Geometry(), tmp_path)
     wider = make_model(Geometry(), backbone="resnet18", width=24, head_convs=0)
@@ -99,8 +99,8 @@ def test_a_run_needs_the_file_when_it_starts_and_then_no_more(tiny: Config, resn
         Trainer(init(cfg, "started", "model.init="))
 
 
-def test_the_old_key(tiny: Config, resnet: Path) -> None:
-    """Runs that were started with trainer.init_from go on; it does what model.init does."""
+def test_the_old_key_init_from(tiny: Config, resnet: Path) -> None:
+    """Runs that were started with trainer.init_from continue; the key has the effect of model.init."""
     cfg = init(tiny, "old", f"trainer.init_from={resnet}", "trainer.epochs=1")
     Trainer(cfg).fit()
     said = f"initial weights: {resnet}: backbone 120 tensors, named as torchvision does; no fpn"
@@ -124,7 +124,7 @@ def test_nothing_is_written_before_the_weights_are_known_to_fit(word: str, tiny:
 
 
 def weights_of(cfg: Config) -> Any:
-    distributed.teardown()  # a trainer joins by itself
+    distributed.teardown()  # a trainer joins the group itself
     return Trainer(cfg).model.state_dict()
 
 
