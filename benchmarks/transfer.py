@@ -326,9 +326,9 @@ def publish(name: str, results: Path, protocol: Protocol) -> None:
         print(f"\nOn another machine or by other versions: {', '.join(others)}.")
     report = {"environment": newest, "config": {"cells": sorted(environments), "others": others}, "results": evaluated}
     metrics.rewrite(results.with_name(f"{name}.json"), json.dumps(report, indent=1) + "\n")
-    if name == "transfer":
+    if panels := gains(evaluated):
         title = "Above random weights, by seed: mean and 95% interval, over the cost in supervised epochs"
-        charts.curves(title, gains(evaluated), results.with_name(f"{name}.png"))
+        charts.curves(title, panels, results.with_name(f"{name}.png"))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -444,6 +444,11 @@ def test_report_writes_its_files(
         transfer.main(arguments)
     assert not (tmp_path / "transfer.json").exists()
 
+    keep(tmp_path / "r", result(RANDOM, 1.0))
+    with pytest.raises(SystemExit, match="0"):
+        transfer.main(arguments)
+    assert not (tmp_path / "transfer.png").exists()  # nothing to compare with
+
     other = result(Cell("moco_v2", 1, 1), 2.0)
     other["environment"]["cpu"] = "two"
     keep(tmp_path / "r", result(RANDOM, 1.0), result(Cell("random", 0, 1), 1.0), other)
