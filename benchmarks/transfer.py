@@ -218,13 +218,17 @@ def read(folder: Path, protocol: Protocol) -> dict[Cell, Result]:
     """The results in a folder.
 
     Raises:
-        ProtocolError: one is of another protocol.
+        ProtocolError: one is of another protocol, or was probed on other images than the others.
     """
-    results = {}
+    results, sets = {}, dict[str, tuple[int, ...]]()
     for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text())
         cell = Cell(result["method"], result["cost"], result["seed"])
         protocol.check(cell, result, path)
+        for name, record in result["measures"].items():
+            own = tuple(record.get(of, 0) for of in ("images", "boxes", "classes"))
+            if sets.setdefault(name, own) != own:
+                raise ProtocolError(f"{path}: {name} is another set than in other cells; move it away")
         results[cell] = result
     return results
 
@@ -308,9 +312,9 @@ def publish(name: str, results: Path, protocol: Protocol) -> None:
     Raises:
         ProtocolError: a cell is of another protocol.
     """
-    study = STUDIES[name]
-    there = {cell: result for cell, result in read(results, protocol).items() if cell.method in study.methods}
-    evaluated = evaluate(list(there.values()), study)
+    study, cells_of_all = STUDIES[name], read(results, protocol)
+    there = {cell: result for cell, result in cells_of_all.items() if cell.method in study.methods}
+    evaluated = evaluate(list(cells_of_all.values()), study)
     print(f"\n{name}\n\n{table(evaluated)}")
     if not there:
         return
@@ -322,9 +326,9 @@ def publish(name: str, results: Path, protocol: Protocol) -> None:
         print(f"\nOn another machine or by other versions: {', '.join(others)}.")
     report = {"environment": newest, "config": {"cells": sorted(environments), "others": others}, "results": evaluated}
     metrics.rewrite(results.with_name(f"{name}.json"), json.dumps(report, indent=1) + "\n")
-    if name == "transfer":
+    if panels := gains(evaluated):
         title = "Above random weights, by seed: mean and 95% interval, over the cost in supervised epochs"
-        charts.curves(title, gains(evaluated), results.with_name(f"{name}.png"))
+        charts.curves(title, panels, results.with_name(f"{name}.png"))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -55,8 +55,12 @@ def value(cell: Result, measure: str) -> float | None:
 
 
 def evaluate(cells: Sequence[Result], study: Study) -> list[Result]:
-    """Results of all methods and costs of a study, run or not, and of its pairs and measures that have cells."""
-    costs = sorted({*study.costs} | {cell["cost"] for cell in cells if cell["cost"]})
+    """Results of all methods and costs of a study, run or not, of its pairs that were, and of the measures' ranks.
+
+    Args:
+        cells: of all studies; ranks are compared over all of them.
+    """
+    costs = sorted({*study.costs} | {c["cost"] for c in cells if c["method"] in study.methods if c["cost"]})
     by_seed: dict[tuple[str, float], dict[int, Result]] = {}
     for name in study.methods:
         for cost in [0] if name == "random" else costs:

@@ -151,6 +151,13 @@ def test_a_detector_counts_where_it_was_fine_tuned(tmp_path: Path) -> None:
         transfer.read(results, QUICK)
 
 
+def test_cells_that_were_probed_on_other_sets_are_refused(tmp_path: Path) -> None:
+    own, other = (result(Cell("mcl", 1, seed), 1.0) for seed in (0, 1))
+    other["measures"]["cutouts"]["boxes"] = 7
+    with pytest.raises(ProtocolError, match=r"mcl-1-1\.json: cutouts is another set than in other cells"):
+        transfer.read(keep(tmp_path / "r", own, other), QUICK)
+
+
 def test_work_on_other_images_is_refused(work: Work, tmp_path: Path) -> None:
     Work(work.folder, QUICK, {})
     with pytest.raises(ProtocolError, match=r"images\.txt: of another protocol, or on other images; move .*work away"):
@@ -436,6 +443,11 @@ def test_report_writes_its_files(
     with pytest.raises(SystemExit, match="0"):
         transfer.main(arguments)
     assert not (tmp_path / "transfer.json").exists()
+
+    keep(tmp_path / "r", result(RANDOM, 1.0))
+    with pytest.raises(SystemExit, match="0"):
+        transfer.main(arguments)
+    assert not (tmp_path / "transfer.png").exists()  # nothing to compare with
 
     other = result(Cell("moco_v2", 1, 1), 2.0)
     other["environment"]["cpu"] = "two"
