@@ -56,7 +56,7 @@ def test_pictures_without_classes(colours: Embedding) -> None:
     for row in text.split('<div class="row">')[1:]:
         parities = {int(name) % 2 for name in re.findall(r'title="(\d\d)\.png"', row)}
         assert len(parities) == 1
-    assert "pairs drawn at random" not in text
+    assert "of random pairs" not in text
     pixels = np.asarray(Image.open(picture).convert("RGB")).astype(int)
     right = pixels[:, pixels.shape[1] // 2 :]
     red, blue = ((right[..., c] > 150) & (right[..., 2 - c] < 60) for c in (0, 2))

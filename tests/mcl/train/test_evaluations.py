@@ -175,7 +175,7 @@ def test_later_evaluations_are_kept_and_shown(words: list[str], tmp_path: Path) 
     assert [(r["name"], r["step"], r["by"]) for r in own] == [("retrieval", 0, "run"), ("retrieval", 8, "run")]
     assert last == {**record, "step": 4, "by": "mcl evaluate"}
     page = (cfg.run_folder / "report.html").read_text()
-    assert "The class of 50.0% of the images is known." in page
+    assert "The classes of 50.0% of the training images are used." in page
     assert 'aria-label="Retrieval, held-out images"' in page
     (tmp_path / "copy.pt").write_bytes(saved.read_bytes())
     commands.evaluate("knn", tmp_path / "copy.pt", [])
