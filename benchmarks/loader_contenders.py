@@ -54,7 +54,7 @@ class Job:
     """The images to load, and the plan of their augmentation."""
 
     source: Source
-    paths: tuple[str, ...]  # of the images that the plan shows
+    paths: tuple[str, ...]  # files of the images that the plan shows
     plan: Plan
 
     def batch(self, step: int) -> list[int]:

@@ -196,7 +196,7 @@ def apart(contender: Contender) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _start, (contender,))
 
 
-_step: Step  # of such a process
+_step: Step  # the step of this process, which apart() created
 
 
 def _start(contender: Contender) -> None:

@@ -1,4 +1,4 @@
-"""The loader of ``mcl``: makes montages from images, with NVIDIA DALI or torchvision, after one augmentation plan."""
+"""The loader of ``mcl``: makes montages from images with NVIDIA DALI or torchvision, as an augmentation plan says."""
 
 from pathlib import Path
 

@@ -44,8 +44,8 @@ _MEMORY = re.compile(
 _READS_IMAGES = re.compile(r"operator `nvidia\.dali\.fn\.(io\.file\.read|peek_image_shape|decoders\.image)`")
 
 ENOUGH_THREADS = 8
-"""Loader threads per GPU from which on CPUs decode: three times what an A100 needs with the default preset, as counted
-by mcl budget."""
+"""Smallest number of loader threads per GPU with which ``data.device=auto`` decodes on the CPU: three times as many as
+an A100 needs with the default preset (mcl budget)."""
 
 
 class BadDataError(RuntimeError):

@@ -28,7 +28,7 @@ _AT_ONCE = 1 << 16  # samples whose words are drawn at a time, to save memory
 
 
 class Purpose(IntEnum):
-    """What a number is drawn for. In the third word of the counter, in the bits above view and level."""
+    """What a number is drawn for; part of the third word of the counter, in the bits above view and level."""
 
     ORDER = 0
     SUBSTITUTE = 1

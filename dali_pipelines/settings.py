@@ -28,7 +28,7 @@ def can_be_named(name: str) -> bool:
     """Whether `name` is a legal file name or path."""
     try:
         return b"\0" not in os.fsencode(name)
-    except UnicodeEncodeError:  # half a character, as JSON and YAML can write it
+    except UnicodeEncodeError:  # an unpaired surrogate, which JSON and YAML can contain
         return False
 
 
