@@ -251,7 +251,7 @@ REGIONS = {
         ),
         (
             [{**RETRIEVAL, "step": 8}, {**RETRIEVAL, "step": 9, "levels": [0.3, 0.3, 0.3, 0.3]}],
-            "No sign of learning: retrieval (mean over levels) 30.0% ± 2.5 (untrained 25.0% ± 0.5), held-out images, step 9",
+            "No sign of learning: retrieval (mean over levels) 30.0% ± 2.5 (untrained 25.0% ± 0.5), held-out images, ",
         ),
         (  # for example sqrt(0.42 x 0.58 / 100)
             [{**KNN_OF_100, "step": 9}],
