@@ -1,6 +1,6 @@
 """Builds, tests and measures on a machine with a GPU: ``make gpu``, or ``python -m benchmarks.gpu``.
 
-It compiles the operators, runs the tests that need a GPU, measures, and reports what bounds a run. Every stage is a
+It compiles the operators, runs the tests that need a GPU, measures, and reports what limits a run. Every stage is a
 process with a time limit. When a stage ends, its log and JSON file are in the folder, and ``report.md`` and
 ``report.json`` are updated. A stage is skipped if it may take longer than the remaining time, or if it needs a package
 that is not installed; the report names the reason.
@@ -31,7 +31,6 @@ MINUTES = 8.0
 OPTIONAL = {
     "nvidia.dali": "Pillow and torchvision load images",
     "mmdet": "no detector is tested",
-    "apex": "mcl's own operators do its work",
 }
 """Optional packages, and the consequence if one is not installed."""
 IDLE = 0.1
@@ -213,7 +212,7 @@ def summarize_tests(folder: Path) -> None:
 
 
 def bounds(measured: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Sentences that say what bounds a run.
+    """Sentences that say what limits the speed of a run.
 
     Args:
         measured: by finished stage, its results by name.
@@ -223,8 +222,8 @@ def bounds(measured: Mapping[str, Mapping[str, Any]]) -> list[str]:
         together = end["together"]
         rates = ", ".join(f"{name} {end[name]['images_per_s']:,.0f}" for name in ("loader", "model", "together"))
         lines.append(
-            f"Images per second: {rates}. The {together['bound_by']} bounds the run, which reaches "
-            f"{together['of_slower']:.0%} of its rate."
+            f"Images per second: {rates}. The {together['bound_by']} limits the speed; the run reaches "
+            f"{together['of_slower']:.0%} of the {together['bound_by']}'s rate alone."
         )
         if together["bound_by"] == "loader":
             lines.append("Raise data.threads, or change data.engine or data.device: mcl doctor --measure times them.")

@@ -1,6 +1,6 @@
 """Compares the loader with the usual alternatives: ``python -m benchmarks.loader --data data/photos4k``.
 
-Measures unique source images per second. Each is shown in eight augmented views (two recipes, four levels, canvases of
+Measures unique source images per second. Each is shown in eight augmented views (two views, four levels, canvases of
 224 px):
 
 * ``decode``: DALI only reads and decodes the files, on the CPU; this is the upper bound for CPUs;

@@ -24,7 +24,9 @@ KINDS = {
     "communication": r"nccl|gloo",
     "BatchNorm": r"batch_norm|bn_fw|bn_bw",
     "ours, other": r"mcl::|region_pool|lars_|ema_|partial_squares|finish_norms",
-    "convolutions and products": r"conv|gemm|xmma|cutlass|wgrad|dgrad|implicit|cudnn|nvjet|::mm|addmm|matmul|linear",
+    "convolutions and matrix products": (
+        r"conv|gemm|xmma|cutlass|wgrad|dgrad|implicit|cudnn|nvjet|::mm|addmm|matmul|linear"
+    ),
     "copies": r"memcpy|memset|copy|catarray|::cat|::to\b",
     "other": "",
 }

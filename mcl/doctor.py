@@ -33,6 +33,8 @@ BUILT_FOR = Path(mcl.__file__).parent / "_C.architectures.txt"
 """Compute capabilities that setup.py compiled the extension for, such as "7.5;8.0+PTX"; empty for CPUs only."""
 _PYTHON = (3, 11)
 _TORCH = (2, 10)
+_BUSY = 0.5
+"""Load per core from which a machine is busy."""
 
 Status = Literal["ok", "missing", "note"]
 
@@ -369,6 +371,13 @@ def processor() -> tuple[str, set[str]]:
     entries = {key.strip().lower(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     model = entries.get("model name") or platform.processor() or platform.machine()
     return model, set(entries.get("flags", entries.get("features", "")).split())
+
+
+def busy() -> str:
+    """A warning if other programs use this machine's cores; empty if not."""
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    text = f"the machine is busy: its load is {load:.1f} on {cores} cores, so this will be slower"
+    return text if load > _BUSY * cores else ""
 
 
 def _driver() -> str:

@@ -1,7 +1,6 @@
 """The training loop."""
 
 import json
-import os
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor
 from dali_pipelines.batch import MontageBatch
 from dali_pipelines.loader import MontageLoader, default_threads
 from dali_pipelines.source import Source, open_images
-from mcl import distributed, ops
+from mcl import distributed, doctor, ops
 from mcl.config import Config, ConfigError, changed_keys, from_dict, to_dict, value
 from mcl.distributed import hang, launch
 from mcl.distributed.consensus import Consensus
@@ -43,9 +42,6 @@ from mcl.train.saving import Saver
 from mcl.train.step import TrainingStep
 
 _DRIVER = Path("/proc/driver/nvidia/version")
-
-_BUSY = 0.5
-"""Load per core at the start of a run that causes a warning."""
 
 _SKIPPED_IN_A_ROW = 100
 """Number of consecutive skipped steps (fp16, or trainer.on_nonfinite=skip) that ends a run."""
@@ -334,7 +330,6 @@ class Trainer:
         if first:
             rewrite(self.folder / "config.yaml", yaml.safe_dump(to_dict(self.config), sort_keys=False))
             about = {"started": datetime.now().astimezone().isoformat(timespec="seconds"), **self._environment()}
-            about["images"] = len(self.loader.source)
             rewrite(self.folder / ENVIRONMENT, json.dumps(about, indent=1))
             if not self.step:
                 for name in ("bad_files.jsonl", EVALUATIONS):  # from a run without a checkpoint
@@ -357,9 +352,8 @@ class Trainer:
             log.info("initial weights: %s", self._initial)
         if costs := ops.costs(self.device.type):
             log.warning("%s", costs)
-        load, cores = os.getloadavg()[0], os.cpu_count() or 1
-        if load > _BUSY * cores and distributed.rank() == 0:
-            log.warning("the machine is busy: its load is %.1f on %d cores, so steps will be slower", load, cores)
+        if distributed.rank() == 0 and (busy := doctor.busy()):
+            log.warning("%s", busy)
         if trainer.device == "auto" and self.device.type == "cpu" and _DRIVER.exists():
             log.warning("training on the CPU: PyTorch sees no GPU, though there is a driver; mcl doctor reports why")
         log.info(

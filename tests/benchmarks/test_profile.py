@@ -18,7 +18,7 @@ def test_results_by_hand() -> None:
     spans = [(100.0, 300.0), (150.0, 200.0), (250.0, 400.0), (600.0, 700.0)]  # busy for 300 and 100 us
     step, *rows = profile.evaluate(kernels, spans, seconds=8e-4, steps=2, images=32)
     assert (step["seconds"], step["images_per_s"], step["idle"]) == (4e-4, pytest.approx(80_000), pytest.approx(0.5))
-    assert list(step["kinds"].items())[:2] == [("convolutions and products", 0.6), ("BatchNorm", 0.2)]
+    assert list(step["kinds"].items())[:2] == [("convolutions and matrix products", 0.6), ("BatchNorm", 0.2)]
     assert (step["kinds"]["loading"], step["kinds"]["other"], step["kinds"]["communication"]) == (0.1, 0.1, 0)
     assert [(r["ms"], r["calls"], r["share"]) for r in rows[:2]] == [(0.15, 2, 0.6), (0.05, 10, 0.2)]
     assert len(rows) == 4

@@ -1,4 +1,4 @@
-"""Kernel launches of a training step, and the memory that its norms move: ``python -m tests.kernels.launches``.
+"""Kernel launches of a training step, and the memory that its BatchNorms move: ``python -m tests.kernels.launches``.
 
 Forward and backward of both views run on PyTorch's fake tensors, and every operator counts as the kernels that it
 launches on a GPU. For our operators, a test compares these counts with the sources; those of PyTorch and cuDNN are in
@@ -68,7 +68,7 @@ PASSES = {
 }
 """Passes over maps by norms, and by the additions and ReLUs after them."""
 
-KINDS = ("norms", "convolutions, products", "all others")
+KINDS = ("BatchNorm", "convolutions, matrix products", "all others")
 _PRODUCTS = {"convolution", "convolution_backward", "mm", "addmm"}
 
 
@@ -182,9 +182,9 @@ def table() -> str:
     before, now = counted()
     rows = [[kind, before.launches[kind], now.launches[kind]] for kind in KINDS]
     rows.append(["**launches**", before.launches.total(), now.launches.total()])
-    rows.append(["**GB that norms read and write**", before.moved / 1e9, now.moved / 1e9])
+    rows.append(["**GB that BatchNorm reads and writes**", before.moved / 1e9, now.moved / 1e9])
     shown = [[what, f"{a:,.4g}", f"{b:,.4g}", f"{b / a - 1:+.0%}"] for what, a, b in rows]
-    return markdown(["a step", "PyTorch's norms, view by view", "ours", ""], shown)
+    return markdown(["a step", "PyTorch's BatchNorm, view by view", "ours", ""], shown)
 
 
 if __name__ == "__main__":

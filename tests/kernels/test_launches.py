@@ -51,11 +51,11 @@ def normalized(before: bool) -> tuple[Counter[str], float]:
 
 def test_one_norm_by_hand() -> None:
     now, moved = normalized(before=False)
-    assert (+now, moved) == ({"norms": 6}, 4 + 7)  # as in the other table of kernels/README.md
+    assert (+now, moved) == ({"BatchNorm": 6}, 4 + 7)  # as in the other table of kernels/README.md
     before, moved = normalized(before=True)
     assert moved == 8 + 8
     # Forward: 3 per group and its number of batches, addition, ReLU. Backward: 2 per group, ReLU.
-    assert before["norms"] == 2 * (3 + 1) + 2 + 2 * 2 + 1
+    assert before["BatchNorm"] == 2 * (3 + 1) + 2 + 2 * 2 + 1
     assert before["all others"] >= 2  # cat, and the sum of the weight's gradients
 
 
@@ -67,7 +67,7 @@ def test_several_processes_launch_three_more() -> None:
         now, _ = normalized(before=False)
     finally:
         dist.destroy_process_group()
-    assert (now["norms"], now["all others"]) == (4 + 3, 2)
+    assert (now["BatchNorm"], now["all others"]) == (4 + 3, 2)
 
 
 @pytest.mark.usefixtures("thin_backbone")
