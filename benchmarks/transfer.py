@@ -62,6 +62,11 @@ STUDIES = {
             *(("mcl", "mcl-backbone"), ("mcl", "mcl-fpn"), ("mcl-fpn", "mcl-backbone"), ("budget", "budget-backbone")),
         ),
     ),
+    "peers": Study(
+        ("random", "mcl", "byol", "mcl_supervised"),
+        (1,),
+        (("byol", "random"), ("mcl_supervised", "random"), ("mcl", "byol"), ("mcl", "mcl_supervised")),
+    ),
 }
 
 
