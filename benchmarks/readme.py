@@ -21,6 +21,7 @@ TABLES: dict[str, Callable[[Sequence[Result]], str]] = {
     "end_to_end": end_to_end.table,
     "transfer": transfer_report.table,
     "ablation": transfer_report.table,
+    "peers": transfer_report.table,
 }
 
 _SECTION = re.compile(

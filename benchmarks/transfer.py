@@ -62,6 +62,11 @@ STUDIES = {
             *(("mcl", "mcl-backbone"), ("mcl", "mcl-fpn"), ("mcl-fpn", "mcl-backbone"), ("budget", "budget-backbone")),
         ),
     ),
+    "peers": Study(
+        ("random", "mcl", "byol", "mcl_supervised"),
+        (1,),
+        (("byol", "random"), ("mcl_supervised", "random"), ("mcl", "byol"), ("mcl", "mcl_supervised")),
+    ),
 }
 
 
@@ -305,7 +310,7 @@ def run(wanted: Sequence[Cell], stages: Sequence[str], work: Work, results: Path
 
 
 def publish(name: str, results: Path, protocol: Protocol) -> None:
-    """Prints the table of a study's cells that exist; writes ``<name>.json`` and ``<name>.png`` beside their folder.
+    """Prints the tables of a study; writes ``<name>.json`` and ``<name>.png`` as soon as a pre-training was measured.
 
     The environment is that of the newest cell; cells that had another machine or other versions are named.
 
@@ -316,7 +321,7 @@ def publish(name: str, results: Path, protocol: Protocol) -> None:
     there = {cell: result for cell, result in cells_of_all.items() if cell.method in study.methods}
     evaluated = evaluate(list(cells_of_all.values()), study)
     print(f"\n{name}\n\n{table(evaluated)}")
-    if not there:
+    if not any(cell.pretraining for cell in there):
         return
     environments = {cell.name: result["environment"] for cell, result in there.items()}
     newest = max(environments.values(), key=lambda each: str(each["date"]))

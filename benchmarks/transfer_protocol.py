@@ -24,6 +24,7 @@ PLACES = (
 
 ALL = ("backbone", "fpn", "head")
 _WHOLE = ("montage.ratios=[1]", "montage.images_per_canvas=[1]", "model.loss_weights=[1.0]", "model.head_convs=0")
+_CLASSES = ("objective=supervised", "augment.gray=0", "augment.blur=[0,0]", "augment.solarize=[0,0]")
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,7 @@ class Method:
 _BUDGET = Method(("montage.queries=[4,1,1,1]", "montage.cells=2"), schedule=((0.82, 3),))
 METHODS = {
     "random": Method(parts=(), trains=False),
-    "supervised": Method(
-        ("objective=supervised", *_WHOLE, "augment.gray=0", "augment.blur=[0,0]", "augment.solarize=[0,0]"),
-        ("backbone",),
-    ),
+    "supervised": Method((*_CLASSES, *_WHOLE), ("backbone",)),
     "moco_v2": Method(
         (
             *("objective=moco_v2", *_WHOLE, "model.width=128", "model.hidden=512", "model.queue=2048"),
@@ -68,6 +66,14 @@ METHODS = {
     "released": Method(("model.compute=released",)),
     "shared_crop": Method(("augment.shared_crop=true",)),
     "cosine": Method(("model.loss=cosine",)),
+    "byol": Method(
+        (
+            *("objective=byol", *_WHOLE, "model.width=128", "model.hidden=512", "model.temperature=1"),
+            "optim.ema=0.99",
+        ),
+        ("backbone",),
+    ),
+    "mcl_supervised": Method(_CLASSES),
 }
 
 _DECIDING = ("objective", "montage.", "augment.", "model.", "optim.", "trainer.epochs", "trainer.global_batch")

@@ -34,6 +34,8 @@ MEASURES: dict[str, tuple[str, ...]] = {
 PLOTTED = ("cutouts linear", "voc15 linear", "box AP")
 _HOURS = ("pretraining", "cutouts", "voc15", "finetuning")
 _MISSING = "not run"
+_WORDS = """± is the standard deviation over seeds; in brackets, 95% intervals of the mean (paired t).
+Bold: the interval excludes 0."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ def table(results: Sequence[Result]) -> str:
     spreads, intervals = ({measure: partial(write, measure) for measure in MEASURES} for write in (_spread, _interval))
     written = tables(
         (methods, {"pre-training": itemgetter("name"), **seeds, **spreads}),
-        (methods, {"pre-training": itemgetter("name"), **costs}),
+        ([r for r in methods if r["seeds"]], {"pre-training": itemgetter("name"), **costs}),
         (differences, {"difference, by seed": itemgetter("name"), **seeds, **intervals}),
         (
             correlations,
@@ -144,8 +146,7 @@ def table(results: Sequence[Result]) -> str:
             },
         ),
     )
-    words = "± is the standard deviation over seeds; in brackets, 95% intervals of the mean (paired t). Bold: the "
-    return f"{written}\n\n{words}interval excludes 0."
+    return f"{written}\n\n{_WORDS}"
 
 
 def _number(key: str, form: str, result: Result) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -447,7 +448,7 @@ def test_report_writes_its_files(
     keep(tmp_path / "r", result(RANDOM, 1.0))
     with pytest.raises(SystemExit, match="0"):
         transfer.main(arguments)
-    assert not (tmp_path / "transfer.png").exists()  # nothing to compare with
+    assert not (tmp_path / "transfer.json").exists()  # nothing was trained
 
     other = result(Cell("moco_v2", 1, 1), 2.0)
     other["environment"]["cpu"] = "two"
@@ -461,6 +462,18 @@ def test_report_writes_its_files(
     assert "moco_v2, 1x - random" in [r["name"] for r in written["results"]]
     assert (tmp_path / "transfer.png").read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / "ablation.json").exists()
+
+
+def test_kept_results_are_of_this_protocol_and_say_what_is_kept(tmp_path: Path) -> None:
+    pytest.importorskip("mmengine", reason="needs MMDetection: make mmdet")  # which the detector's digest needs
+    shutil.copytree(transfer.RESULTS, tmp_path / "transfer")
+    with pytest.raises(SystemExit, match="0"):
+        transfer.main(["--report", "--results", str(tmp_path / "transfer")])
+    for name in STUDIES:
+        before, now = (folder / f"{name}.json" for folder in (transfer.RESULTS.parent, tmp_path))
+        assert before.exists() == now.exists()
+        if now.exists():
+            assert json.loads(now.read_text()) == json.loads(before.read_text())
 
 
 # ------------------------------------------------------------------------------------------------ the real thing
