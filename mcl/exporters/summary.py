@@ -51,7 +51,7 @@ class Report:
             f"width {about['width']}, {about['head_convs']} head convolutions",
             f"{'part':<9} {'tensors':>7} {'values':>11} {'dtype':<8} e.g.",
             *(self._row(part) for part in about["parts"]),
-            f"left      {_counts(self.unmapped)}",
+            f"left out  {_counts(self.unmapped)}",
             f"norms     BatchNorm's statistics: {about['statistics']}",
         ]
         if verified is None:

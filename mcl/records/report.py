@@ -108,8 +108,9 @@ def verdict(evaluations: Sequence[Record], folder: Path, start: str | None = Non
 
     record, (trained, error, random, random_error) = max(judged, key=weight)
     learned = trained - random > 2 * math.hypot(error, random_error)
+    levels = "(mean over levels) " if record["name"] == "retrieval" else ""
     text = (
-        f"{'Learned' if learned else 'No sign of learning'}: {NAMES[record['name']].lower()} {trained:.1%} ± "
+        f"{'Learned' if learned else 'No sign of learning'}: {NAMES[record['name']].lower()} {levels}{trained:.1%} ± "
         f"{100 * error:.1f} (untrained {random:.1%} ± {100 * random_error:.1f}), "
         f"{'held-out' if record.get('split') == 'val' else 'training'} images, step {record['step']:,.0f}"
     )
@@ -154,6 +155,7 @@ def _about(config: Record, path: Path) -> str:
     known = _parsed("\n".join(_lines(path)))  # JSON is YAML
     parts = [
         of("data", "root"),
+        f"{known['images']:,} images" if isinstance(known.get("images"), int) else "",
         f"{of('trainer', 'global_batch')} images per step" if of("trainer", "global_batch") else "",
     ]
     parts += [

@@ -330,6 +330,7 @@ class Trainer:
         if first:
             rewrite(self.folder / "config.yaml", yaml.safe_dump(to_dict(self.config), sort_keys=False))
             about = {"started": datetime.now().astimezone().isoformat(timespec="seconds"), **self._environment()}
+            about["images"] = len(self.loader.source)
             rewrite(self.folder / ENVIRONMENT, json.dumps(about, indent=1))
             if not self.step:
                 for name in ("bad_files.jsonl", EVALUATIONS):  # from a run without a checkpoint

@@ -86,6 +86,7 @@ def test_report_accounts_for_every_tensor(
         f"predictors {sum(n.startswith('predictors.') for n in own)}",
         "--verify",
         "statistics: as training left them",
+        "left out  ",
         report.usage,
     ):
         assert words in text

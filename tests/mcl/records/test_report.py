@@ -134,7 +134,7 @@ def test_everything_of_the_user_is_escaped(page: str) -> None:
 
 def test_headline_and_key_figures(page: str) -> None:
     text = text_of(page)
-    assert "resnet18 with a feature pyramid · 100 steps, 3,200 images · epoch 10 of 10 · 50 s of training" in text
+    assert "resnet18 with a feature pyramid · 100 steps, 3,200 images seen · epoch 10 of 10 · 50 s of training" in text
     assert "3.000 final loss 4.800 at the first record" in text
     assert "64.0 images / s" in text
     assert "3.1% waiting for data" in text
@@ -247,11 +247,11 @@ REGIONS = {
         ([{**KNN, "step": 7}], "Not measured "),  # the number of images is missing
         (
             [{**RETRIEVAL, "step": 9000, "split": "train"}, {**RETRIEVAL, "step": 8000}, {**KNN_OF_100, "step": 9000}],
-            "Learned: retrieval 59.4% ± 2.5 (untrained 25.0% ± 0.5), held-out images, step 8,000",
+            "Learned: retrieval (mean over levels) 59.4% ± 2.5 (untrained 25.0% ± 0.5), held-out images, step 8,000",
         ),
         (
             [{**RETRIEVAL, "step": 8}, {**RETRIEVAL, "step": 9, "levels": [0.3, 0.3, 0.3, 0.3]}],
-            "No sign of learning: retrieval 30.0% ± 2.5 (untrained 25.0% ± 0.5), held-out images, step 9",
+            "No sign of learning: retrieval (mean over levels) 30.0% ± 2.5 (untrained 25.0% ± 0.5), held-out images, ",
         ),
         (  # for example sqrt(0.42 x 0.58 / 100)
             [{**KNN_OF_100, "step": 9}],
@@ -270,9 +270,9 @@ def test_what_a_run_was_made_of(folder: Path, tmp_path: Path) -> None:
     """The verdict follows the name; then data set, batch, precision, device and date."""
     shutil.copytree(folder, tmp_path / "run")
     (tmp_path / "run" / "environment.json").write_text(
-        json.dumps({"started": "2026-03-01T12:34:56+00:00", "device": "NVIDIA H200", "world_size": 8})
+        json.dumps({"started": "2026-03-01T12:34:56+00:00", "device": "NVIDIA H200", "world_size": 8, "images": 1234})
     )
     text = text_of(report.render(tmp_path / "run"))
-    assert f"{text_of(html.escape(NAME))} Learned: retrieval 59.4%" in text
-    assert "/photos/&lt;script&gt;alert(1)&lt;/script&gt; · 32 images per step · " in text
+    assert f"{text_of(html.escape(NAME))} Learned: retrieval (mean over levels) 59.4%" in text
+    assert "/photos/&lt;script&gt;alert(1)&lt;/script&gt; · 1,234 images · 32 images per step · " in text
     assert " · NVIDIA H200 × 8 · started 2026-03-01 12:34" in text

@@ -80,6 +80,8 @@ def test_run_folder(tiny: Config, photos: Path) -> None:
         )
     }
     assert config.from_dict(yaml.safe_load((folder / "config.yaml").read_text())) == cfg
+    images = sum(path.is_file() for path in Path(cfg.data.root).rglob("*"))
+    assert json.loads((folder / "environment.json").read_text())["images"] == images
     files = sorted(p.name for p in (folder / "checkpoints").iterdir())
     assert files == ["last.pt", "step_00000004.pt", "step_00000008.pt"]
     train, scores = (read(folder / f"{name}.jsonl") for name in ("metrics", "evaluations"))
