@@ -18,6 +18,7 @@
 #include <tuple>
 #include <vector>
 
+#include "access.h"
 #include "batch_norm_math.h"
 
 namespace mcl {
@@ -56,9 +57,7 @@ void check_combine(const Tensor& parts, const std::optional<Tensor>& running_mea
 template <typename A>
 Running<A> make_running(const std::optional<Tensor>& mean, const std::optional<Tensor>& var,
                         const std::optional<Tensor>& batches, std::optional<double> momentum) {
-  return {mean ? static_cast<A*>(mean->mutable_data_ptr()) : nullptr,
-          var ? static_cast<A*>(var->mutable_data_ptr()) : nullptr,
-          batches ? static_cast<int64_t*>(batches->mutable_data_ptr()) : nullptr, momentum.value_or(-1)};
+  return {write<A>(mean), write<A>(var), write<int64_t>(batches), momentum.value_or(-1)};
 }
 
 // An uninitialised tensor on the device of x, of the dtype that x is computed in.

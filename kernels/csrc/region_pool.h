@@ -11,6 +11,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "access.h"
 #include "region_sampling.h"
 
 namespace mcl {
@@ -57,13 +58,7 @@ Maps<T> make_maps(const std::vector<Tensor>& features, const std::vector<double>
   int canvases = 0;
   for (int m = 0; m < maps.count; ++m) {
     const Tensor& f = features[m];
-    T* data;
-    if constexpr (std::is_const_v<T>) {
-      data = static_cast<T*>(f.const_data_ptr());
-    } else {
-      data = static_cast<T*>(f.mutable_data_ptr());
-    }
-    maps.map[m] = {data,
+    maps.map[m] = {elements<T>(f),
                    f.stride(0),
                    f.stride(1),
                    f.stride(2),

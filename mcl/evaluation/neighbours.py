@@ -22,6 +22,7 @@ from dali_pipelines.source.files import replacing
 from mcl import __version__
 from mcl.config import ConfigError
 from mcl.evaluation.embedding import Embedding, EmbeddingError
+from mcl.records.preview import pca
 
 QUERIES, NEIGHBOURS = 24, 8
 
@@ -81,22 +82,13 @@ def draw(embedding: Embedding, source: Source, method: str) -> list[Path]:
     return [picture, page]
 
 
-def pca(rows: Tensor) -> Tensor:
-    """First two principal components, (n, D) to (n, 2). The largest loading of each is positive."""
-    x = rows.double() - rows.double().mean(0)
-    axes = torch.linalg.eigh(x.t() @ x)[1].flip(1)[:, :2]
-    largest = axes.gather(0, axes.abs().argmax(0, keepdim=True))
-    components: Tensor = x @ (axes * largest.sign())
-    return components
-
-
 def _map(
     embedding: Embedding, rows: npt.NDArray[np.float32], source: Source, shown: npt.NDArray[np.int64], method: str
 ) -> bytes:
     """A PNG that shows images twice: as points coloured by class, and as thumbnails at their positions."""
     unit = F.normalize(torch.from_numpy(rows[shown]), dim=1)
     if method == "pca":
-        at = pca(unit).numpy()
+        at = pca(unit.double(), 2).numpy()
     else:
         at = _umap().UMAP(metric="cosine", random_state=0, n_jobs=1).fit_transform(unit.numpy())
     labels = np.array(embedding.labels)[shown]

@@ -22,7 +22,7 @@ from dali_pipelines.geometry import STRIDE
 from dali_pipelines.source import Source, SourceError, open_source
 from mcl import distributed
 from mcl.config import Config, ConfigError
-from mcl.evaluation.features import Features, Progress, photos
+from mcl.evaluation.features import STATISTICS_IMAGES, Features, Progress, photos
 from mcl.evaluation.knn_linear import knn, linear
 from mcl.finetune import annotations
 from mcl.finetune.console import shown
@@ -36,7 +36,6 @@ IMAGES = 5000
 _BINS = 6  # per side of a box
 _PARTS = 3  # per side of a box; the feature is the means of these parts
 _PART = 16  # images that networks process at once
-_STATISTICS_IMAGES = 512
 _RESAMPLES = 2000
 
 
@@ -166,7 +165,7 @@ def regions(
     networks = [Pyramid(encoder).to(device, torch.float32).eval() for encoder in encoders.values()]
     with distributed.alone():  # all processes use the same images
         for network in networks:
-            few = _batches(train, config, device, progress, _STATISTICS_IMAGES)
+            few = _batches(train, config, device, progress, STATISTICS_IMAGES)
             update_bn((pixels for pixels, index in few if index), network)
     learnt, asked = (_extract(networks, split, config, device, progress) for split in (train, val))
     classes, k, seed = len(train.classes), config.evaluation.k, config.trainer.seed

@@ -5,10 +5,14 @@ lateral and output convolutions of the FPN (map 0 is C2 and P2). ``roi_heads.box
 region head. ``.0`` is a convolution, ``.1`` its BatchNorm. Each target maps its own names to these.
 """
 
+from collections import Counter
+from collections.abc import Iterable
+
 from mcl.models import Encoder
 
 PARTS = ("backbone", "fpn", "head")
 """First components of mcl's own names."""
+_BEGINNINGS = 6  # of names, in a line
 _KINDS = {"laterals": "inner_blocks", "outputs": "layer_blocks"}
 _MODULES = {"conv": "0", "norm": "1"}
 
@@ -31,3 +35,11 @@ def canonical_names(encoder: Encoder) -> dict[str, str]:
 def part(name: str) -> str:
     """The one of ``PARTS`` that a canonical name belongs to."""
     return "head" if name.startswith("roi_heads.") else "fpn" if name.startswith("backbone.fpn.") else "backbone"
+
+
+def beginnings(names: Iterable[str]) -> str:
+    """How many of the names begin with the same two words; for messages."""
+    words = [[word for word in name.split(".") if not word.isdigit()] for name in names]
+    counts = Counter(".".join(own[:-1][:2] or own) for own in words).most_common()
+    more = [f"{len(counts) - _BEGINNINGS} others"] * (len(counts) > _BEGINNINGS)
+    return ", ".join([*(f"{name} ({n})" for name, n in counts[:_BEGINNINGS]), *more]) or "nothing"

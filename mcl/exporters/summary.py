@@ -1,12 +1,13 @@
 """The report of an export."""
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+
+from mcl.exporters.canonical import beginnings
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Report:
             f"width {about['width']}, {about['head_convs']} head convolutions",
             f"{'part':<9} {'tensors':>7} {'values':>11} {'dtype':<8} e.g.",
             *(self._row(part) for part in about["parts"]),
-            f"left out  {_counts(self.unmapped)}",
+            f"left out  {beginnings(self.unmapped)}",
             f"norms     BatchNorm's statistics: {about['statistics']}",
         ]
         if verified is None:
@@ -61,7 +62,7 @@ class Report:
                 f"verified  in {verified.library} ({', '.join(verified.models)}): no key missing or unexpected, "
                 f"features differ by at most {verified.difference:g}"
             )
-            lines.append(f"fresh     {_counts(verified.fresh)}")
+            lines.append(f"fresh     {beginnings(verified.fresh)}")
         lines += ["", self.usage]
         return "\n".join(lines)
 
@@ -74,9 +75,3 @@ class Report:
             f"{part:<9} {len(tensors):>7} {sum(t.numel() for t in tensors):>11,} {', '.join(kinds):<8} "
             f"{ours} -> {theirs} {list(tensors[0].shape)}"
         )
-
-
-def _counts(names: tuple[str, ...]) -> str:
-    """Number of names for each pair of first two components."""
-    counts = Counter(".".join([word for word in name.split(".")[:-1] if not word.isdigit()][:2]) for name in names)
-    return ", ".join(f"{beginning} {count}" for beginning, count in counts.items()) or "nothing"

@@ -16,6 +16,7 @@ from typing import Any, Self
 from tqdm.auto import tqdm
 from tqdm.contrib import DummyTqdmFile
 
+from dali_pipelines.source.files import replacing
 from mcl import distributed
 from mcl.config import Config, ConfigError, to_dict
 from mcl.records.tensorboard import TensorBoard, charted
@@ -238,10 +239,8 @@ def rewrite(path: Path, text: str) -> None:
     Raises:
         RecordError: the disk is full or not available.
     """
-    partial = path.with_name(path.name + ".partial")
-    with _reporting(path):
-        partial.write_text(text)
-        os.replace(partial, path)
+    with _reporting(path), replacing(path) as file:
+        file.write(text.encode())
 
 
 def _run_id(path: Path) -> str:

@@ -270,21 +270,24 @@ def to_rgb(images: Tensor, augment: AugmentConfig) -> npt.NDArray[np.uint8]:
     return rgb
 
 
+def pca(rows: Tensor, k: int) -> Tensor:
+    """First `k` principal components, (n, D) to (n, k). The largest loading of each is positive."""
+    x = rows - rows.mean(0)
+    axes = torch.linalg.eigh(x.t() @ x)[1].flip(1)[:, :k]
+    largest = axes.gather(0, axes.abs().argmax(0, keepdim=True))
+    components: Tensor = x @ (axes * largest.sign())
+    return components
+
+
 def pca_rgb(features: Tensor) -> npt.NDArray[np.uint8]:
     """First three principal components of (n, C, h, w) over all n * h * w positions, as pixels (n, h, w, 3).
 
-    Each component spans its 2nd to 98th percentile. Its sign is such that its largest loading is positive. Components
-    that hardly vary are mid-gray.
+    Each component spans its 2nd to 98th percentile. Components that hardly vary are mid-gray.
     """
     n, channels, h, w = features.shape
     # the decomposition would fail for a diverged network, whose picture is to be flat
     x = features.detach().double().cpu().nan_to_num(0, 0, 0).permute(0, 2, 3, 1).reshape(-1, channels)
-    x = x / x.abs().max().clamp_min(torch.finfo(x.dtype).tiny)
-    x = x - x.mean(0)
-    _, axes = torch.linalg.eigh(x.t() @ x)
-    axes = axes.flip(1)[:, :3]
-    largest = axes.gather(0, axes.abs().argmax(0, keepdim=True))
-    components = (x @ (axes * largest.sign())).numpy()
+    components = pca(x / x.abs().max().clamp_min(torch.finfo(x.dtype).tiny), 3).numpy()
     low, high = np.percentile(components, (2, 98), axis=0)
     spread = high - low
     spread = np.where(spread > max(1e-6, 1e-4 * spread.max()), spread, np.inf)  # smaller spreads are rounding errors

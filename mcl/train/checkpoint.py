@@ -130,12 +130,8 @@ def load(path: str | Path) -> dict[str, Any]:
     return state
 
 
-def latest(folder: Path, needed: Mapping[str, type] = _TO_RESUME) -> dict[str, Any] | None:
+def latest(folder: Path) -> dict[str, Any] | None:
     """The newest checkpoint that a run can be resumed from; others are skipped with a warning. None if there is none.
-
-    Args:
-        folder: folder of the checkpoints.
-        needed: required entries and their types.
 
     Raises:
         CheckpointError: there are checkpoints, but none can be read.
@@ -144,7 +140,7 @@ def latest(folder: Path, needed: Mapping[str, type] = _TO_RESUME) -> dict[str, A
     for path in reversed(files):
         try:
             state = load(path)
-            if not _holds(state, needed):
+            if not _holds(state, _TO_RESUME):
                 raise CheckpointError(f"{path}: contains weights only; start a new run with model.init={path}")
             return state
         except CheckpointError as error:

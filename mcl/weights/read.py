@@ -3,7 +3,7 @@
 import functools
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import get_args
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mcl import config
 from mcl.config import ModelConfig, all_keys, at_home
-from mcl.exporters.canonical import PARTS, canonical_names, part
+from mcl.exporters.canonical import PARTS, beginnings, canonical_names, part
 from mcl.exporters.target import Convention
 from mcl.models.backbones import Backbone
 from mcl.objectives import build
@@ -27,7 +27,6 @@ _CONSTANTS = (".num_batches_tracked", ".relative_position_index", ".attn_mask")
 """Endings of buffers that may be missing: counts that nothing reads, and what is computed from sizes alone."""
 _NORMS = "backbone.body.norms."
 """LayerNorms of maps, which detectors have; classifiers have the last one at most."""
-_BEGINNINGS = 6  # of names, in a line
 
 BACKBONES: tuple[str, ...] = next(get_args(key.kind) for key in all_keys(ModelConfig) if key.name == "backbone")
 
@@ -121,9 +120,7 @@ class Taken:
         maps = dict.fromkeys(f"C{int(name.split('.')[3]) + 2}" for name in self.kept)
         left += [f"no LayerNorm of {', '.join(maps)}"] * bool(maps)
         taken = ", ".join(f"{name} {n}" for name, n in of.items())
-        return "; ".join(
-            [f"{self.source}: {taken} tensors, {self.where}", *left, f"left: {_beginnings(self.unmapped)}"]
-        )
+        return "; ".join([f"{self.source}: {taken} tensors, {self.where}", *left, f"left: {beginnings(self.unmapped)}"])
 
     @property
     def where(self) -> str:
@@ -170,7 +167,7 @@ def take(contents: Contents, wanted: Mapping[str, Tensor], backbone: str, parts:
         under = f" under {contents.network}" if contents.network else ""
         raise CheckpointError(
             f"{contents.source}: holds nothing of a {backbone}{under}, as {', '.join(contents.conventions)} name it; "
-            f"names in it begin with {_beginnings(contents.tensors)}"
+            f"names in it begin with {beginnings(contents.tensors)}"
         )
     flaws = {of: found.flaw(of) for of in ("backbone", *parts)}
     if strangers := found.strangers():
@@ -231,14 +228,7 @@ def _hint(contents: Contents) -> str:
         found = _match(contents, backbone_tensors(name), name)
         if found and not found.flaw("backbone") and not found.strangers():
             return f". It is a {name}"
-    return f". Names in it begin with {_beginnings(contents.tensors)}"
-
-
-def _beginnings(names: Iterable[str]) -> str:
-    """How many of the names begin with the same two words."""
-    beginnings = Counter(".".join([w for w in name.split(".") if not w.isdigit()][:2]) for name in names).most_common()
-    more = [f"{len(beginnings) - _BEGINNINGS} others"] * (len(beginnings) > _BEGINNINGS)
-    return ", ".join([*(f"{name} ({n})" for name, n in beginnings[:_BEGINNINGS]), *more]) or "nothing"
+    return f". Names in it begin with {beginnings(contents.tensors)}"
 
 
 @functools.cache

@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
-#include "cpu/access.h"
 #include "cpu/batch_norm_kernel.h"
+#include "cpu/chunks.h"
 
 namespace mcl {
 namespace {
@@ -26,13 +26,6 @@ std::vector<Chunk> chunks_of(const Rows& all) {
     for (int64_t row = all.first[g]; row < all.first[g + 1]; row += step)
       chunks.push_back({g, row, std::min(step, all.first[g + 1] - row)});
   return chunks;
-}
-
-template <typename F>
-void for_each_chunk(const std::vector<Chunk>& chunks, const F& f) {
-  torch::stable::parallel_for(0, static_cast<int64_t>(chunks.size()), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) f(i, chunks[i]);
-  });
 }
 
 // Of one channel: number of rows, mean, and sum of squared distances from the mean.

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "cpu/access.h"
+#include "access.h"
 #include "tensor_lists.h"
 
 namespace mcl::cpu {
@@ -26,8 +26,8 @@ inline std::vector<Chunk> chunks_of(const TensorList& list, size_t first, size_t
 }
 
 // Calls f(i, chunks[i]) for all chunks, on all threads.
-template <typename F>
-void for_each_chunk(const std::vector<Chunk>& chunks, const F& f) {
+template <typename T, typename F>
+void for_each_chunk(const std::vector<T>& chunks, const F& f) {
   torch::stable::parallel_for(0, static_cast<int64_t>(chunks.size()), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) f(i, chunks[i]);
   });

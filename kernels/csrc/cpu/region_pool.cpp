@@ -18,10 +18,9 @@ Tensor region_pool(std::vector<Tensor> features, std::vector<double> strides, Te
     using A = Accumulate<T>;
     const auto maps = make_maps<const T>(features, strides);
     torch::stable::parallel_for(0, at.number, 1, [&](int64_t first, int64_t last) {
-      cpu::region_pool_forward<T, A>(maps, static_cast<const A*>(at.boxes.const_data_ptr()),
-                                     static_cast<const int64_t*>(at.index.const_data_ptr()), channels,
-                                     static_cast<int>(output_size), static_cast<int>(sampling_ratio),
-                                     static_cast<T*>(pooled.mutable_data_ptr()), pooled_strides(pooled), first, last);
+      cpu::region_pool_forward<T, A>(maps, read<A>(at.boxes), read<int64_t>(at.index), channels,
+                                     static_cast<int>(output_size), static_cast<int>(sampling_ratio), write<T>(pooled),
+                                     pooled_strides(pooled), first, last);
     });
   });
   return pooled;
@@ -39,13 +38,12 @@ std::vector<Tensor> region_pool_backward(Tensor grad, std::vector<int64_t> sizes
     using T = decltype(zero);
     using A = Accumulate<T>;
     const auto maps = make_maps<T>(grads, strides);
-    const A* b = static_cast<const A*>(at.boxes.const_data_ptr());
-    const cpu::BoxesByCanvas boxes_by(maps, b, static_cast<const int64_t*>(at.index.const_data_ptr()), at.number);
+    const A* b = read<A>(at.boxes);
+    const cpu::BoxesByCanvas boxes_by(maps, b, read<int64_t>(at.index), at.number);
     // Each thread computes a range of channels, so that threads have equal work and need no synchronisation.
     torch::stable::parallel_for(0, grad.size(1), 16, [&](int64_t first, int64_t last) {
-      cpu::region_pool_backward<T, A>(static_cast<const T*>(grad.const_data_ptr()), pooled_strides(grad), maps, b,
-                                      boxes_by, static_cast<int>(grad.size(2)), static_cast<int>(sampling_ratio), first,
-                                      last);
+      cpu::region_pool_backward<T, A>(read<T>(grad), pooled_strides(grad), maps, b, boxes_by,
+                                      static_cast<int>(grad.size(2)), static_cast<int>(sampling_ratio), first, last);
     });
   });
   return grads;

@@ -8,6 +8,3 @@
 #else
 #define MCL_VECTORIZE
 #endif
-
-// Inlined into each of these versions.
-#define MCL_INLINE inline __attribute__((always_inline))

@@ -10,19 +10,6 @@ using cuda::kNormThreads;
 using cuda::NormRows;
 using torch::stable::Tensor;
 
-template <typename T>
-const T* read(const Tensor& t) {
-  return static_cast<const T*>(t.const_data_ptr());
-}
-template <typename T>
-const T* read(const std::optional<Tensor>& t) {
-  return t ? read<T>(*t) : nullptr;
-}
-template <typename T>
-T* write(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
-}
-
 bool aligned(const Tensor& t) {
   return reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0;
 }

@@ -27,10 +27,9 @@ Tensor norms(TensorList tensors) {
     using T = decltype(zero);
     cuda::for_each_table<const T, 1>({&tensors}, [&](const auto& table, int chunks, int64_t first) {
       Tensor partial = empty(chunks);  // may be freed after the launches: memory is reused in the order of the stream
-      T* sums = static_cast<T*>(partial.mutable_data_ptr());
+      T* sums = write<T>(partial);
       if (chunks > 0) cuda::partial_squares<T><<<chunks, kTableThreads, 0, stream.get()>>>(table, sums);
-      cuda::finish_norms<T><<<table.count, kTableThreads, 0, stream.get()>>>(
-          table, sums, static_cast<T*>(result.mutable_data_ptr()) + first);
+      cuda::finish_norms<T><<<table.count, kTableThreads, 0, stream.get()>>>(table, sums, write<T>(result) + first);
     });
   });
   cuda::check_launch("norms");
@@ -56,7 +55,7 @@ void lars_(TensorList weights, TensorList grads, TensorList momenta, std::option
   const cuda::Stream stream(weights[0]);
   dispatch_float(weights, [&](auto zero) {
     using T = decltype(zero);
-    const T* values = adapt ? static_cast<const T*>(given->const_data_ptr()) : nullptr;
+    const T* values = read<T>(given);
     cuda::for_each_table<T, 3>({&weights, &grads, &momenta}, [&](const auto& table, int chunks, int64_t first) {
       if (chunks == 0) return;
       cuda::lars_update<T><<<chunks, kTableThreads, 0, stream.get()>>>(

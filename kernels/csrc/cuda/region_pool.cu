@@ -53,9 +53,8 @@ Tensor region_pool(std::vector<Tensor> features, std::vector<double> strides, Te
       // Each thread prepares the box once for about four items, which hides the cost.
       const dim3 grid(at.number, std::clamp((items + 4 * kThreads - 1) / (4 * kThreads), 1, 65535));
       cuda::region_pool_forward<T, A, vector, dense><<<grid, kThreads, 0, stream.get()>>>(
-          make_maps<const T>(features, strides), static_cast<const A*>(at.boxes.const_data_ptr()),
-          static_cast<const int64_t*>(at.index.const_data_ptr()), channels, bins, static_cast<int>(sampling_ratio),
-          static_cast<T*>(pooled.mutable_data_ptr()), pooled_strides(pooled));
+          make_maps<const T>(features, strides), read<A>(at.boxes), read<int64_t>(at.index), channels, bins,
+          static_cast<int>(sampling_ratio), write<T>(pooled), pooled_strides(pooled));
     });
   });
   cuda::check_launch("region_pool");
@@ -78,15 +77,15 @@ std::vector<Tensor> region_pool_backward(Tensor grad, std::vector<int64_t> sizes
 
   const std::vector<int64_t> length{canvases + 1 + at.number};
   Tensor lists = torch::stable::empty(length, ScalarType::Int, std::nullopt, grad.device());
-  int* begin = static_cast<int*>(lists.mutable_data_ptr());
+  int* begin = write<int>(lists);
   int* order = begin + canvases + 1;
   dispatch(grad.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using A = Accumulate<T>;
     const auto maps = make_maps<T>(grads, strides);
-    const A* b = static_cast<const A*>(at.boxes.const_data_ptr());
-    cuda::boxes_by_canvas<T, A><<<canvases, kThreads, 0, stream.get()>>>(
-        maps, b, static_cast<const int64_t*>(at.index.const_data_ptr()), static_cast<int>(at.number), begin, order);
+    const A* b = read<A>(at.boxes);
+    cuda::boxes_by_canvas<T, A><<<canvases, kThreads, 0, stream.get()>>>(maps, b, read<int64_t>(at.index),
+                                                                         static_cast<int>(at.number), begin, order);
     cuda::check_launch("boxes_by_canvas");
     const bool dense = packed(grads, kVector<T>) && packed(grad, kVector<T>);
     choose_layout<T>(dense, channels, [&](auto vector, auto is_dense) {
@@ -99,9 +98,9 @@ std::vector<Tensor> region_pool_backward(Tensor grad, std::vector<int64_t> sizes
         blocks += g.size(0) * ((cells + per_block - 1) / per_block);
       }
       const dim3 grid(blocks, (all + groups - 1) / groups);
-      cuda::region_pool_backward<T, A, vector, is_dense><<<grid, kThreads, 0, stream.get()>>>(
-          static_cast<const T*>(grad.const_data_ptr()), pooled_strides(grad), maps, b, begin, order, channels, bins,
-          static_cast<int>(sampling_ratio), groups);
+      cuda::region_pool_backward<T, A, vector, is_dense>
+          <<<grid, kThreads, 0, stream.get()>>>(read<T>(grad), pooled_strides(grad), maps, b, begin, order, channels,
+                                                bins, static_cast<int>(sampling_ratio), groups);
     });
   });
   cuda::check_launch("region_pool_backward");

@@ -2,8 +2,8 @@
 #pragma once
 
 #include <array>
-#include <type_traits>
 
+#include "access.h"
 #include "cuda/tensor_table.cuh"
 #include "tensor_lists.h"
 
@@ -18,14 +18,7 @@ void for_each_table(const std::array<const TensorList*, DEPTH>& lists, const F& 
     Table table{};
     int chunks = 0;
     for (size_t t = first; t < number && table.count < Table::kTensors; ++t, ++table.count) {
-      for (int d = 0; d < DEPTH; ++d) {
-        const Tensor& tensor = (*lists[d])[t];
-        if constexpr (std::is_const_v<T>) {
-          table.data[d][table.count] = static_cast<T*>(tensor.const_data_ptr());
-        } else {
-          table.data[d][table.count] = static_cast<T*>(tensor.mutable_data_ptr());
-        }
-      }
+      for (int d = 0; d < DEPTH; ++d) table.data[d][table.count] = elements<T>((*lists[d])[t]);
       table.size[table.count] = (*lists[0])[t].numel();
       table.first_chunk[table.count] = chunks;
       chunks += static_cast<int>((table.size[table.count] + kChunk - 1) / kChunk);

@@ -5,8 +5,7 @@
 //   - Blocks run one after another, the threads of a block concurrently. A thread may return before a barrier at which
 //     others wait.
 //   - __shared__ variables are static: like shared memory, they keep the values of the previous block.
-//   - __syncthreads and __syncwarp order memory. Shuffles, ballots and atomicAdd do not: ThreadSanitizer reports code
-//     that uses them as a barrier.
+//   - __syncthreads orders memory. Shuffles and ballots do not: ThreadSanitizer reports code that relies on them.
 //   - For lanes that have returned or do not exist, a shuffle returns the caller's own value (undefined in CUDA), and a
 //     ballot has no bit.
 //
@@ -160,15 +159,6 @@ T exchange(unsigned mask, T x, unsigned source) {
   return x;
 }
 
-// First and last lane of the caller's group.
-inline unsigned first_lane(int width) {
-  if (width < 1 || width > 32 || (width & (width - 1))) fail("the width of a shuffle must be a power of 2 up to 32");
-  return here.lane & ~(width - 1u);
-}
-inline unsigned last_lane(int width) {
-  return first_lane(width) + width - 1;
-}
-
 // A reference to a callable.
 class Body {
  public:
@@ -255,16 +245,6 @@ void launch(dim3 grid, dim3 block, void (*kernel)(Parameters...), std::type_iden
 inline void __syncthreads() {
   emulation::here.block->wait();
 }
-inline int __syncthreads_count(int x) {
-  return static_cast<int>(emulation::here.block->wait(x != 0));
-}
-inline int __syncthreads_or(int x) {
-  return __syncthreads_count(x) != 0;
-}
-
-inline void __syncwarp(unsigned mask = 0xffffffffu) {
-  emulation::meet(mask, false);
-}
 
 inline unsigned __ballot_sync(unsigned mask, int x) {
   const emulation::Unordered unordered;
@@ -272,36 +252,11 @@ inline unsigned __ballot_sync(unsigned mask, int x) {
 }
 
 template <typename T>
-T __shfl_sync(unsigned mask, T x, int source, int width = 32) {
-  return emulation::exchange(mask, x, emulation::first_lane(width) + (source & (width - 1)));
-}
-
-template <typename T>
-T __shfl_up_sync(unsigned mask, T x, unsigned delta, int width = 32) {
+T __shfl_down_sync(unsigned mask, T x, unsigned delta) {
   const unsigned lane = emulation::here.lane;
-  return emulation::exchange(mask, x, delta <= lane - emulation::first_lane(width) ? lane - delta : lane);
-}
-
-template <typename T>
-T __shfl_down_sync(unsigned mask, T x, unsigned delta, int width = 32) {
-  const unsigned lane = emulation::here.lane;
-  return emulation::exchange(mask, x, delta <= emulation::last_lane(width) - lane ? lane + delta : lane);
-}
-
-template <typename T>
-T __shfl_xor_sync(unsigned mask, T x, int lane_mask, int width = 32) {
-  const unsigned lane = emulation::here.lane, source = lane ^ static_cast<unsigned>(lane_mask);
-  return emulation::exchange(mask, x, source <= emulation::last_lane(width) ? source : lane);
+  return emulation::exchange(mask, x, lane + delta < 32 ? lane + delta : lane);
 }
 
 inline int __popc(unsigned x) {
   return std::popcount(x);
-}
-inline int __ffs(int x) {
-  return x == 0 ? 0 : std::countr_zero(static_cast<unsigned>(x)) + 1;
-}
-
-template <typename T>
-T atomicAdd(T* address, std::type_identity_t<T> x) {
-  return std::atomic_ref<T>(*address).fetch_add(x, std::memory_order_relaxed);
 }

@@ -13,7 +13,8 @@ from dali_pipelines.source import open_source
 from mcl.config import ConfigError
 from mcl.evaluation import neighbours
 from mcl.evaluation.embedding import Embedding
-from mcl.evaluation.neighbours import check, draw, nearest, pca
+from mcl.evaluation.neighbours import check, draw, nearest
+from mcl.records.preview import pca
 
 
 def test_nearest_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,7 +31,7 @@ def test_components_are_those_of_the_singular_values() -> None:
     _, _, axes = np.linalg.svd((x - x.mean(0)).numpy())
     expected = (x - x.mean(0)).numpy() @ axes[:2].T
     signs = np.sign(axes[:2][[0, 1], np.abs(axes[:2]).argmax(1)])
-    np.testing.assert_allclose(pca(x).numpy(), expected * signs, atol=1e-9)
+    np.testing.assert_allclose(pca(x, 2).numpy(), expected * signs, atol=1e-9)
 
 
 @pytest.fixture

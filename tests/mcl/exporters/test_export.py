@@ -83,7 +83,7 @@ def test_report_accounts_for_every_tensor(
         str(report.path),
         "online network at step 3",
         f"{ours} -> {theirs} {list(own[ours].shape)}",
-        f"predictors {sum(n.startswith('predictors.') for n in own)}",
+        f"predictors ({sum(n.startswith('predictors.') for n in own)})",
         "--verify",
         "statistics: as training left them",
         "left out  ",
@@ -267,7 +267,7 @@ def test_command_line(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert text.startswith(f"wrote     {output}\n")
     assert f"torchvision {torchvision.__version__.partition('+')[0]} (ResNet)" in text
     assert "no key missing or unexpected, features differ by at most 0\n" in text
-    assert text.endswith("fresh     fc 2")
+    assert text.endswith("fresh     fc (2)")
     names = {"torch": torch, "torchvision": torchvision}
     exec(usage, names)
     assert torch.equal(names["model"].conv1.weight, torch.load(output)["conv1.weight"])  # type: ignore[attr-defined]
