@@ -1,4 +1,4 @@
-"""Fine-tuning of detectors in MMDetection, which no other part of mcl needs."""
+"""Fine-tuning of detectors in MMDetection. No other part of mcl needs MMDetection."""
 
 import os
 import warnings
@@ -23,13 +23,13 @@ def finetune(path: Path, overrides: Sequence[str] = (), repeats: int | None = No
     Args:
         path: Python file or preset, such as ``mask_rcnn_r50_fpn_1x``.
         overrides: ``key=value`` words; keys are those of the file.
-        repeats: number of seeds to train with, from ``randomness.seed`` on; runs are in ``seed-0``, ... of the run
-            folder.
+        repeats: number of seeds to train with, starting at ``randomness.seed``; their runs are in ``seed-0``, ... in
+            the run folder.
         compare: folder of other repeats to compare with.
 
     Returns:
-        A table with the AP, in percent, of every evaluation, or with that of the repeats; empty if other processes have
-        trained and printed it.
+        A table of AP in percent, with one row per evaluation, or with statistics of the repeats. Empty if this process
+        started others, which have printed the table.
 
     Raises:
         ConfigError: wrong configuration, or MMDetection is not installed.
@@ -64,15 +64,15 @@ def detect(
 
 
 def _import_mmdet(verb: str) -> None:
-    from mcl.exporters.mmdet import import_mmdet  # exporters import evaluations, which read annotations
+    from mcl.exporters.mmdet import import_mmdet  # avoids an import cycle through mcl.evaluation
 
-    # MMEngine imports it, which users cannot change
+    # MMEngine imports pkg_resources, which users cannot change.
     warnings.filterwarnings("ignore", "pkg_resources is deprecated", UserWarning)
     if os.path.expanduser("~") == "~":
-        os.environ["HOME"] = "/nonexistent"  # without any, yapf, which MMEngine imports, fails
+        os.environ["HOME"] = "/nonexistent"  # MMEngine imports yapf, which fails without a home folder
     try:
         import_mmdet()
-    except (ImportError, AssertionError) as error:  # the latter for a version of mmcv that it does not take
+    except (ImportError, AssertionError) as error:  # AssertionError: MMDetection does not support this version of mmcv
         raise ConfigError(f"{verb} needs MMDetection ({error}); install it: mcl install-mmdet") from None
 
 

@@ -16,9 +16,9 @@ from dali_pipelines.source.files import Stamp
 
 Entry = dict[str, Any]
 
-_LARGEST = 1e10  # up to which pycocotools counts areas
-_MOST_PIXELS = 2**28  # pycocotools' text of run lengths has six characters a number at most
-_MOST_OUTLINE = 2**22  # pixels; pycocotools takes 80 bytes for each
+_LARGEST = 1e10  # the largest area for which pycocotools evaluates objects
+_MOST_PIXELS = 2**28  # a run length in pycocotools' text encoding has at most six characters
+_MOST_OUTLINE = 2**22  # pixels; pycocotools allocates 80 bytes for each
 
 
 class Annotations(NamedTuple):
@@ -34,11 +34,11 @@ class Annotations(NamedTuple):
 
 
 class _Wrong(Exception):
-    """Says what a field must be, or what is wrong with an annotation."""
+    """The message says what a field must be, or what is wrong with an annotation."""
 
 
 _kept: dict[tuple[Path, Stamp], tuple[bool, Annotations]] = {}
-"""What was read, and whether masks were needed, by file."""
+"""Annotations that were read, and whether masks were required, by file."""
 
 
 def read(path: Path, masks: bool = True, keep: bool = False) -> Annotations:
@@ -46,12 +46,12 @@ def read(path: Path, masks: bool = True, keep: bool = False) -> Annotations:
 
     Args:
         path: the file.
-        masks: whether every object must have a mask; if not, masks are neither checked nor returned, unless kept
-            annotations have them.
+        masks: whether every object must have a mask. If False, masks are not checked, and are returned only if an
+            earlier call with `keep` has read them.
         keep: whether to keep the result for later calls with the same file, until :func:`forget`.
 
     Raises:
-        SourceError: the file cannot be read, or see :func:`check`.
+        SourceError: the file cannot be read, or its content is wrong, see :func:`check`.
     """
     try:
         status = path.stat()
@@ -114,7 +114,7 @@ def check(data: bytes, name: str, masks: bool = True) -> Annotations:
             image = _referred(annotation, "image_id", image_of)
             _referred(annotation, "category_id", category_of)
             if min(annotation["bbox"][2:]) == 0:
-                corrections["boxes without width or height left out"] += 1  # pycocotools lets nothing match them
+                corrections["boxes without width or height left out"] += 1  # pycocotools matches no detection with them
                 continue
             x, y, width, height = annotation["bbox"]
             _check_bounds("box", (x, y, x + width, y + height), image)
@@ -134,7 +134,7 @@ def _load(data: bytes, name: str, corrections: Counter[str]) -> dict[str, Any]:
     """The object in a file."""
     encoding = json.detect_encoding(data)
     try:
-        content = json.loads(data.decode(encoding), parse_constant=str)  # NaN as text, which no number is
+        content = json.loads(data.decode(encoding), parse_constant=str)  # NaN as text, which is no number
     except UnicodeDecodeError as error:
         raise SourceError(
             f"{name}: is not {encoding.upper()} (byte {error.start}); convert it, e.g. by iconv -f latin1 -t utf-8"
@@ -192,13 +192,13 @@ def _default(section: str, number: int, field: str, raw: Entry, entry: Entry) ->
     if field == "area":
         return entry["bbox"][2] * entry["bbox"][3]
     if field == "file_name" and isinstance(url := raw.get("coco_url"), str):
-        return "/".join(url.split("/")[-2:])  # LVIS has its images in COCO's folders
+        return "/".join(url.split("/")[-2:])  # LVIS uses the images in COCO's folders
     return None
 
 
 def _renumber(entries: list[Entry], section: str, corrections: Counter[str]) -> None:
-    """Gives entries new ids if pycocotools cannot use these: it sorts them with NumPy, and treats annotation id 0 as no
-    annotation."""
+    """Renumbers entries whose ids pycocotools cannot use: it sorts ids with NumPy, and treats annotation id 0 as "no
+    annotation"."""
     ids = [entry["id"] for entry in entries]
     numbers = all(type(key) is int and abs(key) < 2**63 for key in ids)
     texts = all(type(key) is str for key in ids)
@@ -209,7 +209,7 @@ def _renumber(entries: list[Entry], section: str, corrections: Counter[str]) -> 
 
 
 def _referred(annotation: Entry, field: str, entries: dict[str, Entry]) -> Entry:
-    """The image or category of an annotation, whose id it takes over."""
+    """The image or category that an annotation refers to; the reference is replaced by its (possibly new) id."""
     entry = entries.get(str(annotation[field]))
     if entry is None:
         raise _Wrong(
@@ -230,7 +230,7 @@ def _check_bounds(what: str, corners: tuple[float, float, float, float], image: 
 
 
 def _check_mask(mask: Any, image: Entry) -> None:
-    """Checks that pycocotools can draw a mask; it does not check numbers, and allocates memory for them."""
+    """Checks that pycocotools can draw a mask. pycocotools itself allocates memory for any size without a check."""
     width, height = image["width"], image["height"]
     if width * height > _MOST_PIXELS:
         raise _Wrong(f"has a mask in an image of {width} x {height} pixels; masks may have {_MOST_PIXELS} at most")
@@ -255,8 +255,11 @@ def _distance(x: float, next_x: float, y: float, next_y: float) -> float:
 
 
 def _runs(text: str) -> list[int]:
-    """Run lengths from pycocotools' text. A character has five bits of a number and says whether more follow, the last
-    one has its sign; from the fourth on, numbers are differences to the run before the last."""
+    """Decodes run lengths from pycocotools' text.
+
+    Each character has five bits of a number and a flag that says whether more characters follow; the last one also has
+    the sign. From the fourth number on, numbers are differences from the run length two before.
+    """
     runs: list[int] = []
     value = bits = 0
     for code in map(ord, text):
@@ -343,7 +346,7 @@ def _box(value: Any) -> list[int | float]:
 
 
 def _mask(value: Any) -> Any:
-    """Polygons that enclose something, or the size and the run lengths of an encoding."""
+    """Polygons with at least three points, or the size and run lengths of an encoded mask."""
     wanted = (
         "polygons of three points or more, [[x, y, x, y, ...], ...], or a run-length encoding; "
         "a detector without masks, such as faster_rcnn_r18_fpn_mini or faster_rcnn_r50_fpn_1x, needs none"
@@ -366,7 +369,7 @@ def _mask(value: Any) -> Any:
 def _numbers(values: Any, wanted: str) -> list[int | float]:
     if not isinstance(values, list):
         raise _Wrong(wanted)
-    if {*map(type, values)} <= {int, float}:  # all of the usual ones, and fast
+    if {*map(type, values)} <= {int, float}:  # the usual case, and fast
         return values
     return [_number(value, wanted) for value in values]
 
@@ -393,8 +396,8 @@ _FIELDS: dict[str, dict[str, Callable[[Any], Any]]] = {
         "segmentation": _mask,
     },
 }
-"""By section, every field that is read later, and what makes of its value what it must be."""
+"""By section, all fields that are used, each with a function that checks and converts its value."""
 
 _SEARCHED = "neg_category_ids", "not_exhaustive_category_ids"
 _OPTIONAL = "ignore", "difficult", "frequency", *_SEARCHED
-"""Of VOC and LVIS, in part."""
+"""Fields that may be missing; VOC and LVIS have some of them."""

@@ -1,4 +1,4 @@
-"""Imports MMDetection such that transformers may be installed, too; configurations import it before all others."""
+"""Imports MMDetection in a way that works beside transformers; configurations import this module first."""
 
 from mcl.exporters.mmdet import import_mmdet
 

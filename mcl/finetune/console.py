@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from mcl import distributed
 from mcl.records.metrics import eta, log
 
-tqdm.monitor_interval = 0  # no thread: loading processes are forked from this one
+tqdm.monitor_interval = 0  # starts no thread: loading processes are forked from this one
 
 PAUSE = 10.0
 """Seconds between two lines about progress."""
@@ -22,7 +22,7 @@ def route_messages(logger: Any) -> None:
     """Sends MMEngine's messages to its log file, and its steps and warnings also to mcl's log."""
     logger.handlers[:] = [handler for handler in logger.handlers if isinstance(handler, logging.FileHandler)]
     logger.addHandler(_Relay())
-    logger.addFilter(lambda record: "copypaste" not in record.getMessage())  # AP once more, absent ones as -1
+    logger.addFilter(lambda record: "copypaste" not in record.getMessage())  # the AP again, with -1 for missing values
 
 
 class _Relay(logging.Handler):
@@ -50,10 +50,10 @@ def shown(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
     """Shows progress: a bar on a terminal, a line every few seconds elsewhere.
 
     Yields:
-        A function that takes the number of finished units and of all units.
+        A function that takes the number of finished units and the number of all units.
     """
     began = said = time.monotonic()
-    hidden = None if distributed.rank() == 0 else True  # None: unless it can be drawn
+    hidden = None if distributed.rank() == 0 else True  # None: hidden if stderr is not a terminal
     with tqdm(disable=hidden, delay=1, leave=False, unit=f" {unit}", desc=what) as bar:
 
         def show(done: int, of: int) -> None:

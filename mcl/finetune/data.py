@@ -31,11 +31,13 @@ _LAYOUTS = (
     Split("leftImg8bit/{}", "annotations/instancesonly_filtered_gtFine_{}.json"),
     Split("", "voc_{}.json"),
 )
-"""Where kinds of folders keep things, {} standing for train or val: the one of this project first, then COCO's,
-Cityscapes' (as MMDetection converts it) and VOC's (as ``mcl convert voc`` does). LVIS has its images in COCO's."""
+"""Layouts of folders, in the order in which they are tried; {} is train or val. The first is this project's, then
+COCO's, Cityscapes' (as MMDetection converts it) and VOC's (as ``mcl convert voc`` writes it). LVIS shares
+COCO's folder."""
 
 MIN_SIDE = 32
-"""Pixels; smaller images are left out, as MMDetection's configurations for COCO do (``filter_cfg.min_size``)."""
+"""Pixels; images with a shorter side are not trained on, as in MMDetection's configurations (``filter_cfg.min_size``).
+"""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def open_folder(
         root: the folder.
         wanted: categories to detect; empty or None for all.
         masks: whether every object must have a mask.
-        lvis: look for annotations of LVIS first; COCO's may be there, too.
+        lvis: whether to look for LVIS annotations first, since the folder may also have COCO's.
         index: folder of the indices of image sizes; empty: the user's cache.
         max_bad_fraction: fraction of the training images that may be unreadable.
         fraction: fraction of the training images to train on.
@@ -82,8 +84,8 @@ def open_folder(
 
     Raises:
         SourceError: a folder, annotation file or image is missing; annotations are empty or broken; the categories of
-            train and val differ; images have other sizes than annotations say, or cannot be read.
-        ConfigError: a category that is wanted does not exist, or is named twice.
+            train and val differ; the size of an image differs from its annotation; too many images cannot be read.
+        ConfigError: a category in `wanted` does not exist, or is named twice.
     """
     folder = Path(root)
     if not root:
@@ -91,7 +93,7 @@ def open_folder(
     if not folder.is_dir():
         raise SourceError(f"data.root: {root} does not exist")
     splits = find_splits(folder, lvis)
-    # Val first: what its evaluator keeps then does not lie among the millions of objects of train, which are freed.
+    # Val is read first, since its evaluator keeps it. Otherwise it would fragment the memory of train, which is freed.
     val, _, _, evaluated_on = _read(folder, splits[1], masks)
     train, used, chosen, trained_on = _read(folder, splits[0], masks, fraction, seed)
     if train != val:
@@ -99,7 +101,7 @@ def open_folder(
             f"data.root: {splits[0].annotations} and {splits[1].annotations} must have the same categories in the same "
             f"order; {_difference(train, val)}"
         )
-    names = [str(name) for name in wanted or ()]  # a Python file may have a number for a category of digits
+    names = [str(name) for name in wanted or ()]  # in a Python file, a category such as 7 may be a number
     for name, count in Counter(names).items():
         if count > 1:
             raise ConfigError(f"data.classes: {name!r} is named {count} times; name it once")
@@ -133,14 +135,15 @@ def open_folder(
 
 
 def find_splits(folder: Path, lvis: bool = False, key: str = "data.root") -> tuple[Split, Split]:
-    """Train and val in the first layout of which the folder has a part.
+    """Train and val in the first layout of which the folder has an annotation file.
 
     Args:
-        lvis: LVIS's layout comes first, not last.
-        key: of the configuration, for errors.
+        folder: the folder.
+        lvis: whether LVIS's layout is tried first instead of last.
+        key: key of the configuration, for errors.
 
     Raises:
-        SourceError: it has a part of none, or lacks another part.
+        SourceError: the folder has no annotation file of any layout, or the layout is incomplete.
     """
     names = []
     for images, annotations in (_LVIS, *_LAYOUTS) if lvis else (*_LAYOUTS, _LVIS):
@@ -162,8 +165,9 @@ def _read(
     """Checks an annotation file, and chooses a fraction of its images.
 
     Returns:
-        Names of the categories; those that MMDetection trains on: that have an object with an area, no crowd, in a
-        chosen image that is not too small; ids of these; and :func:`~mcl.finetune.images.check` of all images.
+        Names of all categories; names of those that MMDetection trains on, which have an object with an area, not a
+        crowd, in a chosen image that is not too small; ids of the chosen images; and
+        :func:`~mcl.finetune.images.check` of all images.
     """
     path = folder / split.annotations
     images, categories, annotations, corrections, _ = read(path, masks, keep=True)

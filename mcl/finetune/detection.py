@@ -21,9 +21,9 @@ from mcl.finetune import THRESHOLD, pictures, resume
 from mcl.finetune.pictures import Detections, Objects
 
 IMAGES = 8
-"""That :func:`compare` draws."""
+"""Number of images that :func:`compare` draws."""
 
-_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}  # files of a folder that are images
+_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}  # of images in folders
 
 
 def detect(run: Path, images: Sequence[Path], output: Path | None, threshold: float) -> Iterator[Detections]:
@@ -56,10 +56,10 @@ def detect(run: Path, images: Sequence[Path], output: Path | None, threshold: fl
 
 
 def _pictures(images: Sequence[Path], output: Path) -> dict[Path, Path]:
-    """The image of each picture; those of a folder lie as in the folder.
+    """Images by the picture to write; pictures of a folder keep its subfolders.
 
     Raises:
-        SourceError: no such image, or two would have the same picture.
+        SourceError: an image does not exist, or two images would be drawn to the same file.
     """
     files: dict[Path, Path] = {}
     for given in images:
@@ -74,10 +74,10 @@ def _pictures(images: Sequence[Path], output: Path) -> dict[Path, Path]:
 
 
 def _read(path: Path) -> Any:
-    """Pixels as MMDetection reads them, turned by their EXIF orientation: (height, width, 3), BGR.
+    """Pixels as MMDetection reads them, rotated by their EXIF orientation: (height, width, 3), BGR.
 
     Raises:
-        SourceError: they cannot be read.
+        SourceError: the image cannot be read.
     """
     try:
         pixels = mmcv.imread(str(path))
@@ -93,7 +93,7 @@ def _tensor(pixels: Any) -> Tensor:
 
 
 def predicted(sample: Any, threshold: float) -> Objects:
-    """Of a ``DetDataSample``, on the CPU, best first: those with this score at least."""
+    """Detections of a ``DetDataSample`` with at least this score, on the CPU, best first."""
     found = sample.pred_instances.cpu()
     found = found[found.scores.argsort(descending=True)]
     found = found[found.scores >= threshold]
@@ -101,7 +101,7 @@ def predicted(sample: Any, threshold: float) -> Objects:
 
 
 def annotated(info: Any) -> Objects:
-    """Of an entry of a :class:`~mcl.finetune.loading.COCOFolder`; with masks if all have one."""
+    """Objects of an entry of a :class:`~mcl.finetune.loading.COCOFolder`, with masks if all objects have one."""
     masks = all("mask" in instance for instance in info["instances"])
     shape = {"ori_shape": (info["height"], info["width"])}
     loaded = LoadAnnotations(with_mask=masks, box_type=None)({**info, **shape})

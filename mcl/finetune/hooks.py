@@ -1,4 +1,4 @@
-"""Hooks of MMEngine's training."""
+"""Hooks for MMEngine's training loop."""
 
 import itertools
 import json
@@ -21,7 +21,7 @@ from mcl.signals import Interrupted, Signals
 
 @HOOKS.register_module()
 class SeedEveryStep(Hook):
-    """Makes random numbers of a step, such as for sampled regions, a function of seed, step and process."""
+    """Makes the random numbers of a step, such as for sampling regions, depend only on seed, step and process."""
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         seed_everything(runner.seed, runner.iter, get_rank())
@@ -43,7 +43,7 @@ class PlainMessages(Hook):
 def _plain(value: Any) -> Any:
     if isinstance(value, HistoryBuffer):
         return {"values": value.data[0], "counts": value.data[1], "longest": value.max_length}
-    return value.tolist()  # of NumPy
+    return value.tolist()  # a NumPy value
 
 
 class LoadWeights(Hook):
@@ -87,7 +87,7 @@ class Summary(Hook):
 
 
 def _schedule(runner: Any, epochs: float) -> str:
-    """Steps and learning rate of a run in words; `epochs` are those of a step."""
+    """Steps and learning rate of a run in words; `epochs` is the fraction of an epoch in a step."""
     config, steps = runner.cfg, runner.max_iters
     parts = [f"{steps} steps of {config.global_batch} images ({steps * epochs:.1f} epochs)"]
     group = runner.optim_wrapper.param_groups[0]
@@ -102,11 +102,11 @@ def _schedule(runner: Any, epochs: float) -> str:
 
 
 class Repeat(Hook):
-    """Says which of several runs this is, and lets the time left that is shown be that of all of them.
+    """Logs which of several runs this is, and extends the displayed remaining time to all runs.
 
     Args:
-        number: of this run, from 0.
-        count: of all runs.
+        number: number of this run, from 0.
+        count: number of runs.
     """
 
     def __init__(self, number: int, count: int) -> None:
@@ -125,10 +125,10 @@ class Repeat(Hook):
 
 
 class Identity(Hook):
-    """Notes in checkpoints what decides the course of the run.
+    """Stores in checkpoints the sections of the configuration that decide what the run computes.
 
     Args:
-        sections: JSON by section of the configuration, as it was before MMEngine changed it.
+        sections: JSON by section, from before MMEngine changed the configuration.
     """
 
     def __init__(self, sections: Mapping[str, str]) -> None:
@@ -139,16 +139,16 @@ class Identity(Hook):
 
 
 class SaveOnSignal(Hook):
-    """Ends a run that SIGTERM or Ctrl-C reached: it saves after the step, or the batch of anything else, and leaves.
+    """Saves a checkpoint and ends the run after SIGTERM or Ctrl-C, between training steps or batches of other work.
 
     Args:
-        signals: what this process received; all processes leave after the same step.
+        signals: signals that this process received. If any process received one, all end after the same step.
 
     Raises:
-        Interrupted: after the checkpoint was written.
+        Interrupted: a signal was received and the checkpoint was written.
     """
 
-    priority = "LOWEST"  # all others are done with the step
+    priority = "LOWEST"  # runs after all other hooks of the step
 
     def __init__(self, signals: Signals) -> None:
         self.signals, self._consensus = signals, Consensus()
@@ -160,7 +160,7 @@ class SaveOnSignal(Hook):
         self._leave(runner, runner.iter)
 
     def after_norm_iter(self, runner: Any, step: int) -> None:
-        """Of :class:`PreciseBatchNorm`."""
+        """Called by :class:`PreciseBatchNorm` after every batch."""
         self._leave(runner, step)
 
     def _leave(self, runner: Any, step: int) -> None:
@@ -175,20 +175,20 @@ def _save(runner: Any, step: int) -> None:
 
 
 def detector_of(runner: Any) -> Any:
-    """The model itself, not what distributes it."""
+    """The model without the wrapper that distributes it."""
     return getattr(runner.model, "module", runner.model)
 
 
 @HOOKS.register_module()
 class PreciseBatchNorm(Hook):
-    """Re-estimates BatchNorm's statistics before checkpoint and evaluation, as detectron2's ``PRECISE_BN`` does.
+    """Re-estimates BatchNorm's statistics before checkpoints and evaluations, as detectron2's ``PRECISE_BN`` does.
 
-    It is for detectors all of whose BatchNorms are trained: statistics that are frozen would be lost. A run that is
-    stopped meanwhile does it again before its next evaluation.
+    All BatchNorms of the detector must be trained, since frozen statistics would be overwritten. If the run is stopped
+    during the estimation, it repeats the estimation before its next evaluation.
 
     Args:
-        interval: steps between two times; evaluations, and the last step of a run, have theirs in any case.
-        batches: of the training data, from which means are taken.
+        interval: steps between estimations. Evaluations and the last step are always preceded by one.
+        batches: number of training batches over which statistics are averaged.
     """
 
     priority = "NORMAL"
@@ -221,7 +221,7 @@ class PreciseBatchNorm(Hook):
         self._due = False
 
     def _batches(self, runner: Any, step: int, show: Callable[[int, int], None]) -> Iterator[Any]:
-        """Those that follow a step; signals are obeyed after each."""
+        """The training batches after a step. After each batch, hooks are called, which may end the run on a signal."""
         loader = runner.train_dataloader
         loader.batch_sampler.start = step
         for done, batch in enumerate(itertools.islice(loader, self.batches), start=1):
@@ -231,7 +231,7 @@ class PreciseBatchNorm(Hook):
 
 
 class _Losses(nn.Module):
-    """A detector as it is trained on a batch of a loader."""
+    """Computes the losses of a detector on a batch of a loader, which updates BatchNorm's statistics."""
 
     def __init__(self, detector: nn.Module) -> None:
         super().__init__()

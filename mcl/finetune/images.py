@@ -1,7 +1,7 @@
-"""Images of a COCO-format folder: whether each is the picture that the annotations are of.
+"""Checks that the images of a COCO-format folder match their annotations.
 
-There is one rule for EXIF. MMDetection decodes with OpenCV, which turns an image as its EXIF orientation says, so the
-width, height, boxes and masks of annotations are those of the turned image. Pre-training takes pixels as stored.
+MMDetection decodes with OpenCV, which rotates images by their EXIF orientation. So width, height, boxes and masks of
+annotations must be those of the rotated image. Pre-training uses pixels as stored.
 """
 
 import functools
@@ -33,19 +33,19 @@ def check(
     max_bad_fraction: float = 0.0,
     decode: bool = False,
 ) -> None:
-    """Reads the headers of images, from the index as far as files have not changed, and compares them.
+    """Compares the sizes of images with their annotations. Headers of unchanged files are taken from the index.
 
     Args:
-        folder: of the images.
-        names: (n) paths in it.
-        sizes: (n) width and height, pixels, that the annotations state.
-        annotations: the file that does so.
+        folder: folder of the images.
+        names: (n) paths within it.
+        sizes: (n) annotated width and height in pixels.
+        annotations: the annotation file, for messages.
         index: folder of the index; empty: the user's cache.
-        max_bad_fraction: of the images that need not be readable, since others will replace them.
-        decode: whether to decode images, too.
+        max_bad_fraction: fraction of the images that may be unreadable, since others will replace them.
+        decode: whether to decode the images as well.
 
     Raises:
-        SourceError: an image is missing, has another size, or too many cannot be read.
+        SourceError: an image is missing or has a different size, or too many images cannot be read.
     """
     files, paths = Local(str(folder)), Names.of(str(folder / name) for name in names)
     stamps = stamps_of(files, paths, files.threads)
@@ -60,7 +60,7 @@ def check(
             paths, stamps, scan, threads=files.threads, chunk=CHUNK, progress=lambda done, of, images: show(done, of)
         )
     wrong = np.flatnonzero((table.sizes != np.array(sizes)).any(1) & (table.sizes > 0).all(1)).tolist()
-    orientations = table.labels  # by _scan
+    orientations = table.labels  # _scan stores them there
     if wrong:
         i = wrong[0]
         found, stated = table.sizes[i].tolist(), list(sizes[i])
@@ -96,8 +96,8 @@ def _remedy(found: list[int], stated: list[float], orientation: int) -> str:
 
 
 def _scan(path: str, size: int, decode: bool) -> list[Image]:
-    """The image in a file, with its size as OpenCV decodes it, and its EXIF orientation where a class would be."""
-    if not size:  # nor may it be a pipe, of which one would wait for ever
+    """The image in a file, with its size as OpenCV decodes it, and its EXIF orientation in place of a class."""
+    if not size:  # a pipe has size 0, too; reading it could block forever
         return [Image("", 0, size, _UPRIGHT, "the file is empty")]
     with open(path, "rb") as file:
         header = read_header(file)

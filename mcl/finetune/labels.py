@@ -1,4 +1,4 @@
-"""Few labels: which images of a data set are trained on."""
+"""Training with few labels: selects a fraction of the images."""
 
 import hashlib
 from collections.abc import Iterable
@@ -7,15 +7,15 @@ CHOSEN = "train_ids.txt"
 
 
 def choose(ids: Iterable[int | str], fraction: float, seed: int) -> list[int | str]:
-    """Chooses a fraction of images, by a rule that depends on no library, and on the order of a file neither.
+    """Selects a fraction of the images. The result depends neither on a library nor on the order of the images.
 
-    Images are sorted by the SHA-256 of the text ``SEED ID``, and the first are taken. So those of 1% are among those of
-    10% with the same seed.
+    Images are sorted by the SHA-256 of the text ``SEED ID``, and the first ones are selected. So with the same seed,
+    the images of 1% are among those of 10%.
 
     Args:
-        ids: of all images.
-        fraction: above 0, up to 1; one image is taken at least.
-        seed: of the rule.
+        ids: ids of all images.
+        fraction: above 0, at most 1; at least one image is selected.
+        seed: seed of the selection.
     """
     if fraction == 1:
         return [*ids]

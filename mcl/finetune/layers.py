@@ -1,4 +1,4 @@
-"""Modules that the authors' detectors have and MMDetection has not."""
+"""Modules of the authors' detectors that MMDetection lacks."""
 
 from typing import Any
 
@@ -11,21 +11,21 @@ from torch import Tensor
 
 @MODELS.register_module()
 class NormedResLayer(ResLayer):
-    """Last stage of a ResNet-50 as a box head, with a normalisation behind it, as MoCo's C4 detectors have it."""
+    """Last stage of a ResNet-50 as a box head, followed by a normalisation, as in MoCo's C4 detectors."""
 
     def __init__(self, norm_cfg: dict[str, Any], **options: Any) -> None:
         super().__init__(norm_cfg=norm_cfg, **options)
         self.norm = build_norm_layer(norm_cfg, 2048)[1]
 
     def forward(self, x: Tensor) -> Tensor:
-        """(n, 1024, h, w) to (n, 2048, h / 2, w / 2)."""
+        """Maps (n, 1024, h, w) to (n, 2048, h / 2, w / 2)."""
         y: Tensor = self.norm(super().forward(x))
         return y
 
 
 @MODELS.register_module()
 class RetinaFPN(FPN):
-    """An FPN without normalisation in the convolutions to P6 and P7, as detectron2's ``LastLevelP6P7`` has it."""
+    """An FPN whose convolutions for P6 and P7 have no normalisation, as in detectron2's ``LastLevelP6P7``."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)

@@ -1,4 +1,4 @@
-"""Data of every step as a pure function of seed and step, so that a run can be continued at any of them."""
+"""Makes the data of a step a pure function of seed and step, so that a run can be resumed at any step."""
 
 import atexit
 import copy
@@ -33,9 +33,9 @@ from mcl.records.metrics import BadFiles, read
 
 
 def seed_everything(*key: int) -> None:
-    """Seeds the generators of Python, NumPy and PyTorch by a sequence of numbers."""
+    """Seeds the generators of Python, NumPy and PyTorch with a sequence of numbers."""
     words = np.random.SeedSequence(key).generate_state(4)
-    np.random.seed(words)  # noqa: NPY002  # MMDetection draws from the global one
+    np.random.seed(words)  # noqa: NPY002  # MMDetection uses the global generator
     random.seed(words.tobytes())
     torch.manual_seed(int(words[0]))
 
@@ -43,16 +43,16 @@ def seed_everything(*key: int) -> None:
 _leaving = multiprocessing.RawValue("b", 0)  # shared with the processes that are forked from this one
 
 
-@atexit.register  # and so called before multiprocessing sends SIGTERM to processes that are left
+@atexit.register  # runs before multiprocessing sends SIGTERM to the remaining processes
 def _leave() -> None:
     _leaving.value = 1
 
 
 @FUNCTIONS.register_module()
 def outlive_sigterm(worker: int) -> None:
-    """Lets a loader's process work on until its parent has saved, and not longer than it lives.
+    """Makes a loader's process ignore SIGTERM until its parent exits, and end when its parent ends.
 
-    Schedulers and torchrun send SIGTERM to all processes.
+    Schedulers and torchrun send SIGTERM to all processes, and the parent still needs batches until it has saved.
     """
     torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)  # type: ignore[attr-defined]
 
@@ -65,13 +65,13 @@ def outlive_sigterm(worker: int) -> None:
 
 @DATASETS.register_module()
 class SeededDataset(RepeatDataset):
-    """A dataset whose augmentation depends on seed, epoch and image alone, and which replaces images that are broken.
+    """A dataset whose augmentation depends only on seed, epoch and image, and which replaces broken images.
 
     Args:
-        dataset: the configuration of it.
-        seed: of the run.
-        bad_files: the list of broken images that is written; empty: none.
-        max_bad_fraction: of the images that may be broken.
+        dataset: configuration of the wrapped dataset.
+        seed: seed of the run.
+        bad_files: file to which broken images are written; empty: none.
+        max_bad_fraction: fraction of the images that may be broken.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class SeededDataset(RepeatDataset):
         self._note = BadFiles(self._list, {}) if self._list else None
 
     def __getitem__(self, key: tuple[int, int]) -> Any:
-        """The sample of (epoch, index), made of another image where that one is broken.
+        """The sample of (epoch, index), from another image if that one is broken.
 
         Raises:
             BadDataError: too many images are broken.
@@ -99,7 +99,7 @@ class SeededDataset(RepeatDataset):
         raise AssertionError("unreachable: _replace raises when all are broken")
 
     def _candidates(self, index: int) -> Iterator[int]:
-        """The image, and what replaces it: first those behind it that are portrait or landscape as it is."""
+        """The image and its replacements: the images after it, first those of the same orientation."""
         yield index
         portrait = is_portrait(self.get_data_info(index))
         for wanted in (portrait, not portrait):
@@ -112,7 +112,7 @@ class SeededDataset(RepeatDataset):
         if self._note is not None and self._list is not None:
             path = self.get_data_info(index)["img_path"]
             self._note(index, path, said.removeprefix(f"{path}: "))
-            bad = {record["index"] for record in read(self._list)}  # by all processes, in all parts of the run
+            bad = {record["index"] for record in read(self._list)}  # written by all processes, also before a resume
         if len(bad) > self._max_bad_fraction * len(self) or len(bad) == len(self):
             raise BadDataError(
                 f"{len(bad)} of the {len(self)} training images are broken, the last: {said}; repair them, or raise "
@@ -121,7 +121,7 @@ class SeededDataset(RepeatDataset):
 
 
 def is_portrait(info: Mapping[str, Any]) -> bool:
-    """Whether an image is higher than wide."""
+    """Whether an image is taller than wide."""
     return bool(info["height"] > info["width"])
 
 
@@ -140,19 +140,19 @@ class CheckedCOCO(COCO):
         self.img_ann_map, self.cat_img_map = self.imgToAnns, self.catToImgs  # the wrapper's names for the index
 
     def loadCats(self, ids: Any = ()) -> Any:
-        """pycocotools', which takes an id that is text for a list of ids."""
+        """pycocotools would treat an id that is a string as a list of ids."""
         return super().loadCats([ids] if isinstance(ids, str) else ids)
 
 
 @DATASETS.register_module()
 class COCOFolder(CocoDataset):
-    """MMDetection's, of checked annotations.
+    """MMDetection's dataset, with checked annotations.
 
     Args:
-        pipeline: MMDetection's.
-        fraction: of the images to take, chosen by :func:`mcl.finetune.labels.choose`.
-        fraction_seed: that chooses them.
-        options: MMDetection's.
+        pipeline: see ``CocoDataset``.
+        fraction: fraction of the images to use, selected by :func:`mcl.finetune.labels.choose`.
+        fraction_seed: seed of the selection.
+        options: see ``CocoDataset``.
     """
 
     def __init__(self, pipeline: Sequence[Any], fraction: float = 1.0, fraction_seed: int = 0, **options: Any) -> None:
@@ -170,12 +170,12 @@ class COCOFolder(CocoDataset):
 
 @DATASETS.register_module()
 class LVISFolder(COCOFolder):
-    """LVIS v1, read as COCO is: by pycocotools, since PyPI's ``lvis`` does not run with a current NumPy."""
+    """LVIS v1, read by pycocotools as COCO is, since PyPI's ``lvis`` does not work with a current NumPy."""
 
 
 @DATA_SAMPLERS.register_module()
 class EndlessBatches(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, index), epoch after epoch, each of images that are all portrait or all not.
+    """Batches of (epoch, index), epoch after epoch. The images of a batch are either all portrait or all landscape.
 
     Args:
         sampler: MMEngine's ``DefaultSampler`` of a :class:`SeededDataset`.
@@ -185,7 +185,7 @@ class EndlessBatches(Sampler[list[tuple[int, int]]]):
     def __init__(self, sampler: Any, batch_size: int) -> None:
         self.sampler, self.batch_size = sampler, batch_size
         self.start = 0
-        """Batches that the next iterator leaves out."""
+        """Number of batches that the next iterator skips."""
 
         self._is_portrait = functools.cache(lambda index: is_portrait(sampler.dataset.get_data_info(index)))
 
@@ -193,7 +193,7 @@ class EndlessBatches(Sampler[list[tuple[int, int]]]):
         return itertools.islice(self._batches(), self.start, None)
 
     def __len__(self) -> int:
-        """Of an epoch, which MMEngine asks for."""
+        """Number of batches in an epoch, which MMEngine requires."""
         return math.ceil(len(self.sampler) / self.batch_size)
 
     def _batches(self) -> Iterator[list[tuple[int, int]]]:
@@ -210,17 +210,17 @@ class EndlessBatches(Sampler[list[tuple[int, int]]]):
 
 @LOOPS.register_module()
 class ResumableLoop(IterBasedTrainLoop):
-    """MMEngine's loop over steps, which goes on behind the batches of a run that it continues without loading them."""
+    """MMEngine's loop over steps, which skips the batches of earlier steps of a resumed run without loading them."""
 
     def run(self) -> Any:
         self.dataloader.batch_sampler.start = self.iter
-        # MMEngine takes as many batches as were trained on from the iterator first.
+        # MMEngine first consumes one batch for each finished step.
         self.dataloader_iterator = _Batches(itertools.chain(itertools.repeat(None, self.iter), self.dataloader))
         return super().run()
 
 
 class _Batches(Iterator[Any]):
-    """An iterator with what the maintained fork's loop calls to leave batches out."""
+    """An iterator with the method that the maintained fork's loop calls to skip batches."""
 
     def __init__(self, batches: Iterator[Any]) -> None:
         self._batches = batches

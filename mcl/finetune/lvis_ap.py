@@ -1,4 +1,4 @@
-"""AP of LVIS, for which every image was searched for some of the categories only, by faster-coco-eval."""
+"""AP of LVIS by faster-coco-eval. In LVIS, every image was searched for some of the categories only."""
 
 import json
 import tempfile
@@ -16,7 +16,7 @@ from mcl.finetune.metric import KINDS, FolderMetric, percent
 
 PACKAGE = "faster-coco-eval==1.8.0"
 MOST = 300
-"""Detections of an image that count."""
+"""Maximum number of detections per image."""
 
 _NEEDED = (
     ("images", "neg_category_ids", list),
@@ -29,14 +29,14 @@ _COCO = "or take COCO's AP: val_evaluator.type=FolderMetric"
 
 @METRICS.register_module()
 class LVISFolderMetric(FolderMetric):
-    """AP of LVIS of checked annotations, with that of rare, common and frequent categories.
+    """AP of LVIS, also of rare, common and frequent categories, with checked annotations.
 
-    Detections of a category do not count in images that were not searched for it, and wrong ones not in those in which
-    not all of its objects were marked.
+    Detections of a category are ignored in images that were not searched for it. False positives are also ignored in
+    images in which not all objects of the category were annotated.
 
     Raises:
         ConfigError: faster-coco-eval is not installed.
-        SourceError: the annotations do not say what was searched for.
+        SourceError: the annotations lack LVIS's fields.
     """
 
     default_prefix = "lvis"
@@ -55,8 +55,8 @@ class LVISFolderMetric(FolderMetric):
                 )
 
     def compute_metrics(self, results: list[Any]) -> dict[str, float]:
-        """By ``bbox_mAP``, ``segm_mAP_50``, ..., and ``bbox_mAP_r``, ``_c``, ``_f`` of frequencies; without those of
-        which there are no objects."""
+        """AP, from 0 to 1, as ``bbox_mAP``, ``segm_mAP_50``, ..., and by frequency as ``bbox_mAP_r``, ``_c``, ``_f``;
+        without entries for which there are no objects."""
         self.cat_ids = self._coco_api.get_cat_ids(cat_names=self.dataset_meta["classes"])
         frequencies = np.array([self._coco_api.cats[category]["frequency"] for category in self.cat_ids])
         found = [_best(result) for _, result in results]
@@ -75,9 +75,10 @@ class LVISFolderMetric(FolderMetric):
         return values
 
     def _precision(self, found: list[dict[str, Any]], kind: str) -> NDArray[Any]:
-        """(category, 10 IoUs, 101 recalls, 4 sizes), -1 where there are no objects.
+        """Precision (category, 10 IoUs, 101 recalls, 4 sizes), -1 where there are no objects.
 
-        One category at a time, in the images that were searched for it: all pairs of LVIS' take 25 GB.
+        Evaluates one category at a time, in the images that were searched for it: all pairs of images and categories
+        would need 25 GB.
         """
         from faster_coco_eval import COCO, COCOeval_faster
 
@@ -90,7 +91,7 @@ class LVISFolderMetric(FolderMetric):
         found = [detection for detection in found if detection["image_id"] in searched[detection["category_id"]]]
         if kind == "segm":
             for detection in found:
-                del detection["bbox"]  # sizes are those of masks
+                del detection["bbox"]  # otherwise sizes would be those of boxes
         truth = COCO(self._coco_api.dataset)
         evaluation = COCOeval_faster(truth, truth.loadRes(found), kind, lvis_style=True)
         evaluation.params.maxDets = [MOST]
@@ -105,7 +106,7 @@ class LVISFolderMetric(FolderMetric):
 
 
 def _best(result: dict[str, Any]) -> dict[str, Any]:
-    """The detections of an image that count."""
+    """The best detections of an image, at most ``MOST``."""
     best = np.argsort(-result["scores"], kind="stable")[:MOST]
     parts = {key: value for key, value in result.items() if key != "img_id"}
     kept = {key: [value[i] for i in best] if isinstance(value, list) else value[best] for key, value in parts.items()}

@@ -1,4 +1,4 @@
-"""AP by pycocotools, of folders and detectors as they are, and its tables in the run folder."""
+"""AP by pycocotools, and its tables in the run folder."""
 
 import functools
 import json
@@ -19,7 +19,7 @@ from mcl.records.metrics import log, rewrite
 
 _NAMES = {"mAP": "AP", "mAP_50": "AP50", "mAP_75": "AP75", "mAP_s": "APs", "mAP_m": "APm", "mAP_l": "APl"}
 _FREQUENCIES = {"mAP_r": "APr", "mAP_c": "APc", "mAP_f": "APf"}
-"""Of LVIS alone: rare, common and frequent categories."""
+"""LVIS only: rare, common and frequent categories."""
 
 KINDS = {"bbox": "box", "segm": "mask", "11points": "box (11 points)", "area": "box (area)"}
 RESULTS = "ap.json"
@@ -29,11 +29,11 @@ CATEGORIES = "categories.json"
 
 @METRICS.register_module()
 class FolderMetric(CocoMetric):
-    """MMDetection's, of checked annotations, and for detectors that find nothing, too."""
+    """MMDetection's metric, with checked annotations; also for detectors without any detection."""
 
     metrics: list[str]
     categories: dict[str, dict[str, float | None]]
-    """AP in percent of the last evaluation, by kind and category; None where a category has no object."""
+    """AP in percent of the last evaluation, by kind and category; None for a category without objects."""
 
     def __init__(self, ann_file: str, **options: Any) -> None:
         super().__init__(**options, classwise=True)
@@ -41,7 +41,7 @@ class FolderMetric(CocoMetric):
         self._coco_api.loadRes = functools.partial(_load, self._coco_api)
 
     def compute_metrics(self, results: list[Any]) -> dict[str, float]:
-        """By ``bbox_mAP``, ``segm_mAP_50``, ...; without those of sizes that no object has."""
+        """AP, from 0 to 1, as ``bbox_mAP``, ``segm_mAP_50``, ...; without sizes that no object has."""
         found: dict[str, float] = {}
         kinds, self.categories = self.metrics, {}
         for kind in kinds:  # one by one: MMDetection gives both APs of a category the same name
@@ -60,7 +60,7 @@ def _without_masks(result: Any) -> Any:
 
 
 def _load(truth: COCO, found: list[Any]) -> COCO:
-    """Detections beside the annotations; pycocotools evaluates an empty list, but does not load it."""
+    """Detections in pycocotools' form, which cannot load an empty list itself."""
     if found:
         return type(truth).loadRes(truth, found)
     nothing = COCO()
@@ -71,8 +71,8 @@ def _load(truth: COCO, found: list[Any]) -> COCO:
 
 @HOOKS.register_module()
 class APTable(Hook):
-    """Writes what pycocotools measured into the run folder: ``ap.json``, a record per evaluation, and ``ap.md``; AP by
-    category, of the last evaluation, into ``categories.json``."""
+    """Writes AP to the run folder: ``ap.json`` and ``ap.md``, with one entry per evaluation, and ``categories.json``,
+    with the AP by category of the last evaluation."""
 
     _loaded = 0
 
@@ -81,7 +81,7 @@ class APTable(Hook):
 
     @master_only
     def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
-        folder, step = Path(runner.work_dir), runner.iter or self._loaded  # the latter where nothing is trained
+        folder, step = Path(runner.work_dir), runner.iter or self._loaded  # runner.iter is 0 if nothing is trained
         record: dict[str, Any] = {"step": step, **_aps(metrics or {}, runner.cfg.val_evaluator.metric)}
         records = [other for other in read(folder) if other["step"] < step]
         records.append(record)
@@ -97,7 +97,7 @@ class APTable(Hook):
 
 
 def _aps(metrics: Mapping[str, float], measured: Sequence[str]) -> dict[str, dict[str, float | None]]:
-    """AP by kind and name, in percent; None where there is nothing of that size to detect."""
+    """AP by kind and name, in percent; None for sizes that no object has."""
     found = {name.partition("/")[2]: value for name, value in metrics.items()}
     aps: dict[str, dict[str, float | None]] = {}
     for kind in measured:
@@ -108,7 +108,7 @@ def _aps(metrics: Mapping[str, float], measured: Sequence[str]) -> dict[str, dic
 
 
 def percent(value: float | None) -> float | None:
-    """To one decimal place, as it is written."""
+    """A fraction in percent, rounded to one decimal place."""
     return None if value is None else round(100 * value, 1)
 
 
@@ -130,7 +130,7 @@ def table(records: list[dict[str, Any]]) -> str:
 
 
 def by_category(folder: Path) -> str:
-    """Markdown table of the AP of each category, in percent, of the last evaluation of a run; empty if it has none."""
+    """Markdown table of the AP by category, in percent, of the last evaluation of a run; empty if there is none."""
     path = folder / CATEGORIES
     aps = json.loads(path.read_text()) if path.exists() else {}
     if not aps:

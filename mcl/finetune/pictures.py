@@ -1,4 +1,4 @@
-"""Objects that are found or annotated, drawn onto images."""
+"""Draws detected or annotated objects onto images."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 from mcl.config import ConfigError
 
 COLORS = [tuple(round(255 * c) for c in to_rgb(f"C{i}")) for i in range(10)]
-"""Of the categories, over and over."""
+"""Colours of the categories, repeated cyclically."""
 
 FONT = f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf"
-LONG = 480  # pixels; images whose longer side is less are drawn enlarged, so that their labels can be read
+LONG = 480  # pixels; images with a shorter longest side are enlarged, so that their labels can be read
 MASK = 0.4  # opacity
 HEADING, GAP = 22, 6  # pixels
-SHOWN = (640, 640)  # pixels that a picture of a pair has at most
+SHOWN = (640, 640)  # pixels; maximum size of each picture of a pair
 
 
 @dataclass(frozen=True)
@@ -30,20 +30,20 @@ class Objects:
     boxes: Tensor
     """(n, 4), x1, y1, x2, y2 in pixels."""
     labels: Tensor
-    """(n), whole numbers."""
+    """(n), int64."""
     scores: Tensor | None = None
     """(n), from 0 to 1."""
     masks: Tensor | None = None
-    """(n, height, width), switches."""
+    """(n, height, width), bool."""
 
 
 @dataclass(frozen=True)
 class Detections:
-    """What was found in an image."""
+    """Detections in an image."""
 
     image: Path
     picture: Path
-    """The file that was drawn."""
+    """The file that was written."""
     names: list[str]
     """Category of each object."""
     objects: Objects
@@ -57,11 +57,11 @@ class Detections:
 
 
 def draw(pixels: Tensor, objects: Objects, classes: Sequence[str]) -> Image.Image:
-    """An image with the boxes, masks, names and scores of objects; a whole multiple of its size if it is small.
+    """Draws boxes, masks, names and scores of objects onto an image. Small images are enlarged by a whole factor.
 
     Args:
         pixels: (3, height, width), RGB, uint8.
-        objects: those with low scores lie below.
+        objects: objects to draw; those with the highest scores are drawn last, on top.
         classes: names by label.
     """
     scale = max(1, round(LONG / max(pixels.shape[1:])))
@@ -70,7 +70,7 @@ def draw(pixels: Tensor, objects: Objects, classes: Sequence[str]) -> Image.Imag
     for i in order:
         label = int(objects.labels[i])
         color, text = COLORS[label % len(COLORS)], classes[label]
-        if objects.masks is not None:  # one by one: torchvision blackens where masks of one call overlap
+        if objects.masks is not None:  # one by one: torchvision draws overlaps of masks black
             picture = draw_segmentation_masks(picture, _enlarged(objects.masks[i], scale), MASK, color)
         if objects.scores is not None:
             text += f" {objects.scores[i]:.2f}"
@@ -86,11 +86,11 @@ def _enlarged(pixels: Tensor, scale: int) -> Tensor:
 
 
 def beside(rows: Sequence[tuple[str, Image.Image, Image.Image]], headings: tuple[str, str]) -> Image.Image:
-    """Pairs of pictures, two pairs side by side, each reduced to what fits.
+    """Arranges pairs of pictures on a sheet, two pairs side by side; large pictures are reduced.
 
     Args:
-        rows: a name and two pictures each.
-        headings: of the two pictures.
+        rows: a name and two pictures for each pair.
+        headings: headings of the two pictures.
     """
     pictures = [[picture.copy() for picture in pair] for _, *pair in rows]
     for pair in pictures:
@@ -108,10 +108,10 @@ def beside(rows: Sequence[tuple[str, Image.Image, Image.Image]], headings: tuple
 
 
 def save(picture: Image.Image, path: Path) -> None:
-    """Writes a PNG; missing folders are made.
+    """Writes a PNG and creates missing folders.
 
     Raises:
-        ConfigError: it cannot be written.
+        ConfigError: the file cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""A fine-tuning with several seeds: what its AP is on average, and by how much it differs from that of another one."""
+"""Fine-tuning with several seeds: mean AP, and its difference from that of another fine-tuning."""
 
 import copy
 import gc
@@ -19,28 +19,29 @@ RESULTS = "repeats.json"
 TABLE = "repeats.md"
 
 RESOLUTION = 0.1
-"""Percent, to which an AP is rounded: no interval is narrower than this to either side."""
+"""Percent to which AP is rounded. An interval extends at least this far to either side of the mean."""
 
 _FREE = ("weights", "parts", "randomness")
-"""Sections of a configuration in which runs that are compared may differ."""
+"""Sections of a configuration that may differ between compared runs."""
 
 Result = dict[str, Any]
 
 
 def finetune(config: Any, count: int, compare: Path | None = None) -> str:
-    """Fine-tunes with as many seeds, from ``randomness.seed`` on, into folders of their own: ``seed-0``, ...
+    """Fine-tunes with several seeds, starting at ``randomness.seed``, each in its own folder: ``seed-0``, ...
 
-    Writes ``repeats.json`` and ``repeats.md`` after each. Those that were done before are left as they are.
+    Writes ``repeats.json`` and ``repeats.md`` after each run. Finished runs are not repeated.
 
     Args:
-        config: of MMEngine.
+        config: MMEngine's configuration.
+        count: number of seeds.
         compare: folder of repeats to compare with.
 
     Returns:
         The table; empty in all processes but the first.
 
     Raises:
-        ConfigError: the other folder holds no repeats with these seeds; and see :func:`mcl.finetune.finetune`.
+        ConfigError: the other folder has no repeats with these seeds; see also :func:`mcl.finetune.finetune`.
     """
     from mcl.finetune import hooks, metric, resume, training
 
@@ -55,7 +56,7 @@ def finetune(config: Any, count: int, compare: Path | None = None) -> str:
         own.update(output=str(folder), name=f"seed-{seed}", work_dir=str(folder / f"seed-{seed}"))
         own.experiment_name, own.randomness.seed = own.name, seed
         training.finetune(own, hooks.Repeat(number, count))
-        gc.collect()  # a runner and its hooks refer to each other, and hold the memory of a GPU
+        gc.collect()  # frees GPU memory: a runner and its hooks refer to each other
         if distributed.rank() == 0:
             run = Path(own.work_dir)
             records[seed] = metric.read(run)[-1]
@@ -74,7 +75,7 @@ def _read(folder: Path, seeds: Sequence[int]) -> Result:
     try:
         other: Result = json.loads((folder / RESULTS).read_text())
         other["seeds"], other["ap"], other["sections"]
-    except (OSError, ValueError, KeyError, TypeError):  # TypeError: no object
+    except (OSError, ValueError, KeyError, TypeError):  # TypeError: not a JSON object
         raise ConfigError(
             f"--compare: {folder} holds no {RESULTS}; name the folder of mcl finetune --repeats"
         ) from None
@@ -86,8 +87,12 @@ def _read(folder: Path, seeds: Sequence[int]) -> Result:
 
 
 def summary(records: Mapping[int, Mapping[str, Any]]) -> Result:
-    """Of evaluations by seed: ``seeds``, ``step``, and ``ap``: by kind (box, mask) and measure the ``values``, None
-    where there is nothing to measure, their ``mean``, and their standard deviation ``sd``, None of a single one."""
+    """Summarises evaluations by seed.
+
+    Returns:
+        ``seeds``, ``step``, and ``ap``, by kind (box, mask) and measure: ``values`` by seed (None if there are no such
+        objects), their ``mean``, and their standard deviation ``sd`` (None for a single value).
+    """
     first = next(iter(records.values()))
     aps = {
         kind: {name: _moments([record[kind][name] for record in records.values()]) for name in measures}
@@ -104,8 +109,12 @@ def _moments(values: Sequence[float | None]) -> Result:
 
 
 def difference(ours: Result, theirs: Result) -> Result:
-    """Ours minus theirs: the ``seeds`` that both have, ``ap`` by kind and measure as of :func:`paired`, and the
-    sections of their configurations that are ``differing``. Empty if they have no seed in common."""
+    """Ours minus theirs, over common seeds.
+
+    Returns:
+        ``seeds`` that both have, ``ap`` by kind and measure (see :func:`paired`), and the ``differing`` sections of
+        their configurations. Empty if they have no seed in common.
+    """
     seeds = [seed for seed in ours["seeds"] if seed in theirs["seeds"]]
     if not seeds:
         return {}
@@ -126,8 +135,12 @@ def _of(measure: Result, result: Result, seed: int) -> Any:
 
 
 def paired(ours: Sequence[float], theirs: Sequence[float]) -> Result:
-    """Ours minus theirs, seed by seed: the ``mean``, its standard ``error``, its 95% interval by a paired t-test from
-    ``low`` to ``high``, and whether that ``exceeds_noise``: excludes 0. One seed has but a mean."""
+    """Compares ours minus theirs, seed by seed, by a paired t-test.
+
+    Returns:
+        ``mean`` of the difference, its standard ``error``, its 95% interval from ``low`` to ``high``, and
+        ``exceeds_noise``, whether the interval excludes 0. With one seed, all but the mean are None.
+    """
     values = [a - b for a, b in zip(ours, theirs, strict=True)]
     mean, n = statistics.fmean(values), len(values)
     if n == 1:
@@ -138,7 +151,7 @@ def paired(ours: Sequence[float], theirs: Sequence[float]) -> Result:
 
 
 def table(result: Result, other: Result | None = None) -> str:
-    """Markdown of repeats, and of others and the difference, if there are some to compare with."""
+    """Markdown table of repeats; with `other`, also of these and the difference."""
     compared = result.get("compared")
     head = [f"AP after {result['step']} steps", f"{result['name']}, seeds {_list(result['seeds'])}"]
     if other and compared:

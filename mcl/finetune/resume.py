@@ -17,11 +17,11 @@ from mcl.records.metrics import log
 from mcl.train.checkpoint import CheckpointError, reason
 
 _DECISIVE = ("model", "weights", "parts", "global_batch", "optim_wrapper", "param_scheduler", "randomness")
-"""Sections that decide what a run computes, beside its data."""
+"""Sections that, together with the data, decide what a run computes."""
 
 
 def _decisive(config: Config, folder: Folder) -> dict[str, str]:
-    """What decides the course of a run, as JSON by section."""
+    """Everything that decides what a run computes, as JSON by section."""
     sections = config.to_dict()
     values = {key: sections[key] for key in _DECISIVE}
     values["data.classes"] = sections["data"]["classes"]
@@ -36,7 +36,7 @@ def prepare(config: Config, folder: Folder) -> Identity:
 
     Args:
         config: configuration of the run.
-        folder: the data, which may be at another path than before.
+        folder: the data, which may have moved.
 
     Returns:
         A hook that stores in new checkpoints what identifies the run.
@@ -65,8 +65,8 @@ def to_test(config: Config) -> Path:
     """The checkpoint to evaluate: that of ``load_from``, or the newest of the run.
 
     Raises:
-        CheckpointError: it cannot be read, or belongs to another detector.
-        ConfigError: there is none.
+        CheckpointError: the checkpoint cannot be read, or belongs to another detector.
+        ConfigError: the run has no checkpoint.
     """
     run = Path(config.output) / config.name
     files = [Path(config.load_from)] if config.load_from else checkpoints(run)
@@ -86,7 +86,7 @@ def to_test(config: Config) -> Path:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Newest first."""
+    """Checkpoints in a folder, newest first."""
     steps = {path: path.stem.removeprefix("iter_") for path in folder.glob("iter_*.pth")}
     files = [path for path, step in steps.items() if step.isdigit()]
     return sorted(files, key=lambda path: int(steps[path]), reverse=True)
@@ -96,7 +96,7 @@ def newest(files: list[Path]) -> tuple[Path, Mapping[str, Any]]:
     """The first readable checkpoint, and the sections that identify its run; MMEngine may leave incomplete files.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: no checkpoint can be read.
     """
     for path in files:
         try:

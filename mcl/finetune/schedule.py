@@ -1,4 +1,4 @@
-"""Derives optimiser and schedule of a fine-tuning from a few keys. Keys of the command line are not changed."""
+"""Derives optimiser and schedule of a fine-tuning from a few keys. Keys that the command line sets are not changed."""
 
 import inspect
 from collections.abc import Collection
@@ -17,7 +17,7 @@ _STEPS = ("begin", "end", "milestones", "T_max")
 
 @OPTIMIZERS.register_module()
 class LARS(optim.LARS):
-    """That of pre-training. Biases and scales do not take the trust ratio: it is 0 for a bias that is 0."""
+    """LARS of pre-training. Biases and scales have trust ratio 1; otherwise a bias of 0 would never change."""
 
     def __init__(
         self,
@@ -64,7 +64,8 @@ def scale(config: Config, before: int, given: Collection[str]) -> None:
     """Scales milestones and warm-up with the number of steps, rounded down; a warm-up has at least 2 steps.
 
     Args:
-        before: ``train_cfg.max_iters`` that ``param_scheduler`` is for.
+        config: configuration of the run, changed in place.
+        before: number of steps for which ``param_scheduler`` was written.
         given: keys that the command line sets.
     """
     steps = config.train_cfg.max_iters
@@ -76,7 +77,7 @@ def scale(config: Config, before: int, given: Collection[str]) -> None:
             value = scheduler.get(key)
             if isinstance(value, int | list) and not _is_set(f"param_scheduler.{number}.{key}", given):
                 scheduler[key] = _scaled(value, steps, before)
-                if key == "end":  # with a single step, MMEngine's LinearLR would never leave its first factor
+                if key == "end":  # with a single step, MMEngine's LinearLR would keep its first factor
                     scheduler[key] = max(scheduler[key], scheduler.get("begin", 0) + 2)
         late += [m for m in scheduler.get("milestones") or () if isinstance(m, int) and m >= steps]
     if late:
@@ -93,5 +94,5 @@ def _scaled(value: Any, steps: int, before: int) -> Any:
 
 
 def _is_set(key: str, given: Collection[str]) -> bool:
-    """Whether the command line sets a key, a section that it is in, or an element of it."""
+    """Whether the command line sets a key, a section that contains it, or an element of it."""
     return any(f"{key}.".startswith(f"{word}.") or word.startswith(f"{key}.") for word in given)

@@ -29,7 +29,7 @@ _LEAST = {
     **{"train_dataloader.num_workers": 0, "val_dataloader.num_workers": 0, "randomness.seed": 0},
     "data.fraction_seed": 0,
 }
-"""Least values of whole numbers."""
+"""Lowest values of integers."""
 
 _SECTIONS = ("model", "optim_wrapper", "train_dataloader.dataset", "val_dataloader.dataset")
 _OURS: dict[str, type] = {
@@ -43,13 +43,13 @@ _OURS: dict[str, type] = {
 """Types of the keys that mcl reads."""
 
 _OPTIONAL = ("val_dataloader.batch_size", "train_cfg.val_interval", "epochs", "test")
-"""MMEngine has values for them, or they mean nothing where they are not."""
+"""Keys that may be missing: MMEngine has defaults, or their absence disables the feature."""
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a configuration and applies ``key=value`` words, for keys that the files have.
 
-    Values of text keys are used as typed; all other values are YAML. An empty value of a key that is None stays None.
+    Values of string keys are used as typed; all other values are YAML. For a key that is None, an empty value is None.
 
     Raises:
         ConfigError: no such file, not a configuration of ``mcl finetune``, unknown key, or illegal value.
@@ -91,7 +91,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def _follow(config: Config, files: Mapping[str, Any], given: Sequence[str]) -> None:
-    """Derives settings from the keys of the command line; `files` has the values before."""
+    """Derives settings from the keys of the command line; `files` has the values of the files."""
     schedule.choose_optimizer(config, files.get("optim_wrapper.optimizer.type"), given)
     steps, before = config.train_cfg.max_iters, files.get("train_cfg.max_iters")
     schedule.scale(config, before if isinstance(before, int) and before > 0 else steps, given)
@@ -125,8 +125,8 @@ def _override(config: Config, word: str) -> None:
 def _like(old: Any, new: Any, element: bool = False) -> Any:
     """Converts a value of :func:`~mcl.plain_yaml.parse_yaml` to the type of the value that it replaces.
 
-    Elements of a list get the type of the old list's first element, or text if that is empty. None is replaced by a
-    number, a switch or text.
+    Elements of a list get the type of the old list's first element; if it is empty, that of the new value. None can be
+    replaced by a number, a boolean or a string.
 
     Raises:
         ValueError: the value cannot be converted.
@@ -157,7 +157,7 @@ def _places(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
 
 
 def adapt(config: Config) -> None:
-    """Derives settings from processes and devices: launcher, images per process, mixed precision, BatchNorm.
+    """Derives settings from the processes and devices: launcher, images per process, mixed precision, BatchNorm.
 
     Raises:
         ConfigError: an illegal value, ``global_batch`` is not divisible by the processes, or a setting needs a GPU and
@@ -197,13 +197,13 @@ def adapt(config: Config) -> None:
 
 
 def _launcher() -> tuple[str, int]:
-    """MMEngine's name of what started this process, and the number of processes."""
+    """MMEngine's name of the launcher, and the number of processes."""
     size = launch.world_size()
     return ("pytorch", size) if size > 1 else ("none", 1)
 
 
 def replace(node: Any, key: str, old: Any, new: Any) -> int:
-    """Replaces a value under a key wherever it occurs in nested dictionaries and lists; returns how often it did."""
+    """Replaces a value (``...``: any) under a key in nested dictionaries and lists; returns how often it did."""
     count = 0
     if isinstance(node, dict):
         if key in node and (old is ... or node[key] == old):
@@ -216,5 +216,5 @@ def replace(node: Any, key: str, old: Any, new: Any) -> int:
 
 
 def innermost(dataset: Any) -> Any:
-    """The configuration of the dataset that reads files, within those that wrap it."""
+    """The configuration of the dataset that reads files, inside its wrappers."""
     return innermost(dataset["dataset"]) if "dataset" in dataset else dataset

@@ -25,7 +25,7 @@ from mcl.signals import Signals
 BAD_FILES = "bad_files.jsonl"
 PICTURE = "predictions.png"
 MOST = 100
-"""Categories whose AP the terminal shows; ``train.log`` has it in any case."""
+"""Maximum number of categories for which the terminal shows the AP of each; ``train.log`` always has them."""
 
 _HOOKS_OF_TESTS = [{"type": "PlainMessages"}, {"type": "APTable"}]
 
@@ -34,9 +34,10 @@ def finetune(config: Config, *also: Hook) -> str:
     """Trains and evaluates, or continues; see :func:`mcl.finetune.finetune`.
 
     Args:
-        also: hooks beside those of the configuration.
+        config: configuration of the run.
+        also: hooks in addition to those of the configuration.
     """
-    if config.launcher != "none" and not is_distributed():  # as MMEngine's runner would do it, later
+    if config.launcher != "none" and not is_distributed():  # as MMEngine's runner would do later
         set_multi_processing(**config.env_cfg.mp_cfg, distributed=True)
         init_dist(config.launcher, **config.env_cfg.dist_cfg)
     log_to_console()
@@ -68,7 +69,7 @@ def _finetune(config: Config, also: Sequence[Hook]) -> str:
         start = loaded.summary
     _make_folder(config)
     if distributed.rank() == 0 and not config.resume:
-        (Path(config.work_dir) / BAD_FILES).unlink(missing_ok=True)  # of a run that left no checkpoint
+        (Path(config.work_dir) / BAD_FILES).unlink(missing_ok=True)  # from a run without a checkpoint
     if distributed.rank() == 0 and data.fraction < 1:
         rewrite(Path(config.work_dir) / CHOSEN, "".join(f"{key}\n" for key in folder.chosen))
     whole = any(record["step"] == config.train_cfg.max_iters for record in _records(config))
@@ -78,7 +79,7 @@ def _finetune(config: Config, also: Sequence[Hook]) -> str:
         with contextlib.redirect_stdout(console.Printed(runner.logger)):
             runner.train()
             if all(record["step"] < runner.iter for record in _records(config)):
-                runner.val()  # the run was cut between its last checkpoint and its last evaluation
+                runner.val()  # the run ended between its last checkpoint and its last evaluation
             if not (whole and (Path(config.work_dir) / PICTURE).exists()):
                 _show(runner)
     return metric.table(_records(config))
@@ -87,7 +88,7 @@ def _finetune(config: Config, also: Sequence[Hook]) -> str:
 def _test(config: Config) -> str:
     log.info("checkpoint: %s, evaluated on %s", config.load_from, config.data.root)
     if distributed.rank() == 0:
-        (Path(config.work_dir) / metric.RESULTS).unlink(missing_ok=True)  # of another checkpoint
+        (Path(config.work_dir) / metric.RESULTS).unlink(missing_ok=True)  # results of another checkpoint
     runner = _Runner.from_cfg(config)
     with contextlib.redirect_stdout(console.Printed(runner.logger)):
         runner.val()
@@ -123,12 +124,12 @@ class _Runner(Runner):
 
     def build_val_loop(self, loop: Any) -> Any:
         built = super().build_val_loop(loop)
-        annotations.forget()  # the evaluator of this loop is the last that reads them
+        annotations.forget()  # this loop's evaluator is the last reader of them
         return built
 
 
 def _records(config: Config) -> list[dict[str, Any]]:
-    """Evaluations that the first process has written; the same on all processes."""
+    """Records of evaluations, read on the first process; the same on all processes."""
     records = [metric.read(Path(config.work_dir))]
     broadcast_object_list(records)
     return records[0]

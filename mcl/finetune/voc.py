@@ -1,4 +1,4 @@
-"""PASCAL VOC's annotations in COCO's format."""
+"""Converts annotations of PASCAL VOC to COCO's format."""
 
 import json
 import math
@@ -21,18 +21,17 @@ CLASSES = (
 def convert(folders: Sequence[Path], output: Path, ids: str = "") -> str:
     """Writes an annotation file in COCO's format.
 
-    Objects that VOC calls difficult have ``"difficult": 1``. That is neither ``ignore`` nor ``iscrowd``, which would
-    keep them from being trained on as well, while published detectors of VOC are trained on all objects; only the
-    evaluation leaves difficult ones out.
+    Difficult objects of VOC get ``"difficult": 1``, which only the evaluation ignores. ``ignore`` or ``iscrowd`` would
+    exclude them from training as well, while published detectors are trained on all objects.
 
     Args:
         folders: folders with Annotations/ and JPEGImages/, such as VOCdevkit/VOC2007.
         output: the file to write. Paths of images in it are relative to its folder.
-        ids: selects images: the name of an image set, such as trainval, that every folder has in ImageSets/Main/, or a
-            file with one id per line; empty: all images with annotations.
+        ids: images to convert: the name of an image set, such as trainval, that every folder has in ImageSets/Main/,
+            or a file with one id per line; empty: all images with annotations.
 
     Returns:
-        What was written, in words.
+        Summary of the written file.
 
     Raises:
         SourceError: a file is missing or broken, or `output` cannot be written; the message names it.
@@ -41,7 +40,7 @@ def convert(folders: Sequence[Path], output: Path, ids: str = "") -> str:
     files = {folder: {path.stem: path for path in (folder / "JPEGImages").iterdir()} for folder in folders}
     read = [(files[folder].get(path.stem), path, *_read(path)) for folder, path in chosen]
     names = {name for *_, objects in read for name, *_ in objects}
-    if not names <= {*CLASSES}:  # another's data: train and val must have the same categories
+    if not names <= {*CLASSES}:  # not VOC's classes: use those of all images, so that train and val have the same ones
         names = {name for _, path in _choose(folders, "") for name, *_ in _read(path)[1]}
     classes = CLASSES if names <= {*CLASSES} else tuple(sorted(names))
     numbers = {name: number for number, name in enumerate(classes, start=1)}
@@ -69,7 +68,7 @@ def convert(folders: Sequence[Path], output: Path, ids: str = "") -> str:
 
 
 def _choose(folders: Sequence[Path], ids: str) -> list[tuple[Path, Path]]:
-    """Folder and annotation file of every image to take."""
+    """Folder and annotation file of every image to convert."""
     for folder in folders:
         for part in ("Annotations", "JPEGImages"):
             if not (folder / part).is_dir():
@@ -92,7 +91,7 @@ def _choose(folders: Sequence[Path], ids: str) -> list[tuple[Path, Path]]:
 
 
 def _lines(file: Path) -> Iterator[str]:
-    """Ids in an image set; in those of a category a flag follows each."""
+    """Ids in an image set; in image sets of a category, a flag follows each id."""
     try:
         return (line.split()[0] for line in file.read_text().splitlines() if line.strip())
     except (OSError, ValueError) as error:
@@ -100,12 +99,12 @@ def _lines(file: Path) -> Iterator[str]:
 
 
 def _read(path: Path) -> tuple[tuple[int, int], list[tuple[str, list[float], int]]]:
-    """Width and height of an image; name, [x, y, width, height] in pixels and flag of its objects."""
+    """Width and height of an image; for each object its name, [x, y, width, height] in pixels, and difficult flag."""
     try:
         root = ElementTree.fromstring(path.read_bytes())
     except OSError as error:
         raise SourceError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ElementTree.ParseError, ValueError, LookupError) as error:  # the latter two for odd encodings
+    except (ElementTree.ParseError, ValueError, LookupError) as error:  # the latter two: unknown or wrong encodings
         raise SourceError(f"{path}: is not XML ({error})") from None
     width, height = (int(_number(path, root, f"size/{side}")) for side in ("width", "height"))
     objects = []

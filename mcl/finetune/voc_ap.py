@@ -33,11 +33,11 @@ class Image(NamedTuple):
 def average_precision(images: Iterable[Image]) -> NDArray[Any] | None:
     """AP of a category, by the rule of VOC's development kit.
 
-    A detection is of the object that it overlaps most, and right if the IoU reaches the threshold and no better
-    detection was of that object. It does not count if that object is difficult.
+    A detection is assigned to the object with the highest IoU. It is correct if that IoU reaches the threshold and no
+    better detection is assigned to the same object. It is ignored if the object is difficult.
 
     Returns:
-        (10, 2): by :data:`THRESHOLDS` and :data:`RULES`; None where no object counts.
+        (10, 2): by :data:`THRESHOLDS` and :data:`RULES`; None if there are only difficult objects, or none.
     """
     images = list(images)
     starts = np.cumsum([0, *(len(image.objects) for image in images)])
@@ -59,7 +59,7 @@ def average_precision(images: Iterable[Image]) -> NDArray[Any] | None:
 
 
 def _right(overlap: NDArray[Any], nearest: NDArray[Any], difficult: NDArray[Any], threshold: float) -> NDArray[Any]:
-    """Whether detections, the best first, are right; without those that do not count."""
+    """Whether detections, best first, are correct; without those that are ignored."""
     reached = overlap >= threshold
     counts = ~(reached & difficult[nearest])
     candidates = np.flatnonzero(reached & counts)
@@ -70,24 +70,25 @@ def _right(overlap: NDArray[Any], nearest: NDArray[Any], difficult: NDArray[Any]
 
 
 def _areas(right: NDArray[Any], objects: int) -> tuple[float, float]:
-    """AP by :data:`RULES` of a list of detections. A recall has the best precision that it, or a higher one, has."""
+    """AP by :data:`RULES`. The precision at a recall is the highest precision at that recall or above."""
     hits = np.cumsum(right)
     precision = hits / np.arange(1, len(hits) + 1)
     best = np.maximum.accumulate(precision[::-1])[::-1]
-    reached = np.searchsorted(10 * hits, np.arange(11) * objects)  # in whole numbers: 3 of 10 is a recall of 0.3
+    reached = np.searchsorted(10 * hits, np.arange(11) * objects)  # integers: 3 of 10 is a recall of 0.3
     return float(np.append(best, 0)[reached].mean()), float(best[right].sum() / objects)
 
 
 @METRICS.register_module()
 class VOCFolderMetric(FolderMetric):
-    """AP of PASCAL VOC of checked annotations; AP is the mean over IoU thresholds, as detectron2 reports it.
+    """AP of PASCAL VOC with checked annotations; AP is the mean over IoU thresholds, as detectron2 reports it.
 
-    MMDetection's ``VOCMetric`` takes boxes for one pixel wider and higher than those in COCO's format are, and in its
-    ``eval_map`` 3 of 10 objects fall short of a recall of 0.3.
+    MMDetection's ``VOCMetric`` would make boxes in COCO's format one pixel too wide and too high, and rounding in its
+    ``eval_map`` puts 3 of 10 objects below a recall of 0.3.
 
     Args:
-        ann_file: annotations in COCO's format; objects of which ``difficult`` is 1 do not count.
-        metric: of ``11points``, VOC's rule until 2009 and detectron2's for VOC 2007, and ``area``, the rule since.
+        ann_file: annotations in COCO's format; objects whose ``difficult`` is 1 are ignored.
+        metric: rules to use: ``11points``, VOC's rule until 2009 and detectron2's for VOC 2007, and ``area``, VOC's
+            rule since then.
     """
 
     default_prefix = "voc"
@@ -99,7 +100,7 @@ class VOCFolderMetric(FolderMetric):
         self.rules = metric
 
     def compute_metrics(self, results: list[Any]) -> dict[str, float]:
-        """By ``11points_mAP``, ``area_mAP_50``, ..."""
+        """AP, from 0 to 1, as ``11points_mAP``, ``area_mAP_50``, ..."""
         truth = defaultdict(list)
         for annotation in self._coco_api.dataset["annotations"]:
             truth[annotation["image_id"], annotation["category_id"]].append(annotation)

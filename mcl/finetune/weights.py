@@ -19,20 +19,20 @@ from mcl.models import Encoder
 from mcl.weights.read import BACKBONES, backbone_tensors, read, take
 
 _HEAD_CONVS = 16
-"""More than detectors have."""
+"""Upper bound of the number of convolutions in a box head."""
 
 
 def load(source: str, model: Mapping[str, Any], parts: Sequence[str] = ()) -> LoadWeights:
     """Reads weights and selects those that a detector can use.
 
     Args:
-        source: as of :func:`mcl.weights.read.read`.
+        source: see :func:`mcl.weights.read.read`.
         model: configuration of the detector.
-        parts: as of :func:`mcl.weights.read.take`.
+        parts: see :func:`mcl.weights.read.take`.
 
     Raises:
-        CheckpointError: the weights cannot be read, or are not those of the detector's backbone, or of `parts`.
-        ConfigError: the detector has none of our backbones, or no such parts.
+        CheckpointError: the weights cannot be read, or do not fit the detector's backbone or `parts`.
+        ConfigError: the detector has a backbone that mcl does not support, or lacks one of `parts`.
     """
     own = build(model).state_dict()
     target = _target(model)
@@ -50,15 +50,15 @@ def load(source: str, model: Mapping[str, Any], parts: Sequence[str] = ()) -> Lo
 
 
 def _target(model: Mapping[str, Any]) -> Target:
-    """By where the FPN starts: at C2 or C3."""
+    """The naming of the detector, which depends on whether its FPN starts at C2 or C3."""
     neck = model.get("neck")
     return RETINANET if isinstance(neck, Mapping) and neck.get("start_level") == 1 else RCNN
 
 
 def _places(own: Mapping[str, Tensor], target: Target) -> tuple[str, dict[str, str]]:
-    """The backbone of mcl that a detector has, and the detector's names by canonical names.
+    """The detector's backbone (a value of ``model.backbone``), and the detector's names by canonical names.
 
-    The last stage of a C4 detector's backbone is its box head. An FPN or head of another form is ignored.
+    In a C4 detector, the last stage of the backbone is the box head. An FPN or head of a different form is ignored.
     """
 
     def place(name: str, backbone: str) -> str:
@@ -86,10 +86,10 @@ def _places(own: Mapping[str, Tensor], target: Target) -> tuple[str, dict[str, s
 
 
 def build(model: Mapping[str, Any]) -> Any:
-    """A detector for names and shapes, without memory if its class allows that."""
+    """Builds a detector for its names and shapes, on the device meta if its class supports that."""
     with DefaultScope.overwrite_default_scope("mmdet"):
         try:
             with torch.device("meta"):
                 return MODELS.build(model)
-        except RuntimeError:  # Swin and ConvNeXt read what they compute
+        except RuntimeError:  # Swin and ConvNeXt read values of tensors when they are built
             return MODELS.build(model)

@@ -1,4 +1,4 @@
-"""Processes that load data: check of their shared memory, and errors in one line."""
+"""Processes that load data: a check of their shared memory, and one-line errors."""
 
 import contextlib
 import multiprocessing
@@ -23,16 +23,16 @@ _PREFETCH = 2  # batches per process, PyTorch's default
 
 
 class LoaderError(RuntimeError):
-    """A process that loads data ended or hangs; the same command continues the run."""
+    """A process that loads data has ended or hangs; the same command continues the run."""
 
     exit_code = 3
 
 
 def check_shared_memory(config: Config) -> None:
-    """Compares the shared memory of the machine with the most that loaders can need.
+    """Compares the free shared memory of the machine with the most that loaders can need.
 
     Raises:
-        ConfigError: it is too small.
+        ConfigError: the shared memory is too small.
     """
     train, val = (_largest(loader) for loader in (config.train_dataloader, config.val_dataloader))
     # While BatchNorm is re-estimated, there are two loaders of training data.
@@ -49,9 +49,9 @@ def check_shared_memory(config: Config) -> None:
 
 
 def _largest(loader: Any) -> int:
-    """Bytes of the images that a loader's processes have ready at most; 0 without any."""
+    """Maximum bytes of the images that a loader's processes hold ready; 0 without processes."""
     steps = innermost(loader)["pipeline"]
-    scales = [step.get("scales", step.get("scale", (0, 0))) for step in steps]  # a pair, or several
+    scales = [step.get("scales", step.get("scale", (0, 0))) for step in steps]  # one pair or several
     pixels = max(np.atleast_2d(scale).prod(-1).max() for scale in scales)
     batches = loader.num_workers * loader.get("prefetch_factor", _PREFETCH)
     return int(3 * pixels * loader.batch_size * batches)
@@ -59,10 +59,10 @@ def _largest(loader: Any) -> int:
 
 @contextlib.contextmanager
 def reporting_loader_errors(timeout: float) -> Iterator[None]:
-    """Replaces errors of a loader's processes, whose messages are tracebacks, by errors with one line.
+    """Replaces errors of a loader's processes, whose messages are tracebacks, by one-line errors.
 
     Args:
-        timeout: seconds that a batch may take, for the message.
+        timeout: seconds to wait for a batch, for the message.
 
     Raises:
         LoaderError: a process hangs, or was killed.
@@ -80,7 +80,7 @@ def reporting_loader_errors(timeout: float) -> Iterator[None]:
         if not str(error).startswith("DataLoader "):
             raise
         for process in set(multiprocessing.active_children()).difference(others):
-            process.kill()  # what hangs would not end by itself, and Python waits for it
+            process.kill()  # a hung process would not end by itself, and Python would wait for it at exit
         if "timed out" in str(error):
             raise LoaderError(
                 f"no batch came from the loaders' processes for {timeout:.0f} s (timeout): see above for errors of "
@@ -94,5 +94,5 @@ def reporting_loader_errors(timeout: float) -> Iterator[None]:
 
 
 def _last(error: Exception) -> str:
-    """The message behind the traceback of a loader's process."""
+    """The message at the end of the traceback of a loader's process."""
     return str(error).rpartition(f"{type(error).__name__}: ")[2].strip()

@@ -47,7 +47,8 @@ def _shortcut(block: nn.Module, x: Tensor, counts: Sequence[int]) -> Tensor:
 
 
 class DeepStem(nn.Sequential):
-    """ResNet-D's three 3x3 convolutions, each with BatchNorm and ReLU; ReLU is counted in the names of modules."""
+    """ResNet-D's three 3x3 convolutions, each with BatchNorm and ReLU. Module names are numbered as if ReLUs, which are
+    fused into BatchNorm, were modules."""
 
     def __init__(self) -> None:
         layers: OrderedDict[str, nn.Module] = OrderedDict()
@@ -89,7 +90,7 @@ class Backbone(nn.Module):
     channels: tuple[int, ...]
     recompute: bool
 
-    def __new__(cls, name: str = "", *_: Any, **__: Any) -> "Backbone":  # copies are made without a name
+    def __new__(cls, name: str = "", *_: Any, **__: Any) -> "Backbone":  # copy.deepcopy passes no name
         return super().__new__((PatchNet if name in _PATCH_NETS else ConvNet) if cls is Backbone else cls)
 
     def forward(self, x: Tensor, counts: Sequence[int] = ()) -> list[Tensor]:

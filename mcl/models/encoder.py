@@ -58,9 +58,9 @@ class Encoder(nn.Module):
         return [list(embeddings[i : i + len(canvases)]) for i in range(0, len(regions), len(canvases))]
 
     def _stacked(self, views: Sequence[MontageBatch]) -> list[list[Tensor]]:
-        """Level after level, whose tiles have a size of their own; the tiles of both views together.
+        """Processes one level after another, since their tiles differ in size, and both views together.
 
-        A tile's map at its level has cells x cells: pooling all of it would be a copy.
+        Nothing is pooled: the map of a tile at its level already has cells x cells.
         """
         maps: list[Tensor] = []
         counts: list[int] = []
@@ -90,11 +90,11 @@ class Encoder(nn.Module):
 
 
 class GlobalEncoder(nn.Module):
-    """Backbone, mean over space and projector: canvases to one embedding each; there is no FPN.
+    """Backbone, spatial mean and projector, which compute one embedding per canvas; there is no FPN.
 
     Args:
         config: names the backbone.
-        projector: makes the projector, for so many channels.
+        projector: builds the projector for a number of input channels.
         recompute: activation checkpointing of the backbone.
     """
 
@@ -106,7 +106,7 @@ class GlobalEncoder(nn.Module):
         self.head = GlobalHead(projector(self.backbone.channels[0]))
 
     def forward(self, *views: MontageBatch) -> list[Tensor]:
-        """Embeddings of the canvases of each view, (n, width); BatchNorm sees the views one by one."""
+        """Embeddings of the canvases of each view, (n, width); BatchNorm normalises each view separately."""
         counts = [len(view.pixels) for view in views]
         features = self.backbone(join([view.pixels for view in views]), counts)[0]
         return list(self.head(features, counts).split(counts))

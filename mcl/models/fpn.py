@@ -111,7 +111,7 @@ def _join(pieces: dict[int, Tensor], groups: Sequence[int]) -> Tensor:
 class Groups(torch.autograd.Function):
     """Splits a map (n, C, H, W) into groups of rows.
 
-    Autograd's gradient of slices is a sum of whole maps, one per group, mostly zeros and not channels_last.
+    For slices, autograd would add one whole map per group, mostly zeros and not channels_last.
     """
 
     @staticmethod

@@ -12,7 +12,8 @@ from mcl.models.norm import BatchNorm
 class RegionHead(nn.Module):
     """Convolutions with zero padding at the tile's borders, average pool, projector; shared by all levels.
 
-    It processes levels together, since matrix products of few rows are slow; BatchNorm normalises each separately.
+    It processes all levels together, since matrix products of few rows are slow; BatchNorm normalises each level
+    separately.
 
     Args:
         width: channels of the maps and of the embedding.
@@ -47,14 +48,14 @@ class RegionHead(nn.Module):
 
 
 class GlobalHead(nn.Module):
-    """Mean of a map over space, then the projector."""
+    """Spatial mean of a map, then the projector."""
 
     def __init__(self, projector: "MLP") -> None:
         super().__init__()
         self.projector = projector
 
     def forward(self, maps: Tensor, counts: Sequence[int] = ()) -> Tensor:
-        """(n, C, h, w) to embeddings (n, width); `counts` as for :class:`BatchNorm`."""
+        """Maps (n, C, h, w) to embeddings (n, width); `counts` as for :class:`BatchNorm`."""
         embeddings: Tensor = self.projector(F.avg_pool2d(maps, maps.shape[2:]).flatten(1), counts)
         return embeddings
 

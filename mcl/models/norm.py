@@ -9,8 +9,8 @@ from mcl.ops.batch_norm import batch_norm
 
 
 class BatchNorm(_BatchNorm):
-    """BatchNorm with parameters and buffers of PyTorch's BatchNorm1d and BatchNorm2d. In training it is
-    :func:`mcl.ops.batch_norm.batch_norm`, which all processes must call.
+    """BatchNorm with the parameters and buffers of PyTorch's BatchNorm1d and BatchNorm2d. In training it calls
+    :func:`mcl.ops.batch_norm.batch_norm`, a collective operation.
     """
 
     def forward(

@@ -1,4 +1,4 @@
-"""Pre-trainings: networks and losses by the names that the key ``objective`` has."""
+"""Pre-training methods, by their names in the configuration key ``objective``."""
 
 from collections.abc import Sequence
 
@@ -22,5 +22,5 @@ OBJECTIVES: dict[str, type[Objective]] = {
 
 
 def build(config: Config, classes: Sequence[str] = ()) -> Objective:
-    """The model of a run, with initial weights; `classes` are those of its images."""
+    """The model of a run, with initial weights; `classes` are the names of its images' classes."""
     return OBJECTIVES[config.objective](config, classes)

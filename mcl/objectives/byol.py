@@ -1,4 +1,4 @@
-"""BYOL: an image's view predicts the momentum embedding of its other view, without negatives."""
+"""BYOL: each view of an image predicts the momentum network's embedding of the other view, without negatives."""
 
 from collections.abc import Sequence
 
@@ -18,8 +18,8 @@ from mcl.train.loss import over_levels, regression, total_loss
 class BYOL(WholeImages):
     """Bootstrap your own latent (arXiv 2006.07733): the sum over both directions of 2 - 2 cos.
 
-    Negatives are none; the score of that name is of other images of the same process, and close to the positive one if
-    the embeddings have collapsed.
+    The loss has no negatives. The score ``negative`` is the mean cosine with other images of the same process; it is
+    close to ``positive`` if the embeddings have collapsed.
     """
 
     unused = (*WholeImages.unused, "model.temperature", "model.queue")
@@ -54,7 +54,7 @@ class BYOL(WholeImages):
 
     @torch.no_grad()
     def prepare(self, parts: Sequence[tuple[MontageBatch, MontageBatch]]) -> list[Tensor]:
-        """Targets of each view, (N, width) normalised, of this process alone."""
+        """Targets of each view, (N, width) normalised, for the images of this process only."""
         computed = [self.target(*views) for views in parts]
         return [
             unit(of_images(embeddings, views))

@@ -1,4 +1,4 @@
-"""MoCo v2: an image finds its own key among the keys of former steps."""
+"""MoCo v2: the query of an image selects the image's own key among keys of former steps."""
 
 from collections.abc import Sequence
 
@@ -19,17 +19,17 @@ from mcl.train.loss import queue_contrast, total_loss
 
 
 class MoCoV2(WholeImages):
-    """Momentum contrast with an MLP (arXiv 2003.04297): cross-entropy of picking an image's key, by cosine.
+    """Momentum contrast with an MLP (arXiv 2003.04297): cross-entropy of selecting an image's own key, by cosine.
 
-    The query view goes through the online network, the key view through the momentum network, and not the other way
-    round. Negatives are the ``model.queue`` latest keys of all processes, random ones at first; other keys of the step
-    are none. BatchNorm takes the images of all processes, so that keys need not be shuffled among these, as in the
-    authors' code, where each GPU normalises its own.
+    The online network sees only the query view, the momentum network only the key view. Negatives are the latest
+    ``model.queue`` keys of all processes, initially random vectors; the other keys of the same step are not negatives.
+    BatchNorm uses statistics over all processes. The authors' code normalises on each GPU separately, and therefore
+    shuffles keys among GPUs.
     """
 
     unused = (*WholeImages.unused, "model.loss")
     queue: Tensor  # (model.queue, width) normalised
-    queued: Tensor  # () int64, keys that have come into it, those included that have left it
+    queued: Tensor  # () int64, number of keys ever added to it
 
     def __init__(self, config: Config, classes: Sequence[str] = ()) -> None:
         super().__init__(config, classes)
@@ -62,7 +62,7 @@ class MoCoV2(WholeImages):
 
     @torch.no_grad()
     def prepare(self, parts: Sequence[tuple[MontageBatch, MontageBatch]]) -> Gather:
-        """Keys on their way, (B, width), for all images of all ranks, rank after rank."""
+        """Starts to gather the keys (B, width) of all images of all ranks, in the order of ranks."""
         views = [key for _, key in parts]
         return Gather(of_images([self.target(view)[0] for view in views], views))
 

@@ -1,4 +1,4 @@
-"""MCL: tiles of every level find their own image among the targets of a momentum network."""
+"""MCL: the tiles of every level select their own image among the targets of a momentum network."""
 
 import contextlib
 import copy
@@ -24,26 +24,26 @@ from mcl.train.loss import Comparison, assigned, info_nce, over_levels, regressi
 class MCL(Objective):
     """Multi-level contrastive learning.
 
-    A level's loss is the mean over its tiles, and over the levels whose targets these are compared with
-    (``model.targets``), of ``model.loss``. The target of an image at a level is the momentum embedding of its tile
-    there, normalised; where a level shows every image several times, the mean of these, normalised again. So each
-    level has one target per image, and other tiles of the same image are no negatives.
+    The loss of a level is the mean of ``model.loss`` over its tiles and over the levels whose targets they are
+    compared with (``model.targets``). The target of an image at a level is the normalised momentum embedding of its
+    tile. If a level shows every image several times, the target is the normalised mean of these. So each level has one
+    target per image, and other tiles of the same image are not negatives.
 
-    The total is the sum over levels and both directions of weight * loss; with infonce times 2 T, so that it pulls no
-    tile harder towards its own target than cosine does.
+    The total is the sum over levels and both directions of weight * loss. With infonce it is multiplied by 2 T, so that
+    no tile is pulled towards its own target more strongly than with cosine.
 
-    With ``model.queue`` a view's bank also has its latest targets of former steps, as negatives alone. As long as there
-    are fewer, the rest counts for nothing.
+    With ``model.queue``, a view's bank also contains its latest targets of former steps, as negatives only. Rows of the
+    queue that are not filled yet are ignored.
 
-    The target encoder starts as a copy of the online one; it stays in training mode, so its BatchNorms use the
-    statistics of its own batches. Scores are the mean cosines of a tile with its own image's target and with the
-    others: of all processes and of the queue with infonce, of its own process with cosine, which gathers nothing.
+    The momentum network starts as a copy of the online network. It stays in training mode, so its BatchNorms use the
+    statistics of its own batches. Scores are the mean cosines of a tile with the target of its own image and with the
+    other targets: with infonce those of all processes and of the queue, with cosine those of its own process.
     """
 
     scores = ("positive", "negative")
     retrieves = True
     queue: Tensor  # (2, N, levels, width) normalised; views, latest targets
-    queued: Tensor  # () int64, rows that have come into it, those included that have left it
+    queued: Tensor  # () int64, number of rows ever added to it
 
     def __init__(self, config: Config, classes: Sequence[str] = ()) -> None:
         super().__init__(config, classes)
@@ -52,7 +52,7 @@ class MCL(Objective):
         self.target = copy.deepcopy(self.online).requires_grad_(False)
         self.predictors = nn.ModuleList(predictor(model.width, model.hidden) for _ in ratios)
         self._chosen = assigned(model.targets, len(ratios))
-        self._levels = 1 + max(map(max, self._chosen))  # that have targets, the first ones
+        self._levels = 1 + max(map(max, self._chosen))  # number of levels with targets, which are the first ones
         self._contrasts = model.loss == "infonce"
         self._compare: Callable[..., Comparison] = regression
         if self._contrasts:
@@ -71,7 +71,7 @@ class MCL(Objective):
             )
 
     def forward(self, query: MontageBatch, key: MontageBatch, prepared: Sequence[Gather] | None = None) -> Output:
-        """Every tile against targets of the other view; `prepared` are the step's."""
+        """Compares every tile with targets of the other view; arguments: :meth:`Objective.forward`."""
         model, views = self.config.model, (query, key)
         gathered = prepared or self.prepare([views])
         embeddings = self.embeddings(views)
@@ -93,9 +93,9 @@ class MCL(Objective):
 
     @torch.no_grad()
     def prepare(self, parts: Sequence[tuple[MontageBatch, MontageBatch]]) -> list[Gather]:
-        """Targets on their way: per view (B, levels * width), for all images of all ranks, rank after rank.
+        """Starts to gather the targets of each view: (B, levels * width), all images of all ranks, in rank order.
 
-        With cosine they are those of this process alone.
+        With cosine, only those of this process are used.
         """
         computed = [self.targets(views) for views in parts]
         banks = []
@@ -118,7 +118,7 @@ class MCL(Objective):
 
     @torch.no_grad()
     def targets(self, views: Sequence[MontageBatch]) -> list[list[Tensor]]:
-        """Momentum embeddings of the tiles of each view and level that has targets: (tiles, width)."""
+        """Momentum network's embeddings of the tiles of each view and level that has targets: (tiles, width)."""
         levels = self._levels if self.config.model.compute == "matched" else None
         embeddings: list[list[Tensor]] = self.target(*(view.first(view.canvas_counts[:levels]) for view in views))
         return embeddings
@@ -129,7 +129,7 @@ class MCL(Objective):
         return embeddings
 
     def predictions(self, embeddings: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
-        """What the predictors make of them: per view and level, (R, width)."""
+        """Predictions from online embeddings: per view and level, (R, width)."""
         predicted = []
         for predict, own in zip(self.predictors, zip(*embeddings, strict=True), strict=True):
             counts = [len(z) for z in own]
@@ -137,14 +137,14 @@ class MCL(Objective):
         return [list(of_view) for of_view in zip(*predicted, strict=True)]
 
     def positives(self, view: MontageBatch) -> list[Tensor]:
-        """Row in the bank of targets of each tile's own image: per level (R,) int64."""
+        """Rows of the tiles' own images in the bank of targets: per level (R,) int64."""
         offset = distributed.rank() * len(view.index) if self._contrasts else 0
         rows = [q * r * r for q, r in zip(view.query_counts, view.ratios, strict=True)]
         return [view.tile_images[view.tiles(i)][: rows[i]] + offset for i in range(len(rows))]
 
     @torch.no_grad()
     def matches(self, query: MontageBatch, key: MontageBatch) -> Tensor:
-        """As of :class:`Objective`; where a level is compared with several, the mean over these."""
+        """See :meth:`Objective.matches`; if a level is compared with several levels, the mean over these."""
         banks = [self._unit(bank.wait()).unbind(1) for bank in self.prepare([(query, key)])]
         views, hits = (query, key), []
         predictions = self.predictions(self.embeddings(views))
@@ -155,17 +155,17 @@ class MCL(Objective):
         return torch.stack(hits).view(len(views), -1)
 
     def _unit(self, bank: Tensor) -> Tensor:
-        """(B, levels * width) to normalised (B, levels, width), in fp32 at least."""
+        """Maps (B, levels * width) to normalised (B, levels, width), in fp32 or fp64."""
         return F.normalize(upcast(bank).unflatten(1, (self._levels, -1)), dim=2)
 
 
 def enqueue(queue: Tensor, queued: Tensor, latest: Tensor) -> None:
-    """Puts the latest rows into a queue, in place of the oldest ones, and counts them; in place.
+    """Replaces the oldest rows of a queue by the latest ones and counts them, in place.
 
     Args:
         queue: (Q, ...).
-        queued: () int64, rows that have come into it.
-        latest: (B, ...), of which no more than the last Q are taken.
+        queued: () int64, number of rows ever added to it.
+        latest: (B, ...), of which at most the last Q are used.
     """
     latest = latest[-len(queue) :]
     places = (queued + torch.arange(len(latest), device=latest.device)) % len(queue)
@@ -174,11 +174,12 @@ def enqueue(queue: Tensor, queued: Tensor, latest: Tensor) -> None:
 
 
 def _of_images(embeddings: Tensor, shown: Tensor, images: int) -> Tensor:
-    """(tiles, width) to (images, width), in the order of images, each shown equally often; means of unit vectors.
+    """Averages normalised embeddings of tiles over each image: (tiles, width) to (images, width).
 
     Args:
-        embeddings: of tiles.
-        shown: the image of each.
+        embeddings: embeddings of the tiles.
+        shown: image of each tile; every image has the same number of tiles.
+        images: number of images.
     """
     if len(embeddings) == images:
         return torch.empty_like(embeddings).index_copy_(0, shown, embeddings)

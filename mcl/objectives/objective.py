@@ -14,14 +14,14 @@ from mcl.config import Config, ConfigError, all_keys, value
 
 @dataclass(frozen=True)
 class Output:
-    """Of one step: V views or directions (query view first), L levels. All but `loss` are detached.
+    """Output of one step, with V views or directions (query view first) and L levels. All but `loss` are detached.
 
-    Records have what the last two say about a collapse (:mod:`mcl.records.collapse`); they may be left out.
+    `embeddings` and `targets` are optional; records measure collapse with them (:mod:`mcl.records.collapse`).
     """
 
     loss: Tensor  # () total, with gradient
     losses: Tensor  # (V, L) before weights and constant factors
-    scores: Mapping[str, Tensor]  # by the names that the objective declares, (V, L)
+    scores: Mapping[str, Tensor]  # (V, L), by the names in Objective.scores
     embeddings: Sequence[Sequence[Tensor]] = ()  # of the online network: per view and level, (R, D)
     targets: Sequence[Tensor] = ()  # per view (B, levels that have targets, D), of the whole step
 
@@ -30,7 +30,7 @@ class Output:
 
     @classmethod
     def mean(cls, outputs: Sequence["Output"]) -> "Output":
-        """Of equal parts of a step."""
+        """Mean of the outputs of equal parts of a step."""
         if len(outputs) == 1:
             return outputs[0]
 

@@ -1,4 +1,4 @@
-"""Supervised montage pre-training: tiles of every level are told apart by the classes of their images."""
+"""Supervised montage pre-training: classifies the tiles of every level by the classes of their images."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +18,7 @@ class Supervised(Objective):
     """Cross-entropy of one classifier, shared by all levels, on the pooled region features of tiles of both views.
 
     The loss is the sum over levels of weight times the mean of both views. There is neither a momentum network nor a
-    projector. The only score is the share of tiles that are classified rightly.
+    projector. The only score is the share of tiles that are classified correctly.
     """
 
     scores = ("accuracy",)

@@ -16,10 +16,11 @@ from mcl.train.loss import supervised_contrast, upcast
 
 
 class SupervisedContrastive(Objective):
-    """Supervised contrastive learning (arXiv 2004.11362, the sum outside of the logarithm) of tiles.
+    """Supervised contrastive learning of tiles (arXiv 2004.11362, with the sum outside of the logarithm).
 
     Every tile of both views is an anchor; its positives are all other tiles of its class, of every level, view and
-    process, its negatives all tiles of other classes. Gradients go through both sides. There is no momentum network.
+    process, its negatives all tiles of other classes. Both sides of a comparison get gradients. There is no momentum
+    network.
     Scores are mean cosines with positives and with negatives.
     """
 

@@ -1,4 +1,4 @@
-"""What pre-trainings of whole images have in common: peers of MCL, with its trainer, loader and backbones."""
+"""Base class of pre-training methods for whole images, which share MCL's trainer, loader and backbones."""
 
 import copy
 from collections.abc import Sequence
@@ -18,10 +18,10 @@ from mcl.train.loss import upcast
 
 
 class WholeImages(Objective):
-    """One embedding per image, of the mean of C5 over space, and a momentum network; neither FPN nor region head.
+    """One embedding per image, from the spatial mean of C5, and a momentum network; neither FPN nor region head.
 
-    There is one level, whose canvases are the images. Scores are mean cosines of an image with its own target and with
-    others.
+    There is one level, whose canvases are the images. Scores are the mean cosines of an image with its own target and
+    with other targets.
     """
 
     scores = ("positive", "negative")
@@ -39,7 +39,7 @@ class WholeImages(Objective):
         self.target = copy.deepcopy(self.online).requires_grad_(False)
 
     def projector(self, inputs: int) -> MLP:
-        """What follows the mean: (n, inputs) to (n, width), with initial weights."""
+        """Builds the projector, which maps (n, inputs) to (n, width)."""
         raise NotImplementedError
 
     @classmethod
@@ -53,11 +53,11 @@ class WholeImages(Objective):
 
 
 def of_images(embeddings: Sequence[Tensor], views: Sequence[MontageBatch]) -> Tensor:
-    """Embeddings of the micro-batches of a view to those of all its images (N, width), in their order."""
+    """Joins the embeddings of a view's micro-batches: (N, width), in the order of its images."""
     rows, shown = torch.cat(list(embeddings)), torch.cat([view.tile_images for view in views])
     return torch.empty_like(rows).index_copy_(0, shown, rows)
 
 
 def unit(rows: Tensor) -> Tensor:
-    """Normalised, in fp32 at least."""
+    """Rows (n, width), normalised in fp32 or fp64."""
     return F.normalize(upcast(rows), dim=1)

@@ -1,6 +1,6 @@
 """NVIDIA apex, if it is installed: norms, momentum network and cross-entropy of CUDA tensors.
 
-apex is installed from its sources or with NVIDIA's containers; the project of that name on PyPI is another. Its
+apex is installed from its sources or with NVIDIA's containers; the project of that name on PyPI is unrelated. Its
 multi-tensor kernels take contiguous CUDA tensors and a flag, which overflow checks set, and return at once if it is not
 zero; so every call uses a new flag. apex's ``clip_grad_norm_`` is not used, since it reads the norm back.
 """
@@ -18,7 +18,7 @@ _DEVICES = ("cuda",)
 def _find(module: str, name: str) -> Any:
     try:
         return getattr(importlib.import_module(module), name)
-    except Exception:  # absent, the other project, or built for another torch
+    except Exception:  # absent, the unrelated project, or built for another torch
         return None
 
 

@@ -22,7 +22,7 @@ def _rois(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Mask (R,) of the boxes that are pooled from a map, and all boxes in torchvision's format, (R, 5).
 
-    The other boxes are placed outside of the map without area, so that they cost nothing and the host selects nothing.
+    The other boxes are placed outside of the map without area. They cost nothing, and the host need not select boxes.
     """
     rows, _, height, width = shape
     row, *edges = boxes.to(dtype).unbind(1)

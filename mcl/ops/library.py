@@ -53,7 +53,7 @@ for _name, _schema in SCHEMAS.items():
 
 
 def load(library: Path) -> str:
-    """Loads a compiled library; returns an empty text, or why it cannot be used and the remedy."""
+    """Loads a compiled library. Returns the reason why it cannot be used, with the remedy; empty if it was loaded."""
     if not library.exists():
         return f"the extension is not installed; {BUILD} installs it"
     try:

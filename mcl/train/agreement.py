@@ -22,8 +22,8 @@ def check(config: Config, device: str, source: Source, step: int | None) -> None
     Args:
         config: configuration of the run.
         device: cpu or cuda, where this process trains.
-        source: the images that it sees.
-        step: step of the newest checkpoint that it can read; None: there is none.
+        source: images of the run.
+        step: step of the newest checkpoint that this process can read; None: there is none.
 
     Raises:
         ConfigError: on every process; the message names the ranks that differ from rank 0, in what, and the remedy.

@@ -218,7 +218,7 @@ def reason(error: Exception) -> str:
 
 
 class _Hashing:
-    """A file for ``torch.save`` that hashes what passes."""
+    """A file for ``torch.save`` that hashes everything written to it."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self.hash = file, hashlib.sha256()
@@ -232,10 +232,10 @@ class _Hashing:
 
 
 def _check(path: Path) -> bool:
-    """Whether the file has a checksum, which is then right.
+    """Verifies the checksum of a file; returns whether it has one.
 
     Raises:
-        CheckpointError: it is wrong.
+        CheckpointError: the checksum is wrong.
     """
     with open(path, "rb") as file:
         size = max(0, os.fstat(file.fileno()).st_size - _TRAILER_SIZE)

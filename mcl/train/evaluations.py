@@ -38,7 +38,7 @@ class Evaluations:
         return list(dict.fromkeys([*(own.at_end if step == self._steps else ()), *during]))
 
     def missing(self, step: int) -> list[str]:
-        """Evaluations at a step that have no record yet, as the first process finds them."""
+        """Evaluations at a step that have no record yet, as rank 0 determines them for all processes."""
         done = {record["name"] for record in self._records() if record["step"] == step}
         missing = [name for name in self.names(step) if name not in done]
         told: list[str] = distributed.gather_objects(missing)[0]

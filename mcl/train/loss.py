@@ -94,12 +94,14 @@ def total_loss(losses: Tensor, weights: Sequence[float], factor: float) -> Tenso
 
 
 def queue_contrast(predictions: Tensor, own: Tensor, queue: Tensor, temperature: float) -> Comparison:
-    """Cross-entropy of picking one's own target among it and a queue, by cosine; fp16 and bf16 are computed in fp32.
+    """InfoNCE with a queue: cross-entropy of selecting each prediction's own target among it and the queue, by cosine.
+
+    fp16 and bf16 are computed in fp32.
 
     Args:
-        predictions: (R, D), any length.
-        own: (R, D) normalised targets.
-        queue: (Q, D) normalised targets of others.
+        predictions: (R, D); need not be normalised.
+        own: (R, D) normalised target of each prediction.
+        queue: (Q, D) normalised targets of other images.
         temperature: divides the cosines.
     """
     with torch.autocast(own.device.type, enabled=False):

@@ -17,8 +17,8 @@ from mcl.records.metrics import Record
 _GB = 1e9
 _RECOMPUTE = "trainer.recompute=true"
 _NO_MEMORY = re.compile("out of memory|STATUS_ALLOC_FAILED|can't allocate memory|unable to find an engine")
-"""Out-of-memory messages of CUDA libraries, and of PyTorch on a CPU. The last one is cuDNN's, if no algorithm has
-memory for its workspace."""
+"""Out-of-memory messages of CUDA libraries, and of PyTorch on a CPU. cuDNN reports the last one if there is no memory
+for the workspace of any algorithm."""
 
 
 class OutOfMemoryError(RuntimeError):

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 from mcl.records.metrics import log
 from mcl.train import checkpoint
 
-_PATIENCE = 10.0  # seconds; torchrun kills after 30
+_PATIENCE = 10.0  # seconds; torchrun kills processes after 30
 
 
 class Saver:

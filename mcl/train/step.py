@@ -1,4 +1,4 @@
-"""A training step: forward, backward, clip, optimiser, momentum network. The host waits for none of it."""
+"""A training step: forward, backward, clipping, optimiser, momentum network. The host never waits for the device."""
 
 import contextlib
 import os
@@ -58,7 +58,7 @@ class TrainingStep:
         Args:
             query, key: both views, on the device or on the host.
             lr: learning rate.
-            momentum: momentum of the target network.
+            momentum: momentum of the moving average.
 
         Returns:
             The model's output, detached, and the norm of the gradient before clipping, (). If the norm is not finite,

@@ -316,7 +316,7 @@ class Trainer:
             "deterministic": self.config.trainer.deterministic,
         }
 
-    # ------------------------------------------------------------------------------------------------ set-up and words
+    # --------------------------------------------------------------------------------------------- set-up and messages
 
     def _prepare_folder(self) -> None:
         first = distributed.rank() == 0

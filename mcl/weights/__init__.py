@@ -1,1 +1,1 @@
-"""Weights of others: files and libraries in, canonical names and a report out."""
+"""Reads weights from files and other libraries, renames them to canonical names, and reports what was mapped."""

@@ -1,4 +1,4 @@
-"""Tensors of a file by their names, read without executing anything in it."""
+"""Reads tensors and their names from a file, without executing code in it."""
 
 import argparse
 import contextlib
@@ -19,7 +19,7 @@ from torch import Tensor
 from mcl.train.checkpoint import CheckpointError, reason
 
 _DEPTH = 4
-"""Of nested dictionaries that hold tensors, such as the networks of a training checkpoint."""
+"""Depth to which nested dictionaries are searched for tensors, such as the networks of a training checkpoint."""
 _PLAIN = (
     "python -c \"import torch; c = torch.load('{}', map_location='cpu', weights_only=False); "
     "torch.save({{'state_dict': c.get('state_dict', c.get('model', c))}}, 'plain.pth')\""
@@ -27,18 +27,19 @@ _PLAIN = (
 
 
 def load(path: Path) -> Any:
-    """What a file holds: a dictionary of tensors, mostly, in which others may be nested.
+    """Reads the content of a file, usually a dictionary of tensors or of nested dictionaries.
 
     Args:
-        path: of ``torch.save``, safetensors, or a pickle of NumPy arrays (``.pkl``), as detectron2 has it; a folder
-            with one file of safetensors, or whose config.json names one, as on the Hugging Face Hub.
+        path: a file written by ``torch.save``, a safetensors file, or a pickle of NumPy arrays (``.pkl``), which
+            detectron2 writes; or a folder with one safetensors file, or whose config.json names one, as on the Hugging
+            Face Hub.
 
     Raises:
-        CheckpointError: it cannot be read, or only by executing what it holds.
+        CheckpointError: the file cannot be read, or not without executing code in it.
     """
     if path.is_dir():
         inside = sorted(path.glob("*.safetensors"))
-        with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):  # anybody's config.json
+        with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):  # any content is possible
             named = json.loads((path / "config.json").read_bytes()).get("weights")
             inside = [file for file in inside if file.name == named] or inside
         if len(inside) != 1:
@@ -49,11 +50,11 @@ def load(path: Path) -> Any:
             return safetensors.torch.load_file(path)
         if path.suffix == ".pkl":
             return _Arrays(io.BytesIO(path.read_bytes()), encoding="latin1").load()
-        with torch.serialization.safe_globals([argparse.Namespace]):  # options of a training, which execute nothing
+        with torch.serialization.safe_globals([argparse.Namespace]):  # training options; executes nothing
             return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot read ({error.strerror or error})") from None
-    except Exception as error:  # half a file fails in the zip reader, the unpickler or the tensor reader
+    except Exception as error:  # an incomplete file fails in the zip reader, the unpickler or the tensor reader
         if obstacle := re.search(r"GLOBAL (\S+)", str(error)):
             remedy = f"keep its tensors alone with\n    {_PLAIN.format(path)}\nand take plain.pth"
             raise CheckpointError(
@@ -67,8 +68,8 @@ def load(path: Path) -> Any:
 
 
 def flatten(content: Any) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of nested dictionaries, with the names joined by dots; what is named by anything but text is left out."""
-    seen: set[int] = set()  # a file may say that a dictionary is in itself
+    """Tensors of nested dictionaries, with the keys joined by dots; entries whose keys are not strings are skipped."""
+    seen: set[int] = set()  # dictionaries in a file may contain themselves
 
     def walk(node: Any, prefix: str, depth: int) -> Iterator[tuple[str, Tensor]]:
         if not isinstance(node, Mapping) or id(node) in seen or depth > _DEPTH:
@@ -88,7 +89,7 @@ def flatten(content: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 class _Type:
-    """Stands for ``numpy.dtype`` in a pickle: numbers of one size."""
+    """Replaces ``numpy.dtype`` in a pickle; supports numbers and booleans only."""
 
     def __init__(self, code: str, *_: object) -> None:
         self.dtype = np.dtype(code)
@@ -100,7 +101,7 @@ class _Type:
 
 
 class _Array:
-    """Stands for ``numpy.ndarray`` in a pickle; NumPy's own would trust what a file says of its memory."""
+    """Replaces ``numpy.ndarray`` in a pickle, since NumPy does not verify the sizes that a file states."""
 
     tensor: Tensor | None = None
 
@@ -127,9 +128,9 @@ _KNOWN = {
 
 
 class _Arrays(pickle._Unpickler):
-    """Knows arrays of NumPy's, and containers; nothing that a file names is imported or called.
+    """Unpickles NumPy arrays and containers only; nothing that a file names is imported or called.
 
-    It is the one that is written in Python: that in C takes as much memory as a file tells it to.
+    It extends the unpickler written in Python, since the one in C allocates as much memory as a file states.
     """
 
     def find_class(self, module: str, name: str) -> Any:
@@ -139,7 +140,7 @@ class _Arrays(pickle._Unpickler):
             raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
         return known
 
-    def _load_bytes(self: Any) -> None:  # of a bytearray, for which theirs makes room before it reads
+    def _load_bytes(self: Any) -> None:  # of a bytearray, for which the base class allocates memory before reading
         self.append(self.read(int.from_bytes(self.read(8), "little")))
 
     dispatch: ClassVar[dict[int, Any]] = {**pickle._Unpickler.dispatch, pickle.BYTEARRAY8[0]: _load_bytes}

@@ -1,4 +1,4 @@
-"""Weights that libraries download, each by its own loader, which keeps them."""
+"""Weights of other libraries, downloaded and cached by the libraries' own loaders."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,7 +10,16 @@ from mcl.train.checkpoint import CheckpointError, reason
 
 
 def torchvision(name: str, key: str) -> Mapping[str, Tensor]:
-    """Args: name: of a model, whose default weights are taken, or of weights: ResNet50_Weights.IMAGENET1K_V1."""
+    """Downloads weights of torchvision.
+
+    Args:
+        name: name of a model, for its default weights, or of weights, such as ResNet50_Weights.IMAGENET1K_V1.
+        key: key of the configuration, for errors.
+
+    Raises:
+        ConfigError: there are no such weights.
+        CheckpointError: the download failed.
+    """
     from torchvision.models import get_model_weights, get_weight
 
     try:
@@ -29,7 +38,16 @@ def torchvision(name: str, key: str) -> Mapping[str, Tensor]:
 
 
 def timm(name: str, key: str) -> Mapping[str, Tensor]:
-    """Args: name: of a model of timm's that has weights on the Hugging Face Hub."""
+    """Downloads weights of timm.
+
+    Args:
+        name: name of a model of timm that has weights on the Hugging Face Hub.
+        key: key of the configuration, for errors.
+
+    Raises:
+        ConfigError: timm is not installed, or there are no such weights.
+        CheckpointError: the download failed.
+    """
     try:
         from timm.models import get_pretrained_cfg, load_state_dict_from_hf
     except ImportError as error:
@@ -47,7 +65,7 @@ def timm(name: str, key: str) -> Mapping[str, Tensor]:
 def _download(source: str, key: str, url: str, load: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
     try:
         return load()
-    except Exception as error:  # of sockets, of the libraries, or of a cache that is damaged
+    except Exception as error:  # from sockets, from the libraries, or from a damaged cache
         raise CheckpointError(
             f"{source}: cannot download {url} ({reason(error)}); fetch it where there is a network, and set {key}=FILE"
         ) from None

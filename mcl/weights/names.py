@@ -1,8 +1,7 @@
-"""How others name the tensors of a backbone, an FPN and a region head: canonical names to theirs.
+"""Maps canonical names of a backbone, an FPN and a region head to their names in other libraries.
 
-Whatever `mcl export` writes is read by the same mapping, backwards. Networks within networks, as ``encoder_q.`` of
-MoCo's or ``backbone.`` of a classifier, need none: what stands before a name is found by
-:func:`mcl.weights.read.take`.
+The formats that `mcl export` writes are read with the same mappings. Prefixes, such as MoCo's ``encoder_q.`` or the
+``backbone.`` of a classifier, need no mapping: :func:`mcl.weights.read.take` finds them.
 """
 
 import re
@@ -18,7 +17,7 @@ _DETECTRON2 = {"backbone": "backbone.bottom_up.", "fpn": "backbone.", "head": "r
 
 
 def _detectron2_model(name: str) -> str | None:
-    """A whole detector with an FPN; ours are endings of these names."""
+    """A whole detector with an FPN, whose names are those that `mcl export` writes, with a prefix."""
     theirs = detectron2.rename(name)
     return None if theirs is None else _DETECTRON2[part(name)] + theirs
 
@@ -32,7 +31,7 @@ def _released(name: str) -> str | None:
 
 
 def _soco(name: str) -> str | None:
-    """MMDetection's backbone and FPN, and a head of its own."""
+    """SoCo: MMDetection's backbone and FPN, with a different head."""
     if match := re.fullmatch(r"roi_heads\.box_head\.(\d+)\.([01])\.(\w+)", name):
         return f"head.{('conv', 'bn')[int(match[2])]}{int(match[1]) + 1}.{match[3]}"
     theirs = RCNN.rename(name)
@@ -40,12 +39,12 @@ def _soco(name: str) -> str | None:
 
 
 def _lightly(name: str) -> str:
-    """``nn.Sequential(*resnet.children())``, whose parts are numbered."""
+    """lightly: ``nn.Sequential(*resnet.children())``, whose modules are numbered."""
     return re.sub(r"^backbone\.body\.(\w+)", lambda m: _CHILDREN.get(m[1], m[1]), name)
 
 
 CONVENTIONS: dict[str, Convention] = {
-    # ultralytics' detectors were trained with another activation, input and epsilon of BatchNorm.
+    # ultralytics' detectors are trained with a different activation, input range and BatchNorm epsilon.
     **{name: target for name, target in TARGETS.items() if name != "ultralytics-rtdetr"},
     "detectron2-model": Convention(rename=_detectron2_model),
     "mcl-released": Convention(rename=_released),
@@ -53,4 +52,4 @@ CONVENTIONS: dict[str, Convention] = {
     "lightly": Convention(rename=_lightly),
     "mcl": Convention(rename=lambda name: name),
 }
-"""By the name that a user may put before that of a file."""
+"""Conventions, by the prefix that a user may put before the name of a file, such as ``soco:FILE``."""

@@ -1,4 +1,4 @@
-"""Reads a file or the weights of a library, and maps them to tensors by canonical names."""
+"""Reads weights from a file or a library, and maps them to canonical names."""
 
 import functools
 import os
@@ -24,40 +24,40 @@ from mcl.weights.libraries import LIBRARIES
 from mcl.weights.names import CONVENTIONS
 
 _CONSTANTS = (".num_batches_tracked", ".relative_position_index", ".attn_mask")
-"""Endings of buffers that may be missing: counts that nothing reads, and what is computed from sizes alone."""
+"""Endings of buffers that may be missing: unused counters, and values that depend only on sizes."""
 _NORMS = "backbone.body.norms."
-"""LayerNorms of maps, which detectors have; classifiers have the last one at most."""
+"""LayerNorms of maps, which detectors have; classifiers have at most the last one."""
 
 BACKBONES: tuple[str, ...] = next(get_args(key.kind) for key in all_keys(ModelConfig) if key.name == "backbone")
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What was named, with all of its tensors."""
+    """All tensors of a source."""
 
     source: str
     """As the user wrote it."""
     tensors: Mapping[str, Tensor]
-    """By their names there, those of nested dictionaries joined by dots."""
+    """Tensors by their names in the source; keys of nested dictionaries are joined by dots."""
     conventions: Mapping[str, Convention] = field(default_factory=lambda: CONVENTIONS)
-    """Among which names are looked for."""
+    """Conventions to try."""
     network: str = ""
-    """Word that the names of tensors to take must have before ours, such as teacher."""
+    """Word that the prefix of a tensor's name must contain, such as teacher; empty: any prefix."""
     model: Mapping[str, Tensor] | None = None
-    """All of a checkpoint of ours, under our names, unless a part of it was named."""
+    """State dict of a checkpoint of mcl, unless the source selects a convention or network."""
 
 
 def read(source: str, key: str) -> Contents:
-    """Reads what `source` names.
+    """Reads the tensors of a source.
 
     Args:
-        source: a file or folder (:func:`mcl.weights.files.load`); WORD:FILE, where the word is one of ``CONVENTIONS``
-            or of the networks in the file, such as teacher; or torchvision:MODEL and timm:MODEL, which download.
-        key: of the configuration, for errors.
+        source: a file or folder (:func:`mcl.weights.files.load`); WORD:FILE, where WORD is one of ``CONVENTIONS`` or a
+            network in the file, such as teacher; or torchvision:MODEL or timm:MODEL, which download.
+        key: key of the configuration, for errors.
 
     Raises:
-        CheckpointError: it cannot be read, or holds no tensors.
-        ConfigError: no such model in a library, or a library that is not installed.
+        CheckpointError: the source cannot be read, or has no tensors.
+        ConfigError: the library has no such model, or is not installed.
     """
     word, _, rest = source.partition(":")
     if os.path.exists(source) or not rest:
@@ -94,25 +94,25 @@ def _canonical(model: Mapping[str, Tensor], names: Mapping[str, str]) -> Iterato
 
 @dataclass(frozen=True)
 class Taken:
-    """Tensors by canonical names, and what became of all others; ``str()`` of it is a line for the log."""
+    """Tensors by canonical names, and a report on all others; ``str()`` gives one line for the log."""
 
     source: str
     convention: str
-    """Whose names they have there."""
+    """Convention of the names in the source."""
     prefix: str
-    """What stands before them, with its dot."""
+    """Prefix of the names in the source, with its dot; may be empty."""
     names: Mapping[str, str]
-    """Canonical names of the tensors wanted that the convention has a name for, to that."""
+    """From canonical names to names in the convention, for the wanted tensors that the convention can name."""
     weights: Mapping[str, Tensor]
-    """In the types that were wanted."""
+    """Tensors by canonical names, in the wanted dtypes and shapes."""
     missing: tuple[str, ...]
-    """Canonical names that were wanted and are not there, but for buffers that are constant."""
+    """Canonical names of wanted tensors that the source lacks, except constant buffers."""
     kept: tuple[str, ...]
-    """Canonical names of LayerNorms of maps that are not there, as the model was no detector."""
+    """Canonical names of LayerNorms of maps that the source lacks, since it is not a detector."""
     shapes: Mapping[str, str]
-    """Canonical names of tensors of another shape, to what is wrong."""
+    """From canonical names of tensors with a wrong shape to a description of the difference."""
     unmapped: tuple[str, ...]
-    """Names of the source's other tensors."""
+    """Names of the other tensors of the source."""
 
     def __str__(self) -> str:
         of = Counter(map(part, self.weights))
@@ -124,11 +124,11 @@ class Taken:
 
     @property
     def where(self) -> str:
-        """Convention and place, in words."""
+        """Convention and prefix, in words."""
         return f"named as {self.convention} does" + (f" under {self.prefix[:-1]}" if self.prefix else "")
 
     def flaw(self, of: str) -> str:
-        """Why a part is not whole; empty if it is, or if none was wanted."""
+        """Why a part is incomplete; empty if it is complete, or not wanted."""
         own = [name for name in self.names if part(name) == of and not name.endswith(_CONSTANTS)]
         missing = [self.names[name] for name in own if name in self.missing]
         wrong = [self.shapes[name] for name in own if name in self.shapes]
@@ -141,7 +141,7 @@ class Taken:
         return "; ".join(flaws)
 
     def strangers(self) -> list[str]:
-        """Other tensors within the backbone's modules: it is another one."""
+        """Unmapped tensors within the backbone's modules, which show that the source has a different backbone."""
         own = [f"{self.prefix}{theirs}".split(".") for name, theirs in self.names.items() if part(name) == "backbone"]
         depth = next((i for i, words in enumerate(zip(*own, strict=False)) if len(set(words)) > 1), 0) + 1
         modules = {tuple(words[:depth]) for words in own}
@@ -150,17 +150,18 @@ class Taken:
 
 
 def take(contents: Contents, wanted: Mapping[str, Tensor], backbone: str, parts: Sequence[str] = ()) -> Taken:
-    """Finds the tensors of a backbone, and those of an FPN and a region head if all of these are there.
+    """Finds the tensors of a backbone, and those of an FPN and a region head if these are complete.
 
-    Of several networks in a file the first one is taken, the online one mostly.
+    If a file has several networks, the first one is used, which usually is the online network.
 
     Args:
-        wanted: tensors of the right shapes and types, of which the backbone is all, by canonical names.
-        backbone: which it is, in words of ``model.backbone``.
-        parts: that must be there, and the only ones to take; empty: the backbone, and others if they are there.
+        contents: result of :func:`read`.
+        wanted: tensors with the wanted shapes and dtypes, by canonical names; includes the whole backbone.
+        backbone: name of the backbone, a value of ``model.backbone``.
+        parts: parts to return, which must be complete; empty: the backbone, and the other parts that are complete.
 
     Raises:
-        CheckpointError: the backbone or a part named is not whole, or of other shapes; or a weight is not finite.
+        CheckpointError: the backbone or one of `parts` is incomplete or has wrong shapes, or a weight is not finite.
     """
     found = _match(contents, wanted, backbone)
     if found is None or all(name.endswith(_CONSTANTS) for name in found.weights):
@@ -185,7 +186,7 @@ def take(contents: Contents, wanted: Mapping[str, Tensor], backbone: str, parts:
 
 
 def _match(contents: Contents, wanted: Mapping[str, Tensor], backbone: str) -> Taken | None:
-    """The convention and place with most parts that are whole, then with most tensors."""
+    """The result of the convention that finds most complete parts, then most tensors."""
 
     def score(found: Taken) -> tuple[int, int]:
         present = {part(name) for name in found.weights}
@@ -223,7 +224,7 @@ def _by(form: str, contents: Contents, wanted: Mapping[str, Tensor], backbone: s
 
 
 def _hint(contents: Contents) -> str:
-    """Which backbone it is, if it is one of ours."""
+    """Which supported backbone the source has; otherwise the beginnings of its names."""
     for name in BACKBONES:
         found = _match(contents, backbone_tensors(name), name)
         if found and not found.flaw("backbone") and not found.strangers():
@@ -233,6 +234,6 @@ def _hint(contents: Contents) -> str:
 
 @functools.cache
 def backbone_tensors(name: str) -> dict[str, Tensor]:
-    """Those of one of our backbones, without memory, by canonical names."""
+    """Tensors of one of mcl's backbones by canonical names, on the device meta."""
     with torch.device("meta"):
         return {f"backbone.body.{key}": tensor for key, tensor in Backbone(name).state_dict().items()}

@@ -10,17 +10,18 @@ from mcl.weights.read import read, take
 
 
 def start(model: Objective, source: str, parts: Sequence[str] = ()) -> str:
-    """Loads weights and BatchNorm statistics into the online and the target network of a new model.
+    """Loads weights and BatchNorm statistics into the online network and the momentum network of a new model.
 
-    From a checkpoint of mcl with the same model everything is loaded, including the weights of the target network,
-    unless parts are named.
+    If the source is a checkpoint of mcl with the same model and `parts` is empty, the whole state is loaded, including
+    the weights of the momentum network.
 
     Args:
-        source: as of :func:`mcl.weights.read.read`.
-        parts: as of :func:`mcl.weights.read.take`.
+        model: changed in place.
+        source: see :func:`mcl.weights.read.read`.
+        parts: see :func:`mcl.weights.read.take`.
 
     Returns:
-        What was taken, in a line.
+        Description of the loaded tensors, one line.
 
     Raises:
         CheckpointError, ConfigError: see :func:`~mcl.weights.read.read` and :func:`~mcl.weights.read.take`.

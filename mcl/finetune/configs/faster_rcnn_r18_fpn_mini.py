@@ -1,4 +1,4 @@
-# The cut-outs of make data, or boxes of your own: a small Faster R-CNN, ResNet-18 FPN, for two CPU cores.
+# The cut-outs of make data, or your own boxes: a small Faster R-CNN, ResNet-18 FPN, for two CPU cores.
 # It is mask_rcnn_r18_fpn_mini.py without masks.
 _base_ = "mask_rcnn_r18_fpn_mini.py"
 model = dict(type="FasterRCNN", roi_head=dict(mask_roi_extractor=None, mask_head=None))

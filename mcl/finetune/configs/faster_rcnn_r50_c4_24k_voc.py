@@ -1,5 +1,5 @@
 # PASCAL VOC 07+12: Faster R-CNN, ResNet-50 C4, 24,000 steps.
-# `mcl convert voc` makes voc_train.json of trainval of both years, and voc_val.json of test of 2007.
+# `mcl convert voc` writes voc_train.json (trainval of both years) and voc_val.json (test of 2007).
 _base_ = "_base_/faster_rcnn_r50_c4.py"
 train_pipeline = [
     dict(type="LoadImageFromFile"),

@@ -1,4 +1,4 @@
-# COCO, or boxes of your own: the paper's detector without masks, ResNet-50 FPN, 1x schedule.
+# COCO, or your own boxes: the paper's detector without masks, ResNet-50 FPN, 1x schedule.
 _base_ = "mask_rcnn_r50_fpn_1x.py"
 model = dict(type="FasterRCNN", roi_head=dict(mask_roi_extractor=None, mask_head=None))
 train_pipeline = [

@@ -1,5 +1,5 @@
 # COCO: the paper's Mask R-CNN with ConvNeXt-T, 1x schedule.
-# Optimiser, lower learning rates of lower layers, and stochastic depth are those of MMDetection's own configuration.
+# Optimiser, layer-wise learning rate decay and stochastic depth are those of MMDetection's own configuration.
 _base_ = "mask_rcnn_r50_fpn_1x.py"
 model = dict(
     backbone=dict(

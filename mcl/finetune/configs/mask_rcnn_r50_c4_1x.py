@@ -1,11 +1,11 @@
 # COCO: Mask R-CNN, ResNet-50 C4, 1x schedule.
-# The longer side of training images is 1200 pixels at most, as the authors have it here.
+# The longer side of training images has at most 1200 pixels, as in the authors' C4 configuration.
 _base_ = "_base_/faster_rcnn_r50_c4.py"
 model = dict(
     type="MaskRCNN",
     data_preprocessor=dict(pad_mask=True),
     roi_head=dict(
-        mask_roi_extractor=None,  # that of the boxes
+        mask_roi_extractor=None,  # shares the extractor of the boxes
         mask_head=dict(
             type="FCNMaskHead",
             num_convs=0,

@@ -1,6 +1,6 @@
 # COCO: the paper's Mask R-CNN, ResNet-50 FPN, 1x schedule.
-# Its box head has 4 convolutions, which are pre-trained, too, and one fully connected layer. Its convolutions and those
-# of the mask head have SyncBN.
+# Its box head has 4 convolutions, which are pre-trained as well, and one fully connected layer. The convolutions of the
+# box head and of the mask head have SyncBN.
 _base_ = "_base_/mask_rcnn_r50_fpn.py"
 norm_cfg = dict(type="SyncBN", requires_grad=True)
 model = dict(

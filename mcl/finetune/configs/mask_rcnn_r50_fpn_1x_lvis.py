@@ -1,5 +1,5 @@
 # LVIS v1: Mask R-CNN, ResNet-50 FPN, 1x schedule.
-# Images with rare categories are repeated; up to 300 detections of any score.
+# Images with rare categories are repeated. An image has up to 300 detections, of any score.
 _base_ = "mask_rcnn_r50_fpn_1x.py"
 train_dataloader = dict(
     dataset=dict(

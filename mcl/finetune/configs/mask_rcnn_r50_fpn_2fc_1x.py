@@ -1,3 +1,3 @@
 # COCO: Mask R-CNN with the standard box head, ResNet-50 FPN, 1x schedule.
-# What comes from pre-training is backbone and FPN alone.
+# Only backbone and FPN are pre-trained.
 _base_ = "_base_/mask_rcnn_r50_fpn.py"

@@ -1,5 +1,5 @@
 # Cityscapes: Mask R-CNN with the standard box head, ResNet-50 FPN, 24,000 steps.
-# MMDetection's tools/dataset_converters/cityscapes.py turns its annotations into COCO's format.
+# MMDetection's tools/dataset_converters/cityscapes.py converts its annotations to COCO's format.
 _base_ = "mask_rcnn_r50_fpn_2fc_1x.py"
 train_pipeline = [
     dict(type="LoadImageFromFile"),

@@ -1,5 +1,5 @@
 # COCO: RetinaNet, ResNet-50 FPN, 1x schedule.
-# Its FPN starts at C3, so P2 stays behind, and so does the box head. P6 and P7 are detectron2's.
+# Its FPN starts at C3, so the pre-trained P2 and box head are not used. P6 and P7 are as in detectron2.
 _base_ = [
     "mmdet::_base_/models/retinanet_r50_fpn.py",
     "_base_/runtime.py",

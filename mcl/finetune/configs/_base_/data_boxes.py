@@ -1,4 +1,4 @@
-# Boxes of a COCO-format folder: the shorter side 640 to 800 pixels in steps of 32, the longer one up to 1333.
+# Boxes of a COCO-format folder. The shorter side has 640 to 800 pixels in steps of 32, the longer one at most 1333.
 train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations", with_bbox=True),

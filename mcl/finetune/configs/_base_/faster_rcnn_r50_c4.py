@@ -1,4 +1,4 @@
-# Faster R-CNN whose box head is the last stage of the backbone, with one BatchNorm more behind it; nothing is frozen.
+# Faster R-CNN whose box head is the last stage of the backbone, followed by one more BatchNorm; nothing is frozen.
 _base_ = ["mmdet::_base_/models/faster-rcnn_r50-caffe-c4.py", "runtime.py", "data_boxes.py", "schedule_1x.py"]
 norm_cfg = dict(type="SyncBN", requires_grad=True)
 model = dict(

@@ -1,5 +1,5 @@
-# Mask R-CNN with nothing frozen, SyncBN in backbone and FPN, and the standard heads: two fully connected layers for
-# boxes, no normalisation in that for masks.
+# Mask R-CNN with nothing frozen, SyncBN in backbone and FPN, and the standard heads: a box head of two fully connected
+# layers and a mask head without normalisation.
 _base_ = ["mmdet::_base_/models/mask-rcnn_r50_fpn.py", "runtime.py", "data_masks.py", "schedule_1x.py"]
 norm_cfg = dict(type="SyncBN", requires_grad=True)
 model = dict(

@@ -1,23 +1,21 @@
-# Keys of `mcl finetune`, and what all detectors have in common. `key=value` on the command line overrides any of these
-# files' keys, e.g. train_cfg.max_iters=1000.
-name = ""  # of the run, whose folder is output/name; empty: that of the configuration file
+# Keys of `mcl finetune`, and settings that all detectors share. `key=value` on the command line overrides any key of
+# these files, e.g. train_cfg.max_iters=1000.
+name = ""  # of the run, whose folder is output/name; empty: name of the configuration file
 output = "runs"
 data = dict(
     root="",  # COCO-format folder
     classes=[],  # names of categories; empty: all of the annotations
     index="",  # folder of the indices of image sizes; empty: the user's cache
-    fraction=1.0,  # of the training images, for training with few labels
-    fraction_seed=0,  # that chooses them
-    max_bad_fraction=0.01,  # of the training images may be broken; others replace them
+    fraction=1.0,  # fraction of the training images to use, for training with few labels
+    fraction_seed=0,  # seed that selects them
+    max_bad_fraction=0.01,  # fraction of the training images that may be broken; other images replace them
 )
-timeout = 600.0  # seconds that a batch may take to come from the loaders' processes
-weights = (
-    ""  # a file of mcl's or of another library, or torchvision:resnet50, ...: docs/weights.md; empty: from scratch
-)
-parts = []  # of the weights that must be there: backbone, fpn, head; empty: the backbone, and others if they are there
-epochs = None  # a number sets train_cfg.max_iters to so many passes over the training images
+timeout = 600.0  # seconds to wait for a batch from the processes that load data
+weights = ""  # a file of mcl or another library, or torchvision:resnet50, ...; see docs/weights.md; empty: from scratch
+parts = []  # parts of the weights that are required: backbone, fpn, head; empty: backbone, and other parts if available
+epochs = None  # a number sets train_cfg.max_iters to that many passes over the training images
 test = False  # evaluates the run's newest checkpoint, or load_from, instead of training
-devices = "auto"  # a number, a list of GPUs, or auto: all GPUs; for what no launcher, such as torchrun, has started
+devices = "auto"  # a number, a list of GPUs, or auto: all GPUs; ignored under a launcher such as torchrun
 amp = False  # mixed precision, on a GPU
 
 default_scope = "mmdet"
@@ -34,7 +32,7 @@ custom_imports = dict(
     ]
 )
 randomness = dict(seed=0)
-resume = True  # continues the run that the folder holds
+resume = True  # continues the run in the folder, if there is one
 load_from = None
 log_level = "INFO"
 log_processor = dict(type="LogProcessor", window_size=20, by_epoch=False)
@@ -58,4 +56,4 @@ custom_hooks = [
 vis_backends = [dict(type="LocalVisBackend")]
 visualizer = dict(type="DetLocalVisualizer", vis_backends=vis_backends)
 val_cfg = dict(type="ValLoop")
-test_cfg = dict(type="TestLoop")  # mcl makes loader and evaluator those of val
+test_cfg = dict(type="TestLoop")  # mcl uses the loader and evaluator of val
