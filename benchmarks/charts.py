@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from benchmarks.common import digits
 
@@ -64,12 +65,16 @@ def curves(title: str, panels: Mapping[str, Mapping[str, Sequence[tuple[float, A
             bars = [0.0 if entry["low"] is None else entry["mean"] - entry["low"] for _, entry in each]
             ax.errorbar(x, means, bars, color=f"C{number}", marker="o", markersize=4, capsize=3, label=name)
         ax.axhline(0, color=OTHERS, linewidth=1)
-        ax.set_xscale("log", base=2)
+        ax.set_xscale("log")
+        every = [x for points in lines.values() for x, _ in points]
+        ax.set_xlim(min(every) / 1.3, max(every) * 1.3)
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_formatter(NullFormatter())
         ax.set_title(heading, loc="left", fontsize=9, color=INK)
         ax.tick_params(labelsize=8, colors=INK)
         ax.spines[["right", "top"]].set_visible(False)
-        ax.legend(fontsize=7, frameon=False)
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8, frameon=False)
     figure.savefig(path)
 
 

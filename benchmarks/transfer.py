@@ -310,19 +310,21 @@ def run(wanted: Sequence[Cell], stages: Sequence[str], work: Work, results: Path
 
 
 def publish(name: str, results: Path, protocol: Protocol) -> None:
-    """Prints the tables of a study; writes ``<name>.json`` and ``<name>.png`` as soon as a pre-training was measured.
+    """Prints the tables of a study; writes ``<name>.json`` and ``<name>.png`` if a method of it alone was run.
 
     The environment is that of the newest cell; cells that had another machine or other versions are named.
 
     Raises:
         ProtocolError: a cell is of another protocol.
     """
-    study, cells_of_all = STUDIES[name], read(results, protocol)
-    there = {cell: result for cell, result in cells_of_all.items() if cell.method in study.methods}
-    evaluated = evaluate(list(cells_of_all.values()), study)
-    print(f"\n{name}\n\n{table(evaluated)}")
-    if not any(cell.pretraining for cell in there):
+    study, every = STUDIES[name], read(results, protocol)
+    own = {*study.methods}.difference(*(other.methods for other in STUDIES.values() if other is not study))
+    if not any(cell.method in own for cell in every):
+        print(f"\n{name}: not run")
         return
+    there = {cell: result for cell, result in every.items() if cell.method in study.methods}
+    evaluated = evaluate(list(every.values()), study, own)
+    print(f"\n{name}\n\n{table(evaluated)}")
     environments = {cell.name: result["environment"] for cell, result in there.items()}
     newest = max(environments.values(), key=lambda each: str(each["date"]))
     same = [key for key in newest if key not in ("commit", "date")]

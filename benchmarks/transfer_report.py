@@ -9,7 +9,7 @@ its Spearman correlation ``rho`` with the box AP, and the number of ``cells`` th
 
 import itertools
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
@@ -56,13 +56,14 @@ def value(cell: Result, measure: str) -> float | None:
     return found if found is None or stage == "finetuning" else 100 * found
 
 
-def evaluate(cells: Sequence[Result], study: Study) -> list[Result]:
+def evaluate(cells: Sequence[Result], study: Study, own: Collection[str]) -> list[Result]:
     """Results of all methods and costs of a study, run or not, of its pairs that were, and of the measures' ranks.
 
     Args:
         cells: of all studies; ranks are compared over all of them.
+        own: methods of this study alone; other costs are shown where one of these was run.
     """
-    costs = sorted({*study.costs} | {c["cost"] for c in cells if c["method"] in study.methods if c["cost"]})
+    costs = sorted({*study.costs} | {cell["cost"] for cell in cells if cell["method"] in own})
     by_seed: dict[tuple[str, float], dict[int, Result]] = {}
     for name in study.methods:
         for cost in [0] if name == "random" else costs:

@@ -403,9 +403,12 @@ def test_report_of_what_there_is() -> None:
             *(result(Cell("mcl", 1, seed), linear, linear) for seed, linear in enumerate((12.0, 24.0, 33.0))),
             *(result(Cell("mcl", 4, seed), linear) for seed, linear in enumerate((15.0, 27.0, 36.0))),
             result(Cell("moco_v2", 1, 0), 12.0),
+            result(Cell("mcl", 2, 0), 12.0),
         ],
         STUDIES["transfer"],
+        ["moco_v2"],
     )
+    assert "mcl, 2x" not in [r["name"] for r in results]  # it is there for another study
     by_name = {r["name"]: r for r in results if r["kind"] != "rank correlation"}
     assert by_name["random"]["cutouts linear"] == {"values": [10, 20, 30], "mean": 20, "sd": 10}
     assert by_name["mcl, 1x - random"]["cutouts linear"]["exceeds_noise"] is True
@@ -430,7 +433,7 @@ def test_rank_correlation_by_hand() -> None:
     """Ranks 1 2 3 4 and 2 1 3 4: 1 - 6 * 2 / (4 * 15)."""
     values = zip((10.0, 20.0, 30.0, 40.0), (5.0, 4.0, 8.0, 9.0), strict=True)
     cells = [result(Cell("mcl", 1, seed), linear, ap50) for seed, (linear, ap50) in enumerate(values)]
-    found = {r["name"]: r for r in transfer_report.evaluate(cells, STUDIES["transfer"]) if "rho" in r}
+    found = {r["name"]: r for r in transfer_report.evaluate(cells, STUDIES["transfer"], []) if "rho" in r}
     assert found["cutouts linear"]["rho"] == pytest.approx(0.8)
     assert found["cutouts linear"]["cells"] == 4
     assert "voc15 kNN" not in found
@@ -445,20 +448,20 @@ def test_report_writes_its_files(
         transfer.main(arguments)
     assert not (tmp_path / "transfer.json").exists()
 
-    keep(tmp_path / "r", result(RANDOM, 1.0))
+    keep(tmp_path / "r", result(RANDOM, 1.0), result(Cell("mcl", 1, 0), 1.0))
     with pytest.raises(SystemExit, match="0"):
         transfer.main(arguments)
-    assert not (tmp_path / "transfer.json").exists()  # nothing was trained
+    assert not (tmp_path / "transfer.json").exists()  # these may be of any study
 
     other = result(Cell("moco_v2", 1, 1), 2.0)
     other["environment"]["cpu"] = "two"
     keep(tmp_path / "r", result(RANDOM, 1.0), result(Cell("random", 0, 1), 1.0), other)
     with pytest.raises(SystemExit, match="0"):
         transfer.main(arguments)
-    assert "On another machine or by other versions: random-0, random-1." in capsys.readouterr().out
+    assert "On another machine or by other versions: mcl-1x-0, random-0, random-1." in capsys.readouterr().out
     written = json.loads((tmp_path / "transfer.json").read_text())
     assert written["environment"]["cpu"] == "two"
-    assert written["config"]["cells"] == ["moco_v2-1x-1", "random-0", "random-1"]
+    assert written["config"]["cells"] == ["mcl-1x-0", "moco_v2-1x-1", "random-0", "random-1"]
     assert "moco_v2, 1x - random" in [r["name"] for r in written["results"]]
     assert (tmp_path / "transfer.png").read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / "ablation.json").exists()
