@@ -101,8 +101,9 @@ def test_links_lead_somewhere(page: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_lines_have_at_most_120_columns(page: str) -> None:
-    """Except for tables, output of programs, markers of tables, and links."""
+    """Except for tables, output of programs, markers of tables, and links. No line ends within code."""
     text = re.sub(r"```.*?```", "", (ROOT / page).read_text(), flags=re.DOTALL)
+    assert [line for line in text.splitlines() if line.count("`") % 2] == []
     wide = [line for line in text.splitlines() if len(line) > 120]
     assert [line for line in wide if not re.match(r"\||    |<!-- |.*\]\(\S+\)\S*$", line)] == []
 
