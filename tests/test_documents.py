@@ -212,6 +212,6 @@ def test_commands_run(page: str, user: Path, tmp_path: Path) -> None:
             shell(folder, command)
     if page == "README.md":
         (example,) = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
-        short = example.replace("FOLDER", "data/photos/train").replace('"python"', '"python", trainer={"epochs": 3}')
+        short = example.replace("FOLDER", "data/photos/train").replace('"mine2"', '"mine2", trainer={"epochs": 3}')
         (folder / "example.py").write_text(short)
         shell(folder, "python example.py")
