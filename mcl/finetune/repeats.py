@@ -168,11 +168,11 @@ def table(result: Result, other: Result | None = None) -> str:
     words = ["± is the standard deviation over seeds."]
     if compared:
         words.append(
-            f"That of the difference, by seed ({_list(compared['seeds'])}), is the standard error of its mean; the "
+            f"For the difference, by seed ({_list(compared['seeds'])}), it is the standard error of the mean; the "
             "interval is that of a paired t-test."
         )
         if compared["differing"]:
-            words.append(f"Their configurations differ, beside weights, in {_list(compared['differing'])}.")
+            words.append(f"Besides weights, their configurations differ in {_list(compared['differing'])}.")
     return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", *words]) + "\n"
 
 

@@ -229,7 +229,7 @@ def test_unusable_files_are_named(hollow: dict[str, Tensor], save: Save, tmp_pat
         (tmp_path / "none.pth", "cannot read"),
         (tmp_path, "a folder with 0 files"),
         (half, "cut short"),
-        (text, "cut short, or not of the format"),
+        (text, "incomplete, or not in the format"),
         (empty, "cut short"),
         (number, "has no state_dict"),
         (output, "already a checkpoint of mcl"),

@@ -55,9 +55,9 @@ def test_arithmetic_by_hand() -> None:
         "| box APl | - | - | - | - |\n"
         "\n"
         "± is the standard deviation over seeds.\n"
-        "That of the difference, by seed (0, 1, 2), is the standard error of its mean; the interval is that of a "
+        "For the difference, by seed (0, 1, 2), it is the standard error of the mean; the interval is that of a "
         "paired t-test.\n"
-        "Their configurations differ, beside weights, in model.\n"
+        "Besides weights, their configurations differ in model.\n"
     )
 
 

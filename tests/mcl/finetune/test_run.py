@@ -382,7 +382,7 @@ def test_terminal(folder: Path, checkpoint: Path, tmp_path: Path, capfd: pytest.
     assert all("read with corrections" in line for line in corrected)
     assert data == f"data: {folder}: 6 images to train on, 2 to evaluate on, 2 classes (thing, part)"
     assert model == "model: MaskRCNN, 12.4 million parameters, on cpu"
-    assert weights.startswith(f"weights: {checkpoint}: backbone 120, fpn 48, head 12 tensors, named as mcl does")
+    assert weights.startswith(f"weights: {checkpoint}: backbone 120, fpn 48, head 12 tensors, names as in mcl")
     assert schedule == (
         f"schedule: {STEPS} steps of 2 images (2.0 epochs); learning rate 0.015 after 2 steps of warm-up, "
         "times 0.1 at 4, 5; evaluated every 400 steps"
