@@ -76,9 +76,7 @@ def _read(folder: Path, seeds: Sequence[int]) -> Result:
         other: Result = json.loads((folder / RESULTS).read_text())
         other["seeds"], other["ap"], other["sections"]
     except (OSError, ValueError, KeyError, TypeError):  # TypeError: not a JSON object
-        raise ConfigError(
-            f"--compare: {folder} holds no {RESULTS}; name the folder of mcl finetune --repeats"
-        ) from None
+        raise ConfigError(f"--compare: {folder} has no {RESULTS}; name the folder of mcl finetune --repeats") from None
     if not set(seeds).intersection(other["seeds"]):
         raise ConfigError(
             f"--compare: {folder} has the seeds {_list(other['seeds'])}, none of {_list(seeds)}; set randomness.seed"

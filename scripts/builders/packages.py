@@ -56,7 +56,7 @@ class Packages:
         """The package's files that match a glob pattern, sorted; never empty."""
         found = sorted(self.folder(package).glob(pattern))
         if not found:
-            raise DataError(f"{self.folder(package)} holds no {pattern}; delete that folder, then {self._remedy()}")
+            raise DataError(f"{self.folder(package)} has no {pattern}; delete that folder, then {self._remedy()}")
         return found
 
     def image(self, package: str, path: str, archive: str = "") -> Image.Image:

@@ -135,7 +135,7 @@ def test_time_left_is_that_of_all_repeats() -> None:
         (["--repeats", "0"], r"^mcl finetune: error: --repeats: must be at least 1"),
         (["--repeats", "2", "test=true"], r"^mcl finetune: error: --repeats: .*without test=true"),
         (["--compare", "x"], r"^mcl finetune: error: --compare: compares repeats; set --repeats"),
-        (["--repeats", "2", "--compare", "/no/where"], r"error: --compare: /no/where holds no repeats\.json"),
+        (["--repeats", "2", "--compare", "/no/where"], r"error: --compare: /no/where has no repeats\.json"),
     ],
 )
 def test_errors(options: list[str], message: str, capfd: pytest.CaptureFixture[str]) -> None:
