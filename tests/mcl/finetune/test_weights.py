@@ -66,7 +66,7 @@ def test_parts_that_the_detector_has_not(checkpoint: Path) -> None:
     ):
         load(checkpoint, "parts=[backbone,neck]")
     standard = settings.load(CONFIGS / "mask_rcnn_r50_fpn_2fc_1x.py", ["parts=[head]"])
-    with pytest.raises(ConfigError, match=r"parts: no 'head' in this detector .*; it has backbone, fpn$"):
+    with pytest.raises(ConfigError, match=r"parts: this detector has no 'head' .*; it has backbone, fpn$"):
         weights.load(str(checkpoint), standard.model, standard.parts)
 
 

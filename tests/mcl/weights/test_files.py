@@ -70,7 +70,7 @@ def test_nested_and_other_content(tmp_path: Path) -> None:
 
 def test_a_folder_with_safetensors(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"a folder with 0 files \*\.safetensors; name a file"):
+    with pytest.raises(CheckpointError, match=r"a folder with 0 \*\.safetensors files; name one of them"):
         files.load(tmp_path)
     safetensors.torch.save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
     assert files.load(tmp_path)["a"].tolist() == [1, 1]
@@ -84,7 +84,7 @@ def test_a_folder_with_safetensors(tmp_path: Path) -> None:
         "[" * 100_000,
     ):
         (tmp_path / "config.json").write_text(config)
-        with pytest.raises(CheckpointError, match="a folder with 2 files"):
+        with pytest.raises(CheckpointError, match=r"a folder with 2 \*\.safetensors files"):
             files.load(tmp_path)
     (tmp_path / "config.json").write_text('{"weights": "other.safetensors"}')
     assert files.load(tmp_path)["a"].tolist() == [0, 0]
@@ -138,7 +138,7 @@ def test_memory_of_an_array_is_as_large_as_its_shape_says(tmp_path: Path) -> Non
     whole = pickle.dumps({"a": np.zeros(2, np.float32)}, 2)
     assert whole.count(b"K\x02\x85") == 1
     (tmp_path / "x.pkl").write_bytes(whole.replace(b"K\x02\x85", b"K\x03\x85"))
-    with pytest.raises(CheckpointError, match=r"x\.pkl: cut short, .*ValueError"):
+    with pytest.raises(CheckpointError, match=r"x\.pkl: incomplete, or not .*ValueError"):
         files.load(tmp_path / "x.pkl")
 
 
@@ -162,7 +162,7 @@ def test_a_file_does_not_say_how_much_memory_it_takes(code: bytes, tmp_path: Pat
     """Positions in the memo and lengths that are far beyond the end of the file."""
     (tmp_path / "x.pkl").write_bytes(b"\x80\x05}" + code + b"s.")
     tracemalloc.start()
-    with pytest.raises(CheckpointError, match=r"x\.pkl: cut short"):
+    with pytest.raises(CheckpointError, match=r"x\.pkl: incomplete, or not"):
         files.load(tmp_path / "x.pkl")
     assert tracemalloc.get_traced_memory()[1] < 1 << 20
     tracemalloc.stop()
