@@ -17,17 +17,17 @@ MINUTES ?= 5
 
 help:
 	@echo "make demo    pre-train on the photographs of this repository (about 90 seconds on two cores)"
-	@echo "make test    run the tests (6 minutes on two cores; the first time make mmdet, too)"
+	@echo "make test    run the tests (6 minutes on two cores; runs make mmdet first, once)"
 	@echo "make soak    run the long tests"
-	@echo "make fuzz    feed damaged files to all that reads files, for five minutes or MINUTES=..."
+	@echo "make fuzz    test all file readers with damaged files, for five minutes or MINUTES=..."
 	@echo "make check   ruff, mypy, clang-format, hadolint; proselint for the documents"
-	@echo "make format  let ruff and clang-format format the code"
+	@echo "make format  format the code with ruff and clang-format"
 	@echo "make docs    build the documentation site with the Python reference in build/site; dead links are errors"
 	@echo "make bench   benchmark operators, loader and training steps, on the images of make data"
 	@echo "make gpu     on a GPU: build, test and measure within 8 minutes, and report the bottleneck; FULL=1 runs everything"
-	@echo "make data    build larger sets of images from package registries (0.5 GB to fetch)"
-	@echo "make setup   only install into .venv; for GPUs, too, where there is a driver or MCL_BUILD_CUDA=1"
-	@echo "make mmdet   install MMDetection, too (builds mmcv, once: up to 8 minutes on two cores)"
+	@echo "make data    build larger sets of images from package registries (downloads 0.5 GB)"
+	@echo "make setup   install into .venv only; with GPU operators if there is a driver or MCL_BUILD_CUDA=1"
+	@echo "make mmdet   install MMDetection as well (builds mmcv once: up to 8 minutes on two cores)"
 	@echo "make wheels  build a source distribution, a pure wheel and one for Linux x86-64 with all operators, in dist/"
 	@echo "make check-wheels  install the wheels into a new environment, and train"
 	@echo "make release build and check wheels, source distribution and documentation of a release"
@@ -49,14 +49,14 @@ $(MMDET): $(INSTALLED) $(wildcard mcl/finetune/install/*)
 	$(BIN)/mcl install-mmdet
 	touch $@
 
-# MMDetection's maintained fork, before everything else that is installed.
+# MMDetection's maintained fork, in an environment that otherwise uses the packages of .venv.
 $(FORK)/.installed: $(INSTALLED) $(wildcard mcl/finetune/install/*)
 	$(BIN)/python -m venv --without-pip --clear $(FORK)
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$(echo $(FORK)/lib/python3.*/site-packages)/venv.pth"
 	$(FORK)/bin/python -m mcl install-mmdet --fork onedl
 	touch $@
 
-# AGPL-3.0, for tests of the export to it alone, and out of the way of everything else; torch and OpenCV are there.
+# ultralytics is AGPL-3.0: only tests of the export to it use it, from a separate folder, with torch and OpenCV of .venv.
 $(ULTRALYTICS)/.installed: $(INSTALLED)
 	$(BIN)/pip install --disable-pip-version-check --no-deps --upgrade --target $(ULTRALYTICS) -r requirements/ultralytics.txt
 	touch $@
@@ -64,9 +64,9 @@ $(ULTRALYTICS)/.installed: $(INSTALLED)
 demo: setup
 	$(BIN)/mcl pretrain mcl_r18_fpn_demo
 
-# GPUs are hidden from the first call; where there is one, the second has the tests that need it.
-# One thread per test process: many small tensors are faster that way, and results do not depend on the machine. Three
-# processes on two cores, since many tests wait for others.
+# The first call hides GPUs; the second runs the tests that need one.
+# One thread per test process is faster for small tensors, and results do not depend on the machine. There are three
+# processes for two cores, since many tests wait for other processes.
 test: setup mmdet
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist=worksteal --durations=15
 	if nvidia-smi -L >/dev/null 2>&1; then $(BIN)/pytest -m "gpu and not soak" tests/gpu; fi
@@ -91,14 +91,14 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
-# mkdocs.yml; pages are all Markdown files.
+# Configured by mkdocs.yml; all Markdown files are pages.
 docs: setup
 	$(BIN)/pip install --disable-pip-version-check --quiet -r requirements/docs.txt
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --clean --quiet
 	@echo "build/site/index.html"
 
-# On an idle machine, after make data: an hour on two cores, half of it for the steps of ResNet-50.
-# The tables of the README files follow the results.
+# Run it on an idle machine, after make data. It takes an hour on two cores, half of it for the steps of ResNet-50.
+# The last command updates the tables in the documents.
 bench: setup
 	$(BIN)/pip install --disable-pip-version-check -r benchmarks/requirements.txt
 	$(BIN)/python -m benchmarks.kernels --json benchmarks/results/kernels.json
@@ -108,8 +108,8 @@ bench: setup
 	$(BIN)/python -m benchmarks.end_to_end --json benchmarks/results/end_to_end.json --plot benchmarks/results/end_to_end.png
 	$(BIN)/python -m benchmarks.readme
 
-# Makes benchmarks/results/gpu-DEVICE, or OUT=folder. VENV=no takes $(PYTHON) as it is, with its own torch, and
-# WHEELS=folder what else that lacks; then nothing is fetched.
+# Writes benchmarks/results/gpu-DEVICE, or OUT=folder. With VENV=no it uses $(PYTHON) and its torch; with WHEELS=folder,
+# it installs missing packages from that folder and downloads nothing.
 gpu:
 	@$(PYTHON) -m benchmarks.gpu $(if $(OUT),--out $(OUT)) $(if $(WHEELS),--wheels $(WHEELS)) \
 		$(if $(VENV),--venv $(VENV)) $(if $(filter 1,$(FULL)),--full)
@@ -121,8 +121,8 @@ data: setup
 	$(BIN)/python scripts/build_data.py cifar data/packages data/cifar10
 	$(BIN)/python scripts/build_data.py coco data/packages data/cutouts
 
-# The pure wheel in pip's isolation, the other with the operators for CPUs and GPUs; both from the source distribution.
-# What that one links with, PyTorch and DALI bring.
+# Both wheels are built from the source distribution: the pure one in pip's isolation, the other with the operators for
+# CPUs and GPUs. Libraries that the operators link with come with PyTorch and DALI.
 wheels: setup
 	$(BIN)/pip install --disable-pip-version-check -r requirements/wheels.txt
 	rm -rf dist build/wheel
@@ -135,7 +135,7 @@ wheels: setup
 check-wheels:
 	PYTHON=$(PYTHON) bash scripts/check_wheels.sh dist
 
-# The wheels are made from the source distribution, so they prove that it is complete.
+# The wheels are built from the source distribution, which shows that it is complete.
 release: docs wheels check-wheels
 	$(BIN)/check-wheel-contents dist
 	grep -q "^## $$($(BIN)/mcl --version) " CHANGELOG.md

@@ -83,7 +83,10 @@ def pretrain(config: str | Path | Config, /, **keys: Any) -> Run:
 
     Args:
         config: a preset's name, the path of a YAML file, or a configuration.
-        keys: as of :func:`load_config`.
+        keys: see :func:`load_config`.
+
+    Returns:
+        The finished run.
 
     Raises:
         ConfigError, SourceError, CheckpointError: wrong input, before any work starts.
@@ -102,9 +105,9 @@ def evaluate(
     """Scores a checkpoint and a randomly initialised network.
 
     Args:
-        name: of the evaluation; ``mcl evaluate --help`` describes each.
+        name: name of the evaluation; ``mcl evaluate --help`` describes each.
         checkpoint_file: checkpoint of mcl.
-        keys: as of :func:`load_config`, for example to name the current folders of the images.
+        keys: see :func:`load_config`, for example to name the current folders of the images.
 
     Returns:
         A record for data.root, with ``split`` train, and one for data.val_root, if that is set, with ``split`` val.
@@ -129,11 +132,11 @@ def embed(
 
     Args:
         checkpoint_file: checkpoint of mcl.
-        images: folder, list file or shards, as ``data.root``.
+        images: folder, list file or shards, as for ``data.root``.
         out: file to write, ``.npy`` (with a ``.json`` of the same name) or ``.parquet``.
         features: one of :data:`mcl.evaluation.embedding.FEATURES`.
         plot: projection for a map of the images, which is written with a page of nearest neighbours; empty: none.
-        keys: as of :func:`load_config`.
+        keys: see :func:`load_config`.
 
     Raises:
         CheckpointError, ConfigError, SourceError, BadDataError: wrong input.
@@ -162,14 +165,14 @@ def export(
 
     Args:
         checkpoint_file: checkpoint of mcl.
-        to: the library that reads them, one of those that ``mcl export --help`` lists.
+        to: the library that will read them, one of those that ``mcl export --help`` lists.
         parts: backbone, fpn or head; empty: all parts that the library has.
         network: online, or target, the momentum network.
         statistics: folder of images from which BatchNorm statistics are computed, or none; empty: data.root for
             libraries that freeze them.
         verify: load the weights into the library's own model first, and compare features.
         output: file or folder to write; None: in ``exports/`` of the run folder.
-        keys: as of :func:`load_config`, for example to name the current folder of the images in data.root.
+        keys: see :func:`load_config`, for example to name the current folder of the images in data.root.
 
     Raises:
         CheckpointError, ConfigError, SourceError: see :func:`mcl.exporters.export`.

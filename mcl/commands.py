@@ -1,4 +1,4 @@
-"""Implementation of the verbs: a whole run from its configuration, and work with its checkpoints."""
+"""Implementation of the verbs: runs, and work with their checkpoints."""
 
 import dataclasses
 import os
@@ -93,7 +93,7 @@ def pretrain(cfg: Config) -> None:
             except Interrupted:  # all processes stop at the same step, so none waits for another
                 distributed.teardown()
                 raise
-    distributed.teardown()  # only the first process goes on
+    distributed.teardown()  # only the first process continues
     if first:
         with recorded_errors():
             _finish(trainer)
@@ -116,7 +116,7 @@ def _finish(trainer: Trainer) -> None:
 
 
 def _draw(cfg: Config, step: int, picture: Callable[[Path], Path]) -> None:
-    """Draws a picture into the run folder and TensorBoard if ``log.preview`` is set. A failure is logged alone."""
+    """Draws a picture into the run folder and TensorBoard if ``log.preview`` is set. A failure is only logged."""
     try:
         if cfg.log.preview:
             show_picture(cfg, picture(cfg.run_folder / "preview"), step)
@@ -154,7 +154,7 @@ def embed(
 
     Args:
         path: checkpoint.
-        images: as ``data.root``; replaces all keys of the checkpoint that select images.
+        images: as for ``data.root``; replaces all keys of the checkpoint that select images.
         out, features: see :func:`mcl.evaluation.embedding.embed`.
         overrides: ``key=value`` words, or values by dotted keys.
 
@@ -219,7 +219,7 @@ def montages(cfg: Config, step: int, folder: Path, source: Source) -> Path:
 def batch(cfg: Config, step: int, source: Source) -> tuple[MontageBatch, MontageBatch]:
     """Both views of the first images of a step, on the CPU: the smallest number that makes a montage.
 
-    Images, crops and colours are those of the run. With larger batches, the run places other images next to them.
+    Images, crops and colours are those of the run. If the run has larger batches, it places other images next to them.
     """
     images = nearest_legal(cfg.montage, 1)[0]
     plan = cfg.plan(len(source), images, world_size=max(1, cfg.trainer.global_batch // images))
@@ -232,7 +232,7 @@ def batch(cfg: Config, step: int, source: Source) -> tuple[MontageBatch, Montage
 def features(model: Objective, cfg: Config, folder: Path) -> Path:
     """Draws feature maps of some images, of ``data.val_root`` if it is set; returns the picture's path.
 
-    The same network without training is shown beside the trained one, both with BatchNorm statistics of images.
+    The same network with random weights is shown beside the trained one, both with BatchNorm statistics of images.
     """
     source = open_images(cfg.data, held_out=bool(cfg.data.val_root))
     device = next(model.parameters()).device

@@ -1,4 +1,4 @@
-"""YAML as nested lists and dictionaries of text. The type of a key decides how its text is read."""
+"""Reads YAML as nested lists and dictionaries of strings. The type of a key decides how its string is converted."""
 
 import itertools
 import json
@@ -11,7 +11,7 @@ _MOST_VALUES = 100_000
 
 
 class _Plain(yaml.SafeLoader):
-    """YAML loader that leaves all scalars as text, since their type depends on the key: 007 may be a name.
+    """YAML loader that returns all scalars as strings, since their type depends on the key: 007 may be a name.
 
     Without YAML's implicit types, 010 is ten instead of eight, 1:30 is not a number of seconds, and 1e-3 is a number.
     """
@@ -40,7 +40,7 @@ _Plain.yaml_implicit_resolvers = {
 
 
 def parse_yaml(text: str | bytes) -> Any:
-    """Reads YAML: nested lists and dictionaries of text; None is null, ~ or nothing.
+    """Reads YAML: nested lists and dictionaries of strings; null, ~ and an empty value are None.
 
     Raises:
         yaml.YAMLError: the text is not YAML.

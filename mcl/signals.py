@@ -12,8 +12,8 @@ from types import FrameType
 from typing import Any, Self
 
 _AGAIN = 2.0
-"""Seconds in which a second signal counts as a repetition of the first: a terminal or scheduler sends it to all
-processes, and torchrun sends it once more."""
+"""Seconds in which a second signal counts as a repetition of the first: a terminal or scheduler sends a signal to all
+processes, and torchrun then sends it again."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -29,7 +29,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Signals:
-    """Within the context, SIGINT and SIGTERM are only recorded in `received`. A second, later SIGINT acts as usual.
+    """Within the context, SIGINT and SIGTERM are only recorded in `received`. A later SIGINT has its default effect.
 
     A second SIGTERM is ignored, since schedulers and torchrun both send one.
     """
@@ -40,7 +40,7 @@ class Signals:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():  # only this one may install handlers
+        if threading.current_thread() is threading.main_thread():  # only the main thread may install handlers
             self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 

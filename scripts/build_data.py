@@ -2,8 +2,8 @@
 
 usage: python scripts/build_data.py {embedded,photos,cifar,coco} PACKAGES OUT
 
-An OUT that exists is left as it is, since a set is only put in place when it is whole; delete it to build it again.
-Exit status: 0 when OUT is there, 1 when it could not be built, 2 for a wrong command line.
+If OUT exists, nothing is done, since a set is moved into place only when it is complete; delete it to build it again.
+Exit status: 0 if OUT exists, 1 if it could not be built, 2 for a wrong command line.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ except ModuleNotFoundError as missing:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line; exits with status 2 when it is wrong."""
+    """Parses the command line; exits with status 2 if it is wrong."""
     parser = argparse.ArgumentParser(description="Build the data sets from the fetched packages.")
     commands = parser.add_subparsers(dest="command", required=True)
     summaries = {
@@ -38,17 +38,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name, summary in summaries.items():
         added[name] = commands.add_parser(name, help=summary, description=summary)
         added[name].add_argument("packages", type=Path, help="the folder given to fetch_packages.sh")
-        added[name].add_argument("out", type=Path, help="the folder to make; left alone when it exists")
+        added[name].add_argument("out", type=Path, help="the folder to create; not changed if it exists")
     added["photos"].add_argument("--count", type=_positive, default=4000, help="JPEG files (default: %(default)s)")
     added["cifar"].add_argument("--size", type=_positive, default=64, help="side in pixels (default: %(default)s)")
     added["coco"].add_argument("--train", type=_positive, default=800, help="train scenes (default: %(default)s)")
     added["coco"].add_argument("--val", type=_positive, default=200, help="val scenes (default: %(default)s)")
-    added["coco"].add_argument("--seed", type=int, default=0, help="of the random numbers (default: %(default)s)")
+    added["coco"].add_argument("--seed", type=int, default=0, help="seed of the random numbers (default: %(default)s)")
     return parser.parse_args(arguments)
 
 
 def build(options: argparse.Namespace) -> str:
-    """Run one sub-command; the summary line that it returns. Raises ``DataError`` when it cannot be done."""
+    """Run one sub-command and return its summary line. Raises ``DataError`` if the set cannot be built."""
     packages = Packages(options.packages)
     if options.command == "embedded":
         return build_embedded(packages, options.out)
@@ -60,7 +60,7 @@ def build(options: argparse.Namespace) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; the exit status."""
+    """Entry point; returns the exit status."""
     options = parse(arguments)
     if options.out.exists():
         print(f"{options.out} exists already; delete it to build it again")

@@ -15,10 +15,10 @@ cd "$work"
 mkdir photos
 cp -r "$root"/data/photos/val/* photos
 
-# Runs a command with nothing on PATH but what was installed.
+# Runs a command with only the new environment on PATH.
 alone() { env -u LD_LIBRARY_PATH -u CUDA_HOME -u PYTHONPATH PATH="$work/venv/bin" "$@"; }
 
-# Repeats what a command says, which has to contain each argument.
+# Prints its input, and fails unless it contains each argument.
 says() {
   local output text
   output=$(cat)
@@ -38,12 +38,12 @@ train() {
 doctor() { alone mcl doctor | says "Ready to run." "$@"; }
 
 echo "== the wheel with operators, as in a container"
-# Its own path: python3 may be a script of a version manager, which needs other programs.
+# The interpreter's own path: python3 may be a script of a version manager, which needs other programs.
 PYTHON=$("${PYTHON:-python3}" -c 'import sys; print(sys.executable)') alone "$BASH" "$root"/docker/install.sh "$dist" "$work"/venv ${BESIDE:-}
 train platform "loader: fused on cpu" "operators: mcl: region_pool, batch_norm, norms, lars_, ema_"
 doctor "for CPU and CUDA (" "fused engine on CPU"
 alone mcl budget mcl_r18_fpn_demo | says "loader.json"
-# Libraries of a CUDA toolkit may be known to the loader, and are not to be used.
+# The dynamic loader may know libraries of a CUDA toolkit, which must not be used.
 alone python - <<'END'
 import re
 import sys

@@ -52,7 +52,7 @@ keep() { # keep NAME: move the unpacked tree into place, in one step
 fetch_debian() { # fetch_debian NAME VERSION
   command -v apt-get >/dev/null && command -v dpkg-deb >/dev/null || fail "$1 is a Debian package: apt-get and dpkg-deb are needed"
   if ! (cd "$work" && apt-get download -qq "$1=$2"); then
-    echo "fetch_packages.sh: $1 $2 is not on offer here; trying the version that is" >&2
+    echo "fetch_packages.sh: $1 $2 is not available here; trying the available version" >&2
     (cd "$work" && apt-get download -qq "$1") || fail "could not download $1 (has 'apt-get update' been run?)"
   fi
   dpkg-deb -x "$work/$1"_*.deb "$work/tree"

@@ -1,14 +1,14 @@
 """Communication of several processes in a step, and the time that it takes.
 
-Calls and bytes are counted: they are those of a real step. Times are estimates of a model with few assumptions:
+Calls and bytes are counted, so they are those of a real step. Times are estimates under these assumptions:
 
 * A GPU computes at the rate that one GPU reaches in the cited supervised training
   (:data:`~mcl.budget.hardware.YARDSTICKS`).
 * An all-reduce costs the latency of its hops and its bytes over the slowest link, along a ring or a tree, whichever is
-  faster, as NCCL chooses; an all-gather goes along a ring. A ring takes 2 (W - 1) hops for the former and W - 1 for the
-  latter, and sends (W - 1) / W of the result per pass. Links carry their full rate, which is more than is measured.
+  faster, as NCCL chooses; an all-gather uses a ring. A ring takes 2 (W - 1) hops for an all-reduce and W - 1 for an
+  all-gather, and sends (W - 1) / W of the result per pass. Links reach their full rate, which is more than is measured.
 * Gradients are sent during the backward pass, except the last bucket, which is complete at its end. Targets are sent
-  during the forward pass of the online network. BatchNorm waits for its statistics in every call.
+  during the forward pass of the online network. Every call of BatchNorm waits for its statistics.
 * All processes are ready at the same moment.
 * Signals are exchanged between hosts while the next steps run, at no cost.
 """
@@ -31,7 +31,7 @@ LATENCY_SOURCE = "NVIDIA/nccl src/graph/tuning.cc: protocol LL over NVLink (time
 _BASE = {"ring": 3.6e-6, "tree": 4.4e-6}  # seconds per call
 _HOP = {"ring": 0.47e-6, "tree": 0.52e-6}  # seconds, within a node
 _HOP_BETWEEN = {"ring": 2.7e-6, "tree": 5.0e-6}  # seconds, from node to node
-_SHARED = 1.8  # factor of hops within a node where there are several nodes
+_SHARED = 1.8  # factor of hops within a node if there are several nodes
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Exchange:
 
     purpose: str
     operation: str  # all-reduce or all-gather
-    sizes: Sequence[int]  # bytes that a process hands to each call, in their order
+    sizes: Sequence[int]  # bytes of one process's input to each call, in the order of calls
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def exchanges(count: Count, accumulate: int) -> list[Exchange]:
         Exchange("BatchNorm forward", "all-gather", forward * accumulate),
         Exchange("BatchNorm backward", "all-reduce", backward * accumulate),
         Exchange("gradients", "all-reduce", buckets(count.gradients)),
-        Exchange("signals", "all-reduce", [8]),  # between hosts, beside the training: mcl.distributed.consensus
+        Exchange("signals", "all-reduce", [8]),  # between hosts, see mcl.distributed.consensus
     ]
 
 
@@ -123,9 +123,12 @@ def describe(
     """The entry ``communication`` of a budget; see :mod:`mcl.budget.cost`.
 
     Args:
-        stages: of the configuration at `gpus` processes.
+        stages: stages of the configuration with `gpus` processes.
         supervised: FLOPs per image of a supervised ResNet-50 step at 224 px.
-        precision: as trainer.precision; without published throughputs for it there are no scales.
+        precision: value of ``trainer.precision``; without published throughputs for it, ``scales`` is empty.
+        gpus: number of processes, one per GPU.
+        nodes: number of machines.
+        links: bandwidths to estimate with.
     """
     said: dict[str, Any] = {
         "nodes": nodes,
@@ -171,12 +174,13 @@ def step_times(stage: Stage, rate: float, share: float, world: int, nodes: int, 
     """Seconds of a step's arithmetic, of its communication, and of the communication that is not overlapped.
 
     Args:
-        stage: of the configuration.
+        stage: stage of the configuration.
         rate: FLOP/s of a GPU.
-        share: of the processes that the stage was counted for: the loss compares with as much of its targets.
-        world: processes, on as many GPUs.
-        nodes: that these are on.
-        links: between them.
+        share: `world` as a fraction of the processes that the stage was counted for; the FLOPs of the loss are
+            proportional to it, since it compares with the targets of all processes.
+        world: number of processes, one per GPU.
+        nodes: number of machines.
+        links: bandwidths between GPUs.
     """
 
     def time(flops: Mapping[str, int]) -> float:
@@ -191,7 +195,7 @@ def step_times(stage: Stage, rate: float, share: float, world: int, nodes: int, 
     }
     norms = sum(took["BatchNorm forward"]) + sum(took["BatchNorm backward"])
     targets, gradients = sum(took["targets"]), sum(took["gradients"])
-    # Only the last micro-batch's backward has finished gradients to send.
+    # Gradients are sent only during the backward pass of the last micro-batch.
     late = max(took["gradients"][-1], gradients - backward)
     return {
         "compute_s": stage.accumulate * (forward + backward),

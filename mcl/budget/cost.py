@@ -6,18 +6,18 @@ included, see also :mod:`mcl.budget.communication`), times are estimates unless 
 
 | key | what |
 |---|---|
-| name, backbone, assembly, compute, precision, epochs | of the configuration |
+| name, backbone, assembly, compute, precision, epochs | values of the configuration |
 | images, images_from | per epoch, and the source of this number: ``--images``, ``index`` (of ``data.root``), or else ``ImageNet-1k`` |
 | gpus, images_per_gpu | processes, and images of a step on each |
-| gflop_per_image | of a training step, both views, mean over the epochs |
+| gflop_per_image | GFLOP of a training step per image, both views, mean over the epochs |
 | supervised | ``model`` and ``gflop_per_image`` of a supervised step of that backbone at 224 px, with its classifier |
 | ratio_to_supervised | ratio of the two |
 | parts | by part: ``forward``, ``backward`` (GFLOP per image, mean over the epochs), ``parameters`` (number), ``saved_bytes`` |
 | stages | of the canvas schedule: ``first_epoch``, ``epochs``, ``cells``, ``canvas`` (px), ``gflop_per_image``, ``ratio_to_supervised``, ``parts`` (GFLOP per image), ``saved_bytes`` |
-| memory | bytes per GPU, largest stage: ``parameters``, ``gradients``, ``optimizer``, ``momentum_network``, ``canvases`` (of both views, as often as they are held: by the loader ``data.prefetch`` times, as often by steps that the GPU has not finished, by the step, its micro-batches or graph), ``activations`` (what autograd saves; on a CPU with bf16 instructions somewhat less), ``temporaries`` (what else lives at the worst moment), ``decoder`` (of a loader on the GPU; for photographs of 500 x 375 px), ``margin`` (workspaces, NCCL, fragmentation: assumed), ``total``: what a run compares with the free memory |
-| time | of the whole run, a list: ``kind`` (estimate or measured), ``hardware``, ``gpus``, ``images_per_s``, ``hours``, ``gpu_hours``, ``tflop_per_s_per_gpu``, ``source``; ``loader_images_per_s_per_gpu`` (in the fastest stage), ``gate_share`` (what that takes of DALI's gate, H100 only), ``cpu_cores_per_gpu`` (for loading on CPUs, null unless benchmarked) |
-| communication | ``nodes``; ``per_step``: a list, by ``purpose``: ``operation``, ``calls`` and ``bytes`` that a process hands over, counted; ``links`` (``hardware``, ``within_gb_per_s`` and ``between_gb_per_s`` nodes, one direction, ``source``), ``latency`` (its source); ``scales``, estimates for as many images per GPU, a list: ``hardware``, ``gpus``, ``nodes``, ``global_batch``, seconds of a mean step: ``compute_s``, ``gradients_s``, ``targets_s``, ``batchnorm_s``, ``exposed_s`` (of these three, not hidden by compute), and ``efficiency``; no lists for one GPU |
-| loader | ``views`` (pixels made per image, in views of 224 px, largest stage), ``gate`` (``images_per_s``, ``source``), ``cpu`` (see :func:`~mcl.budget.hardware.loading_on_cpu`) |
+| memory | bytes per GPU, largest stage: ``parameters``, ``gradients``, ``optimizer``, ``momentum_network``, ``canvases`` (of both views, as often as they are held: by the loader ``data.prefetch`` times, as often by steps that the GPU has not finished, by the step, its micro-batches or graph), ``activations`` (what autograd saves; on a CPU with bf16 instructions somewhat less), ``temporaries`` (all other tensors at the peak), ``decoder`` (of a loader on the GPU; for photographs of 500 x 375 px), ``margin`` (workspaces, NCCL, fragmentation: assumed), ``total``, which a run compares with the free memory |
+| time | of the whole run, a list: ``kind`` (estimate or measured), ``hardware``, ``gpus``, ``images_per_s``, ``hours``, ``gpu_hours``, ``tflop_per_s_per_gpu``, ``source``; ``loader_images_per_s_per_gpu`` (in the fastest stage), ``gate_share`` (the share of DALI's gate that this needs, H100 only), ``cpu_cores_per_gpu`` (for loading on CPUs, null unless benchmarked) |
+| communication | ``nodes``; ``per_step``: a list, by ``purpose``: ``operation``, ``calls`` and ``bytes`` of one process's input, counted; ``links`` (``hardware``, ``within_gb_per_s`` and ``between_gb_per_s`` nodes, one direction, ``source``), ``latency`` (its source); ``scales``, estimates with the same number of images per GPU, a list: ``hardware``, ``gpus``, ``nodes``, ``global_batch``, seconds of a mean step: ``compute_s``, ``gradients_s``, ``targets_s``, ``batchnorm_s``, ``exposed_s`` (the part of these three that does not overlap with computing), and ``efficiency``; no lists for one GPU |
+| loader | ``views`` (pixels that are made per image, in views of 224 px, largest stage), ``gate`` (``images_per_s``, ``source``), ``cpu`` (see :func:`~mcl.budget.hardware.loading_on_cpu`) |
 """  # noqa: E501  # a table
 
 import contextlib

@@ -1,15 +1,16 @@
 """FLOPs and bytes of a training step, counted while the real modules run on tensors without memory.
 
-These are PyTorch's fake tensors, with shapes and types as on a CPU, autocast included, and no data; so a step of any
-size takes seconds. Counted are forward and backward of both views:
+PyTorch's fake tensors have shapes and types as on a CPU, including autocast, but no data. So a step of any size takes
+seconds. The counts include forward and backward of both views:
 
 * 2 FLOPs per multiply-add of convolutions and matrix products, by PyTorch's formulas. Backward is counted from the
   gradients that autograd computes; the first convolution, for example, has none for its input.
-* Not counted are operations that compute little compared with their memory traffic: BatchNorm, activations, pooling,
-  interpolation, softmax, clipping, optimiser and momentum update, and region pooling, which copies on the montage's
-  grid.
 * Bytes that autograd stores between forward and backward, each piece of memory once, and the peak of all memory.
 * Communication of several processes: calls of BatchNorm, gradients in the order of backward, targets.
+
+Operations that compute little compared with their memory traffic are not counted: BatchNorm, activations, pooling,
+interpolation, softmax, clipping, optimiser and momentum update, and region pooling, which only copies cells of a
+montage.
 """
 
 import functools
@@ -37,13 +38,13 @@ from mcl.objectives import OBJECTIVES, Objective, build
 from mcl.train.optim import AUTOCAST, build_optimizer
 
 PARTS = ("backbone", "FPN", "head", "projector", "predictors", "loss", "momentum network")
-"""Parts of a step. `head` are its convolutions; the last is the whole momentum network. Modules of an objective outside
-of its encoders count as predictors."""
+"""Parts of a step. `head` is the convolutions of the region head, `momentum network` the whole network. Modules of an
+objective outside of its encoders count as predictors."""
 
 _CLASSES = ("",) * 1000
 """Placeholders for the classes of the images, which are unknown here; as many as in ImageNet-1k."""
 
-_OWNERS = {  # names of modules begin so; the first that fits
+_OWNERS = {  # by prefix of a module's name; the first match counts
     "online.head.projector": "projector",
     "online.head": "head",
     "online.fpn": "FPN",
@@ -63,9 +64,9 @@ class Normalization:
     """A call of a BatchNorm in training mode."""
 
     channels: int
-    groups: int  # each is normalised by itself
-    element: int  # bytes of what its statistics are computed in
-    returns: bool  # whether backward comes through it; not where it is computed again, nor in the momentum network
+    groups: int  # groups of rows that are normalised separately
+    element: int  # bytes per element of the statistics
+    returns: bool  # whether backward passes through it; False when recomputed, and in the momentum network
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,11 @@ class Count:
     forward: Mapping[str, int]  # FLOPs
     backward: Mapping[str, int]  # FLOPs
     saved: Mapping[str, int]  # bytes that autograd keeps for backward
-    parameters: Mapping[str, int]  # how many, buffers excluded
+    parameters: Mapping[str, int]  # number of parameters, without buffers
     norms: Sequence[Normalization]  # in the order of calls
-    gradients: Sequence[int]  # bytes of each, in the order in which backward computes them
-    gathered: Sequence[int]  # bytes of what a process hands to each all-gather, such as the targets of a view
-    peak: int  # bytes of all that forward and backward hold at once, what is saved among it
+    gradients: Sequence[int]  # bytes of each gradient, in the order in which backward computes them
+    gathered: Sequence[int]  # bytes of one process's input to each all-gather, such as the targets of a view
+    peak: int  # maximum bytes that forward and backward hold at once, including saved tensors
 
     @property
     def flops(self) -> int:
@@ -100,17 +101,17 @@ class Stage:
 
     @property
     def flops(self) -> float:
-        """Per image."""
+        """FLOPs per image."""
         return self.count.flops / self.images
 
     @property
     def saved(self) -> int:
-        """Bytes, all parts."""
+        """Bytes that autograd keeps, all parts."""
         return sum(self.count.saved.values())
 
 
 def _convolution_backward(gradient: Tensor, x: Tensor, weight: Tensor, *others: Any, **_: Any) -> int:
-    """FLOPs of the gradients of input and weight: those of forward each. PyTorch's formula ignores groups."""
+    """FLOPs of the gradients of input and weight, each as many as forward. PyTorch's formula ignores groups."""
     wanted: Sequence[bool] = others[-1][:2]
     return 2 * sum(wanted) * gradient.numel() * weight[0].numel()
 
@@ -124,7 +125,7 @@ class _Meter(TorchDispatchMode):
     A node of the backward graph first unpacks its saved tensors, which identifies its part.
 
     Args:
-        known: tensors that exist anyway, and are not counted as saved.
+        known: tensors that exist outside of the step, such as parameters, and are not counted as saved.
     """
 
     def __init__(self, known: Sequence[Tensor] = ()) -> None:
@@ -137,7 +138,7 @@ class _Meter(TorchDispatchMode):
         self.peak = 0
         self._inside = ["loss"]
         self._returning: str | None = None
-        # Addresses of living storages: an address may be used again later.
+        # Addresses of living storages; an address may be reused after its storage is freed.
         self._known = {t.untyped_storage()._cdata for t in known}
         self._booked = set(self._known)
         self._living = 0
@@ -183,13 +184,13 @@ class _Meter(TorchDispatchMode):
                 for called in module if isinstance(module, nn.ModuleList) else [module]:
                     self._watch(called, part)
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.register_forward_pre_hook(self._note)  # not all that is computed again comes to its end
+                module.register_forward_pre_hook(self._note)  # recomputation may stop before forward hooks
         for p in model.parameters():
             if p.requires_grad:
                 p.register_post_accumulate_grad_hook(lambda p: self.gradients.append(p.nbytes))
 
     def _watch(self, module: nn.Module, part: str) -> None:
-        def leave(*_: Any) -> None:  # what a hook returns would take the place of the output
+        def leave(*_: Any) -> None:  # returns None, since a result of a hook would replace the output
             self._inside.pop()
 
         module.register_forward_pre_hook(lambda *_: self._inside.append(part))
@@ -203,7 +204,7 @@ class _Meter(TorchDispatchMode):
         self.norms.append(Normalization(module.num_features, groups, element, returns))
 
     def run(self, precision: str, loss: Callable[[], Tensor]) -> None:
-        """Counts forward and backward; `precision` as trainer.precision."""
+        """Counts forward and backward; `precision` is a value of ``trainer.precision``."""
         dtype = AUTOCAST.get(precision)
         with self, torch.autograd.graph.saved_tensors_hooks(self._save, self._take_out):
             with torch.autocast("cpu", dtype, enabled=dtype is not None):
@@ -226,9 +227,9 @@ def step(config: Config, images: int, processes: int) -> Count:
     """Counts a step.
 
     Args:
-        config: of the run, with the montage of the epoch in question.
-        images: per process, N; of a micro-batch, where gradients are accumulated.
-        processes: whose targets are compared with; times micro-batches.
+        config: configuration of the run, with the montage of the epoch to count.
+        images: images per process and micro-batch, N.
+        processes: number of processes times micro-batches, whose targets the loss compares with.
     """
     geometry, precision = config.montage, config.trainer.precision
     model = _without_memory(config)
@@ -237,7 +238,7 @@ def step(config: Config, images: int, processes: int) -> Count:
         total: Tensor = model(query, key).loss
         return total
 
-    tile_boxes(geometry, images)  # which are remembered: not to be those without memory
+    tile_boxes(geometry, images)  # fills its cache, which must not contain fake tensors
     with FakeTensorMode(allow_non_fake_inputs=True), distributed.imagined(processes) as gathered:
         model.to_empty(device="cpu")
         canvases = (sum(geometry.canvases(images)), 3, geometry.canvas, geometry.canvas)
@@ -257,7 +258,8 @@ def supervised(backbone: str, side: int = 224) -> int:
     """FLOPs per image of a supervised training step, with a classifier of 1,000 classes.
 
     Args:
-        side: of the images, pixels.
+        backbone: value of ``model.backbone``.
+        side: side of the images in pixels.
     """
     images = 8
     with torch.device("meta"):
@@ -271,7 +273,7 @@ def flops(loss: Callable[[], Tensor]) -> int:
     """FLOPs of computing a loss in fp32 and of its backward.
 
     Args:
-        loss: computes it from tensors without memory, such as those of the meta device.
+        loss: computes the loss from tensors without memory, such as those of the device meta.
     """
     meter = _Meter()
     meter.run("fp32", loss)
@@ -279,7 +281,7 @@ def flops(loss: Callable[[], Tensor]) -> int:
 
 
 def state(config: Config) -> dict[str, int]:
-    """Bytes that a process holds at all times, measured on the meta device after a step of the optimiser.
+    """Bytes that a process holds permanently, measured on the device meta after a step of the optimiser.
 
     Returns:
         ``parameters`` and ``momentum_network`` (with their buffers), ``gradients``, ``optimizer``.
@@ -290,7 +292,7 @@ def state(config: Config) -> dict[str, int]:
         p.grad = torch.empty_like(p)
     optimizer = build_optimizer(config.optim, model)
     for group in optimizer.param_groups:
-        group["fused"] = False  # PyTorch's fused kernels do not take meta tensors; the state is the same
+        group["fused"] = False  # PyTorch's fused kernels do not support meta tensors; the state is the same
     optimizer.step()
     target = _bytes(model.target.state_dict().values()) if model.target else 0
     held = [t for entry in optimizer.state.values() for t in entry.values() if isinstance(t, Tensor)]
@@ -303,7 +305,7 @@ def state(config: Config) -> dict[str, int]:
 
 
 def _without_memory(config: Config) -> Objective:
-    """The model of a run on the device meta, in its arithmetic."""
+    """The model of a run on the device meta, in the dtype of its precision."""
     with torch.device("meta"):
         labelled = OBJECTIVES[config.objective].labelled
         return build(config, _CLASSES if labelled else ()).to(_dtype(config.trainer.precision))

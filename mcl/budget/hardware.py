@@ -26,7 +26,7 @@ GATE = 19_000
 GATE_SOURCE = "NVIDIA/DALI qa/TL1_decoder_perf/test.sh: H100 on x86, 70 CPU threads, hardware decoder share 0.12"
 
 NODE = 8
-"""GPUs of the machines that were measured."""
+"""GPUs per machine in the published measurements."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,12 @@ class Yardstick:
 
     hardware: str
     one: float  # on one GPU
-    node: float  # on NODE of them
+    node: float  # on NODE GPUs
     source: str
-    precisions: tuple[str, ...] = ("bf16", "fp16")  # trainer.precision that it stands for
+    precisions: tuple[str, ...] = ("bf16", "fp16")  # values of trainer.precision that it applies to
 
     def images_per_s(self, gpus: int) -> float:
-        """On one GPU, or on whole nodes."""
+        """Images per second on one GPU, or on whole nodes."""
         return self.one if gpus == 1 else self.node * gpus / NODE
 
 
@@ -58,7 +58,7 @@ YARDSTICKS = (
 GPUS = (1, NODE, 4 * NODE)
 
 _BENCHMARK_VIEWS = 2 * (1 + 1 / 4 + 1 / 16 + 1 / 64)
-"""Of an image in the benchmark of loaders: both views, four levels, cut out at their own sizes."""
+"""Views of 224 px per image in the loader benchmark: both views, four levels, each cut out at its own size."""
 _BENCHMARK = Path(__file__).with_name("loader.json")
 
 
@@ -69,15 +69,16 @@ class Speed:
     kind: str  # measured or estimate
     hardware: str
     gpus: int
-    flops_per_s: float  # all of them together
+    flops_per_s: float  # of all GPUs together
     source: str
 
 
 def measurement(config: Config, flops: Mapping[int, float]) -> Speed | None:
-    """The throughput of the run in the run folder, if it computed the same; None without records.
+    """The throughput of the run in the run folder, if its configuration computes the same; None without records.
 
     Args:
-        flops: FLOPs per image, by cells; records of other cells are ignored.
+        config: configuration of the run.
+        flops: FLOPs per image, by ``montage.cells``; records with other values are ignored.
 
     Raises:
         CheckpointError: the folder has checkpoints, but none can be read.
@@ -103,8 +104,8 @@ def loading_on_cpu(path: Path = _BENCHMARK) -> dict[str, Any] | None:
     """Cost of the fused engine on a CPU, from this project's benchmark; None without its results.
 
     Returns:
-        decode_s (core-seconds to decode an image), view_s (to make a view of 224 px of it), views (of an image in the
-        benchmark), threads, cpu, source.
+        decode_s (core-seconds to decode an image), view_s (core-seconds to make a view of 224 px from it), views (per
+        image in the benchmark), threads, cpu, source.
     """
     report = json.loads(path.read_text()) if path.exists() else {"results": []}
     fused = [r for r in report["results"] if r.get("contender") == "fused"]
@@ -138,12 +139,12 @@ def times(
     """Speed and duration by hardware and number of GPUs, measured (first) and estimated.
 
     Args:
-        stages: of the configuration.
-        images: of an epoch.
+        stages: stages of the configuration.
+        images: images per epoch.
         supervised: FLOPs per image of a supervised ResNet-50 step at 224 px.
-        precision: as trainer.precision; without published throughputs for it there are no estimates.
+        precision: value of ``trainer.precision``; without published throughputs for it, there are no estimates.
         measured: replaces the estimate for its device and number of processes.
-        cpu: as :func:`loading_on_cpu` returns it.
+        cpu: result of :func:`loading_on_cpu`.
     """
     speeds = [measured] if measured else []
     for yardstick in yardsticks(precision):

@@ -9,7 +9,7 @@ _BATCH_BYTES = {"float32": 4, "float16": 2}
 _LIBRARIES = 2 * 10**9
 """Bytes that libraries use: workspaces of cuDNN and cuBLAS, NCCL's buffers, kernel modules. An assumption."""
 _FRAGMENTED = 0.05
-"""Part of PyTorch's memory that lies idle between tensors. An assumption."""
+"""Fraction of PyTorch's memory that fragmentation wastes. An assumption."""
 _DECODED = 3
 """Decoded images that the loader holds on a GPU per image of a step, including the decoder's memory. An assumption."""
 _PHOTOGRAPH = 3 * 500 * 375
@@ -17,7 +17,7 @@ _PHOTOGRAPH = 3 * 500 * 375
 
 
 def first_epochs(config: Config) -> list[int]:
-    """Where the sizes of the canvas schedule begin."""
+    """First epoch of each size in the canvas schedule."""
     return [0, *(epoch for epoch, _ in config.montage.schedule if epoch < config.trainer.epochs)]
 
 
@@ -25,21 +25,23 @@ def memory(config: Config, processes: int, image: float | None = None) -> dict[s
     """Bytes per GPU, at the largest canvases of the run; see :mod:`mcl.budget.cost`. Takes a second or a few.
 
     Args:
+        config: configuration of the run.
+        processes: number of processes.
         image: mean bytes of a decoded image on the GPU; 0 if a CPU decodes, None if unknown.
 
     Raises:
-        ConfigError: trainer.global_batch or trainer.accumulate is not legal for so many processes.
+        ConfigError: trainer.global_batch or trainer.accumulate is not legal for this number of processes.
     """
     trainer, data = config.trainer, config.loading
     geometry = max((config.montage.at(epoch) for epoch in first_epochs(config)), key=lambda g: g.cells)
     images = config.images_per_rank(processes)
     part = images // trainer.accumulate
     while geometry.query_canvases(part)[0] < 2:
-        part *= 2  # BatchNorm has the rows of all processes, but here there is one
+        part *= 2  # BatchNorm needs two rows, and here it has only those of one process
     banks = processes * trainer.accumulate
     counted = count.step(dataclasses.replace(config, montage=geometry), part, banks)
     batch = 2 * sum(geometry.canvases(images)) * 3 * geometry.canvas**2 * _BATCH_BYTES[data.dtype]
-    # The loader's, those that the GPU has not finished, the step's; and the copies that micro-batches and graphs read.
+    # Batches of the loader, of steps that the GPU has not finished, of the step; copies for micro-batches and graphs.
     batches = 2 * data.prefetch + 1 + (trainer.accumulate > 1) + trainer.cuda_graph
     saved = sum(counted.saved.values())
     sizes = {

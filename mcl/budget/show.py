@@ -22,7 +22,7 @@ def tables(budget: dict[str, Any]) -> str:
 
 
 def _columns(text: str) -> str:
-    """Aligns the cells of lines, separated by bars: the first to the left, numbers to the right."""
+    """Aligns the cells of lines, which bars separate: the first column to the left, the others to the right."""
     cells = [[cell.strip() for cell in line.split("|")] for line in text.splitlines()]
     first, *others = (max(map(len, column)) for column in zip(*cells, strict=True))
     rows = ["  ".join([name.ljust(first), *map(str.rjust, numbers, others)]) for name, *numbers in cells]

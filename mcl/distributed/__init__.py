@@ -31,7 +31,7 @@ _imagined: tuple[int, list[int]] | None = None
 
 
 class PeerError(RuntimeError):
-    """A collective failed because another process ended or hangs. The same command continues the run."""
+    """A collective failed because another process has ended or hangs. The same command continues the run."""
 
     exit_code = 3
 
@@ -41,8 +41,8 @@ def setup(device: str, timeout: float = 600, folder: Path | None = None) -> None
 
     Args:
         device: cpu or cuda.
-        timeout: of collectives, in seconds.
-        folder: where NCCL's flight recorder writes its dumps if a collective times out.
+        timeout: timeout of collectives in seconds.
+        folder: folder to which NCCL's flight recorder writes its dumps if a collective times out.
 
     Raises:
         ConfigError: the launcher's variables are wrong, the processes do not meet, or this one has no GPU.
@@ -61,7 +61,7 @@ def setup(device: str, timeout: float = 600, folder: Path | None = None) -> None
         torch.cuda.set_device(local_rank())
         if folder is not None:
             os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(folder / "nccl_rank_"))
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # a process saves and ends when torchrun was killed
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # if torchrun is killed, its processes save and end
         torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGTERM)  # type: ignore[attr-defined]
     global _timeout
     _timeout = timedelta(seconds=timeout)
@@ -136,7 +136,7 @@ def alone() -> Iterator[None]:
 
 @contextmanager
 def imagined(processes: int) -> Iterator[list[int]]:
-    """Within the context, every :class:`Gather` repeats its rows, as if so many processes had the same rows.
+    """Within the context, every :class:`Gather` repeats its rows, as if `processes` processes had the same rows.
 
     Yields:
         A list to which each gather appends the bytes of its input.
@@ -239,9 +239,9 @@ def barrier(timeout: timedelta | None = None) -> None:
 
 
 def local_rank_zero_first(work: Callable[[], T]) -> T:
-    """Calls `work` on the first process of every machine, and when all of these are done, on the others.
+    """Calls `work` on the first process of every machine, and when all of these have finished, on the others.
 
-    It is for work that writes its result to a file for later calls. It may take a day at most.
+    `work` should cache its result in a file, so that later calls are fast. It may take at most a day.
     """
     hosts()
     first = local_rank() == 0
@@ -254,11 +254,12 @@ def local_rank_zero_first(work: Callable[[], T]) -> T:
 def once_per_machine(work: Callable[[], T], of: object = None) -> T:
     """The result of `work` on the first process of a machine; the others map its memory instead of calling `work`.
 
-    It is for picklable values with large NumPy arrays. It may take a day at most.
+    The result must be picklable; its NumPy arrays are shared. `work` may take at most a day.
 
     Args:
         work: computes the result.
-        of: what the result depends on; a process where it differs from the first process's calls `work` itself.
+        of: value that the result depends on; a process whose value differs from the first process's calls `work`
+            itself.
     """
     if world_size() == 1:
         return work()

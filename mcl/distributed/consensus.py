@@ -1,4 +1,4 @@
-"""A signal that any process received stops all of them after the same step."""
+"""Stops all processes after the same step when any of them receives a signal."""
 
 from collections import deque
 
@@ -10,7 +10,7 @@ from mcl import distributed
 
 
 class Consensus:
-    """The signal that any process received, known to all of them after the same step.
+    """Shares the signal that any process received, so that all processes know it after the same step.
 
     Hosts start an all-reduce after every step and read its result `LAG` steps later, when it is usually complete. A run
     stops at most `LAG` steps later than a single process would.

@@ -12,8 +12,8 @@ from pathlib import Path
 from mcl import distributed
 
 GRACE = 25.0
-"""Seconds after which a process ends, so that PyTorch's timeouts, which report more, come first; torchrun kills after
-30 seconds."""
+"""Seconds after which a hung process ends. PyTorch's timeouts, which report more, come before that; torchrun kills
+processes after 30 seconds."""
 
 
 def end_after(seconds: float) -> None:
@@ -27,8 +27,8 @@ def deadline(folder: Path, timeout: float) -> Iterator[Callable[[], None]]:
     """Ends this process when there is no progress for `timeout` + ``GRACE`` seconds. Does nothing with one process.
 
     Args:
-        folder: of ``rank_<rank>.txt``, to which the stacks of all threads are appended.
-        timeout: in seconds.
+        folder: folder of ``rank_<rank>.txt``, to which the stacks of all threads are appended.
+        timeout: seconds.
 
     Yields:
         A function to call when there is progress.

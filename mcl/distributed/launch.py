@@ -43,11 +43,11 @@ def world_size() -> int:
 
 
 def meet(timeout: timedelta) -> tuple[Store, int, int]:
-    """A store that only processes started together share, and rank and world size.
+    """Returns a store that only processes started together share, the rank, and the world size.
 
-    torchrun keeps its store when it restarts processes (seen in PyTorch 2.14, where gloo then reads addresses of
-    processes that have ended), and its agents on several machines may count restarts differently. So rank 0 names each
-    start. TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 has the same effect, but only in torchrun's own environment.
+    torchrun keeps its store when it restarts processes, and gloo then reads addresses of processes that have ended
+    (seen in PyTorch 2.14). Agents on several machines may count restarts differently. So rank 0 gives each start a
+    unique name. TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 has the same effect, but only in torchrun's own environment.
 
     Raises:
         DistStoreError: some processes did not arrive in time.

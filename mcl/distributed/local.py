@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 _LAUNCHED = "MCL_LAUNCHED"
-"""Environment variable of the processes that are started here; mcl.cli leaves their errors to the launcher."""
+"""Environment variable of the processes that this module starts; mcl.cli then lets the launcher print errors."""
 
 _HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
@@ -97,7 +97,7 @@ def run(words: Sequence[str], numbers: Sequence[int], key: str, gpus: int, timeo
             local_addr="127.0.0.1",  # the name of the machine may not resolve
             max_restarts=0,
             monitor_interval=0.5,
-            logs_specs=DefaultLogsSpecs(log_dir=logs),  # PyTorch never removes a folder of its own choice
+            logs_specs=DefaultLogsSpecs(log_dir=logs),  # PyTorch would not remove its default folder
         )
         try:
             elastic_launch(settings, sys.executable)("-m", "mcl", *words)

@@ -1,4 +1,4 @@
-"""Shares results of one process with the others of its machine, which map its memory."""
+"""Shares a value of one process with the other processes of its machine, which map its memory."""
 
 import mmap
 import os
@@ -17,7 +17,7 @@ class Offer(NamedTuple):
     spans: list[tuple[int, int]]  # start and end of the pickle, then of every array in it
 
     def here(self) -> bool:
-        """Whether this process can read it."""
+        """Whether this process can read the value."""
         try:
             return os.readlink(self.path) == self.link
         except OSError:

@@ -115,9 +115,9 @@ def open_folder(
     if not used.intersection(classes):
         what = classes[0] if len(classes) == 1 else f"{len(classes)} categories ({classes[0]}, ...)"
         raise SourceError(
-            f"{folder / splits[0].annotations}: nothing to train on: no object of {what} with an area, no crowd, in an "
-            f"image of at least {MIN_SIDE} x {MIN_SIDE} pixels, among the {len(chosen)} to train on; set data.classes, "
-            "data.root or data.fraction to others"
+            f"{folder / splits[0].annotations}: nothing to train on: no object of {what} with an area, not a crowd, in "
+            f"an image of at least {MIN_SIDE} x {MIN_SIDE} pixels, among the {len(chosen)} training images; change "
+            "data.classes, data.root or data.fraction"
         )
 
     def check_images() -> None:

@@ -115,7 +115,7 @@ class Repeat(Hook):
 
     def before_train(self, runner: Any) -> None:
         seed = runner.cfg.randomness.seed
-        log.info("repeat %d of %d, with seed %d; eta is that of all repeats", self.number + 1, self.count, seed)
+        log.info("repeat %d of %d, with seed %d; eta is for all repeats", self.number + 1, self.count, seed)
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         left, eta = runner.max_iters - runner.iter - 1, runner.message_hub.get_info("eta")  # of MMEngine's timer

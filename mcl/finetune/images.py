@@ -66,7 +66,7 @@ def check(
         found, stated = table.sizes[i].tolist(), list(sizes[i])
         raise SourceError(
             f"{paths[i]} has {found[0]} x {found[1]} pixels, but {annotations} says {stated[0]} x {stated[1]}, and "
-            f"{len(wrong) - 1} more images differ: boxes would be of another picture. "
+            f"{len(wrong) - 1} more images differ: boxes would not fit the images. "
             f"{_remedy(found, stated, orientations[i])} ({_RULE})"
         )
     if turned := np.flatnonzero(orientations > _UPRIGHT).tolist():
@@ -89,8 +89,8 @@ def _remedy(found: list[int], stated: list[float], orientation: int) -> str:
     if orientation > 4:  # which exchanges width and height
         return (
             f"EXIF orientation {orientation} exchanges width and height: if the boxes are those of the image as it is "
-            "stored, remove the orientation (exiftool -Orientation= FOLDER), else exchange width and height in the "
-            "annotations"
+            "stored, remove the orientation (exiftool -Orientation= FOLDER), otherwise exchange width and height in "
+            "the annotations"
         )
     return "Width and height are exchanged: exchange them in the annotations, or turn the image"
 

@@ -76,9 +76,7 @@ def _read(folder: Path, seeds: Sequence[int]) -> Result:
         other: Result = json.loads((folder / RESULTS).read_text())
         other["seeds"], other["ap"], other["sections"]
     except (OSError, ValueError, KeyError, TypeError):  # TypeError: not a JSON object
-        raise ConfigError(
-            f"--compare: {folder} holds no {RESULTS}; name the folder of mcl finetune --repeats"
-        ) from None
+        raise ConfigError(f"--compare: {folder} has no {RESULTS}; name the folder of mcl finetune --repeats") from None
     if not set(seeds).intersection(other["seeds"]):
         raise ConfigError(
             f"--compare: {folder} has the seeds {_list(other['seeds'])}, none of {_list(seeds)}; set randomness.seed"
@@ -168,11 +166,11 @@ def table(result: Result, other: Result | None = None) -> str:
     words = ["± is the standard deviation over seeds."]
     if compared:
         words.append(
-            f"That of the difference, by seed ({_list(compared['seeds'])}), is the standard error of its mean; the "
+            f"For the difference, by seed ({_list(compared['seeds'])}), it is the standard error of the mean; the "
             "interval is that of a paired t-test."
         )
         if compared["differing"]:
-            words.append(f"Their configurations differ, beside weights, in {_list(compared['differing'])}.")
+            words.append(f"Besides weights, their configurations differ in {_list(compared['differing'])}.")
     return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", *words]) + "\n"
 
 

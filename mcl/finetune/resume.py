@@ -48,7 +48,7 @@ def prepare(config: Config, folder: Folder) -> Identity:
     sections = _decisive(config, folder)
     files = checkpoints(Path(config.work_dir))
     if files and not config.resume:
-        raise ConfigError(f"resume: {config.work_dir} holds a run already; give this one another name=")
+        raise ConfigError(f"resume: {config.work_dir} already has a run; give this one another name=")
     if files:
         path, before = newest(files)
         for key, now in sections.items():
@@ -73,7 +73,7 @@ def to_test(config: Config) -> Path:
     if config.load_from and not files[0].is_file():
         raise CheckpointError(f"load_from: {files[0]} does not exist")
     if not files:
-        raise ConfigError(f"test: {run} holds no checkpoint; name the run by name=, or a checkpoint by load_from=")
+        raise ConfigError(f"test: {run} has no checkpoint; name the run by name=, or a checkpoint by load_from=")
     path, _ = newest(files)
     found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
     own = build(config.model).state_dict()

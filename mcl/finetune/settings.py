@@ -97,7 +97,7 @@ def _follow(config: Config, files: Mapping[str, Any], given: Sequence[str]) -> N
     schedule.scale(config, before if isinstance(before, int) and before > 0 else steps, given)
     if config.get("epochs") is not None:
         if "train_cfg.max_iters" in given:
-            raise ConfigError("epochs: train_cfg.max_iters is set, too; set one of the two")
+            raise ConfigError("epochs: train_cfg.max_iters is also set; set one of the two")
         config.given = list(given)  # until the number of images is known
 
 

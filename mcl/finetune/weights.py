@@ -40,7 +40,7 @@ def load(source: str, model: Mapping[str, Any], parts: Sequence[str] = ()) -> Lo
     for name in parts:
         if name not in map(part, places):
             has = ", ".join(dict.fromkeys(map(part, places)))
-            raise ConfigError(f"parts: no {name!r} in this detector that could be loaded; it has {has}")
+            raise ConfigError(f"parts: this detector has no {name!r} that can be loaded; it has {has}")
     wanted = {name: own[place] for name, place in places.items()} | backbone_tensors(backbone)
     contents = distributed.local_rank_zero_first(lambda: read(source, "weights"))
     taken = take(contents, wanted, backbone, parts)

@@ -83,12 +83,12 @@ def reporting_loader_errors(timeout: float) -> Iterator[None]:
             process.kill()  # a hung process would not end by itself, and Python would wait for it at exit
         if "timed out" in str(error):
             raise LoaderError(
-                f"no batch came from the loaders' processes for {timeout:.0f} s (timeout): see above for errors of "
-                f"theirs, and whether the disk of data.root answers; if memory is short, {_ENLARGE}, or load in the "
-                f"main process: {_WITHOUT}. The same command continues the run"
+                f"no batch came from the loaders' processes for {timeout:.0f} s (timeout): see above for their "
+                f"errors, and check that the disk of data.root responds; if memory is short, {_ENLARGE}, or load in "
+                f"the main process: {_WITHOUT}. The same command continues the run"
             ) from None
         raise LoaderError(
-            f"{str(error).splitlines()[0]}: most often memory is short; {_ENLARGE}, or set fewer "
+            f"{str(error).splitlines()[0]}: usually, memory is short; {_ENLARGE}, or set fewer "
             "train_dataloader.num_workers. The same command continues the run"
         ) from error
 

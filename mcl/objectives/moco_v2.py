@@ -45,7 +45,7 @@ class MoCoV2(WholeImages):
         super().check(config, source)
         if not config.model.queue:
             raise ConfigError(
-                "model.queue: 0, but objective=moco_v2 has its negatives in the queue; set model.queue=65536"
+                "model.queue: 0, but objective=moco_v2 takes its negatives from the queue; set model.queue=65536"
             )
 
     def forward(self, query: MontageBatch, key: MontageBatch, prepared: Gather | None = None) -> Output:

@@ -66,7 +66,7 @@ class MCL(Objective):
         super().check(config, source)
         if config.model.queue and config.model.loss == "cosine":
             raise ConfigError(
-                f"model.queue: {config.model.queue} further negatives, but model.loss=cosine has none; set "
+                f"model.queue: {config.model.queue}, but model.loss=cosine has no negatives; set "
                 "model.queue=0 or model.loss=infonce"
             )
 

@@ -91,7 +91,7 @@ class Objective(nn.Module):
         for key in all_keys():
             if key.name in cls.unused and (given := value(config, key.name)) != key.default:
                 raise ConfigError(
-                    f"{key.name}: {given}, but objective={config.objective} has no use for it; set "
+                    f"{key.name}: {given}, but objective={config.objective} does not use it; set "
                     f"{key.name}={key.default}, or another objective"
                 )
         if cls.labelled and source is not None:

@@ -38,7 +38,7 @@ class SupervisedContrastive(Objective):
         if config.trainer.accumulate != 1:
             raise ConfigError(
                 "trainer.accumulate: objective=supervised_contrastive compares all tiles of a step with each other, so "
-                "it cannot be divided; set trainer.accumulate=1, and trainer.recompute=true to save memory"
+                "a step cannot be split; set trainer.accumulate=1, and trainer.recompute=true to save memory"
             )
 
     def forward(self, query: MontageBatch, key: MontageBatch, prepared: Any = None) -> Output:

@@ -46,8 +46,8 @@ class WholeImages(Objective):
     def check(cls, config: Config, source: Source | None = None) -> None:
         if config.montage.levels > 1:
             raise ConfigError(
-                f"montage.ratios: {list(config.montage.ratios)}, but objective={config.objective} sees whole images "
-                "alone; set montage.ratios=[1], montage.images_per_canvas=[1] and model.loss_weights=[1]"
+                f"montage.ratios: {list(config.montage.ratios)}, but objective={config.objective} uses single whole "
+                "images; set montage.ratios=[1], montage.images_per_canvas=[1] and model.loss_weights=[1]"
             )
         super().check(config, source)
 

@@ -69,7 +69,9 @@ def load_cuda(folder: Path, cuda: str | None) -> str:
     found = [library.stem.removeprefix("_C_cuda") for library in folder.glob("_C_cuda*.so")]
     if found and version not in found:
         ours = f"PyTorch is built {f'for CUDA {version}' if version else 'without CUDA'}"
-        return f"the extension serves CUDA {', '.join(found)}, {ours}; install another PyTorch, or build in a checkout"
+        return (
+            f"the extension supports CUDA {', '.join(found)}, {ours}; install another PyTorch, or build in a checkout"
+        )
     if not found and (folder / "_C.so").exists():
         return f"the extension is built without CUDA; MCL_BUILD_CUDA=1 {BUILD} builds it with CUDA"
     return load(folder / f"_C_cuda{version}.so")

@@ -78,11 +78,11 @@ def _check(
         raise ValueError(f"index: {index.dtype} {tuple(index.shape)} must be int64 with one entry per box")
     devices = {str(t.device) for t in (*features, boxes, index)}
     if len(devices) > 1:
-        raise ValueError(f"features, boxes and index lie on {sorted(devices)}; move them to one device")
+        raise ValueError(f"features, boxes and index are on {sorted(devices)}; move them to one device")
     if not 1 <= output_size <= 1024:
-        raise ValueError(f"output_size: {output_size} must lie in 1..1024")
+        raise ValueError(f"output_size: {output_size} must be from 1 to 1024")
     if not 0 <= sampling_ratio <= 1024:
-        raise ValueError(f"sampling_ratio: {sampling_ratio} must lie in 0..1024")
+        raise ValueError(f"sampling_ratio: {sampling_ratio} must be from 0 to 1024")
 
 
 def channels_last(features: Sequence[Tensor]) -> bool:

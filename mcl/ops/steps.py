@@ -99,7 +99,7 @@ def backends(device: str) -> dict[str, tuple[str, str]]:
         if device == "cuda" and apex.supplies(task):
             chosen[task] = ("apex", "it is installed")
         elif task in ("clip", "cross_entropy"):
-            chosen[task] = ("PyTorch", "apex is not installed" if device == "cuda" else "apex serves CUDA only")
+            chosen[task] = ("PyTorch", "apex is not installed" if device == "cuda" else "apex supports CUDA only")
         elif compiled("batch_norm_apply" if task == "batch_norm" else task, device):
             chosen[task] = ("mcl", "the extension is built")
         else:

@@ -276,7 +276,7 @@ class Trainer:
             ConfigError: the folder has another run, or ``trainer.resume`` is never.
         """
         if self.config.trainer.resume == "never":
-            raise ConfigError(f"trainer.resume: never, but {self.folder} holds a run; choose another name")
+            raise ConfigError(f"trainer.resume: never, but {self.folder} already has a run; choose another name")
         before = from_dict(state["config"])
         if changes := changed_keys(before, self.config):
             key = changes[0]

@@ -43,7 +43,7 @@ def load(path: Path) -> Any:
             named = json.loads((path / "config.json").read_bytes()).get("weights")
             inside = [file for file in inside if file.name == named] or inside
         if len(inside) != 1:
-            raise CheckpointError(f"{path}: a folder with {len(inside)} files *.safetensors; name a file")
+            raise CheckpointError(f"{path}: a folder with {len(inside)} *.safetensors files; name one of them")
         path = inside[0]
     try:
         if path.suffix == ".safetensors":
@@ -56,14 +56,14 @@ def load(path: Path) -> Any:
         raise CheckpointError(f"{path}: cannot read ({error.strerror or error})") from None
     except Exception as error:  # an incomplete file fails in the zip reader, the unpickler or the tensor reader
         if obstacle := re.search(r"GLOBAL (\S+)", str(error)):
-            remedy = f"keep its tensors alone with\n    {_PLAIN.format(path)}\nand take plain.pth"
+            remedy = f"save only its tensors with\n    {_PLAIN.format(path)}\nand use plain.pth"
             raise CheckpointError(
-                f"{path}: holds an object of {obstacle[1]} beside its tensors, and loading that could run code"
+                f"{path}: contains {obstacle[1]} besides tensors, and loading that could run code"
                 + ("" if path.suffix == ".pkl" else f". If you trust the file, {remedy}")
             ) from None
         raise CheckpointError(
-            f"{path}: cut short, or not of the format that its name tells ({reason(error)}); compare its size with the "
-            "original's"
+            f"{path}: incomplete, or not in the format of its extension ({reason(error)}); compare its size with that "
+            "of the original"
         ) from error
 
 

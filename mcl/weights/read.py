@@ -82,7 +82,7 @@ def _of_file(source: str, path: Path) -> Contents:
         return Contents(source, tensors, {"mcl": CONVENTIONS["mcl"]}, model=state["model"])
     tensors = dict(files.flatten(content))
     if not tensors:
-        raise CheckpointError(f"{path}: holds no tensors with names; expected a state dict, or a checkpoint with one")
+        raise CheckpointError(f"{path}: has no named tensors; expected a state dict, or a checkpoint with one")
     return Contents(source, tensors)
 
 
@@ -120,12 +120,14 @@ class Taken:
         maps = dict.fromkeys(f"C{int(name.split('.')[3]) + 2}" for name in self.kept)
         left += [f"no LayerNorm of {', '.join(maps)}"] * bool(maps)
         taken = ", ".join(f"{name} {n}" for name, n in of.items())
-        return "; ".join([f"{self.source}: {taken} tensors, {self.where}", *left, f"left: {beginnings(self.unmapped)}"])
+        return "; ".join(
+            [f"{self.source}: {taken} tensors, {self.where}", *left, f"unused: {beginnings(self.unmapped)}"]
+        )
 
     @property
     def where(self) -> str:
         """Convention and prefix, in words."""
-        return f"named as {self.convention} does" + (f" under {self.prefix[:-1]}" if self.prefix else "")
+        return f"names as in {self.convention}" + (f" under {self.prefix[:-1]}" if self.prefix else "")
 
     def flaw(self, of: str) -> str:
         """Why a part is incomplete; empty if it is complete, or not wanted."""
@@ -133,7 +135,7 @@ class Taken:
         missing = [self.names[name] for name in own if name in self.missing]
         wrong = [self.shapes[name] for name in own if name in self.shapes]
         if len(missing) == len(own):
-            return "none of its tensors is there" * bool(own)
+            return "none of its tensors found" * bool(own)
         kinds = (("are missing", missing), ("are of another shape", wrong))
         flaws = [
             f"{len(names)} of its {len(own)} tensors {what}, the first: {names[0]}" for what, names in kinds if names
@@ -167,16 +169,16 @@ def take(contents: Contents, wanted: Mapping[str, Tensor], backbone: str, parts:
     if found is None or all(name.endswith(_CONSTANTS) for name in found.weights):
         under = f" under {contents.network}" if contents.network else ""
         raise CheckpointError(
-            f"{contents.source}: holds nothing of a {backbone}{under}, as {', '.join(contents.conventions)} name it; "
-            f"names in it begin with {beginnings(contents.tensors)}"
+            f"{contents.source}: no tensors of a {backbone}{under}, named as in {', '.join(contents.conventions)}; "
+            f"its names begin with {beginnings(contents.tensors)}"
         )
     flaws = {of: found.flaw(of) for of in ("backbone", *parts)}
     if strangers := found.strangers():
-        flaws["backbone"] = flaws["backbone"] or f"{len(strangers)} others are there, the first: {strangers[0]}"
+        flaws["backbone"] = flaws["backbone"] or f"{len(strangers)} unexpected tensors, the first: {strangers[0]}"
     for of, flaw in flaws.items():
         if flaw:
             what, hint = (backbone, _hint(contents)) if of == "backbone" else (of, "")
-            raise CheckpointError(f"{contents.source}: holds no whole {what}, {found.where}: {flaw}{hint}")
+            raise CheckpointError(f"{contents.source}: has no complete {what}, {found.where}: {flaw}{hint}")
     whole = [of for of in (parts or PARTS) if not found.flaw(of)]
     weights = {name: tensor for name, tensor in found.weights.items() if part(name) in whole}
     for name, tensor in weights.items():
@@ -229,7 +231,7 @@ def _hint(contents: Contents) -> str:
         found = _match(contents, backbone_tensors(name), name)
         if found and not found.flaw("backbone") and not found.strangers():
             return f". It is a {name}"
-    return f". Names in it begin with {beginnings(contents.tensors)}"
+    return f". Its names begin with {beginnings(contents.tensors)}"
 
 
 @functools.cache

@@ -1,1 +1,1 @@
-"""What ``build_data.py`` is made of: one module for each sub-command, and the two that read the packages."""
+"""Implementation of ``build_data.py``: a module for each sub-command, and modules that read the packages."""

@@ -27,7 +27,7 @@ SHEETS = {
 def build_cifar(packages: Packages, out: Path, size: int) -> str:
     """Write ``out/{train,test}/<class>/<number>.jpg``, ``size`` px square (bicubic), quality 90; return a summary line.
 
-    The number is the photograph's place in CIFAR-10. Raises ``DataError`` when the sheets are not the whole CIFAR-10.
+    The number is the photograph's index in CIFAR-10. Raises ``DataError`` if the sheets are not the complete CIFAR-10.
     """
     written = 0
     with fresh_folder(out) as folder:

@@ -66,7 +66,7 @@ class Source:
 
 
 def photo_sources(packages: Packages) -> Iterator[Source]:
-    """Every photograph of every package, in a fixed order, but for those in the ``val`` split of ``photos.csv``."""
+    """Every photograph of every package, in a fixed order, except the ``val`` split of ``photos.csv``."""
     for photo in read_selection():
         if photo.split == "train":
             yield Source(photo.label, photo.name, photo.package, photo.path, photo.archive)
@@ -90,7 +90,7 @@ def build_crops(packages: Packages, out: Path, count: int) -> str:
     """Write ``count`` JPEG files as ``out/<label>/<name>-<number>.jpg``; return a summary line.
 
     Number 00 is the whole photograph, the others are random crops, at most 500 px along the long side and never
-    enlarged. The same packages give the same files. Raises ``DataError`` when there are fewer than ``count`` to be had.
+    enlarged. The same packages give the same files. Raises ``DataError`` if fewer than ``count`` files are possible.
     """
     kept: list[tuple[Source, tuple[int, int]]] = []
     hashes: list[np.ndarray] = []
@@ -109,14 +109,14 @@ def build_crops(packages: Packages, out: Path, count: int) -> str:
 
 
 def room(width: int, height: int) -> int:
-    """How many files one photograph of that size (pixels) may give, itself included."""
+    """Maximum number of files from a photograph of this size (pixels), including the whole photograph."""
     if min(width, height) < CROPPABLE_SIDE:
         return 1
     return max(1, min(MAX_CROPS, width * height // CROP_AREA))
 
 
 def share_out(total: int, rooms: list[int]) -> list[int]:
-    """Split ``total`` as evenly as the rooms allow; the earlier ones get the remainder."""
+    """Split ``total`` as evenly as the limits in ``rooms`` allow; earlier entries get the remainder."""
     if total > sum(rooms):
         raise DataError(f"{total} crops were asked for; these packages give at most {sum(rooms)}")
     shares = [0] * len(rooms)

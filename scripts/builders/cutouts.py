@@ -48,7 +48,7 @@ class Cutout:
 
 @dataclass
 class Placed:
-    """An object in a scene: its category, what of it is visible, and its pixel count before any occlusion."""
+    """An object in a scene: its category, the mask of its visible pixels, and its pixel count before any occlusion."""
 
     category: str
     mask: np.ndarray
@@ -95,7 +95,7 @@ def read_cutouts(path: Path = CUTOUTS) -> list[Cutout]:
 
 
 def split_groups(cutouts: Sequence[Cutout], generator: random.Random) -> dict[str, dict[str, list[Cutout]]]:
-    """Split, then category, to its cut-outs. Whole groups go to one side."""
+    """Cut-outs by split and category. All cut-outs of a group are in the same split."""
     result: dict[str, dict[str, list[Cutout]]] = {split: defaultdict(list) for split in SPLITS}
     for category in dict.fromkeys(c.category for c in cutouts):
         members = [c for c in cutouts if c.category == category]
@@ -110,7 +110,7 @@ def split_groups(cutouts: Sequence[Cutout], generator: random.Random) -> dict[st
 
 
 class ScenePainter:
-    """Makes the scenes of one split, one after another, from a generator of random numbers."""
+    """Paints the scenes of one split, one after another, with a generator of random numbers."""
 
     def __init__(
         self, packages: Packages, objects: dict[str, list[Cutout]], split: str, generator: random.Random
@@ -127,11 +127,11 @@ class ScenePainter:
 
     @property
     def places(self) -> int:
-        """How many background photographs there are."""
+        """Number of background photographs."""
         return len(self._places)
 
     def paint(self) -> tuple[Image.Image, list[Placed]]:
-        """One scene and its objects; the masks are of visible pixels only."""
+        """Returns a scene and its objects; masks contain visible pixels only."""
         width, height = self._random.choice(SCENE_SIZES)
         canvas = self._place(width, height)
         placed: list[Placed] = []
@@ -197,10 +197,10 @@ def _buried(item: Placed, cover: np.ndarray) -> bool:
 
 
 def annotate(mask: np.ndarray) -> Entry | None:
-    """COCO fields of one visible mask, pixels: polygons of its outer outlines, and the box and area of what they hold.
+    """COCO fields of one visible mask, in pixels: polygons of its outer outlines, and the box and area inside them.
 
-    Holes are filled in the polygons, as in COCO, but not counted in the area. Specks are left out of all three;
-    ``None`` when nothing else is there.
+    Holes are filled in the polygons, as in COCO, but not counted in the area. Specks are left out of all three.
+    ``None`` if the mask has only specks.
     """
     cv2 = _opencv()
     enlarged = np.pad(mask, 1).astype(np.uint8).repeat(UPSAMPLING, axis=0).repeat(UPSAMPLING, axis=1)

@@ -34,9 +34,9 @@ class DataError(RuntimeError):
 
 
 class Packages:
-    """The folder that ``fetch_packages.sh`` filled: one sub-folder a package.
+    """The folder that ``fetch_packages.sh`` filled, with one sub-folder per package.
 
-    Raises ``DataError`` when the folder, a package in it or a file of a package is missing or unreadable.
+    Raises ``DataError`` if the folder, a package in it or a file of a package is missing or unreadable.
     """
 
     def __init__(self, root: Path) -> None:
@@ -46,7 +46,7 @@ class Packages:
         self._archive = lru_cache(maxsize=2)(RccArchive)
 
     def folder(self, package: str) -> Path:
-        """Where the named package is unpacked."""
+        """Folder into which the package is unpacked."""
         path = self.root / package
         if not path.is_dir():
             raise DataError(f"package {package} is missing from {self.root}; {self._remedy()}")
@@ -56,7 +56,7 @@ class Packages:
         """The package's files that match a glob pattern, sorted; never empty."""
         found = sorted(self.folder(package).glob(pattern))
         if not found:
-            raise DataError(f"{self.folder(package)} holds no {pattern}; delete that folder, then {self._remedy()}")
+            raise DataError(f"{self.folder(package)} has no {pattern}; delete that folder, then {self._remedy()}")
         return found
 
     def image(self, package: str, path: str, archive: str = "") -> Image.Image:
@@ -76,9 +76,9 @@ class Packages:
 
 @contextmanager
 def fresh_folder(out: Path) -> Iterator[Path]:
-    """Yield a new folder beside ``out`` and rename it to ``out`` at the end, so that ``out`` is whole or absent.
+    """Yield a new folder beside ``out`` and rename it to ``out`` at the end, so that ``out`` is complete or absent.
 
-    After an exception the half-filled folder is removed. Raises ``DataError`` when ``out`` exists already.
+    After an exception, the new folder is removed. Raises ``DataError`` if ``out`` already exists.
     """
     if out.exists():
         raise DataError(f"{out} exists already")
@@ -95,7 +95,7 @@ def fresh_folder(out: Path) -> Iterator[Path]:
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """RGB pixels without metadata; what is transparent becomes white."""
+    """RGB pixels without metadata; transparent areas become white."""
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         layered = image.convert("RGBA")
         white = Image.new("RGBA", layered.size, "white")
@@ -117,7 +117,7 @@ def shrink(image: Image.Image, *, short: int | None = None, long: int | None = N
 
 
 def dhash(image: Image.Image) -> np.ndarray:
-    """256 booleans, compared by Hamming distance: is each cell of a grey grid brighter than its left neighbour."""
+    """256 booleans, to compare by Hamming distance: is a cell of a grey grid brighter than its left neighbour."""
     grid = np.asarray(image.convert("L").resize((17, 16), Image.Resampling.BILINEAR), dtype=np.int16)
     return (grid[:, 1:] > grid[:, :-1]).ravel()
 

@@ -18,13 +18,13 @@ _COMPRESSED_ZSTD = 4
 
 
 class RccError(ValueError):
-    """The archive is damaged, or packed in a way that this reader does not know."""
+    """The archive is damaged, or packed in a way that this reader does not support."""
 
 
 class RccArchive:
     """One ``.rcc`` file held in memory; entries are addressed by their slash-separated path, without a leading slash.
 
-    Raises ``OSError`` when the file cannot be read and ``RccError`` when it is not a Qt resource archive.
+    Raises ``OSError`` if the file cannot be read and ``RccError`` if it is not a Qt resource archive.
     """
 
     def __init__(self, path: Path) -> None:
@@ -46,7 +46,7 @@ class RccArchive:
         return sorted(self._entries)
 
     def read(self, name: str) -> bytes:
-        """The unpacked bytes of one entry; ``KeyError`` when absent, ``RccError`` when it cannot be unpacked."""
+        """The unpacked bytes of one entry; ``KeyError`` if it is absent, ``RccError`` if it cannot be unpacked."""
         flags, offset = self._entries[name]
         start = self._data + offset
         (length,) = struct.unpack_from(">I", self._bytes, start)

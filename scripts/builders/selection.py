@@ -35,9 +35,9 @@ class Photo:
     package: str
     archive: str  # a Qt resource file; empty for a plain file
     path: str
-    url: str  # where the package says that the photograph comes from; may be empty
-    changes: str  # what the package's makers say that they did to it; may be empty
-    background: bool  # shows nothing of the categories in cutouts.json
+    url: str  # origin that the package states; may be empty
+    changes: str  # changes that the package's makers state; may be empty
+    background: bool  # shows no object of a category in cutouts.json
 
     @property
     def file(self) -> str:

@@ -143,7 +143,7 @@ def test_nothing_to_train_on(fresh: Path) -> None:
     change(fresh / "instances_train.json", lambda c: [a.update(bbox=[0, 0, 9, 9]) for a in c["annotations"]])
     with pytest.raises(
         SourceError,
-        match=r"no object of 2 categories \(thing, \.\.\.\) with an area, no crowd, in an image of at least 32",
+        match=r"no object of 2 categories \(thing, \.\.\.\) with an area, not a crowd, in an image of at least 32",
     ):
         open_folder(str(fresh))
 

@@ -109,7 +109,7 @@ def test_boxes_of_the_turned_image_are_taken(fresh: Path, said: pytest.LogCaptur
 )
 def test_sizes_that_are_not_the_images(fresh: Path, edit: Callable[[Any], object], message: str) -> None:
     change(fresh, "train", lambda c: edit(c["images"][1]))
-    with pytest.raises(SourceError, match=rf"train/2\.jpg has .* boxes would be of another picture\. {message}"):
+    with pytest.raises(SourceError, match=rf"train/2\.jpg has .* boxes would not fit the images\. {message}"):
         open_folder(str(fresh))
 
 

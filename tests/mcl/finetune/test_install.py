@@ -48,7 +48,7 @@ def test_gpus_that_are_elsewhere_must_be_named(tmp_path: Path) -> None:
     }
     done = install(sys.executable, **hidden)
     assert done.returncode == 1
-    assert "FORCE_CUDA=1, and no GPU is seen" in done.stderr
+    assert "FORCE_CUDA=1, but there is no GPU" in done.stderr
     assert "TORCH_CUDA_ARCH_LIST='8.0;9.0'" in done.stderr
     assert not list(tmp_path.iterdir())
 

@@ -97,6 +97,6 @@ def test_few_labels_without_objects(folder: Path, tmp_path: Path) -> None:
     content["annotations"] = [a for a in content["annotations"] if a["image_id"] != first]
     (copied / "instances_train.json").write_text(json.dumps(content))
     with pytest.raises(
-        SourceError, match=r"nothing to train on: .*, among the 1 to train on; set .* or data\.fraction"
+        SourceError, match=r"nothing to train on: .*, among the 1 training images; change .* or data\.fraction"
     ):
         open_folder(str(copied), fraction=0.1)

@@ -55,9 +55,9 @@ def test_arithmetic_by_hand() -> None:
         "| box APl | - | - | - | - |\n"
         "\n"
         "± is the standard deviation over seeds.\n"
-        "That of the difference, by seed (0, 1, 2), is the standard error of its mean; the interval is that of a "
+        "For the difference, by seed (0, 1, 2), it is the standard error of the mean; the interval is that of a "
         "paired t-test.\n"
-        "Their configurations differ, beside weights, in model.\n"
+        "Besides weights, their configurations differ in model.\n"
     )
 
 
@@ -135,7 +135,7 @@ def test_time_left_is_that_of_all_repeats() -> None:
         (["--repeats", "0"], r"^mcl finetune: error: --repeats: must be at least 1"),
         (["--repeats", "2", "test=true"], r"^mcl finetune: error: --repeats: .*without test=true"),
         (["--compare", "x"], r"^mcl finetune: error: --compare: compares repeats; set --repeats"),
-        (["--repeats", "2", "--compare", "/no/where"], r"error: --compare: /no/where holds no repeats\.json"),
+        (["--repeats", "2", "--compare", "/no/where"], r"error: --compare: /no/where has no repeats\.json"),
     ],
 )
 def test_errors(options: list[str], message: str, capfd: pytest.CaptureFixture[str]) -> None:

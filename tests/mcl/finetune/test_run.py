@@ -187,7 +187,7 @@ def test_a_checkpoint_is_evaluated(folder: Path, whole: tuple[Path, str], tmp_pa
 @pytest.mark.parametrize(
     ("name", "more", "message"),
     [
-        ("none", (), r"^test: .*none holds no checkpoint; name the run by name=, or a checkpoint by load_from="),
+        ("none", (), r"^test: .*none has no checkpoint; name the run by name=, or a checkpoint by load_from="),
         ("none", ("load_from=no/where.pth",), r"^load_from: no/where\.pth does not exist"),
         ("whole", ("data.classes=[part]",), r"^.*iter_6\.pth: of another detector: 6 of 208 tensors"),
     ],
@@ -298,7 +298,7 @@ def test_other_runs_are_not_continued(folder: Path, checkpoint: Path, whole: tup
         finetune(MINI, [*arguments, "parts=[backbone]"])
     with pytest.raises(ConfigError, match=r"whole: the run in this folder had another data\.fraction; .*name="):
         finetune(MINI, [*arguments, "data.fraction=0.5"])
-    with pytest.raises(ConfigError, match=r"resume: .*whole holds a run already"):
+    with pytest.raises(ConfigError, match=r"resume: .*whole already has a run"):
         finetune(MINI, [*arguments, "resume=false"])
     moved = shutil.copytree(folder, tmp_path / "moved")
     assert finetune(MINI, [*arguments, f"data.root={moved}"]) == whole[1]
@@ -382,7 +382,7 @@ def test_terminal(folder: Path, checkpoint: Path, tmp_path: Path, capfd: pytest.
     assert all("read with corrections" in line for line in corrected)
     assert data == f"data: {folder}: 6 images to train on, 2 to evaluate on, 2 classes (thing, part)"
     assert model == "model: MaskRCNN, 12.4 million parameters, on cpu"
-    assert weights.startswith(f"weights: {checkpoint}: backbone 120, fpn 48, head 12 tensors, named as mcl does")
+    assert weights.startswith(f"weights: {checkpoint}: backbone 120, fpn 48, head 12 tensors, names as in mcl")
     assert schedule == (
         f"schedule: {STEPS} steps of 2 images (2.0 epochs); learning rate 0.015 after 2 steps of warm-up, "
         "times 0.1 at 4, 5; evaluated every 400 steps"

@@ -58,7 +58,7 @@ def test_the_shortest_warmup_reaches_the_learning_rate() -> None:
     [
         (("epochs=0",), r"^epochs: 0 must be a number above 0"),
         (("epochs=many",), r"^epochs: many must be a number above 0"),
-        (("epochs=2", "train_cfg.max_iters=10"), r"^epochs: train_cfg\.max_iters is set, too"),
+        (("epochs=2", "train_cfg.max_iters=10"), r"^epochs: train_cfg\.max_iters is also set"),
         (("optim_wrapper.optimizer.type=AdamW",), r"optimizer\.lr: 0\.06 is a learning rate of SGD; set one of AdamW"),
         (
             ("optim_wrapper.optimizer.type=Adamm", "optim_wrapper.optimizer.lr=1"),

@@ -45,7 +45,7 @@ def test_they_replace_initial_values_of_a_run_that_starts(checkpoint: Path) -> N
     fresh = {name: tensor.clone() for name, tensor in detector.state_dict().items()}
     hook.before_train(SimpleNamespace(model=detector))
     assert hook.summary.startswith(
-        f"{checkpoint}: backbone 120, fpn 48, head 12 tensors, named as mcl does under online;"
+        f"{checkpoint}: backbone 120, fpn 48, head 12 tensors, names as in mcl under online;"
     )
     assert hook.summary.endswith("; 28 of the detector's 208 tensors keep their initial values")
     loaded = detector.state_dict()
@@ -62,11 +62,11 @@ def test_backbone_alone(checkpoint: Path) -> None:
 
 def test_parts_that_the_detector_has_not(checkpoint: Path) -> None:
     with pytest.raises(
-        ConfigError, match=r"parts: no 'neck' in this detector that could be loaded; it has backbone, fpn"
+        ConfigError, match=r"parts: this detector has no 'neck' that can be loaded; it has backbone, fpn"
     ):
         load(checkpoint, "parts=[backbone,neck]")
     standard = settings.load(CONFIGS / "mask_rcnn_r50_fpn_2fc_1x.py", ["parts=[head]"])
-    with pytest.raises(ConfigError, match=r"parts: no 'head' in this detector .*; it has backbone, fpn$"):
+    with pytest.raises(ConfigError, match=r"parts: this detector has no 'head' .*; it has backbone, fpn$"):
         weights.load(str(checkpoint), standard.model, standard.parts)
 
 
@@ -77,7 +77,7 @@ def test_supervised_weights(tmp_path: Path) -> None:
     hook = load(tmp_path / "resnet18.pth")
     assert hook.weights.keys() == {f"backbone.{name}" for name in state if not name.startswith("fc.")}
     assert all(torch.equal(tensor, state[name.removeprefix("backbone.")]) for name, tensor in hook.weights.items())
-    assert "no fpn: none of its tensors is there" in hook.summary
+    assert "no fpn: none of its tensors found" in hook.summary
 
 
 def test_what_is_not_asked_for_need_not_be_there(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_what_is_not_asked_for_need_not_be_there(tmp_path: Path) -> None:
     headless = save_model(make_model(geometry, backbone="resnet18", width=64, head_convs=0), geometry, tmp_path / "a")
     assert len(load(headless).weights) == len(load(headless, "parts=[backbone,fpn]").weights) == 120 + 48
     with pytest.raises(
-        CheckpointError, match="holds no whole head, named as mcl does under online: none of its tensors"
+        CheckpointError, match="has no complete head, names as in mcl under online: none of its tensors"
     ):
         load(headless, "parts=[head]")
     three = Geometry(ratios=(1, 2, 4), images_per_canvas=(1, 4, 16))
@@ -105,7 +105,9 @@ def test_weights_of_another_width(tmp_path: Path) -> None:
     hook = load(narrow)
     assert len(hook.weights) == 120
     assert "no fpn: 40 of its 40 tensors are of another shape" in hook.summary
-    with pytest.raises(CheckpointError, match=r"holds no whole fpn, .*: 40 of its 40 tensors are of another shape, .*"):
+    with pytest.raises(
+        CheckpointError, match=r"has no complete fpn, .*: 40 of its 40 tensors are of another shape, .*"
+    ):
         load(narrow, "parts=[backbone,fpn]")
 
 
@@ -113,7 +115,7 @@ def test_another_backbone(tmp_path: Path) -> None:
     geometry = Geometry()
     deeper = save_model(make_model(geometry, backbone="resnet34", width=8, head_convs=0), geometry, tmp_path)
     with pytest.raises(
-        CheckpointError, match=r"holds no whole resnet18, .*: \d+ others are there, .* It is a resnet34"
+        CheckpointError, match=r"has no complete resnet18, .*: \d+ unexpected tensors, .* It is a resnet34"
     ):
         load(deeper)
     thin = settings.load(MINI).model

@@ -265,7 +265,7 @@ def test_a_queue_without_negatives_is_refused(tiny: Config) -> None:
     cfg = config.override(tiny, ["model.queue=64", "model.loss=cosine"])
     for start in (Trainer, budget):
         with pytest.raises(
-            ConfigError, match=r"model\.queue: 64 .* model\.loss=cosine has none; set model\.queue=0 or"
+            ConfigError, match=r"model\.queue: 64, but model\.loss=cosine has no negatives; set model\.queue=0 or"
         ):
             start(cfg)
 

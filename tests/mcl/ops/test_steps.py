@@ -228,7 +228,7 @@ def test_backends_are_named(stand_in: standin_apex.StandIn) -> None:
     told = {task: library for task, (library, _) in ops.backends("cuda").items()}
     assert told["norms"] == told["ema_"] == told["clip"] == told["cross_entropy"] == "apex"
     assert told["lars_"] != "apex"
-    assert ops.backends("cpu")["clip"] == ("PyTorch", "apex serves CUDA only")
+    assert ops.backends("cpu")["clip"] == ("PyTorch", "apex supports CUDA only")
 
 
 def test_without_apex_everything_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -241,7 +241,7 @@ def test_checkpoint_of_another_model(tiny: Config) -> None:
     path = tiny.run_folder / "checkpoints" / "last.pt"
     with pytest.raises(ConfigError, match=r"model\.width: was 16 in the run in .*, is now 32 \(1 keys"):
         Trainer(config.override(tiny, ["model.width=32"]))
-    with pytest.raises(ConfigError, match=r"trainer\.resume: never, but .* holds a run"):
+    with pytest.raises(ConfigError, match=r"trainer\.resume: never, but .* already has a run"):
         Trainer(config.override(tiny, ["trainer.resume=never"]))
     started = Trainer(config.override(tiny, ["name=warm", f"model.init={path}"]))
     assert started.step == 0

@@ -34,10 +34,8 @@ def test_features_of_torchvision(tmp_path: Path) -> None:
     model = MCL(Config(model=ModelConfig(width=8, head_convs=1, hidden=8)))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     said = start(model, str(tmp_path / "resnet50.pth"))
-    assert said.startswith(
-        f"{tmp_path / 'resnet50.pth'}: backbone 318 tensors, named as torchvision does; no fpn: none"
-    )
-    assert said.endswith("; left: fc (2)")
+    assert said.startswith(f"{tmp_path / 'resnet50.pth'}: backbone 318 tensors, names as in torchvision; no fpn: none")
+    assert said.endswith("; unused: fc (2)")
     layers = {f"layer{i}": str(i) for i in (4, 3, 2, 1)}
     with torch.no_grad():
         expected = create_feature_extractor(theirs.eval(), layers)(image())
@@ -103,7 +101,7 @@ def test_the_old_key_init_from(tiny: Config, resnet: Path) -> None:
     """Runs that were started with trainer.init_from continue; the key has the effect of model.init."""
     cfg = init(tiny, "old", f"trainer.init_from={resnet}", "trainer.epochs=1")
     Trainer(cfg).fit()
-    said = f"initial weights: {resnet}: backbone 120 tensors, named as torchvision does; no fpn"
+    said = f"initial weights: {resnet}: backbone 120 tensors, names as in torchvision; no fpn"
     assert said in (cfg.run_folder / "train.log").read_text()
     resnet.unlink()
     assert Trainer(cfg).finished
