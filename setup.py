@@ -249,6 +249,8 @@ def compile_and_setup() -> None:
             self.build_temp = together
 
         def run(self) -> None:
+            for library in Path("." if self.inplace else self.build_lib, "mcl").glob("_C_cuda*.so"):
+                library.unlink()  # of an earlier build; this one may be for CPUs only
             log = tempfile.TemporaryFile("w+")  # noqa: SIM115
             stdout, stderr = os.dup(1), os.dup(2)
             try:
