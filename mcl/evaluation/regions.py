@@ -35,7 +35,7 @@ IMAGES = 5000
 
 _BINS = 6  # per side of a box
 _PARTS = 3  # per side of a box; the feature is the means of these parts
-_PART = 16  # images that networks process at once
+_CHUNK = 16  # images that networks process at once
 _RESAMPLES = 2000
 
 
@@ -229,7 +229,7 @@ def _batches(
     """Whole images of this process's share, in small batches, and their numbers."""
     cells = config.evaluation.region_cells or 2 * config.montage.final.cells
     for pixels, index in photos(config, split.source, device, split.numbers[:images], whole=True, cells=cells):
-        yield from zip(pixels.split(_PART), (part.tolist() for part in index.split(_PART)), strict=True)
+        yield from zip(pixels.split(_CHUNK), (part.tolist() for part in index.split(_CHUNK)), strict=True)
         progress()
 
 

@@ -157,12 +157,10 @@ def _about(config: Record, path: Path) -> str:
         of("data", "root"),
         f"{known['images']:,} images" if isinstance(known.get("images"), int) else "",
         f"{of('trainer', 'global_batch')} images per step" if of("trainer", "global_batch") else "",
-    ]
-    parts += [
         of("trainer", "precision"),
         f"{known['device']} × {known.get('world_size', 1)}" if known.get("device") else "",
+        f"started {str(known['started'])[:16].replace('T', ' ')}" if known.get("started") else "",
     ]
-    parts.append(f"started {str(known['started'])[:16].replace('T', ' ')}" if known.get("started") else "")
     return " · ".join(str(part) for part in parts if part)
 
 
