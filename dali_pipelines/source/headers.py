@@ -7,8 +7,11 @@ from typing import IO, Any, NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif")
+EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif")
 """Extensions of image files. A file with such a name that is not an image is listed as bad."""
+
+UNREAD = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2")
+"""Extensions of cameras and browsers. Files with such names are left out."""
 
 FORMATS = ("JPEG", "MPO", "PNG", "BMP", "WEBP", "TIFF", "PPM")
 """Formats that are read. MPO is a JPEG file with several images, of which the first is read."""

@@ -7,6 +7,7 @@ import codecs
 import json
 import os
 import posixpath
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,7 +15,7 @@ from tqdm.auto import tqdm
 
 from dali_pipelines.settings import can_be_named
 from dali_pipelines.source.files import Files, SourceError, is_remote
-from dali_pipelines.source.headers import EXTENSIONS
+from dali_pipelines.source.headers import EXTENSIONS, UNREAD
 from dali_pipelines.source.names import Names
 
 Listing = tuple[Names, list[str]]
@@ -25,25 +26,37 @@ def is_image(name: str) -> bool:
 
 
 def folders(files: Files, flat: bool, threads: int) -> Listing:
-    """A folder of class folders, or a flat folder of images, searched to any depth."""
+    """A folder of class folders, or a flat folder of images, searched to any depth.
+
+    Warns of pictures that are left out because their format is not read.
+    """
     parts: list[Names] = []
     classes: list[str] = []
+    unread: list[str] = []
     below = [""] if flat else files.entries(files.base)[1]
     with ThreadPoolExecutor(threads) as pool:
-        listed = pool.map(lambda folder: Names.of(_images_below(files, folder)), below)
+        listed = pool.map(lambda folder: Names.of(_images_below(files, folder, unread)), below)
         bar = tqdm(listed, "listing", len(below), unit=" folders", disable=None, delay=1, leave=False)
         for folder, found in zip(below, bar, strict=True):
             parts.append(found)
             classes += [folder] * len(found)
+    if unread:
+        warnings.warn(
+            f"{files.base}: {len(unread)} files such as {min(unread)} are left out, because mcl does not read their "
+            "format; convert them to JPEG to use them",
+            stacklevel=2,
+        )
     return Names.concatenate([Names.of([]), *parts]), classes
 
 
-def _images_below(files: Files, folder: str) -> Iterator[str]:
+def _images_below(files: Files, folder: str, unread: list[str]) -> Iterator[str]:
+    """Yields the images below a folder and adds pictures of other formats to `unread`."""
     prefix = f"{folder}/" if folder else ""
     names, folders = files.entries(f"{files.base}/{folder}" if folder else files.base)
     yield from (prefix + name for name in names if is_image(name))
+    unread += (prefix + name for name in names if name.lower().endswith(UNREAD))
     for name in folders:
-        yield from _images_below(files, prefix + name)
+        yield from _images_below(files, prefix + name, unread)
 
 
 def list_file(files: Files, path: str, allow_outside: bool) -> Listing:

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import struct
 import zlib
@@ -46,6 +47,17 @@ def test_folder_of_class_folders(tmp_path: Path, folder_of: Write) -> None:
     assert s.sizes.tolist() == [[64, 48]] * 3
     assert s.bad == {}
     assert len(s) == 3
+
+
+def test_photographs_in_formats_of_cameras_are_named_in_a_warning(tmp_path: Path, folder_of: Write) -> None:
+    kept = folder_of(tmp_path / "cat", 1)
+    (tmp_path / "cat" / "notes.txt").touch()
+    for name in ("b.HEIC", "a.dng"):
+        (tmp_path / "cat" / name).touch()
+    with pytest.warns(UserWarning, match=re.escape(f"{tmp_path}: 2 files such as cat/a.dng are left out")) as warned:
+        s = open_source(str(tmp_path))
+    assert len(warned) == 1
+    assert s.paths == tuple(map(str, kept))
 
 
 def test_class_folders_named_by_integers_keep_their_numbers(tmp_path: Path, folder_of: Write) -> None:
