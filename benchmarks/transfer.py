@@ -90,7 +90,11 @@ class Command:
 
 
 def pretrain(cell: Cell, work: Work) -> Command:
-    """The pre-training of a cell that has one."""
+    """The pre-training of a cell; without one, what writes its initial weights."""
+    if not METHODS[cell.method].trains:
+        words = (work.protocol.preset, *work.protocol.words(cell.method), f"trainer.seed={cell.seed}")
+        folder = work.folder / "pretrain" / cell.pretraining / "checkpoints"
+        return Command(cell.pretraining, ("-m", "benchmarks.transfer_probe", *words, f"--initial={folder}"))
     arguments = (
         *("-m", "mcl", "pretrain", work.protocol.preset),
         *work.protocol.words(cell.method, work.protocol.epochs(cell)),
@@ -113,7 +117,7 @@ def probe(cell: Cell, work: Work, name: str) -> Command:
         *("-m", "benchmarks.transfer_probe", work.protocol.preset, *work.protocol.words("random")),
         *(f"trainer.seed={cell.seed}", f"evaluation.regions={work.sets[name]}", f"data.index={work.folder / 'index'}"),
         *("data.threads=1", f"--output={_scores(cell, work, name)}"),
-        *((f"--weights={_weights(cell, work)}", "--parts", *_probed(cell)) if cell.pretraining else ()),
+        *(f"--weights={_weights(cell, work)}", "--parts", *_probed(cell)),
     )
     return Command(f"probe-{cell.name}-{name}", arguments)
 
@@ -132,7 +136,7 @@ def finetune(cell: Cell, work: Work) -> Command:
     parts = ",".join(METHODS[cell.method].parts)
     arguments = (
         *("-m", "mcl", "finetune", work.protocol.detector, *work.protocol.finetuning),
-        *((f"weights={_weights(cell, work)}", f"parts=[{parts}]") if cell.pretraining else ()),
+        *(f"weights={_weights(cell, work)}", f"parts=[{parts}]"),
         *(f"data.root={work.protocol.detection}", f"randomness.seed={cell.seed}"),
         *(f"name={cell.name}", f"output={work.folder / 'finetune'}"),
     )
@@ -231,7 +235,7 @@ def read(folder: Path, protocol: Protocol) -> dict[Cell, Result]:
         cell = Cell(result["method"], result["cost"], result["seed"])
         protocol.check(cell, result, path)
         for name, record in result["measures"].items():
-            own = tuple(record.get(of, 0) for of in ("images", "boxes", "classes"))
+            own = tuple(record.get(of, 0) for of in ("images", "boxes", "classes", "annotations"))
             if sets.setdefault(name, own) != own:
                 raise ProtocolError(f"{path}: {name} is another set than in other cells; move it away")
         results[cell] = result
@@ -259,16 +263,15 @@ def run(wanted: Sequence[Cell], stages: Sequence[str], work: Work, results: Path
     lacking = {cell: [s for s in stages if s not in there.get(cell, {"measures": ()})["measures"]] for cell in wanted}
     missing = [cell for cell, own in lacking.items() if own]
     failed, logs, running = 0, ROOT / work.folder / LOGS, set[int]()
-    shared = {cell.pretraining: threading.Lock() if cell.pretraining else contextlib.nullcontext() for cell in missing}
+    shared = {cell.pretraining: threading.Lock() for cell in missing}
     for made in (logs, results):
         made.mkdir(parents=True, exist_ok=True)
 
     def do(cell: Cell) -> None:
         result = there.get(cell) or begun(cell, work)
-        commands = {"pretraining": pretrain(cell, work)} if cell.pretraining else {}
+        commands = {"pretraining": pretrain(cell, work)}
         with shared[cell.pretraining]:
-            for command in commands.values():
-                start(command)
+            start(commands["pretraining"])
         for stage in lacking[cell]:
             commands[stage], measure = measured(cell, work, stage)
             start(commands[stage])

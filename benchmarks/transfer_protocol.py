@@ -38,11 +38,12 @@ class Method:
     of: str = ""
     """The method whose pre-training it is; empty: its own."""
     trains: bool = True
+    """False: its checkpoint has the initial weights."""
 
 
 _BUDGET = Method(("montage.queries=[4,1,1,1]", "montage.cells=2"), schedule=((0.82, 3),))
 METHODS = {
-    "random": Method(parts=(), trains=False),
+    "random": Method(parts=("backbone",), trains=False),
     "supervised": Method((*_CLASSES, *_WHOLE), ("backbone",)),
     "moco_v2": Method(
         (
@@ -105,8 +106,8 @@ class Cell:
 
     @property
     def pretraining(self) -> str:
-        """Name of its pre-training; empty without one. Cells may have it in common."""
-        return self._named(METHODS[self.method].of or self.method) if METHODS[self.method].trains else ""
+        """Name of its pre-training. Cells may have it in common."""
+        return self._named(METHODS[self.method].of or self.method)
 
     def _named(self, method: str) -> str:
         return f"{method}-{self.cost:g}x-{self.seed}" if self.cost else f"{method}-{self.seed}"
@@ -176,7 +177,7 @@ class Protocol:
     @functools.lru_cache  # noqa: B019
     def epochs(self, cell: Cell) -> int:
         """Whole epochs, at least one, whose cost is nearest to the cell's; 0 without a pre-training."""
-        if not cell.pretraining:
+        if not METHODS[cell.method].trains:
             return 0
         wanted, epochs = cell.cost * self.unit, 1
         while (next_one := self.spent(cell.method, epochs + 1)) <= wanted:

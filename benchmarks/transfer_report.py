@@ -3,13 +3,14 @@
 A result of a method at a cost has ``kind`` method, ``name``, ``seeds``, ``epochs``, ``supervised_epochs``, mean
 core-hours by stage, and of every measure that was run ``values`` (by seed), ``mean`` and ``sd`` (None with one seed).
 One of a pair has ``kind`` difference, ``name``, ``ours``, ``theirs``, ``seeds``, ``supervised_epochs`` of ours, and of
-every measure what :func:`mcl.finetune.repeats.paired` says. One of ``kind`` rank correlation has ``name``, a measure,
-its Spearman correlation ``rho`` with the box AP, and the number of ``cells`` that have both. None is what was not run.
+every measure what :func:`benchmarks.intervals.differences` says. One of ``kind`` rank correlation has ``name``, a
+measure, its Spearman correlation ``rho`` with the box AP over the ``cells`` that have both, and the same without random
+weights and second detectors of a pre-training, ``rho_trained`` and ``trained``. None is what was not run.
 """
 
 import itertools
 import statistics
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
@@ -17,8 +18,9 @@ from typing import Any
 
 import scipy.stats
 
+from benchmarks import intervals
 from benchmarks.common import Result, tables
-from mcl.finetune.repeats import paired
+from benchmarks.transfer_protocol import METHODS
 
 MEASURES: dict[str, tuple[str, ...]] = {
     "cutouts kNN": ("cutouts", "accuracy"),
@@ -32,10 +34,12 @@ MEASURES: dict[str, tuple[str, ...]] = {
 """In percent, by where they stand among a cell's measures."""
 
 PLOTTED = ("cutouts linear", "voc15 linear", "box AP")
+_Key = tuple[str, float]
+"""Method and cost."""
 _HOURS = ("pretraining", "cutouts", "voc15", "finetuning")
 _MISSING = "not run"
-_WORDS = """± is the standard deviation over seeds; in brackets, 95% intervals of the mean (paired t).
-Bold: the interval excludes 0."""
+_WORDS = """± is the standard deviation over seeds. In brackets: 95% intervals, which hold for all differences of a
+column together. Bold: the interval excludes 0."""
 
 
 @dataclass(frozen=True)
@@ -64,18 +68,29 @@ def evaluate(cells: Sequence[Result], study: Study, own: Collection[str]) -> lis
         own: methods of this study alone; other costs are shown where one of these was run.
     """
     costs = sorted({*study.costs} | {cell["cost"] for cell in cells if cell["method"] in own})
-    by_seed: dict[tuple[str, float], dict[int, Result]] = {}
+    by_seed: dict[_Key, dict[int, Result]] = {}
     for name in study.methods:
         for cost in [0] if name == "random" else costs:
             own = [cell for cell in cells if (cell["method"], cell["cost"]) == (name, cost)]
             by_seed[name, cost] = {cell["seed"]: cell for cell in sorted(own, key=itemgetter("seed"))}
+    compared: list[tuple[_Key, _Key]]
     compared = [((a, cost), (b, cost if b != "random" else 0)) for cost in costs for a, b in study.pairs]
     costly = [name for name in study.methods if name != "random"]
     compared += [((name, high), (name, low)) for low, high in itertools.pairwise(costs) for name in costly]
+    compared = [(ours, theirs) for ours, theirs in compared if by_seed[ours].keys() & by_seed[theirs].keys()]
+    found = [_difference(*pair, by_seed) for pair in compared]
+    for measure in MEASURES:
+        values = {
+            key: {seed: v for seed, cell in each.items() if (v := value(cell, measure)) is not None}
+            for key, each in by_seed.items()
+        }
+        independent = [key for key in by_seed if _has_its_own(key[0]) or key[0] == "random"]
+        for result, difference in zip(found, intervals.differences(values, compared, independent), strict=True):
+            result[measure] = difference
     return [
         *(_method(_name(*key), list(each.values())) for key, each in by_seed.items()),
-        *filter(None, (_difference(ours, theirs, by_seed[ours], by_seed[theirs]) for ours, theirs in compared)),
-        *filter(None, (_correlation(cells, measure) for measure in MEASURES if measure != "box AP")),
+        *found,
+        *filter(None, (_correlation(cells, measure) for measure in MEASURES if MEASURES[measure][0] != "finetuning")),
     ]
 
 
@@ -97,27 +112,31 @@ def _method(name: str, cells: Sequence[Result]) -> Result:
     return result
 
 
-def _difference(ours: Any, theirs: Any, our: dict[int, Result], their: dict[int, Result]) -> Result | None:
-    seeds = sorted(our.keys() & their.keys())
-    if not seeds:
-        return None
-    names = {"ours": _name(*ours), "theirs": _name(*theirs)}
-    result: Result = {"kind": "difference", "name": f"{names['ours']} - {names['theirs']}", **names, "seeds": seeds}
-    result["supervised_epochs"] = statistics.fmean(our[seed]["supervised_epochs"] for seed in seeds)
-    for measure in MEASURES:
-        values = [(value(our[seed], measure), value(their[seed], measure)) for seed in seeds]
-        there = [(a, b) for a, b in values if a is not None and b is not None]
-        result[measure] = paired(*zip(*there, strict=True)) if there else None
-    return result
+def _difference(ours: _Key, theirs: _Key, by_seed: Mapping[_Key, Mapping[int, Result]]) -> Result:
+    """All but its measures."""
+    names, seeds = [_name(*ours), _name(*theirs)], sorted(by_seed[ours].keys() & by_seed[theirs].keys())
+    result: Result = {"kind": "difference", "name": " - ".join(names), "ours": names[0], "theirs": names[1]}
+    spent = statistics.fmean(by_seed[ours][seed]["supervised_epochs"] for seed in seeds)
+    return {**result, "seeds": seeds, "supervised_epochs": spent}
 
 
 def _correlation(cells: Sequence[Result], measure: str) -> Result | None:
-    values = [(value(cell, measure), value(cell, "box AP")) for cell in cells]
-    there = [(a, b) for a, b in values if a is not None and b is not None]
-    if len(there) < 3:
+    pairs = [(value(cell, measure), value(cell, "box AP"), cell["method"]) for cell in cells]
+    pairs = [pair for pair in pairs if None not in pair]
+    trained = [pair for pair in pairs if _has_its_own(pair[2])]
+    if len(trained) < 3:
         return None
-    rho = float(scipy.stats.spearmanr(*zip(*there, strict=True)).statistic)
-    return {"kind": "rank correlation", "name": measure, "rho": rho, "cells": len(there)}
+    rho, rho_trained = (
+        float(scipy.stats.spearmanr([pair[0] for pair in some], [pair[1] for pair in some]).statistic)
+        for some in (pairs, trained)
+    )
+    counts = {"cells": len(pairs), "trained": len(trained)}
+    return {"kind": "rank correlation", "name": measure, "rho": rho, "rho_trained": rho_trained, **counts}
+
+
+def _has_its_own(method: str) -> bool:
+    """Whether there is a pre-training for it, which is of no other method."""
+    return METHODS[method].trains and not METHODS[method].of
 
 
 def table(results: Sequence[Result]) -> str:
@@ -133,17 +152,19 @@ def table(results: Sequence[Result]) -> str:
         "probe, voc15": partial(_number, "voc15_hours", ".3f"),
         "fine-tuning": partial(_number, "finetuning_hours", ".3f"),
     }
-    spreads, intervals = ({measure: partial(write, measure) for measure in MEASURES} for write in (_spread, _interval))
+    spreads, differing = ({measure: partial(write, measure) for measure in MEASURES} for write in (_spread, _interval))
     written = tables(
         (methods, {"pre-training": itemgetter("name"), **seeds, **spreads}),
         ([r for r in methods if r["seeds"]], {"pre-training": itemgetter("name"), **costs}),
-        (differences, {"difference, by seed": itemgetter("name"), **seeds, **intervals}),
+        (differences, {"difference, by seed": itemgetter("name"), **seeds, **differing}),
         (
             correlations,
             {
                 "rank correlation with box AP": itemgetter("name"),
                 "cells": itemgetter("cells"),
                 "Spearman": "{rho:.2f}".format_map,
+                "pre-trainings": itemgetter("trained"),
+                "Spearman, pre-trainings": "{rho_trained:.2f}".format_map,
             },
         ),
     )
@@ -158,7 +179,9 @@ def _spread(measure: str, result: Result) -> str:
     values = result[measure]
     if values is None:
         return _MISSING
-    return f"{values['mean']:.1f}" + ("" if values["sd"] is None else f" ± {values['sd']:.1f}")
+    seeds = len(values["values"])
+    fewer = f" ({seeds} seed{'s' * (seeds > 1)})" * (seeds < len(result["seeds"]))
+    return f"{values['mean']:.1f}" + ("" if values["sd"] is None else f" ± {values['sd']:.1f}") + fewer
 
 
 def _interval(measure: str, result: Result) -> str:
