@@ -1,5 +1,5 @@
 # The cut-outs of make data: a small Mask R-CNN, ResNet-18 FPN, 28 minutes on a CPU core.
-# It detects the 8 categories with most objects. Widths are those of mcl_r18_fpn_demo.yaml. It trains for 12 epochs.
+# It detects 8 of the 15 categories. Widths are those of mcl_r18_fpn_demo.yaml. It trains for 12 epochs.
 _base_ = "mask_rcnn_r50_fpn_1x.py"
 width = 64  # model.width of the pre-training
 head_convs = 2  # model.head_convs
