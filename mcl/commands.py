@@ -132,7 +132,7 @@ def evaluate(name: str, path: Path, overrides: Sequence[str] | Mapping[str, Any]
     """
     state = checkpoint.load(path)
     model, cfg = checkpoint.built(state, path)
-    cfg = config.override(cfg, overrides)
+    cfg = config.override(_at_the_end(cfg), overrides)
     arithmetic.choose(cfg.trainer)
     records = evaluation.evaluate([name], model, cfg, resolve_device(cfg.trainer.device))
     folder = path.absolute().parent.parent
@@ -145,6 +145,11 @@ def evaluate(name: str, path: Path, overrides: Sequence[str] | Mapping[str, Any]
         except (RecordError, OSError) as error:  # such as a run of another user
             warnings.warn(f"{error}; the scores are not written to the run", stacklevel=2)
     return records
+
+
+def _at_the_end(cfg: Config) -> Config:
+    """With the canvases of the last epoch, so that montage.cells sets another size whatever the run's schedule was."""
+    return dataclasses.replace(cfg, montage=cfg.montage.final)
 
 
 def embed(
@@ -167,7 +172,7 @@ def embed(
     neighbours.check(plot)
     model, cfg = checkpoint.load_model(path)
     cfg = config.override(
-        cfg, {"data.root": images, "data.source": "auto", "data.annotations": "", "data.val_root": ""}
+        _at_the_end(cfg), {"data.root": images, "data.source": "auto", "data.annotations": "", "data.val_root": ""}
     )
     cfg = config.override(cfg, overrides)
     arithmetic.choose(cfg.trainer)

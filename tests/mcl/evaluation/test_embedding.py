@@ -245,6 +245,19 @@ def test_the_command(
     assert Image.open(out.with_suffix(".png")).size == (2000, 920)
 
 
+def test_another_size_than_that_of_a_canvas_schedule(
+    cfg: Config, thin: Objective, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows do not depend on a schedule of the run if the command sets the size."""
+    rows = []
+    for schedule in ("[]", "[[1,1]]"):
+        path = save(config.override(cfg, [f"montage.schedule={schedule}"]), thin, tmp_path / schedule)
+        out = tmp_path / schedule / "rows.npy"
+        cli.main(["embed", str(path), str(folder), "--out", str(out), "montage.cells=2"])
+        rows.append(np.load(out))
+    assert np.array_equal(*rows, equal_nan=True)
+
+
 @pytest.mark.soak
 @pytest.mark.fault("mcl embed that is killed many times")
 def test_killed_again_and_again(cfg: Config, folder: Path, model: Objective, tmp_path: Path) -> None:
