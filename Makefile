@@ -41,7 +41,14 @@ $(INSTALLED): $(REQUIREMENTS) pyproject.toml setup.py $(KERNELS)
 	$(BIN)/pip install --disable-pip-version-check -r requirements/torch.txt
 	$(BIN)/pip install --disable-pip-version-check -r requirements/base.txt -r requirements/dev.txt
 	$(BIN)/pip install --disable-pip-version-check --no-build-isolation -e .
-	touch $@
+	echo "$(MCL_BUILD_CUDA)" > $@
+
+# Compiles again if the last setup had another MCL_BUILD_CUDA.
+ifneq ($(MCL_BUILD_CUDA),)
+ifneq ($(MCL_BUILD_CUDA),$(shell cat $(INSTALLED) 2>/dev/null))
+.PHONY: $(INSTALLED)
+endif
+endif
 
 mmdet: $(MMDET)
 

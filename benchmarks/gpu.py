@@ -59,10 +59,11 @@ Outcome = dict[str, Any]
 
 @dataclass(frozen=True)
 class Gpu:
-    """Name and compute capability of the first GPU."""
+    """Name and compute capability of the first GPU, and the number of GPUs of the machine."""
 
     name: str
     capability: str
+    of: int = 1
 
 
 @dataclass(frozen=True)
@@ -89,17 +90,19 @@ def find_gpu() -> Gpu | None:
         return None
     if "," not in said or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
         return None
-    name, capability = said.splitlines()[0].rsplit(",", 1)
-    return Gpu(name.strip(), capability.strip())
+    each = said.strip().splitlines()
+    name, capability = each[0].rsplit(",", 1)
+    return Gpu(name.strip(), capability.strip(), len(each))
 
 
-def stages(folder: Path, full: bool, images: int) -> list[Stage]:
+def stages(folder: Path, full: bool, images: int, threads: int) -> list[Stage]:
     """All stages, in order.
 
     Args:
         folder: folder of JSON files.
         full: whether to include the stages of ``--full``.
         images: images per step.
+        threads: threads of the loader.
     """
 
     def measure(name: str, seconds: float, *words: object, full: bool = False, needs: str = "") -> Stage:
@@ -107,7 +110,8 @@ def stages(folder: Path, full: bool, images: int) -> list[Stage]:
         arguments = ["-m", f"benchmarks.{module}", *rest, "--json", str(folder / f"{name}.json")]
         return Stage(name, seconds, arguments, full, needs)
 
-    preset = [PRESET, f"data.root={PHOTOS}", f"trainer.global_batch={images}", "log.preview=false"]
+    preset = [PRESET, f"data.root={PHOTOS}", f"data.threads={threads}", "log.preview=false"]
+    preset.append(f"trainer.global_batch={images}")
     turns = ["--seconds", 2, "--steps", 30, "--repeat", 3]
     step = ["step", "--images", images, "--repeat", 3, "--precision"]
     ways = ["supervised_canvas", "authors", "released", "matched", "recompute", "graph", "compile"]
@@ -326,7 +330,8 @@ def measure(options: argparse.Namespace, gpu: Gpu, folder: Path, packages: str) 
     if options.venv == "no":
         note("build", build(python, gpu, found, folder, environment))
     text = ""
-    for stage in stages(folder, options.full, options.images):
+    threads = max(1, len(os.sched_getaffinity(0)) // gpu.of)  # as one process of a run on all GPUs
+    for stage in stages(folder, options.full, options.images, threads):
         print(f"{stage.name}: at most {stage.seconds:.0f} s", file=sys.stderr, flush=True)
         note(
             stage.name,

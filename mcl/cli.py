@@ -177,7 +177,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     embed.add_argument(
         "--plot",
-        choices=["pca", "umap"],
+        metavar="pca|umap",
         nargs="?",
         const="pca",
         default="",
@@ -380,9 +380,10 @@ def _evaluate(options: argparse.Namespace) -> Iterable[str]:
 def _embed(options: argparse.Namespace) -> Iterable[str]:
     from mcl import commands
 
-    return commands.embed(
-        options.checkpoint, options.images, options.out, options.features, options.plot, options.overrides
-    )
+    plot, overrides = options.plot, options.overrides
+    if "=" in plot:  # a key after a bare --plot
+        plot, overrides = "pca", [*overrides, plot]
+    return commands.embed(options.checkpoint, options.images, options.out, options.features, plot, overrides)
 
 
 def _export(options: argparse.Namespace) -> Iterable[object]:

@@ -142,7 +142,7 @@ def test_options_are_those_of_the_benchmarks(full: bool, tmp_path: Path, monkeyp
 
     for name in ("parse_args", "parse_intermixed_args"):
         monkeypatch.setattr(argparse.ArgumentParser, name, stopping(getattr(argparse.ArgumentParser, name)))
-    for stage in gpu.stages(tmp_path, full, images=128):
+    for stage in gpu.stages(tmp_path, full, images=128, threads=2):
         _, module, *words = stage.arguments
         if module == "pytest":
             continue
@@ -155,7 +155,17 @@ def test_options_are_those_of_the_benchmarks(full: bool, tmp_path: Path, monkeyp
 
 
 def test_the_default_leaves_time_to_build(tmp_path: Path) -> None:
-    assert sum(stage.seconds for stage in gpu.stages(tmp_path, full=False, images=128)) <= 60 * gpu.MINUTES - 60
+    stages = gpu.stages(tmp_path, full=False, images=128, threads=2)
+    assert sum(stage.seconds for stage in stages) <= 60 * gpu.MINUTES - 60
+
+
+def test_the_loader_has_the_cores_of_one_of_the_gpus(
+    machine: Callable[..., list[list[str]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(16))
+    script(tmp_path / "nvidia-smi", "#!/bin/sh\necho 'NVIDIA H200, 9.0'\necho 'NVIDIA H200, 9.0'\n")
+    calls = machine(missing=[])
+    assert [call[1] for call in calls if "data.threads=8" in call] == ["benchmarks.end_to_end", "benchmarks.profile"]
 
 
 def test_stages_that_would_take_too_long_are_skipped() -> None:

@@ -229,7 +229,7 @@ def test_the_command(
     (tmp_path / "list.txt").write_text("".join(f"{folder}/class1/{i}.jpg <b>{i % 3}</b>\n" for i in range(40, 52)))
     out = tmp_path / "list.npy"
     arguments = ["embed", save(cfg, model, tmp_path), tmp_path / "list.txt", "--out", out, "--features=p4"]
-    cli.main([*map(str, arguments), "data.allow_outside=true", "--plot"])
+    cli.main([*map(str, arguments), "--plot", "data.allow_outside=true"])
     said = capsys.readouterr().out.splitlines()
     assert said[-3:] == [
         f"{out}: 12 x 16 features, 0 images are bad",
