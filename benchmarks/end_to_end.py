@@ -23,6 +23,8 @@ from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
 
+import torch
+
 from benchmarks import charts
 from benchmarks.common import PRESETS, Result, argument_parser, finish, markdown, rounds, summary, tables, timed
 from mcl import config as configs
@@ -34,6 +36,8 @@ DEMO = PRESETS / "mcl_r18_fpn_demo.yaml"
 RECORDS = 6
 """Default number of records of the trainer's run."""
 
+_ALONE = ("evaluation.at_end=[]", "montage.schedule=[]", "trainer.checkpoint_epochs=1e6")
+"""Keys that leave nothing but steps of one size."""
 _PHASES = ("data_wait", "forward", "backward", "graph", "optimizer")
 """Phases of a step in a record; a CUDA graph contains both forward and backward."""
 _COLUMNS = {
@@ -141,7 +145,7 @@ def prepare(path: Path, words: Sequence[str], steps: int) -> tuple[Config, int]:
     Raises:
         ConfigError: a key is wrong, or there would be fewer than two records.
     """
-    config = configs.load(path, [*words, "evaluation.at_end=[]", "montage.schedule=[]"])
+    config = configs.load(path, [*words, *_ALONE])
     every = config.trainer.log_every
     if 0 < steps <= every:
         raise ConfigError(f"--steps: {steps} make a single record; use more than trainer.log_every={every}")
@@ -164,6 +168,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         config, options.steps = prepare(options.config, words, options.steps)
         measured = measure(config, options.repeat, options.seconds)
         print(f"trainer, {options.steps} steps", file=sys.stderr, flush=True)  # it shows its own progress
+        gc.collect()  # a recorded CUDA graph keeps its memory
+        torch.cuda.empty_cache()
         trainer = Trainer(config)
         trainer.steps = options.steps
         trainer.fit()

@@ -319,6 +319,12 @@ def measure(options: argparse.Namespace, gpu: Gpu, folder: Path, packages: str) 
         python = str(ROOT / ".venv" / "bin" / "python")
         own = {**environment, "TORCH_CUDA_ARCH_LIST": gpu.capability}
         note("build", run("build", ["make", "setup"], None, folder, own))
+        if not Path(python).exists():
+            said = [line for line in (folder / "build.log").read_text().splitlines() if not line.startswith("make")]
+            print(
+                f"make gpu: make setup failed: {(said or ['no output'])[-1]} ({folder / 'build.log'})", file=sys.stderr
+            )
+            return 2
     deadline = time.monotonic() + (float("inf") if options.full else 60 * MINUTES)
     probed = subprocess.run(
         [python, "-c", _PROBE, *OPTIONAL], env=environment, capture_output=True, text=True, check=False

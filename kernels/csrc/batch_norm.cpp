@@ -52,8 +52,9 @@ void check_apply(const Rows& all, const Tensor& x, const std::optional<Tensor>& 
   check_small(statistics, x, all.groups() * all.statistics(), "statistics");
 }
 
-void check_combine(const Tensor& parts, const std::optional<Tensor>& running_mean,
-                   const std::optional<Tensor>& running_var, const std::optional<Tensor>& batches) {
+void check_combine(const Tensor& parts, const std::optional<double>& momentum,
+                   const std::optional<Tensor>& running_mean, const std::optional<Tensor>& running_var,
+                   const std::optional<Tensor>& batches) {
   STD_TORCH_CHECK(parts.dim() == 3 && parts.size(2) % 2 == 1 && parts.is_contiguous() &&
                       (parts.scalar_type() == ScalarType::Double || parts.scalar_type() == ScalarType::Float),
                   "batch_norm: statistics must be contiguous (processes, groups, 2 C + 1), float64 or float32");
@@ -62,6 +63,7 @@ void check_combine(const Tensor& parts, const std::optional<Tensor>& running_mea
   check_small(running_var, parts, channels, "running_var");
   STD_TORCH_CHECK(running_mean.has_value() == running_var.has_value(),
                   "batch_norm: running_mean and running_var go together");
+  STD_TORCH_CHECK(!running_mean || batches || momentum, "batch_norm: without momentum, num_batches_tracked is needed");
   if (batches)
     STD_TORCH_CHECK(
         batches->numel() == 1 && batches->scalar_type() == ScalarType::Long && batches->device() == parts.device(),

@@ -50,8 +50,9 @@ void check_apply(const Rows& all, const Tensor& x, const std::optional<Tensor>& 
                  const std::optional<Tensor>& bias, const Tensor& statistics);
 
 // Checks the arguments of batch_norm_combine; `parts` must be (processes, groups, 2 C + 1).
-void check_combine(const Tensor& parts, const std::optional<Tensor>& running_mean,
-                   const std::optional<Tensor>& running_var, const std::optional<Tensor>& batches);
+void check_combine(const Tensor& parts, const std::optional<double>& momentum,
+                   const std::optional<Tensor>& running_mean, const std::optional<Tensor>& running_var,
+                   const std::optional<Tensor>& batches);
 
 // The tensors must have passed check_combine.
 template <typename A>

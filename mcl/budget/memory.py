@@ -14,6 +14,9 @@ _DECODED = 3
 """Decoded images that the loader holds on a GPU per image of a step, including the decoder's memory. An assumption."""
 _PHOTOGRAPH = 3 * 500 * 375
 """Bytes of a decoded image of unknown size: a typical one of ImageNet."""
+_SCRATCH = 50
+"""Words per pixel of a tile's side that our DALI operator needs on a GPU, for a strip of the image and two filters,
+beside two words per pixel of the tile (``scratch_of`` in kernels/dali/cuda/montage.cuh)."""
 
 
 def first_epochs(config: Config) -> list[int]:
@@ -52,6 +55,8 @@ def memory(config: Config, processes: int, image: float | None = None) -> dict[s
     }
     if image is None:
         image = 0 if data.device == "cpu" else _PHOTOGRAPH
-    sizes["decoder"] = int(_DECODED * images * image)
+    sides = [geometry.canvas // (1 if data.tile_sampling == "released" else ratio) for ratio in geometry.ratios]
+    scratch = 4 * 2 * sum(2 * side**2 + _SCRATCH * side for side in sides)  # of an image, for both views
+    sizes["decoder"] = int(images * (_DECODED * image + scratch)) if image else 0
     sizes["margin"] = _LIBRARIES + int(_FRAGMENTED * sum(sizes.values()))
     return {**sizes, "total": sum(sizes.values())}

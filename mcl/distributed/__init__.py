@@ -74,11 +74,22 @@ def setup(device: str, timeout: float = 600, folder: Path | None = None) -> None
             dist.init_process_group("gloo", **options)
         barrier()
     except (ValueError, RuntimeError) as error:
+        if device == "cuda" and isinstance(error, dist.DistBackendError):  # the processes have met
+            raise ConfigError(
+                f"NCCL cannot start on rank {rank}, GPU {local_rank()} of its machine ({_in_one_line(error)}); "
+                "NCCL_DEBUG=INFO shows more. In a container it needs shared memory (--ipc=host); if machines have "
+                "several networks, NCCL_SOCKET_IFNAME chooses one"
+            ) from error
         raise ConfigError(
             f"MASTER_ADDR, MASTER_PORT, WORLD_SIZE: {size} processes did not meet at {os.environ['MASTER_ADDR']}:"
-            f"{os.environ['MASTER_PORT']} ({str(error).splitlines()[0]}); start all of them, on the same kind of "
+            f"{os.environ['MASTER_PORT']} ({_in_one_line(error)}); start all of them, on the same kind of "
             "device; if machines have several networks, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME choose one"
         ) from error
+
+
+def _in_one_line(error: Exception) -> str:
+    """All that NCCL says, which is on several lines, without PyTorch's stack trace."""
+    return " ".join(str(error).partition("\nException raised from")[0].split())
 
 
 def teardown() -> None:
@@ -108,7 +119,7 @@ def naming_peers() -> Iterator[None]:
         if world_size() == 1 or not (isinstance(error, dist.DistError) or ours):
             raise
         raise PeerError(
-            f"another process ended or hangs, so a collective of rank {rank()} failed ({said.splitlines()[0]}). Its "
+            f"another process ended or hangs, so a collective of rank {rank()} failed ({_in_one_line(error)}). Its "
             "own error is in train.log or in the output of torchrun; if pre-training hangs, its stack will be in the "
             "run's folder hangs, and NCCL's flight recorder in nccl_rank_*. If no process failed, NCCL_DEBUG=INFO "
             "shows more about the network. The same command continues the run"

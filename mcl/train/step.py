@@ -2,7 +2,10 @@
 
 import contextlib
 import os
+import shutil
+import sysconfig
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,10 +38,12 @@ class TrainingStep:
         self._config, self._device, self.model = config, device, model
         trainer = config.trainer
         self._dtype = torch.float64 if trainer.precision == "fp64" else torch.float32
-        model.to(device, self._dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if trainer.compile:
             _check_cache()
+            if device.type == "cuda":
+                _check_compiler()
             model.compile_parts()
+        model.to(device, self._dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._skips = trainer.on_nonfinite == "skip" or trainer.precision == "fp16"
         self.optimizer = build_optimizer(config.optim, model)
         self.scaler = LossScaler(device.type, trainer.max_loss_scale, trainer.precision == "fp16")
@@ -152,6 +157,18 @@ class TrainingStep:
 
 def _joined(tensors: list[Tensor]) -> Tensor:
     return torch.cat([t.flatten() for t in tensors])
+
+
+def _check_compiler() -> None:
+    """Raises ConfigError if what torch.compile builds for a GPU cannot be compiled: a launcher in C."""
+    compiler = os.environ.get("CC") or next(filter(shutil.which, ("gcc", "clang")), "")
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if not compiler or not header.is_file():
+        raise ConfigError(
+            "trainer.compile: on a GPU torch.compile needs a C compiler and the headers of Python "
+            f"({'no gcc or clang' if not compiler else f'no {header}'}); install gcc and python3-dev, or set "
+            "trainer.compile=false"
+        )
 
 
 def _check_cache() -> None:

@@ -195,7 +195,7 @@ class Trainer:
                 if metrics is not None:
                     metrics.close()
             if stop := stop or signals.received:
-                log.warning("stopped by signal %d at step %d; the same command continues", stop, self.step)
+                _warn("stopped by signal %d at step %d; the same command continues", stop, self.step)
                 raise Interrupted(128 + stop)
 
     def _evaluate(
@@ -268,7 +268,7 @@ class Trainer:
                 "restore the old values, or set trainer.deterministic=false"
             )
         if changed:
-            log.warning("resuming, but not bit for bit: %s", "; ".join(changed))
+            _warn("resuming, but not bit for bit: %s", "; ".join(changed))
 
     def _check_resumable(self, state: dict[str, Any], source: Source) -> None:
         """
@@ -352,7 +352,7 @@ class Trainer:
         if self._initial:
             log.info("initial weights: %s", self._initial)
         if costs := ops.costs(self.device.type):
-            log.warning("%s", costs)
+            _warn("%s", costs)
         if distributed.rank() == 0 and (busy := doctor.busy()):
             log.warning("%s", busy)
         if trainer.device == "auto" and self.device.type == "cpu" and _DRIVER.exists():
@@ -373,7 +373,7 @@ class Trainer:
         last = self.step - 1
         means = self._meter.read()
         if self._skips and means["skipped"]:
-            log.warning("%d steps since the last record had no finite gradient and were skipped", means["skipped"])
+            _warn("%d steps since the last record had no finite gradient and were skipped", means["skipped"])
         return {
             "kind": "train",
             "step": self.step,
@@ -401,3 +401,9 @@ class Trainer:
             f"the {what}; last good checkpoint: {good[-1] if good else 'none'}. "
             "Lower optim.base_lr or lengthen optim.warmup_epochs"
         )
+
+
+def _warn(message: str, *values: object) -> None:
+    """Warns of what all processes find, in the first one."""
+    if distributed.rank() == 0:
+        log.warning(message, *values)

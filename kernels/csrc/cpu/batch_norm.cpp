@@ -108,7 +108,7 @@ Tensor batch_norm_stats(Tensor x, Counts counts) {
 
 Tensor batch_norm_combine(Tensor parts, std::optional<Tensor> running_mean, std::optional<Tensor> running_var,
                           std::optional<Tensor> batches, std::optional<double> momentum, double eps) {
-  check_combine(parts, running_mean, running_var, batches);
+  check_combine(parts, momentum, running_mean, running_var, batches);
   const int64_t processes = parts.size(0), groups = parts.size(1), size = parts.size(2), channels = size / 2;
   Tensor statistics = empty_small(parts, {groups, size});
   dispatch_types(parts, [&](auto, auto computed) {

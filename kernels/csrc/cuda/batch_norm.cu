@@ -15,16 +15,16 @@ bool aligned(const Tensor& t) {
 }
 
 // Calls f(stored, computed, channels per word as a compile-time constant, rows, grid). `maps`: the tensors that kernels
-// read or write in words.
+// read or write in words. `blocks`: approximate maximum of the grid.
 template <typename F>
-void launch(const Rows& all, const Tensor& x, std::initializer_list<const Tensor*> maps, F&& f) {
+void launch(const Rows& all, const Tensor& x, std::initializer_list<const Tensor*> maps, int blocks, F&& f) {
   STD_TORCH_CHECK(all.groups() <= cuda::kMaxGroups, "batch_norm: at most ", cuda::kMaxGroups, " groups on a GPU");
   if (x.numel() == 0) return;
   dispatch_types(x, [&](auto stored, auto computed) {
     constexpr int kVector = 16 / sizeof(stored);
     const auto go = [&](auto vector) {
-      const NormRows rows =
-          cuda::make_rows(all.first.data(), static_cast<int>(all.groups()), static_cast<int>(all.channels), vector);
+      const NormRows rows = cuda::make_rows(all.first.data(), static_cast<int>(all.groups()),
+                                            static_cast<int>(all.channels), vector, blocks);
       f(stored, computed, vector, rows, dim3(rows.parts, rows.tiles, rows.groups));
     };
     bool words = all.channels % kVector == 0;
@@ -44,13 +44,14 @@ Tensor stats_of_parts(const Tensor& x, const Counts& counts) {
   const Rows all(x, counts);
   const cuda::Stream stream(x);
   Tensor partials = empty_small(x, {1, all.groups(), all.statistics()});
-  launch(all, x, {&x}, [&](auto stored, auto computed, auto vector, const NormRows& rows, dim3 grid) {
-    using T = decltype(stored);
-    using A = decltype(computed);
-    partials = empty_small(x, {rows.parts, rows.groups, all.statistics()});
-    cuda::batch_norm_partials<T, A, vector>
-        <<<grid, kNormThreads, 0, stream.get()>>>(rows, read<T>(x), write<A>(partials));
-  });
+  launch(all, x, {&x}, cuda::kBlocksOfSum,
+         [&](auto stored, auto computed, auto vector, const NormRows& rows, dim3 grid) {
+           using T = decltype(stored);
+           using A = decltype(computed);
+           partials = empty_small(x, {rows.parts, rows.groups, all.statistics()});
+           cuda::batch_norm_partials<T, A, vector>
+               <<<grid, kNormThreads, 0, stream.get()>>>(rows, read<T>(x), write<A>(partials));
+         });
   cuda::check_launch("batch_norm_stats");
   return partials;
 }
@@ -72,7 +73,7 @@ Tensor batch_norm_stats(Tensor x, Counts counts) {
 
 Tensor batch_norm_combine(Tensor parts, std::optional<Tensor> running_mean, std::optional<Tensor> running_var,
                           std::optional<Tensor> batches, std::optional<double> momentum, double eps) {
-  check_combine(parts, running_mean, running_var, batches);
+  check_combine(parts, momentum, running_mean, running_var, batches);
   const cuda::Stream stream(parts);
   const int groups = static_cast<int>(parts.size(1)), channels = static_cast<int>(parts.size(2) / 2);
   Tensor statistics = empty_small(parts, {groups, parts.size(2)});
@@ -100,12 +101,14 @@ Tensor batch_norm_apply(Tensor x, std::optional<Tensor> weight, std::optional<Te
   const cuda::Stream stream(x);
   Tensor y = torch::stable::empty_like(x);
   const Tensor& added = residual ? *residual : x;
-  launch(all, x, {&x, &added, &y}, [&](auto stored, auto computed, auto vector, const NormRows& rows, dim3 grid) {
-    using T = decltype(stored);
-    using A = decltype(computed);
-    cuda::batch_norm_apply<T, A, vector><<<grid, kNormThreads, 0, stream.get()>>>(
-        rows, read<T>(x), read<T>(residual), read<A>(statistics), read<A>(weight), read<A>(bias), relu, write<T>(y));
-  });
+  launch(all, x, {&x, &added, &y}, cuda::kBlocksOfMap,
+         [&](auto stored, auto computed, auto vector, const NormRows& rows, dim3 grid) {
+           using T = decltype(stored);
+           using A = decltype(computed);
+           cuda::batch_norm_apply<T, A, vector>
+               <<<grid, kNormThreads, 0, stream.get()>>>(rows, read<T>(x), read<T>(residual), read<A>(statistics),
+                                                         read<A>(weight), read<A>(bias), relu, write<T>(y));
+         });
   cuda::check_launch("batch_norm_apply");
   return y;
 }
@@ -122,7 +125,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward_reduce(Tensor grad, Tenso
   Tensor passed = y ? torch::stable::empty_like(x) : empty_small(x, {0});
   const Tensor& output = y ? *y : x;
   const Tensor& into = y ? passed : x;
-  launch(all, x, {&grad, &x, &output, &into},
+  launch(all, x, {&grad, &x, &output, &into}, cuda::kBlocksOfSum,
          [&](auto stored, auto computed, auto vector, const NormRows& rows, dim3 grid) {
            using T = decltype(stored);
            using A = decltype(computed);
@@ -145,13 +148,14 @@ Tensor batch_norm_backward_apply(Tensor grad, Tensor x, std::optional<Tensor> we
   check_small(sums, x, 2 * all.groups() * all.channels, "sums");
   const cuda::Stream stream(x);
   Tensor of_x = torch::stable::empty_like(x);
-  launch(all, x, {&grad, &x, &of_x}, [&](auto stored, auto computed, auto vector, const NormRows& rows, dim3 grid) {
-    using T = decltype(stored);
-    using A = decltype(computed);
-    cuda::batch_norm_gradient<T, A, vector>
-        <<<grid, kNormThreads, 0, stream.get()>>>(rows, read<T>(grad), read<T>(x), read<A>(statistics), read<A>(weight),
-                                                  read<A>(bias), read<A>(sums), relu, write<T>(of_x));
-  });
+  launch(all, x, {&grad, &x, &of_x}, cuda::kBlocksOfMap,
+         [&](auto stored, auto computed, auto vector, const NormRows& rows, dim3 grid) {
+           using T = decltype(stored);
+           using A = decltype(computed);
+           cuda::batch_norm_gradient<T, A, vector><<<grid, kNormThreads, 0, stream.get()>>>(
+               rows, read<T>(grad), read<T>(x), read<A>(statistics), read<A>(weight), read<A>(bias), read<A>(sums),
+               relu, write<T>(of_x));
+         });
   cuda::check_launch("batch_norm_backward_apply");
   return of_x;
 }

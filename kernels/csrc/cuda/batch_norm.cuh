@@ -16,11 +16,12 @@
 namespace mcl::cuda {
 
 constexpr int kNormThreads = 256;
-constexpr int kNormBlocks = 2;       // minimum per multiprocessor
-constexpr int kMaxGroups = 64;       // limited by the size of kernel arguments
-constexpr int kRowsPerThread = 16;   // minimum, if there are enough rows
-constexpr int kBlocksOfGrid = 1024;  // approximate maximum
-constexpr int kFinishLanes = 8;      // channels per block of kernels that add parts; they fill a sector of the cache
+constexpr int kNormBlocks = 2;      // minimum per multiprocessor
+constexpr int kMaxGroups = 64;      // limited by the size of kernel arguments
+constexpr int kRowsPerThread = 16;  // minimum, if there are enough rows
+constexpr int kBlocksOfSum = 1024;  // approximate maximum; the partial sums of all blocks are added
+constexpr int kBlocksOfMap = 8192;  // the same for kernels that add nothing; many waves, so that all end together
+constexpr int kFinishLanes = 8;     // channels per block of kernels that add parts; they fill a sector of the cache
 
 struct NormRows {
   int64_t first[kMaxGroups + 1];  // first row of each group, then the number of rows
@@ -36,8 +37,8 @@ struct NormRows {
   }
 };
 
-// first: groups + 1 entries, as in NormRows. The result does not depend on the GPU.
-inline NormRows make_rows(const int64_t* first, int groups, int channels, int vector) {
+// first: groups + 1 entries, as in NormRows. blocks: approximate maximum. The result does not depend on the GPU.
+inline NormRows make_rows(const int64_t* first, int groups, int channels, int vector, int blocks) {
   NormRows rows{};
   int64_t longest = 0;
   for (int g = 0; g <= groups; ++g) {
@@ -50,7 +51,7 @@ inline NormRows make_rows(const int64_t* first, int groups, int channels, int ve
   rows.lanes = static_cast<int>(std::min(std::bit_ceil(words), 32u));
   rows.tiles = static_cast<int>((words + rows.lanes - 1) / rows.lanes);
   const int64_t per_part = kNormThreads / rows.lanes * kRowsPerThread;
-  const int64_t most = std::max(1, kBlocksOfGrid / (rows.tiles * groups));
+  const int64_t most = std::max(1, blocks / (rows.tiles * groups));
   rows.parts = static_cast<int>(std::clamp<int64_t>((longest + per_part - 1) / per_part, 1, most));
   return rows;
 }

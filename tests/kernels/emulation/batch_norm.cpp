@@ -99,8 +99,9 @@ void compare(const Case& c) {
     for (int i = 0; i < channels; ++i) weight[i] = static_cast<A>(1 + draw() / 2), bias[i] = static_cast<A>(draw());
   const A *by = c.affine ? weight.data() : nullptr, *shift = c.affine ? bias.data() : nullptr;
 
-  const cuda::NormRows rows = cuda::make_rows(first.data(), groups, channels, VEC);
-  const dim3 grid(rows.parts, rows.tiles, groups);
+  const cuda::NormRows rows = cuda::make_rows(first.data(), groups, channels, VEC, cuda::kBlocksOfSum);
+  const cuda::NormRows maps = cuda::make_rows(first.data(), groups, channels, VEC, cuda::kBlocksOfMap);
+  const dim3 grid(rows.parts, rows.tiles, groups), map_grid(maps.parts, maps.tiles, groups);
   const int tiles = (channels + cuda::kFinishLanes - 1) / cuda::kFinishLanes;
   std::vector<A> partials(rows.parts * groups * (2 * channels + 1), A(std::nanf(""))),
       statistics(groups * (2 * channels + 1));
@@ -122,7 +123,7 @@ void compare(const Case& c) {
   check::close(c.name + ", batches", std::vector<int64_t>{batches}, std::vector<int64_t>{3 + groups}, 0);
   combine(partials, rows.parts, true, {}, combined);
   std::fill(partials.begin(), partials.end(), A(std::nanf("")));
-  emulation::launch(grid, kNormThreads, cuda::batch_norm_apply<T, A, VEC>, rows, x.data(),
+  emulation::launch(map_grid, kNormThreads, cuda::batch_norm_apply<T, A, VEC>, maps, x.data(),
                     c.residual ? residual.data() : nullptr, combined.data(), by, shift, c.relu, y.data());
   const bool by_y = c.residual && c.relu;
   emulation::launch(grid, kNormThreads, cuda::batch_norm_gradient_partials<T, A, VEC>, rows, grad.data(), x.data(),
@@ -130,8 +131,9 @@ void compare(const Case& c) {
                     by_y ? passed.data() : nullptr, partials.data());
   emulation::launch(tiles, kNormThreads, cuda::batch_norm_gradient_sums<A>, rows, partials.data(), combined.data(),
                     sums.data(), parameters.data());
-  emulation::launch(grid, kNormThreads, cuda::batch_norm_gradient<T, A, VEC>, rows, by_y ? passed.data() : grad.data(),
-                    x.data(), combined.data(), by, shift, sums.data(), c.relu && !by_y, of_x.data());
+  emulation::launch(map_grid, kNormThreads, cuda::batch_norm_gradient<T, A, VEC>, maps,
+                    by_y ? passed.data() : grad.data(), x.data(), combined.data(), by, shift, sums.data(),
+                    c.relu && !by_y, of_x.data());
 
   const Truth truth(c, convert_all<double>(x), convert_all<double>(residual), convert_all<double>(grad),
                     convert_all<double>(weight), convert_all<double>(bias), eps, convert_all<double>(y));
@@ -176,7 +178,7 @@ void count_reads() {
   const int64_t size = first.back() * channels;
   std::vector<Counted> x(size), y(size), to(size);
   std::vector<float> sums(10000, 1.0f), statistics(2 * (2 * channels + 1), 1.0f);
-  const cuda::NormRows rows = cuda::make_rows(first.data(), 2, channels, 4);
+  const cuda::NormRows rows = cuda::make_rows(first.data(), 2, channels, 4, cuda::kBlocksOfSum);
   const dim3 grid(rows.parts, rows.tiles, 2);
   const auto expect = [&](const char* name, int64_t reads) {
     check::close(std::string("reads of ") + name, std::vector<int64_t>{Counted::reads.exchange(0)},

@@ -12,6 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 
 from mcl import distributed
@@ -207,6 +208,19 @@ def test_processes_that_do_not_meet(environment: pytest.MonkeyPatch) -> None:
         environment.setenv(name, value)
     with pytest.raises(ConfigError, match=r"2 processes did not meet at 127\.0\.0\.1:"):
         distributed.setup("cpu", 1)
+
+
+def test_an_nccl_that_cannot_start_says_why(environment: pytest.MonkeyPatch) -> None:
+    said = "NCCL error in: x.cpp:1, unhandled system error\nncclSystemError: failed.\nLast error:\nNo space in /dev/shm"
+    stack = "\nException raised from create at x.cpp:1 (most recent call first):\nframe #0"
+    for name, value in {**TORCHRUN, "MASTER_PORT": str(free_port())}.items():
+        environment.setenv(name, value)
+    environment.setattr(distributed, "gpus", lambda: 8)
+    environment.setattr("torch.cuda.set_device", lambda _: None)
+    environment.setattr("mcl.distributed.launch.meet", lambda _: (dist.HashStore(), 0, 2))
+    environment.setattr(dist, "init_process_group", mock.Mock(side_effect=dist.DistBackendError(said + stack)))
+    with pytest.raises(ConfigError, match=r"^NCCL cannot start on rank 0, GPU 1 .*Last error: No space in /dev/shm\)"):
+        distributed.setup("cuda", 1)
 
 
 def meet(port: int, sizes: list[str], devices: list[str], timeout: float, gpus: int) -> str:

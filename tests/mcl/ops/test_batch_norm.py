@@ -230,3 +230,6 @@ def test_errors_of_the_extension() -> None:
         operators.batch_norm_apply.default(x, None, None, statistics, [4], torch.ones(4, 2), False)
     with pytest.raises(RuntimeError, match="statistics must be contiguous"):
         operators.batch_norm_combine.default(torch.ones(7), None, None, None, 0.1, 1e-5)
+    parts, mean, variance = torch.ones(1, 1, 7), torch.zeros(3), torch.ones(3)
+    with pytest.raises(RuntimeError, match="without momentum, num_batches_tracked is needed"):
+        operators.batch_norm_combine.default(parts, mean, variance, None, None, 1e-5)

@@ -213,6 +213,16 @@ def test_cuda_graphs_need_cuda() -> None:
         build(configure("trainer.cuda_graph=true"))
 
 
+@pytest.mark.usefixtures("thin_backbone")
+@pytest.mark.parametrize(("missing", "what"), [("which", "no gcc or clang"), ("get_path", r"no /none/Python\.h")])
+def test_compiling_for_a_gpu_needs_a_compiler(missing: str, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr("shutil.which", lambda _: None if missing == "which" else "/usr/bin/gcc")
+    monkeypatch.setattr("sysconfig.get_path", lambda _: "/none")
+    with pytest.raises(ConfigError, match=rf"trainer\.compile: .*\({what}\); install gcc and python3-dev"):
+        build(configure("trainer.compile=true"), torch.device("cuda"))
+
+
 # ---------------------------------------------------------------------------------------------------- graphs
 
 
