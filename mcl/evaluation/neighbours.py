@@ -37,8 +37,10 @@ def check(method: str) -> None:
     """Checks, before features are computed, that a map can be drawn.
 
     Raises:
-        ConfigError: umap is not installed.
+        ConfigError: there is no such map, or umap is not installed.
     """
+    if method not in ("", "pca", "umap"):
+        raise ConfigError(f"--plot: {method!r} is neither pca nor umap")
     if method == "umap":
         _umap()
 

@@ -74,6 +74,8 @@ def test_what_cannot_be_drawn(colours: Embedding, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "umap", None)
     with pytest.raises(ConfigError, match=r"--plot umap: .*pip install umap-learn, or use --plot pca"):
         check("umap")
+    with pytest.raises(ConfigError, match="--plot: 'tsne' is neither pca nor umap"):
+        check("tsne")
 
 
 def test_umap(colours: Embedding) -> None:
