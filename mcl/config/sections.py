@@ -199,8 +199,8 @@ class EvaluationConfig:
     """Fraction of the images of every class whose labels kNN and linear probe use, such as 0.01; drawn with
     trainer.seed."""
     annotations: Annotated[str, Trait.PATH, Trait.OF_A_MACHINE] = ""
-    """SVM: COCO-format file with the classes of the images of data.root, such as VOC 2007's trainval set. Images that
-    it does not list are not used."""
+    """SVM: COCO-format file with the classes of the images of data.root, such as VOC 2007's trainval set. It names
+    images relative to data.root; images that it does not list are not used."""
     val_annotations: Annotated[str, Trait.PATH, Trait.OF_A_MACHINE] = ""
     """SVM: the same for data.val_root."""
     regions: Annotated[str, Trait.PATH] = ""

@@ -78,7 +78,7 @@ def annotated(path: str, source: Source, split: str) -> tuple[Numbers, Labels, l
         what = f"{type(error).__name__}: {error}"
         raise ConfigError(f"{key}: {path} is not a COCO annotation file ({what})") from None
     if not row:
-        raise ConfigError(f"{key}: {path} lists none of the images in {source.root}")
+        raise ConfigError(f"{key}: {path} lists none of the images in {source.root}; it must name them relative to it")
     numbers = np.array(sorted(row.values()))
     return numbers, labels, list(names.values())
 
