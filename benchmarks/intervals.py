@@ -1,7 +1,7 @@
 """Differences between methods that were run with the same seeds, and intervals that hold for all of them together."""
 
 import statistics
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -14,16 +14,16 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 def differences(
-    values: Mapping[Key, Mapping[int, float]], pairs: Sequence[tuple[Key, Key]], independent: Collection[Key]
+    values: Mapping[Key, Mapping[int, float]], pairs: Sequence[tuple[Key, Key]], variance: float, freedom: int
 ) -> list[Result | None]:
     """Differences, with 95% intervals that hold together: Student's t, corrected by Bonferroni.
 
-    The noise is taken to have the same variance everywhere (see :func:`noise`).
+    The noise is taken to have the same variance everywhere.
 
     Args:
         values: by method and seed.
         pairs: methods; of every pair, the second is subtracted from the first, over the seeds that both have.
-        independent: methods that tell how large the noise is.
+        variance, freedom: of the noise (see :func:`noise`).
 
     Returns:
         For every pair ``mean``, its standard ``error``, ``low`` and ``high`` of the interval, and ``exceeds_noise``,
@@ -31,7 +31,6 @@ def differences(
     """
     common = [sorted(values[ours].keys() & values[theirs].keys()) for ours, theirs in pairs]
     several = sum(len(seeds) > 1 for seeds in common)
-    variance, freedom = noise({method: own for method, own in values.items() if method in independent})
     found: list[Result | None] = []
     for (ours, theirs), seeds in zip(pairs, common, strict=True):
         if not seeds:
@@ -57,4 +56,5 @@ def noise(values: Mapping[Key, Mapping[int, float]]) -> tuple[float, int]:
         return 0.0, 0
     effects, _, rank, _ = np.linalg.lstsq(design, observed)
     freedom = len(cells) - int(rank)
-    return float(np.sum((observed - design @ effects) ** 2)) / max(1, freedom), freedom
+    # Rounded, because the last digits depend on the processor.
+    return round(float(np.sum((observed - design @ effects) ** 2)) / max(1, freedom), 9), freedom

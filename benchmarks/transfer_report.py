@@ -64,7 +64,7 @@ def evaluate(cells: Sequence[Result], study: Study, own: Collection[str]) -> lis
     """Results of all methods and costs of a study, run or not, of its pairs that were, and of the measures' ranks.
 
     Args:
-        cells: of all studies; ranks are compared over all of them.
+        cells: of all studies; noise and ranks are those of all of them.
         own: methods of this study alone; other costs are shown where one of these was run.
     """
     costs = sorted({*study.costs} | {cell["cost"] for cell in cells if cell["method"] in own})
@@ -80,12 +80,12 @@ def evaluate(cells: Sequence[Result], study: Study, own: Collection[str]) -> lis
     compared = [(ours, theirs) for ours, theirs in compared if by_seed[ours].keys() & by_seed[theirs].keys()]
     found = [_difference(*pair, by_seed) for pair in compared]
     for measure in MEASURES:
-        values = {
-            key: {seed: v for seed, cell in each.items() if (v := value(cell, measure)) is not None}
-            for key, each in by_seed.items()
-        }
-        independent = [key for key in by_seed if _has_its_own(key[0]) or key[0] == "random"]
-        for result, difference in zip(found, intervals.differences(values, compared, independent), strict=True):
+        values: dict[_Key, dict[int, float]] = {key: {} for key in by_seed}
+        for cell in cells:
+            if (own_value := value(cell, measure)) is not None:
+                values.setdefault((cell["method"], cell["cost"]), {})[cell["seed"]] = own_value
+        noise = intervals.noise({key: v for key, v in values.items() if _has_its_own(key[0]) or key[0] == "random"})
+        for result, difference in zip(found, intervals.differences(values, compared, *noise), strict=True):
             result[measure] = difference
     return [
         *(_method(_name(*key), list(each.values())) for key, each in by_seed.items()),

@@ -33,7 +33,7 @@ NOT_RUN = {
     "setup, mmdet, docs and wheels; demo's own command is run here",
     r"source .venv/bin/activate": "changes the shell",
     r"(.venv/bin/)?pip install .*": "downloads; scripts/check_wheels.sh installs the wheels, make bench the rest",
-    r"(.venv/bin/)?python -m benchmarks\.transfer": "hours; tests/benchmarks runs it at a tiny size",
+    r"(.venv/bin/)?python -m benchmarks\.transfer .*": "hours; tests/benchmarks runs it at a tiny size",
     r"python scripts/build_data.py .*": "needs the packages that make data downloads",
     r"python -m tests\.dali_pipelines\.\w+": "tests/dali_pipelines/test_engines.py measures the same",
     r"pytest -s -m soak .*": "make soak runs it",
