@@ -17,7 +17,7 @@ MINUTES ?= 5
 
 help:
 	@echo "make demo    pre-train on the photographs of this repository (about 90 seconds on two cores)"
-	@echo "make test    run the tests (6 minutes on two cores; runs make mmdet first, once)"
+	@echo "make test    run the tests (7 minutes on two cores; runs make mmdet first, once)"
 	@echo "make soak    run the long tests"
 	@echo "make fuzz    test all file readers with damaged files, for five minutes or MINUTES=..."
 	@echo "make check   ruff, mypy, clang-format, hadolint; proselint for the documents"

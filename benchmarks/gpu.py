@@ -63,7 +63,7 @@ class Gpu:
 
     name: str
     capability: str
-    of: int = 1
+    count: int = 1
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,8 @@ def stages(folder: Path, full: bool, images: int, threads: int) -> list[Stage]:
         arguments = ["-m", f"benchmarks.{module}", *rest, "--json", str(folder / f"{name}.json")]
         return Stage(name, seconds, arguments, full, needs)
 
-    preset = [PRESET, f"data.root={PHOTOS}", f"data.threads={threads}", "log.preview=false"]
-    preset.append(f"trainer.global_batch={images}")
+    keys = {"data.root": PHOTOS, "data.threads": threads, "trainer.global_batch": images, "log.preview": "false"}
+    preset = [PRESET, *(f"{key}={value}" for key, value in keys.items())]
     turns = ["--seconds", 2, "--steps", 30, "--repeat", 3]
     step = ["step", "--images", images, "--repeat", 3, "--precision"]
     ways = ["supervised_canvas", "authors", "released", "matched", "recompute", "graph", "compile"]
@@ -336,7 +336,7 @@ def measure(options: argparse.Namespace, gpu: Gpu, folder: Path, packages: str) 
     if options.venv == "no":
         note("build", build(python, gpu, found, folder, environment))
     text = ""
-    threads = max(1, len(os.sched_getaffinity(0)) // gpu.of)  # as one process of a run on all GPUs
+    threads = max(1, len(os.sched_getaffinity(0)) // gpu.count)  # as one process of a run on all GPUs
     for stage in stages(folder, options.full, options.images, threads):
         print(f"{stage.name}: at most {stage.seconds:.0f} s", file=sys.stderr, flush=True)
         note(

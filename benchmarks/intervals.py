@@ -49,11 +49,11 @@ def differences(
 def noise(values: Mapping[Key, Mapping[int, float]]) -> tuple[float, int]:
     """Variance and degrees of freedom of what is left if a value is an effect of the method plus one of the seed."""
     cells = [(method, seed) for method, own in values.items() for seed in own]
+    if not cells:
+        return 0.0, 0
     columns = [*dict.fromkeys(method for method, _ in cells), *sorted({seed for _, seed in cells})]
     design = np.array([[column in (cell[0], cell[1]) for column in columns] for cell in cells], float)
     observed = np.array([values[method][seed] for method, seed in cells])
-    if not cells:
-        return 0.0, 0
     effects, _, rank, _ = np.linalg.lstsq(design, observed)
     freedom = len(cells) - int(rank)
     # Rounded, because the last digits depend on the processor.

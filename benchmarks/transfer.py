@@ -93,8 +93,8 @@ def pretrain(cell: Cell, work: Work) -> Command:
     """The pre-training of a cell; without one, what writes its initial weights."""
     if not METHODS[cell.method].trains:
         words = (work.protocol.preset, *work.protocol.words(cell.method), f"trainer.seed={cell.seed}")
-        folder = work.folder / "pretrain" / cell.pretraining / "checkpoints"
-        return Command(cell.pretraining, ("-m", "benchmarks.transfer_probe", *words, f"--initial={folder}"))
+        into = f"--initial={_checkpoints(cell, work)}"
+        return Command(cell.pretraining, ("-m", "benchmarks.transfer_probe", *words, into))
     arguments = (
         *("-m", "mcl", "pretrain", work.protocol.preset),
         *work.protocol.words(cell.method, work.protocol.epochs(cell)),
@@ -107,8 +107,12 @@ def pretrain(cell: Cell, work: Work) -> Command:
     return Command(f"pretrain-{cell.pretraining}", arguments)
 
 
-def _weights(cell: Cell, work: Work) -> str:
-    return str(work.folder / "pretrain" / cell.pretraining / "checkpoints" / checkpoint.LAST)
+def _checkpoints(cell: Cell, work: Work) -> Path:
+    return work.folder / "pretrain" / cell.pretraining / "checkpoints"
+
+
+def _weights(cell: Cell, work: Work) -> Path:
+    return _checkpoints(cell, work) / checkpoint.LAST
 
 
 def probe(cell: Cell, work: Work, name: str) -> Command:

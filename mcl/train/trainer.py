@@ -353,19 +353,18 @@ class Trainer:
             log.info("initial weights: %s", self._initial)
         if costs := ops.costs(self.device.type):
             _warn("%s", costs)
-        if distributed.rank() == 0 and (busy := doctor.busy()):
-            log.warning("%s", busy)
+        if busy := doctor.busy():
+            _warn("%s", busy)
         if trainer.device == "auto" and self.device.type == "cpu" and _DRIVER.exists():
-            log.warning("training on the CPU: PyTorch sees no GPU, though there is a driver; mcl doctor reports why")
+            _warn("training on the CPU: PyTorch sees no GPU, though there is a driver; mcl doctor reports why")
         log.info(
             f"{self.config.objective}, {model.backbone}, canvas {plan.geometry.canvas} px, {model.assembly}, "
             f"{model.compute}, {arithmetic.describe(trainer, self.device.type)} "
             f"on {self.device} x {distributed.world_size()}; "
             f"{plan.global_batch} images per step, {self.steps_per_epoch} steps per epoch, {self.steps} steps"
         )
-        if distributed.rank() == 0:
-            for doubt in self.config.doubts():
-                log.warning("%s", doubt)
+        for doubt in self.config.doubts():
+            _warn("%s", doubt)
 
     def _record(self, stopwatch: Stopwatch) -> dict[str, Any]:
         self._check_finite()
